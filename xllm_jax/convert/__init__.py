@@ -1,0 +1,223 @@
+"""The conversion engine: published checkpoints to our parameter trees and back.
+
+A source is described by a table of rows, and nothing else. A row names one source tensor, one leaf
+of ours, and the rearrangement between them in einops' notation with the source on the left, such as
+``'(h k) d -> d h k'``. Rows that carry `layers` stand for one source tensor per layer, stacked on a
+new leading axis of our leaf. The way back follows by reading the arrow backwards, so that export
+needs no table of its own. Every source tensor is used exactly once or named as dropped with its
+reason; every leaf of ours is filled or named as fresh.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from einops import rearrange
+
+from xllm_jax.core import rules
+from xllm_jax.core.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One source tensor (or one per layer) and the leaf of ours that it fills.
+
+    Attributes:
+      source: name in the published file; `{layer}` is replaced by each number of `layers`.
+      target: path of our leaf, such as 'layers/attention/query/kernel'.
+      pattern: einops rearrangement, source on the left; '' keeps the tensor as it is.
+      layers: source layer numbers in stacking order; None for a tensor without layers.
+      sizes: axis lengths that einops cannot infer, as (axis, length) pairs.
+      piece: (number, of): this leaf is that piece of the source split evenly along axis 0. All the
+        pieces of one source must be in the table, or in `zero_pieces`.
+      zero_pieces: pieces of the same source that are zero by construction and have no leaf (EVA's
+        key bias); checked on import, written as zeros on export.
+    """
+
+    source: str
+    target: str
+    pattern: str = ""
+    layers: tuple[int, ...] | None = None
+    sizes: tuple[tuple[str, int], ...] = ()
+    piece: tuple[int, int] | None = None
+    zero_pieces: tuple[int, ...] = ()
+
+    def names(self) -> list[str]:
+        """Source tensor names of this row, in stacking order."""
+        if self.layers is None:
+            return [self.source]
+        return [self.source.replace("{layer}", str(layer)) for layer in self.layers]
+
+    def forward(self, tensor: np.ndarray) -> np.ndarray:
+        """One source tensor to one (layer of a) leaf."""
+        if self.piece:
+            tensor = self._take_piece(tensor)
+        return rearrange(tensor, self.pattern, **dict(self.sizes)) if self.pattern else tensor
+
+    def backward(self, leaf: np.ndarray) -> np.ndarray:
+        """One (layer of a) leaf to one source tensor, or to its piece of one."""
+        if not self.pattern:
+            return leaf
+        left, right = self.pattern.split("->")
+        return rearrange(leaf, f"{right} -> {left}", **dict(self.sizes))
+
+    def _take_piece(self, tensor: np.ndarray) -> np.ndarray:
+        number, count = self.piece
+        if tensor.shape[0] % count:
+            raise UserError(
+                f"first axis of {tensor.shape} does not divide into {count}", field=self.source
+            )
+        pieces = np.split(tensor, count)
+        for zero in self.zero_pieces:
+            if np.any(pieces[zero]):
+                raise UserError(
+                    f"piece {zero} of {count} must be zero and is not",
+                    field=self.source,
+                    mend="This is not the architecture that the table describes",
+                )
+        return pieces[number]
+
+
+@dataclasses.dataclass(frozen=True)
+class Drop:
+    """Source tensors (regular expression on the whole name) that are left out, and why."""
+
+    pattern: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What an import did: {source name: target path}, {dropped name: reason}, fresh paths."""
+
+    used: dict[str, str]
+    dropped: dict[str, str]
+    fresh: tuple[str, ...]
+
+
+def import_tree(
+    table: Iterable[Row],
+    source: Mapping[str, np.ndarray],
+    shapes: Mapping[str, Any],
+    *,
+    drop: Iterable[Drop] = (),
+    fresh: Iterable[str] = (),
+) -> tuple[dict[str, Any], Report]:
+    """Fills our tree from the tensors of a published checkpoint.
+
+    Args:
+      table: rows of the source.
+      source: {tensor name: array}; read one at a time, so a lazy mapping saves memory.
+      shapes: our tree of anything with `.shape` (`jax.eval_shape` gives it).
+      drop: source tensors that are allowed to stay unused.
+      fresh: path patterns of our leaves that the source does not hold.
+
+    Returns:
+      (tree of NumPy arrays in the source's dtype without the fresh leaves, report).
+
+    Raises:
+      UserError: a tensor that is missing, unknown, used twice without being split, or misshapen;
+        a leaf that nothing fills.
+    """
+    table, flat = tuple(table), rules.flatten(shapes)
+    _check_table(table)
+    available = set(source.keys())
+    filled = {row.target: _import_row(row, source, available, flat) for row in table}
+    used = {name: row.target for row in table for name in row.names()}
+    dropped = {name: _reason(name, drop) for name in sorted(available - used.keys())}
+    left = tuple(path for path in flat if path not in filled)
+    for path in left:
+        if not any(re.fullmatch(pattern, path) for pattern in fresh):
+            raise UserError(
+                "no tensor of the checkpoint fills this parameter",
+                field=path,
+                mend="Check that the checkpoint is of the kind and size you named",
+            )
+    return rules.unflatten(filled), Report(used, dropped, left)
+
+
+def export_tree(table: Iterable[Row], tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Writes our tree under the source's names and shapes; the inverse of `import_tree`."""
+    flat = rules.flatten(tree)
+    tensors: dict[str, np.ndarray] = {}
+    pieces: dict[str, dict[int, np.ndarray]] = {}
+    for row in table:
+        leaf = np.asarray(flat[row.target])
+        for name, layer in zip(row.names(), leaf if row.layers is not None else [leaf]):
+            tensor = row.backward(layer)
+            if not row.piece:
+                tensors[name] = np.ascontiguousarray(tensor)
+                continue
+            parts = pieces.setdefault(name, {})
+            parts[row.piece[0]] = tensor
+            parts.update({zero: np.zeros_like(tensor) for zero in row.zero_pieces})
+    for name, parts in pieces.items():
+        tensors[name] = np.concatenate([parts[number] for number in sorted(parts)])
+    return tensors
+
+
+def _check_table(table: tuple[Row, ...]) -> None:
+    """A target is filled once; a source is named once, or once per piece."""
+    targets: set[str] = set()
+    sources: set[tuple[str, tuple[int, int] | None]] = set()
+    for row in table:
+        if row.target in targets:
+            raise ValueError(f"two rows fill {row.target}")
+        targets.add(row.target)
+        for name in row.names():
+            if (name, row.piece) in sources or (row.piece and (name, None) in sources):
+                raise ValueError(f"two rows use {name}")
+            sources.add((name, row.piece))
+
+
+def _import_row(
+    row: Row, source: Mapping[str, np.ndarray], available: set[str], flat: Mapping[str, Any]
+) -> np.ndarray:
+    if row.target not in flat:
+        raise ValueError(f"the table fills {row.target}, which the model does not have")
+    layers = []
+    for name in row.names():
+        if name not in available:
+            raise UserError(
+                "the checkpoint has no such tensor",
+                field=name,
+                mend="Check the file, and that its kind and size are the ones you named",
+            )
+        layers.append(_convert(row, name, np.asarray(source[name])))
+    leaf = layers[0] if row.layers is None else np.stack(layers)
+    wanted = tuple(flat[row.target].shape)
+    if leaf.shape != wanted:
+        raise UserError(
+            f"shape {leaf.shape} in our layout, but {row.target} needs {wanted}",
+            field=row.names()[0],
+            mend="The checkpoint is of another size; choose the size that fits it",
+        )
+    return leaf
+
+
+def _convert(row: Row, name: str, tensor: np.ndarray) -> np.ndarray:
+    try:
+        return row.forward(tensor)
+    except UserError:
+        raise
+    except Exception as error:  # einops reports every mismatch as its own error type
+        raise UserError(
+            f"shape {tensor.shape} does not fit the pattern {row.pattern!r}",
+            field=name,
+            mend="The checkpoint is of another architecture or size",
+        ) from error
+
+
+def _reason(name: str, drop: Iterable[Drop]) -> str:
+    for rule in drop:
+        if re.fullmatch(rule.pattern, name):
+            return rule.reason
+    raise UserError(
+        "the checkpoint holds a tensor that no row of the table uses",
+        field=name,
+        mend="Check that the checkpoint is of the kind you named",
+    )

@@ -1,0 +1,165 @@
+"""Building blocks that every network here shares: dense, norm, attention, feed-forward, stacks.
+
+Parameters are created in float32. `dtype` is the compute dtype; norms, softmax and everything that
+sums over many elements run in float32 whatever the compute dtype is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+Array = jax.Array
+Initializer = Callable[..., Array]
+
+MASKED = -1e9  # a masked score; finite, so that a row without any visible key becomes uniform
+
+
+def truncated_normal(stddev: float = 0.02) -> Initializer:
+    """Normal initializer cut at two standard deviations, as BERT and ViT use it."""
+    return nn.initializers.truncated_normal(stddev)
+
+
+class Dense(nn.Module):
+    """Linear map over the last `inputs` axes to `features` (one or several output axes).
+
+    The kernel keeps its axes, `[*inputs, *features]`, so that heads can be sharded by name; the
+    product itself runs on flattened matrices, which XLA's CPU backend needs to be fast.
+    """
+
+    features: int | Sequence[int]
+    inputs: int = 1
+    use_bias: bool = True
+    dtype: Any = jnp.float32
+    kernel_init: Initializer = truncated_normal()
+    bias_init: Initializer = nn.initializers.zeros_init()
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Maps `[..., *inputs]` to `[..., *features]`."""
+        features = (self.features,) if isinstance(self.features, int) else tuple(self.features)
+        lead, axes = x.shape[: x.ndim - self.inputs], x.shape[x.ndim - self.inputs :]
+        kernel = self.param("kernel", self.kernel_init, (*axes, *features), jnp.float32)
+        fan_in = math.prod(axes)
+        y = x.astype(self.dtype).reshape(-1, fan_in) @ kernel.astype(self.dtype).reshape(fan_in, -1)
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init, features, jnp.float32)
+            y = y + bias.astype(self.dtype).reshape(-1)
+        return y.reshape(*lead, *features)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last axis, computed in float32, returned in `dtype`."""
+
+    epsilon: float = 1e-5
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones_init(), x.shape[-1:], jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros_init(), x.shape[-1:], jnp.float32)
+        x = x.astype(jnp.float32)
+        centred = x - x.mean(-1, keepdims=True)
+        variance = jnp.square(centred).mean(-1, keepdims=True)
+        y = centred * jax.lax.rsqrt(variance + self.epsilon) * scale.astype(jnp.float32)
+        return (y + bias.astype(jnp.float32)).astype(self.dtype)
+
+
+def attention_weights(
+    query: Array, key: Array, mask: Array | None = None, scale: float | None = None
+) -> Array:
+    """Softmax attention probabilities in float32.
+
+    Args:
+      query: `[batch, queries, heads, head_dim]`.
+      key: `[batch, keys, heads, head_dim]`.
+      mask: bool, broadcastable to `[batch, heads, queries, keys]`; True = visible. A row without a
+        visible key becomes uniform over all keys.
+      scale: factor on the scores, 1/sqrt(head_dim) when None.
+
+    Returns:
+      `[batch, heads, queries, keys]` float32.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = jnp.einsum("bqhd,bkhd->bhqk", query * scale, key, preferred_element_type=jnp.float32)
+    if mask is not None:
+        scores = jnp.where(mask, scores, MASKED)
+    return jax.nn.softmax(scores, axis=-1)
+
+
+def attend(
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: Array | None = None,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> Array:
+    """Attention output `[batch, queries, heads, head_dim]` in the dtype of `value`.
+
+    Args:
+      query, key, value, mask, scale: as in `attention_weights`.
+      implementation: None for plain XLA einsums, 'cudnn' for the fused kernel of
+        `jax.nn.dot_product_attention` (half precision on NVIDIA GPUs).
+    """
+    if implementation is not None:
+        return jax.nn.dot_product_attention(
+            query, key, value, mask=mask, scale=scale, implementation=implementation
+        )
+    weights = attention_weights(query, key, mask, scale).astype(value.dtype)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+
+
+class FeedForward(nn.Module):
+    """Dense, activation, dense: `[..., width]` to `[..., width]`."""
+
+    hidden: int
+    activation: Callable[[Array], Array]
+    dropout: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        width = x.shape[-1]
+        y = self.activation(Dense(self.hidden, dtype=self.dtype, name="up")(x))
+        y = nn.Dropout(self.dropout, deterministic=not train)(y)
+        return Dense(width, dtype=self.dtype, name="down")(y)
+
+
+def gelu_exact(x: Array) -> Array:
+    """GELU by the error function (BERT, EVA)."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def gelu_tanh(x: Array) -> Array:
+    """GELU by the tanh formula (GLM)."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+def stack(
+    block: type[nn.Module], length: int, *, broadcast: int, remat: bool = False, unroll: int = 1
+) -> Callable[..., nn.Module]:
+    """Turns a block class into a constructor of `length` scanned blocks with stacked parameters.
+
+    Args:
+      block: module whose `__call__(x, *inputs)` returns `(x, None)` or `(x, per-layer output)`.
+        A static argument such as `train` belongs in the block's fields.
+      length: number of layers, the leading axis of every parameter.
+      broadcast: how many of the inputs after `x` every layer receives whole.
+      remat: recompute the block in the backward pass instead of keeping its activations.
+      unroll: scan iterations unrolled per loop step (a CPU likes all of them).
+    """
+    block = nn.remat(block, prevent_cse=False) if remat else block
+    return nn.scan(
+        block,
+        variable_axes={"params": 0, "intermediates": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=(nn.broadcast,) * broadcast,
+        length=length,
+        unroll=unroll,
+    )
