@@ -1,0 +1,44 @@
+"""Finds modules and classes by name: a new file is a new choice, without a registry."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from types import ModuleType
+from typing import Any
+
+from xllm_jax.core.errors import UserError
+
+
+def choices(package: str) -> list[str]:
+    """Names of the modules of a package, sorted."""
+    path = importlib.import_module(package).__path__
+    return sorted(info.name for info in pkgutil.iter_modules(path))
+
+
+def module(package: str, name: str, field: str = "") -> ModuleType:
+    """Imports `package.name`.
+
+    Raises:
+      UserError: the package has no such module; names the nearest one.
+    """
+    known = choices(package)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"Did you mean {near[0]!r}? " if near else ""
+        raise UserError(
+            f"unknown name {name!r}", field=field, mend=f"{hint}Choices: {', '.join(known)}"
+        )
+    return importlib.import_module(f"{package}.{name}")
+
+
+def attribute(package: str, name: str, field: str = "") -> tuple[ModuleType, Any]:
+    """Resolves 'file.Attribute' inside a package to (module, attribute)."""
+    file, _, attribute_name = name.partition(".")
+    found = module(package, file, field)
+    if not hasattr(found, attribute_name):
+        raise UserError(
+            f"{file}.py has no {attribute_name!r}", field=field, mend="Write it as 'file.Class'"
+        )
+    return found, getattr(found, attribute_name)

@@ -1,0 +1,170 @@
+"""Stage: the typed schema of one training stage. Data only; configs/ fills it in, train.py reads it.
+
+Every field can be overridden on the command line (``--config.optimizer.peak=1e-4``,
+``--config.data.mix.wukong=0``); a name that does not exist is an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass
+class Part:
+    """One network of the model.
+
+    Attributes:
+      network: 'file.Class' under `xllm_jax/models`, such as 'vit.VisionTransformer'.
+      size: row of that file's SIZES.
+      fields: single fields of the network to set differently from that row.
+    """
+
+    network: str = ""
+    size: str = "real"
+    fields: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class Modality:
+    """How one modality reaches the LLM: which encoder part, which interface part."""
+
+    encoder: str = ""
+    interface: str = ""
+
+
+@dataclasses.dataclass
+class Optimizer:
+    """AdamW and its schedule; steps count optimizer updates.
+
+    Attributes:
+      schedule: 'cosine', 'tri_stage' (warm up, hold, decay), 'epoch_cosine' (LAVIS) or 'constant'.
+      peak, minimum, warmup_from: learning rates.
+      warmup_steps, hold_steps, decay_steps: lengths of the phases; cosine decays until the stage's
+        last step.
+      clip: largest global gradient norm; 0 turns clipping off.
+      accumulation: micro-batches averaged into one update.
+      no_decay: path patterns without weight decay.
+    """
+
+    schedule: str = "cosine"
+    peak: float = 3e-5
+    minimum: float = 1e-8
+    warmup_from: float = 1e-6
+    warmup_steps: int = 0
+    hold_steps: int = 0
+    decay_steps: int = 0
+    steps_per_epoch: int = 0
+    b1: float = 0.9
+    b2: float = 0.98
+    eps: float = 1e-8
+    weight_decay: float = 0.05
+    clip: float = 0.0
+    accumulation: int = 1
+    no_decay: tuple[str, ...] = (r".*/bias", r".*norm.*/scale")
+
+
+@dataclasses.dataclass
+class Source:
+    """One data set: a reader (file of `data/sources`), where it lies, and the reader's options."""
+
+    reader: str = ""
+    path: str = ""
+    split: str = "train"
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class Data:
+    """The data of a stage: sources, how they are mixed, and the static shapes of a batch.
+
+    Attributes:
+      root: folder that relative source paths start from.
+      sources: {name: Source}.
+      mix: {name: weight}; 0 leaves a source out. Weights are relative numbers of examples; empty
+        means every source by its size.
+      form: what a batch looks like: 'conversation', 'transcription', 'pairs' or 'text'.
+      template: named prompt template of `data/prompt.py`.
+      tokenizer: folder of the LLM's tokenizer.
+      characters: file of the ASR model's character vocabulary, one a line.
+      vocabulary: WordPiece vocab.txt of the Q-Former's text branch.
+      examples: examples per micro-batch over all hosts.
+      rows: rows they are packed into (conversation and text forms).
+      length: tokens per row.
+      answers: supervised tokens per row.
+      items: {modality: media items per row}.
+      embeddings: {modality: embeddings that one item takes in the prompt}; the largest token count
+        for speech.
+      frames: largest number of filterbank frames, one entry per length bucket, ascending.
+      characters_length: largest transcript in characters, the end token included.
+      text_length: tokens of a caption for the Q-Former's text branch.
+      image: options of the image processor (size, crop scale, flip …).
+      video: options of the video reader (frames …).
+      speech: options of the filterbanks and SpecAugment.
+      threads: decoding threads per host.
+      max_bad_share: the run stops when a larger share of records could not be read.
+    """
+
+    root: str = ""
+    sources: dict[str, Source] = dataclasses.field(default_factory=dict)
+    mix: dict[str, float] = dataclasses.field(default_factory=dict)
+    form: str = "conversation"
+    template: str = "chatglm_zh"
+    tokenizer: str = ""
+    characters: str = ""
+    vocabulary: str = ""
+    examples: int = 8
+    rows: int = 8
+    length: int = 128
+    answers: int = 64
+    items: dict[str, int] = dataclasses.field(default_factory=dict)
+    embeddings: dict[str, int] = dataclasses.field(default_factory=dict)
+    frames: tuple[int, ...] = (1600,)
+    characters_length: int = 64
+    text_length: int = 32
+    image: dict[str, Any] = dataclasses.field(default_factory=dict)
+    video: dict[str, Any] = dataclasses.field(default_factory=dict)
+    speech: dict[str, Any] = dataclasses.field(default_factory=dict)
+    threads: int = 4
+    max_bad_share: float = 0.01
+
+
+@dataclasses.dataclass
+class Stage:
+    """One training stage.
+
+    Attributes:
+      name: used in logs and checkpoints.
+      parts: {name in the parameter tree: Part}.
+      modalities: {name: Modality}, in any number.
+      init: {part: where its parameters come from}: 'DIR' (a run or a converted base; the part of the
+        same name), 'DIR:other_part', or '' for fresh parameters.
+      trainable: path patterns of what trains; everything else is frozen.
+      objective: file of `objectives/`.
+      options: options of the objective.
+      steps: optimizer updates in all.
+      mesh: {axis: size} over 'data', 'fsdp' and 'tensor'; -1 takes the devices that are left.
+      compute: dtype of the activations; `frozen`: dtype in which frozen parameters are kept.
+      remat: recompute layer activations in the backward pass.
+      unroll: layers unrolled per scan step (CPU only; 1 elsewhere).
+    """
+
+    name: str = ""
+    parts: dict[str, Part] = dataclasses.field(default_factory=dict)
+    modalities: dict[str, Modality] = dataclasses.field(default_factory=dict)
+    init: dict[str, str] = dataclasses.field(default_factory=dict)
+    trainable: tuple[str, ...] = ()
+    objective: str = "answer"
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+    data: Data = dataclasses.field(default_factory=Data)
+    steps: int = 1000
+    mesh: dict[str, int] = dataclasses.field(default_factory=lambda: {"data": -1})
+    compute: str = "bfloat16"
+    frozen: str = "bfloat16"
+    remat: bool = False
+    unroll: int = 1
+    seed: int = 0
+    log_every: int = 10
+    save_every: int = 500
+    keep: int = 2
