@@ -1,4 +1,4 @@
-"""Stage: the typed schema of one training stage. Data only; configs/ fills it in, train.py reads it.
+"""Stage: the typed schema of one training stage. Data only: configs/ fill it, train.py reads it.
 
 Every field can be overridden on the command line (``--config.optimizer.peak=1e-4``,
 ``--config.data.mix.wukong=0``); a name that does not exist is an error.
@@ -137,8 +137,8 @@ class Stage:
       name: used in logs and checkpoints.
       parts: {name in the parameter tree: Part}.
       modalities: {name: Modality}, in any number.
-      init: {part: where its parameters come from}: 'DIR' (a run or a converted base; the part of the
-        same name), 'DIR:other_part', or '' for fresh parameters.
+      init: {part: where its parameters come from}: 'DIR' (a run or a converted base; the part of
+        the same name), 'DIR:other_part', or '' for fresh parameters.
       trainable: path patterns of what trains; everything else is frozen.
       objective: file of `objectives/`.
       options: options of the objective.
