@@ -1,0 +1,134 @@
+"""BERT checkpoints (`bert-base-uncased`, `bert-base-chinese`) to `models/bert.py` and back.
+
+`attention_rows` and `feed_forward_rows` are shared with the Q-Former's tables, whose layers carry
+the same tensors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from xllm_jax.convert import Drop, Row
+from xllm_jax.core.errors import UserError
+
+Layers = tuple[int, ...] | None
+
+
+def linear(source: str, target: str, layers: Layers = None) -> tuple[Row, ...]:
+    """Rows of a PyTorch linear layer that becomes a plain dense layer."""
+    return (
+        Row(f"{source}.weight", f"{target}/kernel", "o i -> i o", layers),
+        Row(f"{source}.bias", f"{target}/bias", "", layers),
+    )
+
+
+def norm(source: str, target: str, layers: Layers = None) -> tuple[Row, ...]:
+    """Rows of a LayerNorm."""
+    return (
+        Row(f"{source}.weight", f"{target}/scale", "", layers),
+        Row(f"{source}.bias", f"{target}/bias", "", layers),
+    )
+
+
+def attention_rows(
+    source: str, target: str, heads: int, layers: Layers, inner: str = "self"
+) -> tuple[Row, ...]:
+    """Rows of one attention sub-layer: projections, output and the norm behind it.
+
+    Args:
+      source: such as 'encoder.layer.{layer}.attention'.
+      target: such as 'layers/attention'; the norm goes to '<target>_end/norm'.
+      heads: number of heads.
+      layers: source layer numbers in stacking order, or None for an unstacked layer.
+      inner: name of the projections' module in the source.
+    """
+    sizes = (("h", heads),)
+    rows = []
+    for name in ("query", "key", "value"):
+        old, new = f"{source}.{inner}.{name}", f"{target}/{name}"
+        rows.append(Row(f"{old}.weight", f"{new}/kernel", "(h k) d -> d h k", layers, sizes))
+        rows.append(Row(f"{old}.bias", f"{new}/bias", "(h k) -> h k", layers, sizes))
+    out = Row(
+        f"{source}.output.dense.weight", f"{target}/out/kernel", "d (h k) -> h k d", layers, sizes
+    )
+    rows += [out, Row(f"{source}.output.dense.bias", f"{target}/out/bias", "", layers)]
+    return (*rows, *norm(f"{source}.output.LayerNorm", f"{target}_end/norm", layers))
+
+
+def feed_forward_rows(
+    source: str, target: str, layers: Layers, suffix: str = ""
+) -> tuple[Row, ...]:
+    """Rows of one feed-forward sub-layer and the norm behind it.
+
+    Args:
+      source: such as 'encoder.layer.{layer}'.
+      target: such as 'layers/feed_forward'; the norm goes to '<target>_end/norm'.
+      layers: as in `attention_rows`.
+      suffix: '_query' for the Q-Former's second feed-forward.
+    """
+    return (
+        *linear(f"{source}.intermediate{suffix}.dense", f"{target}/up", layers),
+        *linear(f"{source}.output{suffix}.dense", f"{target}/down", layers),
+        *norm(f"{source}.output{suffix}.LayerNorm", f"{target}_end/norm", layers),
+    )
+
+
+def rows(
+    depth: int,
+    heads: int,
+    *,
+    source: str = "bert.",
+    target: str = "",
+    words: bool = True,
+    pooler: bool = False,
+) -> tuple[Row, ...]:
+    """Table of a BERT encoder.
+
+    Args:
+      depth: number of layers.
+      heads: number of heads.
+      source: what the tensors' names start with: 'bert.' in files of a model with a task head, ''
+        in files of the bare model (`prefix_of` tells).
+      target: what our paths start with, such as 'transformer/'.
+      words: fill the word table (False: the module runs on embeddings).
+      pooler: fill the pooler.
+    """
+    old, new, layers = f"{source}encoder.layer.{{layer}}", f"{target}layers", tuple(range(depth))
+    tables = [
+        Row(f"{source}embeddings.{kind}_embeddings.weight", f"{target}embeddings/{name}")
+        for kind, name in (("word", "words"), ("position", "positions"), ("token_type", "types"))
+        if words or name != "words"
+    ]
+    return (
+        *tables,
+        *norm(f"{source}embeddings.LayerNorm", f"{target}embeddings/norm"),
+        *attention_rows(f"{old}.attention", f"{new}/attention", heads, layers),
+        *feed_forward_rows(old, f"{new}/feed_forward", layers),
+        *(linear(f"{source}pooler.dense", f"{target}pooler") if pooler else ()),
+    )
+
+
+def prefix_of(names: Iterable[str]) -> str:
+    """What the encoder's names in a BERT file start with: 'bert.' or ''.
+
+    Raises:
+      UserError: the file holds no BERT encoder.
+    """
+    pattern = r"(|.*\.)encoder\.layer\.0\.attention\.self\.query\.weight"
+    found = {match[1] for name in names if (match := re.fullmatch(pattern, name))}
+    if len(found) != 1:
+        raise UserError(
+            f"expected one BERT encoder, found {len(found)}",
+            mend="Give the folder of a published BERT (pytorch_model.bin or model.safetensors)",
+        )
+    return found.pop()
+
+
+DROP = (
+    Drop(r"cls\..*", "heads of BERT's own pre-training"),
+    Drop(r".*embeddings\.position_ids", "the numbers 0, 1, 2 …"),
+    Drop(r".*pooler\..*", "the pooled vector is not used"),
+    Drop(r".*embeddings\.word_embeddings\.weight", "the module runs on embeddings"),
+)
+"""What a plain encoder may leave out; a table that fills the pooler or words uses them first."""
