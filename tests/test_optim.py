@@ -1,0 +1,132 @@
+"""Schedules and AdamW against the recorded reference, and the accumulation of micro-batches."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from recording import Recording
+
+from xllm_jax.core import optim
+from xllm_jax.core.errors import UserError
+from xllm_jax.core.stage import Optimizer
+
+
+def settings(**fields) -> Optimizer:
+    """The stage's own settings class with some fields set."""
+    return Optimizer(**fields)
+
+
+@pytest.mark.golden
+def test_epoch_cosine_is_the_recorded_one(golden):
+    recording = Recording(golden / "vision/cases_lr.npz")
+    cases = json.loads((golden / "vision/cases_info.json").read_text())["lr"]["schedules"]
+    with jax.enable_x64(True):
+        for case in cases:
+            name, per_epoch = case["name"], case["iters_per_epoch"]
+            schedule = optim.epoch_cosine(
+                case["init_lr"],
+                case["min_lr"],
+                case["warmup_start_lr"],
+                case["warmup_steps"],
+                per_epoch,
+                per_epoch * case["max_epoch"],
+            )
+            steps = recording.input(f"{name}_step")
+            recording.equal(f"{name}_epoch", steps // per_epoch)
+            recording.equal(f"{name}_iter", steps % per_epoch)
+            recording.close(f"{name}_lr", schedule(steps), atol=0, rtol=1e-9)
+    recording.assert_all_used()
+
+
+@pytest.mark.golden
+def test_tri_stage_is_the_recorded_one(golden):
+    recording = Recording(golden / "speech/lr_schedule.npz")
+    with jax.enable_x64(True):
+        steps, log_steps = recording.input("steps"), recording.input("log_steps")
+        schedule = optim.tri_stage(3e-4, 3e-6, 3e-6, 24000, 36000, 120000)
+        recording.close("lr", schedule(steps), atol=0, rtol=1e-9)
+        logged = optim.tri_stage(3e-4, 3e-6, 3e-6, 30000, 90000, 120000)
+        recording.close("log_lr", logged(log_steps), atol=0, rtol=1e-5)
+    recording.assert_all_used()
+
+
+def test_cosine_starts_warm_peaks_and_ends_at_the_minimum():
+    schedule = optim.cosine(3e-5, 1e-8, 1e-6, warmup_steps=10, total_steps=110)
+    steps = np.arange(111)
+    rates = np.asarray(jax.jit(schedule)(steps))
+    np.testing.assert_allclose(rates[[0, 5, 10, 60, 110]], [1e-6, 1.55e-5, 3e-5, 1.5005e-5, 1e-8])
+    assert np.all(np.diff(rates[:11]) > 0) and np.all(np.diff(rates[10:]) < 0)
+    flat = optim.constant(1e-3, warmup_from=0.0, warmup_steps=2)
+    np.testing.assert_allclose(flat(np.array([0, 1, 2, 9])), [0, 5e-4, 1e-3, 1e-3])
+
+
+def test_bad_settings_are_told():
+    with pytest.raises(UserError, match="unknown schedule"):
+        optim.make(settings(schedule="cosin"), {}, 10)
+    with pytest.raises(UserError, match="accumulation"):
+        optim.make(settings(accumulation=0), {}, 10)
+    with pytest.raises(UserError, match="steps_per_epoch"):
+        optim.make(settings(schedule="epoch_cosine"), {}, 10)
+    with pytest.raises(UserError, match="minimum"):
+        optim.make(settings(schedule="tri_stage", minimum=0.0), {}, 10)
+
+
+def test_accumulated_micro_batches_are_one_update_of_their_mean():
+    params = {"dense": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}}
+    gradients = [
+        jax.tree.map(
+            lambda leaf, seed=seed: jax.random.normal(jax.random.key(seed), leaf.shape), params
+        )
+        for seed in range(4)
+    ]
+    mean = jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *gradients)
+    fields = dict(schedule="constant", peak=0.1, weight_decay=0.5, clip=0.3)
+    whole, _ = optim.make(settings(**fields), params, 10)
+    parts, _ = optim.make(settings(**fields, accumulation=4), params, 10)
+    update, _ = whole.update(mean, whole.init(params), params)
+    state, accumulated = parts.init(params), params
+    for gradient in gradients:
+        step, state = parts.update(gradient, state, accumulated)
+        accumulated = optax.apply_updates(accumulated, step)
+    expected = optax.apply_updates(params, update)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), accumulated, expected)
+
+
+def test_adamw_is_torchs_and_biases_do_not_decay():
+    torch = pytest.importorskip("torch")
+    values = np.random.default_rng(0).normal(size=(3, 4, 3)).astype(np.float32)
+    kernel, bias = torch.nn.Parameter(torch.tensor(values[0])), torch.nn.Parameter(torch.ones(3))
+    groups = [{"params": [kernel], "weight_decay": 0.3}, {"params": [bias], "weight_decay": 0.0}]
+    peer = torch.optim.AdamW(groups, lr=0.1, betas=(0.9, 0.98), eps=1e-8)
+    params = {"dense": {"kernel": jnp.asarray(values[0]), "bias": jnp.ones(3)}}
+    fields = settings(schedule="constant", peak=0.1, weight_decay=0.3)
+    transformation, _ = optim.make(fields, params, 5)
+    state = transformation.init(params)
+    for value in values:
+        kernel.grad, bias.grad = torch.tensor(value), torch.tensor(value[0])
+        peer.step()
+        gradient = {"dense": {"kernel": jnp.asarray(value), "bias": jnp.asarray(value[0])}}
+        update, state = transformation.update(gradient, state, params)
+        params = optax.apply_updates(params, update)
+    np.testing.assert_allclose(params["dense"]["kernel"], kernel.detach().numpy(), atol=1e-6)
+    np.testing.assert_allclose(params["dense"]["bias"], bias.detach().numpy(), atol=1e-6)
+
+
+def test_settings_need_only_the_attributes():
+    fields = vars(settings(schedule="constant", peak=1.0)) | {"total_steps": 3}
+    fields.pop("no_decay")
+    tree = {"norm": {"scale": 1.0}, "out": {"kernel": 1.0, "bias": 1.0}, "temperature": 1.0}
+    _, schedule = optim.make(SimpleNamespace(**fields), tree)
+    assert float(schedule(0)) == 1.0
+    mask = optim.decay_mask(tree)
+    assert mask == {
+        "norm": {"scale": False},
+        "out": {"kernel": True, "bias": False},
+        "temperature": False,
+    }

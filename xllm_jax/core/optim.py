@@ -1,0 +1,181 @@
+"""Learning-rate schedules and the AdamW chain; the one home of optax.
+
+Steps count optimizer updates, from 0: `schedule(0)` is the rate of the first update.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from xllm_jax.core import rules
+from xllm_jax.core.errors import UserError
+
+Schedule = Callable[[Any], jax.Array]
+
+NO_DECAY = (r"(.*/)?bias", r"(.*/)?.*norm.*/scale", r"(.*/)?temperature")
+"""Parameters without weight decay when the settings name none: whatever is not a matrix."""
+
+
+def cosine(
+    peak: float, minimum: float, warmup_from: float, warmup_steps: int, total_steps: int
+) -> Schedule:
+    """Linear warm-up, then half a cosine down to `minimum` at `total_steps` (the paper's A.3)."""
+    length = max(total_steps - warmup_steps, 1)
+
+    def schedule(step: Any) -> jax.Array:
+        step = _float(step)
+        rate = _half_cosine(peak, minimum, (step - warmup_steps) / length)
+        return jnp.where(step < warmup_steps, _warmup(peak, warmup_from, warmup_steps, step), rate)
+
+    return schedule
+
+
+def epoch_cosine(
+    peak: float,
+    minimum: float,
+    warmup_from: float,
+    warmup_steps: int,
+    steps_per_epoch: int,
+    total_steps: int,
+) -> Schedule:
+    """The schedule of LAVIS and of X-LLM's code (`xllm/common/optims.py`).
+
+    The warm-up goes by step and only within epoch 0; from epoch 1 on the cosine is evaluated at the
+    whole epoch, so that the rate is a staircase and an unfinished warm-up is skipped.
+    """
+    if steps_per_epoch < 1:
+        raise UserError("needs steps_per_epoch", field="optimizer.schedule", mend="Set it to 1 up")
+    epochs = total_steps / steps_per_epoch
+
+    def schedule(step: Any) -> jax.Array:
+        step = _float(step)
+        epoch = jnp.floor(step / steps_per_epoch)
+        warm = jnp.minimum(_warmup(peak, warmup_from, warmup_steps, step), peak)
+        return jnp.where(epoch < 1, warm, _half_cosine(peak, minimum, epoch / epochs))
+
+    return schedule
+
+
+def tri_stage(
+    peak: float,
+    minimum: float,
+    warmup_from: float,
+    warmup_steps: int,
+    hold_steps: int,
+    decay_steps: int,
+) -> Schedule:
+    """Linear warm-up, constant, exponential decay to `minimum`, constant (fairseq's tri-stage)."""
+
+    def schedule(step: Any) -> jax.Array:
+        step = _float(step)
+        done = jnp.clip((step - warmup_steps - hold_steps) / max(decay_steps, 1), 0, 1)
+        rate = peak * jnp.exp(math.log(minimum / peak) * done)
+        return jnp.where(step < warmup_steps, _warmup(peak, warmup_from, warmup_steps, step), rate)
+
+    return schedule
+
+
+def constant(peak: float, warmup_from: float = -1.0, warmup_steps: int = 0) -> Schedule:
+    """Linear warm-up, then `peak`."""
+
+    def schedule(step: Any) -> jax.Array:
+        step = _float(step)
+        return jnp.where(step < warmup_steps, _warmup(peak, warmup_from, warmup_steps, step), peak)
+
+    return schedule
+
+
+def make_schedule(settings: Any, total_steps: int) -> Schedule:
+    """Builds the schedule that `settings` (`core.stage.Optimizer`) names.
+
+    Raises:
+      UserError: an unknown name, or lengths that the schedule cannot use.
+    """
+    warmup = {"warmup_from": settings.warmup_from, "warmup_steps": settings.warmup_steps}
+    ends = {"peak": settings.peak, "minimum": settings.minimum}
+    if settings.schedule == "cosine":
+        return cosine(**ends, **warmup, total_steps=total_steps)
+    if settings.schedule == "epoch_cosine":
+        per_epoch = settings.steps_per_epoch
+        return epoch_cosine(**ends, **warmup, steps_per_epoch=per_epoch, total_steps=total_steps)
+    if settings.schedule == "tri_stage":
+        if not 0 < settings.minimum <= settings.peak:
+            raise UserError("must lie between 0 and the peak", field="optimizer.minimum")
+        lengths = {"hold_steps": settings.hold_steps, "decay_steps": settings.decay_steps}
+        return tri_stage(**ends, **warmup, **lengths)
+    if settings.schedule == "constant":
+        return constant(settings.peak, **warmup)
+    raise UserError(
+        f"unknown schedule {settings.schedule!r}",
+        field="optimizer.schedule",
+        mend="Use 'cosine', 'epoch_cosine', 'tri_stage' or 'constant'",
+    )
+
+
+def decay_mask(params: Mapping[str, Any], no_decay: Iterable[str] = NO_DECAY) -> dict[str, Any]:
+    """Tree of bools: True where weight decay applies, False where a pattern matches the path."""
+    patterns = tuple(no_decay)
+    return rules.unflatten(
+        {
+            path: not any(re.fullmatch(pattern, path) for pattern in patterns)
+            for path in rules.flatten(params)
+        }
+    )
+
+
+def make(
+    settings: Any, params: Mapping[str, Any], total_steps: int | None = None
+) -> tuple[optax.GradientTransformation, Schedule]:
+    """Builds clip -> AdamW -> schedule, over averaged micro-batches.
+
+    With `accumulation` n, n - 1 calls of `update` return zeros and the n-th the update of the mean
+    gradient; the schedule counts only those. Decay is decoupled (rate * decay * parameter).
+
+    Args:
+      settings: `core.stage.Optimizer`, or anything with its attributes.
+      params: the trainable tree; only paths are read.
+      total_steps: updates in all; None reads `settings.total_steps`.
+
+    Returns:
+      (optax transformation, schedule for logging).
+
+    Raises:
+      UserError: a setting without sense.
+    """
+    if settings.accumulation < 1:
+        raise UserError("must be at least 1", field="optimizer.accumulation")
+    total = settings.total_steps if total_steps is None else total_steps
+    schedule = make_schedule(settings, total)
+    mask = decay_mask(params, getattr(settings, "no_decay", NO_DECAY))
+    chain = [optax.clip_by_global_norm(settings.clip)] if settings.clip else []
+    chain += [
+        optax.scale_by_adam(settings.b1, settings.b2, settings.eps),
+        optax.add_decayed_weights(settings.weight_decay, mask),
+        optax.scale_by_learning_rate(schedule),
+    ]
+    transformation = optax.chain(*chain)
+    if settings.accumulation > 1:
+        steps = optax.MultiSteps(transformation, settings.accumulation)
+        transformation = steps.gradient_transformation()
+    return transformation, schedule
+
+
+def _float(step: Any) -> jax.Array:
+    return jnp.asarray(step, float)  # float64 where it is enabled
+
+
+def _warmup(peak: float, start: float, steps: int, step: jax.Array) -> jax.Array:
+    """Linear from `start` to `peak`; a negative start means that there is no warm-up."""
+    start = peak if start < 0 else start
+    return start + (peak - start) * step / max(steps, 1)
+
+
+def _half_cosine(peak: float, minimum: float, done: jax.Array) -> jax.Array:
+    return minimum + 0.5 * (peak - minimum) * (1 + jnp.cos(math.pi * jnp.clip(done, 0, 1)))
