@@ -1,0 +1,139 @@
+"""THUDM/chatglm-6b (sharded `pytorch_model-*.bin`, config.json) to `models/glm.py` and back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xllm_jax.convert import Drop, Report, Row, export_tree, files, import_tree
+from xllm_jax.core.errors import UserError
+from xllm_jax.models.glm import ChatGLM
+
+HEAD = "lm_head.weight"
+WORDS = "transformer.word_embeddings.weight"
+
+DROP = (
+    Drop(r"lm_head\.weight", "tied to the word embeddings, as the reference does on loading"),
+    Drop(r"transformer\.(layers\.\d+\.attention\.)?rotary_emb.*\.inv_freq", "computed, not read"),
+)
+
+
+def rows(depth: int, heads: int) -> tuple[Row, ...]:
+    """The table: query, key and value stand interleaved per head in the source."""
+    layers = tuple(range(depth))
+    split = (("h", heads), ("c", 3))
+
+    def layer(source: str, target: str, pattern: str = "", sizes: tuple = ()) -> Row:
+        return Row(
+            f"transformer.layers.{{layer}}.{source}", f"layers/{target}", pattern, layers, sizes
+        )
+
+    def norm(source: str, target: str) -> tuple[Row, Row]:
+        return layer(f"{source}.weight", f"{target}/scale"), layer(
+            f"{source}.bias", f"{target}/bias"
+        )
+
+    def dense(source: str, target: str) -> tuple[Row, Row]:
+        kernel = layer(f"{source}.weight", f"{target}/kernel", "o i -> i o")
+        return kernel, layer(f"{source}.bias", f"{target}/bias")
+
+    return (
+        Row(WORDS, "embedding"),
+        *norm("input_layernorm", "attention_norm"),
+        layer(
+            "attention.query_key_value.weight",
+            "attention/qkv/kernel",
+            "(h c k) d -> d c h k",
+            split,
+        ),
+        layer("attention.query_key_value.bias", "attention/qkv/bias", "(h c k) -> c h k", split),
+        layer("attention.dense.weight", "attention/out/kernel", "d (h k) -> h k d", split[:1]),
+        layer("attention.dense.bias", "attention/out/bias"),
+        *norm("post_attention_layernorm", "feed_forward_norm"),
+        *dense("mlp.dense_h_to_4h", "feed_forward/up"),
+        *dense("mlp.dense_4h_to_h", "feed_forward/down"),
+        Row("transformer.final_layernorm.weight", "final_norm/scale"),
+        Row("transformer.final_layernorm.bias", "final_norm/bias"),
+    )
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """Reads `config.json` of a checkpoint folder.
+
+    Raises:
+      UserError: no such file, or not a ChatGLM configuration.
+    """
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        raise UserError("no such file", field=str(path), mend="Give the checkpoint's folder")
+    config = json.loads(path.read_text())
+    missing = {"vocab_size", "hidden_size", "num_layers", "num_attention_heads"} - config.keys()
+    if missing:
+        raise UserError(
+            f"no {sorted(missing)[0]!r} in it",
+            field=str(path),
+            mend="This is not the configuration of ChatGLM-6B",
+        )
+    if not config.get("position_encoding_2d", True):
+        raise UserError("one-dimensional positions are not supported", field=str(path))
+    return config
+
+
+def fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of `ChatGLM` from a checkpoint's config.json."""
+    return dict(
+        vocab=config["vocab_size"],
+        width=config["hidden_size"],
+        depth=config["num_layers"],
+        heads=config["num_attention_heads"],
+        hidden=config.get("inner_hidden_size") or 4 * config["hidden_size"],
+        norm_epsilon=config.get("layernorm_epsilon", 1e-5),
+    )
+
+
+def shapes(model: ChatGLM) -> dict[str, Any]:
+    """Shapes of the model's parameters, without computing them."""
+    x = jnp.zeros((1, 1, model.width))
+    row = jnp.ones((1, 1), jnp.int32)
+    positions = jnp.zeros((1, 1, 2), jnp.int32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), x, row, row > 0, positions)
+    return variables["params"]
+
+
+def load(folder: str | Path, tie: bool = False) -> tuple[ChatGLM, dict[str, Any], Report]:
+    """Reads a published checkpoint folder.
+
+    Args:
+      folder: with config.json and the shards.
+      tie: accept a head that differs from the word embeddings and drop it, as the reference does.
+
+    Returns:
+      (float32 model, parameters as NumPy arrays in the file's dtype, report).
+
+    Raises:
+      UserError: files missing or of another model; a head that is not tied.
+    """
+    config = read_config(folder)
+    model = ChatGLM(**fields(config))
+    source = files.open_checkpoint(folder)
+    if not tie and HEAD in source and not np.array_equal(source[HEAD], source[WORDS]):
+        raise UserError(
+            "the head differs from the word embeddings",
+            field=HEAD,
+            mend="The reference overwrites it by them; tie=True does the same",
+        )
+    table = rows(model.depth, model.heads)
+    params, report = import_tree(table, source, shapes(model), drop=DROP)
+    return model, params, report
+
+
+def export(model: ChatGLM, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Our parameters under the published names, the tied head included."""
+    tensors = export_tree(rows(model.depth, model.heads), params)
+    return tensors | {HEAD: tensors[WORDS]}

@@ -1,0 +1,100 @@
+"""Batch: every array that a training step, an evaluation step or a prefill may see.
+
+Letters: B rows, T tokens of a row, A supervised tokens of a row, M media items of a row. A row may
+hold several packed examples; `segments` keeps them apart. All arrays are row-local, so the batch is
+sharded along B and nothing in it refers to another row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+Array = Any  # NumPy on the host, jax.Array on the device, ShapeDtypeStruct when compiling ahead
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Media:
+    """The items of one modality, and where their embeddings stand in the rows.
+
+    Attributes:
+      values: `[B, M, ...]` float32, items as the encoder reads them (images, video frames,
+        filterbanks). M may differ between modalities, and may be 0.
+      lengths: `[B, M]` int32, valid steps of each item; 0 marks an empty slot.
+      counts: `[B, M]` int32, embeddings wanted from each item (the token count of a speech slot);
+        None lets the interface predict them.
+      index: `[B, T]` int32, -1 where the row has a word, else the flat position
+        `item * embeddings_per_item + j` in the row's interface outputs.
+    """
+
+    values: Array
+    lengths: Array
+    counts: Array | None
+    index: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Rows for the LLM.
+
+    Attributes:
+      ids: `[B, T]` int32 token ids; whatever stands under a media embedding is ignored.
+      positions: `[B, T, 2]` int32, position and block position of GLM.
+      segments: `[B, T]` int32, 0 = padding; tokens of different segments do not see each other.
+      context: `[B, T]` bool, the token belongs to the bidirectional context of its segment.
+      answer_index: `[B, A]` int32, positions whose hidden state predicts a supervised token.
+      targets: `[B, A]` int32, the token to be predicted there.
+      weights: `[B, A]` float32, 0 where the entry is padding.
+      media: {modality: Media}; a modality that is absent has no entry, or M = 0.
+    """
+
+    ids: Array
+    positions: Array
+    segments: Array
+    context: Array
+    answer_index: Array
+    targets: Array
+    weights: Array
+    media: dict[str, Media] = dataclasses.field(default_factory=dict)
+
+
+def zeros(
+    rows: int,
+    length: int,
+    answers: int,
+    media: Mapping[str, tuple[int, tuple[int, ...]]] | None = None,
+) -> Batch:
+    """An all-padding batch of the given sizes, for init, tests and ahead-of-time compilation.
+
+    Args:
+      rows, length, answers: B, T and A.
+      media: {modality: (items per row M, shape of one item)}.
+    """
+
+    def integers(*shape: int) -> np.ndarray:
+        return np.zeros(shape, np.int32)
+
+    def empty(items: int, shape: tuple[int, ...]) -> Media:
+        return Media(
+            values=np.zeros((rows, items, *shape), np.float32),
+            lengths=integers(rows, items),
+            counts=integers(rows, items),
+            index=integers(rows, length) - 1,
+        )
+
+    return Batch(
+        ids=integers(rows, length),
+        positions=integers(rows, length, 2),
+        segments=integers(rows, length),
+        context=np.zeros((rows, length), bool),
+        answer_index=integers(rows, answers),
+        targets=integers(rows, answers),
+        weights=np.zeros((rows, answers), np.float32),
+        media={name: empty(*size) for name, size in (media or {}).items()},
+    )

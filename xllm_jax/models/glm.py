@@ -1,0 +1,303 @@
+"""ChatGLM-6B: GLM's bidirectional context, two-dimensional rotary positions and scaled residuals.
+
+Du et al. 2022 (arXiv 2103.10360) and `modeling_chatglm.py` of THUDM/chatglm-6b. A model of the LLM
+kind is four methods: `embed(ids)`, `__call__(x, segments, context, positions, cache)`, `logits(x)`
+and `init_cache(batch, length, dtype)`; the rest of the project knows no more about it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import PartitionSpec as P
+
+from xllm_jax.models import layers as basic
+
+Array = jax.Array
+Cache = dict[str, Array]
+
+# The reference builds every block with its default of 28 layers, whatever the model's depth is.
+REFERENCE_ALPHA = (2 * 28) ** 0.5
+
+
+def rotary_table(positions: Array, channels: int, half: bool = False) -> tuple[Array, Array]:
+    """Cosines and sines of one rotary half.
+
+    Args:
+      positions: `[...]` int32.
+      channels: channels that are rotated; channel j pairs with channel j + channels / 2.
+      half: round the angles, and then the tables, to float16, as a float16 model of the reference
+        does. The inverse frequencies are rounded to float16 in either case: the reference's
+        constructor does so even for float32 models.
+
+    Returns:
+      Two float32 arrays `[..., channels]`.
+    """
+    exponent = jnp.arange(0, channels, 2, dtype=jnp.float32) / channels
+    frequency = (1.0 / 10000.0**exponent).astype(jnp.float16).astype(jnp.float32)
+    angle = positions[..., None].astype(jnp.float32) * frequency
+    angle = jnp.concatenate([angle, angle], axis=-1)
+    if not half:
+        return jnp.cos(angle), jnp.sin(angle)
+    angle = angle.astype(jnp.float16).astype(jnp.float32)
+    cosine, sine = (f(angle).astype(jnp.float16) for f in (jnp.cos, jnp.sin))
+    return cosine.astype(jnp.float32), sine.astype(jnp.float32)
+
+
+def rotary_tables(positions: Array, head_dim: int, half: bool = False) -> tuple[Array, Array]:
+    """Tables of both halves of a head: `[B, T, 2]` positions to two `[B, T, 1, head_dim]`.
+
+    The first half of the channels turns with the position, the second with the block position.
+    """
+    tables = [rotary_table(positions[..., axis], head_dim // 2, half) for axis in (0, 1)]
+    cosine, sine = (jnp.concatenate(pair, axis=-1)[..., None, :] for pair in zip(*tables))
+    return cosine, sine
+
+
+def rotate(x: Array, cosine: Array, sine: Array) -> Array:
+    """Rotates `[B, T, heads, head_dim]` by `rotary_tables`, in float32, returned in x's dtype."""
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, 2, -1)
+    turned = jnp.stack([-pairs[..., 1, :], pairs[..., 0, :]], axis=-2).reshape(x.shape)
+    return (x.astype(jnp.float32) * cosine + turned * sine).astype(x.dtype)
+
+
+def visible(
+    query_segments: Array, query_slots: Array, segments: Array, context: Array, slots: Array
+) -> Array:
+    """Who sees whom: the context is bidirectional, everything after it causal.
+
+    Args:
+      query_segments: `[B, Q]` int32, 0 = padding.
+      query_slots: `[B, Q]` int32, place of each query in the row.
+      segments, context, slots: the same for the keys, `[B, K]` int32, bool and int32.
+
+    Returns:
+      `[B, 1, Q, K]` bool. A padding query sees nothing (its attention becomes uniform, and nobody
+      reads it), padding keys are seen by nobody.
+    """
+    same = (query_segments[:, :, None] == segments[:, None, :]) & (segments[:, None, :] > 0)
+    earlier = slots[:, None, :] <= query_slots[:, :, None]
+    return (same & (context[:, None, :] | earlier))[:, None]
+
+
+def extend_cache(cache: Cache, segments: Array, context: Array) -> tuple[Cache, Array]:
+    """Enters T new tokens of each row into the cache's book-keeping.
+
+    Args:
+      cache: see `ChatGLM.init_cache`.
+      segments, context: `[B, T]` of the new tokens. Rows fill independently: padding at the end of
+        a row's new tokens takes no room, so that its slots are overwritten later.
+
+    Returns:
+      (cache with new segments, context and length, slots `[B, T]` int32 of the new tokens). Slots
+      past the cache's end are dropped, never written elsewhere.
+    """
+    tokens = jnp.arange(segments.shape[1], dtype=jnp.int32)
+    slots = cache["length"][:, None] + tokens
+    rows = jnp.arange(segments.shape[0])[:, None]
+    taken = jnp.where(segments > 0, tokens + 1, 0).max(axis=1)
+    book = {
+        "segments": cache["segments"].at[rows, slots].set(segments, mode="drop"),
+        "context": cache["context"].at[rows, slots].set(context, mode="drop"),
+        "length": cache["length"] + taken,
+    }
+    return cache | book, slots
+
+
+def _store(memory: Array, layer: Array, slots: Array, new: Array) -> tuple[Array, Array]:
+    """Writes `new [B, T, H, K]` into `memory [L, B, S, H, K]`; returns it and the layer's part."""
+    rows = jnp.arange(new.shape[0])[:, None]
+    memory = memory.at[layer, rows, slots].set(new.astype(memory.dtype), mode="drop")
+    return memory, jax.lax.dynamic_index_in_dim(memory, layer, keepdims=False)
+
+
+class Attention(nn.Module):
+    """Self-attention with rotary queries and keys; `memory` holds the keys and values to extend."""
+
+    heads: int
+    implementation: str | None = None
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Array, tables: tuple[Array, Array], mask: Array, slots: Array, memory: Any
+    ) -> tuple[Array, Any]:
+        """`x [B, T, D]`; memory is None or (layer number, keys, values). Returns (y, memory)."""
+        width = x.shape[-1]
+        qkv = basic.Dense((3, self.heads, width // self.heads), dtype=self.dtype, name="qkv")(x)
+        query, key, value = (qkv[..., i, :, :] for i in range(3))
+        query, key = rotate(query, *tables), rotate(key, *tables)
+        if memory is not None:
+            layer, keys, values = memory
+            keys, key = _store(keys, layer, slots, key)
+            values, value = _store(values, layer, slots, value)
+            memory = (layer + 1, keys, values)
+        y = basic.attend(query, key, value, mask, implementation=self.implementation)
+        return basic.Dense(width, inputs=2, dtype=self.dtype, name="out")(y), memory
+
+
+class Block(nn.Module):
+    """One layer. Its residual is the *normalised* input times alpha, not the input itself."""
+
+    heads: int
+    hidden: int
+    alpha: float
+    norm_epsilon: float
+    implementation: str | None = None
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        carry: tuple[Array, Any],
+        tables: tuple[Array, Array],
+        mask: Array,
+        slots: Array,
+    ) -> tuple[tuple[Array, Any], None]:
+        x, memory = carry
+        attention = Attention(self.heads, self.implementation, self.dtype, name="attention")
+        feed_forward = basic.FeedForward(
+            self.hidden, basic.gelu_tanh, dtype=self.dtype, name="feed_forward"
+        )
+        normed = self._norm("attention_norm")(x)
+        y, memory = attention(normed, tables, mask, slots, memory)
+        x = self._residual(normed, y)
+        normed = self._norm("feed_forward_norm")(x)
+        return (self._residual(normed, feed_forward(normed)), memory), None
+
+    def _norm(self, name: str) -> nn.Module:
+        return basic.LayerNorm(self.norm_epsilon, self.dtype, name=name)
+
+    def _residual(self, normed: Array, y: Array) -> Array:
+        # In float32, because alpha itself is not a half-precision number.
+        y = normed.astype(jnp.float32) * self.alpha + y.astype(jnp.float32)
+        return y.astype(self.dtype)
+
+
+class ChatGLM(nn.Module):
+    """The whole LLM; its head is the transposed word embedding.
+
+    Attributes:
+      vocab, width, depth, heads, hidden: vocabulary size, D, number of layers, heads, inner width.
+      alpha: factor of the residual; None is the reference's (2 * 28) ** 0.5, whatever the depth.
+      norm_epsilon: of every LayerNorm.
+      half_angles: rotary tables as a float16 model of the reference computes them.
+      implementation: of the attention, see `layers.attend`.
+      dtype: compute dtype; remat, unroll: see `layers.stack`.
+    """
+
+    vocab: int
+    width: int
+    depth: int
+    heads: int
+    hidden: int
+    alpha: float | None = None
+    norm_epsilon: float = 1e-5
+    half_angles: bool = False
+    implementation: str | None = None
+    dtype: Any = jnp.float32
+    remat: bool = False
+    unroll: int = 1
+
+    def setup(self) -> None:
+        self.embedding = self.param(
+            "embedding", basic.truncated_normal(), (self.vocab, self.width), jnp.float32
+        )
+        self.layers = basic.stack(
+            Block, self.depth, broadcast=3, remat=self.remat, unroll=self.unroll
+        )(
+            heads=self.heads,
+            hidden=self.hidden,
+            alpha=REFERENCE_ALPHA if self.alpha is None else self.alpha,
+            norm_epsilon=self.norm_epsilon,
+            implementation=self.implementation,
+            dtype=self.dtype,
+        )
+        self.final_norm = basic.LayerNorm(self.norm_epsilon, self.dtype)
+
+    def embed(self, ids: Array) -> Array:
+        """Word embeddings: `[B, T]` int32 to `[B, T, D]` in the compute dtype."""
+        return jnp.take(self.embedding, ids, axis=0).astype(self.dtype)
+
+    def __call__(
+        self,
+        x: Array,
+        segments: Array,
+        context: Array,
+        positions: Array,
+        cache: Cache | None = None,
+    ) -> tuple[Array, Cache | None]:
+        """Runs the layers.
+
+        Args:
+          x: `[B, T, D]` word and media embeddings.
+          segments: `[B, T]` int32, 0 = padding; different segments do not see each other.
+          context: `[B, T]` bool, belongs to the bidirectional context of its segment.
+          positions: `[B, T, 2]` int32, position and block position.
+          cache: earlier tokens of the rows (`init_cache`), or None. Tokens that are fed together
+            with context see each other fully, so a context must be fed in one call.
+
+        Returns:
+          (`[B, T, D]` after the final norm, the input of `logits`; the extended cache or None).
+        """
+        x = x.astype(self.dtype)
+        tables = rotary_tables(positions, self.width // self.heads, self.half_angles)
+        if cache is None:
+            slots = jnp.broadcast_to(jnp.arange(x.shape[1]), segments.shape)
+            mask = visible(segments, slots, segments, context, slots)
+            (x, _), _ = self.layers((x, None), tables, mask, slots)
+            return self.final_norm(x), None
+        cache, slots = extend_cache(cache, segments, context)
+        places = jnp.broadcast_to(jnp.arange(cache["segments"].shape[1]), cache["segments"].shape)
+        mask = visible(segments, slots, cache["segments"], cache["context"], places)
+        memory = (jnp.int32(0), cache["key"], cache["value"])
+        (x, (_, key, value)), _ = self.layers((x, memory), tables, mask, slots)
+        return self.final_norm(x), cache | {"key": key, "value": value}
+
+    def logits(self, x: Array) -> Array:
+        """Scores of the next token: `[..., D]` final states to `[..., vocab]` float32."""
+        head = self.embedding.astype(self.dtype)
+        x = x.astype(self.dtype)
+        return jnp.einsum("...d,vd->...v", x, head, preferred_element_type=jnp.float32)
+
+    def init_cache(self, batch: int, length: int, dtype: Any = None) -> Cache:
+        """An empty cache for `batch` rows of at most `length` tokens.
+
+        Returns:
+          key, value: `[L, B, length, heads, head_dim]`, keys stored after rotation; segments and
+          context: `[B, length]` int32 and bool of each slot; length: `[B]` int32, the row's first
+          free slot.
+        """
+        dtype = self.dtype if dtype is None else dtype
+        shape = (self.depth, batch, length, self.heads, self.width // self.heads)
+        return {
+            "key": jnp.zeros(shape, dtype),
+            "value": jnp.zeros(shape, dtype),
+            "segments": jnp.zeros((batch, length), jnp.int32),
+            "context": jnp.zeros((batch, length), bool),
+            "length": jnp.zeros((batch,), jnp.int32),
+        }
+
+
+SIZES = {
+    "real": dict(vocab=130528, width=4096, depth=28, heads=32, hidden=16384),
+    "real_150528": dict(vocab=150528, width=4096, depth=28, heads=32, hidden=16384),
+    "tiny": dict(vocab=512, width=160, depth=6, heads=5, hidden=640),
+}
+
+SHARDING = (
+    (r"embedding", P("tensor", "fsdp")),
+    (r"layers/attention/qkv/kernel", P(None, "fsdp", None, "tensor", None)),
+    (r"layers/attention/qkv/bias", P(None, None, "tensor", None)),
+    (r"layers/attention/out/kernel", P(None, "tensor", None, "fsdp")),
+    (r"layers/attention/out/bias", P(None, None)),
+    (r"layers/feed_forward/up/kernel", P(None, "fsdp", "tensor")),
+    (r"layers/feed_forward/up/bias", P(None, "tensor")),
+    (r"layers/feed_forward/down/kernel", P(None, "tensor", "fsdp")),
+    (r"layers/feed_forward/down/bias", P(None, None)),
+    (r"layers/(attention|feed_forward)_norm/(scale|bias)", P(None, None)),
+    (r"final_norm/(scale|bias)", P(None)),
+)

@@ -1,0 +1,187 @@
+"""The whole of X-LLM: media become embeddings that the LLM reads like words (paper, section 3).
+
+Nothing here knows a modality. An `XLLM` composes networks by name, and its parameters are one dict
+{part name: parameters of that part}, so that parameter paths read `image_interface/...`, `llm/...`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from xllm_jax.core.batch import Batch, Media
+from xllm_jax.core.errors import UserError
+
+Array = jax.Array
+Params = Mapping[str, Any]
+
+LLM = "llm"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class XLLM:
+    """Networks and how they are joined; a pure description, parameters come with every call.
+
+    Attributes:
+      llm: network with the four methods of `models/glm.py`.
+      encoders: {part: network `(values, lengths, train) -> (features, lengths)`}.
+      interfaces: {part: network `(features, lengths, counts, train) -> (embeddings, counts)`}.
+      modalities: (modality, encoder part, interface part) in any number; modalities may share an
+        encoder.
+      trained_encoders: encoder parts that gradients shall reach; the others are cut off.
+    """
+
+    llm: nn.Module
+    encoders: Mapping[str, nn.Module] = dataclasses.field(default_factory=dict)
+    interfaces: Mapping[str, nn.Module] = dataclasses.field(default_factory=dict)
+    modalities: tuple[tuple[str, str, str], ...] = ()
+    trained_encoders: tuple[str, ...] = ()
+
+    def parts(self, modality: str) -> tuple[str, str]:
+        """(encoder part, interface part) of a modality.
+
+        Raises:
+          UserError: the model has no such modality.
+        """
+        for name, encoder, interface in self.modalities:
+            if name == modality:
+                return encoder, interface
+        known = ", ".join(row[0] for row in self.modalities) or "none"
+        raise UserError(f"unknown modality {modality!r}", field="media", mend=f"Known: {known}")
+
+    def encode(
+        self,
+        params: Params,
+        modality: str,
+        media: Media,
+        train: bool = False,
+        key: Array | None = None,
+    ) -> tuple[Array, Array]:
+        """Media items to LLM embeddings, through the encoder and the interface.
+
+        Args:
+          params: {part: parameters}.
+          modality: name of the modality.
+          media: B rows of M items; every item is encoded by itself (a video is M frames).
+          train, key: dropout and its key.
+
+        Returns:
+          (embeddings `[B, M * n, D]`, items in order, n embeddings each; the number of valid ones
+          of each item `[B, M]` int32).
+        """
+        encoder, interface = self.parts(modality)
+        rows, items = media.values.shape[:2]
+        values, lengths, counts = (
+            _merge_items(x) for x in (media.values, media.lengths, media.counts)
+        )
+        features, lengths = self._encode_items(params, encoder, values, lengths, train, key)
+        embeddings, counts = self.interfaces[interface].apply(
+            {"params": params[interface]},
+            features,
+            lengths,
+            counts,
+            train=train,
+            rngs=_dropout(key, 1),
+        )
+        return embeddings.reshape(rows, -1, embeddings.shape[-1]), counts.reshape(rows, items)
+
+    def _encode_items(
+        self,
+        params: Params,
+        part: str,
+        values: Array,
+        lengths: Array,
+        train: bool,
+        key: Array | None,
+    ) -> tuple[Array, Array]:
+        trained = part in self.trained_encoders
+        features, lengths = self.encoders[part].apply(
+            {"params": params[part]},
+            values,
+            lengths,
+            train=train and trained,
+            rngs=_dropout(key, 0),
+        )
+        return (features if trained else jax.lax.stop_gradient(features)), lengths
+
+    def embed(
+        self, params: Params, batch: Batch, train: bool = False, key: Array | None = None
+    ) -> Array:
+        """Word embeddings of the batch with the media in their places, `[B, T, D]`."""
+        x = self.llm.apply({"params": params[LLM]}, batch.ids, method="embed")
+        for number, (modality, media) in enumerate(sorted(batch.media.items())):
+            if media.values.shape[1]:
+                part_key = None if key is None else jax.random.fold_in(key, number)
+                embeddings, _ = self.encode(params, modality, media, train, part_key)
+                x = splice(x, embeddings, media.index)
+        return x
+
+    def hidden(
+        self, params: Params, batch: Batch, train: bool = False, key: Array | None = None
+    ) -> Array:
+        """Final states of the LLM, `[B, T, D]`, the input of `logits`."""
+        x = self.embed(params, batch, train, key)
+        variables = {"params": params[LLM]}
+        states, _ = self.llm.apply(variables, x, batch.segments, batch.context, batch.positions)
+        return states
+
+    def logits(self, params: Params, states: Array) -> Array:
+        """Scores of the next token: `[..., D]` to `[..., V]` float32."""
+        return self.llm.apply({"params": params[LLM]}, states, method="logits")
+
+    def init(self, key: Array, batch: Batch) -> dict[str, Any]:
+        """Fresh parameters {part: tree}.
+
+        Args:
+          key: its streams are separate for every part, whatever other parts there are.
+          batch: example with every modality (`core.batch.zeros`); only shapes matter.
+
+        Raises:
+          UserError: a modality is missing in the example.
+        """
+        params: dict[str, Any] = {}
+        for modality, encoder, interface in self.modalities:
+            if modality not in batch.media:
+                raise UserError("the example batch has no such modality", field=modality)
+            media = batch.media[modality]
+            inputs = [_merge_items(x) for x in (media.values, media.lengths)]
+            if encoder not in params:
+                params[encoder] = _init(self.encoders[encoder], key, encoder, *inputs)
+            features, lengths = self.encoders[encoder].apply({"params": params[encoder]}, *inputs)
+            inputs = (features, lengths, _merge_items(media.counts))
+            params[interface] = _init(self.interfaces[interface], key, interface, *inputs)
+        x = jnp.zeros((*batch.ids.shape, self.llm.width))
+        layout = (batch.segments, batch.context, batch.positions)
+        return params | {LLM: _init(self.llm, key, LLM, x, *layout)}
+
+
+def splice(words: Array, embeddings: Array, index: Array) -> Array:
+    """Puts media embeddings into their places.
+
+    Args:
+      words: `[B, T, D]`.
+      embeddings: `[B, N, D]` of the same rows.
+      index: `[B, T]` int32, -1 keeps the word, else which embedding stands there.
+    """
+    picked = jnp.take_along_axis(embeddings, jnp.maximum(index, 0)[..., None], axis=1)
+    return jnp.where(index[..., None] >= 0, picked.astype(words.dtype), words)
+
+
+def _merge_items(x: Array | None) -> Array | None:
+    """`[B, M, ...]` to `[B * M, ...]`."""
+    return None if x is None else x.reshape(-1, *x.shape[2:])
+
+
+def _dropout(key: Array | None, stream: int) -> dict[str, Array] | None:
+    return None if key is None else {"dropout": jax.random.fold_in(key, stream)}
+
+
+def _init(module: nn.Module, key: Array, name: str, *inputs: Any) -> Any:
+    # The stream depends on the part's name alone, so that adding a part changes no other.
+    stream = sum(ord(letter) * 31**i for i, letter in enumerate(name)) % 2**31
+    return module.init(jax.random.fold_in(key, stream), *inputs)["params"]

@@ -1,0 +1,121 @@
+"""Loss on the answer only (stages 2 and 3; paper section 3.3).
+
+Logits exist at supervised positions alone: prompt positions never meet the 130k-row head. They are
+computed a few positions at a time and once more in the backward pass, so that memory is bounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from xllm_jax.core.batch import Batch
+
+Array = jax.Array
+
+
+def cross_entropy(logits: Array, targets: Array) -> Array:
+    """Negative log likelihood in float32: `[..., V]` logits, `[...]` int32 targets to `[...]`."""
+    logits = logits.astype(jnp.float32)
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+
+def token_losses(
+    logits: Callable[[Array], Array], states: Array, targets: Array, chunk: int = 64
+) -> tuple[Array, Array]:
+    """Losses and hits of single tokens, with at most `chunk` logit vectors per row at a time.
+
+    Args:
+      logits: `[B, c, D]` states to `[B, c, V]`.
+      states: `[B, A, D]` states that predict the targets.
+      targets: `[B, A]` int32.
+      chunk: c.
+
+    Returns:
+      (negative log likelihood `[B, A]` float32, whether the target is the best token `[B, A]`
+      float32).
+    """
+
+    @jax.checkpoint
+    def part(states: Array, targets: Array) -> tuple[Array, Array]:
+        scores = logits(states)
+        hits = scores.argmax(-1) == targets
+        return cross_entropy(scores, targets), hits.astype(jnp.float32)
+
+    length = targets.shape[1]
+    if length <= chunk:
+        return part(states, targets)
+    count = -(-length // chunk)
+    pad = count * chunk - length
+
+    def pieces(x: Array) -> Array:  # [B, A, ...] to [count, B, chunk, ...]; rows stay together
+        x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
+        return x.reshape(x.shape[0], count, chunk, *x.shape[2:]).swapaxes(0, 1)
+
+    losses, hits = jax.lax.map(lambda piece: part(*piece), (pieces(states), pieces(targets)))
+    rows = targets.shape[0]
+    losses, hits = (x.swapaxes(0, 1).reshape(rows, -1)[:, :length] for x in (losses, hits))
+    return losses, hits
+
+
+def answer_loss(
+    logits: Callable[[Array], Array],
+    states: Array,
+    answer_index: Array,
+    targets: Array,
+    weights: Array,
+    chunk: int = 64,
+) -> tuple[Array, dict[str, Array]]:
+    """Weighted mean over the supervised tokens of the whole (global) batch.
+
+    Args:
+      logits: see `token_losses`.
+      states: `[B, T, D]` final states of the LLM.
+      answer_index, targets: `[B, A]` int32; the state at `answer_index` predicts the target.
+      weights: `[B, A]` float32, 0 = padding.
+
+    Returns:
+      (scalar float32; metrics `loss`, `accuracy` of tokens, and `count`, the sum of weights).
+    """
+    states = jnp.take_along_axis(states, answer_index[..., None], axis=1)
+    losses, hits = token_losses(logits, states, targets, chunk)
+    count = weights.sum()
+    total = jnp.maximum(count, 1.0)
+    loss = (losses * weights).sum() / total
+    return loss, {"loss": loss, "accuracy": (hits * weights).sum() / total, "count": count}
+
+
+def loss(
+    model: Any,
+    params: Mapping[str, Any],
+    batch: Batch,
+    *,
+    train: bool = False,
+    key: Array | None = None,
+    chunk: int = 64,
+) -> tuple[Array, dict[str, Array]]:
+    """The objective of stages 2 and 3.
+
+    Args:
+      model: `models.xllm.XLLM`.
+      params: {part: parameters}.
+      batch: see `core.batch`.
+      train, key: dropout and its key.
+      chunk: logit vectors per row that exist at once.
+
+    Returns:
+      (scalar float32, metrics) of `answer_loss`.
+    """
+    states = model.hidden(params, batch, train=train, key=key)
+    return answer_loss(
+        lambda x: model.logits(params, x),
+        states,
+        batch.answer_index,
+        batch.targets,
+        batch.weights,
+        chunk,
+    )
