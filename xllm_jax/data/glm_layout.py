@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from xllm_jax.core.batch import Batch, zeros
 from xllm_jax.core.errors import UserError
 
 
@@ -117,16 +118,21 @@ def truncated_pair(
     return [*prompt, specials.gmask, specials.sop, *answer, specials.eop]
 
 
-def left_padded(sequences: Sequence[Sequence[int]], specials: Specials) -> Row:
+def left_padded(sequences: Sequence[Sequence[int]], specials: Specials, length: int = 0) -> Row:
     """A batch of prompts as the reference's tokenizer pads them: padding in front.
 
     Unlike the model, the tokenizer prefers [MASK] over [gMASK] for the position, and counts from
     the first real token.
 
+    Args:
+      sequences: token ids of each prompt.
+      specials: special ids.
+      length: pad to at least so many tokens.
+
     Returns:
       A row whose arrays have a leading batch axis; nothing is supervised.
     """
-    length = max(len(ids) for ids in sequences)
+    length = max(length, *(len(ids) for ids in sequences))
     rows = [_left_padded(list(ids), length, specials) for ids in sequences]
     ids, positions, context, segments = (np.stack(parts) for parts in zip(*rows))
     none = np.zeros((len(rows), 0), np.int32)
@@ -146,3 +152,50 @@ def _left_padded(ids: list[int], length: int, specials: Specials) -> tuple[np.nd
         (places >= pad) & (places < pad + context),
         (places >= pad).astype(np.int32),
     )
+
+
+def pack(groups: Sequence[Sequence[Row]], length: int, answers: int, pad: int) -> Batch:
+    """Packs sequences into rows: group i becomes row i, its sequences one behind the other.
+
+    Args:
+      groups: B lists of sequences; a row may stay empty.
+      length, answers: T and A, static sizes of the batch.
+      pad: id of the padding.
+
+    Returns:
+      NumPy batch without media; sequences of a row are the segments 1, 2, ..
+
+    Raises:
+      UserError: a group has more tokens or supervised tokens than fit.
+    """
+    batch = zeros(len(groups), length, answers)
+    batch.ids[:] = pad
+    for row, group in enumerate(groups):
+        used, supervised = (sum(len(x) for x in xs) for xs in _parts(group))
+        if used > length or supervised > answers:
+            raise UserError(
+                f"{used} tokens, {supervised} supervised, in a row of {length} and {answers}",
+                field="data.length",
+                mend="Enlarge data.length or data.answers",
+            )
+        _fill(batch, row, group)
+    return batch
+
+
+def _parts(group: Sequence[Row]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    return [sequence.ids for sequence in group], [sequence.targets for sequence in group]
+
+
+def _fill(batch: Batch, row: int, group: Sequence[Row]) -> None:
+    start, first = 0, 0
+    for number, part in enumerate(group, start=1):
+        tokens = slice(start, start + len(part.ids))
+        batch.ids[row, tokens] = part.ids
+        batch.positions[row, tokens] = part.positions
+        batch.segments[row, tokens] = np.where(part.segments > 0, number, 0)
+        batch.context[row, tokens] = part.context
+        supervised = slice(first, first + len(part.targets))
+        batch.answer_index[row, supervised] = part.answer_index + start
+        batch.targets[row, supervised] = part.targets
+        batch.weights[row, supervised] = 1.0
+        start, first = tokens.stop, supervised.stop
