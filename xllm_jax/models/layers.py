@@ -142,7 +142,13 @@ def gelu_tanh(x: Array) -> Array:
 
 
 def stack(
-    block: type[nn.Module], length: int, *, broadcast: int, remat: bool = False, unroll: int = 1
+    block: type[nn.Module],
+    length: int,
+    *,
+    broadcast: int,
+    scanned: int = 0,
+    remat: bool = False,
+    unroll: int = 1,
 ) -> Callable[..., nn.Module]:
     """Turns a block class into a constructor of `length` scanned blocks with stacked parameters.
 
@@ -151,6 +157,7 @@ def stack(
         A static argument such as `train` belongs in the block's fields.
       length: number of layers, the leading axis of every parameter.
       broadcast: how many of the inputs after `x` every layer receives whole.
+      scanned: how many inputs after those hold one entry per layer on their leading axis.
       remat: recompute the block in the backward pass instead of keeping its activations.
       unroll: scan iterations unrolled per loop step (a CPU likes all of them).
     """
@@ -159,7 +166,7 @@ def stack(
         block,
         variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True, "dropout": True},
-        in_axes=(nn.broadcast,) * broadcast,
+        in_axes=(nn.broadcast,) * broadcast + (0,) * scanned,
         length=length,
         unroll=unroll,
     )

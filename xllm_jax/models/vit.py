@@ -1,0 +1,226 @@
+"""ViT of EVA-CLIP g/14 as BLIP-2 cuts it: 39 of 40 blocks, no final norm (arXiv 2211.07636).
+
+Pre-norm blocks (eps 1e-6), exact GELU, no key bias, the class token kept, absolute positions. The
+norm that BLIP-2 puts behind it (`ln_vision`) belongs to the interface, since it trains with it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.sharding import PartitionSpec
+
+from xllm_jax.models import layers
+
+Array = jax.Array
+
+
+class Attention(nn.Module):
+    """Self-attention with biases on queries and values only."""
+
+    heads: int
+    dtype: Any = jnp.float32
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Maps `[batch, tokens, width]` to the same shape; all tokens see each other."""
+        width = x.shape[-1]
+        shape = (self.heads, width // self.heads)
+        query = layers.Dense(shape, dtype=self.dtype, name="query")(x)
+        key = layers.Dense(shape, use_bias=False, dtype=self.dtype, name="key")(x)
+        value = layers.Dense(shape, dtype=self.dtype, name="value")(x)
+        mixed = layers.attend(query, key, value, implementation=self.implementation)
+        return layers.Dense(width, inputs=2, dtype=self.dtype, name="out")(mixed)
+
+
+class Block(nn.Module):
+    """One pre-norm block; a scan block, so `train` is a field."""
+
+    heads: int
+    hidden: int
+    epsilon: float
+    dtype: Any
+    implementation: str | None
+    train: bool
+
+    @nn.compact
+    def __call__(self, x: Array, drop: Array | None) -> tuple[Array, None]:
+        """Maps `[batch, tokens, width]`; `drop` is the layer's drop-path rate, or None."""
+        y = layers.LayerNorm(self.epsilon, self.dtype, name="attention_norm")(x)
+        y = Attention(self.heads, self.dtype, self.implementation, name="attention")(y)
+        x = x + self._drop_path(y, drop)
+        y = layers.LayerNorm(self.epsilon, self.dtype, name="feed_forward_norm")(x)
+        feed_forward = layers.FeedForward(
+            self.hidden, layers.gelu_exact, dtype=self.dtype, name="feed_forward"
+        )
+        return x + self._drop_path(feed_forward(y), drop), None
+
+    def _drop_path(self, y: Array, drop: Array | None) -> Array:
+        """Drops the whole branch of single examples in training and rescales the others."""
+        if drop is None or not self.train:
+            return y
+        keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - drop, (y.shape[0], 1, 1))
+        return jnp.where(keep, y / (1 - drop).astype(y.dtype), 0)
+
+
+class VisionTransformer(nn.Module):
+    """Images to one feature per patch, the class token first.
+
+    Attributes:
+      image_size: side in pixels that the position table is made for.
+      patch: side of a patch in pixels.
+      width, depth, heads, hidden: sizes of the stack (`hidden`: feed-forward).
+      drop_path: largest drop-path rate, reached at the last block (0 in every published config).
+      attention: implementation of `layers.attend`.
+      remat: recompute blocks in the backward pass.
+      unroll: blocks per scan step.
+    """
+
+    image_size: int = 224
+    patch: int = 14
+    width: int = 1408
+    depth: int = 39
+    heads: int = 16
+    hidden: int = 6144
+    epsilon: float = 1e-6
+    drop_path: float = 0.0
+    attention: str | None = None
+    dtype: Any = jnp.float32
+    remat: bool = False
+    unroll: int = 1
+
+    @nn.compact
+    def __call__(
+        self, values: Array, lengths: Array | None = None, train: bool = False
+    ) -> tuple[Array, Array]:
+        """Encodes images.
+
+        Args:
+          values: `[batch, height, width, 3]` float, normalised; sides are multiples of `patch`. At
+            another size than `image_size` the position table is interpolated.
+          lengths: ignored; every image has all its patches.
+          train: switches drop path on.
+
+        Returns:
+          features `[batch, patches + 1, width]` in `dtype`, lengths `[batch]` int32, all equal.
+        """
+        x = Embeddings(self.image_size, self.patch, self.width, self.dtype, name="embeddings")(
+            values
+        )
+        rates = jnp.linspace(0, self.drop_path, self.depth) if self.drop_path else None
+        stack = layers.stack(
+            Block, self.depth, broadcast=0, scanned=1, remat=self.remat, unroll=self.unroll
+        )
+        x, _ = stack(
+            heads=self.heads,
+            hidden=self.hidden,
+            epsilon=self.epsilon,
+            dtype=self.dtype,
+            implementation=self.attention,
+            train=train,
+            name="layers",
+        )(x, rates)
+        return x, jnp.full(x.shape[:1], x.shape[1], jnp.int32)
+
+
+class Embeddings(nn.Module):
+    """Patch projection, class token and positions."""
+
+    image_size: int
+    patch: int
+    width: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: Array) -> Array:
+        """`[batch, height, width, 3]` to `[batch, patches + 1, width]`."""
+        grid = (images.shape[1] // self.patch, images.shape[2] // self.patch)
+        cells = patches(images, self.patch)
+        x = layers.Dense(self.width, inputs=3, dtype=self.dtype, name="patches")(cells)
+        token = self.param("class_token", layers.truncated_normal(), (self.width,), jnp.float32)
+        side = self.image_size // self.patch
+        table = self.param(
+            "positions", layers.truncated_normal(), (1 + side * side, self.width), jnp.float32
+        )
+        token = jnp.broadcast_to(token, (x.shape[0], 1, self.width)).astype(self.dtype)
+        return jnp.concatenate([token, x], axis=1) + resize_positions(table, grid).astype(
+            self.dtype
+        )
+
+
+def patches(images: Array, size: int) -> Array:
+    """Cuts `[batch, height, width, channels]` into `[batch, patches, size, size, channels]`.
+
+    Patches run row by row. Sides that are not multiples of `size` are a ValueError.
+    """
+    batch, height, width, channels = images.shape
+    if height % size or width % size:
+        raise ValueError(f"image of {height} x {width} does not divide into patches of {size}")
+    x = images.reshape(batch, height // size, size, width // size, size, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, size, size, channels)
+
+
+def resize_positions(table: Array, grid: tuple[int, int]) -> Array:
+    """Interpolates a position table to another grid; the class token's row stays.
+
+    Args:
+      table: `[1 + side * side, width]`.
+      grid: rows and columns wanted.
+
+    Returns:
+      `[1 + rows * columns, width]` float32.
+    """
+    table = table.astype(jnp.float32)
+    side = round((table.shape[0] - 1) ** 0.5)
+    if grid == (side, side):
+        return table
+    square = table[1:].reshape(side, side, -1)
+    rows, columns = bicubic_matrix(side, grid[0]), bicubic_matrix(side, grid[1])
+    resized = jnp.einsum("yi,xj,ijd->yxd", rows, columns, square)
+    return jnp.concatenate([table[:1], resized.reshape(-1, table.shape[1])])
+
+
+def bicubic_matrix(old: int, new: int) -> np.ndarray:
+    """Weights `[new, old]` of torch's bicubic resize: a = -0.75, no antialias, clamped borders.
+
+    `jax.image.resize` uses a = -0.5 and antialiasing, which moves a table by 4-13 %.
+    """
+    centre = (np.arange(new) + 0.5) * (old / new) - 0.5
+    first = np.floor(centre)
+    matrix = np.zeros((new, old))
+    for tap in range(-1, 3):
+        distance = np.abs(centre - first - tap)
+        index = np.clip(first + tap, 0, old - 1).astype(int)
+        np.add.at(matrix, (np.arange(new), index), _cubic(distance))
+    return matrix.astype(np.float32)
+
+
+def _cubic(distance: np.ndarray, a: float = -0.75) -> np.ndarray:
+    """The cubic convolution kernel at distances 0 to 2."""
+    d = distance
+    near = ((a + 2) * d - (a + 3)) * d * d + 1
+    far = ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
+    return np.where(d <= 1, near, far)
+
+
+SIZES = {
+    "real": dict(image_size=224, patch=14, width=1408, depth=39, heads=16, hidden=6144),
+    "tiny": dict(image_size=64, patch=8, width=128, depth=6, heads=4, hidden=512),
+}
+
+SHARDING = (
+    (r"(.*/)?embeddings/patches/kernel", PartitionSpec(None, None, None, "fsdp")),
+    (r"(.*/)?layers/attention/(query|key|value)/kernel", PartitionSpec(None, "fsdp", "tensor")),
+    (r"(.*/)?layers/attention/(query|value)/bias", PartitionSpec(None, "tensor")),
+    (r"(.*/)?layers/attention/out/kernel", PartitionSpec(None, "tensor", None, "fsdp")),
+    (r"(.*/)?layers/feed_forward/up/kernel", PartitionSpec(None, "fsdp", "tensor")),
+    (r"(.*/)?layers/feed_forward/up/bias", PartitionSpec(None, "tensor")),
+    (r"(.*/)?layers/feed_forward/down/kernel", PartitionSpec(None, "tensor", "fsdp")),
+    (r"(.*/)?(embeddings/(class_token|positions|patches/bias))", PartitionSpec()),
+    (r"(.*/)?layers/.*(norm/(scale|bias)|(out|down)/bias)", PartitionSpec()),
+)
