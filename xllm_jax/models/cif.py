@@ -279,8 +279,8 @@ def conv_init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> A
 SIZES = {"real": dict(max_tokens=64, kernel=5), "tiny": dict(max_tokens=48, kernel=5)}
 
 SHARDING = (
-    (r".*/cif/conv/kernel", P(None, "fsdp", "tensor")),
-    (r".*/cif/dense/kernel", P("fsdp", "tensor")),
-    (r".*/cif/output/kernel", P("fsdp", "tensor")),
-    (r".*/cif/.*", P()),
+    (r"(.*/)?cif/conv/kernel", P(None, "fsdp", "tensor")),
+    (r"(.*/)?cif/dense/kernel", P("fsdp", "tensor")),
+    (r"(.*/)?cif/output/kernel", P("fsdp", "tensor")),
+    (r"(.*/)?cif/.*", P()),
 )

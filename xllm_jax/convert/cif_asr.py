@@ -1,0 +1,120 @@
+"""CIF ASR models of MingLunHan/CIF-HieraDist (a fairseq fork) to our trees and back.
+
+The tables build on each other: one conformer layer, the encoder, the CIF module, the decoder, and
+the whole stage-1 model with the parts `speech_encoder`, `speech_interface/cif` and `asr_decoder`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from xllm_jax.convert import Drop, Row
+from xllm_jax.convert.bert import Layers, linear, norm
+
+DROPPED = (
+    Drop(r".*num_batches_tracked", "a counter; the momentum is constant"),
+    Drop(r"decoder\.version", "fairseq's marker of the file format"),
+    Drop(r".*_float_tensor", "fairseq's marker of the device"),
+)
+
+
+def heads_in(source: str, target: str, heads: int, layers: Layers, bias: bool = True):
+    """Rows of a linear layer into heads."""
+    sizes = (("h", heads),)
+    rows = [Row(f"{source}.weight", f"{target}/kernel", "(h k) d -> d h k", layers, sizes)]
+    if bias:
+        rows.append(Row(f"{source}.bias", f"{target}/bias", "(h k) -> h k", layers, sizes))
+    return tuple(rows)
+
+
+def heads_out(source: str, target: str, heads: int, layers: Layers) -> tuple[Row, ...]:
+    """Rows of a linear layer out of heads."""
+    sizes = (("h", heads),)
+    return (
+        Row(f"{source}.weight", f"{target}/kernel", "d (h k) -> h k d", layers, sizes),
+        Row(f"{source}.bias", f"{target}/bias", "", layers),
+    )
+
+
+def conformer_layer_rows(
+    source: str, target: str, heads: int, layers: Layers = None
+) -> tuple[Row, ...]:
+    """Rows of one conformer layer; `source` and `target` end with their separators."""
+    attention, convolution = f"{source}self_attn", f"{source}conv_module"
+    rows = []
+    for old, new in (("ffn1", "feed_forward_in"), ("ffn2", "feed_forward_out")):
+        rows += norm(f"{source}{old}.layer_norm", f"{target}{new}_norm", layers)
+        rows += linear(f"{source}{old}.w_1", f"{target}{new}/up", layers)
+        rows += linear(f"{source}{old}.w_2", f"{target}{new}/down", layers)
+    rows += norm(f"{source}self_attn_layer_norm", f"{target}attention_norm", layers)
+    for old, new in (("q", "query"), ("k", "key"), ("v", "value")):
+        rows += heads_in(f"{attention}.linear_{old}", f"{target}attention/{new}", heads, layers)
+    pos = f"{attention}.linear_pos"
+    rows += heads_in(pos, f"{target}attention/position", heads, layers, bias=False)
+    rows += heads_out(f"{attention}.linear_out", f"{target}attention/output", heads, layers)
+    for letter in "uv":
+        name = f"{target}attention/bias_{letter}"
+        rows.append(Row(f"{attention}.pos_bias_{letter}", name, "", layers))
+    rows += norm(f"{convolution}.layer_norm", f"{target}convolution/layer_norm", layers)
+    for old, new, pattern in (
+        ("pointwise_conv1", "pointwise_in/kernel", "o i 1 -> i o"),
+        ("depthwise_conv", "depthwise", "c 1 k -> k c"),
+        ("pointwise_conv2", "pointwise_out/kernel", "o i 1 -> i o"),
+    ):
+        rows.append(
+            Row(f"{convolution}.{old}.weight", f"{target}convolution/{new}", pattern, layers)
+        )
+    for old, new in (
+        ("weight", "scale"),
+        ("bias", "bias"),
+        ("running_mean", "mean"),
+        ("running_var", "variance"),
+    ):
+        leaf = f"{target}convolution/batch_norm/{new}"
+        rows.append(Row(f"{convolution}.batch_norm.{old}", leaf, "", layers))
+    rows += norm(f"{source}final_layer_norm", f"{target}output_norm", layers)
+    return tuple(rows)
+
+
+def encoder_rows(
+    source: str, target: str, heads: int, depth: int, pools: Sequence[int], channels: int
+) -> tuple[Row, ...]:
+    """Rows of the speech encoder: front-end, projection and the stacks between the pools."""
+    rows = [
+        Row(
+            f"{source}subsample.conv.0.weight",
+            f"{target}front_end/conv/kernel",
+            "o 1 i j -> (i j) o",
+            sizes=(("i", 3),),
+        ),
+        Row(f"{source}subsample.conv.0.bias", f"{target}front_end/conv/bias"),
+        Row(
+            f"{source}subsample.out.0.weight",
+            f"{target}front_end/project/kernel",
+            "w (c f) -> f c w",
+            sizes=(("c", channels),),
+        ),
+        Row(f"{source}subsample.out.0.bias", f"{target}front_end/project/bias"),
+        *linear(f"{source}linear", f"{target}project"),
+    ]
+    for number, (start, end) in enumerate(itertools.pairwise([0, *pools, depth])):
+        layers = tuple(range(start, end))
+        name = f"{source}conformer_layers.{{layer}}."
+        rows += conformer_layer_rows(name, f"{target}blocks_{number}/", heads, layers)
+    return tuple(rows)
+
+
+def cif_rows(source: str, target: str, kernel: int = 5, output: bool = False) -> tuple[Row, ...]:
+    """Rows of the CIF module; `kernel` 0 for the dense weight predictor."""
+    if kernel:
+        rows = [
+            Row(f"{source}conv.weight", f"{target}conv/kernel", "o i k -> k i o"),
+            Row(f"{source}conv.bias", f"{target}conv/bias"),
+        ]
+    else:
+        rows = [*linear(f"{source}dense_proj", f"{target}dense")]
+    rows += linear(f"{source}weight_proj", f"{target}weight")
+    if output:
+        rows.append(Row(f"{source}cif_output_proj.weight", f"{target}output/kernel", "o i -> i o"))
+    return tuple(rows)
