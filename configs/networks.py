@@ -1,0 +1,82 @@
+"""The networks of X-LLM as Parts, at the real size and as the embedded world's miniature.
+
+`size` is 'real' or 'tiny' everywhere; a stage's config picks the parts it needs. Widths that two
+networks must agree on are stated here once.
+"""
+
+from xllm_jax.core.errors import UserError
+from xllm_jax.core.stage import Modality, Part
+
+# The miniature's fields that depend on its vocabulary files rather than on a SIZES row.
+TINY_VOCABULARY = 640
+TINY_CHARACTERS = 192
+TINY_LLM_WIDTH = 160
+TINY_QUERIES = 8
+TINY_SPEECH_TOKENS = 24
+TINY_FRAMES = (256, 416)
+
+MODALITIES = {
+    "image": Modality("vision_encoder", "image_interface"),
+    "video": Modality("vision_encoder", "video_interface"),
+    "speech": Modality("speech_encoder", "speech_interface"),
+}
+
+
+def llm(size: str) -> Part:
+    """ChatGLM-6B, or the mini-GLM that was pre-trained on the world's text."""
+    fields = {"vocab": TINY_VOCABULARY, "alpha": 12**0.5} if size == "tiny" else {}
+    return Part("glm.ChatGLM", size, fields)
+
+
+def vision_encoder(size: str) -> Part:
+    """EVA ViT-g, shared by images and video frames."""
+    return Part("vit.VisionTransformer", size)
+
+
+def visual_interface(size: str) -> Part:
+    """Q-Former and linear adapter; image and video have one each."""
+    return Part("interfaces.QFormerInterface", size, _adapter(size))
+
+
+def speech_encoder(size: str) -> Part:
+    """Convolutional front-end and conformer."""
+    return Part("conformer.SpeechEncoder", size)
+
+
+def speech_interface(size: str) -> Part:
+    """CIF, C-Former and linear adapter."""
+    return Part("speech_interface.SpeechInterface", size, _adapter(size))
+
+
+def asr_decoder(size: str) -> Part:
+    """The decoder of the stage-1 ASR model."""
+    fields = {"vocab": TINY_CHARACTERS} if size == "tiny" else {}
+    return Part("asr.ASRDecoder", size, fields)
+
+
+def _adapter(size: str) -> dict:
+    return {"llm_width": TINY_LLM_WIDTH} if size == "tiny" else {}
+
+
+def pretraining_interface(size: str) -> Part:
+    """The image interface with the Q-Former's text branch and BLIP-2's stage-1 heads."""
+    fields = {"text_vocab": TINY_VOCABULARY} if size == "tiny" else {}
+    return Part("interfaces.QFormerInterface", size, {**_adapter(size), "text": True, **fields})
+
+
+def is_tiny(size: str) -> bool:
+    """Whether a config was asked for its miniature (`configs/x.py:tiny`).
+
+    Raises:
+      UserError: neither 'real' nor 'tiny'.
+    """
+    if size not in ("real", "tiny"):
+        raise UserError(f"unknown size {size!r}", field="--config=FILE:SIZE", mend="real or tiny")
+    return size == "tiny"
+
+
+def numerics(size: str) -> dict:
+    """Dtypes and scan options: bfloat16 on accelerators; the miniature runs on any CPU."""
+    if size == "tiny":
+        return {"compute": "float32", "frozen": "float32", "unroll": 8, "log_every": 20}
+    return {"compute": "bfloat16", "frozen": "bfloat16", "remat": True}

@@ -1,0 +1,45 @@
+"""Where the data sets lie, relative to `data.root`: the paper's (Table 5) and the embedded world's."""
+
+from xllm_jax.core.stage import Source
+
+WORLD = {
+    "captions": Source("coco", "coco"),
+    "regions": Source("visual_genome", "visual_genome", options={"kind": "regions"}),
+    "questions": Source("visual_genome", "visual_genome", options={"kind": "questions"}),
+    "clips": Source("msrvtt", "msrvtt"),
+    "utterances": Source("aishell", "aishell"),
+    "spoken_questions": Source("visdial", "visdial", options={"kind": "asr"}),
+    "instructions": Source("instructions", "instructions"),
+}
+
+SPEECH = {
+    "aishell1": Source("aishell", "aishell1"),
+    "aishell2": Source("aishell", "aishell2"),
+    "vsdial_cn": Source("visdial", "vsdial_cn", options={"kind": "asr"}),
+}
+
+MSRVTT = Source("msrvtt", "msrvtt")
+
+INSTRUCTIONS = {
+    "minigpt4_zh": Source("instructions", "minigpt4_zh"),
+    "aishell2": Source("aishell", "aishell2"),
+    "activitynet": Source("msrvtt", "activitynet"),
+    "vsdial_cn": Source("visdial", "vsdial_cn", options={"kind": "spoken"}),
+}
+
+
+def image_text_pairs() -> dict[str, Source]:
+    """The 14M pairs of stage 2: CC3M, COCO, Visual Genome, Flickr30k, SBU, AI-Caps and Wukong."""
+    coco_form = ("coco", "flickr30k", "ai_challenger")
+    folders = ("cc3m", "sbu", "wukong")
+    return {
+        **{name: Source("coco", name) for name in coco_form},
+        "visual_genome": Source("visual_genome", "visual_genome", options={"kind": "regions"}),
+        **{name: Source("captions_folder", name) for name in folders},
+    }
+
+
+def tiny_image() -> dict:
+    """Image fields of Data for the world: 64 px, and never a flip, since captions say left and
+    right."""
+    return {"image": {"size": 64}}

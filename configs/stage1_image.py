@@ -1,0 +1,60 @@
+"""Stage 1, image: the Q-Former learns to read images by ITC, ITM and ITG (BLIP-2's first stage).
+
+    python launch/train.py --config=configs/stage1_image.py --workdir=runs/stage1_image
+    python launch/train.py --config=configs/stage1_image.py:tiny --workdir=runs/stage1_image
+
+The paper skips this stage by loading BLIP-2's Q-Former; it is here for those who start without one,
+and because Table 1 compares both. The vision encoder stays frozen.
+"""
+
+from configs import networks, sources
+from xllm_jax.core.stage import Data, Optimizer, Stage
+
+
+def get_config(size: str = "real") -> Stage:
+    tiny = networks.is_tiny(size)
+    return Stage(
+        name="stage1_image",
+        parts={
+            "vision_encoder": networks.vision_encoder(size),
+            "image_interface": networks.pretraining_interface(size),
+        },
+        modalities={"image": networks.MODALITIES["image"]},
+        init={
+            "vision_encoder": "bases/vision_encoder",
+            "image_interface/qformer": "" if tiny else "bases/bert_qformer",
+        },
+        trainable=(r"image_interface/.*",),
+        objective="contrast",
+        optimizer=Optimizer(peak=1e-3, minimum=1e-5, warmup_from=1e-5, warmup_steps=100, clip=1.0)
+        if tiny
+        else Optimizer(peak=1e-4, minimum=1e-5, warmup_from=1e-6, warmup_steps=5000),
+        data=_tiny_data() if tiny else _data(),
+        steps=600 if tiny else 250_000,
+        **networks.numerics(size),
+    )
+
+
+def _data() -> Data:
+    return Data(
+        root="data",
+        form="pairs",
+        sources=sources.image_text_pairs(),
+        vocabulary="bases/bert/vocab.txt",
+        examples=2320,
+        text_length=32,
+        image={"size": 224, "scale": (0.5, 1.0), "flip": True},
+        threads=16,
+    )
+
+
+def _tiny_data() -> Data:
+    return Data(
+        root="world",
+        form="pairs",
+        sources={"captions": sources.WORLD["captions"]},
+        vocabulary="bases/bert/vocab.txt",
+        examples=32,
+        text_length=48,
+        **sources.tiny_image(),
+    )

@@ -1,0 +1,82 @@
+"""Stage 1, speech: the CIF-based ASR model (paper section 3.2 and appendix A).
+
+    python launch/train.py --config=configs/stage1_speech.py --workdir=runs/stage1_speech
+    python launch/train.py --config=configs/stage1_speech.py:tiny --workdir=runs/stage1_speech
+
+Trains speech encoder, CIF and ASR decoder from scratch with cross-entropy, quantity and CTC losses;
+warm up 24k, hold 36k, decay 120k steps. Utterances come in length buckets, so that a batch wastes
+little padding and compiles once per bucket.
+"""
+
+from configs import networks, sources
+from xllm_jax.core.stage import Data, Optimizer, Stage
+
+
+def get_config(size: str = "real") -> Stage:
+    tiny = networks.is_tiny(size)
+    return Stage(
+        name="stage1_speech",
+        parts={
+            "speech_encoder": networks.speech_encoder(size),
+            "speech_interface": networks.speech_interface(size),
+            "asr_decoder": networks.asr_decoder(size),
+        },
+        trainable=(
+            r"speech_encoder/(?!.*/(mean|variance)$).*",
+            r"speech_interface/cif/.*",
+            r"asr_decoder/.*",
+        ),
+        objective="asr",
+        options={"label_smoothing": 0.1, "quantity_weight": 1.0, "ctc_weight": 0.5},
+        optimizer=Optimizer(
+            schedule="tri_stage",
+            peak=2e-3,
+            warmup_from=2e-5,
+            minimum=2e-5,
+            warmup_steps=200,
+            hold_steps=500,
+            decay_steps=600,
+            weight_decay=0.01,
+            clip=5.0,
+        )
+        if tiny
+        else Optimizer(
+            schedule="tri_stage",
+            peak=3e-4,
+            warmup_from=3e-6,
+            minimum=1.5e-5,
+            warmup_steps=24_000,
+            hold_steps=36_000,
+            decay_steps=120_000,
+            weight_decay=0.01,
+        ),
+        data=_tiny_data() if tiny else _data(),
+        steps=1300 if tiny else 180_000,
+        **networks.numerics(size),
+    )
+
+
+def _data() -> Data:
+    return Data(
+        root="data",
+        form="transcription",
+        sources={k: sources.SPEECH[k] for k in ("aishell1", "aishell2", "vsdial_cn")},
+        characters="bases/characters.txt",
+        examples=128,
+        frames=(256, 384, 512, 640, 832, 1088, 1600),
+        characters_length=64,
+        speech={"specaugment": True},
+        threads=16,
+    )
+
+
+def _tiny_data() -> Data:
+    return Data(
+        root="world",
+        form="transcription",
+        sources={k: sources.WORLD[k] for k in ("utterances", "spoken_questions")},
+        characters="world/characters.txt",
+        examples=16,
+        frames=networks.TINY_FRAMES,
+        characters_length=networks.TINY_SPEECH_TOKENS,
+    )

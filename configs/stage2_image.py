@@ -1,0 +1,73 @@
+"""Stage 2, image: align the image interface with the frozen LLM (paper section 3.3, Table 7).
+
+    python launch/train.py --config=configs/stage2_image.py --workdir=runs/stage2_image
+    python launch/train.py --config=configs/stage2_image.py:tiny --workdir=runs/stage2_image
+
+Trains the Q-Former, its queries and the adapter on 14M image-text pairs, five epochs. The "no init"
+row of Table 1 is --config.init.image_interface= (an empty value). The reference repository
+accumulates 32 micro-batches without dividing and uses beta2 0.999; the paper's values stand here.
+"""
+
+from configs import networks, sources
+from xllm_jax.core.stage import Data, Optimizer, Stage
+
+
+def get_config(size: str = "real") -> Stage:
+    tiny = networks.is_tiny(size)
+    return Stage(
+        name="stage2_image",
+        parts={
+            "vision_encoder": networks.vision_encoder(size),
+            "image_interface": networks.visual_interface(size),
+            "llm": networks.llm(size),
+        },
+        modalities={"image": networks.MODALITIES["image"]},
+        init={
+            "vision_encoder": "bases/vision_encoder",
+            "image_interface": "runs/stage1_image" if tiny else "bases/blip2_stage2",
+            "llm": "bases/llm",
+        },
+        trainable=(r"image_interface/.*",),
+        objective="answer",
+        optimizer=Optimizer(peak=1e-3, minimum=1e-5, warmup_from=1e-5, warmup_steps=100, clip=1.0)
+        if tiny
+        else Optimizer(
+            peak=3e-5, minimum=1e-8, warmup_from=1e-6, warmup_steps=6000, accumulation=16
+        ),
+        data=_tiny_data() if tiny else _data(),
+        steps=1500 if tiny else 136_700,  # 14M pairs x 5 epochs / (4 x 16 x 8)
+        **networks.numerics(size),
+    )
+
+
+def _data() -> Data:
+    return Data(
+        root="data",
+        sources=sources.image_text_pairs(),
+        template="chatglm_zh",
+        tokenizer="bases/llm",
+        examples=32,
+        rows=32,
+        length=96,
+        answers=33,
+        items={"image": 1},
+        embeddings={"image": 32},
+        image={"size": 224, "scale": (0.5, 1.0), "flip": True},
+        threads=16,
+    )
+
+
+def _tiny_data() -> Data:
+    return Data(
+        root="world",
+        sources={k: sources.WORLD[k] for k in ("captions", "regions", "questions")},
+        mix={"captions": 0.4, "regions": 0.2, "questions": 0.4},
+        tokenizer="bases/llm",
+        examples=32,
+        rows=8,
+        length=256,
+        answers=128,
+        items={"image": 4},
+        embeddings={"image": networks.TINY_QUERIES},
+        **sources.tiny_image(),
+    )

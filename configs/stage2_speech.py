@@ -1,0 +1,73 @@
+"""Stage 2, speech: align the C-Former with the frozen LLM (paper section 3.3, Table 7).
+
+    python launch/train.py --config=configs/stage2_speech.py --workdir=runs/stage2_speech
+    python launch/train.py --config=configs/stage2_speech.py:tiny --workdir=runs/stage2_speech
+
+Speech encoder and CIF come from stage 1 and stay frozen; the C-Former starts from bert-base-chinese.
+The reference repository ends the adapter in a ReLU: --config.parts.speech_interface.fields.relu=True.
+"""
+
+from configs import networks, sources
+from xllm_jax.core.stage import Data, Optimizer, Stage
+
+
+def get_config(size: str = "real") -> Stage:
+    tiny = networks.is_tiny(size)
+    return Stage(
+        name="stage2_speech",
+        parts={
+            "speech_encoder": networks.speech_encoder(size),
+            "speech_interface": networks.speech_interface(size),
+            "llm": networks.llm(size),
+        },
+        modalities={"speech": networks.MODALITIES["speech"]},
+        init={
+            "speech_encoder": "runs/stage1_speech",
+            "speech_interface/cif": "runs/stage1_speech",
+            "speech_interface/cformer": "bases/cformer",
+            "llm": "bases/llm",
+        },
+        trainable=(r"speech_interface/(?!cif/).*",),
+        objective="answer",
+        optimizer=Optimizer(peak=1e-3, minimum=1e-5, warmup_from=1e-5, warmup_steps=100, clip=1.0)
+        if tiny
+        else Optimizer(
+            peak=1e-4, minimum=1e-8, warmup_from=1e-6, warmup_steps=6000, accumulation=16
+        ),
+        data=_tiny_data() if tiny else _data(),
+        steps=800 if tiny else 80_000,  # 1.37M utterances x 30 epochs / (4 x 16 x 8)
+        **networks.numerics(size),
+    )
+
+
+def _data() -> Data:
+    return Data(
+        root="data",
+        sources={k: sources.SPEECH[k] for k in ("aishell2", "vsdial_cn")},
+        tokenizer="bases/llm",
+        characters="bases/characters.txt",
+        examples=32,
+        rows=32,
+        length=128,
+        answers=64,
+        items={"speech": 1},
+        embeddings={"speech": 48},
+        frames=(1600,),
+        threads=16,
+    )
+
+
+def _tiny_data() -> Data:
+    return Data(
+        root="world",
+        sources={"utterances": sources.WORLD["utterances"]},
+        tokenizer="bases/llm",
+        characters="world/characters.txt",
+        examples=32,
+        rows=8,
+        length=224,
+        answers=96,
+        items={"speech": 4},
+        embeddings={"speech": networks.TINY_SPEECH_TOKENS},
+        frames=(networks.TINY_FRAMES[-1],),
+    )

@@ -1,0 +1,73 @@
+"""Stage 2, video: align the video interface with the frozen LLM (paper section 3.3, Table 7).
+
+    python launch/train.py --config=configs/stage2_video.py --workdir=runs/stage2_video
+    python launch/train.py --config=configs/stage2_video.py:tiny --workdir=runs/stage2_video
+
+Starts from the stage-2 image interface and trains all of it on MSR-VTT; each frame gives 32
+embeddings, frames in time order. The reference repository trains only the queries and the
+projection: --config.trainable="('video_interface/(queries|adapter/.*)',)".
+"""
+
+from configs import networks, sources
+from xllm_jax.core.stage import Data, Optimizer, Stage
+
+
+def get_config(size: str = "real") -> Stage:
+    tiny = networks.is_tiny(size)
+    return Stage(
+        name="stage2_video",
+        parts={
+            "vision_encoder": networks.vision_encoder(size),
+            "video_interface": networks.visual_interface(size),
+            "llm": networks.llm(size),
+        },
+        modalities={"video": networks.MODALITIES["video"]},
+        init={
+            "vision_encoder": "bases/vision_encoder",
+            "video_interface": "runs/stage2_image:image_interface",
+            "llm": "bases/llm",
+        },
+        trainable=(r"video_interface/.*",),
+        objective="answer",
+        optimizer=Optimizer(peak=1e-3, minimum=1e-5, warmup_from=1e-5, warmup_steps=50, clip=1.0)
+        if tiny
+        else Optimizer(
+            peak=1e-5, minimum=1e-8, warmup_from=1e-6, warmup_steps=200, accumulation=16
+        ),
+        data=_tiny_data() if tiny else _data(),
+        steps=400 if tiny else 600,  # 7.7k clips x 5 epochs / (2 x 16 x 2)
+        **networks.numerics(size),
+    )
+
+
+def _data() -> Data:
+    return Data(
+        root="data",
+        sources={"msrvtt": sources.MSRVTT},
+        tokenizer="bases/llm",
+        examples=4,
+        rows=4,
+        length=384,
+        answers=33,
+        items={"video": 10},
+        embeddings={"video": 32},
+        image={"size": 224},
+        video={"frames": 10},
+        threads=16,
+    )
+
+
+def _tiny_data() -> Data:
+    return Data(
+        root="world",
+        sources={"clips": sources.WORLD["clips"]},
+        tokenizer="bases/llm",
+        examples=16,
+        rows=8,
+        length=192,
+        answers=64,
+        items={"video": 8},
+        embeddings={"video": networks.TINY_QUERIES},
+        video={"frames": 4},
+        **sources.tiny_image(),
+    )

@@ -1,0 +1,33 @@
+"""Pre-trains the mini-GLM on the embedded world's text alone: GLM's objective and reading.
+
+    python launch/train.py --config=configs/world_llm.py --workdir=runs/world_llm
+
+The text stream holds written scenes, frames and sentences between the tags where features come
+later, so that the LLM can read and answer before it ever sees or hears. Its result ships with the
+package; `make backbones` runs this file again.
+"""
+
+from configs import networks
+from xllm_jax.core.stage import Data, Optimizer, Source, Stage
+
+
+def get_config(size: str = "tiny") -> Stage:
+    return Stage(
+        name="world_llm",
+        parts={"llm": networks.llm(size)},
+        trainable=(r"llm/.*",),
+        objective="answer",
+        optimizer=Optimizer(
+            peak=2e-3, minimum=2e-5, warmup_from=1e-5, warmup_steps=500, clip=1.0, b2=0.98
+        ),
+        data=Data(
+            sources={"text": Source("world_text", options={"count": 400_000})},
+            tokenizer="bases/tokenizer",
+            examples=64,
+            rows=16,
+            length=320,
+            answers=128,
+        ),
+        steps=6000,
+        **networks.numerics(size),
+    )

@@ -1,0 +1,29 @@
+"""Trains one stage.
+
+    python launch/train.py --config=configs/stage2_image.py[:tiny] --workdir=DIR \
+        [--config.optimizer.peak=1e-4] [--config.data.mix.captions=0]
+
+The same command continues a run that was stopped.
+"""
+
+from __future__ import annotations
+
+from absl import flags, logging
+from ml_collections import config_flags
+
+from launch import command
+from xllm_jax import train
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Stage file: configs/NAME.py[:tiny].")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, logs, result.")
+
+
+def main(_: list[str]) -> None:
+    logging.set_verbosity(logging.INFO)
+    result = train.fit(CONFIG.value, WORKDIR.value)
+    print(f"Trained parts: {result}")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    command.run(main)

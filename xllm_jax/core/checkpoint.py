@@ -1,0 +1,204 @@
+"""Checkpoints: what trained, the optimizer state, the data position, the identity of the base.
+
+The home of orbax. A run's folder holds `checkpoints/STEP/` (trainable half, optimizer state, step,
+data position) and `base/` is any folder written by `save_base` (a whole part, frozen or not). Saves
+go to a temporary folder that is renamed when it is complete, so a killed run never leaves half a
+checkpoint that could be picked up.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from xllm_jax.core import rules
+from xllm_jax.core.errors import UserError
+
+FORMAT = 1
+
+
+def to_json(stage: Any) -> str:
+    """A Stage (or any dataclass) as JSON text; tuples become lists."""
+    return json.dumps(dataclasses.asdict(stage), indent=1, ensure_ascii=False, sort_keys=True)
+
+
+def identity(tree: Mapping[str, Any]) -> str:
+    """Hash of a parameter tree: paths, shapes, dtypes and every value's bytes (hex, 16 digits).
+
+    Values enter as two exact integer checksums computed where the array lies, so that a sharded
+    tree is not gathered on the host.
+    """
+    digest = hashlib.sha256()
+    for path, leaf in rules.flatten(tree).items():
+        sums = [int(value) for value in _checksum(leaf)]
+        digest.update(f"{path} {tuple(leaf.shape)} {leaf.dtype} {sums}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+@jax.jit
+def _checksum(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
+    width = {1: np.uint8, 2: np.uint16, 4: np.uint32}[leaf.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(leaf, width).astype(np.uint32).reshape(-1)
+    place = jax.lax.iota(np.uint32, bits.shape[0]) * np.uint32(2654435761) + np.uint32(1)
+    return bits.sum(dtype=np.uint32), (bits * place).sum(dtype=np.uint32)
+
+
+class Checkpoints:
+    """The checkpoints of one run, saved asynchronously, the last `keep` kept.
+
+    Args:
+      directory: the run's folder.
+      keep: number of checkpoints kept.
+    """
+
+    def __init__(self, directory: str | Path, keep: int = 2):
+        self.directory = Path(directory).absolute() / "checkpoints"
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=True, enable_async_checkpointing=True
+        )
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def latest(self) -> int | None:
+        """Number of the newest complete checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+        """Starts saving `state` (tree of arrays) and `about` (JSON: data position, stage, base)."""
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(dict(about))
+            ),
+        )
+
+    def about(self, step: int) -> dict[str, Any]:
+        """What was saved beside the arrays of a checkpoint."""
+        return self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))[
+            "about"
+        ]
+
+    def restore(self, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
+        """Reads the arrays of a checkpoint into the shapes, dtypes and shardings of `like`.
+
+        Raises:
+          UserError: the checkpoint holds other leaves or shapes than `like`.
+        """
+        try:
+            return self._manager.restore(
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like))
+            )["state"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"does not fit this stage: {str(error).splitlines()[0]}",
+                field=str(self.directory / str(step)),
+                mend="Resume with the configuration that wrote it, or choose a new --workdir",
+            ) from error
+
+    def wait(self) -> None:
+        """Blocks until the save under way is complete."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for the last save and releases the folder."""
+        self._manager.close()
+
+
+def save_base(directory: str | Path, params: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    """Writes parameter subtrees `{part: tree}` as a base that `init` can name; atomic.
+
+    An existing base of the same name is replaced only once the new one is complete.
+    """
+    directory = Path(directory).absolute()
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(partial / "params", dict(params))
+    shapes = {p: [list(x.shape), str(x.dtype)] for p, x in rules.flatten(params).items()}
+    (partial / "about.json").write_text(
+        json.dumps({"format": FORMAT, **about, "shapes": shapes}, ensure_ascii=False, indent=1)
+    )
+    shutil.rmtree(directory, ignore_errors=True)
+    partial.rename(directory)
+
+
+def base_about(directory: str | Path) -> dict[str, Any]:
+    """Reads `about.json` of a base.
+
+    Raises:
+      UserError: the folder is missing or is not a base.
+    """
+    file = Path(directory) / "about.json"
+    if not file.exists():
+        raise UserError(
+            "no base or finished run here",
+            field=str(directory),
+            mend="Run the stage that writes it, or launch/convert.py",
+        )
+    return json.loads(file.read_text())
+
+
+def load_leaves(
+    directory: str | Path, prefix: str, like: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
+    """Reads one subtree of a base into the shapes, dtypes and shardings of `like`.
+
+    Args:
+      directory: folder written by `save_base`.
+      prefix: path of the subtree inside the base, such as 'llm' or 'speech_interface/cif'.
+      like: {path: `jax.ShapeDtypeStruct` with sharding}, flat, every path below `prefix`.
+
+    Returns:
+      {path: array}, flat.
+
+    Raises:
+      UserError: no such subtree, a leaf missing or extra, or another shape; names the leaf.
+    """
+    about = base_about(directory)
+    _check_leaves(directory, prefix, about["shapes"], like)
+    target = rules.unflatten(like)
+    restore_args = jax.tree.map(
+        lambda x: ocp.ArrayRestoreArgs(dtype=x.dtype, sharding=x.sharding, global_shape=x.shape),
+        target,
+    )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        found = checkpointer.restore(
+            Path(directory).absolute() / "params",
+            args=ocp.args.PyTreeRestore(
+                item=target, restore_args=restore_args, partial_restore=True
+            ),
+        )
+    return rules.flatten(found)
+
+
+def _check_leaves(directory: str | Path, prefix: str, shapes: dict, like: Mapping) -> None:
+    stored = {p: s for p, s in shapes.items() if p == prefix or p.startswith(prefix + "/")}
+    if not stored:
+        parts = ", ".join(sorted({path.split("/")[0] for path in shapes}))
+        raise UserError(
+            f"holds no {prefix!r}, only {parts}",
+            field=str(directory),
+            mend="Name the part after a colon: DIR:part",
+        )
+    for path in sorted(stored.keys() ^ like.keys()):
+        where = "lacks" if path in like else "has, but the model does not,"
+        raise UserError(
+            f"the checkpoint {where} {path}",
+            field=str(directory),
+            mend="It belongs to another architecture; check parts.*.size and fields",
+        )
+    for path, leaf in like.items():
+        if tuple(stored[path][0]) != tuple(leaf.shape):
+            raise UserError(
+                f"{path} has shape {tuple(stored[path][0])}, the model {tuple(leaf.shape)}",
+                field=str(directory),
+                mend="The checkpoint is of another size; check parts.*.size and fields",
+            )

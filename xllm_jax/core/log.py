@@ -1,0 +1,79 @@
+"""What a run says: a progress bar, a JSONL file, TensorBoard events. Nothing is lost on resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+
+class Log:
+    """Writes scalars of a run and shows its progress.
+
+    `metrics.jsonl` holds one object a line (`step` and the scalars). When a run resumes at an
+    earlier step than the file's last one, the lines past it are dropped: the file always shows one
+    uninterrupted curve.
+
+    Args:
+      directory: the run's folder.
+      name: shown in front of the bar.
+      total: steps of the whole run.
+      start: step the run starts or resumes from.
+      main: whether this host writes at all.
+    """
+
+    def __init__(self, directory: Path, name: str, total: int, start: int, main: bool = True):
+        self._main, self._start, self._began = main, start, time.monotonic()
+        if not main:
+            return
+        directory.mkdir(parents=True, exist_ok=True)
+        self._file = directory / "metrics.jsonl"
+        self._truncate(start)
+        self._stream = self._file.open("a")
+        self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
+        self._bar = tqdm(total=total, initial=start, desc=name, unit="step", dynamic_ncols=True)
+
+    def _truncate(self, start: int) -> None:
+        if not self._file.exists():
+            return
+        kept = [line for line in self._file.read_text().splitlines() if _step(line) <= start]
+        partial = self._file.with_suffix(".partial")
+        partial.write_text("".join(line + "\n" for line in kept))
+        os.replace(partial, self._file)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Records the scalars of a step and moves the bar there."""
+        if not self._main:
+            return
+        self._stream.write(json.dumps({"step": step, **scalars}) + "\n")
+        self._stream.flush()
+        for name, value in scalars.items():
+            self._events.add_scalar(name, value, step)
+        self._bar.set_postfix_str(
+            " ".join(f"{k}={v:.4g}" for k, v in scalars.items() if k in _SHOWN or "loss" in k),
+            refresh=False,
+        )
+        self._bar.update(step - self._bar.n)
+
+    def close(self) -> None:
+        """Flushes and closes everything."""
+        if self._main:
+            self._bar.close()
+            self._stream.close()
+            self._events.close()
+
+
+_SHOWN = ("accuracy", "samples_per_second", "bad_records")
+
+
+def _step(line: str) -> int:
+    """Step of a JSONL line; a line cut off by a kill counts as past every step."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError):
+        return 1 << 62

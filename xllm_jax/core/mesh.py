@@ -1,0 +1,111 @@
+"""Mesh, shardings from path rules, and host arrays to global arrays.
+
+The user's "sharded with pjit" is `jax.jit` with `NamedSharding` today. Axes are Auto (explicit ones
+break ordinary Linen code): 'data' splits the batch, 'fsdp' splits batch and parameters, 'tensor'
+splits heads and hidden widths.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from xllm_jax.core import rules
+from xllm_jax.core.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+
+
+def make(axes: Mapping[str, int], devices: list[jax.Device] | None = None) -> Mesh:
+    """Builds the mesh of a stage.
+
+    Args:
+      axes: {axis: size}; one size may be -1 and takes the devices that are left; axes that are not
+        named have size 1.
+      devices: all devices when None.
+
+    Raises:
+      UserError: an unknown axis, or sizes that do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    unknown = set(axes) - set(AXES)
+    if unknown:
+        raise UserError(f"unknown axis {sorted(unknown)[0]!r}", field="mesh", mend=f"Use {AXES}")
+    sizes = [axes.get(axis, 1) for axis in AXES]
+    known = math.prod(size for size in sizes if size != -1)
+    sizes = [len(devices) // known if size == -1 else size for size in sizes]
+    if math.prod(sizes) != len(devices):
+        raise UserError(
+            f"{dict(zip(AXES, sizes))} needs {math.prod(sizes)} devices, there are {len(devices)}",
+            field="mesh",
+            mend="Give one axis the size -1",
+        )
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def batch_spec() -> PartitionSpec:
+    """Sharding of every batch array: the leading axis over 'data' and 'fsdp'."""
+    return PartitionSpec(("data", "fsdp"))
+
+
+def parameter_shardings(mesh: Mesh, specs: Mapping[str, Any], tree: Mapping[str, Any]) -> dict:
+    """Turns a tree of PartitionSpecs into NamedShardings that fit the leaves' shapes.
+
+    An axis of a leaf that the mesh axis does not divide stays whole: a tiny model runs on any mesh,
+    and at the real sizes every row divides.
+    """
+    flat = rules.flatten(tree)
+    return rules.unflatten(
+        {
+            path: NamedSharding(mesh, fitting(mesh, spec, flat[path].shape))
+            for path, spec in rules.flatten(specs).items()
+        }
+    )
+
+
+def fitting(mesh: Mesh, spec: PartitionSpec, shape: tuple[int, ...]) -> PartitionSpec:
+    """Drops from `spec` the entries that do not divide the axis they stand for."""
+    entries = []
+    for length, entry in zip(shape, tuple(spec) + (None,) * (len(shape) - len(spec))):
+        names = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+        size = math.prod(mesh.shape[name] for name in names)
+        entries.append(entry if length % size == 0 else None)
+    return PartitionSpec(*entries)
+
+
+def constrain(x: jax.Array, *entries: Any) -> jax.Array:
+    """Constrains an activation inside jit; does nothing where no mesh is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
+
+
+def to_global(mesh: Mesh, batch: Any) -> Any:
+    """Turns this host's arrays into global arrays, split along their leading axis.
+
+    Args:
+      batch: pytree of NumPy arrays `[rows of this host, ...]`.
+    """
+    sharding = NamedSharding(mesh, batch_spec())
+    replicated = NamedSharding(mesh, PartitionSpec())
+    count = mesh.shape["data"] * mesh.shape["fsdp"]
+
+    def place(x: np.ndarray) -> jax.Array:
+        x = np.asarray(x)
+        if x.ndim == 0:
+            return jax.device_put(x, replicated)
+        if (x.shape[0] * jax.process_count()) % count:
+            raise UserError(
+                f"{x.shape[0] * jax.process_count()} rows do not split over {count} devices",
+                field="data.rows",
+                mend="Choose a multiple of the data and fsdp axes' product",
+            )
+        return jax.make_array_from_process_local_data(sharding, x)
+
+    return jax.tree.map(place, batch)
