@@ -118,3 +118,61 @@ def cif_rows(source: str, target: str, kernel: int = 5, output: bool = False) ->
     if output:
         rows.append(Row(f"{source}cif_output_proj.weight", f"{target}output/kernel", "o i -> i o"))
     return tuple(rows)
+
+
+def decoder_layer_rows(
+    source: str, target: str, heads: int, layers: Layers = None, cross: bool = False
+) -> tuple[Row, ...]:
+    """Rows of one decoder layer; `source` and `target` end with their separators."""
+    rows = []
+    kinds = [("self_attn", "self")] + ([("encoder_attn", "cross")] if cross else [])
+    for old, new in kinds:
+        rows += norm(f"{source}{old}_layer_norm", f"{target}{new}_norm", layers)
+        for letter, name in (("q", "query"), ("k", "key"), ("v", "value")):
+            leaf = f"{target}{new}_attention/{name}"
+            rows += heads_in(f"{source}{old}.{letter}_proj", leaf, heads, layers)
+        leaf = f"{target}{new}_attention/output"
+        rows += heads_out(f"{source}{old}.out_proj", leaf, heads, layers)
+    rows += norm(f"{source}final_layer_norm", f"{target}feed_forward_norm", layers)
+    rows += linear(f"{source}fc1", f"{target}feed_forward/up", layers)
+    rows += linear(f"{source}fc2", f"{target}feed_forward/down", layers)
+    return tuple(rows)
+
+
+def decoder_rows(source: str, target: str, heads: int, depth: int) -> tuple[Row, ...]:
+    """Rows of the decoder without its CTC head; every block is one of self-attention."""
+    layers = tuple(range(depth))
+    return (
+        Row(f"{source}embed_tokens.weight", f"{target}embed"),
+        Row(f"{source}project_in_dim.weight", f"{target}project_in/kernel", "o i -> i o"),
+        *decoder_layer_rows(f"{source}layers.{{layer}}.", f"{target}self_blocks/", heads, layers),
+        *norm(f"{source}layer_norm", f"{target}norm"),
+        Row(f"{source}project_out_dim.weight", f"{target}project_out/kernel", "o i -> i o"),
+        Row(f"{source}output_projection.weight", f"{target}output/kernel", "o i -> i o"),
+    )
+
+
+def rows(
+    encoder_heads: int,
+    encoder_depth: int,
+    pools: Sequence[int],
+    channels: int,
+    decoder_heads: int,
+    decoder_depth: int,
+    kernel: int = 5,
+    output: bool = False,
+) -> tuple[Row, ...]:
+    """Rows of a whole model: speech encoder, CIF, decoder and CTC head.
+
+    Args:
+      encoder_heads, encoder_depth, pools, channels: sizes of the speech encoder.
+      decoder_heads, decoder_depth: sizes of the decoder.
+      kernel, output: see `cif_rows`.
+    """
+    encoder = "speech_encoder/"
+    return (
+        *encoder_rows("encoder.", encoder, encoder_heads, encoder_depth, pools, channels),
+        *cif_rows("encoder.cif.", "speech_interface/cif/", kernel, output),
+        *linear("encoder.ctc_proj", "asr_decoder/ctc"),
+        *decoder_rows("decoder.", "asr_decoder/", decoder_heads, decoder_depth),
+    )
