@@ -15,9 +15,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from xllm_jax.core.errors import UserError
+from xllm_jax.data import blank_infilling
 from xllm_jax.data.example import Example
 from xllm_jax.data.glm_layout import positions_of
 from xllm_jax.data.instructions import instructions
+from xllm_jax.data.record import DoesNotFit
 
 WRITTEN = "text:"  # prefix of media that are written out instead of shown
 PLACEHOLDER = 0  # token id under a media embedding; the model ignores it
@@ -54,10 +56,6 @@ TEMPLATES = {
     # the question as it is
     "plain": Template(question="{question}", earlier="{question}\n{answer}\n", last="{question}"),
 }
-
-
-class DoesNotFit(UserError):
-    """The prompt is too long for its bucket."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,6 +259,32 @@ def build(
     supervised = len(reply) + 2 if answer else 1
     kept, dropped = _shorten(parts, encoded, limits, supervised, example.key)
     return _layout(parts, kept, reply if answer else None, tokenizer, (dropped, lost))
+
+
+def infilled(example: Example, tokenizer, limits: Limits, generator: np.random.Generator) -> Prompt:
+    """Turns an example's answer into a row of GLM's pre-training: spans to be filled in.
+
+    A text that is longer than a row gives a random window of itself.
+
+    Raises:
+      UserError: fewer than two tokens.
+    """
+    ids = list(tokenizer.encode(example.answer))
+    # Short spans cover 15 % of the text; each adds its mask, <sop> and <eop> at worst.
+    most = max(min(int(limits.length / 1.5) - 3, limits.answers - 2), 2)
+    start = int(generator.integers(max(len(ids) - most, 0) + 1))
+    row = blank_infilling.example(ids[start : start + most], tokenizer.specials, generator)
+    return Prompt(
+        ids=row.ids,
+        positions=row.positions,
+        context=row.context,
+        index={},
+        answer_index=row.answer_index,
+        targets=row.targets,
+        weights=np.ones(len(row.targets), np.float32),
+        slots=(),
+        cut=(0, max(len(ids) - most, 0)),
+    )
 
 
 def _shorten(

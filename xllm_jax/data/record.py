@@ -7,9 +7,14 @@ import zlib
 
 import numpy as np
 
+from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
 
 PROMPT, MEDIA = 0, 1  # purposes of a record's generators; one never disturbs the other
+
+
+class DoesNotFit(UserError):
+    """A readable record that is too long for its bucket."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +27,7 @@ class Record:
       epoch: how often its data set had been read before.
       index: its place in the data set.
       seed: of the run.
+      bucket: its length bucket, an index into `Data.frames`.
     """
 
     example: Example
@@ -29,6 +35,7 @@ class Record:
     epoch: int = 0
     index: int = 0
     seed: int = 0
+    bucket: int = 0
 
     def generator(self, purpose: int, part: int = 0) -> np.random.Generator:
         """A fresh generator that depends on the record alone, never on the worker or the order.

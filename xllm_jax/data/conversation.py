@@ -1,0 +1,272 @@
+"""The conversation form: examples become prompts, prompts become packed rows of one Batch.
+
+Planning reads text only and is the same on every host: it decides for the whole global batch which
+example stands in which row. Filling opens the media of one host's rows. So the global batch does
+not depend on the number of hosts, and nobody decodes a file that no row has room for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from xllm_jax.core.batch import Batch, Media, zeros
+from xllm_jax.core.errors import UserError
+from xllm_jax.core.stage import Data
+from xllm_jax.data import media, prompt
+from xllm_jax.data.record import PROMPT, DoesNotFit, Mode, Record, Skipped
+from xllm_jax.data.tokenizer import ChatGLMTokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Tools:
+    """What planning needs besides the data's settings."""
+
+    tokenizer: ChatGLMTokenizer
+    style: prompt.Template
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """One example of a row, with its sequence."""
+
+    record: Record
+    prompt: prompt.Prompt
+
+
+Rows = tuple[tuple[Placed, ...], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Rows of a global batch, what was left out, and how many tokens were cut from long text."""
+
+    rows: Rows
+    skipped: tuple[Skipped, ...]
+    cut: int = 0
+
+    def supervised(self) -> int:
+        """Supervised tokens of the plan."""
+        return sum(int(placed.prompt.weights.sum()) for row in self.rows for placed in row)
+
+    def members(self, rows: slice) -> list[tuple[int, int, Record]]:
+        """(row, segment, record) of every example in some rows, rows counted from the first."""
+        return [
+            (number, segment, placed.record)
+            for number, row in enumerate(self.rows[rows])
+            for segment, placed in enumerate(row, start=1)
+        ]
+
+
+def tools(data: Data) -> Tools:
+    """Loads the tokenizer and the template that the data names."""
+    return Tools(ChatGLMTokenizer(data.tokenizer), prompt.template(data.template))
+
+
+def plan(records: Sequence[Record], kit: Tools, data: Data, mode: Mode) -> Plan:
+    """Builds the prompts of a global batch and packs them into its rows, first fit.
+
+    Raises:
+      DoesNotFit: outside training, a prompt is longer than a row.
+    """
+    prompts, skipped = prepare(records, kit, data, mode)
+    places = first_fit([needs(placed) for placed in prompts], capacity(data, mode), data.rows)
+    rows: list[list[Placed]] = [[] for _ in range(data.rows)]
+    for placed, place in zip(prompts, places):
+        if place is None:
+            skipped.append(Skipped(placed.record.example.key, f"no room for {needs(placed)}"))
+        else:
+            rows[place].append(placed)
+    cut = sum(sum(placed.prompt.cut) for row in rows for placed in row)
+    return Plan(tuple(map(tuple, rows)), tuple(skipped), cut)
+
+
+def prepare(
+    records: Sequence[Record], kit: Tools, data: Data, mode: Mode
+) -> tuple[list[Placed], list[Skipped]]:
+    """Prompts of the records in order, and the records that cannot be prompts."""
+    placed, skipped = [], []
+    for record in records:
+        key = record.example.key
+        try:
+            placed.append(Placed(record, sequence(record, kit, data, mode)))
+        except DoesNotFit as error:
+            if not mode.train:
+                raise
+            skipped.append(Skipped(key, error.what))
+        except UserError as error:
+            skipped.append(Skipped(key, str(error), bad=True))
+    return placed, skipped
+
+
+def sequence(record: Record, kit: Tools, data: Data, mode: Mode) -> prompt.Prompt:
+    """The prompt of one record."""
+    example = record.example
+    limits = prompt.Limits(data.length, data.answers, strict=not mode.train)
+    if data.form == "text" and example.task == "text" and mode.answers:
+        return prompt.infilled(example, kit.tokenizer, limits, record.generator(PROMPT))
+
+    def slot(modality: str, path: str) -> prompt.Slot:
+        form = media.form(modality, data)
+        stride = data.embeddings[modality]
+        size = stride
+        if form.spoken and mode.answers:
+            size = min(media.spoken_tokens(example), stride)
+        return prompt.Slot(modality, path, form.items, size, stride)
+
+    return prompt.build(
+        example,
+        kit.tokenizer,
+        kit.style,
+        slot,
+        limits,
+        record.generator(PROMPT),
+        mode.answers,
+    )
+
+
+def needs(placed: Placed) -> dict[str, int]:
+    """What an example takes of a row: tokens, supervised tokens, media items, one place."""
+    made = placed.prompt
+    taken = {"tokens": len(made.ids), "answers": len(made.targets), "examples": 1}
+    for slot in made.slots:
+        taken[slot.modality] = taken.get(slot.modality, 0) + slot.items
+    return taken
+
+
+def capacity(data: Data, mode: Mode) -> dict[str, int]:
+    """What a row has of each; a row that will be continued belongs to one example."""
+    examples = data.length if mode.answers else 1
+    return {
+        "tokens": data.length,
+        "answers": data.answers,
+        "examples": examples,
+        **data.items,
+    }
+
+
+def first_fit(
+    wanted: Sequence[dict[str, int]], room: dict[str, int], rows: int
+) -> list[int | None]:
+    """Row of each entry: the first that still has room for all it needs, or None.
+
+    Deterministic, in the order given. A need that `room` does not name has no room.
+    """
+    free = [dict(room) for _ in range(rows)]
+    places: list[int | None] = []
+    for need in wanted:
+        fits = (
+            number
+            for number, row in enumerate(free)
+            if all(row.get(name, 0) >= amount for name, amount in need.items())
+        )
+        place = next(fits, None)
+        places.append(place)
+        for name, amount in need.items() if place is not None else ():
+            free[place][name] -= amount
+    return places
+
+
+def batches(records: Sequence[Record], kit: Tools, data: Data, mode: Mode) -> list[Plan]:
+    """Plans that hold every record exactly once, in order: a batch ends when the next does not fit.
+
+    Raises:
+      DoesNotFit: a prompt that no row can hold.
+    """
+    prompts, skipped = prepare(records, kit, data, mode)
+    room = capacity(data, mode)
+    plans: list[Plan] = []
+    start = 0
+    while start < len(prompts):
+        window = prompts[start : start + data.examples]
+        places = first_fit([needs(placed) for placed in window], room, data.rows)
+        end = places.index(None) if None in places else len(places)
+        if not end:
+            raise DoesNotFit(
+                f"takes {needs(window[0])}, a row has {room}",
+                field=window[0].record.example.key,
+                mend="Raise data.length, data.answers or data.items",
+            )
+        rows = [[p for p, at in zip(window[:end], places) if at == r] for r in range(data.rows)]
+        cut = sum(sum(placed.prompt.cut) for placed in window[:end])
+        plans.append(Plan(tuple(map(tuple, rows)), (), cut))
+        start += end
+    return [*plans[:-1], *(dataclasses.replace(p, skipped=tuple(skipped)) for p in plans[-1:])]
+
+
+def fill(
+    made: Plan, rows: slice, kit: Tools, data: Data, mode: Mode
+) -> tuple[Batch, list[Skipped]]:
+    """Opens the media of one host's rows and writes its arrays.
+
+    Returns:
+      (Batch with the B rows of this host, the examples whose files could not be read; their rows
+      go on without them).
+    """
+    shapes = {name: (items, media.form(name, data).shape) for name, items in data.items.items()}
+    mine = made.rows[rows]
+    batch = zeros(len(mine), data.length, data.answers, shapes)
+    skipped: list[Skipped] = []
+    for number, row in enumerate(mine):
+        used = dict.fromkeys(["tokens", "answers", *data.items], 0)
+        for segment, placed in enumerate(row, start=1):
+            try:
+                loaded = [
+                    media.load(slot.modality, slot.path, data, placed.record, part, mode.train)
+                    for part, slot in enumerate(placed.prompt.slots)
+                ]
+            except UserError as error:
+                too_long = isinstance(error, DoesNotFit)
+                if too_long and not mode.train:
+                    raise
+                key = placed.record.example.key
+                skipped.append(Skipped(key, error.what, bad=not too_long, file=error.field))
+                continue
+            _write(batch, number, segment, placed, loaded, used)
+    return _without_counts(batch, data, mode), skipped
+
+
+def _write(
+    batch: Batch,
+    row: int,
+    segment: int,
+    placed: Placed,
+    loaded: Sequence[tuple[np.ndarray, np.ndarray]],
+    used: dict[str, int],
+) -> None:
+    """Writes one example behind what `used` says is taken, and moves that on."""
+    made = placed.prompt
+    start, answer = used["tokens"], used["answers"]
+    tokens = slice(start, start + len(made.ids))
+    supervised = slice(answer, answer + len(made.targets))
+    batch.ids[row, tokens] = made.ids
+    batch.positions[row, tokens] = made.positions
+    batch.context[row, tokens] = made.context
+    batch.segments[row, tokens] = segment
+    batch.answer_index[row, supervised] = made.answer_index + start
+    batch.targets[row, supervised] = made.targets
+    batch.weights[row, supervised] = made.weights
+    for modality, index in made.index.items():
+        stride = next(slot.stride for slot in made.slots if slot.modality == modality)
+        shifted = np.where(index >= 0, index + used[modality] * stride, -1)
+        batch.media[modality].index[row, tokens] = shifted
+    for slot, (values, lengths) in zip(made.slots, loaded):
+        items = slice(used[slot.modality], used[slot.modality] + slot.items)
+        batch.media[slot.modality].values[row, items] = values
+        batch.media[slot.modality].lengths[row, items] = lengths
+        batch.media[slot.modality].counts[row, items] = slot.size
+        used[slot.modality] += slot.items
+    used["tokens"], used["answers"] = tokens.stop, supervised.stop
+
+
+def _without_counts(batch: Batch, data: Data, mode: Mode) -> Batch:
+    """Leaves spoken slots to the interface's own count when the rows will be continued."""
+    if mode.answers:
+        return batch
+    found: dict[str, Media] = {
+        name: dataclasses.replace(entry, counts=None) if media.form(name, data).spoken else entry
+        for name, entry in batch.media.items()
+    }
+    return dataclasses.replace(batch, media=found)

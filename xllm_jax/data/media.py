@@ -1,0 +1,123 @@
+"""Files of each modality as media items: how many, of which shape, and how they are read.
+
+A new modality is one more entry of FORMS and one file beside `image.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+from xllm_jax.core.errors import UserError
+from xllm_jax.core.stage import Data
+from xllm_jax.data.characters import token_count
+from xllm_jax.data.example import Example
+from xllm_jax.data.record import MEDIA, DoesNotFit, Record
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What one file of a modality becomes.
+
+    Attributes:
+      items: media items per file.
+      shape: of one item.
+      spoken: the slot is as long as what is said.
+    """
+
+    items: int
+    shape: tuple[int, ...]
+    spoken: bool = False
+
+
+def _image(data: Data) -> Form:
+    size = data.image.get("size", 224)
+    return Form(1, (size, size, 3))
+
+
+def _video(data: Data) -> Form:
+    size = data.image.get("size", 224)
+    return Form(data.video.get("frames", 5), (size, size, 3))
+
+
+def _speech(data: Data) -> Form:
+    return Form(1, (data.frames[-1], data.speech.get("bins", 80)), spoken=True)
+
+
+def _load_image(path: str, data: Data, rng: np.random.Generator, train: bool) -> np.ndarray:
+    from xllm_jax.data import image
+
+    return image.load(path, data.image, rng if train else None)[None]
+
+
+def _load_video(path: str, data: Data, rng: np.random.Generator, train: bool) -> np.ndarray:
+    from xllm_jax.data import video
+
+    return video.load(path, data.video | data.image, rng if train else None)
+
+
+def _load_speech(path: str, data: Data, rng: np.random.Generator, train: bool) -> np.ndarray:
+    from xllm_jax.data import speech
+
+    return speech.load(path, data.speech, rng if train else None)[None]
+
+
+FORMS: dict[str, Callable[[Data], Form]] = {"image": _image, "video": _video, "speech": _speech}
+LOADERS = {"image": _load_image, "video": _load_video, "speech": _load_speech}
+
+
+def form(modality: str, data: Data) -> Form:
+    """What one file of a modality becomes under the data's options.
+
+    Raises:
+      UserError: unknown modality, or the data gives it no place in the prompt.
+    """
+    if modality not in FORMS:
+        raise UserError(f"unknown modality {modality!r}", mend=f"Choices: {', '.join(FORMS)}")
+    return FORMS[modality](data)
+
+
+def load(
+    modality: str, path: str, data: Data, record: Record, part: int, train: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Reads one file.
+
+    Args:
+      modality: of the file.
+      path: the file.
+      data: the options of its modality.
+      record: whose randomness augments it.
+      part: number of the file among the record's.
+      train: augment.
+
+    Returns:
+      (values `[items, *shape]` float32, lengths `[items]` int32: valid frames of speech, else 1).
+
+    Raises:
+      UserError: the file cannot be read.
+      DoesNotFit: speech of more frames than the largest bucket.
+    """
+    made = form(modality, data)
+    values = LOADERS[modality](path, data, record.generator(MEDIA, part), train)
+    if not made.spoken:
+        return values, np.ones(made.items, np.int32)
+    count, most = values.shape[1], made.shape[0]
+    if count > most:
+        raise DoesNotFit(
+            f"has {count} frames, data.frames holds {most}", field=path, mend="Raise data.frames"
+        )
+    padded = np.pad(values, ((0, 0), (0, most - count), (0, 0)))
+    return padded, np.asarray([count], np.int32)
+
+
+def spoken_tokens(example: Example) -> int:
+    """Embeddings that the spoken file of an example takes in the prompt: one a token.
+
+    Raises:
+      UserError: nobody wrote down what it says.
+    """
+    if not example.transcript:
+        raise UserError("has speech without a transcript", field=example.key)
+    return token_count(example.transcript)

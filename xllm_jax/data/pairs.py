@@ -1,0 +1,114 @@
+"""The pairs form: images and captions for stage 1 of the Q-Former (ITC, ITM, ITG)."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from xllm_jax.core.errors import UserError
+from xllm_jax.core.stage import Data
+from xllm_jax.data import media
+from xllm_jax.data.record import Mode, Record, Skipped
+from xllm_jax.data.wordpiece import WordPiece
+
+IMAGE = "image"
+MOST_WORDS = 50  # LAVIS blip_caption
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """One row: a record, its image and its caption."""
+
+    record: Record
+    path: str
+    caption: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Rows of a global batch; None is padding."""
+
+    rows: tuple[Pair | None, ...]
+    skipped: tuple[Skipped, ...] = ()
+    cut: int = 0
+
+    def supervised(self) -> int:
+        """Captions of the plan."""
+        return sum(row is not None for row in self.rows)
+
+    def members(self, rows: slice) -> list[tuple[int, int, Record]]:
+        """(row, 1, record) of every pair in some rows, rows counted from the first."""
+        return [(number, 1, row.record) for number, row in enumerate(self.rows[rows]) if row]
+
+
+def tools(data: Data) -> WordPiece:
+    """Loads the WordPiece vocabulary that the data names."""
+    return WordPiece(data.vocabulary)
+
+
+def caption_text(text: str, most_words: int = MOST_WORDS) -> str:
+    """A caption as BLIP-2 reads it: lower case, some punctuation and repeated spaces removed."""
+    text = re.sub(r"[.!\"()*#:;~]", " ", text.lower())
+    text = re.sub(r"\s{2,}", " ", text).rstrip("\n").strip(" ")
+    found = text.split(" ")
+    return " ".join(found[:most_words]) if len(found) > most_words else text
+
+
+def plan(records: Sequence[Record], kit: WordPiece, data: Data, mode: Mode) -> Plan:
+    """One row per record, in order."""
+    rows: list[Pair | None] = []
+    skipped: list[Skipped] = []
+    for record in records:
+        example = record.example
+        paths = [path for modality, path in example.media if modality == IMAGE]
+        caption = example.answer or next(iter(example.references), "")
+        if len(paths) == 1 and caption:
+            rows.append(Pair(record, paths[0], caption_text(caption)))
+        else:
+            reason = f"has {len(paths)} images and {'a' if caption else 'no'} caption"
+            skipped.append(Skipped(example.key, reason, bad=True))
+    rows += [None] * (data.examples - len(rows))
+    return Plan(tuple(rows), tuple(skipped))
+
+
+def batches(records: Sequence[Record], kit: WordPiece, data: Data, mode: Mode) -> list[Plan]:
+    """Plans that hold every record exactly once, in order; the last is padded."""
+    starts = range(0, len(records), data.examples)
+    return [plan(records[start : start + data.examples], kit, data, mode) for start in starts]
+
+
+def fill(
+    made: Plan, rows: slice, kit: WordPiece, data: Data, mode: Mode
+) -> tuple[dict[str, np.ndarray], list[Skipped]]:
+    """Opens the images of one host's rows.
+
+    Returns:
+      ({'images': `[B, H, W, 3]` float32, 'text_ids': `[B, L]` int32 as [CLS] … [SEP] [PAD]*,
+      'text_mask': `[B, L]` int32, 'weights': `[B]` float32, 0 for a row without a pair}, the
+      records that could not be read).
+    """
+    mine = list(made.rows[rows])
+    images = np.zeros((len(mine), *media.form(IMAGE, data).shape), np.float32)
+    skipped: list[Skipped] = []
+    for number, row in enumerate(mine):
+        if row is None:
+            continue
+        try:
+            values, _ = media.load(IMAGE, row.path, data, row.record, 0, mode.train)
+            images[number] = values[0]
+        except UserError as error:
+            mine[number] = None
+            skipped.append(Skipped(row.record.example.key, error.what, True, error.field))
+    weights = np.asarray([row is not None for row in mine], np.float32)
+    ids, mask = kit.rows([row.caption if row else "" for row in mine], data.text_length)
+    present = weights[:, None].astype(np.int32)
+    batch = {
+        "images": images,
+        "text_ids": np.where(present, ids, kit.pad).astype(np.int32),
+        "text_mask": mask * present,
+        "weights": weights,
+    }
+    return batch, skipped

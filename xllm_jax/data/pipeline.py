@@ -1,0 +1,223 @@
+"""The pipeline: sources become an endless, mixed, exactly resumable stream of batches.
+
+The order of records is a function of (seed, step) alone; hosts share the plan of every global batch
+and each fills its own rows. All randomness belongs to records (`Record.generator`), so neither
+threads nor resuming nor the number of hosts changes a batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import grain
+import numpy as np
+
+from xllm_jax.core.errors import UserError
+from xllm_jax.core.stage import Data
+from xllm_jax.data import conversation, pairs, stream, transcription
+from xllm_jax.data.quarantine import Quarantine
+from xllm_jax.data.record import Mode, Record, Skipped
+
+FORMS: dict[str, ModuleType] = {
+    "conversation": conversation,
+    "text": conversation,
+    "transcription": transcription,
+    "pairs": pairs,
+}
+SILENT = 10  # batches in a row without anything to learn before training gives up
+
+
+class Pipeline:
+    """The data of a stage on one host.
+
+    Args:
+      data: sources, mixture and static shapes.
+      seed: of the run.
+      process_index, process_count: which host this is, of how many.
+      train: an endless shuffled stream with augmentation; False is one pass in order without.
+      answers: False leaves prompts open at <sop>, one example a row, ready to generate.
+      quarantine: file that bad records are appended to.
+
+    Raises:
+      UserError: an unknown form, reader, option, template or mixture entry; a source without
+        records; rows that do not divide over the hosts.
+    """
+
+    def __init__(
+        self,
+        data: Data,
+        seed: int = 0,
+        process_index: int = 0,
+        process_count: int = 1,
+        train: bool = True,
+        answers: bool = True,
+        quarantine: str | Path | None = None,
+    ):
+        self.data, self.seed, self.form = data, seed, form_of(data)
+        self.mode = Mode(train, answers)
+        self.rows = host_rows(data, self.form, process_index, process_count)
+        self.process_count, self.quarantine = process_count, quarantine
+        self.weights = stream.mixture(data)
+        self.sources = {n: stream.read(n, data.sources[n], data.root) for n in self.weights}
+        self.kit = self.form.tools(data)
+        self._plans = self._train_plans() if train else self._all_plans()
+
+    def records(self) -> int:
+        """Records of one epoch."""
+        return sum(map(len, self.sources.values()))
+
+    def __len__(self) -> int:
+        """Batches of one pass; training has no end."""
+        return len(self._plans)
+
+    def iterate(self, position: Mapping[str, Any] | None = None) -> Batches:
+        """The batches of this host, from the start or from what `Batches.position` returned."""
+        threads = self.data.threads
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+        filled = iter(self._plans.map(self._fill).to_iter_dataset(options))
+        quarantine = Quarantine(self.quarantine, self.data.max_bad_share)
+        records = max(self.records() // self.process_count, 1)  # those that this host meets
+        return Batches(filled, quarantine, records, self.mode.train, position)
+
+    def _train_plans(self) -> grain.MapDataset:
+        buckets = self._buckets()
+        drawn = stream.batches(self.sources, self.weights, self.seed, self.data.examples, buckets)
+        return drawn.map(self._plan)
+
+    def _all_plans(self) -> grain.MapDataset:
+        drawn = stream.in_order(self.sources, self.weights, self._buckets())
+        records = [record for record in drawn if isinstance(record, Record)]
+        plans = self.form.batches(records, self.kit, self.data, self.mode)
+        if not plans:
+            raise UserError("no record can be used", field="data.sources")
+        plans[-1] = _with_skipped(plans[-1], drawn)
+        return grain.MapDataset.source(plans)
+
+    def _plan(self, drawn: tuple[stream.Drawn, ...]) -> Any:
+        records = [record for record in drawn if isinstance(record, Record)]
+        return _with_skipped(self.form.plan(records, self.kit, self.data, self.mode), drawn)
+
+    def _fill(self, plan: Any) -> tuple[Any, dict[str, Any]]:
+        """One host's arrays of a plan, and what is to be told about them."""
+        batch, unread = self.form.fill(plan, self.rows, self.kit, self.data, self.mode)
+        lost = {skip.key for skip in unread}
+        members = [m for m in plan.members(self.rows) if m[2].example.key not in lost]
+        everywhere = plan.members(slice(None))
+        return batch, {
+            "examples": len(everywhere),
+            "keys": [record.example.key for _, _, record in members],
+            "members": [(row, segment, record.example) for row, segment, record in members],
+            "epoch": max((record.epoch for _, _, record in everywhere), default=0),
+            "supervised": plan.supervised(),
+            "cut": plan.cut,
+            "skipped": (*plan.skipped, *unread),
+            "seen": len(members) + len(unread) + len(plan.skipped),
+        }
+
+    def _buckets(self) -> stream.Buckets | None:
+        """Length bucket of every record, read once from the audio files' headers."""
+        if self.form is not transcription or len(self.data.frames) == 1:
+            return None
+
+        def bucket(record: stream.Drawn) -> int:
+            last = len(self.data.frames) - 1
+            known = isinstance(record, Record)
+            return transcription.bucket(record.example, self.data) if known else last
+
+        found = {}
+        with ThreadPoolExecutor(max(self.data.threads, 1)) as pool:
+            for name in self.weights:
+                drawn = stream.in_order(self.sources, {name: None})
+                found[name] = np.fromiter(pool.map(bucket, drawn), np.int32, len(drawn))
+        return found
+
+
+class Batches:
+    """An iterator of (batch, info) that knows where it stands.
+
+    `info` holds: examples (of the global batch), keys and members (row, segment, Example; of this
+    host's rows), epoch, supervised (tokens, globally), cut (tokens of long text), skipped (records
+    left out, with reasons), bad (records that could not be read so far).
+    """
+
+    def __init__(
+        self,
+        filled: Any,
+        quarantine: Quarantine,
+        records: int,
+        train: bool,
+        position: Mapping[str, Any] | None,
+    ):
+        self._filled, self.quarantine = filled, quarantine
+        self._records, self._train, self._silent = records, train, 0
+        if position is not None:
+            self._filled.set_state({"next_index": int(position["next_index"])})
+            self.quarantine.restore(position)
+            self._silent = int(position["silent"])
+
+    def __iter__(self) -> Batches:
+        return self
+
+    def __next__(self) -> tuple[Any, dict[str, Any]]:
+        try:
+            batch, info = next(self._filled)
+        except StopIteration:
+            self.quarantine.add(0, (), at_end=True)
+            raise
+        before = self.quarantine.seen // self._records
+        seen = info.pop("seen")
+        at_end = (self.quarantine.seen + seen) // self._records > before
+        self.quarantine.add(seen, info["skipped"], at_end)
+        self._check_supervised(info["supervised"])
+        return batch, info | {"bad": self.quarantine.bad}
+
+    def position(self) -> dict[str, int]:
+        """Where the next batch is, as small JSON; the same on every host but for the counts."""
+        state = self.quarantine.state() | {"silent": self._silent}
+        return state | {"next_index": int(self._filled.get_state()["next_index"])}
+
+    def _check_supervised(self, supervised: int) -> None:
+        self._silent = 0 if supervised else self._silent + 1
+        if self._train and self._silent >= SILENT:
+            raise UserError(
+                f"{SILENT} batches in a row have nothing to learn",
+                field="data",
+                mend="Look at the answers of the sources and at data.answers",
+            )
+
+
+def form_of(data: Data) -> ModuleType:
+    """The file that knows the data's form.
+
+    Raises:
+      UserError: unknown form.
+    """
+    if data.form not in FORMS:
+        raise UserError(
+            f"unknown form {data.form!r}", field="data.form", mend=f"Choices: {', '.join(FORMS)}"
+        )
+    return FORMS[data.form]
+
+
+def host_rows(data: Data, form: ModuleType, process_index: int, process_count: int) -> slice:
+    """Which rows of every global batch this host fills.
+
+    Raises:
+      UserError: the rows do not divide over the hosts.
+    """
+    name = "rows" if form is conversation else "examples"
+    total = getattr(data, name)
+    if total % process_count:
+        raise UserError(f"{total} do not divide over {process_count} hosts", field=f"data.{name}")
+    each = total // process_count
+    return slice(process_index * each, (process_index + 1) * each)
+
+
+def _with_skipped(plan: Any, drawn: Any) -> Any:
+    unread = tuple(record for record in drawn if isinstance(record, Skipped))
+    return dataclasses.replace(plan, skipped=(*plan.skipped, *unread))

@@ -1,0 +1,151 @@
+"""The order of records: sources, their mixture, and length buckets. Random access by step."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import zlib
+from collections.abc import Mapping, Sequence
+
+import grain
+import numpy as np
+
+from xllm_jax.core import find
+from xllm_jax.core.errors import UserError
+from xllm_jax.core.stage import Data, Source
+from xllm_jax.data.example import Example
+from xllm_jax.data.record import Record, Skipped
+
+READERS = "xllm_jax.data.sources"
+
+Sources = Mapping[str, Sequence[Example]]
+Buckets = Mapping[str, np.ndarray]  # {source: bucket of each record}
+Drawn = Record | Skipped  # Skipped where the reader could not make the example
+
+
+def read(name: str, source: Source, root: str) -> Sequence[Example]:
+    """Opens one source with its reader.
+
+    Raises:
+      UserError: unknown reader or option, no files, or no records.
+    """
+    field = f"data.sources.{name}"
+    reader = find.module(READERS, source.reader, f"{field}.reader")
+    known = list(inspect.signature(reader.examples).parameters)[2:]
+    unknown = sorted(set(source.options) - set(known))
+    if unknown:
+        raise UserError(
+            f"{source.reader} has no option {unknown[0]!r}",
+            field=f"{field}.options",
+            mend=f"Choices: {', '.join(known) or 'none'}",
+        )
+    path = os.path.join(root, source.path)
+    found = reader.examples(path, source.split, **source.options)
+    found = found if hasattr(found, "__getitem__") and hasattr(found, "__len__") else list(found)
+    if not len(found):
+        raise UserError("has no records", field=field, mend=f"Look at {path} ({source.split})")
+    return found
+
+
+def mixture(data: Data) -> dict[str, float | None]:
+    """Weight of every source that takes part; None means by its size.
+
+    Raises:
+      UserError: no source left, or a mixture that does not name exactly the sources.
+    """
+    if not data.mix:
+        weights: dict[str, float | None] = dict.fromkeys(data.sources)
+    else:
+        odd = sorted(data.mix.keys() ^ data.sources.keys())
+        if odd:
+            raise UserError(
+                f"{odd[0]!r} is not in both data.mix and data.sources",
+                field="data.mix",
+                mend="Give every source a weight; 0 leaves it out",
+            )
+        weights = {name: weight for name, weight in data.mix.items() if weight}
+    if not weights:
+        raise UserError("no source takes part", field="data.mix")
+    if any(weight is not None and weight < 0 for weight in weights.values()):
+        raise UserError("a weight is negative", field="data.mix")
+    return weights
+
+
+def draw(sources: Sources, name: str, epoch: int, index: int, seed: int, bucket: int) -> Drawn:
+    """The record at one place of one source."""
+    try:
+        return Record(sources[name][index], name, epoch, index, seed, bucket)
+    except UserError as error:
+        return Skipped(f"{name}[{index}]", error.what, bad=True, file=error.field)
+
+
+def batches(
+    sources: Sources,
+    weights: Mapping[str, float | None],
+    seed: int,
+    examples: int,
+    buckets: Buckets | None = None,
+) -> grain.MapDataset:
+    """Endless global batches: element n is the tuple of records of batch n.
+
+    Every source is shuffled anew in each of its epochs and the mixture interleaves them evenly.
+    With buckets, a batch holds records of one bucket, and buckets come as often as their records.
+
+    Args:
+      sources: {name: examples}.
+      weights: {name: relative number of examples, or None for its size}.
+      seed: of the run.
+      examples: records per batch.
+      buckets: bucket of every record.
+    """
+    if buckets is None:
+        buckets = {name: np.zeros(len(sources[name]), np.int32) for name in weights}
+    parts, shares = [], []
+    for bucket in sorted({int(b) for name in weights for b in np.unique(buckets[name])}):
+        mixed, share = _bucket(sources, weights, seed, bucket, buckets)
+        parts.append(mixed.batch(examples, batch_fn=tuple))
+        shares.append(share)
+    return grain.MapDataset.mix(parts, shares) if len(parts) > 1 else parts[0]
+
+
+def _bucket(
+    sources: Sources,
+    weights: Mapping[str, float | None],
+    seed: int,
+    bucket: int,
+    buckets: Buckets,
+) -> tuple[grain.MapDataset, float]:
+    """The endless records of one bucket, and its share of the whole mixture."""
+    parts, shares = [], []
+    for name, weight in weights.items():
+        places = np.flatnonzero(buckets[name] == bucket)
+        if len(places):
+            parts.append(_shuffled(sources, name, places, seed, bucket))
+            size = len(sources[name])
+            shares.append((size if weight is None else weight) * len(places) / size)
+    mixed = grain.MapDataset.mix(parts, shares) if len(parts) > 1 else parts[0]
+    return mixed, sum(shares)
+
+
+def _shuffled(
+    sources: Sources, name: str, places: np.ndarray, seed: int, bucket: int
+) -> grain.MapDataset:
+    """Some places of one source, over and over, in a new order each epoch."""
+    order = zlib.crc32(f"{seed} {name} {bucket}".encode())
+
+    def record(position: int, place: int) -> Drawn:
+        return draw(sources, name, position // len(places), int(place), seed, bucket)
+
+    order_of_places = grain.MapDataset.source(places).shuffle(seed=order)
+    return order_of_places.repeat().map_with_index(record)
+
+
+def in_order(
+    sources: Sources, weights: Mapping[str, float | None], buckets: Buckets | None = None
+) -> list[Drawn]:
+    """Every record once, source by source, in the reader's order."""
+    return [
+        draw(sources, name, 0, index, 0, int(buckets[name][index]) if buckets else 0)
+        for name in weights
+        for index in range(len(sources[name]))
+    ]
