@@ -105,7 +105,8 @@ def sequence(record: Record, kit: Tools, data: Data, mode: Mode) -> prompt.Promp
     """The prompt of one record."""
     example = record.example
     limits = prompt.Limits(data.length, data.answers, strict=not mode.train)
-    if data.form == "text" and example.task == "text" and mode.answers:
+    plain = not (example.instruction or example.media or example.history)
+    if data.form == "text" and example.task == "text" and plain and mode.answers:
         return prompt.infilled(example, kit.tokenizer, limits, record.generator(PROMPT))
 
     def slot(modality: str, path: str) -> prompt.Slot:

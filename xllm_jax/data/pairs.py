@@ -86,9 +86,9 @@ def fill(
     """Opens the images of one host's rows.
 
     Returns:
-      ({'images': `[B, H, W, 3]` float32, 'text_ids': `[B, L]` int32 as [CLS] … [SEP] [PAD]*,
-      'text_mask': `[B, L]` int32, 'weights': `[B]` float32, 0 for a row without a pair}, the
-      records that could not be read).
+      ({'images': `[B, H, W, 3]` float32, 'ids': `[B, L]` int32 as [CLS] … [SEP] [PAD]*, 'mask':
+      `[B, L]` bool, 'weights': `[B]` float32, 0 for a row without a pair, which is a grey image
+      and an empty caption}, the records that could not be read).
     """
     mine = list(made.rows[rows])
     images = np.zeros((len(mine), *media.form(IMAGE, data).shape), np.float32)
@@ -102,13 +102,6 @@ def fill(
         except UserError as error:
             mine[number] = None
             skipped.append(Skipped(row.record.example.key, error.what, True, error.field))
-    weights = np.asarray([row is not None for row in mine], np.float32)
     ids, mask = kit.rows([row.caption if row else "" for row in mine], data.text_length)
-    present = weights[:, None].astype(np.int32)
-    batch = {
-        "images": images,
-        "text_ids": np.where(present, ids, kit.pad).astype(np.int32),
-        "text_mask": mask * present,
-        "weights": weights,
-    }
-    return batch, skipped
+    weights = np.asarray([row is not None for row in mine], np.float32)
+    return {"images": images, "ids": ids, "mask": mask, "weights": weights}, skipped

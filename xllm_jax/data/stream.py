@@ -17,6 +17,7 @@ from xllm_jax.data.example import Example
 from xllm_jax.data.record import Record, Skipped
 
 READERS = "xllm_jax.data.sources"
+ENDLESS = 2**50  # records; grain's own endless length overflows when batches hold one record
 
 Sources = Mapping[str, Sequence[Example]]
 Buckets = Mapping[str, np.ndarray]  # {source: bucket of each record}
@@ -137,7 +138,7 @@ def _shuffled(
         return draw(sources, name, position // len(places), int(place), seed, bucket)
 
     order_of_places = grain.MapDataset.source(places).shuffle(seed=order)
-    return order_of_places.repeat().map_with_index(record)
+    return order_of_places.repeat(ENDLESS // len(places)).map_with_index(record)
 
 
 def in_order(

@@ -58,13 +58,13 @@ class WordPiece:
         return [token for word in words(text) for token in self._pieces(word)]
 
     def rows(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
-        """[CLS] … [SEP] [PAD]*: ids and a mask of 0 and 1, both `[N, length]` int32."""
+        """[CLS] … [SEP] [PAD]*: ids int32 and a mask bool, both `[N, length]`."""
         ids = np.full((len(texts), length), self.pad, np.int32)
-        mask = np.zeros((len(texts), length), np.int32)
+        mask = np.zeros((len(texts), length), bool)
         for row, text in enumerate(texts):
             tokens = [self.begin, *self.encode(text)[: length - 2], self.end]
             ids[row, : len(tokens)] = tokens
-            mask[row, : len(tokens)] = 1
+            mask[row, : len(tokens)] = True
         return ids, mask
 
     def _pieces(self, word: str) -> list[int]:
