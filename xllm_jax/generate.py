@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,18 @@ from xllm_jax.models.xllm import LLM, XLLM
 
 Array = jax.Array
 State = dict[str, Any]
+
+FULL_WIDTH = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
+# X-LLM's demo renames the model and its makers in every answer, in this order.
+XLLM_NAMES = (
+    ("ChatGLM-6B", "百灵（Lark）"),
+    ("ChatGLM", "百灵（Lark）"),
+    ("清华大学 KEG 实验室和智谱 AI 公司", "中科院自动化所认知计算小组"),
+    ("清华大学 KEG 实验室", "中科院自动化所"),
+    ("智谱 AI 公司", "认知计算小组"),
+    ("中科院自动化所和智谱AI", "中科院自动化所"),
+    ("智谱AI", ""),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +146,7 @@ def prefill(
       cache; `logits [B, V]` float32 behind each prompt's last token; that token's `position
       [B, 2]` and `segment [B]`; and the prompts' `lengths [B]`, padding not counted.
     """
+    segments, positions = jnp.asarray(segments), jnp.asarray(positions)
     rows, length = segments.shape
     cache = llm(rows, length + room, method="init_cache")
     states, cache = llm(x, segments, context, positions, cache)
@@ -304,12 +318,13 @@ def _beam_step(state: State, decoding: Decoding, start: int) -> State:
 def _candidates(state: State, beams: int) -> tuple[Array, Array, Array]:
     """Best 2K continuations of each row: (sums, parent beams, tokens), each `[B, 2K]`."""
     gains = jax.nn.log_softmax(state["logits"].astype(jnp.float32))
-    gains, tokens = jax.lax.top_k(gains, 2 * beams)
+    width = min(2 * beams, gains.shape[-1])  # no beam can give more of the best 2K
+    gains, tokens = jax.lax.top_k(gains, width)
     rows = state["sums"].shape[0]
     sums = (gains.reshape(rows, beams, -1) + state["sums"][..., None]).reshape(rows, -1)
     sums, index = jax.lax.top_k(sums, 2 * beams)
     tokens = jnp.take_along_axis(tokens.reshape(rows, -1), index, axis=1)
-    return sums, index // (2 * beams), tokens.astype(jnp.int32)
+    return sums, index // width, tokens.astype(jnp.int32)
 
 
 def _keep_best(state: State, scores: Array, tokens: Array) -> State:
@@ -342,3 +357,19 @@ def texts(tokens: Any, tokenizer: Any) -> list[str]:
     eop = tokenizer.specials.eop
     rows = [list(row) for row in np.asarray(tokens)]
     return [tokenizer.decode(row[: row.index(eop)] if eop in row else row) for row in rows]
+
+
+def process_response(text: str, names: Sequence[tuple[str, str]] = ()) -> str:
+    """Finishes an answer as ChatGLM does: full-width punctuation next to Chinese characters.
+
+    Args:
+      text: decoded answer.
+      names: (old, new) replacements in order; XLLM_NAMES is what the reference's demo does.
+    """
+    text = text.strip().replace("[[训练时间]]", "2023年")
+    for old, new in names:
+        text = text.replace(old, new)
+    for half, full in FULL_WIDTH.items():
+        text = re.sub(rf"(?<=[\u4e00-\u9fff]){re.escape(half)}", full, text)
+        text = re.sub(rf"{re.escape(half)}(?=[\u4e00-\u9fff])", full, text)
+    return text
