@@ -1,4 +1,4 @@
-"""Ids and text of ChatGLM, read from `ice_text.model` without running any code of the checkpoint."""
+"""Ids and text of ChatGLM, from `ice_text.model` alone: no code of the checkpoint is run."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class ChatGLMTokenizer:
         return [*ids, self.specials.gmask, self.specials.sop] if special else ids
 
     def tokenize(self, text: str) -> list[str]:
-        """Pieces of a text. Special tokens typed in it count as such, without spaces around them."""
+        """Pieces of a text. Special tokens in it are found, and lose the spaces around them."""
         tokens: list[str] = []
         start, after_special = 0, False
         for match in self._split.finditer(text):

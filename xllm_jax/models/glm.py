@@ -23,6 +23,16 @@ Cache = dict[str, Array]
 REFERENCE_ALPHA = (2 * 28) ** 0.5
 
 
+def rotary_frequencies(channels: int) -> Array:
+    """Angle per position of each channel pair, `[channels / 2]` float16.
+
+    The reference's constructor rounds them to float16 even in float32 models, and at long
+    distances that is seen in the logits.
+    """
+    exponent = jnp.arange(0, channels, 2, dtype=jnp.float32) / channels
+    return (1.0 / 10000.0**exponent).astype(jnp.float16)
+
+
 def rotary_table(positions: Array, channels: int, half: bool = False) -> tuple[Array, Array]:
     """Cosines and sines of one rotary half.
 
@@ -30,14 +40,12 @@ def rotary_table(positions: Array, channels: int, half: bool = False) -> tuple[A
       positions: `[...]` int32.
       channels: channels that are rotated; channel j pairs with channel j + channels / 2.
       half: round the angles, and then the tables, to float16, as a float16 model of the reference
-        does. The inverse frequencies are rounded to float16 in either case: the reference's
-        constructor does so even for float32 models.
+        does.
 
     Returns:
       Two float32 arrays `[..., channels]`.
     """
-    exponent = jnp.arange(0, channels, 2, dtype=jnp.float32) / channels
-    frequency = (1.0 / 10000.0**exponent).astype(jnp.float16).astype(jnp.float32)
+    frequency = rotary_frequencies(channels).astype(jnp.float32)
     angle = positions[..., None].astype(jnp.float32) * frequency
     angle = jnp.concatenate([angle, angle], axis=-1)
     if not half:
