@@ -1,0 +1,232 @@
+"""Audio files to normalised log-mel filterbanks, as Kaldi computes them.
+
+Samples are on the scale of 16-bit integers (not [-1, 1]); 25 ms frames every 10 ms, no frame that
+reaches over the end; per frame: mean removed, pre-emphasis 0.97, Povey window, power spectrum of a
+512-point FFT, 80 triangular mel filters from 20 Hz to 8 kHz, logarithm. Then per-utterance mean and
+variance normalisation and, in training, SpecAugment.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xllm_jax.core.errors import UserError
+
+RATE = 16_000
+WINDOW, HOP, FFT = 400, 160, 512
+PREEMPHASIS = np.float32(0.97)
+LEAST_FRAMES = 9  # fewer leave the speech encoder, which reduces 8 x, nothing to read
+
+
+def load(
+    path: str | Path,
+    options: Mapping[str, Any] | None = None,
+    rng: np.random.Generator | None = None,
+) -> np.ndarray:
+    """One file to the speech encoder's input.
+
+    Args:
+      path: any format that libsndfile reads (WAV, FLAC, OGG, MP3 ...), any rate, any channels.
+      options: 'bins' (80), and 'specaugment' (False): True, or the arguments of `spec_masks`.
+      rng: randomness of SpecAugment; None never augments.
+
+    Returns:
+      `[frames, bins]` float32.
+
+    Raises:
+      UserError: the file is missing, broken, empty, silent, not finite or too short.
+    """
+    options = options or {}
+    features = normalise(filterbank(read(path), options.get("bins", 80)))
+    augment = options.get("specaugment", False)
+    if rng is None or not augment:
+        return features
+    return mask(features, spec_masks(features.shape, rng, **({} if augment is True else augment)))
+
+
+def read(path: str | Path) -> np.ndarray:
+    """Reads a file as 16 kHz mono on the 16-bit scale: `[samples]` float32.
+
+    Raises:
+      UserError: see `load`.
+    """
+    import soundfile
+    import soxr
+
+    if not Path(path).is_file():
+        raise UserError("no such file", field=str(path), mend="Check the path and the data's root")
+    try:
+        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except (soundfile.SoundFileError, RuntimeError) as error:
+        raise UserError(f"not a readable audio file ({error})", field=str(path)) from error
+    if not samples.size:
+        raise UserError("holds no samples", field=str(path), mend="Leave it out or record it again")
+    samples = samples.mean(axis=1)
+    if not np.isfinite(samples).all():
+        raise UserError("holds samples that are NaN or infinite", field=str(path))
+    if np.ptp(samples) == 0:
+        raise UserError("is silent: every sample is the same", field=str(path))
+    if rate != RATE:
+        samples = soxr.resample(samples, rate, RATE)
+    if frames_of(len(samples)) < LEAST_FRAMES:
+        raise UserError(
+            f"is too short: {len(samples) / RATE:.3f} s",
+            field=str(path),
+            mend=f"At least {(WINDOW + (LEAST_FRAMES - 1) * HOP) / RATE:.3f} s are needed",
+        )
+    return samples * np.float32(32768)
+
+
+def count_frames(path: str | Path) -> int:
+    """Filterbank frames of a file by its header alone.
+
+    Raises:
+      UserError: missing or broken file.
+    """
+    import soundfile
+
+    if not Path(path).is_file():
+        raise UserError("no such file", field=str(path), mend="Check the path and the data's root")
+    try:
+        info = soundfile.info(path)
+    except (soundfile.SoundFileError, RuntimeError) as error:
+        raise UserError(f"not a readable audio file ({error})", field=str(path)) from error
+    return frames_of(-(-info.frames * RATE // info.samplerate))
+
+
+def frames_of(samples: int) -> int:
+    """Frames of so many samples at 16 kHz."""
+    return max(0, 1 + (samples - WINDOW) // HOP)
+
+
+def filterbank(samples: np.ndarray, bins: int = 80) -> np.ndarray:
+    """Log-mel filterbanks.
+
+    Args:
+      samples: `[samples]` at 16 kHz on the 16-bit scale.
+      bins: number of mel filters.
+
+    Returns:
+      `[frames, bins]` float32.
+    """
+    samples = np.ascontiguousarray(samples, np.float32)
+    count = frames_of(len(samples))
+    if not count:
+        return np.zeros((0, bins), np.float32)
+    # Removing a frame's mean before the pre-emphasis is the same as removing 3 % of it behind it,
+    # so the whole signal is filtered once and overlapping frames are cut afterwards.
+    first = samples[: (count - 1) * HOP + 1 : HOP]
+    changes = np.empty_like(samples)
+    changes[1:] = samples[1:] - PREEMPHASIS * samples[:-1]
+    rest = np.float32(1) - PREEMPHASIS
+    mean = strided(samples, count).mean(axis=1)
+    cut = strided(changes, count) - rest * mean[:, None]
+    cut[:, 0] = rest * (first - mean)
+    spectrum = np.fft.rfft(cut * povey_window(), FFT, axis=1)
+    power = spectrum.real**2 + spectrum.imag**2
+    energy = power.astype(np.float32)[:, : FFT // 2] @ mel_filters(bins)
+    return np.log(np.maximum(energy, np.finfo(np.float32).eps))
+
+
+def strided(samples: np.ndarray, count: int) -> np.ndarray:
+    """Overlapping frames of the samples without a copy: `[count, 400]`."""
+    return np.lib.stride_tricks.sliding_window_view(samples, WINDOW)[::HOP][:count]
+
+
+@functools.cache
+def povey_window() -> np.ndarray:
+    """Kaldi's window, a Hann window to the power 0.85: `[400]` float32."""
+    return (np.hanning(WINDOW) ** 0.85).astype(np.float32)
+
+
+@functools.cache
+def mel_filters(bins: int, low: float = 20.0, high: float = RATE / 2) -> np.ndarray:
+    """Triangles on Kaldi's mel scale: `[256, bins]` float32, the Nyquist bin left out."""
+
+    def mel(hertz: np.ndarray | float) -> np.ndarray:
+        return 1127.0 * np.log(1.0 + np.asarray(hertz) / 700.0)
+
+    step = (mel(high) - mel(low)) / (bins + 1)
+    left = mel(low) + np.arange(bins) * step
+    points = mel(np.arange(FFT // 2) * (RATE / FFT))[:, None]
+    rising = (points - left) / step
+    return np.clip(np.minimum(rising, 2.0 - rising), 0.0, None).astype(np.float32)
+
+
+def normalise(
+    features: np.ndarray, mean: np.ndarray | None = None, deviation: np.ndarray | None = None
+) -> np.ndarray:
+    """Mean and variance normalisation of `[frames, bins]`.
+
+    Args:
+      features: filterbanks.
+      mean, deviation: `[bins]` of a corpus (`corpus_statistics`); None takes the utterance's own.
+    """
+    if mean is None or deviation is None:
+        mean, deviation = corpus_statistics([features], floor=1e-10)
+    return ((features - mean) / deviation).astype(np.float32)
+
+
+def corpus_statistics(
+    features: Iterable[np.ndarray], floor: float = 1e-8
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation `[bins]` float32 over the frames of many utterances.
+
+    Args:
+      features: `[frames, bins]` each.
+      floor: smallest variance.
+    """
+    count, total, squares = 0, 0.0, 0.0
+    for one in features:
+        one = one.astype(np.float64)
+        count, total, squares = count + len(one), total + one.sum(0), squares + (one**2).sum(0)
+    mean = total / count
+    variance = np.maximum(squares / count - mean**2, floor)
+    return mean.astype(np.float32), np.sqrt(variance).astype(np.float32)
+
+
+def spec_masks(
+    shape: tuple[int, int],
+    rng: np.random.Generator,
+    frequency_masks: int = 2,
+    frequency_width: int = 27,
+    time_masks: int = 2,
+    time_width: int = 50,
+    time_share: float = 1.0,
+) -> np.ndarray:
+    """Random bands of SpecAugment (arXiv 1904.08779), without time warping.
+
+    Args:
+      shape: frames and bins.
+      rng: anything with NumPy's `integers(low, high)`.
+      frequency_masks, frequency_width: number of bands, and one more than the widest.
+      time_masks, time_width: the same over time.
+      time_share: a time band is at most this share of the utterance.
+
+    Returns:
+      bool of `shape`, True where the features are to be replaced.
+    """
+    frames, bins = shape
+    masks = np.zeros(shape, bool)
+    for _ in range(frequency_masks):
+        width = int(rng.integers(0, min(frequency_width, bins)))
+        start = int(rng.integers(0, bins - width))
+        masks[:, start : start + width] = True
+    most = min(time_width, int(frames * time_share))
+    if most < 1:
+        return masks
+    for _ in range(time_masks):
+        width = int(rng.integers(0, most))
+        start = int(rng.integers(0, frames - width))
+        masks[start : start + width] = True
+    return masks
+
+
+def mask(features: np.ndarray, masks: np.ndarray) -> np.ndarray:
+    """Replaces masked values by the mean of all features."""
+    return np.where(masks, features.mean(), features).astype(features.dtype)
