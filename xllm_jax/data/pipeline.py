@@ -65,7 +65,7 @@ class Pipeline:
         self.weights = stream.mixture(data)
         self.sources = {n: stream.read(n, data.sources[n], data.root) for n in self.weights}
         self.kit = self.form.tools(data)
-        self._plans = self._train_plans() if train else self._all_plans()
+        self._steps = self._drawn() if train else self._planned()
 
     def records(self) -> int:
         """Records of one epoch."""
@@ -73,23 +73,24 @@ class Pipeline:
 
     def __len__(self) -> int:
         """Batches of one pass; training has no end."""
-        return len(self._plans)
+        return len(self._steps)
 
     def iterate(self, position: Mapping[str, Any] | None = None) -> Batches:
         """The batches of this host, from the start or from what `Batches.position` returned."""
         threads = self.data.threads
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-        filled = iter(self._plans.map(self._fill).to_iter_dataset(options))
+        filled = iter(self._steps.map(self._attempt).to_iter_dataset(options))
         quarantine = Quarantine(self.quarantine, self.data.max_bad_share)
         records = max(self.records() // self.process_count, 1)  # those that this host meets
         return Batches(filled, quarantine, records, self.mode.train, position)
 
-    def _train_plans(self) -> grain.MapDataset:
-        buckets = self._buckets()
-        drawn = stream.batches(self.sources, self.weights, self.seed, self.data.examples, buckets)
-        return drawn.map(self._plan)
+    def _drawn(self) -> grain.MapDataset:
+        """The records of every global batch of the endless stream."""
+        examples, buckets = self.data.examples, self._buckets()
+        return stream.batches(self.sources, self.weights, self.seed, examples, buckets)
 
-    def _all_plans(self) -> grain.MapDataset:
+    def _planned(self) -> grain.MapDataset:
+        """The plans of one whole pass."""
         drawn = stream.in_order(self.sources, self.weights, self._buckets())
         records = [record for record in drawn if isinstance(record, Record)]
         plans = self.form.batches(records, self.kit, self.data, self.mode)
@@ -101,6 +102,13 @@ class Pipeline:
     def _plan(self, drawn: tuple[stream.Drawn, ...]) -> Any:
         records = [record for record in drawn if isinstance(record, Record)]
         return _with_skipped(self.form.plan(records, self.kit, self.data, self.mode), drawn)
+
+    def _attempt(self, step: Any) -> tuple[Any, dict[str, Any]] | UserError:
+        """One step's batch; a UserError travels as a value, past the notes that grain adds."""
+        try:
+            return self._fill(self._plan(step) if self.mode.train else step)
+        except UserError as error:
+            return error
 
     def _fill(self, plan: Any) -> tuple[Any, dict[str, Any]]:
         """One host's arrays of a plan, and what is to be told about them."""
@@ -165,10 +173,13 @@ class Batches:
 
     def __next__(self) -> tuple[Any, dict[str, Any]]:
         try:
-            batch, info = next(self._filled)
+            made = next(self._filled)
         except StopIteration:
             self.quarantine.add(0, (), at_end=True)
             raise
+        if isinstance(made, UserError):
+            raise made
+        batch, info = made
         before = self.quarantine.seen // self._records
         seen = info.pop("seen")
         at_end = (self.quarantine.seen + seen) // self._records > before
