@@ -54,7 +54,7 @@ def reference(folder):
         eop=config["eos_token_id"],
         pad=config["pad_token_id"],
     )
-    return XLLM(llm=llm), {"llm": jax.tree.map(jnp.asarray, params)}, specials
+    return XLLM({"llm": llm}), {"llm": jax.tree.map(jnp.asarray, params)}, specials
 
 
 def decoding(specials, **fields) -> Decoding:
@@ -77,7 +77,7 @@ def test_cached_steps(folder, reference):
     fed = recording.input("step.token_ids")
     batch = text_prompts(prompt, specials, buckets=(prompt.shape[1],))
     recording.equal("prefill.position_ids", batch.positions.transpose(0, 2, 1))
-    llm = functools.partial(model.llm.apply, {"params": params["llm"]})
+    llm = functools.partial(model.networks["llm"].apply, {"params": params["llm"]})
     x = llm(batch.ids, method="embed")
     layout = (batch.segments, batch.context, batch.positions)
     state = jax.jit(lambda x: prefill(llm, x, *layout, len(fed)))(x)
@@ -175,7 +175,7 @@ def spliced_start(recording, name, model, params, specials):
     rows = [glm_layout.sequence(row, specials, padding_visible=True) for row in ids]
     layout = [np.stack([getattr(r, n) for r in rows]) for n in ("segments", "context", "positions")]
     recording.equal(f"{name}.position_ids", layout[2][:1].transpose(0, 2, 1))
-    x = model.llm.apply({"params": params["llm"]}, ids, method="embed")
+    x = model.networks["llm"].apply({"params": params["llm"]}, ids, method="embed")
     start = 0
     for given in ("input_image", "input_speech"):
         if f"{name}.{given}" in recording.arrays:
@@ -190,7 +190,7 @@ def test_generation_behind_media(folder, reference):
     """Image by greedy decoding; speech, both, and a batch of two by ten beams."""
     model, params, specials = reference
     recording = Recording(folder / "cases_multimodal.npz")
-    llm = functools.partial(model.llm.apply, {"params": params["llm"]})
+    llm = functools.partial(model.networks["llm"].apply, {"params": params["llm"]})
     for name in ("gen_image", "gen_speech", "gen_both", "gen_batch"):
         x, layout = spliced_start(recording, name, model, params, specials)
         length = x.shape[1]
@@ -243,7 +243,7 @@ def small():
     leaves, structure = jax.tree.flatten(shapes)
     keys = jax.random.split(jax.random.key(3), len(leaves))
     drawn = [0.4 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves)]
-    return XLLM(llm=llm), {"llm": jax.tree.unflatten(structure, drawn)}
+    return XLLM({"llm": llm}), {"llm": jax.tree.unflatten(structure, drawn)}
 
 
 SPECIALS = Specials(mask=60, gmask=61, sop=62, eop=63, pad=3)
@@ -279,7 +279,7 @@ def test_rows_are_independent(small, fields):
 def test_best_of_wide_beams_is_the_best_answer(small):
     """With as many beams as tokens, two steps find the most likely pair of all."""
     model, params = small
-    llm = functools.partial(model.llm.apply, {"params": params["llm"]})
+    llm = functools.partial(model.networks["llm"].apply, {"params": params["llm"]})
     batch = text_prompts(prompts(1), SPECIALS, (16,))
     how = decoding(SPECIALS, eos=-1, max_new_tokens=2, beams=64, length_penalty=0.0)
     found = generate(model, params, batch, how)

@@ -123,7 +123,7 @@ def generate(
       key: of sampling.
     """
     x = model.embed(params, batch)
-    llm = functools.partial(model.llm.apply, {"params": params[LLM]})
+    llm = functools.partial(model.networks[LLM].apply, {"params": params[LLM]})
     state = prefill(llm, x, batch.segments, batch.context, batch.positions, decoding.max_new_tokens)
     if decoding.beams > 1:
         return beam_search(llm, state, decoding, x.shape[1])

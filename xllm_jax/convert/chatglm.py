@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from xllm_jax.convert import Drop, Report, Row, export_tree, files, import_tree
@@ -99,10 +98,7 @@ def fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def shapes(model: ChatGLM) -> dict[str, Any]:
     """Shapes of the model's parameters, without computing them."""
-    x = jnp.zeros((1, 1, model.width))
-    row = jnp.ones((1, 1), jnp.int32)
-    positions = jnp.zeros((1, 1, 2), jnp.int32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), x, row, row > 0, positions)
+    variables = jax.eval_shape(model.init, jax.random.key(0), *model.example())
     return variables["params"]
 
 

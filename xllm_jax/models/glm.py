@@ -271,6 +271,11 @@ class ChatGLM(nn.Module):
         x = x.astype(self.dtype)
         return jnp.einsum("...d,vd->...v", x, head, preferred_element_type=jnp.float32)
 
+    def example(self) -> tuple[Array, Array, Array, Array]:
+        """Arguments for `init`."""
+        row = jnp.ones((1, 2), jnp.int32)
+        return jnp.zeros((1, 2, self.width)), row, row > 0, jnp.zeros((1, 2, 2), jnp.int32)
+
     def init_cache(self, batch: int, length: int, dtype: Any = None) -> Cache:
         """An empty cache for `batch` rows of at most `length` tokens.
 

@@ -28,17 +28,15 @@ class XLLM:
     """Networks and how they are joined; a pure description, parameters come with every call.
 
     Attributes:
-      llm: network with the four methods of `models/glm.py`.
-      encoders: {part: network `(values, lengths, train) -> (features, lengths)`}.
-      interfaces: {part: network `(features, lengths, counts, train) -> (embeddings, counts)`}.
+      networks: {part: network}. Encoders are called `(values, lengths, train) -> (features,
+        lengths)`, interfaces `(features, lengths, counts, train) -> (embeddings, counts)`; the part
+        'llm' has the four methods of `models/glm.py`. Stage 1 may hold other parts.
       modalities: (modality, encoder part, interface part) in any number; modalities may share an
         encoder.
       trained_encoders: encoder parts that gradients shall reach; the others are cut off.
     """
 
-    llm: nn.Module
-    encoders: Mapping[str, nn.Module] = dataclasses.field(default_factory=dict)
-    interfaces: Mapping[str, nn.Module] = dataclasses.field(default_factory=dict)
+    networks: Mapping[str, nn.Module]
     modalities: tuple[tuple[str, str, str], ...] = ()
     trained_encoders: tuple[str, ...] = ()
 
@@ -80,7 +78,7 @@ class XLLM:
             _merge_items(x) for x in (media.values, media.lengths, media.counts)
         )
         features, lengths = self._encode_items(params, encoder, values, lengths, train, key)
-        embeddings, counts = self.interfaces[interface].apply(
+        embeddings, counts = self.networks[interface].apply(
             {"params": params[interface]},
             features,
             lengths,
@@ -100,7 +98,7 @@ class XLLM:
         key: Array | None,
     ) -> tuple[Array, Array]:
         trained = part in self.trained_encoders
-        features, lengths = self.encoders[part].apply(
+        features, lengths = self.networks[part].apply(
             {"params": params[part]},
             values,
             lengths,
@@ -113,7 +111,7 @@ class XLLM:
         self, params: Params, batch: Batch, train: bool = False, key: Array | None = None
     ) -> Array:
         """Word embeddings of the batch with the media in their places, `[B, T, D]`."""
-        x = self.llm.apply({"params": params[LLM]}, batch.ids, method="embed")
+        x = self.networks[LLM].apply({"params": params[LLM]}, batch.ids, method="embed")
         for number, (modality, media) in enumerate(sorted(batch.media.items())):
             if media.values.shape[1]:
                 part_key = None if key is None else jax.random.fold_in(key, number)
@@ -127,37 +125,14 @@ class XLLM:
         """Final states of the LLM, `[B, T, D]`, the input of `logits`."""
         x = self.embed(params, batch, train, key)
         variables = {"params": params[LLM]}
-        states, _ = self.llm.apply(variables, x, batch.segments, batch.context, batch.positions)
+        states, _ = self.networks[LLM].apply(
+            variables, x, batch.segments, batch.context, batch.positions
+        )
         return states
 
     def logits(self, params: Params, states: Array) -> Array:
         """Scores of the next token: `[..., D]` to `[..., V]` float32."""
-        return self.llm.apply({"params": params[LLM]}, states, method="logits")
-
-    def init(self, key: Array, batch: Batch) -> dict[str, Any]:
-        """Fresh parameters {part: tree}.
-
-        Args:
-          key: its streams are separate for every part, whatever other parts there are.
-          batch: example with every modality (`core.batch.zeros`); only shapes matter.
-
-        Raises:
-          UserError: a modality is missing in the example.
-        """
-        params: dict[str, Any] = {}
-        for modality, encoder, interface in self.modalities:
-            if modality not in batch.media:
-                raise UserError("the example batch has no such modality", field=modality)
-            media = batch.media[modality]
-            inputs = [_merge_items(x) for x in (media.values, media.lengths)]
-            if encoder not in params:
-                params[encoder] = _init(self.encoders[encoder], key, encoder, *inputs)
-            features, lengths = self.encoders[encoder].apply({"params": params[encoder]}, *inputs)
-            inputs = (features, lengths, _merge_items(media.counts))
-            params[interface] = _init(self.interfaces[interface], key, interface, *inputs)
-        x = jnp.zeros((*batch.ids.shape, self.llm.width))
-        layout = (batch.segments, batch.context, batch.positions)
-        return params | {LLM: _init(self.llm, key, LLM, x, *layout)}
+        return self.networks[LLM].apply({"params": params[LLM]}, states, method="logits")
 
 
 def splice(words: Array, embeddings: Array, index: Array) -> Array:
@@ -179,9 +154,3 @@ def _merge_items(x: Array | None) -> Array | None:
 
 def _dropout(key: Array | None, stream: int) -> dict[str, Array] | None:
     return None if key is None else {"dropout": jax.random.fold_in(key, stream)}
-
-
-def _init(module: nn.Module, key: Array, name: str, *inputs: Any) -> Any:
-    # The stream depends on the part's name alone, so that adding a part changes no other.
-    stream = sum(ord(letter) * 31**i for i, letter in enumerate(name)) % 2**31
-    return module.init(jax.random.fold_in(key, stream), *inputs)["params"]

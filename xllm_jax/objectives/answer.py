@@ -93,9 +93,9 @@ def loss(
     model: Any,
     params: Mapping[str, Any],
     batch: Batch,
+    key: Array | None = None,
     *,
     train: bool = False,
-    key: Array | None = None,
     chunk: int = 64,
 ) -> tuple[Array, dict[str, Array]]:
     """The objective of stages 2 and 3.
@@ -104,7 +104,7 @@ def loss(
       model: `models.xllm.XLLM`.
       params: {part: parameters}.
       batch: see `core.batch`.
-      train, key: dropout and its key.
+      key, train: dropout's key, and whether there is dropout.
       chunk: logit vectors per row that exist at once.
 
     Returns:

@@ -20,14 +20,14 @@ def loss(
     model: Any,
     params: Mapping[str, Any],
     batch: Batch,
+    key: jax.Array | None = None,
     *,
     train: bool = False,
-    key: jax.Array | None = None,
     chunk: int = 64,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Mean negative log likelihood of the masked spans; adds `perplexity` to the metrics.
 
     Arguments and results as in `objectives.answer.loss`.
     """
-    value, metrics = answer.loss(model, params, batch, train=train, key=key, chunk=chunk)
+    value, metrics = answer.loss(model, params, batch, key, train=train, chunk=chunk)
     return value, metrics | {"perplexity": jnp.exp(value)}
