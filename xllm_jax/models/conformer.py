@@ -24,7 +24,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
-from xllm_jax.models.layers import MASKED, Dense, FeedForward, LayerNorm, stack
+from xllm_jax.models.depthwise import depthwise_by_conv, depthwise_by_shifts
+from xllm_jax.models.layers import Dense, LayerNorm, stack
+from xllm_jax.models.relative_attention import RelativeAttention, merge_init, relative_positions
 
 Array = jax.Array
 XAVIER = nn.initializers.xavier_uniform()
@@ -35,127 +37,39 @@ def frame_mask(lengths: Array, frames: int) -> Array:
     return jnp.arange(frames) < lengths[:, None]
 
 
-def relative_positions(frames: int, width: int) -> Array:
-    """Sinusoids of the distance query - key from frames - 1 down to 1 - frames.
+class Dropout(nn.Module):
+    """Dropout that draws one random byte per value, a quarter of the usual random bits.
 
-    Returns:
-      `[2 * frames - 1, width]` float32, sine in even and cosine in odd columns.
+    The rate is rounded to 1/256; kept values are scaled by the exact share that is kept.
     """
-    distance = jnp.arange(frames - 1, -frames, -1, dtype=jnp.float32)
-    rates = jnp.exp(jnp.arange(0, width, 2) * (-jnp.log(10000.0) / width))
-    angle = distance[:, None] * rates
-    return jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1).reshape(2 * frames - 1, width)
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        dropped = round(self.rate * 256)
+        if not train or not dropped:
+            return x
+        words = (*x.shape[:-1], -(-x.shape[-1] // 4))
+        bits = jax.random.bits(self.make_rng("dropout"), words, jnp.uint32)
+        bytes_ = jax.lax.bitcast_convert_type(bits, jnp.uint8).reshape(*x.shape[:-1], -1)
+        kept = bytes_[..., : x.shape[-1]] >= dropped
+        return jnp.where(kept, x * jnp.asarray(256 / (256 - dropped), x.dtype), 0)
 
 
-def relative_shift(scores: Array) -> Array:
-    """Scores by distance to scores by key.
+class ConformerFeedForward(nn.Module):
+    """Dense, SiLU, dropout, dense: `[..., width]` to `[..., width]`."""
 
-    Args:
-      scores: `[batch, heads, queries, 2 * queries - 1]`, column r is distance queries - 1 - r.
-
-    Returns:
-      `[batch, heads, queries, queries]`: entry (q, k) is the score of distance q - k.
-    """
-    batch, heads, length, distances = scores.shape
-    padded = jnp.pad(scores, ((0, 0), (0, 0), (0, 0), (1, 0)))
-    padded = padded.reshape(batch, heads, distances + 1, length)[:, :, 1:]
-    return padded.reshape(batch, heads, length, distances)[..., :length]
-
-
-def relative_attention(
-    query: Array,
-    key: Array,
-    value: Array,
-    position: Array,
-    bias_u: Array,
-    bias_v: Array,
-    visible: Array | None = None,
-) -> Array:
-    """Attention with Transformer-XL relative positions.
-
-    Args:
-      query, key, value: `[batch, frames, heads, head_dim]`.
-      position: `[2 * frames - 1, heads, head_dim]`, projected `relative_positions`.
-      bias_u, bias_v: `[heads, head_dim]` content and position biases of the query.
-      visible: `[batch, frames]` bool, which keys may be seen; None for all.
-
-    Returns:
-      `[batch, frames, heads, head_dim]` in the dtype of `value`; softmax in float32.
-    """
-    scale = query.shape[-1] ** -0.5
-    query = query * scale
-    content = jnp.einsum(
-        "bqhd,bkhd->bhqk", query + bias_u * scale, key, preferred_element_type=jnp.float32
-    )
-    by_distance = jnp.einsum(
-        "bqhd,rhd->bhqr", query + bias_v * scale, position, preferred_element_type=jnp.float32
-    )
-    scores = content + relative_shift(by_distance)
-    if visible is not None:
-        scores = jnp.where(visible[:, None, None], scores, MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
-
-
-class RelativeAttention(nn.Module):
-    """Multi-head self-attention with relative positions."""
-
-    heads: int
+    hidden: int
+    dropout: float = 0.0
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, positions: Array, visible: Array | None = None) -> Array:
-        """Attends over `x` `[batch, frames, width]`; `positions` `[2 * frames - 1, width]`."""
-        width = x.shape[-1]
-        split = (self.heads, width // self.heads)
-
-        def dense(name: str, use_bias: bool = True) -> Dense:
-            return Dense(
-                split, use_bias=use_bias, dtype=self.dtype, kernel_init=head_init, name=name
-            )
-
-        position = dense("position", use_bias=False)(positions)
-        bias_u = self.param("bias_u", XAVIER, split, jnp.float32).astype(self.dtype)
-        bias_v = self.param("bias_v", XAVIER, split, jnp.float32).astype(self.dtype)
-        query, key, value = (dense(name)(x) for name in ("query", "key", "value"))
-        y = relative_attention(query, key, value, position, bias_u, bias_v, visible)
-        return Dense(width, inputs=2, dtype=self.dtype, kernel_init=merge_init, name="output")(y)
-
-
-def head_init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
-    """Xavier initializer of a `[width, heads, head_dim]` kernel."""
-    return nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", out_axis=(-2, -1))(
-        key, shape, dtype
-    )
-
-
-def merge_init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
-    """Xavier initializer of a `[heads, head_dim, width]` kernel."""
-    return nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", in_axis=(0, 1))(
-        key, shape, dtype
-    )
-
-
-def depthwise_by_shifts(x: Array, kernel: Array) -> Array:
-    """Depthwise convolution as one multiply-add per tap: what XLA's CPU backend does fast."""
-    taps, frames = kernel.shape[0], x.shape[1]
-    before = (taps - 1) // 2
-    padded = jnp.pad(x, ((0, 0), (before, taps - 1 - before), (0, 0)))
-    return sum(padded[:, i : i + frames] * kernel[i] for i in range(taps))
-
-
-def depthwise_by_conv(x: Array, kernel: Array) -> Array:
-    """Depthwise convolution by XLA's convolution: what GPUs and TPUs do fast."""
-    taps, width = kernel.shape
-    before = (taps - 1) // 2
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel[:, None, :],
-        (1,),
-        [(before, taps - 1 - before)],
-        dimension_numbers=("NWC", "WIO", "NWC"),
-        feature_group_count=width,
-    )
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        dense = dict(dtype=self.dtype, kernel_init=XAVIER)
+        y = nn.silu(Dense(self.hidden, **dense, name="up")(x))
+        y = Dropout(self.dropout, name="dropout")(y, train)
+        return Dense(x.shape[-1], **dense, name="down")(y)
 
 
 class BatchNorm(nn.Module):
@@ -288,11 +202,11 @@ class ConformerBlock(nn.Module):
         return LayerNorm(self.epsilon, dtype=self.dtype, name=name)
 
     def drop(self, y: Array) -> Array:
-        return nn.Dropout(self.dropout, deterministic=not self.train)(y)
+        return Dropout(self.dropout)(y, self.train)
 
     def feed_forward(self, name: str, x: Array) -> Array:
         y = self.norm(f"{name}_norm")(x)
-        layer = FeedForward(self.hidden, nn.silu, self.dropout, dtype=self.dtype, name=name)
+        layer = ConformerFeedForward(self.hidden, self.dropout, dtype=self.dtype, name=name)
         return self.drop(layer(y, self.train))
 
 
@@ -400,7 +314,7 @@ class SpeechEncoder(nn.Module):
         lengths = jnp.maximum(lengths - 1, 0) // 2
         project = Dense(self.width, dtype=self.dtype, kernel_init=XAVIER, name="project")
         x = project(x * jnp.asarray(self.width**0.5, self.dtype))
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        x = Dropout(self.dropout)(x, train)
         updates = {}
         bounds = [0, *self.pools, self.depth]
         for number, (start, end) in enumerate(itertools.pairwise(bounds)):
