@@ -1,0 +1,142 @@
+"""The world as text alone: what the mini LLM reads before it ever sees or hears.
+
+An image slot holds a written description, a video slot written frames, a speech slot the written
+sentence without punctuation. Their media entries are ('text:image', text), ('text:video', text)
+and ('text:speech', text): the prompt puts the text between the tags where features go later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from xllm_jax.data.example import Example
+from xllm_jax.data.world import language, motion, questions
+from xllm_jax.data.world.scene import Scene, choose, generator, sample_scene
+
+SHARES = {
+    "answer_scene": 0.32,
+    "dialogue_scene": 0.10,
+    "caption_scene": 0.10,
+    "region_scene": 0.04,
+    "caption_clip": 0.10,
+    "answer_clip": 0.06,
+    "repeat_speech": 0.12,
+    "answer_speech": 0.12,
+    "sentence": 0.04,
+}
+
+
+def text_example(seed: int, index: int, pairs: str = "all") -> Example:
+    """Example `index` of the endless text stream (random access, for data loaders).
+
+    Args:
+      seed: seed of the stream; use another one for validation.
+      index: position in the stream.
+      pairs: 'all' lets the language know every colour and shape together, as a real LLM does; the
+        held-out pairs are held out from pictures. 'seen' holds them out of the text too.
+    """
+    rng = generator(seed, "text", index)
+    kind = str(rng.choice(list(SHARES), p=list(SHARES.values())))
+    return MAKERS[kind](rng, f"text-{seed}-{index}", pairs)
+
+
+def text_examples(seed: int, count: int | None = None, pairs: str = "all") -> Iterator[Example]:
+    """The first `count` examples of the stream, or all of its endless rest."""
+    index = 0
+    while count is None or index < count:
+        yield text_example(seed, index, pairs)
+        index += 1
+
+
+def sentence(rng: np.random.Generator, pairs: str = "all", unseen: bool = False) -> str:
+    """One short sentence that a person may speak: a question, or words about one object."""
+    scene = sample_scene(rng, pairs)
+    if rng.random() < 0.55:
+        return questions.ask(scene, rng, unseen).text
+    return language.region(choose(rng, scene.objects), rng, unseen)
+
+
+def describe(scene: Scene, rng: np.random.Generator) -> str:
+    """A written scene that stands for a picture."""
+    return language.caption(scene, rng)
+
+
+def _answer_scene(rng, key, pairs):
+    scene = sample_scene(rng, pairs)
+    asked = questions.ask(scene, rng)
+    media = (("text:image", describe(scene, rng)),)
+    return Example(key, media, asked.text, asked.answer, "vqa", tags=(asked.kind,))
+
+
+def _dialogue_scene(rng, key, pairs):
+    scene = sample_scene(rng, pairs)
+    rounds = questions.dialogue(scene, rng, int(rng.integers(2, 5)))
+    history = tuple((former.text, former.answer) for former in rounds[:-1])
+    media = (("text:image", describe(scene, rng)),)
+    last = rounds[-1]
+    return Example(
+        key, media, last.text, last.answer, "dialogue", history=history, tags=(last.kind,)
+    )
+
+
+def _caption_scene(rng, key, pairs):
+    scene = sample_scene(rng, pairs)
+    media = (("text:image", describe(scene, rng)),)
+    return Example(key, media, answer=language.caption(scene, rng), task="caption")
+
+
+def _region_scene(rng, key, pairs):
+    scene = sample_scene(rng, pairs)
+    item = choose(rng, scene.objects)
+    instruction = f"请描述{item.place}的物体。"
+    media = (("text:image", describe(scene, rng)),)
+    return Example(key, media, instruction, language.region(item, rng), "vqa", tags=("region",))
+
+
+def _written_clip(rng, pairs):
+    unseen = pairs == "all" and rng.random() < 1 / 6
+    clip = motion.sample_clip(rng, "unseen" if unseen else "seen")
+    return clip, (("text:video", "，".join(language.written_frames(clip, rng)) + "。"),)
+
+
+def _caption_clip(rng, key, pairs):
+    clip, media = _written_clip(rng, pairs)
+    return Example(key, media, answer=language.video_caption(clip, rng), task="video_caption")
+
+
+def _answer_clip(rng, key, pairs):
+    clip, media = _written_clip(rng, pairs)
+    asked = questions.ask_clip(clip, rng)
+    return Example(key, media, asked.text, asked.answer, "vqa", tags=(asked.kind,))
+
+
+def _repeat_speech(rng, key, pairs):
+    said = language.spoken(sentence(rng, pairs))
+    return Example(key, (("text:speech", said),), answer=said, task="asr", transcript=said)
+
+
+def _answer_speech(rng, key, pairs):
+    scene = sample_scene(rng, pairs)
+    asked = questions.ask(scene, rng)
+    said = language.spoken(asked.text)
+    media = (("text:image", describe(scene, rng)), ("text:speech", said))
+    return Example(key, media, "", asked.answer, "spoken_vqa", transcript=said, tags=(asked.kind,))
+
+
+def _sentence(rng, key, pairs):
+    return Example(key, answer=sentence(rng, pairs), task="text")
+
+
+MAKERS = {
+    "answer_scene": _answer_scene,
+    "dialogue_scene": _dialogue_scene,
+    "caption_scene": _caption_scene,
+    "region_scene": _region_scene,
+    "caption_clip": _caption_clip,
+    "answer_clip": _answer_clip,
+    "repeat_speech": _repeat_speech,
+    "answer_speech": _answer_speech,
+    "sentence": _sentence,
+}
