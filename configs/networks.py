@@ -8,9 +8,17 @@ from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Modality, Part
 
 # The miniature's fields that depend on its vocabulary files rather than on a SIZES row.
-TINY_VOCABULARY = 640
-TINY_CHARACTERS = 192
-TINY_LLM_WIDTH = 160
+TINY_VOCABULARY = 576
+TINY_CHARACTERS = 128
+TINY_LLM_WIDTH = 128
+TINY_LLM = {
+    "vocab": TINY_VOCABULARY,
+    "width": TINY_LLM_WIDTH,
+    "depth": 5,
+    "heads": 4,
+    "hidden": 512,
+    "alpha": 10**0.5,
+}
 TINY_QUERIES = 8
 TINY_SPEECH_TOKENS = 24
 TINY_FRAMES = (256, 416)
@@ -24,8 +32,7 @@ MODALITIES = {
 
 def llm(size: str) -> Part:
     """ChatGLM-6B, or the mini-GLM that was pre-trained on the world's text."""
-    fields = {"vocab": TINY_VOCABULARY, "alpha": 12**0.5} if size == "tiny" else {}
-    return Part("glm.ChatGLM", size, fields)
+    return Part("glm.ChatGLM", size, dict(TINY_LLM) if size == "tiny" else {})
 
 
 def vision_encoder(size: str) -> Part:
@@ -60,8 +67,7 @@ def _adapter(size: str) -> dict:
 
 def pretraining_interface(size: str) -> Part:
     """The image interface with the Q-Former's text branch and BLIP-2's stage-1 heads."""
-    fields = {"text_vocab": TINY_VOCABULARY} if size == "tiny" else {}
-    return Part("interfaces.QFormerInterface", size, {**_adapter(size), "text": True, **fields})
+    return Part("contrast.ContrastModel", size, {"vocabulary": 128} if size == "tiny" else {})
 
 
 def is_tiny(size: str) -> bool:

@@ -1,4 +1,4 @@
-"""Where the data sets lie, relative to `data.root`: the paper's (Table 5) and the embedded world's."""
+"""Where the data sets lie below `data.root`: the paper's (Table 5) and the embedded world's."""
 
 from xllm_jax.core.stage import Source
 

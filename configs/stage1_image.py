@@ -22,7 +22,7 @@ def get_config(size: str = "real") -> Stage:
         modalities={"image": networks.MODALITIES["image"]},
         init={
             "vision_encoder": "bases/vision_encoder",
-            "image_interface/qformer": "" if tiny else "bases/bert_qformer",
+            "image_interface/qformer": "" if tiny else "bases/bert_qformer:qformer*",
         },
         trainable=(r"image_interface/.*",),
         objective="contrast",

@@ -24,7 +24,7 @@ def get_config(size: str = "real") -> Stage:
         modalities={"image": networks.MODALITIES["image"]},
         init={
             "vision_encoder": "bases/vision_encoder",
-            "image_interface": "runs/stage1_image" if tiny else "bases/blip2_stage2",
+            "image_interface": "runs/stage1_image*" if tiny else "bases/blip2_stage2",
             "llm": "bases/llm",
         },
         trainable=(r"image_interface/.*",),

@@ -3,8 +3,9 @@
     python launch/train.py --config=configs/stage2_speech.py --workdir=runs/stage2_speech
     python launch/train.py --config=configs/stage2_speech.py:tiny --workdir=runs/stage2_speech
 
-Speech encoder and CIF come from stage 1 and stay frozen; the C-Former starts from bert-base-chinese.
-The reference repository ends the adapter in a ReLU: --config.parts.speech_interface.fields.relu=True.
+Speech encoder and CIF come from stage 1 and stay frozen; the C-Former starts from
+bert-base-chinese. The reference repository has a ReLU behind the adapter:
+--config.parts.speech_interface.fields.adapter_relu=True.
 """
 
 from configs import networks, sources
@@ -24,7 +25,7 @@ def get_config(size: str = "real") -> Stage:
         init={
             "speech_encoder": "runs/stage1_speech",
             "speech_interface/cif": "runs/stage1_speech",
-            "speech_interface/cformer": "bases/cformer",
+            "speech_interface/c_former/bert": "" if tiny else "bases/bert:bert*",
             "llm": "bases/llm",
         },
         trainable=(r"speech_interface/(?!cif/).*",),

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from flax import linen as nn
 from jax.sharding import Mesh
 
@@ -147,13 +148,22 @@ def load(
 ) -> dict[str, jax.Array]:
     """Loads the leaves of one subtree (flat) from 'DIR' or 'DIR:other_subtree'.
 
+    A '*' at the end of the source takes only the leaves that both sides have, and says how many
+    were left; without it, every leaf must be there and none may be over.
+
     Raises:
       UserError: nothing there, or it does not fit.
     """
-    directory, _, other = source.partition(":")
+    directory, _, other = source.removesuffix("*").partition(":")
     inner = other or prefix
     renamed = {inner + path[len(prefix) :]: x for path, x in like.items()}
-    found = checkpoint.load_leaves(locate(directory, inner), inner, renamed)
+    place = locate(directory, inner)
+    if source.endswith("*"):
+        held = checkpoint.base_about(place)["shapes"]
+        shared = {path: x for path, x in renamed.items() if path in held}
+        logging.info("%s: %d of %d leaves from %s", prefix, len(shared), len(renamed), place)
+        renamed = shared or renamed
+    found = checkpoint.load_leaves(place, inner, renamed, exact=not source.endswith("*"))
     return {prefix + path[len(inner) :]: leaf for path, leaf in found.items()}
 
 
@@ -166,7 +176,7 @@ def locate(directory: str | Path, part: str) -> Path:
     about = checkpoint.base_about(final)
     if any(path.startswith(part + "/") for path in about["shapes"]):
         return final
-    source = about["stage"]["init"].get(part, "")
+    source = about["stage"]["init"].get(part, "").removesuffix("*")
     inner, _, other = source.partition(":")
     return locate(inner, other or part) if source else final
 

@@ -147,7 +147,10 @@ def base_about(directory: str | Path) -> dict[str, Any]:
 
 
 def load_leaves(
-    directory: str | Path, prefix: str, like: Mapping[str, jax.ShapeDtypeStruct]
+    directory: str | Path,
+    prefix: str,
+    like: Mapping[str, jax.ShapeDtypeStruct],
+    exact: bool = True,
 ) -> dict[str, jax.Array]:
     """Reads one subtree of a base into the shapes, dtypes and shardings of `like`.
 
@@ -155,6 +158,7 @@ def load_leaves(
       directory: folder written by `save_base`.
       prefix: path of the subtree inside the base, such as 'llm' or 'speech_interface/cif'.
       like: {path: `jax.ShapeDtypeStruct` with sharding}, flat, every path below `prefix`.
+      exact: refuse a base that holds more leaves below `prefix` than `like`.
 
     Returns:
       {path: array}, flat.
@@ -163,7 +167,7 @@ def load_leaves(
       UserError: no such subtree, a leaf missing or extra, or another shape; names the leaf.
     """
     about = base_about(directory)
-    _check_leaves(directory, prefix, about["shapes"], like)
+    _check_leaves(directory, prefix, about["shapes"], like, exact)
     target = rules.unflatten(like)
     restore_args = jax.tree.map(
         lambda x: ocp.ArrayRestoreArgs(dtype=x.dtype, sharding=x.sharding, global_shape=x.shape),
@@ -179,7 +183,9 @@ def load_leaves(
     return rules.flatten(found)
 
 
-def _check_leaves(directory: str | Path, prefix: str, shapes: dict, like: Mapping) -> None:
+def _check_leaves(
+    directory: str | Path, prefix: str, shapes: dict, like: Mapping, exact: bool
+) -> None:
     stored = {p: s for p, s in shapes.items() if p == prefix or p.startswith(prefix + "/")}
     if not stored:
         parts = ", ".join(sorted({path.split("/")[0] for path in shapes}))
@@ -188,7 +194,7 @@ def _check_leaves(directory: str | Path, prefix: str, shapes: dict, like: Mappin
             field=str(directory),
             mend="Name the part after a colon: DIR:part",
         )
-    for path in sorted(stored.keys() ^ like.keys()):
+    for path in sorted(stored.keys() ^ like.keys() if exact else like.keys() - stored.keys()):
         where = "lacks" if path in like else "has, but the model does not,"
         raise UserError(
             f"the checkpoint {where} {path}",

@@ -137,8 +137,9 @@ class Stage:
       name: used in logs and checkpoints.
       parts: {name in the parameter tree: Part}.
       modalities: {name: Modality}, in any number.
-      init: {part: where its parameters come from}: 'DIR' (a run or a converted base; the part of
-        the same name), 'DIR:other_part', or '' for fresh parameters.
+      init: {part or subtree: where its parameters come from}: 'DIR' (a run or a converted base; the
+        subtree of the same name), 'DIR:other_subtree', or '' for fresh parameters. A '*' at the end
+        takes what the source has, draws what it lacks and drops what the model lacks.
       trainable: path patterns of what trains; everything else is frozen.
       objective: file of `objectives/`.
       options: options of the objective.

@@ -272,6 +272,7 @@ class SpeechEncoder(nn.Module):
       width, hidden, heads, kernel, depth: sizes of the conformer blocks.
       pools: numbers of the blocks (counted from 1) that a max-pool follows.
       channels: channels of the front-end convolution.
+      bins: filterbank bins of the input.
       dropout: rate on every residual branch and inside the feed-forwards.
       mask_padding: see the file's docstring.
       depthwise: 'conv' or 'shifts'; None chooses by the backend.
@@ -285,6 +286,7 @@ class SpeechEncoder(nn.Module):
     depth: int
     pools: Sequence[int]
     channels: int
+    bins: int = 80
     dropout: float = 0.1
     mask_padding: bool = True
     depthwise: str | None = None
@@ -293,6 +295,11 @@ class SpeechEncoder(nn.Module):
     dtype: Any = jnp.float32
     unroll: int = 1
     remat: bool = False
+
+    def example(self) -> tuple[Array, Array]:
+        """Arguments for `init`."""
+        frames = 64 * 2 ** len(self.pools)
+        return jnp.zeros((1, frames, self.bins)), jnp.full(1, frames, jnp.int32)
 
     @nn.compact
     def __call__(

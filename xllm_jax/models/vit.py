@@ -94,6 +94,10 @@ class VisionTransformer(nn.Module):
     remat: bool = False
     unroll: int = 1
 
+    def example(self) -> tuple[Array]:
+        """Arguments for `init`."""
+        return (jnp.zeros((1, self.image_size, self.image_size, 3)),)
+
     @nn.compact
     def __call__(
         self, values: Array, lengths: Array | None = None, train: bool = False

@@ -1,0 +1,187 @@
+"""X-LLM end to end in miniature: builds the world, trains the three stages, answers, reports.
+
+    python launch/demo.py --output=demo [--quick]
+
+Every step is a command that a user could type; it is printed, and what it says goes to
+`demo/logs/NAME.log`. Two steps run at a time, one core each, wherever they do not need each other:
+on few cores that is almost twice as fast as giving both cores to one small model. A second call
+continues where the first one stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from absl import flags
+from tqdm import tqdm
+
+from launch import command
+
+OUTPUT = flags.DEFINE_string("output", "demo", "Folder for the world, the runs and the report.")
+QUICK = flags.DEFINE_bool("quick", False, "Everything in about three minutes, at lower quality.")
+SLOTS = flags.DEFINE_integer("slots", 0, "Steps at a time; 0 takes one per core, at most two.")
+
+# Optimizer updates of each stage when --quick cuts them.
+QUICK_STEPS = {
+    "stage1_speech": 40,
+    "stage1_image": 20,
+    "stage2_image": 40,
+    "stage2_image_no_init": 40,
+    "stage2_video": 20,
+    "stage2_speech": 30,
+    "stage3": 10,
+}
+
+
+@dataclasses.dataclass
+class Job:
+    """One command of the demo and the jobs whose results it reads."""
+
+    name: str
+    script: str
+    arguments: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+    alone: bool = False
+
+
+def stage(name: str, config: str, needs: tuple[str, ...], *more: str) -> Job:
+    """The job that trains one stage with its tiny configuration."""
+    steps = (f"--config.steps={QUICK_STEPS[name]}",) if QUICK.value else ()
+    arguments = (f"--config=configs/{config}.py:tiny", f"--workdir=runs/{name}", *more, *steps)
+    return Job(name, "train.py", arguments, needs)
+
+
+def jobs() -> list[Job]:
+    """All steps; earlier ones are started first."""
+    size = ("--quick",) if QUICK.value else ()
+    limit = ("--limit=24",) if QUICK.value else ()
+    start = ("world", "bases")
+    return [
+        Job("world", "world.py", ("--output=world", *size)),
+        Job("bases", "bases.py", ("--output=bases",)),
+        stage("stage1_image", "stage1_image", start),
+        stage("stage1_speech", "stage1_speech", start),
+        stage("stage2_image", "stage2_image", ("stage1_image",)),
+        stage("stage2_speech", "stage2_speech", ("stage1_speech",)),
+        stage("stage2_video", "stage2_video", ("stage2_image",)),
+        stage("stage2_image_no_init", "stage2_image", start, "--config.init.image_interface="),
+        stage("stage3", "stage3_instruction", ("stage2_image", "stage2_video", "stage2_speech")),
+        Job(
+            "evaluate",
+            "evaluate.py",
+            (
+                "--runs=runs",
+                "--data=world",
+                "--output=.",
+                *(("--limit=24",) if QUICK.value else ()),
+            ),
+            ("stage3", "stage2_image_no_init"),
+            alone=True,
+        ),
+    ]
+
+
+class Running:
+    """A job under way on its own cores, with its log file."""
+
+    def __init__(self, job: Job, folder: Path, cores: set[int], root: Path):
+        self.job, self.cores, self.began = job, cores, time.monotonic()
+        self.log = folder / "logs" / f"{job.name}.log"
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        arguments = [sys.executable, str(root / "launch" / job.script), *job.arguments]
+        configured = [x.replace("=configs/", f"={root}/configs/") for x in arguments]
+        environment = os.environ | {
+            "JAX_COMPILATION_CACHE_DIR": str((folder / "cache").absolute()),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1",
+            "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu"),
+        }
+        self.process = subprocess.Popen(
+            configured,
+            cwd=folder,
+            env=environment,
+            stdout=self.log.open("w"),
+            stderr=subprocess.STDOUT,
+            preexec_fn=lambda: os.sched_setaffinity(0, cores),
+        )
+
+    def progress(self, folder: Path) -> str:
+        """Where the job is, from the last line of its metrics."""
+        file = folder / "runs" / self.job.name / "metrics.jsonl"
+        try:
+            last = json.loads(file.read_text().splitlines()[-1])
+            return f"{self.job.name} step {last['step']} loss {last['loss']:.3f}"
+        except (OSError, IndexError, ValueError, KeyError):
+            return f"{self.job.name} {time.monotonic() - self.began:.0f} s"
+
+
+def run_all(todo: list[Job], folder: Path, root: Path) -> dict[str, float]:
+    """Runs the jobs as their needs allow; returns {name: seconds}.
+
+    Raises:
+      SystemExit: a job failed; the others under way are stopped.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    slots = SLOTS.value or min(2, len(cores))
+    waiting, running, seconds = list(todo), [], {}
+    bar = tqdm(total=len(todo), desc="demo", unit="step", dynamic_ncols=True)
+    while waiting or running:
+        for job in [j for j in waiting if all(need in seconds for need in j.needs)]:
+            share = pick_cores(cores, running, slots, job)
+            if share:
+                waiting.remove(job)
+                bar.write(f"$ {shlex.join(['python', f'launch/{job.script}', *job.arguments])}")
+                running.append(Running(job, folder, share, root))
+        time.sleep(0.2)
+        for active in [r for r in running if r.process.poll() is not None]:
+            running.remove(active)
+            if active.process.returncode:
+                stop(running, active)
+            seconds[active.job.name] = time.monotonic() - active.began
+            bar.write(f"  {active.job.name} done in {seconds[active.job.name]:.0f} s")
+            bar.update()
+        bar.set_postfix_str(" | ".join(r.progress(folder) for r in running))
+    bar.close()
+    return seconds
+
+
+def pick_cores(cores: list[int], running: list[Running], slots: int, job: Job) -> set[int]:
+    """Free cores for a job: its share of them, or all for a job that runs alone."""
+    if len(running) >= slots or (job.alone and running):
+        return set()
+    if job.alone:
+        return set(cores)
+    taken = {core for active in running for core in active.cores}
+    share = [core for core in cores if core not in taken][: max(1, len(cores) // slots)]
+    return set(share)
+
+
+def stop(running: list[Running], failed: Running) -> None:
+    """Ends every job under way and shows why one failed."""
+    for active in running:
+        active.process.terminate()
+    tail = "\n".join(failed.log.read_text(errors="replace").splitlines()[-15:])
+    raise SystemExit(f"{failed.job.name} failed (whole log: {failed.log}):\n{tail}")
+
+
+def main(_: list[str]) -> None:
+    root, began = Path(__file__).absolute().parents[1], time.monotonic()
+    folder = Path(OUTPUT.value).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    seconds = run_all(jobs(), folder, root)
+    seconds["whole run"] = time.monotonic() - began
+    (folder / "timings.json").write_text(json.dumps(seconds, indent=1))
+    print((folder / "report.txt").read_text())
+    for name, value in seconds.items():
+        print(f"{name:24s} {value:7.0f} s")
+    print(f"\nThe report with pictures: {Path(OUTPUT.value) / 'report.html'}")
+
+
+if __name__ == "__main__":
+    command.run(main)
