@@ -61,7 +61,18 @@ class Plan:
 
 
 def tools(data: Data) -> Tools:
-    """Loads the tokenizer and the template that the data names."""
+    """Loads the tokenizer and the template that the data names.
+
+    Raises:
+      UserError: no such tokenizer or template, or a modality without a size.
+    """
+    for modality in data.items:
+        if modality not in data.embeddings:
+            raise UserError(
+                f"does not say how many embeddings an item of {modality!r} takes",
+                field="data.embeddings",
+            )
+        media.form(modality, data)
     return Tools(ChatGLMTokenizer(data.tokenizer), prompt.template(data.template))
 
 
@@ -111,8 +122,9 @@ def sequence(record: Record, kit: Tools, data: Data, mode: Mode) -> prompt.Promp
 
     def slot(modality: str, path: str) -> prompt.Slot:
         form = media.form(modality, data)
-        stride = data.embeddings[modality]
-        size = stride
+        if modality not in data.items:
+            raise DoesNotFit(f"data.items gives {modality!r} no place", field=example.key)
+        size = stride = data.embeddings[modality]
         if form.spoken and mode.answers:
             size = min(media.spoken_tokens(example), stride)
         return prompt.Slot(modality, path, form.items, size, stride)

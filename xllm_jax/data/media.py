@@ -6,7 +6,6 @@ A new modality is one more entry of FORMS and one file beside `image.py`.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -16,8 +15,6 @@ from xllm_jax.core.stage import Data
 from xllm_jax.data.characters import token_count
 from xllm_jax.data.example import Example
 from xllm_jax.data.record import MEDIA, DoesNotFit, Record
-
-RATE, WINDOW, SHIFT = 16000, 400, 160  # samples; 25 ms windows every 10 ms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,21 +110,6 @@ def load(
         )
     padded = np.pad(values, ((0, 0), (0, most - count), (0, 0)))
     return padded, np.asarray([count], np.int32)
-
-
-def spoken_frames(path: str, data: Data) -> int:
-    """Filterbank frames of an utterance by its file's header, without decoding it.
-
-    Raises:
-      UserError: the header cannot be read.
-    """
-    import soundfile
-
-    try:
-        found = soundfile.info(path)
-    except (OSError, RuntimeError) as error:
-        raise UserError(str(error), field=path) from error
-    return 1 + max(math.ceil(found.frames * RATE / found.samplerate) - WINDOW, 0) // SHIFT
 
 
 def spoken_tokens(example: Example) -> int:

@@ -99,10 +99,9 @@ def batches(
       examples: records per batch.
       buckets: bucket of every record.
     """
-    if buckets is None:
-        buckets = {name: np.zeros(len(sources[name]), np.int32) for name in weights}
+    numbers = {int(b) for name in weights for b in np.unique(buckets[name])} if buckets else {0}
     parts, shares = [], []
-    for bucket in sorted({int(b) for name in weights for b in np.unique(buckets[name])}):
+    for bucket in sorted(numbers):
         mixed, share = _bucket(sources, weights, seed, bucket, buckets)
         parts.append(mixed.batch(examples, batch_fn=tuple))
         shares.append(share)
@@ -114,22 +113,22 @@ def _bucket(
     weights: Mapping[str, float | None],
     seed: int,
     bucket: int,
-    buckets: Buckets,
+    buckets: Buckets | None,
 ) -> tuple[grain.MapDataset, float]:
     """The endless records of one bucket, and its share of the whole mixture."""
     parts, shares = [], []
     for name, weight in weights.items():
-        places = np.flatnonzero(buckets[name] == bucket)
+        size = len(sources[name])
+        places = np.flatnonzero(buckets[name] == bucket) if buckets else range(size)
         if len(places):
             parts.append(_shuffled(sources, name, places, seed, bucket))
-            size = len(sources[name])
             shares.append((size if weight is None else weight) * len(places) / size)
     mixed = grain.MapDataset.mix(parts, shares) if len(parts) > 1 else parts[0]
     return mixed, sum(shares)
 
 
 def _shuffled(
-    sources: Sources, name: str, places: np.ndarray, seed: int, bucket: int
+    sources: Sources, name: str, places: Sequence[int], seed: int, bucket: int
 ) -> grain.MapDataset:
     """Some places of one source, over and over, in a new order each epoch."""
     order = zlib.crc32(f"{seed} {name} {bucket}".encode())

@@ -9,7 +9,7 @@ import numpy as np
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data
-from xllm_jax.data import media
+from xllm_jax.data import media, speech
 from xllm_jax.data.characters import PAD, CharacterVocabulary
 from xllm_jax.data.example import Example
 from xllm_jax.data.record import DoesNotFit, Mode, Record, Skipped
@@ -57,7 +57,7 @@ def bucket(example: Example, data: Data) -> int:
     if path is None:
         return last
     try:
-        frames = media.spoken_frames(path, data)
+        frames = speech.count_frames(path)
     except UserError:
         return last
     return next((number for number, most in enumerate(data.frames) if frames <= most), last)
