@@ -1,0 +1,183 @@
+"""What the readers share: finding and reading annotation files, with errors that name the place."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import unicodedata
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from xllm_jax.core.errors import UserError
+from xllm_jax.data.example import Example
+
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+SOUNDS = (".wav", ".flac", ".ogg", ".mp3", ".opus")
+VIDEOS = (".mp4", ".webm", ".mkv", ".avi", ".mov")
+
+
+def read_text(path: pathlib.Path) -> str:
+    """The file's text.
+
+    Raises:
+      UserError: no such file, or not UTF-8.
+    """
+    try:
+        return path.read_text("utf-8-sig")
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        mend = "Check data.root and the source's path, or see the reader's docstring"
+        raise UserError("no such file", field=str(path), mend=mend) from None
+    except UnicodeDecodeError as error:
+        mend = "Save the file as UTF-8"
+        raise UserError(f"is not UTF-8 text ({error.reason})", field=str(path), mend=mend) from None
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """The file's JSON value.
+
+    Raises:
+      UserError: no such file, or broken JSON.
+    """
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        what = f"broken JSON at line {error.lineno}, column {error.colno}: {error.msg}"
+        raise UserError(what, field=str(path), mend="Fetch or write the file again") from None
+
+
+def get(record: Any, name: str, kind: type | tuple[type, ...], where: str) -> Any:
+    """`record[name]`, checked.
+
+    Args:
+      record: a JSON object.
+      name: its key.
+      kind: type, or types, that the value may have.
+      where: place for the message, such as 'captions.json: annotations[3]'.
+
+    Raises:
+      UserError: not an object, no such key, or a value of another type.
+    """
+    if not isinstance(record, dict):
+        raise UserError(f"is {_kind(record)}, not an object", field=where)
+    if name not in record:
+        found = ", ".join(sorted(map(str, record))[:8]) or "none"
+        mend = f"Keys found: {found}"
+        raise UserError("missing key", field=f"{where}.{name}", mend=mend)
+    value = record[name]
+    if not isinstance(value, kind):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        wanted = " or ".join(_NAMES.get(one, one.__name__) for one in kinds)
+        raise UserError(f"is {_kind(value)}, not {wanted}", field=f"{where}.{name}")
+    return value
+
+
+_NAMES = {str: "a text", int: "a number", list: "a list", dict: "an object"}
+
+
+def _kind(value: Any) -> str:
+    return _NAMES.get(type(value), type(value).__name__)
+
+
+def rows(value: Any, where: str) -> list:
+    """The value, checked to be a list.
+
+    Raises:
+      UserError: it is not.
+    """
+    if not isinstance(value, list):
+        raise UserError(f"is {_kind(value)}, not a list", field=where)
+    return value
+
+
+def tags(record: dict) -> tuple[str, ...]:
+    """The record's tags; published sets have none."""
+    return tuple(map(str, record.get("tags", ())))
+
+
+def split_folder(root: pathlib.Path, split: str) -> pathlib.Path:
+    """`root/split`, or for 'train' the root itself, for sets that are published without splits.
+
+    Raises:
+      UserError: there is no such split.
+    """
+    if (root / split).is_dir():
+        return root / split
+    if split != "train":
+        mend = f"Make a folder {split} with the same layout, or leave this split out"
+        raise UserError("no such folder", field=str(root / split), mend=mend)
+    return root
+
+
+def first_folder(candidates: Iterable[pathlib.Path]) -> pathlib.Path:
+    """The first folder that exists.
+
+    Raises:
+      UserError: none does.
+    """
+    candidates = list(candidates)
+    for folder in candidates:
+        if folder.is_dir():
+            return folder
+    others = ", ".join(map(str, candidates[1:]))
+    mend = f"Looked also for {others}" if others else ""
+    raise UserError("no such folder", field=str(candidates[0]), mend=mend)
+
+
+def files(folders: Iterable[pathlib.Path], suffixes: Sequence[str]) -> dict[str, str]:
+    """{stem: path} of all files with one of the suffixes, sub-folders included.
+
+    A file name counts once: the first folder that has it wins.
+    """
+    found: dict[str, str] = {}
+    for folder in folders:
+        for place, inner, names in os.walk(folder):
+            inner.sort()
+            for name in sorted(names):
+                stem, suffix = os.path.splitext(name)
+                if suffix.lower() in suffixes:
+                    found.setdefault(stem, os.path.join(place, name))
+    return found
+
+
+def unpunctuated(text: str) -> str:
+    """The text without punctuation, as a transcript of speech has it."""
+    return "".join(c for c in text if not unicodedata.category(c).startswith("P")).strip()
+
+
+def captioned(
+    key: str,
+    media: tuple[tuple[str, str], ...],
+    captions: Sequence[str],
+    task: str,
+    per_caption: bool,
+    tags: tuple[str, ...] = (),
+) -> list[Example]:
+    """Examples of one captioned file: one for each caption, or one with the first as its answer.
+
+    Both carry all captions as references.
+    """
+    said = tuple(captions)
+    chosen = said if per_caption else said[:1]
+    return [
+        Example(
+            f"{key}#{number}" if per_caption else key,
+            media,
+            answer=caption,
+            task=task,
+            references=said,
+            tags=tags,
+        )
+        for number, caption in enumerate(chosen)
+    ]
+
+
+def not_empty(examples: list[Example], place: pathlib.Path | str, what: str) -> list[Example]:
+    """The examples, if there are any.
+
+    Raises:
+      UserError: there are none.
+    """
+    if not examples:
+        raise UserError(f"has no {what}", field=str(place), mend="Check the path and the split")
+    return examples
