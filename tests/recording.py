@@ -46,17 +46,23 @@ class Recording:
         scale = float(np.abs(expected[np.isfinite(expected)]).max(initial=0.0))
         return max(20 * ((self.noise.get(name) or {}).get("max_abs") or 0.0), 2e-5 * scale)
 
-    def close(self, name: str, value, atol: float | None = None, rtol: float = 0.0) -> None:
-        """Asserts that `value` has the recorded shape and values; `atol` None: see `tolerance`."""
+    def close(self, name: str, value, atol=None, rtol: float = 0.0) -> None:
+        """Asserts that `value` has the recorded shape and values.
+
+        `atol` None: see `tolerance`; an array gives every element its own.
+        """
         expected, value = self.arrays[name], np.asarray(value)
         assert value.shape == expected.shape, f"{name}: {value.shape} against {expected.shape}"
         if expected.dtype.kind in "iub":
             return self.equal(name, value)
         atol = self.tolerance(name) if atol is None else atol
         error = np.abs(value.astype(np.float64) - expected.astype(np.float64))
-        largest = float(error.max(initial=0.0))
-        self.errors[name] = max(self.errors.get(name, (0.0, atol)), (largest, atol))
-        np.testing.assert_allclose(value, expected, atol=atol, rtol=rtol, err_msg=name)
+        allowed = np.broadcast_to(atol + rtol * np.abs(expected, dtype=np.float64), error.shape)
+        worst = np.argmax(np.where(error <= allowed, error / np.maximum(allowed, 1e-300), np.inf))
+        found = (float(error.flat[worst]), float(allowed.flat[worst])) if error.size else (0.0, 0.0)
+        self.errors[name] = max(self.errors.get(name, found), found)
+        bad = ~(error <= allowed)  # also where a NaN stands
+        assert not bad.any(), f"{name}: {bad.sum()} of {bad.size} differ, error {found}"
 
     def equal(self, name: str, value) -> None:
         """Asserts that integers, booleans or exact values are the recorded ones."""

@@ -150,7 +150,7 @@ def export_tree(table: Iterable[Row], tree: Mapping[str, Any]) -> dict[str, np.n
         for name, layer in zip(row.names(), leaf if row.layers is not None else [leaf]):
             tensor = row.backward(layer)
             if not row.piece:
-                tensors[name] = np.ascontiguousarray(tensor)
+                tensors[name] = np.asarray(tensor, order="C")  # keeps scalars scalar
                 continue
             parts = pieces.setdefault(name, {})
             parts[row.piece[0]] = tensor

@@ -128,8 +128,9 @@ class Embeddings(nn.Module):
         return nn.Dropout(self.dropout, deterministic=not train)(x)
 
     def _tokens(self, ids: Array | None, embeddings: Array | None, types: Array | None) -> Array:
-        if self.vocabulary:
-            words = self._table("words", self.vocabulary)
+        words = self._table("words", self.vocabulary) if self.vocabulary else None
+        if ids is not None and words is None:
+            raise ValueError("ids need a vocabulary, and this module has none")
         x = embeddings.astype(jnp.float32) if ids is None else words[ids]
         if self.positions:
             if x.shape[1] > self.positions:
@@ -142,7 +143,7 @@ class Embeddings(nn.Module):
 
     def _table(self, name: str, rows: int) -> Array:
         table = self.param(name, layers.truncated_normal(), (rows, self.width), jnp.float32)
-        return table.astype(jnp.float32)
+        return jnp.asarray(table, jnp.float32)
 
 
 class Layer(nn.Module):

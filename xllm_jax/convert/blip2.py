@@ -1,0 +1,275 @@
+"""BLIP-2 and X-LLM image and video checkpoints to the Q-Former interface and its stage-1 model.
+
+Four layouts hold the same network: LAVIS stage 1 (with heads, with or without the ViT), LAVIS stage
+2 (the image interface), X-LLM's own image and video runs, and Hugging Face folders. `interface` and
+`contrast` recognise them by their tensor names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from xllm_jax.convert import Drop, Report, Row, import_tree
+from xllm_jax.convert.bert import attention_rows, feed_forward_rows, linear, norm
+from xllm_jax.core import rules
+from xllm_jax.core.errors import UserError
+from xllm_jax.models.contrast import ContrastModel
+from xllm_jax.models.interfaces import QFormerInterface
+
+LAVIS = "Qformer.bert."
+DECODER = "Qformer.cls.predictions.decoder"
+WORDS = f"{LAVIS}embeddings.word_embeddings.weight"
+
+TEXT_LAYERS = r".*encoder\.layer\.\d+\.(intermediate|output)\..*"
+DROP = (
+    Drop(r".*position_ids", "the numbers 0, 1, 2 …"),
+    Drop(r"(visual_encoder|vision_model)\..*", "the vision encoder has a table of its own"),
+    Drop(r"language_model\..*", "another LLM"),
+)
+DROP_TEXT = (
+    Drop(TEXT_LAYERS, "the text branch is not used after stage 1"),
+    Drop(r".*(word|position)_embeddings\.weight", "the text branch is not used after stage 1"),
+    Drop(
+        r"(Qformer\.cls|vision_proj|text_proj|vision_projection|text_projection|itm_head)\..*|temp",
+        "a head of stage 1",
+    ),
+)
+DROP_TIED = Drop(r"Qformer\.cls\.predictions\.decoder\.(weight|bias)", "tied to words and head")
+DROP_OTHER_MODALITY = (
+    Drop(r"opt_proj\..*|query_tokens", "belongs to the image interface"),
+    Drop(r"video_proj\..*|video_query_tokens", "belongs to the video interface"),
+)
+
+
+def layer_rows(
+    depth: int,
+    heads: int,
+    frequency: int,
+    *,
+    source: str = LAVIS,
+    target: str = "qformer/",
+    text: bool = False,
+    inner: str = "self",
+) -> tuple[Row, ...]:
+    """Rows of a Q-Former's layers, which we stack by their place within a group.
+
+    Args:
+      depth, heads, frequency: layers, heads, cross-attention frequency.
+      source: what the tensors' names start with.
+      target: what our paths start with.
+      text: fill the text rows' feed-forward too.
+      inner: name of the attention projections' module in the source.
+    """
+    rows: list[Row] = []
+    whole = depth // frequency * frequency
+    for number in range(frequency):
+        places = [("groups", tuple(range(number, whole, frequency)))]
+        places += [("tail", (whole + number,))] if whole + number < depth else []
+        for group, layers in places:
+            if not layers:
+                continue
+            old, new = f"{source}encoder.layer.{{layer}}", f"{target}{group}/layer_{number}"
+            rows += attention_rows(f"{old}.attention", f"{new}/attention", heads, layers, inner)
+            if number == 0:
+                cross, ours = f"{old}.crossattention", f"{new}/cross_attention"
+                rows += attention_rows(cross, ours, heads, layers, inner)
+            rows += feed_forward_rows(old, f"{new}/query_feed_forward", layers, "_query")
+            rows += feed_forward_rows(old, f"{new}/text_feed_forward", layers) if text else ()
+    return tuple(rows)
+
+
+def rows(depth: int, heads: int, frequency: int, kind: str, text: bool) -> tuple[Row, ...]:
+    """Rows of norm, queries and Q-Former.
+
+    Args:
+      depth, heads, frequency: layers, heads, cross-attention frequency.
+      kind: 'lavis' or 'hf'.
+      text: fill the text branch too.
+    """
+    hf = kind == "hf"
+    old, embeddings = ("qformer.", "embeddings") if hf else (LAVIS, f"{LAVIS}embeddings")
+    tables = [
+        Row(f"{embeddings}.{kind}_embeddings.weight", f"qformer/embeddings/{name}")
+        for kind, name in (("word", "words"), ("position", "positions"))
+        if text
+    ]
+    return (
+        Row("query_tokens", "queries", "1 n d -> n d"),
+        *norm("vision_model.post_layernorm" if hf else "ln_vision", "norm"),
+        *norm("qformer.layernorm" if hf else f"{embeddings}.LayerNorm", "qformer/embeddings/norm"),
+        *tables,
+        *layer_rows(
+            depth, heads, frequency, source=old, text=text, inner="attention" if hf else "self"
+        ),
+    )
+
+
+def head_rows(kind: str) -> tuple[Row, ...]:
+    """Rows of the stage-1 heads; Hugging Face keeps neither language head nor temperature."""
+    vision, text = ("vision_projection", "text_projection")
+    if kind == "hf":
+        return (
+            *linear(vision, "image_projection"),
+            *linear(text, "text_projection"),
+            *linear("itm_head", "match_head"),
+        )
+    cls = "Qformer.cls.predictions"
+    return (
+        *linear("vision_proj", "image_projection"),
+        *linear("text_proj", "text_projection"),
+        *linear("itm_head", "match_head"),
+        Row("temp", "temperature"),
+        Row(f"{cls}.bias", "language_head/bias"),
+        *linear(f"{cls}.transform.dense", "language_head/dense"),
+        *norm(f"{cls}.transform.LayerNorm", "language_head/norm"),
+    )
+
+
+def video_run_rows(modality: str) -> tuple[Row, ...]:
+    """Rows of X-LLM's video runs, which hold queries and adapter of 'video' and of 'image'."""
+    queries, adapter = {
+        "video": ("video_query_tokens", "video_proj"),
+        "image": ("query_tokens", "opt_proj"),
+    }[modality]
+    return (Row(queries, "queries", "1 n d -> n d"), *linear(adapter, "adapter"))
+
+
+def kind_of(source: Mapping[str, Any]) -> str:
+    """'hf', 'video' (X-LLM's video run), 'stage1' or 'stage2' (LAVIS, or X-LLM's image run).
+
+    Raises:
+      UserError: none of them.
+    """
+    if "qformer.layernorm.weight" in source:
+        return "hf"
+    if "video_query_tokens" in source:
+        return "video"
+    if f"{LAVIS}embeddings.LayerNorm.weight" in source:
+        return "stage2" if "opt_proj.weight" in source else "stage1"
+    raise UserError(
+        "not a BLIP-2 or X-LLM image or video checkpoint",
+        mend="Give LAVIS's blip2_pretrained*.pth, an X-LLM run, or a Hugging Face BLIP-2 folder",
+    )
+
+
+def interface(
+    source: Mapping[str, np.ndarray],
+    model: QFormerInterface,
+    shapes: Mapping[str, Any],
+    modality: str = "video",
+) -> tuple[dict[str, Any], Report]:
+    """Fills the image or video interface.
+
+    Args:
+      source: an opened checkpoint (`files.open_checkpoint`).
+      model: names the sizes.
+      shapes: our tree of shapes.
+      modality: which interface to take from an X-LLM video run, 'video' or 'image'; other files
+        hold one.
+
+    Returns:
+      (tree, report). The adapter is missing in it when the file is of stage 1; all but queries and
+      adapter when it is of a video run: `report.fresh` names what is to come from elsewhere.
+
+    Raises:
+      UserError: unknown layout, other sizes, missing or unknown tensors.
+    """
+    kind = kind_of(source)
+    if kind == "video":
+        table, drop = video_run_rows(modality), (*DROP, *DROP_OTHER_MODALITY)
+        return import_tree(table, source, shapes, drop=drop, fresh=("norm/.*", "qformer/.*"))
+    family = "hf" if kind == "hf" else "lavis"
+    table = rows(model.depth, model.heads, model.cross_attention_frequency, family, text=False)
+    adapter = "language_projection" if kind == "hf" else "opt_proj"
+    found = f"{adapter}.weight" in source
+    table += linear(adapter, "adapter") if found else ()
+    fresh = () if found else ("adapter/.*",)
+    return import_tree(table, source, shapes, drop=(*DROP, *DROP_TEXT), fresh=fresh)
+
+
+def contrast(
+    source: Mapping[str, np.ndarray], model: ContrastModel, shapes: Mapping[str, Any]
+) -> tuple[dict[str, Any], Report]:
+    """Fills the stage-1 model; arguments and errors as in `interface`.
+
+    A Hugging Face folder leaves `language_head` and `temperature` to `report.fresh`.
+    """
+    kind = kind_of(source)
+    if kind not in ("stage1", "hf"):
+        raise UserError("holds no stage-1 heads", mend="Give a file of BLIP-2's first stage")
+    family = "hf" if kind == "hf" else "lavis"
+    if family == "lavis":
+        _check_tied(source)
+    sizes = (model.depth, model.heads, model.cross_attention_frequency)
+    table = (*rows(*sizes, family, text=True), *head_rows(family))
+    fresh = ("language_head/.*", "temperature") if family == "hf" else ()
+    return import_tree(table, source, shapes, drop=(*DROP, DROP_TIED), fresh=fresh)
+
+
+def from_bert(
+    source: Mapping[str, np.ndarray], model: ContrastModel, fresh: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A Q-Former as BLIP-2 starts it: BERT's layers, its feed-forward copied to the queries.
+
+    Cross-attention, queries, projections and the rows of added words keep their fresh values.
+
+    Args:
+      source: an opened bert-base-uncased with its language head.
+      model: names the sizes.
+      fresh: freshly drawn parameters of `model`, as arrays.
+
+    Returns:
+      the whole tree.
+
+    Raises:
+      UserError: missing tensors or other sizes.
+    """
+    start = rules.flatten(fresh)
+    layers = layer_rows(
+        model.depth, model.heads, model.cross_attention_frequency, source="bert.", text=True
+    )
+    cls = "cls.predictions"
+    table = (
+        *(
+            row
+            for row in layers
+            if "cross_attention" not in row.target and "query_" not in row.target
+        ),
+        Row("bert.embeddings.position_embeddings.weight", "qformer/embeddings/positions"),
+        *norm("bert.embeddings.LayerNorm", "qformer/embeddings/norm"),
+        *linear(f"{cls}.transform.dense", "language_head/dense"),
+        *norm(f"{cls}.transform.LayerNorm", "language_head/norm"),
+    )
+    drop = [Drop(r".*", "not in this table; word rows follow below")]
+    filled, _ = import_tree(table, source, fresh, drop=drop, fresh=(".*",))
+    filled = rules.flatten(filled)
+    copies = {
+        path.replace("/text_feed_forward", "/query_feed_forward"): leaf
+        for path, leaf in filled.items()
+        if "/text_feed_forward" in path
+    }
+    words = {
+        path: _first_rows(np.asarray(start[path]), np.asarray(source[name]), path)
+        for path, name in (
+            ("qformer/embeddings/words", "bert.embeddings.word_embeddings.weight"),
+            ("language_head/bias", f"{cls}.bias"),
+        )
+    }
+    return rules.unflatten({**start, **filled, **copies, **words})
+
+
+def _first_rows(longer: np.ndarray, shorter: np.ndarray, path: str) -> np.ndarray:
+    if len(longer) < len(shorter):
+        raise UserError(f"{len(shorter)} rows do not fit {len(longer)}", field=path)
+    return np.concatenate([shorter, longer[len(shorter) :]])
+
+
+def _check_tied(source: Mapping[str, np.ndarray]) -> None:
+    """The decoder repeats the word table and the head's bias; a file where it does not is told."""
+    for name, tied in (("weight", WORDS), ("bias", "Qformer.cls.predictions.bias")):
+        decoder = f"{DECODER}.{name}"
+        if decoder in source and not np.array_equal(source[decoder], source[tied]):
+            raise UserError(f"differs from {tied}, to which it is tied", field=decoder)

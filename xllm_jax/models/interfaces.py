@@ -1,0 +1,103 @@
+"""X2L interfaces: features of one modality to embeddings that the LLM reads (paper, section 3.1).
+
+The image interface and the video interface are two instances of `QFormerInterface`; a video is its
+frames, each through the same interface. The speech interface is in `speech_interface.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import PartitionSpec
+
+from xllm_jax.models import layers, qformer
+
+Array = jax.Array
+
+
+class QFormerInterface(nn.Module):
+    """Norm, Q-Former without text, linear adapter to the LLM's width.
+
+    Attributes:
+      queries: embeddings per image (the paper's Li).
+      llm_width: width of the LLM's embeddings.
+      encoder_width: width of the features.
+      norm_epsilon: of the norm on the features (BLIP-2's `ln_vision`), computed in float32.
+      The others as in `qformer.QFormer`.
+    """
+
+    queries: int = 32
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    hidden: int = 3072
+    cross_attention_frequency: int = 2
+    encoder_width: int = 1408
+    llm_width: int = 4096
+    norm_epsilon: float = 1e-5
+    epsilon: float = 1e-12
+    dropout: float = 0.1
+    dtype: Any = jnp.float32
+    remat: bool = False
+    unroll: int = 1
+
+    @nn.compact
+    def __call__(
+        self, features: Array, lengths: Array, counts: Array | None = None, train: bool = False
+    ) -> tuple[Array, Array]:
+        """Reads features into a fixed number of embeddings.
+
+        Args:
+          features: `[batch, patches, encoder width]`.
+          lengths: `[batch]` int32, valid features of each row; 0 = no image, whose embeddings are
+            finite and mean nothing.
+          counts: ignored; the number of embeddings is `queries`.
+          train: switches dropout on.
+
+        Returns:
+          embeddings `[batch, queries, llm_width]` in `dtype`; counts `[batch]` int32, `queries`, or
+          0 where there is no image.
+        """
+        image = layers.LayerNorm(self.norm_epsilon, self.dtype, name="norm")(features)
+        tokens = self.param(
+            "queries", layers.truncated_normal(), (self.queries, self.width), jnp.float32
+        )
+        states, _ = qformer.QFormer(
+            width=self.width,
+            depth=self.depth,
+            heads=self.heads,
+            hidden=self.hidden,
+            cross_attention_frequency=self.cross_attention_frequency,
+            epsilon=self.epsilon,
+            dropout=self.dropout,
+            dtype=self.dtype,
+            remat=self.remat,
+            unroll=self.unroll,
+            name="qformer",
+        )(
+            jnp.broadcast_to(tokens, (features.shape[0], *tokens.shape)),
+            image,
+            jnp.arange(features.shape[1]) < lengths[:, None],
+            train=train,
+        )
+        embeddings = layers.Dense(self.llm_width, dtype=self.dtype, name="adapter")(states)
+        return embeddings, jnp.where(lengths > 0, self.queries, 0).astype(jnp.int32)
+
+    def example(self) -> tuple[Array, Array]:
+        """Arguments for `init`."""
+        return jnp.zeros((1, 2, self.encoder_width)), jnp.full(1, 2, jnp.int32)
+
+
+SIZES = {
+    "real": dict(queries=32, width=768, depth=12, heads=12, hidden=3072, encoder_width=1408),
+    "tiny": dict(queries=8, width=96, depth=4, heads=4, hidden=192, encoder_width=128),
+}
+
+SHARDING = (
+    *qformer.SHARDING,
+    (r"adapter/kernel", PartitionSpec("fsdp", "tensor")),
+    (r"norm/(scale|bias)|queries|adapter/bias", PartitionSpec()),
+)

@@ -1,0 +1,211 @@
+"""BLIP-2's first-stage losses (arXiv 2301.12597, section 3.2; X-LLM's `xllm_qformer.py`).
+
+ITC aligns images and texts, ITM tells pairs from hard negatives, ITG writes the caption. The batch
+is the global batch: under a sharded jit every rank sees all pairs, which gives the ITC and ITM of
+the reference's gathered ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from xllm_jax.models.contrast import ContrastModel
+
+Array = jax.Array
+Metrics = dict[str, Array]
+
+
+def loss(
+    model: Any,
+    params: Mapping[str, Any],
+    batch: Mapping[str, Array],
+    key: Array | None = None,
+    *,
+    train: bool = False,
+    modality: str = "image",
+    **options: Any,
+) -> tuple[Array, Metrics]:
+    """The stage's loss: the frozen encoder, then `pair_loss`.
+
+    Args:
+      model: `models.xllm.XLLM` whose interface for `modality` is a `ContrastModel`.
+      params: {part: parameters}.
+      batch: 'images' `[B, height, width, 3]` float32, 'ids' `[B, T]` int32 starting with the text's
+        first token, 'mask' `[B, T]` bool.
+      key: of dropout and negatives; needed with `train`.
+      train: switches dropout on.
+      modality: which modality of the model is aligned with text.
+      options: of `pair_loss`.
+
+    Returns:
+      (scalar, metrics).
+    """
+    encoder, interface = model.parts(modality)
+    variables = {"params": params[encoder]}
+    features, _ = model.networks[encoder].apply(variables, batch["images"], None)
+    return pair_loss(
+        model.networks[interface],
+        params[interface],
+        features,
+        batch["ids"],
+        batch["mask"],
+        key,
+        train=train,
+        **options,
+    )
+
+
+def pair_loss(
+    model: ContrastModel,
+    params: Mapping[str, Any],
+    features: Array,
+    ids: Array,
+    mask: Array,
+    key: Array | None = None,
+    *,
+    start: int,
+    train: bool = False,
+    negatives: tuple[Array, Array] | None = None,
+    negative_rule: str = "xllm",
+    smoothing: float = 0.1,
+    detach: bool = True,
+    shards: int = 1,
+) -> tuple[Array, Metrics]:
+    """ITC + ITM + ITG of matching image-text pairs.
+
+    Args:
+      model, params: the stage-1 network and its parameters.
+      features: `[B, patches, encoder width]` of the vision encoder.
+      ids, mask: `[B, T]` texts and which tokens are real.
+      key: of dropout and of the negatives; None only without both.
+      start: id that replaces the first token for captioning ([DEC]).
+      train: switches dropout on.
+      negatives: image indices and text indices `[B]` for ITM; None samples them.
+      negative_rule: 'xllm' or 'lavis', see `negative_weights`.
+      smoothing: label smoothing of ITC and ITG.
+      detach: ITC sends no gradient to the features that a row is compared with, as the reference's
+        gathering does; sim_i2t then trains the image side only, sim_t2i the text side only.
+      shards: 1 = ITG is the mean over all tokens of the global batch; n = the mean over n equal
+        shards of each shard's token mean, as n ranks of the reference compute it.
+
+    Returns:
+      (scalar, metrics: 'itc', 'itm', 'itg' losses and '<name>_accuracy').
+    """
+    ids, mask = jnp.asarray(ids), jnp.asarray(mask)
+    key = jax.random.key(0) if key is None else key
+    keys = dict(zip(("image", "text", "match", "caption", "negatives"), jax.random.split(key, 5)))
+
+    def run(method: str, *inputs: Array) -> Any:
+        rngs = {"dropout": keys[method]} if train else None
+        variables = {"params": params}
+        return model.apply(variables, *inputs, train=train, rngs=rngs, method=method)
+
+    image = model.apply({"params": params}, features, method="normalise")
+    _, image_units, cache = run("image", image)
+    _, text_units = run("text", ids, mask)
+    similar = similarities(image_units, text_units[:, 0], params["temperature"], detach)
+    itc, itc_accuracy = contrastive(*similar, smoothing)
+    if negatives is None:
+        negatives = sample_negatives(keys["negatives"], *similar, negative_rule)
+    _, per_query = run("match", *matching_rows(image, ids, mask, *negatives))
+    itm, itm_accuracy = matching(per_query)
+    _, logits = run("caption", ids.at[:, 0].set(start), mask, cache)
+    itg, itg_accuracy = captioning(logits, ids, mask, smoothing, shards)
+    metrics = {"itc": itc, "itm": itm, "itg": itg, "itc_accuracy": itc_accuracy}
+    metrics |= {"itm_accuracy": itm_accuracy, "itg_accuracy": itg_accuracy}
+    return itc + itm + itg, metrics
+
+
+def similarities(
+    images: Array, texts: Array, temperature: Array, detach: bool = True
+) -> tuple[Array, Array]:
+    """Cosines of all pairs, each the best of an image's queries, over the temperature.
+
+    Args:
+      images: `[B, queries, embed]` unit vectors.
+      texts: `[B, embed]` unit vectors.
+      temperature: scalar, not clamped (the reference does not either).
+      detach: see `pair_loss`.
+
+    Returns:
+      images by texts `[B, B]`, texts by images `[B, B]`, float32.
+    """
+    cut = jax.lax.stop_gradient if detach else lambda x: x
+    to_text = jnp.einsum("bqe,ce->bcq", images, cut(texts)).max(-1)
+    to_image = jnp.einsum("be,cqe->bcq", texts, cut(images)).max(-1)
+    return to_text / temperature, to_image / temperature
+
+
+def smoothed_cross_entropy(logits: Array, targets: Array, smoothing: float) -> Array:
+    """Cross-entropy `[...]` of `[..., classes]` logits, `smoothing` spread over all classes."""
+    scores = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    chosen = jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
+    return -(1 - smoothing) * chosen - smoothing * scores.mean(-1)
+
+
+def contrastive(to_text: Array, to_image: Array, smoothing: float) -> tuple[Array, Array]:
+    """ITC: mean of both directions, and the share of rows whose own partner is the nearest."""
+    targets = jnp.arange(to_text.shape[0])
+    losses = [smoothed_cross_entropy(x, targets, smoothing).mean() for x in (to_text, to_image)]
+    hits = [(x.argmax(-1) == targets).mean() for x in (to_text, to_image)]
+    return sum(losses) / 2, sum(hits) / 2
+
+
+def negative_weights(similar: Array, rule: str) -> Array:
+    """Weights `[B, B]` by which row b draws its negative; row b itself has weight 0.
+
+    'xllm': softmax plus 1e-4, then the diagonal set to 0, so that every pair stays possible.
+    'lavis': the diagonal set to -10000 before the softmax, nothing added.
+    """
+    own = jnp.eye(similar.shape[0], dtype=bool)
+    if rule == "xllm":
+        return jnp.where(own, 0.0, jax.nn.softmax(similar, axis=-1) + 1e-4)
+    if rule == "lavis":
+        return jax.nn.softmax(jnp.where(own, -10000.0, similar), axis=-1)
+    raise ValueError(f"unknown negative rule {rule!r}")
+
+
+def sample_negatives(key: Array, to_text: Array, to_image: Array, rule: str) -> tuple[Array, Array]:
+    """A hard negative image for every text and a hard negative text for every image, `[B]` each."""
+    drawn = [
+        jax.random.categorical(one, jnp.log(negative_weights(jax.lax.stop_gradient(similar), rule)))
+        for one, similar in zip(jax.random.split(key), (to_image, to_text))
+    ]
+    return drawn[0], drawn[1]
+
+
+def matching_rows(
+    image: Array, ids: Array, mask: Array, images: Array, texts: Array
+) -> tuple[Array, Array, Array]:
+    """The 3B rows of ITM: pairs, texts with negative images, images with negative texts."""
+    image, ids, mask = (jnp.asarray(x) for x in (image, ids, mask))
+    return (
+        jnp.concatenate([image, image[images], image]),
+        jnp.concatenate([ids, ids, ids[texts]]),
+        jnp.concatenate([mask, mask, mask[texts]]),
+    )
+
+
+def matching(per_query: Array) -> tuple[Array, Array]:
+    """ITM: cross-entropy of the mean over queries; `[3B, queries, 2]`, the first B rows match."""
+    logits = per_query.mean(1)
+    rows = logits.shape[0]
+    labels = (jnp.arange(rows) < rows // 3).astype(jnp.int32)
+    hits = logits.argmax(-1) == labels
+    return smoothed_cross_entropy(logits, labels, 0.0).mean(), hits.mean()
+
+
+def captioning(
+    logits: Array, ids: Array, mask: Array, smoothing: float, shards: int = 1
+) -> tuple[Array, Array]:
+    """ITG: the next real token, from `[B, T, vocabulary]` logits; mean over real tokens."""
+    weights = mask[:, 1:].astype(jnp.float32)
+    losses = smoothed_cross_entropy(logits[:, :-1], ids[:, 1:], smoothing) * weights
+    hits = (logits[:, :-1].argmax(-1) == ids[:, 1:]) * weights
+    parts = [x.reshape(shards, -1).sum(1) for x in (losses, weights)]
+    count = jnp.maximum(weights.sum(), 1)
+    return (parts[0] / jnp.maximum(parts[1], 1)).mean(), hits.sum() / count
