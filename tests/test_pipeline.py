@@ -20,6 +20,7 @@ from xllm_jax.data.characters import CharacterVocabulary
 from xllm_jax.data.example import Example
 from xllm_jax.data.pipeline import Pipeline
 from xllm_jax.data.record import Mode, Record, Skipped
+from xllm_jax.data.settle import settle
 
 SIZE = 32
 SAID = ("红色的圆", "蓝色的方块在左边", "有几个物体", "对", "图中有一个很大的绿色三角形吗")
@@ -326,6 +327,35 @@ def test_an_utterance_longer_than_every_bucket_is_skipped_in_training_only(pipel
     assert [s.key for s in info["skipped"]] == ["long"] and not info["bad"]
     with pytest.raises(UserError, match=r"has 148 frames, data\.frames holds 100"):
         list(pipeline(sources, train=False, **fields).iterate())
+
+
+# Slots that were counted
+
+
+def test_counted_slots_give_the_rows_of_training(pipeline, folder):
+    """Largest slots, shrunk to the tokens really said, are the rows that training sees."""
+    examples = [e for e in mixed(folder, 16) if e.media and e.media[-1][0] == "speech"]
+    made = pipeline({"a": examples}, items={"image": 2, "speech": 2})
+    plan = conversation.plan(records(examples), made.kit, made.data, Mode())
+    expected, _ = conversation.fill(plan, slice(None), made.kit, made.data, Mode())
+    widest = "好" * (made.data.embeddings["speech"] - 1)
+    wide = [dataclasses.replace(e, transcript=widest) for e in examples]
+    rows = [len(row) for row in plan.rows]
+    plan = conversation.plan(
+        records(wide), made.kit, dataclasses.replace(made.data, length=240), Mode()
+    )
+    assert [len(row) for row in plan.rows] == rows
+    data = dataclasses.replace(made.data, length=240)
+    batch, _ = conversation.fill(plan, slice(None), made.kit, data, Mode())
+    settled = settle(batch, {"speech": expected.media["speech"].counts}, data.embeddings)
+    length = made.data.length
+    for name in ("ids", "positions", "segments", "context"):
+        np.testing.assert_array_equal(getattr(settled, name)[:, :length], getattr(expected, name))
+    for name in ("answer_index", "targets", "weights"):
+        np.testing.assert_array_equal(getattr(settled, name), getattr(expected, name))
+    for name, entry in expected.media.items():
+        np.testing.assert_array_equal(settled.media[name].index[:, :length], entry.index)
+    assert not settled.segments[:, length:].any()
 
 
 # Bad records
