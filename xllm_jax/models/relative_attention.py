@@ -1,4 +1,4 @@
-"""Self-attention with Transformer-XL relative positions (arXiv 1901.02860), as conformers use it."""
+"""Self-attention with relative positions of Transformer-XL (arXiv 1901.02860) for conformers."""
 
 from __future__ import annotations
 

@@ -1,0 +1,69 @@
+"""Character error rates against recorded integers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from xllm_jax import metrics
+from xllm_jax.core.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def recorded(golden):
+    return json.loads((golden / "speech" / "cer.json").read_text("utf-8"))
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("form", ["raw", "xllm", "normalised"])
+def test_recorded_integers(recorded, form):
+    for case in recorded["cases"]:
+        errors, length = metrics.character_errors(case["ref"], case["hyp"], form)
+        assert (errors, length) == (case[form]["errors"], case[form]["ref_len"]), case
+        assert errors / length == case[form]["cer"]
+        if form != "raw":
+            assert metrics.FORMS[form](case["ref"], case["hyp"]) == (
+                case[form]["ref"],
+                case[form]["hyp"],
+            )
+        else:
+            assert errors / length == pytest.approx(case["raw"]["jiwer_cer"], abs=1e-12)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("form", ["raw", "xllm", "normalised"])
+def test_recorded_corpus_rate(recorded, form):
+    cases = recorded["cases"]
+    rate = metrics.character_error_rate([c["ref"] for c in cases], [c["hyp"] for c in cases], form)
+    assert rate == recorded[f"{form}_corpus_cer"]
+    assert {c["hyp"] for c in cases if c["xllm"]["skipped"]} == {"Error"}
+
+
+@pytest.mark.parametrize(
+    "first, second, distance",
+    [("", "", 0), ("", "abc", 3), ("abc", "", 3), ("kitten", "sitting", 3), ("ab", "ba", 2)],
+)
+def test_edit_distance(first, second, distance):
+    assert metrics.edit_distance(first, second) == distance
+
+
+def test_failed_decoding_counts_by_default():
+    assert metrics.character_error_rate(["甲乙", "丙丁"], ["甲乙", ""]) == 0.5
+
+
+def test_long_references_are_not_cut():
+    assert metrics.character_errors("一" * 30, "一" * 20) == (10, 30)
+
+
+@pytest.mark.parametrize(
+    "references, hypotheses", [(["甲"], []), ([], []), (["", "。"], ["甲", "乙"])]
+)
+def test_nothing_to_compare_is_an_error(references, hypotheses):
+    with pytest.raises(UserError):
+        metrics.character_error_rate(references, hypotheses)
+
+
+def test_unknown_form_names_the_choices():
+    with pytest.raises(UserError, match="normalised"):
+        metrics.character_errors("甲", "甲", "words")

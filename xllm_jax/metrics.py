@@ -1,0 +1,100 @@
+"""Scores of generated text against references."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from xllm_jax.core.errors import UserError
+
+Pair = tuple[str, str]
+
+
+def edit_distance(first: Sequence, second: Sequence) -> int:
+    """Smallest number of insertions, deletions and replacements that turn one into the other."""
+    row = np.arange(len(second) + 1)
+    for number, item in enumerate(first, start=1):
+        differs = np.fromiter((item != other for other in second), np.int64, len(second))
+        best = np.minimum(row[1:] + 1, row[:-1] + differs)
+        # Insertions run along the row: entry j is the least of best_i + (j - i) over i <= j.
+        columns = np.arange(len(second) + 1)
+        row = np.minimum.accumulate(np.concatenate([[number], best]) - columns) + columns
+    return int(row[-1])
+
+
+def normalised(reference: str, hypothesis: str) -> Pair:
+    """What was said, whatever its spelling: NFKC, lower case, no spaces, punctuation or symbols."""
+
+    def clean(text: str) -> str:
+        text = unicodedata.normalize("NFKC", text).lower()
+        return "".join(c for c in text if unicodedata.category(c)[0] not in "ZPSC")
+
+    return clean(reference), clean(hypothesis)
+
+
+def raw(reference: str, hypothesis: str) -> Pair:
+    """Both as they are."""
+    return reference, hypothesis
+
+
+def xllm(reference: str, hypothesis: str) -> Pair:
+    """What the X-LLM repository compares (`tasks/speech2text.py`): only for comparison with it.
+
+    The reference alone is lower-cased and loses some punctuation, and is cut to 20 characters.
+    """
+    reference = re.sub(r'[.!"()*#:;~]', " ", reference.lower())
+    reference = re.sub(r"\s{2,}", " ", reference).rstrip("\n").strip(" ")
+    reference = " ".join(reference.split(" ")[:50])[:20]
+    return reference, hypothesis.strip().replace("[[训练时间]]", "2023年")
+
+
+FORMS: dict[str, Callable[[str, str], Pair]] = {"normalised": normalised, "raw": raw, "xllm": xllm}
+
+
+def character_errors(reference: str, hypothesis: str, form: str = "normalised") -> tuple[int, int]:
+    """Edit distance in characters, and the length of the reference.
+
+    Args:
+      reference, hypothesis: texts; an empty hypothesis has lost every character.
+      form: which form of both is compared, a name of FORMS.
+    """
+    if form not in FORMS:
+        raise UserError(f"unknown form {form!r}", mend=f"Choices: {', '.join(FORMS)}")
+    reference, hypothesis = FORMS[form](reference, hypothesis)
+    return edit_distance(reference, hypothesis), len(reference)
+
+
+def character_error_rate(
+    references: Sequence[str], hypotheses: Sequence[str], form: str = "normalised"
+) -> float:
+    """Errors of the whole corpus over its reference characters; above 1 is possible.
+
+    Every pair counts, a failed decoding as well. Only the repository's form leaves pairs out whose
+    hypothesis is 'Error', as its report does.
+
+    Raises:
+      UserError: different numbers of texts, or no reference character at all.
+    """
+    if len(references) != len(hypotheses):
+        raise UserError(f"{len(references)} references, but {len(hypotheses)} hypotheses")
+    pairs = zip(references, hypotheses)
+    if form == "xllm":
+        pairs = ((r, h) for r, h in pairs if h != "Error")
+    return rate(character_errors(r, h, form) for r, h in pairs)
+
+
+def rate(counts: Iterable[tuple[int, int]]) -> float:
+    """Error rate of (errors, reference length) pairs.
+
+    Raises:
+      UserError: the references are empty.
+    """
+    errors, length = 0, 0
+    for one, many in counts:
+        errors, length = errors + one, length + many
+    if not length:
+        raise UserError("the references hold no character", mend="Check the transcripts")
+    return errors / length
