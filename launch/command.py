@@ -1,0 +1,150 @@
+"""How every command starts and fails: a user's mistake is one line and exit code 2."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from absl import app, flags
+from ml_collections.config_flags import config_flags
+
+from xllm_jax.core.errors import UserError
+
+FAILED, STOPPED = 2, 130
+
+
+def run(main: Callable[[list[str]], Any]) -> NoReturn:
+    """Parses the flags and calls `main` with what is left of the command line.
+
+    Exits with 0, with what `main` returns, with 2 after a user's mistake (one line on stderr that
+    names file or field and the mend), or with 130 after Ctrl-C. Other exceptions keep their
+    traceback: they are defects.
+    """
+    try:
+        app.run(lambda argv: guard(main, argv), flags_parser=parse)
+    except KeyboardInterrupt:
+        fail("stopped", STOPPED)
+
+
+def guard(main: Callable[[list[str]], Any], argv: list[str]) -> Any:
+    """Calls `main`, turning a `UserError` into its line."""
+    try:
+        return main(argv)
+    except UserError as error:
+        fail(str(error))
+
+
+def parse(argv: Sequence[str]) -> list[str]:
+    """Parses absl flags; a wrong one ends the program with one line."""
+    try:
+        check_config_files(argv)
+        rest = flags.FLAGS(list(argv))
+        if len(rest) > 1:
+            raise UserError(f"unexpected argument {rest[1]!r}", mend="Flags start with --")
+        return rest
+    except UserError as error:
+        fail(str(error))
+    except flags.Error as error:
+        fail(wording(error))
+    except KeyError:
+        line = unknown_override(argv)
+        if line is None:
+            raise
+        fail(line)
+
+
+def fail(line: str, code: int = FAILED) -> NoReturn:
+    """Prints one line on stderr and leaves."""
+    print(" ".join(line.split()), file=sys.stderr)
+    raise SystemExit(code)
+
+
+def wording(error: flags.Error) -> str:
+    """absl's message with the nearest flag or the mend in our order."""
+    if isinstance(error, flags.UnrecognizedFlagError):
+        name = error.flagname
+        known = sorted(flags.FLAGS.get_flags_for_module(sys.argv[0]), key=lambda f: f.name)
+        names = [flag.name for flag in known]
+        return f"--{name}: unknown flag. {nearest(name, names, '--')}"
+    text = str(error)
+    if "must have a value other than None" in text:
+        name = text.split("=")[0].removeprefix("flag --")
+        return f"--{name}: this flag is required. {flags.FLAGS[name].help}"
+    return text.removeprefix("flag ")
+
+
+def nearest(name: str, known: Sequence[str], prefix: str = "") -> str:
+    """'Did you mean …?' or, where nothing is near, the choices."""
+    near = difflib.get_close_matches(name, known, n=1)
+    if near:
+        return f"Did you mean {prefix}{near[0]}?"
+    if not known:
+        return "It has none below it"
+    return f"Choices: {', '.join(prefix + choice for choice in known)}"
+
+
+def config_flag_names() -> list[str]:
+    """Names of the flags that hold a configuration file."""
+    return [name for name in flags.FLAGS if config_flags.is_config_flag(flags.FLAGS[name])]
+
+
+def config_files(argv: Sequence[str]) -> dict[str, str]:
+    """{name: FILE[:variant]} of the configuration flags on the command line."""
+    names, found = config_flag_names(), {}
+    for token in argv[1:]:
+        name, _, value = token.lstrip("-").partition("=")
+        if token.startswith("-") and name in names and value:
+            found[name] = value
+    return found
+
+
+def check_config_files(argv: Sequence[str]) -> None:
+    """Raises `UserError` for a configuration file that does not exist; names the nearest."""
+    for name, value in config_files(argv).items():
+        path = Path(value.partition(":")[0])
+        if not path.is_file():
+            known = sorted(str(file) for file in path.parent.glob("*.py"))
+            raise UserError(
+                f"no such file: {path}",
+                field=f"--{name}",
+                mend=nearest(str(path), known) if known else "Give the path of a stage file",
+            )
+
+
+def unknown_override(argv: Sequence[str]) -> str | None:
+    """The line about the first `--config.some.field=` that the configuration does not have."""
+    for name, value in config_files(argv).items():
+        file, _, variant = value.partition(":")
+        config = runpy.run_path(file)["get_config"](*([variant] if variant else []))
+        for token in argv[1:]:
+            path = token.lstrip("-").partition("=")[0].split(".")
+            if token.startswith("-") and path[0] == name and len(path) > 1:
+                line = unknown_field(config, path)
+                if line:
+                    return line
+    return None
+
+
+def unknown_field(holder: Any, path: Sequence[str]) -> str | None:
+    """The line about the first step of ('config', 'optimizer', 'peek') that does not exist."""
+    for depth, step in enumerate(path[1:], start=1):
+        known = fields(holder)
+        if step not in known:
+            where = "--" + ".".join(path[: depth + 1])
+            return f"{where}: the configuration has no such field. {nearest(step, known)}"
+        holder = holder[step] if isinstance(holder, dict) else getattr(holder, step)
+    return None
+
+
+def fields(holder: Any) -> list[str]:
+    """Names below one node of a configuration."""
+    if isinstance(holder, dict):
+        return sorted(map(str, holder))
+    if dataclasses.is_dataclass(holder):
+        return [field.name for field in dataclasses.fields(holder)]
+    return []
