@@ -151,7 +151,9 @@ def test_training_batch(folder, specials, loaded):
     layout = inputs(ids, specials)
     check_layout(recording, "train", layout)
     rows = [glm_layout.sequence(one, specials) for one in ids]
-    batch = glm_layout.pack([[r] for r in rows], ids.shape[1], max(len(r.targets) for r in rows), 3)
+    batch = glm_layout.pack(
+        [[r] for r in rows], ids.shape[1], max(len(r.targets) for r in rows), specials.pad
+    )
     ours = np.full_like(labels, -100)
     real = batch.weights > 0
     ours[np.nonzero(real)[0], batch.answer_index[real] + 1] = batch.targets[real]
@@ -365,30 +367,56 @@ def test_remat_and_unroll_change_nothing(tiny):
         np.testing.assert_allclose(gradient(other), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("remat", [False, True])
+def test_backward_keeps_what_it_says(remat):
+    """Elements that the backward pass of a frozen LLM keeps, per token and layer."""
+    model = glm.ChatGLM(vocab=40, width=32, depth=5, heads=4, hidden=128, remat=remat)
+    rows, length = 2, 7
+    layout = (np.ones((rows, length), int), np.ones((rows, length), bool))
+    positions = np.zeros((rows, length, 2), int)
+
+    def backward(params, x):
+        run = lambda x: model.apply({"params": params}, x, *layout, positions)[0]  # noqa: E731
+        return jax.vjp(run, x)[1]
+
+    kept = jax.eval_shape(backward, chatglm.shapes(model), jnp.zeros((rows, length, model.width)))
+    stacked = [leaf for leaf in jax.tree.leaves(kept) if leaf.shape[:3] == (5, rows, length)]
+    elements = sum(leaf.size for leaf in stacked) / (5 * rows * length)
+    streams = 1 if remat else 6
+    hidden = 0 if remat else model.hidden
+    assert 0 < elements <= streams * model.width + hidden
+
+
 @pytest.mark.golden
 def test_bfloat16_stays_near_float32(folder, specials, loaded):
     """bfloat16 compute, float32 parameters, at supervised positions.
 
-    Measured at these weights (3 layers, large on purpose, logits up to 9.4): logits move by 0.84 at
-    most and 0.037 on average, the mean loss by 0.040. Rounding the weights alone, with float32
-    arithmetic, already moves logits by 0.70 and 0.028; float16 stays 5 times nearer.
+    The yardstick is what rounding the weights alone does, with float32 arithmetic. Measured at the
+    recorded weights (3 layers, large on purpose, logits up to 9.4): logits move by 0.84 at most and
+    0.037 on average against the yardstick's 0.70 and 0.028, the mean loss by 0.040; float16 stays 5
+    times nearer.
     """
     model, params = loaded
     recording = Recording(folder / "cases_batch.npz")
     ids, labels = recording.arrays["train.input_ids"], recording.arrays["train.labels"][:, 1:]
-    layout = inputs(ids, specials)
-    rough = forward(model.clone(dtype=jnp.bfloat16), params, ids, layout)[2]
-    assert rough.dtype == jnp.float32
     taught = labels != -100
-    rough, exact = (
-        np.asarray(x)[:, :-1][taught] for x in (rough, recording.arrays["train.logits"])
+    exact = recording.arrays["train.logits"][:, :-1][taught]
+
+    def error(model, params):
+        logits = forward(model, params, ids, inputs(ids, specials))[2]
+        assert logits.dtype == jnp.float32
+        rough = np.asarray(logits)[:, :-1][taught]
+        loss = cross_entropy(rough, labels[taught]).mean() - recording.arrays["train.loss"]
+        return np.abs(rough - exact), float(loss)
+
+    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32), params)
+    (weights, _), (whole, loss) = (
+        error(model, rounded),
+        error(model.clone(dtype=jnp.bfloat16), params),
     )
-    error = np.abs(rough - exact)
-    loss = cross_entropy(rough, labels[taught]).mean() - recording.arrays["train.loss"]
-    print(
-        f"bfloat16 - float32: largest {error.max():.3f}, mean {error.mean():.4f}, loss {loss:.4f}"
-    )
-    assert error.max() < 1.0 and error.mean() < 0.045 and abs(loss) < 0.05
+    print(f"bfloat16: largest {whole.max():.3f}, mean {whole.mean():.4f}, loss {loss:.4f}")
+    assert whole.max() < 2.0 * weights.max() and whole.mean() < 1.6 * weights.mean()
+    assert abs(loss) < 2.0 * whole.mean()
 
 
 def test_short_spans_cover_about_the_share():
