@@ -53,7 +53,7 @@ def _tiny_data() -> Data:
         root="world",
         form="pairs",
         sources={"captions": sources.WORLD["captions"]},
-        vocabulary="bases/bert/vocab.txt",
+        vocabulary="bases/vocab.txt",
         examples=32,
         text_length=48,
         **sources.tiny_image(),

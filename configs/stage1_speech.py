@@ -22,7 +22,7 @@ def get_config(size: str = "real") -> Stage:
             "asr_decoder": networks.asr_decoder(size),
         },
         trainable=(
-            r"speech_encoder/(?!.*/(mean|variance)$).*",
+            r"speech_encoder/.*",
             r"speech_interface/cif/.*",
             r"asr_decoder/.*",
         ),

@@ -169,7 +169,7 @@ def run(
     base: Mapping[str, str],
     until: int,
 ) -> State:
-    """Steps until micro-batch `until`; logs one interval late so that the device never waits."""
+    """Steps until micro-batch `until`; between two log lines nothing waits for the device."""
     pending, samples, waited, since = [], 0, 0.0, time.monotonic()
     number = int(state.step)
     while number < until:
@@ -181,17 +181,16 @@ def run(
         pending.append(metrics)
         samples += info["examples"]
         if number % stage.log_every == 0 or number == until:
+            scalars = means(pending)  # waits for the steps, so that the clock tells the truth
             seconds = time.monotonic() - since
-            log.write(
-                number,
-                _means(pending)
-                | {
-                    "learning_rate": float(schedule((number - 1) // stage.optimizer.accumulation)),
-                    "samples_per_second": samples / seconds,
-                    "input_wait": waited / seconds,
-                    "bad_records": info["bad"],
-                },
-            )
+            update = (number - 1) // stage.optimizer.accumulation
+            scalars |= {
+                "learning_rate": float(schedule(update)),
+                "samples_per_second": samples / seconds,
+                "input_wait": waited / seconds,
+                "bad_records": info["bad"],
+            }
+            log.write(number, scalars)
             pending, samples, waited, since = [], 0, 0.0, time.monotonic()
         if number % stage.save_every == 0 or number == until:
             save(checkpoints, number, state, batches, stage, base)
@@ -199,7 +198,8 @@ def run(
     return state
 
 
-def _means(pending: list[dict[str, jax.Array]]) -> dict[str, float]:
+def means(pending: list[dict[str, jax.Array]]) -> dict[str, float]:
+    """Means over the pending steps, fetched in one transfer."""
     values = jax.device_get(pending)
     return {name: float(np.mean([v[name] for v in values])) for name in values[0]}
 

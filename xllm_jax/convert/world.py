@@ -1,0 +1,77 @@
+"""The embedded world's backbones: small files in the published forms, and our bases from them.
+
+`llm/` is a ChatGLM folder (config.json, model.safetensors, tokenizer), `vision_encoder/` an EVA
+file; both in float16 and under the names of the real checkpoints, read by the same tables.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from xllm_jax.convert import chatglm, eva_vit, export_tree, files, import_tree
+from xllm_jax.core import checkpoint
+from xllm_jax.models.glm import ChatGLM
+from xllm_jax.models.vit import VisionTransformer
+
+TOKENIZER = ("ice_text.model", "tokenizer_config.json")
+WEIGHTS = "model.safetensors"
+
+
+def export_llm(model: ChatGLM, params: Mapping[str, Any], tokenizer: Path, folder: Path) -> None:
+    """Writes a ChatGLM folder: configuration, float16 weights, tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "vocab_size": model.vocab,
+        "hidden_size": model.width,
+        "num_layers": model.depth,
+        "num_attention_heads": model.heads,
+        "inner_hidden_size": model.hidden,
+        "layernorm_epsilon": model.norm_epsilon,
+        "position_encoding_2d": True,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    tensors = chatglm.export(model, params)
+    tensors.pop(chatglm.HEAD)  # tied
+    _save(tensors, folder / WEIGHTS)
+    for name in TOKENIZER:
+        shutil.copy(tokenizer / name, folder / name)
+
+
+def export_vision(model: VisionTransformer, params: Mapping[str, Any], folder: Path) -> None:
+    """Writes an EVA ViT file in float16."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _save(export_tree(eva_vit.rows(model.depth, model.heads), params), folder / WEIGHTS)
+
+
+def import_llm(folder: Path, output: Path) -> None:
+    """Writes the base 'llm' with the tokenizer beside it."""
+    _, params, _ = chatglm.load(folder)
+    _write({"llm": params}, folder, output)
+    for name in TOKENIZER:
+        shutil.copy(folder / name, output / name)
+
+
+def import_vision(model: VisionTransformer, folder: Path, output: Path) -> None:
+    """Writes the base 'vision_encoder'."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0), *model.example())["params"]
+    source = files.open_checkpoint(folder)
+    params, _ = import_tree(eva_vit.rows(model.depth, model.heads), source, shapes)
+    _write({"vision_encoder": params}, folder, output)
+
+
+def _write(parts: dict[str, Any], source: Path, output: Path) -> None:
+    parts = jax.tree.map(lambda x: np.asarray(x, np.float32), parts)
+    checkpoint.save_base(output, parts, {"source": source.name})
+
+
+def _save(tensors: Mapping[str, np.ndarray], path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    save_file({name: np.asarray(x, np.float16) for name, x in tensors.items()}, str(path))
