@@ -7,7 +7,7 @@
 "speech", a path relative to PATH, is there in spoken sets only, and may be missing in some rounds.
 Images are found by the number at the end of their names (COCO_train2014_000000000123.jpg) in
 PATH/images, PATH/SPLIT*, PATH/VisualDialog_SPLIT*, or a COCO folder beside PATH. Our own worlds add
-"tags" to rounds.
+"tags" and "speech_tags" to rounds.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ KINDS = ("dialogue", "spoken", "asr")
 
 @dataclasses.dataclass(frozen=True)
 class Round:
-    """One round: texts, speech file ('' if written only), tags."""
+    """One round: texts, speech file ('' if written only), tags of the text and of the voice."""
 
     question: str
     answer: str
     speech: str
     tags: tuple[str, ...]
+    speech_tags: tuple[str, ...]
 
 
 def examples(
@@ -80,7 +81,8 @@ def _rounds(talk: dict, lists: list[list], root: pathlib.Path, where: str) -> li
                 raise UserError(f"{number} is not in 0..{len(pool) - 1}", field=f"{place}.{name}")
             texts.append(str(pool[number]).strip())
         speech = str(root / row["speech"]) if row.get("speech") else ""
-        found.append(Round(*texts, speech, layout.tags(row)))
+        spoken = tuple(map(str, row.get("speech_tags", ())))
+        found.append(Round(*texts, speech, layout.tags(row), spoken))
     return found
 
 
@@ -102,7 +104,8 @@ def _examples(
             made = dataclasses.replace(made, transcript=said)
         else:
             made = Example(key, (speech,), "", said, "asr", transcript=said, references=(said,))
-        found.append(dataclasses.replace(made, tags=now.tags))
+        tags = now.tags if kind == "dialogue" else now.tags + now.speech_tags
+        found.append(dataclasses.replace(made, tags=tags))
     return found
 
 

@@ -1,7 +1,7 @@
 """The world's ground truth in the file forms of the published data sets.
 
 Each function returns plain JSON data (or text) of one file. Extra keys that the published sets do
-not have: `tags` everywhere, `speech` in dialogue rounds.
+not have: `tags` everywhere, `speech` and `speech_tags` in dialogue rounds.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def visdial(split: Split) -> dict:
             }
             if voice:
                 entry["speech"] = f"speech/{split.name}/{speech_name(dialogue, index)}"
-                tags += ("unseen_voice",) * (voice.speaker == "S0900")
+                entry["speech_tags"] = ["unseen_voice"] * voice.unseen
             rounds.append({**entry, "tags": list(tags)})
         picture = dialogue.picture
         base = {"image_id": picture.image_id, "caption": picture.captions[0]}
@@ -213,7 +213,7 @@ def _spoken_vqa(split, index, rng, unseen):
     i = spoken[index // 2 % len(spoken)]
     said, voice = dialogue.rounds[i], dialogue.voices[i]
     tags = question_tags(said, dialogue.picture.scene)
-    tags += ("unseen_voice",) * (voice.speaker == "S0900")
+    tags += ("unseen_voice",) * voice.unseen
     speech = f"visdial/speech/{split.name}/{speech_name(dialogue, i)}"
     rounds = [(choose(rng, instructions("spoken_vqa", unseen)), said.answer)]
     media = {"image": _image(split, dialogue.picture), "speech": speech}

@@ -139,9 +139,8 @@ def make_files(jobs: list[tuple]) -> int:
     """Makes some files (kind, path, what) and returns how many."""
     for kind, path, what in jobs:
         if kind == "picture":
-            render.render_scene(what).save(
-                path, **({"quality": 90} if path.suffix == ".jpg" else {})
-            )
+            # PNG ignores the quality.
+            render.render_scene(what).save(path, quality=90)
         elif kind == "video":
             motion.write_mp4(path, motion.render_clip(what))
         else:

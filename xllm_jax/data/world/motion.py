@@ -128,7 +128,7 @@ def render_clip(clip: Clip, pixels: int = render.PIXELS) -> np.ndarray:
 def write_mp4(path: str | pathlib.Path, frames: np.ndarray) -> None:
     """Encodes `[frames, height, width, 3]` uint8 as MP4: H.264 where there is x264, else MPEG-4."""
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-    options = {"crf": "20", "preset": "veryfast"} if codec == "libx264" else {"qscale": "3"}
+    options = {"crf": "20", "preset": "ultrafast"} if codec == "libx264" else {"qscale": "3"}
     with av.open(str(path), "w", format="mp4") as container:
         stream = container.add_stream(codec, rate=RATE, options=options)
         stream.height, stream.width = frames.shape[1:3]

@@ -222,9 +222,8 @@ def ask_yesno(scene: Scene, rng, rule: Rule) -> Question | None:
     index, name, told = picked
     item = scene.objects[index]
     right = getattr(item, kind)
-    wrong = [
-        value for value in VALUES[kind] if value != right and _possible(rule, item, kind, value)
-    ]
+    others = [value for value in VALUES[kind] if value != right]
+    wrong = [value for value in others if _possible(rule, item, kind, value)]
     value = right if truth else choose(rng, wrong)
     text = word(rng, "yesno", rule.unseen, x=name, v=f"{value}的" if kind == "size" else value)
     told = told | {kind} if truth else told

@@ -133,4 +133,4 @@ def _pattern(texture: str, rng: np.random.Generator, pixels: int) -> np.ndarray:
         return (np.sin(math.tau * waves * along) + np.sin(math.tau * waves * across)) / 2
     cells = 6 if texture == "clouds" else 32
     coarse = rng.standard_normal((cells, cells)).astype(np.float32)
-    return np.asarray(Image.fromarray(coarse, "F").resize((pixels, pixels), Image.BICUBIC))
+    return np.asarray(Image.fromarray(coarse).resize((pixels, pixels), Image.BICUBIC))

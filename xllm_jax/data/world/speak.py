@@ -45,9 +45,14 @@ class Voice:
     seed: int
 
     @property
+    def unseen(self) -> bool:
+        """Whether this is the voice that training never has."""
+        return self.variant == UNSEEN_VARIANT
+
+    @property
     def speaker(self) -> str:
         """AISHELL-like speaker name: one per voice variant, S0900 for the unseen one."""
-        if self.variant == UNSEEN_VARIANT:
+        if self.unseen:
             return "S0900"
         return f"S{VARIANTS.index(self.variant) + 1:04d}"
 
