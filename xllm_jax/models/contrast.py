@@ -195,7 +195,7 @@ SIZES = {
         vocabulary=512,
         positions=64,
         embed=64,
-        encoder_width=128,
+        encoder_width=96,
     ),
 }
 
