@@ -51,7 +51,7 @@ def parse(argv: Sequence[str]) -> list[str]:
         fail(str(error))
     except flags.Error as error:
         fail(wording(error))
-    except KeyError:
+    except (KeyError, TypeError):  # how the configuration flag reports an unknown field
         line = unknown_override(argv)
         if line is None:
             raise
