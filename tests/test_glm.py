@@ -227,6 +227,18 @@ def test_checkpoint_goes_there_and_back(folder):
         np.testing.assert_array_equal(tensor, source[name], err_msg=name)
 
 
+def test_saved_folder_is_read_again(tiny, tmp_path):
+    """Also with an alpha that the published configuration cannot say, and in bfloat16."""
+    model, params = tiny
+    model = model.clone(alpha=2.5)
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    chatglm.save(tmp_path, model, params, SPECIALS)
+    again, loaded, _ = chatglm.load(tmp_path)
+    assert again == model
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(loaded)} == {jnp.dtype(jnp.bfloat16)}
+
+
 @pytest.mark.golden
 def test_untied_head_is_refused(folder, tmp_path):
     import torch

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from xllm_jax.convert import Drop, Report, Row, export_tree, files, import_tree
 from xllm_jax.core.errors import UserError
+from xllm_jax.data.glm_layout import Specials
 from xllm_jax.models.glm import ChatGLM
 
 HEAD = "lm_head.weight"
@@ -85,7 +87,11 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of `ChatGLM` from a checkpoint's config.json."""
+    """Keyword arguments of `ChatGLM` from a checkpoint's config.json.
+
+    The key `residual_alpha` is ours, for models that were trained with another factor than the
+    reference's; published files do not have it.
+    """
     return dict(
         vocab=config["vocab_size"],
         width=config["hidden_size"],
@@ -93,7 +99,28 @@ def fields(config: Mapping[str, Any]) -> dict[str, Any]:
         heads=config["num_attention_heads"],
         hidden=config.get("inner_hidden_size") or 4 * config["hidden_size"],
         norm_epsilon=config.get("layernorm_epsilon", 1e-5),
+        alpha=config.get("residual_alpha"),
     )
+
+
+def config_of(model: ChatGLM, specials: Specials) -> dict[str, Any]:
+    """The config.json of a model; the inverse of `fields`, with the special ids."""
+    config = {
+        "model_type": "chatglm",
+        "vocab_size": model.vocab,
+        "hidden_size": model.width,
+        "num_layers": model.depth,
+        "num_attention_heads": model.heads,
+        "inner_hidden_size": model.hidden,
+        "layernorm_epsilon": model.norm_epsilon,
+        "position_encoding_2d": True,
+        "bos_token_id": specials.sop,
+        "eos_token_id": specials.eop,
+        "mask_token_id": specials.mask,
+        "gmask_token_id": specials.gmask,
+        "pad_token_id": specials.pad,
+    }
+    return config if model.alpha is None else config | {"residual_alpha": model.alpha}
 
 
 def shapes(model: ChatGLM) -> dict[str, Any]:
@@ -127,6 +154,18 @@ def load(folder: str | Path, tie: bool = False) -> tuple[ChatGLM, dict[str, Any]
     table = rows(model.depth, model.heads)
     params, report = import_tree(table, source, shapes(model), drop=DROP)
     return model, params, report
+
+
+def save(folder: str | Path, model: ChatGLM, params: Mapping[str, Any], specials: Specials) -> None:
+    """Writes a checkpoint folder that `load` reads: config.json and model.safetensors."""
+    from safetensors.flax import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = config_of(model, specials)
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    tensors = {name: jnp.asarray(tensor) for name, tensor in export(model, params).items()}
+    save_file(tensors, str(folder / "model.safetensors"))
 
 
 def export(model: ChatGLM, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
