@@ -1,0 +1,116 @@
+"""Frame selection against the recorded one, real files, and files that cannot be read."""
+
+from __future__ import annotations
+
+import json
+
+import av
+import numpy as np
+import pytest
+
+from xllm_jax.core.errors import UserError
+from xllm_jax.data import image, video
+
+
+def write(path, count: int, rate: int = 10, size: tuple[int, int] = (96, 64)) -> None:
+    """A video whose frame n has the grey level 8 n."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=rate)
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        stream.options = {"qscale": "2"}
+        for number in range(count):
+            pixels = np.full((size[1], size[0], 3), 8 * number, np.uint8)
+            for packet in stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+
+
+def levels(values: np.ndarray) -> list[int]:
+    """Which frame each loaded frame is."""
+    grey = (values * image.STD + image.MEAN).mean((1, 2, 3)) * 255
+    return [round(level / 8) for level in grey]
+
+
+@pytest.mark.golden
+def test_reference_sampling_is_the_recorded_one(golden):
+    cases = json.loads((golden / "vision/cases_frame_selection.json").read_text())
+    for case in cases:
+        count, rate = case["frame_count"], case["fps"]
+        assert video.reference_frames(count, rate) == case["frames_read_ok"]
+        kept = case["frames_kept(value = frame index mod 251, null = zero frame)"]
+        mask = case["video_mask(not passed to the model)"]
+        ours = video.choose(count, rate, len(kept), "reference")
+        assert [number % 251 for number in ours] == [value for value in kept if value is not None]
+        assert mask == [1] * len(ours) + [0] * (len(kept) - len(ours))
+
+
+def test_uniform_frames_are_centres_and_repeat_in_short_videos():
+    assert video.uniform_frames(100, 5) == [10, 30, 50, 70, 90]
+    assert video.uniform_frames(8, 4) == [1, 3, 5, 7]
+    assert video.uniform_frames(2, 5) == [0, 0, 1, 1, 1]
+    assert video.uniform_frames(1, 3) == [0, 0, 0]
+    for count in range(1, 40):
+        for wanted in range(1, 12):
+            frames = video.uniform_frames(count, wanted)
+            assert frames == sorted(frames) and frames[0] >= 0 and frames[-1] < count
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "avi", "mkv"])
+def test_frames_of_real_files(tmp_path, suffix):
+    path = tmp_path / f"clip.{suffix}"
+    write(path, 30)
+    values = video.load(path, {"frames": 5, "size": 32, "scale": (0.5, 1.0)})
+    assert values.shape == (5, 32, 32, 3) and values.dtype == np.float32
+    assert levels(values) == [3, 9, 15, 21, 27]
+    values = video.load(path, {"frames": 5, "size": 32, "sampling": "reference"})
+    assert levels(values[:3]) == [0, 10, 20] and not np.any(values[3:])
+
+
+def test_short_videos_repeat_frames(tmp_path):
+    path = tmp_path / "short.mp4"
+    write(path, 2)
+    assert levels(video.load(path, {"frames": 4, "size": 16})) == [0, 0, 1, 1]
+
+
+def test_a_header_that_promises_too_much(tmp_path, monkeypatch):
+    path = tmp_path / "clip.mp4"
+    write(path, 10)
+    monkeypatch.setattr(video, "describe", lambda path: (1000, 10.0))
+    assert levels(video.load(path, {"frames": 5, "size": 16})) == [1, 3, 5, 7, 9]
+
+
+def test_unreadable_files_are_told_by_name(tmp_path):
+    good = tmp_path / "good.mp4"
+    write(good, 20)
+    content = good.read_bytes()
+    audio = tmp_path / "audio.wav"
+    with av.open(str(audio), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=16000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1600), np.int16), layout="mono")
+        frame.sample_rate = 16000
+        for packet in [*stream.encode(frame), *stream.encode()]:
+            container.mux(packet)
+    for name, part in {
+        "cut.mp4": content[: len(content) // 3],
+        "text.mp4": b"no video",
+        "e.mp4": b"",
+    }.items():
+        (tmp_path / name).write_bytes(part)
+        with pytest.raises(UserError, match=name):
+            video.load(tmp_path / name, {})
+    with pytest.raises(UserError, match="no such video file"):
+        video.load(tmp_path / "missing.mp4", {})
+    with pytest.raises(UserError, match="no video stream"):
+        video.load(audio, {})
+    with pytest.raises(UserError, match="unknown sampling"):
+        video.load(good, {"sampling": "random"})
+
+
+def test_frames_are_cropped_to_the_centre():
+    from PIL import Image
+
+    pixels = np.zeros((64, 128, 3), np.uint8)
+    pixels[:, 32:96] = 200
+    assert np.all(video.centre(Image.fromarray(pixels), 64) == 200)
+    assert video.centre(Image.fromarray(pixels.swapaxes(0, 1)), 32).shape == (32, 32, 3)

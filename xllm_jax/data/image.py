@@ -1,0 +1,140 @@
+"""Image files to normalised arrays, as BLIP-2's processors make them (`blip_processors.py`).
+
+Training crops a random box and may mirror it; evaluation squashes the whole image into a square.
+Pillow's bicubic filter with antialiasing does the resizing in both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from xllm_jax.core.errors import UserError
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+MOST_PIXELS = 100_000_000
+ASPECTS = (3 / 4, 4 / 3)
+
+
+def load(
+    path: str | Path, options: Mapping[str, Any], rng: np.random.Generator | None = None
+) -> np.ndarray:
+    """Reads one image file.
+
+    Args:
+      path: the file.
+      options: 'size' in pixels (224); for training 'scale', the range of the share of the area that
+        a random crop keeps, None for no crop (None), and 'flip', mirror every second image (False).
+      rng: randomness of training; None prepares the image as in evaluation.
+
+    Returns:
+      `[size, size, 3]` float32, normalised by BLIP-2's mean and standard deviation.
+
+    Raises:
+      UserError: the file is missing, not an image, damaged or too large.
+    """
+    size, picture = options.get("size", 224), read(path)
+    if rng is None:
+        return normalise(resize(picture, size))
+    scale = options.get("scale")
+    box = crop_box(picture.height, picture.width, scale, rng) if scale else None
+    flip = bool(options.get("flip", False)) and rng.random() < 0.5
+    return normalise(augment(picture, size, box, flip))
+
+
+def read(path: str | Path, most_pixels: int = MOST_PIXELS) -> Image.Image:
+    """Opens a file as 8-bit RGB; an alpha channel is dropped and EXIF orientation ignored.
+
+    Both follow the reference. Images of 16 bits a channel are scaled to 8 (Pillow alone would
+    saturate them).
+
+    Raises:
+      UserError: the file is missing, not an image, damaged or larger than `most_pixels`.
+    """
+    try:
+        with Image.open(path) as picture:
+            if picture.width * picture.height > most_pixels:
+                raise UserError(
+                    f"has {picture.width} x {picture.height} pixels, more than {most_pixels:,}",
+                    field=str(path),
+                    mend="Shrink it",
+                )
+            picture.load()
+            return _to_rgb(picture)
+    except FileNotFoundError as error:
+        raise UserError("no such image file", field=str(path), mend="Check data.root") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UserError("has too many pixels", field=str(path), mend="Shrink it") from error
+    except (OSError, ValueError, SyntaxError, EOFError) as error:  # what Pillow's decoders raise
+        raise UserError(
+            f"cannot be read as an image ({error})", field=str(path), mend="Download it again"
+        ) from error
+
+
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I;16") or picture.mode == "I":
+        grey = np.asarray(picture).astype(np.int64)
+        return Image.fromarray(np.clip(grey // 256, 0, 255).astype(np.uint8)).convert("RGB")
+    return picture.convert("RGB")
+
+
+def resize(picture: Image.Image, size: int) -> np.ndarray:
+    """The whole image squashed to `[size, size, 3]` uint8."""
+    return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def augment(
+    picture: Image.Image, size: int, box: tuple[int, int, int, int] | None, flip: bool
+) -> np.ndarray:
+    """A crop, resized and perhaps mirrored, `[size, size, 3]` uint8.
+
+    Args:
+      picture: RGB.
+      size: side in pixels.
+      box: (top, left, height, width) of the crop; None keeps the whole image.
+      flip: mirror left and right after the crop.
+    """
+    if box is not None:
+        top, left, height, width = box
+        picture = picture.crop((left, top, left + width, top + height))
+    pixels = resize(picture, size)
+    return pixels[:, ::-1] if flip else pixels
+
+
+def crop_box(
+    height: int,
+    width: int,
+    scale: tuple[float, float],
+    rng: np.random.Generator,
+    aspects: tuple[float, float] = ASPECTS,
+) -> tuple[int, int, int, int]:
+    """Draws the box of a random resized crop, by torchvision's rules.
+
+    Ten draws of an area (uniform share) and an aspect ratio (uniform logarithm); when none fits,
+    the largest central box whose aspect is allowed.
+
+    Returns:
+      (top, left, height, width).
+    """
+    for _ in range(10):
+        area = height * width * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(aspects[0]), math.log(aspects[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            top, left = rng.integers(0, height - h + 1), rng.integers(0, width - w + 1)
+            return int(top), int(left), h, w
+    aspect = min(max(width / height, aspects[0]), aspects[1])
+    w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def normalise(pixels: np.ndarray) -> np.ndarray:
+    """`[..., 3]` uint8 to float32 with BLIP-2's mean and standard deviation."""
+    scaled = pixels.astype(np.float32) / np.float32(255)
+    return (scaled - np.asarray(MEAN, np.float32)) / np.asarray(STD, np.float32)

@@ -1,0 +1,172 @@
+"""Video files to a fixed number of normalised frames (X-LLM's `rawvideo_util.py`).
+
+Frames are spread evenly over the whole video; the repository's own rule, the first frames at one a
+second, is the option 'reference'. A frame is resized by its short side and cropped to the centre.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from xllm_jax.core.errors import UserError
+from xllm_jax.data import image
+
+REFERENCE_SECONDS = 60  # the repository reads at most this many seconds after the first frame
+MOST_FRAMES = 200_000  # decoded at most; a damaged index cannot keep the reader busy for ever
+
+
+def load(
+    path: str | Path, options: Mapping[str, Any], rng: np.random.Generator | None = None
+) -> np.ndarray:
+    """Reads the frames of one video.
+
+    Args:
+      path: the file.
+      options: 'frames' wanted (5), 'size' in pixels (224), 'sampling': 'uniform' or 'reference'
+        ('uniform'). Options of images that do not concern videos are ignored.
+      rng: ignored; frames are the same in training and evaluation.
+
+    Returns:
+      `[frames, size, size, 3]` float32, normalised. A video with fewer frames than wanted repeats
+      some of them in 'uniform' and ends with all-zero frames in 'reference'.
+
+    Raises:
+      UserError: the file is missing, not a video, damaged or without a frame; unknown sampling.
+    """
+    wanted, size = options.get("frames", 5), options.get("size", 224)
+    sampling = options.get("sampling", "uniform")
+    count, rate = describe(path)
+    for _ in range(2):
+        indices = choose(count, rate, wanted, sampling)
+        frames, decoded = decode(path, indices)
+        if len(frames) == len(set(indices)):
+            break
+        count = decoded  # the header promised more frames than there are
+    else:
+        raise UserError("frames are missing", field=str(path), mend="Encode it again")
+    pixels = {number: image.normalise(centre(frame, size)) for number, frame in frames.items()}
+    chosen = [pixels[number] for number in indices]
+    chosen += [np.zeros((size, size, 3), np.float32)] * (wanted - len(chosen))
+    return np.stack(chosen)
+
+
+def choose(count: int, rate: float, wanted: int, sampling: str = "uniform") -> list[int]:
+    """Frame numbers to read, at most `wanted`.
+
+    Args:
+      count: frames of the video, at least 1.
+      rate: frames per second.
+      wanted: frames asked for.
+      sampling: 'uniform' or 'reference'.
+
+    Raises:
+      UserError: unknown sampling.
+    """
+    if sampling == "uniform":
+        return uniform_frames(count, wanted)
+    if sampling == "reference":
+        return reference_frames(count, rate)[:wanted]
+    raise UserError(
+        f"unknown sampling {sampling!r}", field="data.video.sampling", mend="uniform or reference"
+    )
+
+
+def uniform_frames(count: int, wanted: int) -> list[int]:
+    """Centres of `wanted` equal parts of the video; numbers repeat when it has fewer frames."""
+    return [(2 * part + 1) * count // (2 * wanted) for part in range(wanted)]
+
+
+def reference_frames(count: int, rate: float) -> list[int]:
+    """One frame a second from the first on, the rate cut to whole frames, for 60 seconds."""
+    step = max(int(rate), 1)
+    return list(range(0, min(count, REFERENCE_SECONDS * step + 1), step))
+
+
+def describe(path: str | Path) -> tuple[int, float]:
+    """Number of frames and frames per second, from the header or by counting packets.
+
+    Raises:
+      UserError: as in `load`.
+    """
+    with _opened(path) as container:
+        stream = _stream(container, path)
+        rate = float(stream.average_rate or stream.guessed_rate or 0)
+        count = stream.frames
+        if not count:
+            packets = (packet for packet in container.demux(stream) if packet.size)
+            count = sum(1 for _ in zip(range(MOST_FRAMES), packets))
+    if not count:
+        raise UserError("has no frame", field=str(path), mend="Remove it from the data")
+    return count, rate
+
+
+def decode(path: str | Path, indices: Sequence[int]) -> tuple[dict[int, Image.Image], int]:
+    """Decodes from the start to the last frame wanted.
+
+    Returns:
+      ({number: RGB frame}, frames decoded); numbers beyond the end are missing.
+
+    Raises:
+      UserError: the file is damaged or has no frame.
+    """
+    wanted, last = set(indices), min(max(indices), MOST_FRAMES)
+    frames, decoded = {}, 0
+    with _opened(path) as container:
+        for frame in container.decode(_stream(container, path)):
+            if decoded in wanted:
+                frames[decoded] = frame.to_image()
+            decoded += 1
+            if decoded > last:
+                break
+    if not decoded:
+        raise UserError("has no frame", field=str(path), mend="Remove it from the data")
+    return frames, decoded
+
+
+def centre(picture: Image.Image, size: int) -> np.ndarray:
+    """Short side to `size`, then the central square: `[size, size, 3]` uint8."""
+    width, height = picture.size
+    short = min(width, height)
+    shape = (int(size * width / short), int(size * height / short))
+    picture = picture.resize(shape, Image.Resampling.BICUBIC)
+    left, top = round((shape[0] - size) / 2), round((shape[1] - size) / 2)
+    return np.asarray(picture.crop((left, top, left + size, top + size)).convert("RGB"))
+
+
+class _opened:
+    """An open container whose decoder errors become UserError."""
+
+    def __init__(self, path: str | Path):
+        self.path = path
+
+    def __enter__(self):
+        import av
+
+        if not Path(self.path).exists():
+            raise UserError("no such video file", field=str(self.path), mend="Check data.root")
+        self.errors = (av.error.FFmpegError, ValueError, EOFError)
+        try:
+            self.container = av.open(str(self.path))
+        except self.errors as error:
+            raise self._told(error) from error
+        return self.container
+
+    def __exit__(self, kind, error, trace) -> None:
+        self.container.close()
+        if isinstance(error, self.errors):
+            raise self._told(error) from error
+
+    def _told(self, error: Exception) -> UserError:
+        what = f"cannot be read as a video ({error})"
+        return UserError(what, field=str(self.path), mend="Download it again")
+
+
+def _stream(container, path: str | Path):
+    if not container.streams.video:
+        raise UserError("has no video stream", field=str(path), mend="Remove it from the data")
+    return container.streams.video[0]
