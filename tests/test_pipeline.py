@@ -162,6 +162,14 @@ def test_first_fit_is_in_order_and_respects_every_limit():
     assert conversation.first_fit([{"tokens": 11}, {"video": 1}], room, 2) == [None, None]
 
 
+def test_packing_keeps_rows_even_when_items_are_scarce():
+    needs = [{"tokens": tokens, "image": 1} for tokens in (6, 6, 4, 4)]
+    room = {"tokens": 10, "image": 2}
+    assert conversation.first_fit(needs, room, 2) == [0, 1, 0, 1]
+    assert conversation.first_fit(needs[::-1], room, 2) == [0, 0, 1, None]
+    assert None not in conversation.pack(needs[::-1], room, 2)
+
+
 def test_an_example_without_room_is_told_and_shapes_stay(pipeline, folder):
     long = Example("long", (("image", str(folder / "0.png")),) * 3, "看", "好")
     made = pipeline({"a": texts(7) + [long]})

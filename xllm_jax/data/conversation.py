@@ -37,6 +37,7 @@ class Placed:
 
 
 Rows = tuple[tuple[Placed, ...], ...]
+Need = dict[str, int]  # amount of each limited thing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,13 +78,13 @@ def tools(data: Data) -> Tools:
 
 
 def plan(records: Sequence[Record], kit: Tools, data: Data, mode: Mode) -> Plan:
-    """Builds the prompts of a global batch and packs them into its rows, first fit.
+    """Builds the prompts of a global batch and packs them into its rows.
 
     Raises:
       DoesNotFit: outside training, a prompt is longer than a row.
     """
     prompts, skipped = prepare(records, kit, data, mode)
-    places = first_fit([needs(placed) for placed in prompts], capacity(data, mode), data.rows)
+    places = pack([needs(placed) for placed in prompts], capacity(data, mode), data.rows)
     rows: list[list[Placed]] = [[] for _ in range(data.rows)]
     for placed, place in zip(prompts, places):
         if place is None:
@@ -140,7 +141,7 @@ def sequence(record: Record, kit: Tools, data: Data, mode: Mode) -> prompt.Promp
     )
 
 
-def needs(placed: Placed) -> dict[str, int]:
+def needs(placed: Placed) -> Need:
     """What an example takes of a row: tokens, supervised tokens, media items, one place."""
     made = placed.prompt
     taken = {"tokens": len(made.ids), "answers": len(made.targets), "examples": 1}
@@ -149,7 +150,7 @@ def needs(placed: Placed) -> dict[str, int]:
     return taken
 
 
-def capacity(data: Data, mode: Mode) -> dict[str, int]:
+def capacity(data: Data, mode: Mode) -> Need:
     """What a row has of each; a row that will be continued belongs to one example."""
     examples = data.length if mode.answers else 1
     return {
@@ -160,22 +161,37 @@ def capacity(data: Data, mode: Mode) -> dict[str, int]:
     }
 
 
+def pack(wanted: Sequence[Need], room: Need, rows: int) -> list[int | None]:
+    """Row of each entry, or None: of two packings the one that leaves fewer out.
+
+    First fit in order fills rows to the brim; longest first, each into the emptiest row, keeps rows
+    even, which matters when the number of items per row is what is scarce.
+    """
+    in_order = first_fit(wanted, room, rows)
+    order = sorted(range(len(wanted)), key=lambda entry: -wanted[entry]["tokens"])
+    even: list[int | None] = [None] * len(wanted)
+    for entry, place in zip(order, first_fit([wanted[e] for e in order], room, rows, even=True)):
+        even[entry] = place
+    return even if even.count(None) < in_order.count(None) else in_order
+
+
 def first_fit(
-    wanted: Sequence[dict[str, int]], room: dict[str, int], rows: int
+    wanted: Sequence[Need], room: Need, rows: int, even: bool = False
 ) -> list[int | None]:
-    """Row of each entry: the first that still has room for all it needs, or None.
+    """Row of each entry: the first (`even`: the emptiest) with room for all it needs, or None.
 
     Deterministic, in the order given. A need that `room` does not name has no room.
     """
     free = [dict(room) for _ in range(rows)]
     places: list[int | None] = []
     for need in wanted:
-        fits = (
+        fits = [
             number
             for number, row in enumerate(free)
             if all(row.get(name, 0) >= amount for name, amount in need.items())
-        )
-        place = next(fits, None)
+        ]
+        emptiest = max(fits, key=lambda number: free[number]["tokens"]) if fits else None
+        place = emptiest if even else next(iter(fits), None)
         places.append(place)
         for name, amount in need.items() if place is not None else ():
             free[place][name] -= amount

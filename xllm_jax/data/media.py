@@ -12,6 +12,7 @@ import numpy as np
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data
+from xllm_jax.data import image, speech, video
 from xllm_jax.data.characters import token_count
 from xllm_jax.data.example import Example
 from xllm_jax.data.record import MEDIA, DoesNotFit, Record
@@ -38,8 +39,9 @@ def _image(data: Data) -> Form:
 
 
 def _video(data: Data) -> Form:
-    size = data.image.get("size", 224)
-    return Form(data.video.get("frames", 5), (size, size, 3))
+    options = data.image | data.video
+    size = options.get("size", 224)
+    return Form(options.get("frames", 5), (size, size, 3))
 
 
 def _speech(data: Data) -> Form:
@@ -47,20 +49,14 @@ def _speech(data: Data) -> Form:
 
 
 def _load_image(path: str, data: Data, rng: np.random.Generator, train: bool) -> np.ndarray:
-    from xllm_jax.data import image
-
     return image.load(path, data.image, rng if train else None)[None]
 
 
 def _load_video(path: str, data: Data, rng: np.random.Generator, train: bool) -> np.ndarray:
-    from xllm_jax.data import video
-
-    return video.load(path, data.video | data.image, rng if train else None)
+    return video.load(path, data.image | data.video, rng if train else None)
 
 
 def _load_speech(path: str, data: Data, rng: np.random.Generator, train: bool) -> np.ndarray:
-    from xllm_jax.data import speech
-
     return speech.load(path, data.speech, rng if train else None)[None]
 
 

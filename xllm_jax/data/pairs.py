@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Sequence
 
 import numpy as np
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data
-from xllm_jax.data import media
+from xllm_jax.data import media, text
 from xllm_jax.data.record import Mode, Record, Skipped
 from xllm_jax.data.wordpiece import WordPiece
 
 IMAGE = "image"
-MOST_WORDS = 50  # LAVIS blip_caption
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,14 +47,6 @@ def tools(data: Data) -> WordPiece:
     return WordPiece(data.vocabulary)
 
 
-def caption_text(text: str, most_words: int = MOST_WORDS) -> str:
-    """A caption as BLIP-2 reads it: lower case, some punctuation and repeated spaces removed."""
-    text = re.sub(r"[.!\"()*#:;~]", " ", text.lower())
-    text = re.sub(r"\s{2,}", " ", text).rstrip("\n").strip(" ")
-    found = text.split(" ")
-    return " ".join(found[:most_words]) if len(found) > most_words else text
-
-
 def plan(records: Sequence[Record], kit: WordPiece, data: Data, mode: Mode) -> Plan:
     """One row per record, in order."""
     rows: list[Pair | None] = []
@@ -66,7 +56,7 @@ def plan(records: Sequence[Record], kit: WordPiece, data: Data, mode: Mode) -> P
         paths = [path for modality, path in example.media if modality == IMAGE]
         caption = example.answer or next(iter(example.references), "")
         if len(paths) == 1 and caption:
-            rows.append(Pair(record, paths[0], caption_text(caption)))
+            rows.append(Pair(record, paths[0], text.caption(caption)))
         else:
             reason = f"has {len(paths)} images and {'a' if caption else 'no'} caption"
             skipped.append(Skipped(example.key, reason, bad=True))
