@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -168,8 +169,6 @@ def train_tokenizer(texts: Sequence[str], folder: str | Path, learned: int = 300
     Returns:
       The folder.
     """
-    import io
-
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     fixed = 4 + 1 + len(CONTROLS) + 1 + (LONGEST_BLANK - 1) + 256
