@@ -287,6 +287,12 @@ def test_evaluation_reads_every_example_once_in_order(pipeline, folder, answers)
         assert all(batch.media["speech"].counts is None for batch, _ in seen)
 
 
+def test_evaluation_may_stop_early(pipeline):
+    made = pipeline({"a": texts(40)}, train=False)
+    few = Pipeline(made.data, 3, train=False, limit=5)
+    assert [k for _, info in few.iterate() for k in info["keys"]] == [f"t{i}" for i in range(5)]
+
+
 def test_evaluation_of_transcripts_pads_the_last_batch(pipeline, folder):
     examples = [e for e in mixed(folder, 20) if e.media and e.media[0][0] == "speech"]
     made = pipeline({"a": examples}, train=False, form="transcription", examples=4)

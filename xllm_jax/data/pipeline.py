@@ -42,6 +42,7 @@ class Pipeline:
       train: an endless shuffled stream with augmentation; False is one pass in order without.
       answers: False leaves prompts open at <sop>, one example a row, ready to generate.
       quarantine: file that bad records are appended to.
+      limit: records of the one pass; None for all.
 
     Raises:
       UserError: an unknown form, reader, option, template or mixture entry; a source without
@@ -57,6 +58,7 @@ class Pipeline:
         train: bool = True,
         answers: bool = True,
         quarantine: str | Path | None = None,
+        limit: int | None = None,
     ):
         self.data, self.seed, self.form = data, seed, form_of(data)
         self.mode = Mode(train, answers)
@@ -65,7 +67,7 @@ class Pipeline:
         self.weights = stream.mixture(data)
         self.sources = {n: stream.read(n, data.sources[n], data.root) for n in self.weights}
         self.kit = self.form.tools(data)
-        self._steps = self._drawn() if train else self._planned()
+        self._steps = self._drawn() if train else self._planned(limit)
 
     def records(self) -> int:
         """Records of one epoch."""
@@ -89,9 +91,9 @@ class Pipeline:
         examples, buckets = self.data.examples, self._buckets()
         return stream.batches(self.sources, self.weights, self.seed, examples, buckets)
 
-    def _planned(self) -> grain.MapDataset:
+    def _planned(self, limit: int | None) -> grain.MapDataset:
         """The plans of one whole pass."""
-        drawn = stream.in_order(self.sources, self.weights, self._buckets())
+        drawn = stream.in_order(self.sources, self.weights, self._buckets())[:limit]
         records = [record for record in drawn if isinstance(record, Record)]
         plans = self.form.batches(records, self.kit, self.data, self.mode)
         if not plans:
