@@ -63,7 +63,7 @@ def test_visual_genome(root, truth, split):
     assert wanted == [
         (int(pathlib.Path(e.media[0][1]).stem), e.answer, e.references) for e in found
     ]
-    assert all(e.instruction and "region" in e.tags for e in found)
+    assert {e.task for e in found} == {"region"}
     found = check(visual_genome.examples(f"{root}/visual_genome", split, kind="questions"))
     wanted = [
         (p.image_id, q.text, q.answer, q.kind, q.unseen) for p in pictures for q in p.questions
@@ -189,6 +189,10 @@ def test_instructions_of_other_publishers(tmp_path):
 
 
 FOLDERS = {
+    "captions.jsonl": "\n".join(
+        json.dumps({"image": image, "caption": caption})
+        for image, caption in (("a.jpg", "红"), ("a.jpg", "大"), ("b/c.png", "绿"))
+    ),
     "captions.json": json.dumps({"a.jpg": ["红", "大"], "b/c.png": "绿"}),
     "captions.csv": 'image,caption\na.jpg,红\na.jpg,"大"\nb/c.png,绿\n',
     "captions.tsv": "caption\timage\n红\ta.jpg\n大\ta.jpg\n绿\tb/c.png\n",
@@ -336,6 +340,7 @@ def test_mistakes_are_named(root, tmp_path, number):
 FOLDER_MISTAKES = [
     ("captions.json", '["a.jpg"]', r"\[0\]: is a text, not an object"),
     ("captions.json", '{"a.jpg": 3}', r"a\.jpg: has no caption"),
+    ("captions.jsonl", '{"image": "a.jpg", "caption": "b"}\n{"image', r"broken JSON at line 2"),
     ("captions.csv", "picture,caption\na,b\n", r"no column 'image'.*picture"),
     ("captions.tsv", "image\tcaption\na.jpg\n", r"line 2 is not complete"),
     ("other.json", "{}", r"has no captioned images"),

@@ -1,7 +1,10 @@
 """The embedded world against its own ground truth, checked by independent code."""
 
 import collections
-import re
+import json
+import pathlib
+import subprocess
+import sys
 
 import av
 import numpy as np
@@ -10,10 +13,8 @@ import soundfile
 from PIL import Image
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.data import instructions
-from xllm_jax.data.world import build, language, motion, plan, questions, render, speak
+from xllm_jax.data.world import build, language, motion, plan, render, speak
 from xllm_jax.data.world import scene as world
-from xllm_jax.data.world.text_stream import text_example, text_examples
 
 SIZES = plan.WorldSizes(12, 6, 8, 9, 10, 2, 1, 2, 2, 10, 16, 8, 8, 9, 10)
 
@@ -21,17 +22,6 @@ SIZES = plan.WorldSizes(12, 6, 8, 9, 10, 2, 1, 2, 2, 10, 16, 8, 8, 9, 10)
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     return build.build(tmp_path_factory.mktemp("worlds") / "world", SIZES, workers=0)
-
-
-@pytest.fixture(scope="module")
-def asked():
-    """(scene, question) pairs in training's wordings."""
-    pairs = []
-    for index in range(6000):
-        rng = world.generator(11, "asked", index)
-        scene = world.sample_scene(rng)
-        pairs.append((scene, questions.ask(scene, rng)))
-    return pairs
 
 
 def contents(root):
@@ -162,172 +152,6 @@ def test_written_frames_and_captions_tell_the_clip():
             assert language.parse_objects(sentence) == ({item} if item else set())
 
 
-# Language
-
-
-def test_captions_and_regions_tell_every_object_and_nothing_else():
-    for index in range(300):
-        rng = world.generator(6, index)
-        scene = world.sample_scene(rng, "all")
-        for unseen in (False, True):
-            for text in language.captions(scene, unseen):
-                assert language.parse_objects(text) == set(scene.objects)
-            for item in scene.objects:
-                assert language.parse_objects(language.region(item, rng, unseen)) == {item}
-
-
-def words_in(text, values):
-    return [value for value in re.findall("|".join(values), text)]
-
-
-def named(scene, phrase):
-    """The objects that fit all words of a phrase."""
-    fits = scene.objects
-    for name, values in (
-        ("place", world.PLACES),
-        ("colour", world.COLOURS),
-        ("shape", world.SHAPES),
-    ):
-        for value in words_in(phrase, values):
-            fits = [item for item in fits if getattr(item, name) == value]
-    return list(fits)
-
-
-def only(scene, phrase):
-    fits = named(scene, phrase)
-    assert len(fits) == 1, f"{phrase} is ambiguous in {scene}"
-    return fits[0]
-
-
-def answer(scene, text):
-    """Reads a question and answers it from the scene; knows nothing of how it was made."""
-    if re.search("几个|多少", text):
-        return {1: "一个", 2: "两个", 3: "三个"}[len(scene.objects)]
-    if "一样" in text:
-        name = next(n for n, w in questions.ANSWER_OF.items() if w in text)
-        first, second = (getattr(only(scene, p), name) for p in words_in(text, world.PLACES))
-        return "一样" if first == second else "不一样"
-    if "更大" in text:
-        phrases = words_in(text, world.SHAPES) or words_in(text, world.COLOURS)
-        first, second = (only(scene, phrase) for phrase in phrases)
-        assert first.size != second.size
-        return phrases[0] if first.size == "大" else phrases[1]
-    if "有没有" in text or ("有" in text and "吗" in text):
-        return "有" if named(scene, text) else "没有"
-    if "什么" in text or "哪" in text:
-        item = only(scene, text)
-        for word, name in (("颜色", "colour"), ("形状", "shape"), ("大小", "size")):
-            if word in text:
-                return item.size + "的" if name == "size" else getattr(item, name)
-        return item.place
-    if "大" in text and "小" in text:
-        return only(scene, text).size + "的"
-    subject, value = re.fullmatch("(?:请问)?(.+?)是(?:不是)?(.+?)吗?？", text).groups()
-    item = only(scene, subject)
-    truth = value.rstrip("的") in (item.colour, item.shape, item.size)
-    return "是" if truth else "不是"
-
-
-def test_questions_are_answered_rightly(asked):
-    for scene, question in asked:
-        assert answer(scene, question.text) == question.answer, (question, scene)
-    for index in range(3000):
-        rng = world.generator(12, index)
-        scene = world.sample_scene(rng, "all")
-        question = questions.ask(scene, rng, unseen=True)
-        assert answer(scene, question.text) == question.answer, (question, scene)
-
-
-def test_dialogues_refer_back_and_stay_right():
-    back = 0
-    for index in range(500):
-        rng = world.generator(13, index)
-        scene = world.sample_scene(rng)
-        rounds = questions.dialogue(scene, rng)
-        assert len(rounds) == 4
-        assert sum("它" not in question.text for question in rounds) >= plan.SPOKEN_ROUNDS
-        for former, question in zip([None, *rounds], rounds):
-            text = question.text
-            if "它" in text:
-                back += 1
-                assert former.subject == question.subject
-                item = scene.objects[former.subject]
-                text = text.replace("它", item.colour + item.shape)
-                if question.kind == "place":
-                    assert question.answer == item.place
-                elif question.kind == "size":
-                    assert question.answer == item.size + "的"
-                else:
-                    assert question.answer == getattr(item, question.kind)
-            else:
-                assert answer(scene, text) == question.answer
-    assert back > 200
-
-
-def test_blind_guesses_are_poor(asked):
-    """Guesses that know the kind, then the whole text of the question, but not the picture."""
-    kinds = collections.defaultdict(collections.Counter)
-    for _, question in asked:
-        kinds[question.kind][question.answer] += 1
-    total = len(asked)
-    assert sum(max(counter.values()) for counter in kinds.values()) / total < 0.33
-    for kind in ("size", "existence", "yesno"):
-        counter = kinds[kind]
-        assert max(counter.values()) / sum(counter.values()) < 0.56
-    for kind in ("colour", "shape", "place", "count", "comparison"):
-        assert max(kinds[kind].values()) / sum(kinds[kind].values()) < 0.48
-    known = collections.defaultdict(collections.Counter)
-    for _, question in asked[:5000]:
-        known[question.text][question.answer] += 1
-    right = [
-        bool(known[q.text]) and known[q.text].most_common(1)[0][0] == q.answer
-        for _, q in asked[5000:]
-    ]
-    assert np.mean(right) < 0.4
-
-
-def test_test_wordings_are_new_but_their_characters_are_not(asked):
-    seen = {q.text for _, q in asked}
-    fresh, letters = set(), set()
-    for index in range(1500):
-        rng = world.generator(14, index)
-        scene = world.sample_scene(rng, "all")
-        clip = motion.sample_clip(rng)
-        fresh.add(questions.ask(scene, rng, unseen=True).text)
-        letters.update(
-            "".join(language.captions(scene, True) + language.video_captions(clip, True))
-        )
-        letters.update(questions.ask_clip(clip, rng, True).text)
-        assert not set(language.captions(scene)) & set(language.captions(scene, True))
-    assert not seen & fresh
-    letters.update("".join(fresh))
-    letters.update("".join(sum(instructions.UNSEEN_INSTRUCTIONS.values(), ())))
-    read = set("".join(sum(instructions.INSTRUCTIONS.values(), ())))
-    for example in text_examples(0, 3000):
-        read.update(example.instruction + example.answer)
-        read.update("".join(text for _, text in example.media))
-    assert letters <= read and len(read) < 150
-
-
-def test_text_stream_is_random_access_and_answerable():
-    rows = list(text_examples(3, 400))
-    assert rows[250] == text_example(3, 250) != text_example(4, 250)
-    tasks = {"vqa", "caption", "dialogue", "asr", "spoken_vqa", "video_caption", "text"}
-    assert {row.task for row in rows} == tasks
-    for row in rows:
-        media = dict(row.media)
-        if row.task in ("vqa", "spoken_vqa") and "text:image" in media and "region" not in row.tags:
-            objects = language.parse_objects(media["text:image"])
-            scene = world.Scene(tuple(objects), "noise", 0)
-            question = row.instruction or media["text:speech"] + "？"
-            assert answer(scene, question) == row.answer
-        if row.task == "caption":
-            described = language.parse_objects(media["text:image"])
-            assert language.parse_objects(row.answer) == described
-        if row.task == "asr":
-            assert row.answer == media["text:speech"] == row.transcript
-
-
 # Speech
 
 
@@ -401,3 +225,27 @@ def test_foreign_directories_are_refused(built, tmp_path):
     with pytest.raises(UserError, match=r"no world\.json"):
         build.build(tmp_path, SIZES)
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_world_that_appeared_meanwhile_is_kept(tmp_path, monkeypatch):
+    target, sizes = tmp_path / "world", plan.WorldSizes(*[1] * 15)
+    write = build._write_annotations
+
+    def slow(*arguments):
+        write(*arguments)
+        target.mkdir()
+        (target / "world.json").write_text(json.dumps(build.identity(sizes, 0)))
+
+    monkeypatch.setattr(build, "_write_annotations", slow)
+    build.build(target, sizes, workers=0)
+    assert [path.name for path in tmp_path.iterdir()] == ["world"]
+    assert [path.name for path in target.iterdir()] == ["world.json"]
+
+
+def test_the_command_builds_and_refuses(tmp_path):
+    root = pathlib.Path(__file__).parents[1]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").touch()
+    command = [sys.executable, str(root / "launch" / "world.py"), f"--output={tmp_path / 'mine'}"]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    assert ran.returncode == 2 and "no world.json" in ran.stderr.strip().splitlines()[-1]

@@ -16,7 +16,7 @@ class Example:
       instruction: the question or instruction; empty means that the prompt picks one of the task's
         named instructions.
       answer: the text to be learnt, or the reference answer in evaluation.
-      task: 'caption', 'vqa', 'asr', 'video_caption', 'spoken_vqa', 'dialogue' or 'text'.
+      task: 'caption', 'region', 'vqa', 'asr', 'video_caption', 'spoken_vqa', 'dialogue' or 'text'.
       history: earlier rounds of a dialogue as (question, answer) pairs, oldest first.
       references: every acceptable caption of the same media, for CIDEr and BLEU.
       transcript: what the last speech file says; its token count sizes the speech slot in training.

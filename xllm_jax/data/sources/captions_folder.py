@@ -3,6 +3,7 @@
 Any one of these, looked for in this order in PATH/SPLIT, or in PATH for 'train':
 
     captions.json    {"a.jpg": "…", "b.jpg": ["…", "…"]} or [{"image": "a.jpg", "caption": "…"}, …]
+    captions.jsonl   {"image": "a.jpg", "caption": "…"} on each line
     captions.csv     a header with the columns image and caption; several rows per image are fine
     captions.tsv     the same with tabs
     a.jpg, a.txt     for every image a text file of the same name, one caption a line
@@ -47,8 +48,9 @@ def examples(path: str, split: str = "train", per_caption: bool | None = None) -
 
 
 def _pairs(root: pathlib.Path) -> Pairs:
-    if (root / "captions.json").is_file():
-        return _from_json(root / "captions.json")
+    for name in ("captions.json", "captions.jsonl"):
+        if (root / name).is_file():
+            return _from_json(root / name)
     for name, mark in (("captions.csv", ","), ("captions.tsv", "\t")):
         if (root / name).is_file():
             return _from_table(root / name, mark)
@@ -56,7 +58,7 @@ def _pairs(root: pathlib.Path) -> Pairs:
 
 
 def _from_json(file: pathlib.Path) -> Pairs:
-    data = layout.read_json(file)
+    data = layout.read_json_lines(file) if file.suffix == ".jsonl" else layout.read_json(file)
     if isinstance(data, dict):
         named = list(data.items())
         places = [f"{file}: {name}" for name in data]

@@ -46,6 +46,22 @@ def read_json(path: pathlib.Path) -> Any:
         raise UserError(what, field=str(path), mend="Fetch or write the file again") from None
 
 
+def read_json_lines(path: pathlib.Path) -> list:
+    """The JSON values of the file's lines, blank ones left out.
+
+    Raises:
+      UserError: no such file, or a line that is not JSON.
+    """
+    found = []
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        try:
+            found += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as error:
+            what = f"broken JSON at line {number}, column {error.colno}: {error.msg}"
+            raise UserError(what, field=str(path), mend="One JSON object a line") from None
+    return found
+
+
 def get(record: Any, name: str, kind: type | tuple[type, ...], where: str) -> Any:
     """`record[name]`, checked.
 

@@ -11,11 +11,9 @@ are read for those splits, and PATH/train, if there, for training. Our own world
 from __future__ import annotations
 
 import pathlib
-import zlib
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
-from xllm_jax.data.instructions import instructions
 from xllm_jax.data.sources import layout
 
 
@@ -27,8 +25,8 @@ def examples(
     Args:
       path: folder of the layout above.
       split: 'train', 'val' or 'test'.
-      kind: 'regions' (task 'caption', asked by a 'region' instruction, all the image's regions are
-        references) or 'questions' (task 'vqa').
+      kind: 'regions' (task 'region', all the image's regions are references) or 'questions' (task
+        'vqa').
       images: folder of the images, if it lies elsewhere.
 
     Raises:
@@ -61,7 +59,6 @@ def _regions(row, where: str, image) -> list[Example]:
         layout.get(region, "phrase", str, f"{where}.regions[{index}]").strip()
         for index, region in enumerate(regions)
     )
-    asked = instructions("region")
     found = []
     for index, (region, phrase) in enumerate(zip(regions, phrases)):
         place = f"{where}.regions[{index}]"
@@ -71,11 +68,10 @@ def _regions(row, where: str, image) -> list[Example]:
             Example(
                 key,
                 image(number),
-                asked[zlib.crc32(key.encode()) % len(asked)],
-                phrase,
-                "caption",
+                answer=phrase,
+                task="region",
                 references=phrases,
-                tags=("region", *layout.tags(region)),
+                tags=layout.tags(region),
             )
         )
     return found

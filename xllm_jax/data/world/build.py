@@ -6,6 +6,7 @@ visdial/visdial_1.0_SPLIT.json, visdial/speech/SPLIT/*.flac          VisDial, sp
 aishell/wav/{train,dev,test}/SPEAKER/*.flac, aishell/transcript/     AISHELL-1
 msrvtt/{train_val,test}_videodatainfo.json, {TrainVal,Test}Video/    MSR-VTT
 instructions/SPLIT.json                                              stage 3 conversations
+characters.txt                                                       of all transcripts, for ASR
 world.json                                                           what all this is
 """
 
@@ -21,11 +22,13 @@ import shutil
 from collections.abc import Callable, Iterator
 
 from xllm_jax.core.errors import UserError
+from xllm_jax.data.characters import CharacterVocabulary
 from xllm_jax.data.world import annotations, motion, plan, render, speak
 from xllm_jax.data.world.plan import SPLITS, Split, WorldSizes
 from xllm_jax.data.world.scene import HELD_OUT
+from xllm_jax.data.world.text_stream import spoken_characters
 
-VERSION = 1
+VERSION = 2
 CHUNK = 40
 Progress = Callable[[int, int], None]
 
@@ -63,12 +66,19 @@ def build(
         _run(list(_jobs(partial, splits)), workers, progress)
         _link_genome(partial, splits)
         _write_annotations(partial, splits, sizes, seed)
-        if directory.exists():
-            directory.rmdir()
-        partial.rename(directory)
+        _move(partial, directory, sizes, seed)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return directory
+
+
+def _move(partial: pathlib.Path, directory: pathlib.Path, sizes: WorldSizes, seed: int) -> None:
+    # Somebody else may have built there meanwhile: the same world will do, another is refused.
+    if _is_built(directory, sizes, seed):
+        return
+    if directory.exists():
+        directory.rmdir()
+    partial.rename(directory)
 
 
 def identity(sizes: WorldSizes, seed: int) -> dict:
@@ -129,10 +139,14 @@ def _run(jobs: list[tuple], workers: int, progress: Progress | None) -> None:
 def _in_processes(chunks: list[list[tuple]], workers: int) -> Iterator[int]:
     # Spawned, not forked: the parent may run JAX, whose threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+    pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context)
+    try:
         waiting = [pool.submit(make_files, chunk) for chunk in chunks]
         for finished in concurrent.futures.as_completed(waiting):
             yield finished.result()
+    finally:
+        # After a failure or Ctrl-C the rest is not worth waiting for.
+        pool.shutdown(cancel_futures=True)
 
 
 def make_files(jobs: list[tuple]) -> int:
@@ -179,6 +193,7 @@ def _write_annotations(root, splits: list[Split], sizes: WorldSizes, seed: int) 
     transcripts = root / "aishell" / "transcript" / "aishell_transcript_v0.8.txt"
     transcripts.parent.mkdir(parents=True)
     transcripts.write_text(annotations.aishell_transcripts(splits), "utf-8")
+    CharacterVocabulary(spoken_characters()).save(root / "characters.txt")
     _write(root, "world.json", {**identity(sizes, seed), **_document()})
 
 

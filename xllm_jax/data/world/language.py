@@ -139,6 +139,15 @@ def parse_objects(text: str) -> frozenset[Object]:
     return frozenset(found)
 
 
+def clip_facts(shape: str, colour: str, to_colour: str, name: str) -> tuple[str, ...]:
+    """A clip's facts as tags: object:红色圆形, motion:变色 and, if it changes, becomes:蓝色.
+
+    Of a generated caption, `clip_facts(*parse_motion(caption))` compares with an example's tags.
+    """
+    changed = (f"becomes:{to_colour}",) if name == "变色" else ()
+    return (f"object:{colour}{shape}", f"motion:{name}", *changed)
+
+
 def parse_motion(text: str) -> tuple[str, str, str, str] | None:
     """(shape, colour, second colour, motion) that a video caption claims, None if unreadable."""
     shape = re.search("|".join(SHAPES), text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Iterable
 
 import av
 import numpy as np
@@ -78,11 +79,15 @@ def sample_clip(rng: np.random.Generator, pairs: str = "seen", motion: str = "")
     return Clip(shape, colour, to_colour, motion, size, place, choose(rng, BACKGROUNDS), seed)
 
 
-def moment(clip: Clip, time: float) -> Moment:
-    """The object at `time` in 0..1."""
+def moments(clip: Clip, times: Iterable[float]) -> list[Moment]:
+    """The object at each of `times` in 0..1."""
     rng = generator(clip.seed, "path")
-    x, y = render.cell_centre(clip.place)
     start, end = 0.82 + rng.uniform(-0.03, 0.03), 0.18 + rng.uniform(-0.03, 0.03)
+    return [_moment(clip, time, start, end) for time in times]
+
+
+def _moment(clip: Clip, time: float, start: float, end: float) -> Moment:
+    x, y = render.cell_centre(clip.place)
     radius = render.RADIUS[clip.size]
     if clip.motion in DIRECTIONS:
         across, down = DIRECTIONS[clip.motion]
@@ -100,7 +105,7 @@ def moment(clip: Clip, time: float) -> Moment:
 
 def seen_object(clip: Clip, time: float) -> Object | None:
     """The moment in words of the grid (nearest size and cell), None when nothing is visible."""
-    now = moment(clip, time)
+    (now,) = moments(clip, (time,))
     if not now.visible:
         return None
     column, row = min(2, int(now.x * 3)), min(2, int(now.y * 3))
@@ -117,8 +122,7 @@ def render_clip(clip: Clip, pixels: int = render.PIXELS) -> np.ndarray:
     colours = {clip.colour: render.jitter_colour(clip.colour, rng)}
     colours.setdefault(clip.to_colour, render.jitter_colour(clip.to_colour, rng))
     frames = []
-    for index in range(FRAMES):
-        now = moment(clip, (index + 0.5) / FRAMES)
+    for now in moments(clip, ((index + 0.5) / FRAMES for index in range(FRAMES))):
         sprite = (clip.shape, now.x, now.y, now.radius, colours[now.colour], turn)
         picture = render.draw(base, [sprite] if now.visible else [])
         frames.append(render.add_noise(picture, rng))

@@ -22,10 +22,10 @@ ROUNDS, SPOKEN_ROUNDS = 4, 2
 class WorldSizes:
     """How many of everything; dialogues are about the first images of their split."""
 
-    train_images: int = 3000
-    train_dialogues: int = 1200
-    train_utterances: int = 3000
-    train_videos: int = 900
+    train_images: int = 2400
+    train_dialogues: int = 800
+    train_utterances: int = 2400
+    train_videos: int = 700
     train_instructions: int = 900
     val_images: int = 60
     val_dialogues: int = 30
@@ -196,5 +196,6 @@ def video(seed: int, split: str, index: int) -> Video:
     order = [captions[int(i)] for i in rng.permutation(len(captions))]
     if unseen:
         order = language.video_captions(clip, unseen=True) + order
-    tags = (clip.motion,) + ("unseen_pair",) * clip.unseen + ("unseen_wording",) * unseen
+    facts = language.clip_facts(clip.shape, clip.colour, clip.to_colour, clip.motion)
+    tags = facts + ("unseen_pair",) * clip.unseen + ("unseen_wording",) * unseen
     return Video(FIRST_ID[split] - 1 + index, clip, tuple(order), tags)

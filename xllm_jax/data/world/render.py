@@ -92,12 +92,15 @@ def draw(base: np.ndarray, items: list) -> np.ndarray:
     side = base.shape[0]
     picture = base.astype(np.float32)
     for shape, x, y, radius, rgb, turn in items:
-        mask = Image.new("L", (side * SUPERSAMPLING,) * 2, 0)
-        corners = outline(shape, x, y, radius, turn)
-        scaled = [(side * SUPERSAMPLING * a, side * SUPERSAMPLING * b) for a, b in corners]
-        ImageDraw.Draw(mask).polygon(scaled, fill=255)
+        points = np.asarray(outline(shape, x, y, radius, turn)) * side
+        # Only the part around the shape: its mask is a tenth of the picture.
+        low = np.clip(np.floor(points.min(0)).astype(int) - 1, 0, side)
+        high = np.clip(np.ceil(points.max(0)).astype(int) + 2, 0, side)
+        mask = Image.new("L", tuple(int(n) for n in (high - low) * SUPERSAMPLING), 0)
+        ImageDraw.Draw(mask).polygon([tuple(p) for p in (points - low) * SUPERSAMPLING], fill=255)
         alpha = np.asarray(mask.reduce(SUPERSAMPLING), np.float32)[..., None] / 255
-        picture = picture * (1 - alpha) + np.asarray(rgb, np.float32) * alpha
+        part = picture[low[1] : high[1], low[0] : high[0]]
+        part += (np.asarray(rgb, np.float32) - part) * alpha
     return picture
 
 

@@ -7,13 +7,23 @@ and ('text:speech', text): the prompt puts the text between the tags where featu
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import numpy as np
 
 from xllm_jax.data.example import Example
 from xllm_jax.data.world import language, motion, questions
-from xllm_jax.data.world.scene import Scene, choose, generator, sample_scene
+from xllm_jax.data.world.scene import (
+    COLOURS,
+    PLACES,
+    SHAPES,
+    SIZES,
+    Scene,
+    choose,
+    generator,
+    sample_scene,
+)
 
 SHARES = {
     "answer_scene": 0.32,
@@ -56,6 +66,18 @@ def sentence(rng: np.random.Generator, pairs: str = "all", unseen: bool = False)
     if rng.random() < 0.55:
         return questions.ask(scene, rng, unseen).text
     return language.region(choose(rng, scene.objects), rng, unseen)
+
+
+def spoken_characters() -> str:
+    """Every character that a transcript of the world may contain, in the order of their codes.
+
+    Taken from the tables that `sentence` and the spoken rounds of dialogues are filled from.
+    """
+    rows = [text for kind, pair in questions.WORDINGS.items() if kind != "motion" for text in pair]
+    texts = [text for row in (*rows, language.REGIONS, language.UNSEEN_REGIONS) for text in row]
+    values = [*PLACES, *SIZES, *COLOURS, *SHAPES, *questions.ANSWER_OF.values(), "的物体"]
+    letters = set(language.spoken("".join([*values, *(re.sub("{.*?}", "", t) for t in texts)])))
+    return "".join(sorted(letters))
 
 
 def describe(scene: Scene, rng: np.random.Generator) -> str:
