@@ -11,8 +11,10 @@ import numpy as np
 import optax
 import pytest
 from recording import Recording
+from vision_models import contrast_table, interface_table, load_contrast, load_interface
 
-from xllm_jax.core import optim
+from xllm_jax.convert import export_tree
+from xllm_jax.core import optim, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Optimizer
 
@@ -54,6 +56,45 @@ def test_tri_stage_is_the_recorded_one(golden):
         logged = optim.tri_stage(3e-4, 3e-6, 3e-6, 30000, 90000, 120000)
         recording.close("log_lr", logged(log_steps), atol=0, rtol=1e-5)
     recording.assert_all_used()
+
+
+@pytest.mark.golden
+def test_weight_decay_reaches_the_recorded_parameters(golden):
+    cases = json.loads((golden / "vision/cases_weight_decay.json").read_text())
+    stage1, params, _ = load_contrast(golden)
+    groups = decayed(params, contrast_table(stage1))
+    assert groups == recorded(cases["stage1 XLLMQformer / xllm runner_base.RunnerBase.optimizer"])
+    temperature_too = [pattern for pattern in optim.NO_DECAY if "temperature" not in pattern]
+    groups = decayed(params, contrast_table(stage1), temperature_too)
+    lavis = "stage1 Blip2Qformer / lavis blip2.Blip2Base.get_optimizer_params"
+    assert groups == recorded(cases[lavis])
+    stage2, params, _ = load_interface(golden, "blip2_pretrained_opt_stage2.pth")
+    groups = decayed(params, interface_table(stage2))
+    assert groups == recorded(cases["stage2 XLLMImage / xllm runner_base.RunnerBase.optimizer"])
+    video = recorded(cases["stage2 XLLMVideo / xllm runner_base.RunnerBase.optimizer"])
+    names = {
+        "queries": ("query_tokens", "video_query_tokens"),
+        "adapter/kernel": ("opt_proj.weight", "video_proj.weight"),
+        "adapter/bias": ("opt_proj.bias", "video_proj.bias"),
+    }
+    mask = rules.flatten(optim.decay_mask(params))
+    assert video == {name: mask[path] for path, both in names.items() for name in both}
+    defaults = cases["defaults when the yaml has no beta2 (no X-LLM or BLIP-2 yaml has)"]
+    assert defaults["eps"] == Optimizer().eps and defaults["betas"][0] == Optimizer().b1
+
+
+def decayed(params, table, no_decay=optim.NO_DECAY) -> dict[str, bool]:
+    """{the reference's parameter name: whether it decays}."""
+    mask = optim.decay_mask(params, no_decay)
+    whole = jax.tree.map(lambda leaf, decays: np.full(np.shape(leaf), decays), params, mask)
+    tensors = export_tree(table, whole)
+    assert all(np.all(tensor) == np.any(tensor) for tensor in tensors.values())
+    return {name: bool(np.all(tensor)) for name, tensor in tensors.items()}
+
+
+def recorded(groups) -> dict[str, bool]:
+    """The recorded parameter groups in the same form."""
+    return {name: group["weight_decay"] > 0 for group in groups for name in group["params"]}
 
 
 def test_cosine_starts_warm_peaks_and_ends_at_the_minimum():
