@@ -1,0 +1,95 @@
+"""Measures a finished set of runs on held-out files and writes the report.
+
+    python launch/evaluate.py --runs=demo/runs --data=demo/world --output=demo [--limit=50]
+
+Writes report.txt, report.html (with pictures) and report.json. A run that is not there leaves its
+rows out; runs/stage3 is where the parts of X-LLM are found.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from absl import flags
+
+from launch import command
+from xllm_jax import assistant, evaluate, recogniser, report, restore, suite
+from xllm_jax.core.errors import UserError
+
+RUNS = flags.DEFINE_string("runs", "runs", "Folder that holds the runs of all stages.")
+DATA = flags.DEFINE_string("data", "world", "Folder of the held-out data, in the world's layout.")
+OUTPUT = flags.DEFINE_string("output", ".", "Folder for the report.")
+LIMIT = flags.DEFINE_integer("limit", 0, "Most samples of a task; 0 takes a few hundred.", 0)
+ROWS = flags.DEFINE_integer("rows", 32, "Questions answered at a time.", 1)
+
+ASR, NO_INIT, STAGE3 = "stage1_speech", "stage2_image_no_init", "stage3"
+
+
+def main(_: list[str]) -> None:
+    began = time.monotonic()
+    todo = suite.tasks(DATA.value, LIMIT.value)
+    results = suite.run(todo, models(Path(RUNS.value)))
+    results["curves"] = suite.curves(RUNS.value)
+    results["timings"] = timings(time.monotonic() - began)
+    results["settings"] = {"runs": RUNS.value, "data": DATA.value, "limit": LIMIT.value or "none"}
+    print()
+    print(report.write(results, OUTPUT.value))
+    print(f"\nWith pictures: {Path(OUTPUT.value) / 'report.html'}")
+
+
+def models(runs: Path) -> dict[str, Callable[[], evaluate.Answer]]:
+    """Loaders of the models whose runs have ended.
+
+    Raises:
+      UserError: none has.
+    """
+    found: dict[str, Callable[[], evaluate.Answer]] = {}
+    if ended(runs / ASR):
+        found["asr"] = lambda: recogniser.Recogniser(restore.run(runs / ASR), 16).transcribe
+    if ended(runs / STAGE3):
+        found |= stage3_models(runs)
+    if not found:
+        raise UserError(
+            f"no finished run {ASR} or {STAGE3} here", field=f"--runs={runs}", mend="Train first"
+        )
+    return found
+
+
+def stage3_models(runs: Path) -> dict[str, Callable[[], evaluate.Answer]]:
+    """X-LLM with the image interface that had no initialisation, before and after stage 3."""
+    first: list[restore.Restored] = []
+
+    def load(replaced: dict[str, str]) -> evaluate.Answer:
+        restored = restore.run(runs / STAGE3, replaced)
+        # The same networks for all, so that nothing compiles twice.
+        first[:] = first or [restored]
+        restored = dataclasses.replace(restored, model=first[0].model)
+        return assistant.Assistant(restored, ROWS.value).answers
+
+    trained = [f"{modality}_interface" for modality in ("image", "video", "speech")]
+    before = dict.fromkeys(trained, "")
+    found = {"before": lambda: load(before), "after": lambda: load({})}
+    if ended(runs / NO_INIT):
+        without = before | {"image_interface": str(runs / NO_INIT)}
+        found = {"no_init": lambda: load(without), **found}
+    return found
+
+
+def ended(run: Path) -> bool:
+    """Whether a run has written its result."""
+    return (run / "final").is_dir()
+
+
+def timings(seconds: float) -> dict[str, float]:
+    """Seconds of every step of the demo so far, and of this evaluation."""
+    file = Path(OUTPUT.value) / "timings.json"
+    known = json.loads(file.read_text()) if file.is_file() else {}
+    return {**known, "evaluate": seconds}
+
+
+if __name__ == "__main__":
+    command.run(main)

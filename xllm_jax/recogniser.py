@@ -1,0 +1,90 @@
+"""The stage-1 ASR model as a recogniser: speech files become text."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from xllm_jax import restore
+from xllm_jax.core.errors import UserError
+from xllm_jax.data import media
+from xllm_jax.data.characters import CharacterVocabulary
+from xllm_jax.data.example import Example
+from xllm_jax.data.record import Record
+from xllm_jax.models import asr_search
+from xllm_jax.models.xllm import XLLM
+
+Array = Any
+ENCODER, INTERFACE, DECODER = "speech_encoder", "speech_interface", "asr_decoder"
+
+
+class Recogniser:
+    """Transcribes with the ASR model of stage 1.
+
+    Args:
+      restored: networks and parameters of a stage-1 speech run.
+      rows: utterances at a time.
+      beams: hypotheses of the search.
+
+    Raises:
+      UserError: the run is not one of stage 1.
+    """
+
+    def __init__(self, restored: restore.Restored, rows: int = 16, beams: int = 1):
+        missing = {ENCODER, INTERFACE, DECODER} - set(restored.model.networks)
+        if missing:
+            raise UserError(
+                f"the run has no {sorted(missing)[0]}",
+                field=restored.stage.name,
+                mend="Give a run of configs/stage1_speech.py",
+            )
+        self.model, self.params, self.data = restored.model, restored.params, restored.stage.data
+        self.characters = CharacterVocabulary.load(self.data.characters)
+        self.rows, self.beams = rows, beams
+
+    def transcribe(self, examples: Sequence[Example]) -> list[str]:
+        """Texts of the examples' (last) speech files, in order.
+
+        Raises:
+          UserError: an example without speech, or a file that cannot be read.
+        """
+        loaded = [self._load(example) for example in examples]
+        order = sorted(range(len(loaded)), key=lambda i: len(loaded[i]))
+        found: dict[int, str] = {}
+        for start in range(0, len(order), self.rows):
+            group = order[start : start + self.rows]
+            found |= dict(zip(group, self._transcribe([loaded[i] for i in group])))
+        return [found[i] for i in range(len(examples))]
+
+    def _load(self, example: Example) -> np.ndarray:
+        paths = [path for modality, path in example.media if modality == "speech"]
+        if not paths:
+            raise UserError("has no speech file", field=example.key)
+        values, lengths = media.load("speech", paths[-1], self.data, Record(example), 0, False)
+        return values[0, : lengths[0]]
+
+    def _transcribe(self, group: Sequence[np.ndarray]) -> list[str]:
+        longest = max(map(len, group))
+        frames = next(size for size in self.data.frames if size >= longest)
+        values = np.zeros((self.rows, frames, group[0].shape[1]), np.float32)
+        lengths = np.zeros(self.rows, np.int32)
+        for row, features in enumerate(group):
+            values[row, : len(features)], lengths[row] = features, len(features)
+        found = np.asarray(_search(self.model, self.beams, self.params, values, lengths))
+        return [self.characters.decode(row) for row in found[: len(group)]]
+
+
+@functools.partial(jax.jit, static_argnames=("model", "beams"))
+def _search(
+    model: XLLM, beams: int, params: Mapping[str, Any], values: Array, lengths: Array
+) -> Array:
+    """Best tokens `[batch, steps]` of filterbanks `[batch, frames, bins]`."""
+    nets = model.networks
+    features, lengths = nets[ENCODER].apply({"params": params[ENCODER]}, values, lengths)
+    fired = nets[INTERFACE].apply({"params": params[INTERFACE]}, features, lengths, method="fire")
+    found = asr_search.search(nets[DECODER], params[DECODER], fired.embeddings, fired.counts, beams)
+    return found.tokens[:, 0]

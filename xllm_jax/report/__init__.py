@@ -1,0 +1,43 @@
+"""The report of an evaluation: tables for the terminal, and one HTML page with the pictures.
+
+    tables.py   what the tables hold: the paper's Tables 1 and 4, the goals, the groups
+    text.py     tables as plain text
+    page.py     tables, samples and curves as one self-contained HTML page
+    media.py    images, video frames and sound as data URIs
+    plots.py    loss curves as SVG
+
+All of it reads one plain dict, the JSON of an evaluation:
+
+    measures     {'TASK@MODEL': what `evaluate.measure` returns}
+    comparisons  {name: {'title', 'metric', 'value', 'low', 'high', 'samples'}}, positive is better
+    timings      {step: seconds}
+    curves       {run: [[step, loss], ...]}
+    settings     {name: value}, shown at the end
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from xllm_jax.report import page, tables, text
+
+
+def write(results: Mapping[str, Any], directory: str | Path) -> str:
+    """Writes report.json, report.txt and report.html, and returns the text.
+
+    Args:
+      results: see above; what is missing is left out of the tables.
+      directory: folder, made if needed.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    made = tables.build(results)
+    shown = text.report(made)
+    (directory / "report.txt").write_text(shown + "\n", "utf-8")
+    (directory / "report.html").write_text(page.render(made, results), "utf-8")
+    record = json.dumps(results, ensure_ascii=False, indent=1)
+    (directory / "report.json").write_text(record, "utf-8")
+    return shown

@@ -1,0 +1,51 @@
+"""Loss curves as SVG without any library."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 320, 170, 40, 24, 8
+Points = Sequence[Sequence[float]]
+
+
+def curve(name: str, points: Points) -> str:
+    """One curve on a logarithmic axis, with its last value.
+
+    Args:
+      name: title.
+      points: (step, loss) pairs; losses that are not positive and finite are left out.
+    """
+    points = [(x, y) for x, y in points if math.isfinite(y) and y > 0]
+    if len(points) < 2:
+        return ""
+    steps, losses = zip(*points)
+    low, high = math.log10(min(losses)), math.log10(max(losses))
+    low, high = (low - 0.1, high + 0.1) if high - low < 0.05 else (low, high)
+
+    def place(step: float, loss: float) -> str:
+        x = LEFT + (WIDTH - LEFT - 8) * (step - steps[0]) / max(steps[-1] - steps[0], 1)
+        share = (math.log10(loss) - low) / (high - low)
+        return f"{x:.1f},{HEIGHT - BOTTOM - share * (HEIGHT - BOTTOM - TOP):.1f}"
+
+    marks = "".join(_mark(10 ** (low + share * (high - low)), share) for share in (0, 0.5, 1))
+    line = " ".join(place(step, loss) for step, loss in points)
+    return (
+        f'<figure class="curve"><figcaption>{html.escape(name)} '
+        f"<b>{losses[-1]:.3g}</b></figcaption>"
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="loss of {html.escape(name)}">'
+        f'{marks}<polyline points="{line}"/>'
+        f'<text x="{LEFT}" y="{HEIGHT - 6}">{steps[0]:.0f}</text>'
+        f'<text x="{WIDTH - 8}" y="{HEIGHT - 6}" text-anchor="end">step {steps[-1]:.0f}</text>'
+        "</svg></figure>"
+    )
+
+
+def _mark(value: float, share: float) -> str:
+    """A horizontal line with its value."""
+    y = HEIGHT - BOTTOM - share * (HEIGHT - BOTTOM - TOP)
+    return (
+        f'<line x1="{LEFT}" x2="{WIDTH - 8}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        f'<text x="{LEFT - 5}" y="{y + 4:.1f}" text-anchor="end">{value:.2g}</text>'
+    )

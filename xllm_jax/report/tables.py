@@ -1,0 +1,236 @@
+"""What the tables of the report hold, as data: titles, heads, rows of cells."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+NONE = "—"
+
+# What each metric is called, and by what its value is multiplied when shown.
+METRICS = {
+    "cer": ("CER %", 100),
+    "accuracy": ("accuracy %", 100),
+    "cider": ("CIDEr-D", 1),
+    "bleu4": ("BLEU-4 %", 100),
+    "objects": ("objects F1 %", 100),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """Words of a table, and whether they are good news: True, False or None."""
+
+    text: str
+    good: bool | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table; the first cell of a row is its name."""
+
+    title: str
+    note: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Goal:
+    """A claim of the demo: a metric's bound, and a bound on its blind and shuffled controls."""
+
+    title: str
+    measure: str
+    metric: str
+    bound: float
+    control: float | None = None
+
+
+GOALS = (
+    Goal("Stage-1 speech recognition, CER", "sentences@asr", "cer", 0.08),
+    Goal("X-LLM speech recognition (S), CER", "sentences@after", "cer", 0.12),
+    Goal("Visual question answering", "vqa@after", "accuracy", 0.85, 0.50),
+    Goal("Spoken visual question answering, after stage 3", "spoken@after", "accuracy", 0.75),
+    Goal("Video captions, object and motion right", "video@after", "accuracy", 0.70, 0.20),
+)
+# (name in 'comparisons', claim): the difference must lie above 0 with its whole interval.
+CLAIMS = (
+    ("init_cider", "Initialised above “no init”, captions (CIDEr-D)"),
+    ("init_vqa", "Initialised above “no init”, visual questions"),
+    ("stage3_spoken", "Stage 3 improves spoken visual question answering"),
+    ("zero_shot", "Spoken questions before stage 3 above their best control"),
+)
+TABLE1 = (
+    ("image interface initialised (stage 1)", "before"),
+    ("no init", "no_init"),
+)
+TABLE1_COLUMNS = (
+    ("caption", "cider"),
+    ("caption", "bleu4"),
+    ("caption", "objects"),
+    ("vqa", "accuracy"),
+)
+TABLE4 = (
+    ("ASR model of stage 1", "asr"),
+    ("X-LLM, before stage 3", "before"),
+    ("X-LLM, after stage 3", "after"),
+)
+TABLE4_COLUMNS = (
+    ("sentences", "sentences (S)"),
+    ("questions", "questions (S)"),
+    ("questions_image", "questions (S+V)"),
+)
+DETAILS = ("vqa@after", "spoken@after", "video@after", "sentences@after", "sentences@asr")
+
+
+def build(results: Mapping[str, Any]) -> list[Table]:
+    """All tables that the results have something for."""
+    measures = results.get("measures", {})
+    made = [
+        goals(measures, results.get("comparisons", {})),
+        table1(measures, results.get("comparisons", {})),
+        table4(measures),
+        everything(measures),
+        *(details(name, measures[name]) for name in DETAILS if name in measures),
+        timings(results.get("timings", {})),
+    ]
+    return [table for table in made if table.rows]
+
+
+def number(entry: Mapping[str, Any] | None, metric: str, interval: bool = False) -> str:
+    """'87.5' or '87.5 [84.1, 90.2]', '—' where there is nothing."""
+    if not entry:
+        return NONE
+    scale = METRICS[metric][1]
+    digits = 1 if scale == 100 else 2
+    shown = f"{entry['value'] * scale:.{digits}f}"
+    if not interval:
+        return shown
+    return f"{shown} [{entry['low'] * scale:.{digits}f}, {entry['high'] * scale:.{digits}f}]"
+
+
+def find(measures: Mapping[str, Any], name: str, metric: str) -> Mapping[str, Any] | None:
+    """One metric of one measure, None where it was not measured."""
+    return measures.get(name, {}).get("metrics", {}).get(metric)
+
+
+def goals(measures: Mapping[str, Any], comparisons: Mapping[str, Any]) -> Table:
+    """The demo's goals: measured, its controls, met or missed."""
+    rows = [goal_row(goal, find(measures, goal.measure, goal.metric)) for goal in GOALS]
+    for name, title in CLAIMS:
+        if name in comparisons:
+            found = comparisons[name]
+            above = found["low"] > 0
+            shown = number(found, found["metric"], interval=True)
+            rows.append(
+                (
+                    Cell(title),
+                    Cell(f"+{shown}" if found["value"] > 0 else shown),
+                    Cell(str(found["samples"])),
+                    *[Cell(NONE)] * 3,
+                    Cell("> 0"),
+                    Cell("met" if above else "missed", above),
+                )
+            )
+    head = ("", "measured [95 %]", "samples", "blind", "shuffled", "chance", "goal", "")
+    note = (
+        "Blind: the same prompt without the media. Shuffled: with another sample's media. "
+        "Chance: the best constant answer."
+    )
+    measured = tuple(row for row in rows if row)
+    return Table("Goals, on the held-out split", note, head, measured)
+
+
+def goal_row(goal: Goal, found: Mapping[str, Any] | None) -> tuple[Cell, ...]:
+    """One goal; empty where it was not measured."""
+    if not found:
+        return ()
+    higher = found["higher"]
+    met = found["value"] >= goal.bound if higher else found["value"] <= goal.bound
+    wanted = f"{'≥' if higher else '≤'} {goal.bound * 100:.0f} %"
+    if goal.control is not None:
+        wanted += f", blind ≤ {goal.control * 100:.0f} %"
+        met = met and found.get("blind", {"value": 0.0})["value"] <= goal.control
+    return (
+        Cell(goal.title),
+        Cell(number(found, goal.metric, interval=True)),
+        Cell(str(found["samples"])),
+        *(Cell(number(found.get(name), goal.metric)) for name in ("blind", "shuffled", "chance")),
+        Cell(wanted),
+        Cell("met" if met else "missed", met),
+    )
+
+
+def table1(measures: Mapping[str, Any], comparisons: Mapping[str, Any]) -> Table:
+    """Effect of the interface's initialisation, as the paper's Table 1."""
+    rows = []
+    for title, model in TABLE1:
+        found = [(m, find(measures, f"{task}@{model}", m)) for task, m in TABLE1_COLUMNS]
+        if any(entry for _, entry in found):
+            cells = (Cell(number(entry, metric, interval=True)) for metric, entry in found)
+            rows.append((Cell(title), *cells))
+    names = ("init_cider", None, None, "init_vqa")
+    gains = [comparisons.get(name) for name in names]
+    if any(gains):
+        cells = (
+            Cell(number(gain, metric, interval=True), gain["low"] > 0 if gain else None)
+            for gain, (_, metric) in zip(gains, TABLE1_COLUMNS)
+        )
+        rows.append((Cell("difference, same samples"), *cells))
+    head = ("", *(f"{task} {METRICS[metric][0]}" for task, metric in TABLE1_COLUMNS))
+    note = "After stage 2 with equal steps. 95 % intervals in brackets."
+    return Table("Table 1: initialising the image interface", note, head, tuple(rows))
+
+
+def table4(measures: Mapping[str, Any]) -> Table:
+    """Multimodal speech recognition, as the paper's Table 4."""
+    rows = []
+    for title, model in TABLE4:
+        found = [find(measures, f"{task}@{model}", "cer") for task, _ in TABLE4_COLUMNS]
+        if any(found):
+            cells = (Cell(number(entry, "cer", interval=True)) for entry in found)
+            rows.append((Cell(title), *cells))
+    head = ("CER %", *(title for _, title in TABLE4_COLUMNS))
+    note = "S: speech alone. S+V: speech and the image that it is about. Lower is better."
+    return Table("Table 4: multimodal speech recognition", note, head, tuple(rows))
+
+
+def everything(measures: Mapping[str, Any]) -> Table:
+    """Every measured metric with its controls."""
+    rows = [
+        (
+            Cell(f"{measure['title']} · {METRICS[metric][0]}"),
+            Cell(number(found, metric, interval=True)),
+            Cell(str(found["samples"])),
+            *(Cell(number(found.get(name), metric)) for name in ("blind", "shuffled", "chance")),
+            _margin(found, metric),
+        )
+        for measure in measures.values()
+        for metric, found in measure["metrics"].items()
+    ]
+    head = ("", "measured [95 %]", "samples", "blind", "shuffled", "chance", "above control")
+    note = "Above control: gain over the better of blind and shuffled, on the same samples."
+    return Table("Everything measured", note, head, tuple(rows))
+
+
+def _margin(found: Mapping[str, Any], metric: str) -> Cell:
+    margin = found.get("margin")
+    return Cell(number(margin, metric, interval=True), margin["low"] > 0 if margin else None)
+
+
+def details(name: str, measure: Mapping[str, Any]) -> Table:
+    """One measure by the tags of its samples."""
+    metric, found = next(iter(measure["metrics"].items()))
+    rows = tuple(
+        (Cell(tag), Cell(number(entry, metric, interval=True)), Cell(str(entry["samples"])))
+        for tag, entry in found.get("groups", {}).items()
+    )
+    head = ("", f"{METRICS[metric][0]} [95 %]", "samples")
+    return Table(f"{measure['title']}, by kind of sample", "", head, rows)
+
+
+def timings(seconds: Mapping[str, float]) -> Table:
+    """How long each step took."""
+    rows = tuple((Cell(name), Cell(f"{value:.0f} s")) for name, value in seconds.items())
+    return Table("Time", "", ("", "wall clock"), rows)

@@ -1,0 +1,125 @@
+"""A trained run's folder becomes networks and parameters, wherever the folder is called from."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from xllm_jax import build
+from xllm_jax.core import checkpoint, mesh, rules
+from xllm_jax.core.errors import UserError
+from xllm_jax.core.stage import Data, Modality, Optimizer, Part, Source, Stage
+from xllm_jax.models.xllm import XLLM
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """Networks with their parameters, and the stage they were trained in, paths resolved."""
+
+    model: XLLM
+    params: dict[str, Any]
+    stage: Stage
+
+
+def run(directory: str | Path, replaced: Mapping[str, str] | None = None) -> Restored:
+    """Loads all networks of a finished run: what it trained, and what it was trained on.
+
+    Args:
+      directory: folder of the run (the --workdir of launch/train.py).
+      replaced: {part: 'DIR' or 'DIR:part'} that come from elsewhere; '' as source takes what the
+        run started from.
+
+    Raises:
+      UserError: no finished run there, something it was trained on is gone, or sizes differ.
+    """
+    stage = stage_of(directory)
+    trained = {path.split("/")[0] for path in checkpoint.base_about(final(directory))["shapes"]}
+    init = {name: place(source, directory) for name, source in stage.init.items() if source}
+    for part in sorted(trained - {name for name, source in (replaced or {}).items() if not source}):
+        init = {name: source for name, source in init.items() if name.split("/")[0] != part}
+        init[part] = str(final(directory))
+    init |= {name: source for name, source in (replaced or {}).items() if source}
+    stage = dataclasses.replace(stage, init=init)
+    model = build.model(stage)
+    params = build.parameters(stage, model, mesh.make(stage.mesh), dtypes(stage, model))
+    return Restored(model, params, stage)
+
+
+def final(directory: str | Path) -> Path:
+    """Folder of a run's result.
+
+    Raises:
+      UserError: the run is not finished, or not there.
+    """
+    found = Path(directory) / "final"
+    if not found.is_dir():
+        raise UserError(
+            "no finished run here (no folder 'final')",
+            field=str(directory),
+            mend="Give the --workdir of a run of launch/train.py that has ended",
+        )
+    return found
+
+
+def dtypes(stage: Stage, model: XLLM) -> dict[str, Any]:
+    """Dtype of every parameter, as in training: what trains in float32, the rest as frozen."""
+    tree = build.shapes(model)
+    trains = rules.flatten(rules.split(stage.trainable, tree)[0])
+    return rules.unflatten(
+        {
+            path: jnp.dtype(jnp.float32 if path in trains else stage.frozen)
+            for path in rules.flatten(tree)
+        }
+    )
+
+
+def stage_of(directory: str | Path) -> Stage:
+    """The stage of a finished run, its data's paths resolved."""
+    stage = parse_stage(checkpoint.base_about(final(directory))["stage"])
+    data = stage.data
+    files = {
+        name: place(getattr(data, name), directory)
+        for name in ("root", "tokenizer", "characters", "vocabulary")
+        if getattr(data, name)
+    }
+    return dataclasses.replace(stage, data=dataclasses.replace(data, **files))
+
+
+def parse_stage(record: Mapping[str, Any]) -> Stage:
+    """A Stage from the plain data of `dataclasses.asdict`."""
+    data = dict(record["data"])
+    data["sources"] = {name: Source(**source) for name, source in data["sources"].items()}
+    data["frames"] = tuple(data["frames"])
+    optimizer = dict(record["optimizer"])
+    optimizer["no_decay"] = tuple(optimizer["no_decay"])
+    changed = {
+        "parts": {name: Part(**part) for name, part in record["parts"].items()},
+        "modalities": {name: Modality(**row) for name, row in record["modalities"].items()},
+        "optimizer": Optimizer(**optimizer),
+        "data": Data(**data),
+        "trainable": tuple(record["trainable"]),
+    }
+    return Stage(**{**record, **changed})
+
+
+def place(source: str, directory: str | Path) -> str:
+    """Resolves a relative path of a stage, which started at the folder it was trained from.
+
+    That folder is one of those above the run's, or else the working directory. What exists nowhere
+    stays as it is, so that the error names it as the user wrote it.
+
+    Args:
+      source: 'PATH', 'PATH:part' or either with a '*' behind.
+      directory: the run's folder.
+    """
+    path, colon, rest = source.partition(":")
+    star = "*" if path.endswith("*") else ""
+    path = path.removesuffix("*")
+    for folder in (*Path(directory).absolute().parents, Path.cwd()):
+        if (folder / path).exists():
+            return f"{folder / path}{star}{colon}{rest}"
+    return source

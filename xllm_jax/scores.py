@@ -1,0 +1,127 @@
+"""What an answer is worth: one function per kind of task, sample by sample.
+
+Each scorer takes the answers and the examples and returns {metric: Score}. A score keeps what every
+sample adds to it, so that intervals, groups and paired differences need no further pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from xllm_jax import captions, metrics, statistics
+from xllm_jax.data.example import Example
+from xllm_jax.data.world import language
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """One metric of one set of answers.
+
+    Attributes:
+      sums: `[N, K]` float64, what each sample adds.
+      value: sums `[..., K]` of n samples to scores `[...]`; see `statistics.estimate`.
+      samples: `[N]` float64, the score of each sample alone, for showing and paired differences.
+      higher: whether more is better.
+    """
+
+    sums: np.ndarray
+    value: statistics.Value
+    samples: np.ndarray
+    higher: bool = True
+
+    def estimate(self, chosen: Sequence[int] | None = None) -> statistics.Estimate:
+        """The score with its interval, of all samples or of the chosen ones."""
+        sums = self.sums if chosen is None else self.sums[list(chosen)]
+        return statistics.estimate(sums, self.value)
+
+
+Scorer = Callable[[Sequence[str], Sequence[Example]], dict[str, Score]]
+
+
+def average(values: Sequence[float], higher: bool = True) -> Score:
+    """A metric that is the mean of its samples."""
+    values = np.asarray(values, np.float64)
+    sums = np.stack([values, np.ones_like(values)], axis=1)
+    return Score(sums, _ratio, values, higher)
+
+
+def _ratio(sums: np.ndarray) -> np.ndarray:
+    return sums[..., 0] / np.where(sums[..., 1] == 0, np.nan, sums[..., 1])
+
+
+def transcription(answers: Sequence[str], examples: Sequence[Example]) -> dict[str, Score]:
+    """Character error rate of the corpus."""
+    counts = [metrics.character_errors(reference(e), a) for a, e in zip(answers, examples)]
+    sums = np.asarray(counts, np.float64)
+    alone = sums[:, 0] / np.maximum(sums[:, 1], 1)
+    return {"cer": Score(sums, _ratio, alone, higher=False)}
+
+
+def short_answer(answers: Sequence[str], examples: Sequence[Example]) -> dict[str, Score]:
+    """Share of right answers."""
+    right = [captions.same_answer(a, e.answer) for a, e in zip(answers, examples)]
+    return {"accuracy": average(right)}
+
+
+def caption(answers: Sequence[str], examples: Sequence[Example]) -> dict[str, Score]:
+    """CIDEr, BLEU-4, and how well the named objects are those of the picture (F1)."""
+    accepted = [references(example) for example in examples]
+    bleu = captions.bleu_statistics(answers, accepted)
+    found = {
+        "cider": average(captions.cider(answers, accepted)),
+        "bleu4": Score(bleu, captions.bleu_value, captions.bleu_value(bleu)),
+    }
+    true = [language.parse_objects(texts[0]) for texts in accepted]
+    if any(true):
+        claimed = [language.parse_objects(answer) for answer in answers]
+        found["objects"] = average([_agreement(a, b) for a, b in zip(claimed, true)])
+    return found
+
+
+def _agreement(claimed: frozenset, true: frozenset) -> float:
+    """F1 of two sets; 1 when both are empty."""
+    total = len(claimed) + len(true)
+    return 2 * len(claimed & true) / total if total else 1.0
+
+
+def video_caption(answers: Sequence[str], examples: Sequence[Example]) -> dict[str, Score]:
+    """Share of captions with the right object (colour and shape) and the right motion; CIDEr."""
+    accepted = [references(example) for example in examples]
+    found = {"cider": average(captions.cider(answers, accepted))}
+    true = [language.parse_motion(texts[0]) for texts in accepted]
+    if any(true):
+        claimed = [language.parse_motion(answer) for answer in answers]
+        right = [a is not None and a == b for a, b in zip(claimed, true)]
+        found = {"accuracy": average(right), **found}
+    return found
+
+
+def reference(example: Example) -> str:
+    """What was really said."""
+    return example.transcript or example.answer
+
+
+def references(example: Example) -> tuple[str, ...]:
+    """Every acceptable caption."""
+    return example.references or (example.answer,)
+
+
+def best_constant(scorer: Scorer, examples: Sequence[Example]) -> list[str]:
+    """The answers of somebody who never looks but knows how often each answer is right.
+
+    For short answers that is the most frequent answer to each kind of question (an example's first
+    tag), for everything else the most frequent reference.
+    """
+
+    def kind(example: Example) -> str:
+        return example.tags[0] if scorer is short_answer and example.tags else ""
+
+    counts: dict[str, Counter[str]] = {}
+    for example in examples:
+        text = example.answer if scorer is short_answer else references(example)[0]
+        counts.setdefault(kind(example), Counter())[text] += 1
+    return [counts[kind(example)].most_common(1)[0][0] for example in examples]

@@ -1,0 +1,169 @@
+"""The evaluation of the whole demo: which tasks, asked of which models, compared how.
+
+The models: the ASR model of stage 1 ('asr'); X-LLM put together from the stage-2 runs, before any
+instruction tuning ('before'); the same after stage 3 ('after'); and with an image interface that
+started from nothing ('no_init').
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xllm_jax import evaluate, scores
+from xllm_jax.core.errors import UserError
+from xllm_jax.core.stage import Source
+from xllm_jax.data import stream
+from xllm_jax.data.example import Example
+
+Progress = Callable[[str], None]
+
+SOURCES = {
+    "caption": Source("coco", "coco", "test"),
+    "vqa": Source("visual_genome", "visual_genome", "test", {"kind": "questions"}),
+    "video": Source("msrvtt", "msrvtt", "test"),
+    "sentences": Source("aishell", "aishell", "test"),
+    "questions": Source("visdial", "visdial", "test", {"kind": "asr"}),
+    "spoken": Source("visdial", "visdial", "test", {"kind": "spoken"}),
+}
+TITLES = {
+    "caption": "Image captions",
+    "vqa": "Visual question answering",
+    "video": "Video captions",
+    "sentences": "Speech recognition, sentences (S)",
+    "questions": "Speech recognition, questions (S)",
+    "questions_image": "Speech recognition, questions (S+V)",
+    "spoken": "Spoken visual question answering",
+}
+SCORERS = {
+    "caption": scores.caption,
+    "vqa": scores.short_answer,
+    "video": scores.video_caption,
+    "sentences": scores.transcription,
+    "questions": scores.transcription,
+    "questions_image": scores.transcription,
+    "spoken": scores.short_answer,
+}
+# Most samples of a task; enough for intervals of a few percent.
+MOST = {"vqa": 450}
+MODELS = {"asr": "stage 1", "before": "before stage 3", "after": "", "no_init": "no init"}
+# {model: tasks}; with controls where they are named a second time.
+PLAN = {
+    "asr": ("sentences", "questions"),
+    "no_init": ("caption", "vqa"),
+    "before": ("caption", "vqa", "video", "sentences", "questions", "questions_image", "spoken"),
+    "after": ("vqa", "caption", "spoken", "video", "sentences", "questions", "questions_image"),
+}
+CONTROLLED = {
+    "before": ("caption", "vqa", "spoken"),
+    "after": ("vqa", "caption", "spoken", "video", "sentences"),
+}
+# name in the report: (first, second, metric); positive where the second is better
+COMPARED = {
+    "init_cider": ("caption@no_init", "caption@before", "cider"),
+    "init_vqa": ("vqa@no_init", "vqa@before", "accuracy"),
+    "stage3_spoken": ("spoken@before", "spoken@after", "accuracy"),
+}
+
+
+def tasks(data: str | Path, limit: int = 0) -> dict[str, evaluate.Task]:
+    """The held-out tasks of a data folder in the world's layout; what it lacks is left out.
+
+    Args:
+      data: folder with coco/, visual_genome/, msrvtt/, aishell/ and visdial/.
+      limit: most samples of a task, spread over it; 0 takes MOST.
+
+    Raises:
+      UserError: the folder has none of them, or one is broken.
+    """
+    if not Path(data).is_dir():
+        raise UserError("no such folder", field=str(data), mend="launch/world.py builds one")
+    found = {
+        name: spread(stream.read(name, source, str(data)), limit or MOST.get(name, 300))
+        for name, source in SOURCES.items()
+        if (Path(data) / source.path).is_dir()
+    }
+    if not found:
+        known = ", ".join(sorted({source.path for source in SOURCES.values()}))
+        raise UserError(f"holds none of {known}", field=str(data), mend="Give the world's folder")
+    if "spoken" in found:
+        found["questions_image"] = [transcribing(example) for example in found["spoken"]]
+    return {
+        name: evaluate.Task(name, TITLES[name], tuple(examples), SCORERS[name])
+        for name, examples in found.items()
+    }
+
+
+def transcribing(example: Example) -> Example:
+    """The example of a spoken question as a request to write the question down."""
+    changed = {"task": "asr", "instruction": "", "answer": example.transcript}
+    return dataclasses.replace(example, **changed)
+
+
+def spread(examples: Sequence[Example], most: int) -> list[Example]:
+    """At most `most` examples, at equal distances, so that all kinds stay."""
+    if len(examples) <= most:
+        return list(examples)
+    return [examples[int(i)] for i in np.linspace(0, len(examples) - 1, most).round()]
+
+
+def run(
+    todo: Mapping[str, evaluate.Task],
+    models: Mapping[str, Callable[[], evaluate.Answer]],
+    progress: Progress = print,
+) -> dict[str, Any]:
+    """Asks every model its tasks.
+
+    Args:
+      todo: {task: Task}.
+      models: {model: function that loads it and returns what answers}; called one after another,
+        so that only one model is in memory.
+      progress: called with one line after each task.
+
+    Returns:
+      {'measures', 'comparisons'} as the report reads them.
+    """
+    measures: dict[str, Any] = {}
+    for model, load in models.items():
+        answer = load()
+        for name in PLAN[model]:
+            if name not in todo:
+                continue
+            suffix = f", {MODELS[model]}" if MODELS[model] else ""
+            task = dataclasses.replace(todo[name], title=todo[name].title + suffix)
+            controls = name in CONTROLLED.get(model, ())
+            found = measures[f"{name}@{model}"] = evaluate.measure(task, answer, controls)
+            metric, score = next(iter(found["metrics"].items()))
+            progress(f"{task.title}: {metric} {score['value']:.3f} ({found['seconds']:.0f} s)")
+    return {"measures": measures, "comparisons": comparisons(measures)}
+
+
+def comparisons(measures: Mapping[str, Any]) -> dict[str, Any]:
+    """Paired differences between models, and of the zero-shot answers to their control."""
+    found: dict[str, Any] = {}
+    for name, (first, second, metric) in COMPARED.items():
+        if first in measures and second in measures:
+            gain = evaluate.compare(measures[first], measures[second], metric)
+            if gain:
+                found[name] = gain | {"metric": metric}
+    zero_shot = measures.get("spoken@before", {}).get("metrics", {}).get("accuracy", {})
+    if "margin" in zero_shot:
+        found["zero_shot"] = zero_shot["margin"] | {"metric": "accuracy"}
+    return found
+
+
+def curves(runs: str | Path, points: int = 160) -> dict[str, list[list[float]]]:
+    """{run: [[step, loss], ...]} of every run below a folder, thinned out to `points`."""
+    found = {}
+    for file in sorted(Path(runs).glob("*/metrics.jsonl")):
+        rows = [json.loads(line) for line in file.read_text("utf-8").splitlines() if line]
+        pairs = [[row["step"], row["loss"]] for row in rows if "loss" in row]
+        if pairs:
+            step = max(1, len(pairs) // points)
+            found[file.parent.name] = pairs[::step]
+    return found
