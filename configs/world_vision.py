@@ -1,20 +1,23 @@
-"""Pre-trains the mini ViT on the embedded world: BLIP-2's losses with the encoder unfrozen.
+"""Pre-trains the mini ViT on pictures of the embedded world: captioning through the mini-GLM.
 
+    python launch/world.py --output=pictures --images=10000 --seed=77
     python launch/train.py --config=configs/world_vision.py --workdir=runs/world_vision
 
-The miniature of what EVA-CLIP's pre-training gave the real encoder. Only the encoder of the result
-is kept and shipped; stage 1 starts its Q-Former from scratch. `make backbones` runs this again.
+The miniature of what EVA-CLIP's pre-training on other pictures gave the real encoder: stage 2 with
+the encoder unfrozen, on a world that the demo never sees. Only the encoder of the result is kept
+and shipped; the interfaces of the demo start from scratch. `make backbones` runs this again.
 """
 
-from configs import networks, stage1_image
+from configs import stage2_image
 from xllm_jax.core.stage import Stage
 
 
 def get_config(size: str = "tiny") -> Stage:
-    stage = stage1_image.get_config(size)
+    stage = stage2_image.get_config(size)
     stage.name = "world_vision"
-    stage.parts["image_interface"] = networks.pretraining_interface(size)
-    stage.init = {}
+    stage.init = {"llm": "bases/llm"}
     stage.trainable = (r"vision_encoder/.*", r"image_interface/.*")
-    stage.steps = 4000
+    stage.data.root = "pictures"
+    stage.optimizer.peak, stage.optimizer.warmup_steps = 2e-3, 200
+    stage.steps = 2000
     return stage

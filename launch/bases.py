@@ -28,7 +28,7 @@ SHIPPED = Path(xllm_jax.__file__).parent / "data" / "world" / "backbones"
 def main(_: list[str]) -> None:
     output = Path(OUTPUT.value)
     if EXPORT.value:
-        export(Path(EXPORT.value), output)
+        export(Path(EXPORT.value))
     world.import_llm(SHIPPED / "llm", output / "llm")
     vision = build.model(world_vision.get_config()).networks["vision_encoder"]
     world.import_vision(vision, SHIPPED / "vision_encoder", output / "vision_encoder")
@@ -36,7 +36,7 @@ def main(_: list[str]) -> None:
     print(f"Bases: {', '.join(sorted(p.name for p in output.iterdir()))} in {output}")
 
 
-def export(runs: Path, bases: Path) -> None:
+def export(runs: Path) -> None:
     """Puts the results of the two pre-training runs into the package, in the published forms."""
     for name, stage in (
         ("llm", world_llm.get_config()),
@@ -46,7 +46,7 @@ def export(runs: Path, bases: Path) -> None:
         xllm = build.model(stage)
         params = build.parameters(stage, xllm, mesh.make({}, jax.devices()[:1]))[name]
         if name == "llm":
-            world.export_llm(xllm.networks[name], params, bases / "tokenizer", SHIPPED / name)
+            world.export_llm(xllm.networks[name], params, SHIPPED / name, SHIPPED / name)
         else:
             world.export_vision(xllm.networks[name], params, SHIPPED / name)
 

@@ -76,12 +76,7 @@ def jobs() -> list[Job]:
         Job(
             "evaluate",
             "evaluate.py",
-            (
-                "--runs=runs",
-                "--data=world",
-                "--output=.",
-                *(("--limit=24",) if QUICK.value else ()),
-            ),
+            ("--runs=runs", "--data=world", "--output=.", *limit),
             ("stage3", "stage2_image_no_init"),
             alone=True,
         ),

@@ -8,7 +8,7 @@ The same command continues a run that was stopped.
 
 from __future__ import annotations
 
-from absl import flags, logging
+from absl import flags
 from ml_collections import config_flags
 
 from launch import command
@@ -19,7 +19,6 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, 
 
 
 def main(_: list[str]) -> None:
-    logging.set_verbosity(logging.INFO)
     result = train.fit(CONFIG.value, WORKDIR.value)
     print(f"Trained parts: {result}")
 

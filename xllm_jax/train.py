@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import logging
 from clu import parameter_overview
 from jax.sharding import Mesh
 
@@ -127,7 +126,13 @@ def fit(stage: Stage, workdir: str | Path, stop_after: int | None = None) -> Pat
     state, optimizer, schedule = initial_state(stage, xllm, device_mesh)
     describe(state)
     base = {part: checkpoint.identity(tree) for part, tree in state.frozen.items()}
-    pipeline = Pipeline(stage.data, stage.seed, jax.process_index(), jax.process_count())
+    pipeline = Pipeline(
+        stage.data,
+        stage.seed,
+        jax.process_index(),
+        jax.process_count(),
+        quarantine=workdir / "quarantine.jsonl",
+    )
     checkpoints = checkpoint.Checkpoints(workdir, stage.keep)
     state, position = resume(state, checkpoints, base)
     batches = pipeline.iterate(position)
@@ -246,7 +251,7 @@ def resume(
             )
     like = {"step": state.step, "trainable": state.trainable, "optimizer": state.optimizer}
     arrays = checkpoints.restore(latest, like)
-    logging.info("resumed at micro-batch %d", latest)
+    print(f"Resumes at micro-batch {latest}", flush=True)
     return (
         State(arrays["step"], arrays["trainable"], state.frozen, arrays["optimizer"]),
         about["data"],
@@ -262,10 +267,11 @@ def write_result(stage: Stage, state: State, base: Mapping[str, str], directory:
 
 
 def describe(state: State) -> None:
-    """Logs what trains, leaf by leaf, and how much is frozen."""
+    """Prints what trains, leaf by leaf, and how much is frozen."""
     if jax.process_index():
         return
-    parameter_overview.log_parameter_overview(state.trainable, msg="What trains:")
+    print("What trains:")
+    print(parameter_overview.get_parameter_overview(state.trainable, include_stats="sharding"))
     frozen = sum(leaf.size for leaf in jax.tree.leaves(state.frozen))
     trains = sum(leaf.size for leaf in jax.tree.leaves(state.trainable))
-    logging.info("%s parameters train, %s are frozen", f"{trains:,}", f"{frozen:,}")
+    print(f"{trains:,} parameters train, {frozen:,} are frozen", flush=True)

@@ -6,7 +6,6 @@ file; both in float16 and under the names of the real checkpoints, read by the s
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 
 from xllm_jax.convert import chatglm, eva_vit, export_tree, files, import_tree
 from xllm_jax.core import checkpoint
+from xllm_jax.data.tokenizer import ChatGLMTokenizer
 from xllm_jax.models.glm import ChatGLM
 from xllm_jax.models.vit import VisionTransformer
 
@@ -26,22 +26,11 @@ WEIGHTS = "model.safetensors"
 
 def export_llm(model: ChatGLM, params: Mapping[str, Any], tokenizer: Path, folder: Path) -> None:
     """Writes a ChatGLM folder: configuration, float16 weights, tokenizer."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config = {
-        "vocab_size": model.vocab,
-        "hidden_size": model.width,
-        "num_layers": model.depth,
-        "num_attention_heads": model.heads,
-        "inner_hidden_size": model.hidden,
-        "layernorm_epsilon": model.norm_epsilon,
-        "position_encoding_2d": True,
-    }
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    tensors = chatglm.export(model, params)
-    tensors.pop(chatglm.HEAD)  # tied
-    _save(tensors, folder / WEIGHTS)
+    halves = jax.tree.map(lambda x: np.asarray(x, np.float16), params)
+    chatglm.save(folder, model, halves, ChatGLMTokenizer(tokenizer).specials)
     for name in TOKENIZER:
-        shutil.copy(tokenizer / name, folder / name)
+        if tokenizer != folder:
+            shutil.copy(tokenizer / name, folder / name)
 
 
 def export_vision(model: VisionTransformer, params: Mapping[str, Any], folder: Path) -> None:
