@@ -2,7 +2,7 @@
 
     python launch/world.py --output=world [--quick] [--seed=1]
 
-The full world has 2400 training images, 4000 utterances and 700 clips in 200 MB; two free cores
+The full world has 2400 training images, 4000 utterances and 700 clips in 300 MB; two free cores
 need less than a minute. The same command on a finished world does nothing.
 """
 

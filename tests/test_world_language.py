@@ -1,6 +1,7 @@
 """What the world says, asks and answers, checked against its scenes by independent code."""
 
 import collections
+import dataclasses
 import re
 
 import numpy as np
@@ -142,6 +143,40 @@ def test_blind_guesses_are_poor(asked):
         for _, q in asked[5000:]
     ]
     assert np.mean(right) < 0.4
+
+
+@pytest.mark.parametrize("mix", ("pictures", "dialogues", "spoken", "clips"))
+def test_the_best_guess_from_training_is_poor(mix):
+    """As above for each mix of the data: learnt from the training split, tried on the test split.
+
+    Guesses the most frequent answer of all, of the kind of question, and of the whole question.
+    """
+    sizes = dataclasses.replace(plan.WorldSizes(), train_images=1200, test_images=400)
+    train, test = (rounds(plan.plan_split(0, name, sizes), mix) for name in ("train", "test"))
+    for view in (lambda asked: "", lambda asked: asked.kind, lambda asked: asked.text):
+        known = collections.defaultdict(collections.Counter)
+        for asked in train:
+            known[view(asked)][asked.answer] += 1
+        best = {key: counter.most_common(1)[0][0] for key, counter in known.items()}
+        right = [best.get(view(asked)) == asked.answer for asked in test]
+        assert len(right) >= 150 and np.mean(right) < 0.45
+
+
+def rounds(split, mix):
+    """Every question of one mix."""
+    if mix == "pictures":
+        return [asked for picture in split.pictures for asked in picture.questions]
+    if mix == "clips":
+        return [
+            questions.ask_clip(video.clip, world.generator(16, number), split.name == "test")
+            for number, video in enumerate(split.videos)
+        ]
+    return [
+        asked
+        for talk in split.dialogues
+        for asked, voice in zip(talk.rounds, talk.voices)
+        if voice or mix == "dialogues"
+    ]
 
 
 def test_test_wordings_are_new_but_their_characters_are_not(asked):

@@ -170,5 +170,4 @@ def noise(kind: str, count: int, rng: np.random.Generator) -> np.ndarray:
 
 def write_flac(path: str | pathlib.Path, samples: np.ndarray) -> None:
     """Writes `[samples]` float32 as 16-bit FLAC at 16 kHz."""
-    form = {"format": "FLAC", "subtype": "PCM_16", "compression_level": 0.0}
-    soundfile.write(str(path), samples, RATE, **form)
+    soundfile.write(str(path), samples, RATE, format="FLAC", subtype="PCM_16")
