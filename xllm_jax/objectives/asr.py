@@ -173,13 +173,31 @@ def combine(
     return parts.smoothed + quantity + ctc_weight * parts.ctc
 
 
+class Outputs(NamedTuple):
+    """What the ASR model computes with teacher forcing.
+
+    Attributes:
+      fired: CIF output.
+      features: `[batch, frames, width]` of the encoder; `lengths` `[batch]` valid frames.
+      logits: `[batch, tokens, vocab]`; ctc_logits: `[batch, frames, vocab]`.
+      statistics: next BatchNorm statistics by part.
+    """
+
+    fired: Fired
+    features: Array
+    lengths: Array
+    logits: Array
+    ctc_logits: Array
+    statistics: dict[str, Any]
+
+
 def forward(
     model: Any,
     params: Mapping[str, Any],
     batch: Mapping[str, Array],
     train: bool = False,
     key: Array | None = None,
-) -> tuple[Fired, Array, Array, Array, dict[str, Any]]:
+) -> Outputs:
     """The stage-1 ASR model with teacher forcing.
 
     Args:
@@ -188,9 +206,6 @@ def forward(
       batch: 'features' `[B, U, bins]`, 'lengths' `[B]`, 'tokens' `[B, S]` (END included, padded
         with PAD), 'token_lengths' `[B]`; optionally 'visual' and 'linguistic' contexts.
       train, key: dropout and its key.
-
-    Returns:
-      (CIF output, logits, CTC logits, encoder lengths, next BatchNorm statistics by part).
     """
     keys = [None] * 3 if key is None else list(jax.random.split(key, 3))
     rngs = [None if k is None else {"dropout": k} for k in keys]
@@ -225,7 +240,8 @@ def forward(
         train=train,
         rngs=rngs[2],
     )
-    return fired, logits, ctc_logits, lengths, {"speech_encoder": statistics}
+    statistics = {"speech_encoder": statistics}
+    return Outputs(fired, features, lengths, logits, ctc_logits, statistics)
 
 
 def loss(
@@ -250,12 +266,12 @@ def loss(
       BatchNorm statistics by parameter path; those leaves belong to the trainable half, so that
       checkpoints keep them, and have no gradient.
     """
-    fired, logits, ctc_logits, lengths, statistics = forward(model, params, batch, train, key)
+    outputs = forward(model, params, batch, train, key)
     parts = terms(
-        logits,
-        ctc_logits,
-        lengths,
-        fired.quantity,
+        outputs.logits,
+        outputs.ctc_logits,
+        outputs.lengths,
+        outputs.fired.quantity,
         batch["tokens"],
         batch["token_lengths"],
         label_smoothing,
@@ -272,5 +288,5 @@ def loss(
         "count": parts.count,
     }
     if train:
-        metrics["assign"] = rules.flatten(statistics)
+        metrics["assign"] = rules.flatten(outputs.statistics)
     return value, metrics

@@ -1,0 +1,294 @@
+"""Conformer blocks and the speech encoder, against recordings and against themselves."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from recording import Recording
+
+from xllm_jax.convert import export_tree, import_tree
+from xllm_jax.convert.cif_asr import DROPPED, conformer_layer_rows
+from xllm_jax.models import conformer, depthwise
+from xllm_jax.models.layers import LayerNorm
+from xllm_jax.models.relative_attention import relative_positions, relative_shift
+
+
+def scaled(recording, name, value, tolerance=2e-5):
+    largest = float(np.abs(recording.arrays[name]).max(initial=0.0))
+    recording.close(name, value, atol=tolerance * max(1.0, largest))
+
+
+class Recorded:
+    """The recorded layer as our block: its sizes, its parameters, its inputs."""
+
+    def __init__(self, golden):
+        self.recording = Recording(golden / "speech" / "conformer.npz")
+        about = json.loads((golden / "speech" / "conformer.json").read_text())["sizes"]
+        self.sizes = dict(hidden=about["ffn"], heads=about["heads"], kernel=about["kernel"])
+        get = self.recording.input
+        self.x, self.positions, self.valid = get("x"), get("pos_emb")[0], ~get("pad_mask")
+        names = [n for n in self.recording.names("layer/*")]
+        source = {name.removeprefix("layer/"): get(name) for name in names}
+        self.table = conformer_layer_rows("", "", about["heads"])
+        shapes = jax.eval_shape(self.block().init, jax.random.key(0), *self.inputs())["params"]
+        self.params, _ = import_tree(self.table, source, shapes, drop=DROPPED)
+
+    def block(self, **fields) -> conformer.ConformerBlock:
+        fields = {"mask_padding": False, **fields}
+        return conformer.ConformerBlock(**self.sizes, **fields)
+
+    def inputs(self):
+        return self.x, self.positions, self.valid
+
+    def gradients(self, **fields):
+        """Output, statistics, gradient of the input and of the source's weights."""
+        weights = self.recording.input("R")
+
+        def total(params, x):
+            out, statistics = self.block(**fields).apply(
+                {"params": params}, x, self.positions, self.valid
+            )
+            return (out * weights).sum(), (out, statistics)
+
+        compute = jax.jit(jax.grad(total, (0, 1), has_aux=True))
+        (to_params, to_x), (out, statistics) = compute(self.params, self.x)
+        return out, statistics, to_x, export_tree(self.table, to_params)
+
+
+@pytest.mark.golden
+def test_recorded_layer(golden):
+    recorded = Recorded(golden)
+    recording = recorded.recording
+    length, width = recorded.x.shape[1:]
+    scaled(recording, "pos_emb", relative_positions(length, width)[None], 2e-6)
+    check_eval(recorded)
+    out, statistics, to_x, _ = recorded.gradients(train=True)
+    statistics = statistics["convolution"]["batch_norm"]
+    scaled(recording, "train_pad/out", out)
+    scaled(recording, "train_pad/d_x", to_x, 2e-4)
+    scaled(recording, "train_pad/bn_running_mean_after", statistics["mean"])
+    scaled(recording, "train_pad/bn_running_var_after", statistics["variance"])
+    for kind in ("batch_norm", "layer_norm"):
+        check_wenet(recording, f"wenet_{kind}", recorded.sizes["heads"])
+    recording.assert_all_used()
+
+
+def check_eval(recorded):
+    recording = recorded.recording
+    out, _, to_x, gradients = recorded.gradients()
+    scaled(recording, "eval_pad/out", out)
+    scaled(recording, "eval_pad/d_x", to_x, 2e-4)
+    for name in recording.names("eval_pad/grad/*"):
+        scaled(recording, name, gradients[name.removeprefix("eval_pad/grad/")], 2e-4)
+    block = recorded.block(mask_padding=True)
+    run = jax.jit(
+        lambda p, *a: block.apply(
+            {"params": p}, *a, capture_intermediates=True, mutable=["intermediates"]
+        )
+    )
+    everywhere = np.ones_like(recorded.valid)
+    (out, _), _ = run(recorded.params, recorded.x, recorded.positions, everywhere)
+    scaled(recording, "eval_nopad/out", out)
+    (out, _), _ = run(recorded.params, *recorded.inputs())
+    scaled(recording, "eval_pad_convmasked/out", out)
+    block = recorded.block()
+    _, seen = run_captured(block, recorded)
+    seen = seen["intermediates"]
+    scaled(recording, "eval_pad/stage_ffn1", seen["feed_forward_in"]["__call__"][0])
+    scaled(recording, "eval_pad/stage_self_attn", seen["attention"]["__call__"][0])
+    scaled(recording, "eval_pad/stage_conv", seen["convolution"]["__call__"][0][0])
+    scaled(recording, "eval_pad/stage_ffn2", seen["feed_forward_out"]["__call__"][0])
+
+
+def run_captured(block, recorded):
+    apply = jax.jit(
+        lambda p: block.apply(
+            {"params": p},
+            *recorded.inputs(),
+            capture_intermediates=True,
+            mutable=["intermediates"],
+        )
+    )
+    return apply(recorded.params)
+
+
+def check_wenet(recording, variant, heads):
+    """wenet's layer has other conventions (absolute positions, biases, a masked convolution, either
+    norm); put together here from our parts, it pins them in one more arrangement."""
+    prefix = f"{variant}/layer/"
+    weights = {n.removeprefix(prefix): recording.input(n) for n in recording.names(f"{prefix}*")}
+    positions = recording.input(f"{variant}/pos_emb")[0]
+    valid = ~recording.input("pad_mask")
+    out = jax.jit(wenet_layer, static_argnums=4)(
+        {k: v for k, v in weights.items() if v.ndim}, recording.input("x"), positions, valid, heads
+    )
+    scaled(recording, f"{variant}/out", out)
+
+
+def wenet_layer(weights, x, positions, valid, heads):
+    def linear(name, x):
+        y = x @ weights[f"{name}.weight"].reshape(weights[f"{name}.weight"].shape[0], -1).T
+        return y + weights.get(f"{name}.bias", 0.0)
+
+    def norm(name, x):
+        params = {"scale": weights[f"{name}.weight"], "bias": weights[f"{name}.bias"]}
+        return LayerNorm(1e-5).apply({"params": params}, x)
+
+    def half(name, x):
+        return 0.5 * linear(f"{name}.w_2", nn.silu(linear(f"{name}.w_1", norm(NORMS[name], x))))
+
+    x = x + half("feed_forward_macaron", x)
+    x = x + wenet_attention(linear, weights, norm("norm_mha", x), positions, valid, heads)
+    x = x + wenet_convolution(linear, norm, weights, norm("norm_conv", x), valid)
+    return norm("norm_final", x + half("feed_forward", x))
+
+
+NORMS = {"feed_forward_macaron": "norm_ff_macaron", "feed_forward": "norm_ff"}
+
+
+def wenet_attention(linear, weights, x, positions, valid, heads):
+    def split(x):
+        return x.reshape(*x.shape[:-1], heads, -1)
+
+    names = ("linear_q", "linear_k", "linear_v")
+    query, key, value = (split(linear(f"self_attn.{name}", x)) for name in names)
+    place = split(linear("self_attn.linear_pos", positions))
+    content = jnp.einsum("bqhd,bkhd->bhqk", query + weights["self_attn.pos_bias_u"], key)
+    by_place = jnp.einsum("bqhd,khd->bhqk", query + weights["self_attn.pos_bias_v"], place)
+    scores = (content + by_place) / key.shape[-1] ** 0.5
+    shares = jax.nn.softmax(jnp.where(valid[:, None, None], scores, -1e9), axis=-1)
+    y = jnp.einsum("bhqk,bkhd->bqhd", shares, value)
+    return linear("self_attn.linear_out", y.reshape(x.shape))
+
+
+def wenet_convolution(linear, norm, weights, x, valid):
+    x = nn.glu(linear("conv_module.pointwise_conv1", jnp.where(valid[..., None], x, 0)))
+    kernel = weights["conv_module.depthwise_conv.weight"][:, 0].T
+    x = depthwise.depthwise_by_shifts(x, kernel) + weights["conv_module.depthwise_conv.bias"]
+    if "conv_module.norm.running_mean" in weights:
+        names = {
+            "weight": "scale",
+            "bias": "bias",
+            "running_mean": "mean",
+            "running_var": "variance",
+        }
+        params = {ours: weights[f"conv_module.norm.{theirs}"] for theirs, ours in names.items()}
+        x, _ = conformer.BatchNorm().apply({"params": params}, x)
+    else:
+        x = norm("conv_module.norm", x)
+    x = linear("conv_module.pointwise_conv2", nn.silu(x))
+    return jnp.where(valid[..., None], x, 0)
+
+
+@pytest.mark.parametrize("length", [1, 2, 7])
+def test_relative_shift(length):
+    scores = np.random.default_rng(0).normal(size=(2, 3, length, 2 * length - 1)).astype("f")
+    query, key = np.indices((length, length))
+    expected = scores[:, :, query, length - 1 - (query - key)]
+    np.testing.assert_array_equal(relative_shift(scores), expected)
+
+
+@pytest.mark.parametrize("taps", [1, 4, 31])
+def test_depthwise_forms_agree(taps):
+    rng = np.random.default_rng(0)
+    x, kernel, weights = (
+        rng.normal(size=shape).astype(np.float32) for shape in ((2, 9, 5), (taps, 5), (2, 9, 5))
+    )
+
+    def results(convolve):
+        value, back = jax.vjp(convolve, x, kernel)
+        return value, *back(weights)
+
+    pairs = zip(results(depthwise.depthwise_by_shifts), results(depthwise.depthwise_by_conv))
+    for one, other in pairs:
+        np.testing.assert_allclose(one, other, atol=2e-5)
+
+
+def test_batch_norm_counts_valid_frames_only():
+    x = np.random.default_rng(0).normal(2.0, 3.0, (3, 6, 4)).astype(np.float32)
+    valid = np.arange(6) < np.array([6, 2, 0])[:, None]
+    params = {"scale": np.ones(4), "bias": np.zeros(4), "mean": np.ones(4), "variance": np.ones(4)}
+    y, running = conformer.BatchNorm(train=True).apply({"params": params}, x, valid)
+    np.testing.assert_allclose(y[valid].mean(0), 0, atol=1e-5)
+    np.testing.assert_allclose(y[valid].var(0), 1, atol=1e-3)
+    np.testing.assert_allclose(running["mean"], 0.9 + 0.1 * x[valid].mean(0), rtol=1e-5)
+    np.testing.assert_allclose(running["variance"], 0.9 + 0.1 * x[valid].var(0, ddof=1), rtol=1e-5)
+
+
+SMALL = dict(width=16, hidden=24, heads=2, kernel=5, depth=3, pools=(1, 2), channels=3, bins=10)
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A small encoder, its parameters, a batch with padding, and its compiled forms."""
+    network = conformer.SpeechEncoder(**SMALL)
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(4, 67, 10)).astype(np.float32)
+    lengths = np.array([67, 66, 40, 9])
+    values *= (np.arange(67) < lengths[:, None])[..., None]
+    params = jax.jit(network.init)(jax.random.key(0), values, lengths)["params"]
+    return network, params, values, lengths
+
+
+def test_features_do_not_depend_on_padding(small):
+    network, params, values, lengths = small
+    run = jax.jit(lambda x, n: network.apply({"params": params}, x, n))
+    features, counts = run(values, lengths)
+    np.testing.assert_array_equal(counts, ((lengths - 1) // 2) // 2 // 2)
+    for row in (1, 3):
+        alone, count = run(values[row : row + 1, : lengths[row]], lengths[row : row + 1])
+        assert count[0] == counts[row] == alone.shape[1]
+        np.testing.assert_allclose(alone[0], features[row, : counts[row]], atol=1e-5)
+    assert not np.any(features[3, counts[3] :])
+
+
+def test_training_statistics_and_dropout(small):
+    network, params, values, lengths = small
+
+    def run(key, values):
+        return network.apply(
+            {"params": params},
+            values,
+            lengths,
+            train=True,
+            statistics=True,
+            rngs={"dropout": key},
+        )
+
+    run = jax.jit(run)
+    features, _, updates = run(jax.random.key(1), values)
+    again, _, _ = run(jax.random.key(1), values)
+    other, _, _ = run(jax.random.key(2), values)
+    np.testing.assert_array_equal(features, again)
+    assert np.abs(features - other).max() > 1e-3
+    behind = values + 5.0 * (np.arange(67) >= lengths[:, None] + 1)[..., None]
+    _, _, same = run(jax.random.key(1), behind)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), updates, same)
+    shapes = jax.tree.map(lambda x: x.shape, updates)
+    assert shapes["blocks_0"]["convolution"]["batch_norm"] == {"mean": (1, 16), "variance": (1, 16)}
+
+
+def test_dropout_keeps_the_expected_value():
+    x = jnp.ones((64, 1000))
+    run = jax.jit(lambda key: conformer.Dropout(0.1).apply({}, x, True, rngs={"dropout": key}))
+    y = np.asarray(run(jax.random.key(0)))
+    assert (y == 0).mean() == pytest.approx(26 / 256, abs=0.005)
+    assert y.mean() == pytest.approx(1.0, abs=0.01)
+    np.testing.assert_array_equal(conformer.Dropout(0.1).apply({}, x, False), x)
+
+
+def test_bfloat16_stays_near_float32(small):
+    network, params, values, lengths = small
+    full, counts = jax.jit(network.apply)({"params": params}, values, lengths)
+    network = network.clone(dtype=jnp.bfloat16)
+    half, same = jax.jit(network.apply)({"params": params}, values, lengths)
+    np.testing.assert_array_equal(counts, same)
+    assert half.dtype == jnp.bfloat16
+    error = np.linalg.norm(half.astype(np.float32) - full) / np.linalg.norm(full)
+    print(f"bfloat16 features differ by {error:.1e} of their norm")
+    assert error < 2e-2
