@@ -2,6 +2,7 @@
 
 import collections
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -216,6 +217,16 @@ def test_a_failed_build_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         build.build(tmp_path / "world", SIZES, workers=0)
     assert not list(tmp_path.iterdir())
+
+
+def test_remains_of_a_killed_build_are_removed(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    remains = [tmp_path / f".world.{number}.partial" for number in (ended.pid, os.getppid())]
+    for folder in remains:
+        folder.mkdir()
+    build.build(tmp_path / "world", plan.WorldSizes(*[1] * 15), workers=0)
+    assert [folder.exists() for folder in remains] == [False, True]
 
 
 def test_foreign_directories_are_refused(built, tmp_path):

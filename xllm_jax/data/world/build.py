@@ -58,8 +58,8 @@ def build(
     directory = pathlib.Path(directory)
     if _is_built(directory, sizes, seed):
         return directory
+    _remove_remains(directory)
     partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
         splits = [plan.plan_split(seed, split, sizes) for split in SPLITS]
         partial.mkdir(parents=True)
@@ -70,6 +70,24 @@ def build(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return directory
+
+
+def _remove_remains(directory: pathlib.Path) -> None:
+    # A build that was killed could not remove its folder; one that is alive needs its own.
+    for partial in directory.parent.glob(f".{directory.name}.*.partial"):
+        number = partial.name.split(".")[-2]
+        if number.isdigit() and (int(number) == os.getpid() or not _is_alive(int(number))):
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _move(partial: pathlib.Path, directory: pathlib.Path, sizes: WorldSizes, seed: int) -> None:
