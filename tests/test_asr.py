@@ -113,6 +113,8 @@ def test_recorded_model(golden):
     check_decoder(model, fired)
     check_decoding(model, fired)
     check_training(model)
+    for name, tensor in export_tree(model.table, model.params).items():
+        np.testing.assert_array_equal(tensor, recording.arrays[f"model/{name}"])
     recording.assert_all_used()
 
 

@@ -2,6 +2,7 @@
 
 The tables build on each other: one conformer layer, the encoder, the CIF module, the decoder, and
 the whole stage-1 model with the parts `speech_encoder`, `speech_interface/cif` and `asr_decoder`.
+`interface_rows` is the rest of the speech interface as the X-LLM repository saves it.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from xllm_jax.convert import Drop, Row
+from xllm_jax.convert import Drop, Row, bert
 from xllm_jax.convert.bert import Layers, linear, norm
 
 DROPPED = (
@@ -175,4 +176,20 @@ def rows(
         *cif_rows("encoder.cif.", "speech_interface/cif/", kernel, output),
         *linear("encoder.ctc_proj", "asr_decoder/ctc"),
         *decoder_rows("decoder.", "asr_decoder/", decoder_heads, decoder_depth),
+    )
+
+
+def interface_rows(depth: int, heads: int, source: str = "", target: str = "") -> tuple[Row, ...]:
+    """Rows of C-Former and adapter in a checkpoint of the X-LLM repository.
+
+    Args:
+      depth, heads: sizes of the C-Former.
+      source: what the tensors' names start with.
+      target: what our paths start with, such as 'speech_interface/'.
+    """
+    old, new = f"{source}speech_bert_adaptor.", f"{target}c_former/bert/"
+    return (
+        *linear(f"{source}pre_bert_proj", f"{target}c_former/project"),
+        *bert.rows(depth, heads, source=old, target=new, words=False),
+        *linear(f"{source}post_bert_proj", f"{target}adapter"),
     )

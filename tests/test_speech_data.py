@@ -1,0 +1,181 @@
+"""Filterbanks, normalisation and SpecAugment against recordings; audio files, good and bad."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import soundfile
+from recording import Recording
+
+from xllm_jax.core.errors import UserError
+from xllm_jax.data import speech
+
+
+@pytest.fixture(scope="module")
+def recording(golden):
+    return Recording(golden / "speech" / "fbank.npz")
+
+
+class LegacyRandom:
+    """The recording's generator, NumPy's old one, under the new one's method name."""
+
+    def __init__(self, seed):
+        self.state = np.random.RandomState(seed)
+
+    def integers(self, low, high):
+        return self.state.randint(low, high)
+
+
+@pytest.mark.golden
+def test_recorded_features(recording, golden):
+    about = json.loads((golden / "speech" / "fbank.json").read_text("utf-8"))
+    options = about["specaugment"]["aishell1_recipe"]
+    names = {"freq_mask_N": "frequency_masks", "freq_mask_F": "frequency_width"}
+    names |= {"time_mask_N": "time_masks", "time_mask_T": "time_width", "time_mask_p": "time_share"}
+    options = {names[key]: value for key, value in options.items() if key in names}
+    for number in range(len(about["utterances"])):
+        wave = recording.input(f"wave{number}").astype(np.float32)
+        check_filterbank(recording, f"fbank{number}", speech.filterbank(wave))
+        features = speech.normalise(recording.arrays[f"fbank{number}"])
+        recording.close(f"utt_cmvn{number}", features, atol=1e-4)
+        if f"specaug{number}" in recording.arrays:
+            check_augmentation(recording, number, options)
+    wave = recording.input("wave0").astype(np.float32) / 32768
+    check_filterbank(recording, "fbank0_unit_scale", speech.filterbank(wave))
+    check_corpus(recording)
+    recording.assert_all_used()
+
+
+def check_filterbank(recording, name, features):
+    recording.close(name, features, atol=3e-2)
+    error = np.abs(features - recording.arrays[name])
+    assert features.dtype == np.float32
+    assert error.mean() < 1e-4 and np.quantile(error, 0.999) < 2e-3, name
+
+
+def check_augmentation(recording, number, options):
+    features = recording.arrays[f"utt_cmvn{number}"]
+    masks = recording.arrays[f"specaug{number}_mask"]
+    recording.close(f"specaug{number}", speech.mask(features, masks), atol=1e-6)
+    drawn = speech.spec_masks(features.shape, LegacyRandom(1000 + number), **options)
+    recording.equal(f"specaug{number}_mask", drawn)
+
+
+def check_corpus(recording):
+    features = [recording.arrays[f"fbank{number}"] for number in range(3)]
+    mean, deviation = speech.corpus_statistics(features)
+    recording.close("gcmvn_mean", mean, atol=1e-4)
+    recording.close("gcmvn_std", deviation, atol=1e-4)
+    normalised = speech.normalise(features[0], mean, deviation)
+    recording.close("global_cmvn0", normalised, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def wave():
+    """A second of noise with a tone, on [-1, 1]."""
+    rng = np.random.default_rng(0)
+    time = np.arange(16_000) / 16_000
+    return (0.2 * np.sin(2 * np.pi * 440 * time) + 0.05 * rng.normal(size=16_000)).astype("f")
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac"])
+def test_file_is_read_on_the_integer_scale(tmp_path, wave, suffix):
+    path = tmp_path / f"a.{suffix}"
+    soundfile.write(path, wave, 16_000, subtype="PCM_16")
+    samples = speech.read(path)
+    np.testing.assert_array_equal(samples, np.round(samples))
+    np.testing.assert_allclose(samples, wave * 32768, atol=1)
+    features = speech.load(path)
+    assert features.shape == (98, 80) == (speech.count_frames(path), 80)
+    assert features.dtype == np.float32
+    np.testing.assert_allclose(features.mean(0), 0, atol=1e-4)
+
+
+@pytest.mark.parametrize("rate", [8_000, 44_100, 48_000])
+def test_other_rates_and_channels_are_mixed_and_resampled(tmp_path, rate):
+    path = tmp_path / "a.wav"
+    time = np.arange(rate) / rate
+    tone = 0.3 * np.sin(2 * np.pi * 500 * time)
+    soundfile.write(path, np.stack([2 * tone, 0 * tone], 1), rate, subtype="FLOAT")
+    samples = speech.read(path)
+    assert abs(len(samples) - 16_000) <= 1
+    expected = 0.3 * 32768 * np.sin(2 * np.pi * 500 * np.arange(len(samples)) / 16_000)
+    middle = slice(1000, -1000)
+    assert np.abs(samples[middle] - expected[middle]).max() < 0.01 * 0.3 * 32768
+    assert speech.count_frames(path) == len(speech.filterbank(samples))
+
+
+def write(path, samples, rate=16_000):
+    soundfile.write(path, np.asarray(samples, np.float32), rate, subtype="FLOAT")
+
+
+BAD = {
+    "missing": (lambda path: None, "no such file"),
+    "folder": (lambda path: path.mkdir(), "no such file"),
+    "text": (lambda path: path.write_text("not audio"), "not a readable audio file"),
+    "nothing": (lambda path: path.write_bytes(b""), "not a readable audio file"),
+    "empty": (lambda path: write(path, []), "no samples"),
+    "silent": (lambda path: write(path, np.zeros(16_000)), "silent"),
+    "constant": (lambda path: write(path, np.full(16_000, 0.5)), "silent"),
+    "short": (lambda path: write(path, np.sin(np.arange(1_600))), "too short: 0.100 s"),
+    "nan": (lambda path: write(path, [0.1, np.nan] * 8_000), "NaN"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_file_is_named(tmp_path, kind):
+    make, message = BAD[kind]
+    path = tmp_path / f"{kind}.wav"
+    make(path)
+    with pytest.raises(UserError, match=message) as caught:
+        speech.load(path)
+    assert str(path) in str(caught.value)
+
+
+def test_header_of_a_bad_file(tmp_path):
+    (tmp_path / "a.wav").write_text("not audio")
+    for name in ("a.wav", "b.wav"):
+        with pytest.raises(UserError, match=name):
+            speech.count_frames(tmp_path / name)
+
+
+def test_cut_file_reads_or_is_named(tmp_path, wave):
+    """A file whose end is missing never fails in any other way."""
+    path = tmp_path / "a.flac"
+    soundfile.write(path, wave, 16_000)
+    whole = path.read_bytes()
+    for size in range(0, len(whole), len(whole) // 12):
+        path.write_bytes(whole[:size])
+        try:
+            assert np.isfinite(speech.load(path)).all()
+        except UserError as error:
+            assert str(path) in str(error)
+
+
+def test_augmentation_only_with_a_generator(tmp_path, wave):
+    path = tmp_path / "a.wav"
+    write(path, wave)
+    plain = speech.load(path)
+    np.testing.assert_array_equal(plain, speech.load(path, {"specaugment": True}))
+    np.testing.assert_array_equal(plain, speech.load(path, {}, np.random.default_rng(0)))
+    one, again, other = (
+        speech.load(path, {"specaugment": True}, np.random.default_rng(seed)) for seed in (0, 0, 1)
+    )
+    np.testing.assert_array_equal(one, again)
+    assert np.any(one != other) and np.any(one != plain)
+    strong = {"specaugment": {"time_masks": 9, "time_width": 90}}
+    assert speech.load(path, strong, np.random.default_rng(0)).shape == plain.shape
+
+
+@pytest.mark.parametrize("shape", [(1, 80), (9, 2), (3, 27)])
+def test_masks_of_small_features(shape):
+    for seed in range(20):
+        masks = speech.spec_masks(shape, np.random.default_rng(seed))
+        assert masks.shape == shape
+
+
+def test_no_frame_from_too_few_samples():
+    assert speech.filterbank(np.ones(399)).shape == (0, 80)
+    assert speech.filterbank(np.arange(400)).shape == (1, 80)
