@@ -8,6 +8,7 @@ need less than a minute. The same command on a finished world does nothing.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -19,11 +20,23 @@ from xllm_jax.data.world import build
 
 OUTPUT = flags.DEFINE_string("output", "world", "Folder of the world; must not hold other files.")
 QUICK = flags.DEFINE_bool("quick", False, "A sixth of everything.")
+IMAGES = flags.DEFINE_integer(
+    "images", 0, "Only this many training images, nothing else (for pre-training an encoder).", 0
+)
 SEED = flags.DEFINE_integer("seed", 0, "All randomness hangs on it.", lower_bound=0)
 
 
+def wanted_sizes() -> build.WorldSizes:
+    """How many of everything the flags ask for."""
+    if IMAGES.value:
+        nothing = dict.fromkeys((f.name for f in dataclasses.fields(build.WorldSizes)), 0)
+        few = {"val_images": 4, "test_images": 4}
+        return build.WorldSizes(**{**nothing, **few, "train_images": IMAGES.value})
+    return build.WorldSizes().scaled(1 / 6) if QUICK.value else build.WorldSizes()
+
+
 def main(_: list[str]) -> None:
-    sizes = build.WorldSizes().scaled(1 / 6) if QUICK.value else build.WorldSizes()
+    sizes = wanted_sizes()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     # A single core works in this process: a second one would only be started in vain.
     workers = cores if cores > 1 else 0
