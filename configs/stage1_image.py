@@ -26,11 +26,11 @@ def get_config(size: str = "real") -> Stage:
         },
         trainable=(r"image_interface/.*",),
         objective="contrast",
-        optimizer=Optimizer(peak=1e-3, minimum=1e-5, warmup_from=1e-5, warmup_steps=100, clip=1.0)
+        optimizer=Optimizer(peak=1e-3, minimum=1e-5, warmup_from=1e-5, warmup_steps=50, clip=1.0)
         if tiny
         else Optimizer(peak=1e-4, minimum=1e-5, warmup_from=1e-6, warmup_steps=5000),
         data=_tiny_data() if tiny else _data(),
-        steps=600 if tiny else 250_000,
+        steps=300 if tiny else 250_000,
         **networks.numerics(size),
     )
 

@@ -30,13 +30,13 @@ def get_config(size: str = "real") -> Stage:
         },
         trainable=(r"speech_interface/(?!cif/).*",),
         objective="answer",
-        optimizer=Optimizer(peak=1e-3, minimum=1e-5, warmup_from=1e-5, warmup_steps=100, clip=1.0)
+        optimizer=Optimizer(peak=2e-3, minimum=1e-5, warmup_from=1e-5, warmup_steps=30, clip=1.0)
         if tiny
         else Optimizer(
             peak=1e-4, minimum=1e-8, warmup_from=1e-6, warmup_steps=6000, accumulation=16
         ),
         data=_tiny_data() if tiny else _data(),
-        steps=800 if tiny else 80_000,  # 1.37M utterances x 30 epochs / (4 x 16 x 8)
+        steps=300 if tiny else 80_000,  # 1.37M utterances x 30 epochs / (4 x 16 x 8)
         **networks.numerics(size),
     )
 

@@ -29,13 +29,13 @@ def get_config(size: str = "real") -> Stage:
         },
         trainable=(r"video_interface/.*",),
         objective="answer",
-        optimizer=Optimizer(peak=1e-3, minimum=1e-5, warmup_from=1e-5, warmup_steps=50, clip=1.0)
+        optimizer=Optimizer(peak=1e-3, minimum=1e-5, warmup_from=1e-5, warmup_steps=30, clip=1.0)
         if tiny
         else Optimizer(
             peak=1e-5, minimum=1e-8, warmup_from=1e-6, warmup_steps=200, accumulation=16
         ),
         data=_tiny_data() if tiny else _data(),
-        steps=400 if tiny else 600,  # 7.7k clips x 5 epochs / (2 x 16 x 2)
+        steps=300 if tiny else 600,  # 7.7k clips x 5 epochs / (2 x 16 x 2)
         **networks.numerics(size),
     )
 

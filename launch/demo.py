@@ -71,6 +71,7 @@ def jobs() -> list[Job]:
         stage("stage2_image", "stage2_image", ("stage1_image",)),
         stage("stage2_speech", "stage2_speech", ("stage1_speech",)),
         stage("stage2_video", "stage2_video", ("stage2_image",)),
+        # The same number of steps from a fresh interface: Table 1's "no init".
         stage("stage2_image_no_init", "stage2_image", start, "--config.init.image_interface="),
         stage("stage3", "stage3_instruction", ("stage2_image", "stage2_video", "stage2_speech")),
         Job(
