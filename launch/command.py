@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections.config_flags import config_flags
 
 from xllm_jax.core.errors import UserError
@@ -32,7 +32,12 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
 
 
 def guard(main: Callable[[list[str]], Any], argv: list[str]) -> Any:
-    """Calls `main`, turning a `UserError` into its line."""
+    """Calls `main`, turning a `UserError` into its line.
+
+    Libraries report warnings only, unless --verbosity or `main` says otherwise.
+    """
+    if flags.FLAGS["verbosity"].using_default_value:
+        logging.set_verbosity(logging.WARNING)
     try:
         return main(argv)
     except UserError as error:

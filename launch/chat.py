@@ -1,0 +1,132 @@
+"""Chat with a trained X-LLM in the terminal; it remembers what was said.
+
+    python launch/chat.py --checkpoint=demo/runs/stage3
+
+A line is a question. Commands:
+    /image PATH, /video PATH, /speech PATH   show or play a file; it goes with all that follows
+    /reset                                   forget files and questions
+    /help, /quit
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+from absl import flags
+
+from launch import command
+from xllm_jax import assistant, restore
+from xllm_jax.core.errors import UserError
+from xllm_jax.data.example import Example
+from xllm_jax.data.instructions import instructions
+
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a finished run.", required=True)
+ROUNDS = flags.DEFINE_integer("rounds", 4, "Earlier rounds that the model is shown.", 0)
+MAX_TOKENS = flags.DEFINE_integer("max_tokens", 64, "Longest answer, the end token included.", 2)
+
+MODALITIES = ("image", "video", "speech")
+HELP = "\n".join(__doc__.splitlines()[4:-1])
+
+Answer = Callable[[Example], str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Chat:
+    """What has been shown and said so far."""
+
+    media: tuple[tuple[str, str], ...] = ()
+    history: tuple[tuple[str, str], ...] = ()
+
+
+def main(_: list[str]) -> None:
+    model = assistant.Assistant(restore.run(CHECKPOINT.value), max_tokens=MAX_TOKENS.value)
+    known = tuple(name for name, _, _ in model.model.modalities)
+
+    def answer(example: Example) -> str:
+        return model.answers([example])[0]
+
+    print(f"Knows {', '.join(known)} and text. /help lists the commands.")
+    converse(typed(), answer, print, ROUNDS.value)
+
+
+def typed() -> Iterator[str]:
+    """Lines that the user types, until the end of the input."""
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            return
+
+
+def converse(lines: Iterator[str], answer: Answer, say: Callable[[str], None], rounds: int) -> Chat:
+    """Answers line by line; a mistake is told and the chat goes on.
+
+    Args:
+      lines: what the user types.
+      answer: the model.
+      say: shows a line.
+      rounds: earlier rounds that go into a prompt.
+
+    Returns:
+      The chat when the user left.
+    """
+    chat = Chat()
+    for line in map(str.strip, lines):
+        if line == "/quit":
+            break
+        try:
+            chat = turn(chat, line, answer, say, rounds) if line else chat
+        except UserError as error:
+            say(str(error))
+    return chat
+
+
+def turn(chat: Chat, line: str, answer: Answer, say: Callable[[str], None], rounds: int) -> Chat:
+    """The chat after one line: a command, a spoken question, or a written one.
+
+    Raises:
+      UserError: an unknown command, or what the model cannot read; the chat stays as it was.
+    """
+    name, _, rest = line.removeprefix("/").partition(" ")
+    if not line.startswith("/"):
+        return ask(chat, line, answer, say, rounds)
+    if name == "reset":
+        say("Forgotten.")
+        return Chat()
+    if name == "help":
+        say(HELP)
+        return chat
+    if name not in MODALITIES:
+        near = command.nearest(name, [*MODALITIES, "reset", "help", "quit"], "/")
+        raise UserError("unknown command", field=f"/{name}", mend=near)
+    if not rest.strip():
+        raise UserError("names no file", field=line, mend=f"/{name} PATH")
+    return show(chat, name, rest.strip(), answer, say, rounds)
+
+
+def show(
+    chat: Chat, modality: str, path: str, answer: Answer, say: Callable[[str], None], rounds: int
+) -> Chat:
+    """Adds a file. A spoken file is a question at once, if there is something to ask about."""
+    more = dataclasses.replace(chat, media=(*chat.media, (modality, path)))
+    if modality != "speech":
+        task = "video_caption" if modality == "video" else "caption"
+        # Describing it at once also shows whether the file can be read.
+        return ask(more, instructions(task)[0], answer, say, rounds)
+    seen = any(name != "speech" for name, _ in chat.media)
+    said = ask(more, instructions("spoken_vqa" if seen else "asr")[0], answer, say, rounds)
+    # The next spoken question replaces this one.
+    return dataclasses.replace(said, media=chat.media)
+
+
+def ask(chat: Chat, text: str, answer: Answer, say: Callable[[str], None], rounds: int) -> Chat:
+    """One round."""
+    kept = chat.history[-rounds:] if rounds else ()
+    reply = answer(Example("chat", chat.media, text, history=kept))
+    say(reply)
+    return dataclasses.replace(chat, history=(*chat.history, (text, reply)))
+
+
+if __name__ == "__main__":
+    command.run(main)

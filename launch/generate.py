@@ -1,0 +1,120 @@
+"""Asks a trained X-LLM about images, videos and speech.
+
+    python launch/generate.py --checkpoint=demo/runs/stage3 --image=a.jpg --prompt="图中有什么？"
+    python launch/generate.py --checkpoint=demo/runs/stage3 --image=a.jpg --speech=question.flac
+
+Any number of files; with speech the question may be spoken. Without --prompt the model gets the
+instruction that fits its files: describe the image or video, write down the speech, answer the
+spoken question. <image>, <video> and <speech> in the prompt say where the files stand in it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from launch import command
+from xllm_jax import assistant, restore
+from xllm_jax.core.errors import UserError
+from xllm_jax.data.example import Example
+from xllm_jax.data.instructions import instructions
+
+MODALITIES = ("image", "video", "speech")
+
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a finished run.", required=True)
+FILES = {
+    name: flags.DEFINE_multi_string(name, [], f"{name.capitalize()} file; may be repeated.")
+    for name in MODALITIES
+}
+PROMPT = flags.DEFINE_string("prompt", "", "What to ask; may be left out with files.")
+DECODE = flags.DEFINE_enum("decode", "greedy", ["greedy", "sample", "beam"], "How to decode.")
+TEMPERATURE = flags.DEFINE_float("temperature", 0.95, "Of sampling.", 1e-3)
+TOP_P = flags.DEFINE_float("top_p", 0.7, "Of sampling; 1 is off.", 0.0, 1.0)
+TOP_K = flags.DEFINE_integer("top_k", 0, "Of sampling; 0 is off.", 0)
+BEAMS = flags.DEFINE_integer("beams", 4, "Of beam search.", 2)
+MAX_TOKENS = flags.DEFINE_integer("max_tokens", 64, "Longest answer, the end token included.", 2)
+SEED = flags.DEFINE_integer("seed", 0, "Of sampling.")
+HEARD = flags.DEFINE_bool("heard", False, "Also print what the model hears in the speech.")
+
+
+def main(_: list[str]) -> None:
+    example, options = question(files(), PROMPT.value), decoding()
+    model = assistant.Assistant(restore.run(CHECKPOINT.value), max_tokens=MAX_TOKENS.value)
+    if HEARD.value:
+        for name, path in example.media:
+            if name == "speech":
+                print(f"Heard: {hear(model, path)}")
+    print(model.answers([example], model.decoding(**options), SEED.value)[0])
+
+
+def files() -> tuple[tuple[str, str], ...]:
+    """(modality, path) of every file on the command line, images first.
+
+    Raises:
+      UserError: a file does not exist.
+    """
+    found = tuple((name, path) for name in MODALITIES for path in FILES[name].value)
+    for name, path in found:
+        check_file(path, f"--{name}")
+    return found
+
+
+def check_file(path: str, field: str) -> str:
+    """Raises `UserError` for a path that is no file; returns it."""
+    if not Path(path).is_file():
+        raise UserError(f"no such file: {path}", field=field, mend="Check the path")
+    return path
+
+
+def question(media: tuple[tuple[str, str], ...], prompt: str) -> Example:
+    """What is asked: the prompt, or the instruction that fits the files.
+
+    Raises:
+      UserError: neither files nor a prompt, or a prompt without words.
+    """
+    if prompt:
+        return Example("prompt", media, assistant.check_prompt(prompt, "--prompt"))
+    if not media:
+        raise UserError("nothing to ask", field="--prompt", mend="Give a prompt or a file")
+    task = task_of({name for name, _ in media})
+    return Example("prompt", media, instructions(task)[0], task=task)
+
+
+def task_of(modalities: set[str]) -> str:
+    """The task that a set of modalities without words stands for."""
+    if "speech" in modalities:
+        return "spoken_vqa" if modalities - {"speech"} else "asr"
+    return "video_caption" if "video" in modalities else "caption"
+
+
+def hear(model: assistant.Assistant, path: str) -> str:
+    """The model's transcript of one speech file."""
+    return model.answers([question((("speech", path),), "")])[0]
+
+
+def decoding() -> dict[str, Any]:
+    """Fields of `generate.Decoding` from the flags.
+
+    Raises:
+      UserError: a flag of another way of decoding was given.
+    """
+    ways = {
+        "sample": {"temperature": TEMPERATURE, "top_p": TOP_P, "top_k": TOP_K},
+        "beam": {"beams": BEAMS},
+    }
+    for way, options in ways.items():
+        given = [name for name, flag in options.items() if flag.present]
+        if given and way != DECODE.value:
+            raise UserError(
+                f"has no effect with --decode={DECODE.value}",
+                field=f"--{given[0]}",
+                mend=f"Add --decode={way}",
+            )
+    chosen = {name: flag.value for name, flag in ways.get(DECODE.value, {}).items()}
+    return chosen | ({"sample": True} if DECODE.value == "sample" else {})
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,283 @@
+"""Questions to a finished run, by command and in the chat; users' mistakes are one line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small_runs
+import soundfile
+
+from launch import chat
+from xllm_jax import assistant, recogniser, restore
+from xllm_jax.core.errors import UserError
+from xllm_jax.data.example import Example
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def world(folder):
+    return small_runs.make_world(folder, 4)
+
+
+@pytest.fixture(scope="module")
+def run(folder):
+    return small_runs.stage3(folder / "runs")
+
+
+@pytest.fixture(scope="module")
+def restored(run):
+    return restore.run(run)
+
+
+def first(world: Path, pattern: str) -> str:
+    return str(sorted(world.glob(pattern))[0])
+
+
+@pytest.fixture(scope="module")
+def files(world):
+    return {
+        "image": first(world, "coco/test/*.jpg"),
+        "video": first(world, "msrvtt/TestVideo/*.mp4"),
+        "speech": first(world, "aishell/wav/test/*/*.flac"),
+    }
+
+
+@pytest.fixture(scope="module")
+def examples(files):
+    image, video, speech = files.items()
+    return [
+        Example("a", (image,), "图中有什么？", history=(("有圆形吗？", "有"),)),
+        Example("b", (speech, image), task="spoken_vqa"),
+        Example("c", (image, image), "<image>和<image>一样吗？"),
+        Example("d", (), "你好"),
+        Example("e", (video,), task="video_caption"),
+    ]
+
+
+def test_answers_do_not_depend_on_the_batch(restored, examples):
+    one = assistant.Assistant(restored, rows=1, max_tokens=6)
+    many = assistant.Assistant(restored, rows=4, max_tokens=6)
+    together = many.answers(examples)
+    assert together == [one.answers([example])[0] for example in examples]
+    assert together == many.answers(examples)
+    assert len(together) == 5 and all(isinstance(text, str) for text in together)
+
+
+def test_prompts_hold_every_file_once_and_in_order(restored, examples, files):
+    model = assistant.Assistant(restored, rows=4, max_tokens=6)
+    model.encode(examples)
+    queries = model.data.embeddings["image"]
+    both = model.prompt(examples[2])
+    places = both.index["image"]
+    assert places[places >= 0].tolist() == list(range(2 * queries))
+    heard = model.prompt(examples[1])
+    fired = model._encoded["speech", files["speech"]].size
+    assert (heard.index["speech"] >= 0).sum() == fired > 0
+    # Embeddings stand in the row's table behind those of the modality before.
+    table, index = model._places([heard, both], 128)
+    order = list(heard.index)
+    rows = np.concatenate([model._encoded[name, files[name]].embeddings for name in order])
+    np.testing.assert_array_equal(table[0, : len(rows)], rows)
+    ends = {name: start for name, start in zip(order, (0, len(rows)))}
+    if order[0] == "speech":
+        ends["image"] = len(model._encoded["speech", files["speech"]].embeddings)
+    image = index[0, : len(heard.ids)][heard.index["image"] >= 0]
+    assert image.tolist() == list(range(ends["image"], ends["image"] + queries))
+
+
+def test_the_same_states_as_the_training_path(restored, examples, files):
+    """Embeddings computed once and spliced equal those of `XLLM.encode` on the media."""
+    from xllm_jax.core.batch import Media
+    from xllm_jax.data import media
+    from xllm_jax.data.record import Record
+
+    model = assistant.Assistant(restored, rows=1, max_tokens=6)
+    model.encode(examples[:1])
+    record = Record(Example("x"))
+    values, lengths = media.load("image", files["image"], model.data, record, 0, False)
+    item = Media(values[None], lengths[None], None, np.zeros((1, 0), np.int32))
+    wanted, _ = model.model.encode(model.params, "image", item)
+    found = model._encoded["image", files["image"]].embeddings
+    np.testing.assert_allclose(found, np.asarray(wanted)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_recogniser(folder, world, files):
+    run = small_runs.stage1(folder / "runs", world / "characters.txt")
+    model = recogniser.Recogniser(restore.run(run), rows=2)
+    spoken = [Example(str(i), (("speech", files["speech"]),)) for i in range(3)]
+    texts = model.transcribe(spoken)
+    assert len(texts) == 3 and len(set(texts)) == 1
+    with pytest.raises(UserError, match="no speech file"):
+        model.transcribe([Example("silent")])
+
+
+def test_a_run_of_another_kind_is_refused(restored):
+    with pytest.raises(UserError, match="no asr_decoder"):
+        recogniser.Recogniser(restored)
+
+
+def test_parts_can_come_from_another_run(run, folder, restored):
+    other = small_runs.stage3(folder / "other")
+    mixed = restore.run(run, {"image_interface": str(other)})
+    assert mixed.stage.init["image_interface"] == str(other)
+    assert mixed.stage.init["video_interface"].endswith("runs/stage3/final")
+    assert restored.stage.init["llm"] == str(folder / "runs" / "bases" / "llm")
+
+
+def test_a_checkpoint_of_another_size_is_refused(run):
+    import json
+
+    about = run / "final" / "about.json"
+    text = about.read_text("utf-8")
+    record = json.loads(text)
+    record["stage"]["parts"]["image_interface"]["fields"]["queries"] = 5
+    about.write_text(json.dumps(record), "utf-8")
+    try:
+        with pytest.raises(UserError, match="another size") as raised:
+            restore.run(run)
+        assert "image_interface" in str(raised.value)
+    finally:
+        about.write_text(text, "utf-8")
+
+
+def script(name: str, *arguments: str, typed: str = "") -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "launch" / name), *arguments],
+        capture_output=True,
+        text=True,
+        input=typed,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+
+
+def assert_one_line(done: subprocess.CompletedProcess, *words: str) -> None:
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+def test_command_line_answers(run, files):
+    done = script(
+        "generate.py",
+        f"--checkpoint={run}",
+        f"--image={files['image']}",
+        f"--speech={files['speech']}",
+        "--max_tokens=4",
+        "--heard",
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 and lines[0].startswith("Heard: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--promt=x"], ["--promt", "Did you mean --prompt?"]),
+        (["--checkpoint=nowhere", "--prompt=x"], ["nowhere", "no finished run"]),
+        (["--checkpoint=nowhere", "--image=lost.jpg"], ["--image", "lost.jpg"]),
+        (["--checkpoint=nowhere"], ["--prompt", "nothing to ask"]),
+        (["--checkpoint=x", "--prompt=x", "--top_p=0.5"], ["--top_p", "--decode=sample"]),
+        (["--checkpoint=x", "--decode=greeedy"], ["--decode", "greedy"]),
+        (["--prompt=x"], ["--checkpoint", "required"]),
+    ],
+)
+def test_mistakes_on_the_command_line(arguments, words):
+    assert_one_line(script("generate.py", *arguments), *words)
+
+
+@pytest.fixture(scope="module")
+def broken(folder, files):
+    """Files that exist and cannot be used: {name: (modality, path)}."""
+    silent = folder / "silent.wav"
+    soundfile.write(silent, np.zeros(16_000, np.float32), 16_000)
+    empty = folder / "empty.wav"
+    soundfile.write(empty, np.zeros(0, np.float32), 16_000)
+    cut = folder / "cut.jpg"
+    cut.write_bytes(Path(files["image"]).read_bytes()[:200])
+    noise = folder / "noise.mp4"
+    noise.write_bytes(b"no video at all")
+    return [("speech", silent), ("speech", empty), ("image", cut), ("video", noise)]
+
+
+def test_broken_files_are_named(restored, broken):
+    model = assistant.Assistant(restored, rows=1, max_tokens=6)
+    for modality, path in broken:
+        with pytest.raises(UserError) as raised:
+            model.answers([Example("x", ((modality, str(path)),), "有什么？")])
+        assert path.name in str(raised.value)
+
+
+def test_a_broken_file_ends_the_command_with_one_line(run, broken):
+    modality, path = broken[2]
+    done = script("generate.py", f"--checkpoint={run}", f"--{modality}={path}")
+    assert_one_line(done, path.name)
+
+
+def test_a_prompt_longer_than_the_buckets_is_told(restored):
+    model = assistant.Assistant(restored, rows=1, max_tokens=6)
+    with pytest.raises(UserError, match="tokens"):
+        model.answers([Example("x", (), "圆形" * 3000)])
+
+
+class Echo:
+    """A model that tells what it was asked."""
+
+    def __init__(self):
+        self.asked: list[Example] = []
+
+    def __call__(self, example: Example) -> str:
+        if any("broken" in path for _, path in example.media):
+            raise UserError("cannot be read", field="broken.jpg")
+        self.asked.append(example)
+        return f"回{len(self.asked)}"
+
+
+def talk(*lines: str, rounds: int = 2):
+    model, said = Echo(), []
+    left = chat.converse(iter(lines), model, said.append, rounds)
+    return model.asked, said, left
+
+
+def test_chat_remembers_files_and_rounds():
+    asked, said, left = talk("/image a.jpg", "几个？", "", "什么颜色？", "在哪里？", "/quit", "不")
+    assert said == ["回1", "回2", "回3", "回4"]
+    assert asked[1].media == (("image", "a.jpg"),) and len(asked[1].history) == 1
+    assert asked[3].history == (("几个？", "回2"), ("什么颜色？", "回3"))
+    assert len(left.history) == 4
+
+
+def test_chat_answers_spoken_questions_about_what_it_sees():
+    asked, _, left = talk("/speech q.flac", "/image a.jpg", "/speech r.flac", "然后呢？")
+    assert asked[0].media == (("speech", "q.flac"),)
+    assert asked[2].media == (("image", "a.jpg"), ("speech", "r.flac"))
+    assert asked[3].media == left.media == (("image", "a.jpg"),)
+
+
+def test_chat_goes_on_after_mistakes():
+    asked, said, left = talk("/image broken.jpg", "/imgae x", "/image", "你好", "/reset")
+    assert said[0] == "broken.jpg: cannot be read"
+    assert "Did you mean /image?" in said[1] and "names no file" in said[2]
+    assert asked[0].media == () and left == chat.Chat()
+    assert talk("你好", "几个？", rounds=0)[0][1].history == ()
+
+
+def test_chat_in_the_terminal(run):
+    done = script(
+        "chat.py", f"--checkpoint={run}", "--max_tokens=3", typed="/image lost.jpg\n你好\n/quit\n"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "lost.jpg" in done.stdout and "Traceback" not in done.stderr

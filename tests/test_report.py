@@ -1,0 +1,276 @@
+"""Evaluation with a model that is not one: controls, groups, tables, a page that stands alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import html.parser
+import json
+import re
+
+import numpy as np
+import pytest
+import small_runs
+
+from xllm_jax import evaluate, report, scores, suite
+from xllm_jax.core.errors import UserError
+from xllm_jax.data.example import Example
+from xllm_jax.report import plots, tables, text
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return small_runs.make_world(tmp_path_factory.mktemp("world"), 12)
+
+
+@pytest.fixture(scope="module")
+def tasks(world):
+    return suite.tasks(world)
+
+
+def knows(tasks):
+    """A model that answers right when, and only when, it is given the right files."""
+    truth = {}
+    for task in tasks.values():
+        for example in task.examples:
+            said = scores.reference(example) if example.task == "asr" else example.answer
+            truth[example.media, example.instruction, example.task] = said
+
+    def answer(examples):
+        return [truth.get((e.media, e.instruction, e.task), "不知道") for e in examples]
+
+    return answer
+
+
+@pytest.fixture(scope="module")
+def results(tasks):
+    answer = knows(tasks)
+    said = []
+    found = suite.run(tasks, {name: lambda: answer for name in suite.PLAN}, said.append)
+    assert len(said) == len(found["measures"])
+    found["curves"] = {"stage2": [[step, 5.0 / (step + 1)] for step in range(40)]}
+    found["timings"] = {"world": 3.2, "evaluate": 61.0}
+    return found
+
+
+def questions(count: int, tag: str = "colour") -> list[Example]:
+    """Questions about images of their own."""
+    return [
+        Example(str(i), (("image", f"{i}.jpg"),), f"{i}？", "红色", "vqa", tags=(tag,))
+        for i in range(count)
+    ]
+
+
+def test_controls_hide_or_exchange_every_file():
+    examples = questions(7) + [
+        Example("s", (("image", "a.jpg"), ("speech", "a.flac")), answer="是"),
+        Example("t", (("image", "b.jpg"), ("speech", "b.flac")), answer="是"),
+    ]
+    assert all(example.media == () for example in evaluate.blind(examples))
+    changed = evaluate.shuffled(examples)
+    assert changed == evaluate.shuffled(examples)
+    for before, after in zip(examples, changed):
+        assert before.media != after.media
+        assert [m for m, _ in before.media] == [m for m, _ in after.media]
+        assert dataclasses.replace(after, media=before.media) == before
+    assert sorted(e.media for e in changed) == sorted(e.media for e in examples)
+    images = evaluate.shuffled(examples, only=("image",))
+    assert images[-1].media == (("image", "a.jpg"), ("speech", "b.flac"))
+
+
+def test_exchange_never_gives_a_file_back_that_several_questions_share():
+    examples = [dataclasses.replace(e, media=(("image", f"{i // 3}.jpg"),))
+                for i, e in enumerate(questions(9))]  # fmt: skip
+    for before, after in zip(examples, evaluate.shuffled(examples)):
+        assert before.media != after.media
+    assert evaluate.shuffled(examples[:3]) is None
+
+
+def test_measure_counts_by_tag_and_keeps_controls_apart():
+    examples = questions(10) + questions(20, "shape")
+    examples += [dataclasses.replace(e, tags=("shape", "unseen_pair")) for e in questions(6)]
+    task = evaluate.Task("vqa", "Questions", tuple(examples), scores.short_answer)
+
+    def answer(asked):
+        # Right about colours if it sees anything, never right about shapes.
+        return ["红色。" if e.media and "colour" in e.tags else "蓝色" for e in asked]
+
+    found = evaluate.measure(task, answer, controls=True)
+    metric = found["metrics"]["accuracy"]
+    assert metric["value"] == pytest.approx(10 / 36, abs=1e-6) and metric["samples"] == 36
+    assert metric["low"] < metric["value"] < metric["high"]
+    groups = {tag: (entry["value"], entry["samples"]) for tag, entry in metric["groups"].items()}
+    assert groups["colour"] == (1.0, 10) and groups["shape"] == (0.0, 26)
+    assert groups["unseen_pair"] == (0.0, 6) and groups["seen"][1] == 30
+    assert metric["blind"]["value"] == 0 and metric["shuffled"]["value"] == metric["value"]
+    assert metric["chance"]["value"] == 1.0  # the answer is always the same
+    assert metric["margin"]["over"] == "shuffled" and metric["margin"]["value"] == 0
+    assert found["shown"][0]["right"] is True and found["shown"][-1]["right"] is False
+    assert found == json.loads(json.dumps(found))
+
+
+def test_error_rates_improve_downwards():
+    examples = tuple(
+        Example(str(i), (("speech", f"{i}.flac"),), answer="红色圆形", task="asr") for i in range(6)
+    )
+    task = evaluate.Task("sentences", "Speech", examples, scores.transcription)
+
+    def answer(asked):
+        return ["红色圆" if e.media else "黑" for e in asked]
+
+    found = evaluate.measure(task, answer, controls=True)
+    metric = found["metrics"]["cer"]
+    assert metric["value"] == 0.25 and metric["blind"]["value"] == 1.0
+    assert metric["margin"]["value"] == 0 and metric["margin"]["over"] == "shuffled"
+    better = evaluate.measure(task, lambda asked: ["红色圆形"] * len(asked))
+    assert evaluate.compare(found, better, "cer")["value"] == 0.25
+    assert evaluate.compare(found, found | {"keys": []}, "cer") is None
+
+
+def test_video_captions_need_object_and_motion():
+    truth = ("一个红色圆形向左移动。", "红色圆形向左移动。")
+    example = Example("v", (("video", "v.mp4"),), answer=truth[0], references=truth)
+    said = [
+        "视频中一个红色圆形在向左移动",
+        "红色方形向左移动",
+        "红色圆形向右移动",
+        "蓝色圆形向左移动",
+        "",
+    ]
+    found = scores.video_caption(said, [example] * 5)["accuracy"]
+    assert found.samples.tolist() == [1, 0, 0, 0, 0]
+    example = dataclasses.replace(example, references=("圆形从红色变成蓝色。",))
+    said = ["一个圆形从红色变成蓝色。", "一个圆形从蓝色变成红色。", "红色圆形向左移动。"]
+    assert scores.video_caption(said, [example] * 3)["accuracy"].samples.tolist() == [1, 0, 0]
+
+
+def test_captions_name_objects():
+    truth = ("图中左上有一个大的红色圆形，右下有一个小的蓝色方形。",)
+    example = Example("i", (("image", "i.jpg"),), answer=truth[0], references=truth)
+    said = ["左上是大的红色圆形。", truth[0], "没有"]
+    found = scores.caption(said, [example] * 3)["objects"]
+    assert found.samples == pytest.approx([2 / 3, 1, 0])
+
+
+def test_a_model_that_sees_meets_every_goal(results):
+    made = {table.title: table for table in tables.build(results)}
+    goals = made["Goals, on the held-out split"]
+    verdict = {row[0].text: row[-1].text for row in goals.rows}
+    assert len(goals.rows) == len(tables.GOALS) + len(tables.CLAIMS)
+    for goal in tables.GOALS:
+        assert verdict[goal.title] == "met", goal
+    # The same model stands for all: nothing can be better than it.
+    assert verdict["Stage 3 improves spoken visual question answering"] == "missed"
+    assert verdict["Spoken questions before stage 3 above their best control"] == "met"
+    spoken = results["measures"]["spoken@before"]["metrics"]["accuracy"]
+    assert spoken["value"] == 1 and spoken["blind"]["value"] == spoken["shuffled"]["value"] == 0
+    assert len(made["Table 1: initialising the image interface"].rows) == 3
+    assert len(made["Table 4: multimodal speech recognition"].rows) == 3
+
+
+@pytest.mark.parametrize(("value", "blind", "met"), [(0.9, 0.4, True), (0.9, 0.6, False),
+                                                     (0.8, 0.4, False)])  # fmt: skip
+def test_a_goal_needs_its_control(value, blind, met):
+    plain = {"low": value, "high": value, "samples": 9, "higher": True}
+    found = {"value": value, "blind": {"value": blind}, **plain}
+    row = tables.goal_row(tables.Goal("x", "m", "accuracy", 0.85, 0.5), found)
+    assert row[-1] == tables.Cell("met" if met else "missed", met)
+
+
+def test_missing_measures_leave_gaps_not_errors():
+    shown = text.report(tables.build({"measures": {}, "timings": {"world": 2.0}}))
+    assert "world" in shown and "Goals" not in shown
+
+
+def test_columns_line_up_with_chinese_names():
+    made = tables.Table("T", "", ("名字", "n"), ((tables.Cell("红色圆形"), tables.Cell("7")),))
+    lines = text.table(made).splitlines()
+    assert len({text.width(line) for line in (lines[2], lines[4])}) == 1
+
+
+class Page(html.parser.HTMLParser):
+    """Collects tags and whatever a page would load."""
+
+    def __init__(self):
+        super().__init__()
+        self.count: dict[str, int] = {}
+        self.sources: list[str] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag, attributes):
+        self.count[tag] = self.count.get(tag, 0) + 1
+        self.sources += [value for name, value in attributes if name in ("src", "href")]
+        if tag not in ("img", "meta"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.count[tag] = self.count.get(tag, 0) + 1
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_page_stands_alone_and_shows_the_files(results, tmp_path):
+    shown = report.write(results, tmp_path)
+    assert (tmp_path / "report.txt").read_text("utf-8").strip() == shown.strip()
+    assert json.loads((tmp_path / "report.json").read_text("utf-8")) == results
+    page = Page()
+    written = (tmp_path / "report.html").read_text("utf-8")
+    page.feed(written)
+    assert page.open == []
+    assert all(source.startswith("data:") for source in page.sources)
+    assert "http" not in re.sub(r'src="data:[^"]*"', "", written)
+    assert page.count["audio"] > 0 and page.count["img"] > page.count["audio"]
+    assert page.count["polyline"] == 1
+    assert "cannot" not in written and "No such file" not in written
+
+
+def test_page_escapes_what_a_model_says(tmp_path):
+    task = evaluate.Task("vqa", "<b>", tuple(questions(6)), scores.short_answer)
+    found = evaluate.measure(task, lambda asked: ["<script>alert(1)</script>"] * len(asked))
+    report.write({"measures": {"vqa@after": found}}, tmp_path)
+    written = (tmp_path / "report.html").read_text("utf-8")
+    assert "<script" not in written and "&lt;script&gt;" in written
+    assert "0.jpg" in written  # the lost file is named instead of shown
+
+
+def test_curves_skip_what_is_no_number():
+    drawn = plots.curve("x", [[0, 4.0], [1, float("nan")], [2, 2.0], [3, 1.0]])
+    points = re.search('points="([^"]*)"', drawn).group(1).split()
+    heights = [float(point.split(",")[1]) for point in points]
+    assert len(points) == 3 and heights == sorted(heights)
+    # On a logarithmic axis 4 -> 2 and 2 -> 1 are equal steps.
+    assert heights[1] - heights[0] == pytest.approx(heights[2] - heights[1], abs=0.2)
+    assert plots.curve("x", [[0, 1.0]]) == ""
+
+
+def test_curves_of_runs_are_thinned_out(tmp_path):
+    log = tmp_path / "stage1" / "metrics.jsonl"
+    log.parent.mkdir()
+    rows = [{"step": step, "loss": 1.0 / step} for step in range(1, 1001)]
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = suite.curves(tmp_path, points=100)["stage1"]
+    assert len(found) == 100 and found[0] == [1, 1.0]
+
+
+def test_tasks_are_spread_and_complete(world, tasks):
+    assert set(tasks) == set(suite.TITLES)
+    limited = suite.tasks(world, limit=5)
+    assert all(len(task.examples) == 5 for task in limited.values())
+    keys = [example.key for example in tasks["caption"].examples]
+    some = [example.key for example in limited["caption"].examples]
+    assert some[0] == keys[0] and some[-1] == keys[-1]
+    both = tasks["questions_image"].examples[0]
+    assert sorted(m for m, _ in both.media) == ["image", "speech"] and both.task == "asr"
+    with pytest.raises(UserError, match="no such folder"):
+        suite.tasks(world / "nowhere")
+    with pytest.raises(UserError, match="holds none of"):
+        suite.tasks(world / "coco" / "test")
+
+
+def test_chance_is_the_best_constant_of_each_kind():
+    examples = questions(4) + [dataclasses.replace(e, answer="蓝色") for e in questions(2)]
+    examples += [dataclasses.replace(e, tags=("yesno",), answer="是") for e in questions(3)]
+    constant = scores.best_constant(scores.short_answer, examples)
+    assert constant == ["红色"] * 6 + ["是"] * 3
+    right = scores.short_answer(constant, examples)["accuracy"]
+    assert np.mean(right.samples) == pytest.approx(7 / 9)
