@@ -35,8 +35,7 @@ backbones: .venv/ready
 	mkdir -p backbones
 	cd backbones && ../$(BIN)/python ../launch/bases.py --output=bases
 	cd backbones && ../$(BIN)/python ../launch/train.py --config=../configs/world_llm.py --workdir=runs/world_llm
-	cd backbones && ../$(BIN)/python ../launch/world.py --output=pictures --images=10000 --seed=77
-	cd backbones && ../$(BIN)/python ../launch/train.py --config=../configs/world_vision.py --workdir=runs/world_vision --config.init.llm=runs/world_llm
+	cd backbones && ../$(BIN)/python ../launch/train.py --config=../configs/world_vision.py --workdir=runs/world_vision
 	cd backbones && ../$(BIN)/python ../launch/bases.py --output=bases --export=runs
 
 clean:

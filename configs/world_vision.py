@@ -1,23 +1,34 @@
-"""Pre-trains the mini ViT on pictures of the embedded world: captioning through the mini-GLM.
+"""Pre-trains the mini ViT on drawn scenes of the embedded world that no demo uses.
 
-    python launch/world.py --output=pictures --images=10000 --seed=77
     python launch/train.py --config=configs/world_vision.py --workdir=runs/world_vision
 
-The miniature of what EVA-CLIP's pre-training on other pictures gave the real encoder: stage 2 with
-the encoder unfrozen, on a world that the demo never sees. Only the encoder of the result is kept
-and shipped; the interfaces of the demo start from scratch. `make backbones` runs this again.
+The miniature of EVA-CLIP: the encoder learns to tell shape, colour, size and place by classifying
+patches and cells; held-out pairs of shape and colour are never drawn. Only the encoder of the
+result is kept and shipped. `make backbones` runs this file again.
 """
 
-from configs import stage2_image
-from xllm_jax.core.stage import Stage
+from configs import networks
+from xllm_jax.core.stage import Data, Optimizer, Part, Source, Stage
 
 
 def get_config(size: str = "tiny") -> Stage:
-    stage = stage2_image.get_config(size)
-    stage.name = "world_vision"
-    stage.init = {"llm": "bases/llm"}
-    stage.trainable = (r"vision_encoder/.*", r"image_interface/.*")
-    stage.data.root = "pictures"
-    stage.optimizer.peak, stage.optimizer.warmup_steps = 2e-3, 200
-    stage.steps = 2000
-    return stage
+    return Stage(
+        name="world_vision",
+        parts={
+            "vision_encoder": networks.vision_encoder(size),
+            "attribute_head": Part("attribute_head.AttributeHead", size),
+        },
+        trainable=(r"vision_encoder/.*", r"attribute_head/.*"),
+        objective="attributes",
+        optimizer=Optimizer(
+            peak=1e-3, minimum=1e-5, warmup_from=1e-5, warmup_steps=200, clip=1.0, b2=0.98
+        ),
+        data=Data(
+            form="attributes",
+            sources={"scenes": Source("world_scenes", options={"count": 100_000})},
+            examples=32,
+            image={"size": 64, "patch": 8},
+        ),
+        steps=2500,
+        **networks.numerics(size),
+    )

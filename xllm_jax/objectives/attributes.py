@@ -1,0 +1,60 @@
+"""Attribute classification on patches and cells: pre-trains the embedded world's vision encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from xllm_jax.objectives.answer import cross_entropy
+
+Array = jax.Array
+
+
+def loss(
+    model: Any,
+    params: Mapping[str, Any],
+    batch: Mapping[str, Array],
+    key: Array | None = None,
+    *,
+    train: bool = False,
+) -> tuple[Array, dict[str, Array]]:
+    """Mean cross-entropy of all attributes over patches, plus the same over cells.
+
+    Args:
+      model: `models.xllm.XLLM` with the parts 'vision_encoder' and 'attribute_head'.
+      params: {part: parameters}.
+      batch: 'images' `[B, height, width, 3]` float32, 'patches' `[B, N, attributes]` and 'cells'
+        `[B, cells, attributes]` int32 classes.
+      key, train: of the encoder's drop path.
+
+    Returns:
+      (scalar, metrics `patch_accuracy` and `cell_accuracy`: every attribute right).
+    """
+    encoder, head = model.networks["vision_encoder"], model.networks["attribute_head"]
+    rngs = None if key is None else {"dropout": key}
+    features, _ = encoder.apply(
+        {"params": params["vision_encoder"]}, batch["images"], None, train=train, rngs=rngs
+    )
+    patches, cells = head.apply({"params": params["attribute_head"]}, features)
+    patch_loss, patch_accuracy = classification(patches, batch["patches"], head.classes)
+    cell_loss, cell_accuracy = classification(cells, batch["cells"], head.classes)
+    metrics = {"patch_accuracy": patch_accuracy, "cell_accuracy": cell_accuracy}
+    return patch_loss + cell_loss, metrics | {"cell_loss": cell_loss}
+
+
+def classification(scores: Array, labels: Array, classes: Sequence[int]) -> tuple[Array, Array]:
+    """Cross-entropy summed over attributes, and the share where all of them are right.
+
+    Args:
+      scores: `[..., sum(classes)]`.
+      labels: `[..., attributes]` int32.
+      classes: classes of each attribute.
+    """
+    starts = [sum(classes[:i]) for i in range(len(classes))]
+    parts = [scores[..., s : s + n] for s, n in zip(starts, classes)]
+    losses = [cross_entropy(part, labels[..., i]).mean() for i, part in enumerate(parts)]
+    right = [part.argmax(-1) == labels[..., i] for i, part in enumerate(parts)]
+    return sum(losses), jnp.stack(right).all(0).mean(dtype=jnp.float32)
