@@ -8,7 +8,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from tensorboardX import SummaryWriter
+from tensorboard.compat.proto import event_pb2, summary_pb2
+from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
 
@@ -35,7 +36,7 @@ class Log:
         self._file = directory / "metrics.jsonl"
         self._truncate(start)
         self._stream = self._file.open("a")
-        self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
+        self._events = Events(directory / "tensorboard", start)
         self._bar = tqdm(total=total, initial=start, desc=name, unit="step", dynamic_ncols=True)
 
     def _truncate(self, start: int) -> None:
@@ -52,8 +53,7 @@ class Log:
             return
         self._stream.write(json.dumps({"step": step, **scalars}) + "\n")
         self._stream.flush()
-        for name, value in scalars.items():
-            self._events.add_scalar(name, value, step)
+        self._events.write(step, scalars)
         self._bar.set_postfix_str(
             " ".join(f"{k}={v:.4g}" for k, v in scalars.items() if k in _SHOWN or "loss" in k),
             refresh=False,
@@ -66,6 +66,37 @@ class Log:
             self._bar.close()
             self._stream.close()
             self._events.close()
+
+
+class Events:
+    """A TensorBoard event file, written without TensorFlow, which the usual writers try to import.
+
+    Args:
+      directory: folder of the event files; every start of the run adds one.
+      start: step the run starts or resumes from; TensorBoard drops what it has of later steps.
+    """
+
+    def __init__(self, directory: Path, start: int):
+        directory.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time_ns()}.{os.uname().nodename}"
+        self._records = RecordWriter((directory / name).open("wb"))
+        self._add(event_pb2.Event(file_version="brain.Event:2"))
+        log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._add(event_pb2.Event(session_log=log, step=start + 1))
+
+    def _add(self, event: event_pb2.Event) -> None:
+        event.wall_time = time.time()
+        self._records.write(event.SerializeToString())
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Adds the scalars of one step."""
+        values = [summary_pb2.Summary.Value(tag=k, simple_value=v) for k, v in scalars.items()]
+        self._add(event_pb2.Event(step=step, summary=summary_pb2.Summary(value=values)))
+        self._records.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._records.close()
 
 
 _SHOWN = ("accuracy", "samples_per_second", "bad_records")
