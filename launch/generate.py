@@ -11,15 +11,17 @@ spoken question. <image>, <video> and <speech> in the prompt say where the files
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from launch import command
-from xllm_jax import assistant, restore
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
 from xllm_jax.data.instructions import instructions
+
+if TYPE_CHECKING:
+    from xllm_jax import assistant
 
 MODALITIES = ("image", "video", "speech")
 
@@ -41,6 +43,8 @@ HEARD = flags.DEFINE_bool("heard", False, "Also print what the model hears in th
 
 def main(_: list[str]) -> None:
     example, options = question(files(), PROMPT.value), decoding()
+    from xllm_jax import assistant, restore  # takes seconds, which a mistake need not wait for
+
     model = assistant.Assistant(restore.run(CHECKPOINT.value), max_tokens=MAX_TOKENS.value)
     if HEARD.value:
         for name, path in example.media:
@@ -72,11 +76,11 @@ def question(media: tuple[tuple[str, str], ...], prompt: str) -> Example:
     """What is asked: the prompt, or the instruction that fits the files.
 
     Raises:
-      UserError: neither files nor a prompt, or a prompt without words.
+      UserError: neither files nor a prompt, or a prompt of spaces.
     """
-    if prompt:
-        return Example("prompt", media, assistant.check_prompt(prompt, "--prompt"))
-    if not media:
+    if prompt.strip():
+        return Example("prompt", media, prompt.strip())
+    if prompt or not media:
         raise UserError("nothing to ask", field="--prompt", mend="Give a prompt or a file")
     task = task_of({name for name, _ in media})
     return Example("prompt", media, instructions(task)[0], task=task)

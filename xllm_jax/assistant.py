@@ -19,7 +19,6 @@ import numpy as np
 
 from xllm_jax import generate, restore
 from xllm_jax.core.batch import Batch, Media
-from xllm_jax.core.errors import UserError
 from xllm_jax.data import glm_layout, media, prompt
 from xllm_jax.data.example import Example
 from xllm_jax.data.record import Record
@@ -211,10 +210,3 @@ def _respond(
     if decoding.beams > 1:
         return generate.beam_search(llm, state, decoding, x.shape[1])
     return generate.decode(llm, state, decoding, key)
-
-
-def check_prompt(text: str, field: str) -> str:
-    """Raises `UserError` for a question without words; returns it stripped."""
-    if not text.strip():
-        raise UserError("is empty", field=field, mend="Ask something")
-    return text.strip()

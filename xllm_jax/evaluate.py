@@ -192,21 +192,23 @@ def show(
             "said": example.transcript if any(m == "speech" for m, _ in example.media) else "",
             "answer": answers[number],
             "reference": scores.reference(example) if not main.higher else example.answer,
-            "score": float(main.samples[number]),
-            "right": _right(main, number),
+            "scores": {
+                name: round(float(score.samples[number]), 4) for name, score in scored.items()
+            },
+            "right": _right(scored, number),
             "tags": list(example.tags),
         }
         for number, example in list(enumerate(task.examples))[::step][:SHOWN]
     ]
 
 
-def _right(score: scores.Score, number: int) -> bool | None:
-    """Right or wrong where the metric says so; None for graded scores such as CIDEr."""
-    value = score.samples[number]
-    if not score.higher:
-        return bool(value == 0)
-    if set(np.unique(score.samples)) <= {0.0, 1.0}:
-        return bool(value == 1)
+def _right(scored: dict[str, scores.Score], number: int) -> bool | None:
+    """Whether a sample is wholly right, by the first metric that can tell; else None."""
+    for name, score in scored.items():
+        if name in ("accuracy", "objects"):
+            return bool(score.samples[number] == 1)
+        if name == "cer":
+            return bool(score.samples[number] == 0)
     return None
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.report import media, plots
+from xllm_jax.report import media, plots, tables
 from xllm_jax.report.tables import Cell, Table
 
 # Tasks whose samples are shown, in this order.
@@ -56,11 +56,11 @@ svg line { stroke: var(--line); } svg text { fill: var(--soft); font-size: 11px;
 """
 
 
-def render(tables: Sequence[Table], results: Mapping[str, Any]) -> str:
+def render(made: Sequence[Table], results: Mapping[str, Any]) -> str:
     """The page.
 
     Args:
-      tables: of `tables.build`.
+      made: of `tables.build`.
       results: see the package; samples and curves come from there.
     """
     measures = results.get("measures", {})
@@ -68,9 +68,9 @@ def render(tables: Sequence[Table], results: Mapping[str, Any]) -> str:
     body = [
         "<h1>X-LLM in miniature: what the run measured</h1>",
         '<p class="note">Every number comes from held-out files. Brackets hold 95 % intervals.</p>',
-        *map(table, tables[:3]),
+        *map(table, made[:3]),
         *(samples(measure) for measure in chosen if measure.get("shown")),
-        *map(table, tables[3:]),
+        *map(table, made[3:]),
         curves(results.get("curves", {})),
         settings(results.get("settings", {})),
     ]
@@ -124,8 +124,10 @@ def sample(entry: Mapping[str, Any]) -> str:
         for name, text in lines
         if text
     )
-    grade = "" if entry["right"] is not None else f"score {entry['score']:.2f} · "
-    tags = html.escape(grade + ", ".join(entry["tags"]))
+    graded = [tables.number({"value": v}, name) for name, v in entry["scores"].items()]
+    grades = [f"{tables.METRICS[n][0]} {v}" for n, v in zip(entry["scores"], graded)]
+    # An answer that is right or wrong needs no grade.
+    tags = html.escape(" · ".join([*(grades if len(grades) > 1 else []), *entry["tags"]]))
     return (
         f"<article{_class(entry['right'], 'sample')}>{files}<dl>{words}</dl>"
         f"<footer>{tags}</footer></article>"
