@@ -31,6 +31,36 @@ def case(golden):
     return golden / "vision", model, params, encode, start
 
 
+def everything(model, params, features, ids, mask, start, negatives) -> dict:
+    """Every intermediate value of the three losses, in one compiled call."""
+
+    @jax.jit
+    def run(features, ids, mask, start_ids, negatives):
+        variables = {"params": params}
+        image = model.apply(variables, features, method="normalise")
+        states, units, cache = model.apply(variables, image, method="image")
+        text, text_units = model.apply(variables, ids, mask, method="text")
+        similar = contrast.similarities(units, text_units[:, 0], params["temperature"])
+        rows = contrast.matching_rows(image, ids, mask, *negatives)
+        matched, per_query = model.apply(variables, *rows, method="match")
+        captioned, logits = model.apply(variables, start_ids, mask, cache, method="caption")
+        return {
+            "image": image,
+            "states": states,
+            "text": text,
+            "similar": similar,
+            "rows": rows,
+            "matched": matched,
+            "per_query": per_query,
+            "captioned": captioned,
+            "logits": logits,
+        }
+
+    start_ids = ids.copy()
+    start_ids[:, 0] = start
+    return run(features, ids, mask, start_ids, negatives)
+
+
 def norms(tensors: dict[str, np.ndarray], order: list[str]) -> np.ndarray:
     """L2 norm of every tensor."""
     return np.array([np.linalg.norm(tensors[name].astype(np.float64)) for name in order])
@@ -41,32 +71,25 @@ def norms(tensors: dict[str, np.ndarray], order: list[str]) -> np.ndarray:
 def test_values(case, rule):
     folder, model, params, encode, start = case
     recording = Recording(folder / "cases_stage1.npz")
-    variables = {"params": params}
     recording.close("temp", params["temperature"])
     ids, mask = recording.input("text_input_ids"), recording.input("text_attention_mask") > 0
     features = encode(images(recording.input("pixels")))
-    image = model.apply(variables, features, method="normalise")
-    recording.close(f"{rule}_image_embeds", image)
-    states, units, cache = model.apply(variables, image, method="image")
-    text, text_units = model.apply(variables, ids, mask, method="text")
-    recording.close(f"{rule}_query_last_hidden_state", states)
-    recording.close(f"{rule}_text_last_hidden_state", text)
-    _projections(recording, rule, params, states, text)
-    similar = contrast.similarities(units, text_units[:, 0], params["temperature"])
-    _similarities(recording, rule, similar)
     negatives = [recording.input(f"{rule}_neg_{side}_idx") for side in ("image", "text")]
-    rows = contrast.matching_rows(image, ids, mask, *negatives)
-    _matching(recording, rule, model, variables, rows)
+    found = everything(model, params, features, ids, mask, start, negatives)
+    recording.close(f"{rule}_image_embeds", found["image"])
+    recording.close(f"{rule}_query_last_hidden_state", found["states"])
+    recording.close(f"{rule}_text_last_hidden_state", found["text"])
+    _projections(recording, rule, params, found["states"], found["text"])
+    _similarities(recording, rule, found["similar"])
+    _matching(recording, rule, model, found)
+    recording.close(f"{rule}_itg_last_hidden_state", found["captioned"])
+    recording.close(f"{rule}_itg_logits", found["logits"])
     start_ids = ids.copy()
     start_ids[:, 0] = start
-    states, logits = model.apply(variables, start_ids, mask, cache, method="caption")
-    recording.close(f"{rule}_itg_last_hidden_state", states)
-    recording.close(f"{rule}_itg_logits", logits)
     labels = np.where(mask, start_ids, -100)[:, 1:].reshape(-1)
     recording.equal(f"{rule}_itg_labels_shifted", labels)
-    total, metrics = contrast.pair_loss(
-        model, params, features, ids, mask, start=start, negatives=negatives
-    )
+    run = jax.jit(functools.partial(contrast.pair_loss, model))
+    total, metrics = run(params, features, ids, mask, start=start, negatives=negatives)
     recording.close(f"{rule}_loss", total)
     for name, ours in (("itc", "itc"), ("itm", "itm"), ("lm", "itg")):
         recording.close(f"{rule}_loss_{name}", metrics[ours])
@@ -90,13 +113,12 @@ def _similarities(recording, rule, similar):
     recording.equal(f"{rule}_itc_targets", np.arange(similar[0].shape[0]))
 
 
-def _matching(recording, rule, model, variables, rows):
-    states, per_query = model.apply(variables, *rows, method="match")
-    queries = model.queries
+def _matching(recording, rule, model, found):
+    rows, per_query, queries = found["rows"], found["per_query"], model.queries
     mask = np.pad(rows[2], ((0, 0), (queries, 0)), constant_values=True)
     recording.equal(f"{rule}_itm_input_ids", rows[1])
     recording.equal(f"{rule}_itm_attention_mask", mask)
-    recording.close(f"{rule}_itm_last_hidden_state", states)
+    recording.close(f"{rule}_itm_last_hidden_state", found["matched"])
     recording.close(f"{rule}_itm_head", per_query)
     recording.close(f"{rule}_itm_logits", per_query.mean(1))
     count = per_query.shape[0]
@@ -152,18 +174,10 @@ def test_two_ranks_are_one_global_batch(case):
     mask = np.concatenate(both("text_attention_mask")) > 0
     negatives = [np.concatenate(both(f"neg_{side}_idx")) for side in ("image", "text")]
     features = encode(images(recording.input("pixels")))
-    variables = {"params": params}
-    image = model.apply(variables, features, method="normalise")
-    _, units, cache = model.apply(variables, image, method="image")
-    _, text_units = model.apply(variables, ids, mask, method="text")
-    similar = contrast.similarities(units, text_units[:, 0], params["temperature"])
+    found = everything(model, params, features, ids, mask, start, negatives)
+    similar, captions = found["similar"], found["logits"]
     weights = [contrast.negative_weights(value, "xllm") for value in similar]
-    rows = contrast.matching_rows(image, ids, mask, *negatives)
-    _, per_query = model.apply(variables, *rows, method="match")
-    size, logits = ids.shape[0] // 2, per_query.mean(1)
-    start_ids = ids.copy()
-    start_ids[:, 0] = start
-    _, captions = model.apply(variables, start_ids, mask, cache, method="caption")
+    size, logits = ids.shape[0] // 2, found["per_query"].mean(1)
 
     @jax.jit
     def loss(params):
@@ -197,7 +211,7 @@ def _rank_losses(recording, rank, own, similar, logits, captions, ids, mask):
     """Each rank's own losses, from the rows that it owns."""
     targets = np.arange(own.start, own.stop)
     parts = [contrast.smoothed_cross_entropy(value[own], targets, 0.1).mean() for value in similar]
-    itc, (itm, _) = sum(parts) / 2, contrast.matching(logits[:, None])
+    itc, (itm, _) = sum(parts) / 2, contrast.matching(logits[:, None], np.ones(len(targets)))
     itg, _ = contrast.captioning(captions, ids[own], mask[own], 0.1)
     for name, value in (("_itc", itc), ("_itm", itm), ("_lm", itg), ("", itc + itm + itg)):
         recording.close(f"rank{rank}_loss{name}", value)
@@ -261,11 +275,11 @@ def _parameter(recording, name, value, gradient, loose):
 @pytest.fixture(scope="module")
 def tiny():
     """A small fresh model with a batch of eight pairs."""
-    model = ContrastModel(**SIZES["tiny"] | {"depth": 2, "dropout": 0.1})
+    model = ContrastModel(**SIZES["tiny"] | {"depth": 2, "dropout": 0.0})
     params = jax.jit(model.init)(jax.random.key(0), *model.example())["params"]
     random = np.random.default_rng(0)
-    features = random.normal(size=(8, 5, 128)).astype(np.float32)
-    ids = random.integers(4, 500, (8, 9)).astype(np.int32)
+    features = random.normal(size=(8, 5, model.encoder_width)).astype(np.float32)
+    ids = random.integers(4, model.vocabulary - 1, (8, 9)).astype(np.int32)
     mask = np.arange(9) < random.integers(3, 10, (8, 1))
     return model, params, features, ids, mask
 
@@ -315,7 +329,7 @@ def test_itg_shards_are_means_of_means():
 def test_training_lowers_every_loss_and_reaches_every_parameter(tiny):
     model, params, features, ids, mask = tiny
     settings = Optimizer(schedule="constant", peak=2e-3, no_decay=optim.NO_DECAY)
-    transformation, _ = optim.make(settings, params, 60)
+    transformation, _ = optim.make(settings, params, 150)
 
     @jax.jit
     def step(params, state, key):
@@ -328,10 +342,29 @@ def test_training_lowers_every_loss_and_reaches_every_parameter(tiny):
         return optax.apply_updates(params, updates), state, metrics, reached
 
     state, history = transformation.init(params), []
-    for number in range(60):
+    for number in range(150):
         params, state, metrics, reached = step(params, state, jax.random.key(number))
         assert all(jax.tree.leaves(reached)), "a parameter without gradient"
         history.append(metrics)
     for name in ("itc", "itm", "itg"):
         assert history[-1][name] < 0.8 * history[0][name], name
     assert history[-1]["itc_accuracy"] > 0.9
+
+
+def test_rows_without_a_pair_count_nowhere():
+    random = np.random.default_rng(2)
+    weights = np.array([1, 1, 1, 1, 1, 0, 0, 0], np.float32)
+    to_text, to_image = random.normal(size=(2, 8, 8)).astype(np.float32)
+    whole = contrast.contrastive(to_text, to_image, 0.1, weights)
+    alone = contrast.contrastive(to_text[:5, :5], to_image[:5, :5], 0.1, weights[:5])
+    np.testing.assert_allclose(whole, alone, rtol=1e-6)
+    per_query = random.normal(size=(24, 3, 2)).astype(np.float32)
+    kept = np.concatenate([part[:5] for part in np.split(per_query, 3)])
+    whole = contrast.matching(per_query, weights)
+    np.testing.assert_allclose(whole, contrast.matching(kept, weights[:5]), rtol=1e-6)
+    for rule in ("xllm", "lavis"):
+        draw = lambda key, rule=rule: contrast.sample_negatives(  # noqa: E731
+            key, to_text, to_image, rule, weights
+        )
+        images_, texts = jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(0), 2000))
+        assert set(np.unique(images_)) == set(np.unique(texts)) == {0, 1, 2, 3, 4}

@@ -461,7 +461,7 @@ def test_equals_transformers_with_random_weights():
 def test_cached_captions_equal_joint_ones_and_do_not_look_ahead():
     model = ContrastModel(**contrast.SIZES["tiny"] | {"depth": 3})
     variables = jax.jit(model.init)(jax.random.key(0), *model.example())
-    image = jax.random.normal(jax.random.key(1), (2, 5, 128))
+    image = jax.random.normal(jax.random.key(1), (2, 5, model.encoder_width))
     ids = np.arange(14).reshape(2, 7)
     mask = np.arange(7) < np.array([[7], [4]])
     caption = jax.jit(functools.partial(model.apply, method="caption"))
@@ -480,20 +480,20 @@ def test_cached_captions_equal_joint_ones_and_do_not_look_ahead():
 def test_interface_masks_scan_dropout_and_half_precision():
     sizes = interfaces.SIZES["tiny"] | {"llm_width": 48}
     model = QFormerInterface(**sizes)
-    features = jax.random.normal(jax.random.key(1), (3, 9, 128))
+    features = jax.random.normal(jax.random.key(1), (3, 9, model.encoder_width))
     variables = jax.jit(model.init)(jax.random.key(0), features, jnp.array([9, 9, 9]))
     run = jax.jit(model.apply)
     value, counts = run(variables, features, jnp.array([9, 4, 0]))
     np.testing.assert_array_equal(counts, [8, 8, 0])
     assert value.shape == (3, 8, 48) and np.all(np.isfinite(value))
-    short, _ = model.apply(variables, features[1:2, :4], jnp.array([4]))
+    short, _ = run(variables, features[1:2, :4], jnp.array([4]))
     np.testing.assert_allclose(value[1:2], short, atol=1e-5)
     other = QFormerInterface(**sizes, remat=True, unroll=2)
     same, _ = jax.jit(other.apply)(variables, features, jnp.array([9, 4, 0]))
     np.testing.assert_allclose(same, value, atol=1e-5)
-    noisy, _ = model.apply(
-        variables, features, jnp.array([9, 4, 0]), train=True, rngs={"dropout": jax.random.key(3)}
-    )
+    train = jax.jit(functools.partial(model.apply, train=True))
+    rngs = {"dropout": jax.random.key(3)}
+    noisy, _ = train(variables, features, jnp.array([9, 4, 0]), rngs=rngs)
     assert np.abs(noisy - value).max() > 1e-2
     half = QFormerInterface(**sizes, dtype=jnp.bfloat16)
     near, _ = jax.jit(half.apply)(variables, features, jnp.array([9, 9, 9]))

@@ -18,6 +18,8 @@ from xllm_jax.models.contrast import ContrastModel
 Array = jax.Array
 Metrics = dict[str, Array]
 
+ABSENT = -1e9  # the score of a candidate that does not exist
+
 
 def loss(
     model: Any,
@@ -35,7 +37,7 @@ def loss(
       model: `models.xllm.XLLM` whose interface for `modality` is a `ContrastModel`.
       params: {part: parameters}.
       batch: 'images' `[B, height, width, 3]` float32, 'ids' `[B, T]` int32 starting with the text's
-        first token, 'mask' `[B, T]` bool.
+        first token, 'mask' `[B, T]` bool, 'weights' `[B]` float32, 0 for a row without a pair.
       key: of dropout and negatives; needed with `train`.
       train: switches dropout on.
       modality: which modality of the model is aligned with text.
@@ -54,6 +56,7 @@ def loss(
         batch["ids"],
         batch["mask"],
         key,
+        weights=batch["weights"],
         train=train,
         **options,
     )
@@ -67,7 +70,8 @@ def pair_loss(
     mask: Array,
     key: Array | None = None,
     *,
-    start: int,
+    weights: Array | None = None,
+    start: int | None = None,
     train: bool = False,
     negatives: tuple[Array, Array] | None = None,
     negative_rule: str = "xllm",
@@ -82,7 +86,10 @@ def pair_loss(
       features: `[B, patches, encoder width]` of the vision encoder.
       ids, mask: `[B, T]` texts and which tokens are real.
       key: of dropout and of the negatives; None only without both.
-      start: id that replaces the first token for captioning ([DEC]).
+      weights: `[B]`, 0 = the row holds no pair: it counts nowhere, is no negative and no candidate;
+        None = all rows are pairs.
+      start: id that replaces the first token for captioning; None = the last of the vocabulary,
+        where BLIP-2 adds [DEC].
       train: switches dropout on.
       negatives: image indices and text indices `[B]` for ITM; None samples them.
       negative_rule: 'xllm' or 'lavis', see `negative_weights`.
@@ -96,6 +103,8 @@ def pair_loss(
       (scalar, metrics: 'itc', 'itm', 'itg' losses and '<name>_accuracy').
     """
     ids, mask = jnp.asarray(ids), jnp.asarray(mask)
+    start = model.vocabulary - 1 if start is None else start
+    weights = jnp.ones(ids.shape[0]) if weights is None else weights
     key = jax.random.key(0) if key is None else key
     keys = dict(zip(("image", "text", "match", "caption", "negatives"), jax.random.split(key, 5)))
 
@@ -108,13 +117,14 @@ def pair_loss(
     _, image_units, cache = run("image", image)
     _, text_units = run("text", ids, mask)
     similar = similarities(image_units, text_units[:, 0], params["temperature"], detach)
-    itc, itc_accuracy = contrastive(*similar, smoothing)
+    itc, itc_accuracy = contrastive(*similar, smoothing, weights)
     if negatives is None:
-        negatives = sample_negatives(keys["negatives"], *similar, negative_rule)
+        negatives = sample_negatives(keys["negatives"], *similar, negative_rule, weights)
     _, per_query = run("match", *matching_rows(image, ids, mask, *negatives))
-    itm, itm_accuracy = matching(per_query)
+    itm, itm_accuracy = matching(per_query, weights)
     _, logits = run("caption", ids.at[:, 0].set(start), mask, cache)
-    itg, itg_accuracy = captioning(logits, ids, mask, smoothing, shards)
+    real = mask & (weights > 0)[:, None]
+    itg, itg_accuracy = captioning(logits, ids, real, smoothing, shards)
     metrics = {"itc": itc, "itm": itm, "itg": itg, "itc_accuracy": itc_accuracy}
     metrics |= {"itm_accuracy": itm_accuracy, "itg_accuracy": itg_accuracy}
     return itc + itm + itg, metrics
@@ -140,41 +150,72 @@ def similarities(
     return to_text / temperature, to_image / temperature
 
 
-def smoothed_cross_entropy(logits: Array, targets: Array, smoothing: float) -> Array:
-    """Cross-entropy `[...]` of `[..., classes]` logits, `smoothing` spread over all classes."""
-    scores = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+def smoothed_cross_entropy(
+    logits: Array, targets: Array, smoothing: float, real: Array | None = None
+) -> Array:
+    """Cross-entropy with a part of the target spread evenly over all classes.
+
+    Args:
+      logits: `[..., classes]`.
+      targets: `[...]` int32.
+      smoothing: the part that is spread.
+      real: `[classes]` bool, classes that exist; None = all.
+
+    Returns:
+      `[...]` float32.
+    """
+    logits = logits.astype(jnp.float32)
+    real = jnp.ones(logits.shape[-1], bool) if real is None else real
+    scores = jax.nn.log_softmax(jnp.where(real, logits, ABSENT), axis=-1)
     chosen = jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
-    return -(1 - smoothing) * chosen - smoothing * scores.mean(-1)
+    spread = jnp.where(real, scores, 0).sum(-1) / jnp.maximum(real.sum(), 1)
+    return -(1 - smoothing) * chosen - smoothing * spread
 
 
-def contrastive(to_text: Array, to_image: Array, smoothing: float) -> tuple[Array, Array]:
+def weighted_mean(values: Array, weights: Array) -> Array:
+    """Mean of `[rows]` values over the rows that count; 0 when none does."""
+    return (values * weights).sum() / jnp.maximum(weights.sum(), 1)
+
+
+def contrastive(
+    to_text: Array, to_image: Array, smoothing: float, weights: Array
+) -> tuple[Array, Array]:
     """ITC: mean of both directions, and the share of rows whose own partner is the nearest."""
-    targets = jnp.arange(to_text.shape[0])
-    losses = [smoothed_cross_entropy(x, targets, smoothing).mean() for x in (to_text, to_image)]
-    hits = [(x.argmax(-1) == targets).mean() for x in (to_text, to_image)]
+    targets, real = jnp.arange(to_text.shape[0]), weights > 0
+    losses, hits = [], []
+    for similar in (to_text, to_image):
+        rows = smoothed_cross_entropy(similar, targets, smoothing, real)
+        losses.append(weighted_mean(rows, weights))
+        nearest = jnp.where(real, similar, ABSENT).argmax(-1)
+        hits.append(weighted_mean(nearest == targets, weights))
     return sum(losses) / 2, sum(hits) / 2
 
 
-def negative_weights(similar: Array, rule: str) -> Array:
+def negative_weights(similar: Array, rule: str, weights: Array | None = None) -> Array:
     """Weights `[B, B]` by which row b draws its negative; row b itself has weight 0.
 
     'xllm': softmax plus 1e-4, then the diagonal set to 0, so that every pair stays possible.
     'lavis': the diagonal set to -10000 before the softmax, nothing added.
+    Rows whose entry of `weights` is 0 are never drawn.
     """
     own = jnp.eye(similar.shape[0], dtype=bool)
+    absent = False if weights is None else (weights == 0)[None]
+    similar = jnp.where(absent, ABSENT, similar)
     if rule == "xllm":
-        return jnp.where(own, 0.0, jax.nn.softmax(similar, axis=-1) + 1e-4)
+        return jnp.where(own | absent, 0.0, jax.nn.softmax(similar, axis=-1) + 1e-4)
     if rule == "lavis":
         return jax.nn.softmax(jnp.where(own, -10000.0, similar), axis=-1)
     raise ValueError(f"unknown negative rule {rule!r}")
 
 
-def sample_negatives(key: Array, to_text: Array, to_image: Array, rule: str) -> tuple[Array, Array]:
+def sample_negatives(
+    key: Array, to_text: Array, to_image: Array, rule: str, weights: Array | None = None
+) -> tuple[Array, Array]:
     """A hard negative image for every text and a hard negative text for every image, `[B]` each."""
-    drawn = [
-        jax.random.categorical(one, jnp.log(negative_weights(jax.lax.stop_gradient(similar), rule)))
-        for one, similar in zip(jax.random.split(key), (to_image, to_text))
-    ]
+    drawn = []
+    for one, similar in zip(jax.random.split(key), (to_image, to_text)):
+        chances = negative_weights(jax.lax.stop_gradient(similar), rule, weights)
+        drawn.append(jax.random.categorical(one, jnp.log(chances)))
     return drawn[0], drawn[1]
 
 
@@ -190,13 +231,13 @@ def matching_rows(
     )
 
 
-def matching(per_query: Array) -> tuple[Array, Array]:
+def matching(per_query: Array, weights: Array) -> tuple[Array, Array]:
     """ITM: cross-entropy of the mean over queries; `[3B, queries, 2]`, the first B rows match."""
-    logits = per_query.mean(1)
+    logits, weights = per_query.mean(1), jnp.tile(weights, 3)
     rows = logits.shape[0]
     labels = (jnp.arange(rows) < rows // 3).astype(jnp.int32)
-    hits = logits.argmax(-1) == labels
-    return smoothed_cross_entropy(logits, labels, 0.0).mean(), hits.mean()
+    losses = smoothed_cross_entropy(logits, labels, 0.0)
+    return weighted_mean(losses, weights), weighted_mean(logits.argmax(-1) == labels, weights)
 
 
 def captioning(
