@@ -29,6 +29,6 @@ def get_config(size: str = "tiny") -> Stage:
             examples=32,
             image={"size": 64, "patch": 8},
         ),
-        steps=2500,
+        steps=5500,
         **networks.numerics(size),
     )

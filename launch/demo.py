@@ -140,6 +140,7 @@ def run_all(todo: list[Job], folder: Path, root: Path) -> dict[str, float]:
             if active.process.returncode:
                 stop(running, active)
             seconds[active.job.name] = time.monotonic() - active.began
+            (folder / "timings.json").write_text(json.dumps(seconds, indent=1))
             bar.write(f"  {active.job.name} done in {seconds[active.job.name]:.0f} s")
             bar.update()
         bar.set_postfix_str(" | ".join(r.progress(folder) for r in running))
@@ -172,7 +173,6 @@ def main(_: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     seconds = run_all(jobs(), folder, root)
     seconds["whole run"] = time.monotonic() - began
-    (folder / "timings.json").write_text(json.dumps(seconds, indent=1))
     print((folder / "report.txt").read_text())
     for name, value in seconds.items():
         print(f"{name:24s} {value:7.0f} s")
