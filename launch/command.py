@@ -36,7 +36,7 @@ def guard(main: Callable[[list[str]], Any], argv: list[str]) -> Any:
 
     Libraries report warnings only, unless --verbosity or `main` says otherwise.
     """
-    if flags.FLAGS["verbosity"].using_default_value:
+    if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
     try:
         return main(argv)
