@@ -42,7 +42,9 @@ def write_run(stage: Stage, folder: Path, trained: tuple[str, ...]) -> Path:
     for part in params.keys() - set(trained):
         checkpoint.save_base(folder.parent / "bases" / part, {part: params[part]}, {})
         stage.init[part] = f"bases/{part}"
-    about = {"stage": dataclasses.asdict(stage), "base": {}}
+    # Of one part only: hashing compiles once for every shape.
+    base = {part: checkpoint.identity(params[part]) for part in ("llm",) if part in params}
+    about = {"stage": dataclasses.asdict(stage), "base": base}
     checkpoint.save_base(folder / "final", {part: params[part] for part in trained}, about)
     return folder
 

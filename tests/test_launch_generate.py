@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -135,20 +137,35 @@ def test_parts_can_come_from_another_run(run, folder, restored):
     assert restored.stage.init["llm"] == str(folder / "runs" / "bases" / "llm")
 
 
-def test_a_checkpoint_of_another_size_is_refused(run):
-    import json
-
+@contextlib.contextmanager
+def changed(run: Path):
+    """The record of a finished run, to be changed for a while."""
     about = run / "final" / "about.json"
     text = about.read_text("utf-8")
     record = json.loads(text)
-    record["stage"]["parts"]["image_interface"]["fields"]["queries"] = 5
-    about.write_text(json.dumps(record), "utf-8")
     try:
+        yield record, lambda: about.write_text(json.dumps(record), "utf-8")
+    finally:
+        about.write_text(text, "utf-8")
+
+
+def test_a_checkpoint_of_another_size_is_refused(run):
+    with changed(run) as (record, write):
+        record["stage"]["parts"]["image_interface"]["fields"]["queries"] = 5
+        write()
         with pytest.raises(UserError, match="another size") as raised:
             restore.run(run)
         assert "image_interface" in str(raised.value)
-    finally:
-        about.write_text(text, "utf-8")
+
+
+def test_a_run_on_another_llm_is_refused(run):
+    with changed(run) as (record, write):
+        record["base"]["llm"] = "0" * 16
+        write()
+        with pytest.raises(UserError, match="another llm"):
+            restore.run(run)
+        # Whoever names another part wants another part.
+        assert restore.run(run, {"llm": ""}).stage.name == "stage3_instruction"
 
 
 def script(name: str, *arguments: str, typed: str = "") -> subprocess.CompletedProcess:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,19 +34,50 @@ def run(directory: str | Path, replaced: Mapping[str, str] | None = None) -> Res
         run started from.
 
     Raises:
-      UserError: no finished run there, something it was trained on is gone, or sizes differ.
+      UserError: no finished run there, something it was trained on is gone or is not what it was
+        then, or sizes differ.
     """
+    replaced = replaced or {}
     stage = stage_of(directory)
-    trained = {path.split("/")[0] for path in checkpoint.base_about(final(directory))["shapes"]}
+    about = checkpoint.base_about(final(directory))
+    trained = {path.split("/")[0] for path in about["shapes"]}
     init = {name: place(source, directory) for name, source in stage.init.items() if source}
-    for part in sorted(trained - {name for name, source in (replaced or {}).items() if not source}):
+    for part in sorted(trained - {name for name, source in replaced.items() if not source}):
         init = {name: source for name, source in init.items() if name.split("/")[0] != part}
         init[part] = str(final(directory))
-    init |= {name: source for name, source in (replaced or {}).items() if source}
+    init |= {name: source for name, source in replaced.items() if source}
     stage = dataclasses.replace(stage, init=init)
     model = build.model(stage)
     params = build.parameters(stage, model, mesh.make(stage.mesh), dtypes(stage, model))
+    frozen = rules.split(stage.trainable, params)[1]
+    check_base(frozen, params.keys() - replaced.keys(), about.get("base", {}), directory)
     return Restored(model, params, stage)
+
+
+def check_base(
+    frozen: Mapping[str, Any],
+    kept: Collection[str],
+    known: Mapping[str, str],
+    directory: str | Path,
+) -> None:
+    """Compares the frozen parameters with those that a run was trained on.
+
+    Args:
+      frozen: {part: frozen half}.
+      kept: parts that are to be as they were.
+      known: {part: identity}, as the run wrote it.
+      directory: of the run, for the error.
+
+    Raises:
+      UserError: a part is another one now; names it.
+    """
+    for part in sorted(known.keys() & frozen.keys() & set(kept)):
+        if checkpoint.identity(frozen[part]) != known[part]:
+            raise UserError(
+                f"was trained on another {part} (its frozen parameters differ)",
+                field=str(directory),
+                mend=f"Bring the {part} back that it was trained on, or train again",
+            )
 
 
 def final(directory: str | Path) -> Path:
