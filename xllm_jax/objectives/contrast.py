@@ -7,6 +7,7 @@ the reference's gathered ranks.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from xllm_jax.models.contrast import ContrastModel
 
 Array = jax.Array
 Metrics = dict[str, Array]
+PASSES = ("image", "text", "match", "caption")  # methods of the network that use dropout
 
 ABSENT = -1e9  # the score of a candidate that does not exist
 
@@ -106,13 +108,8 @@ def pair_loss(
     start = model.vocabulary - 1 if start is None else start
     weights = jnp.ones(ids.shape[0]) if weights is None else weights
     key = jax.random.key(0) if key is None else key
-    keys = dict(zip(("image", "text", "match", "caption", "negatives"), jax.random.split(key, 5)))
-
-    def run(method: str, *inputs: Array) -> Any:
-        rngs = {"dropout": keys[method]} if train else None
-        variables = {"params": params}
-        return model.apply(variables, *inputs, train=train, rngs=rngs, method=method)
-
+    keys = dict(zip((*PASSES, "negatives"), jax.random.split(key, len(PASSES) + 1)))
+    run = functools.partial(_run, model, params, keys if train else None)
     image = model.apply({"params": params}, features, method="normalise")
     _, image_units, cache = run("image", image)
     _, text_units = run("text", ids, mask)
@@ -128,6 +125,16 @@ def pair_loss(
     metrics = {"itc": itc, "itm": itm, "itg": itg, "itc_accuracy": itc_accuracy}
     metrics |= {"itm_accuracy": itm_accuracy, "itg_accuracy": itg_accuracy}
     return itc + itm + itg, metrics
+
+
+def _run(
+    model: ContrastModel, params: Mapping[str, Any], keys: Any, method: str, *inputs: Array
+) -> Any:
+    """One pass of the network; `keys` {pass: dropout key} is None outside training."""
+    rngs = {"dropout": keys[method]} if keys else None
+    return model.apply(
+        {"params": params}, *inputs, train=keys is not None, rngs=rngs, method=method
+    )
 
 
 def similarities(
