@@ -88,10 +88,8 @@ def pair_loss(
       features: `[B, patches, encoder width]` of the vision encoder.
       ids, mask: `[B, T]` texts and which tokens are real.
       key: of dropout and of the negatives; None only without both.
-      weights: `[B]`, 0 = the row holds no pair: it counts nowhere, is no negative and no candidate;
-        None = all rows are pairs.
-      start: id that replaces the first token for captioning; None = the last of the vocabulary,
-        where BLIP-2 adds [DEC].
+      weights: `[B]`, 0 = the row holds no pair and counts nowhere; None = all rows are pairs.
+      start: id that begins a caption; None = the last of the vocabulary, BLIP-2's [DEC].
       train: switches dropout on.
       negatives: image indices and text indices `[B]` for ITM; None samples them.
       negative_rule: 'xllm' or 'lavis', see `negative_weights`.
