@@ -1,0 +1,71 @@
+"""A stage that trains in seconds: a two-layer GLM on the world's text, its embedding frozen."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from xllm_jax.core.stage import Data, Optimizer, Part, Source, Stage
+
+ROOT = Path(__file__).parents[1]
+TOKENIZER = ROOT / "xllm_jax" / "data" / "world" / "backbones" / "llm"
+GLM = {"vocab": 576, "width": 32, "depth": 2, "heads": 2, "hidden": 64, "alpha": 2.0}
+
+
+def stage(**changes) -> Stage:
+    """Eight rows of text; `changes` replace fields of the Stage."""
+    made = Stage(
+        name="small",
+        parts={"llm": Part("glm.ChatGLM", "tiny", dict(GLM))},
+        trainable=(r"llm/(layers|final_norm)/.*",),
+        objective="answer",
+        optimizer=Optimizer(peak=1e-2, minimum=1e-3, warmup_from=1e-3, warmup_steps=2, clip=1.0),
+        data=Data(
+            sources={"text": Source("world_text", options={"count": 200})},
+            tokenizer=str(TOKENIZER),
+            examples=16,
+            rows=8,
+            length=128,
+            answers=48,
+            threads=1,
+        ),
+        steps=6,
+        compute="float32",
+        frozen="float32",
+        unroll=2,
+        log_every=1,
+        save_every=2,
+    )
+    for name, value in changes.items():
+        setattr(made, name, value)
+    return made
+
+
+def curve(workdir: Path, name: str = "loss") -> dict[int, float]:
+    """{step: value} of a run's log."""
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line[name] for line in lines}
+
+
+def start(workdir: Path, code: str = "", devices: int = 1) -> subprocess.Popen:
+    """Trains the small stage in a process of its own; `code` may change `made` before."""
+    lines = (
+        "import sys; sys.path[:0] = ['tests', '.']",
+        "import jax; jax.config.update('jax_default_matmul_precision', 'highest')",
+        "import small_stage; from xllm_jax import train; made = small_stage.stage()",
+        code,
+        f"train.fit(made, {str(workdir)!r})",
+    )
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(
+        [sys.executable, "-c", "\n".join(lines)],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )

@@ -1,0 +1,149 @@
+"""The training loop: what is frozen stays, runs resume exactly, devices change nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import time
+
+import jax
+import numpy as np
+import pytest
+import small_stage
+
+from xllm_jax import build, train
+from xllm_jax.core import checkpoint, mesh, rules
+from xllm_jax.core.errors import UserError
+
+SECONDS = 240  # bound on one training process, far above what it takes
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run without interruption: its folder."""
+    workdir = tmp_path_factory.mktemp("whole")
+    train.fit(small_stage.stage(), workdir)
+    return workdir
+
+
+def load(workdir) -> dict[str, np.ndarray]:
+    """Final parameters of a run, flat."""
+    made = small_stage.stage(init={"llm": str(workdir)})
+    params = build.parameters(made, build.model(made), mesh.make({}))
+    return {path: np.asarray(leaf) for path, leaf in rules.flatten(params).items()}
+
+
+def fresh() -> dict[str, np.ndarray]:
+    """The parameters that every small run starts from, flat."""
+    made = small_stage.stage()
+    params = build.parameters(made, build.model(made), mesh.make({}))
+    return {path: np.asarray(leaf) for path, leaf in rules.flatten(params).items()}
+
+
+def test_only_the_allow_list_trains(whole):
+    before, after = fresh(), load(whole)
+    changed = {path for path in before if not np.array_equal(before[path], after[path])}
+    wanted = rules.split(small_stage.stage().trainable, rules.unflatten(before))[0]
+    assert changed == rules.flatten(wanted).keys()
+    assert "llm/embedding" not in changed
+
+
+def test_the_optimizer_holds_nothing_for_frozen_leaves():
+    made = small_stage.stage()
+    state, _, _ = train.initial_state(made, build.model(made), mesh.make({}))
+    trainable = sum(leaf.size for leaf in jax.tree.leaves(state.trainable))
+    moments = sum(leaf.size for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim)
+    assert moments == 2 * trainable
+
+
+def test_a_stopped_run_continues_exactly(whole, tmp_path):
+    train.fit(small_stage.stage(), tmp_path, stop_after=3)
+    assert not (tmp_path / "final").exists()
+    train.fit(small_stage.stage(), tmp_path)
+    assert small_stage.curve(tmp_path) == small_stage.curve(whole)
+    before, after = load(whole), load(tmp_path)
+    assert all(np.array_equal(before[path], after[path]) for path in before)
+
+
+def test_a_killed_run_continues_exactly(whole, tmp_path):
+    process = small_stage.start(tmp_path)
+    wanted, log, deadline = random.randint(1, 4), tmp_path / "metrics.jsonl", time.time() + SECONDS
+    while time.time() < deadline and process.poll() is None:
+        if log.exists() and log.read_text().count("\n") >= wanted:
+            break
+        time.sleep(0.005)
+    process.kill()
+    process.communicate()
+    second = small_stage.start(tmp_path)
+    said, _ = second.communicate(timeout=SECONDS)
+    assert second.returncode == 0, said
+    killed, reference = small_stage.curve(tmp_path), small_stage.curve(whole)
+    assert killed.keys() == reference.keys()
+    np.testing.assert_allclose(list(killed.values()), list(reference.values()), rtol=1e-6)
+
+
+@pytest.mark.parametrize("axes", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_devices_change_nothing(whole, tmp_path, axes):
+    process = small_stage.start(tmp_path, f"made.mesh = {axes}", devices=8)
+    said, _ = process.communicate(timeout=SECONDS)
+    assert process.returncode == 0, said
+    losses, reference = small_stage.curve(tmp_path), small_stage.curve(whole)
+    np.testing.assert_allclose(list(losses.values()), list(reference.values()), rtol=2e-4)
+
+
+def test_another_base_is_refused(whole, tmp_path):
+    made = small_stage.stage(seed=1, init={"llm": str(whole)})
+    train.fit(small_stage.stage(init={"llm": str(whole)}), tmp_path, stop_after=2)
+    made.init = {}
+    with pytest.raises(UserError, match="another llm"):
+        train.fit(made, tmp_path)
+
+
+def test_a_base_of_another_size_is_refused(whole):
+    made = small_stage.stage(init={"llm": str(whole)})
+    made.parts["llm"].fields["hidden"] = 96
+    with pytest.raises(UserError, match=r"llm/layers/feed_forward.*shape"):
+        build.parameters(made, build.model(made), mesh.make({}))
+
+
+def test_a_subtree_can_come_from_a_run(whole):
+    made = small_stage.stage(init={"llm/layers": str(whole)})
+    params = rules.flatten(build.parameters(made, build.model(made), mesh.make({})))
+    trained, drawn = load(whole), fresh()
+    for path, leaf in params.items():
+        expected = trained if path.startswith("llm/layers/") else drawn
+        np.testing.assert_array_equal(leaf, expected[path])
+
+
+def test_accumulation_equals_a_larger_batch(tmp_path):
+    """Two micro-batches of one update: the update is the mean of their gradients."""
+    made = small_stage.stage(steps=1)
+    made.optimizer = dataclasses.replace(made.optimizer, accumulation=2, clip=0.0)
+    xllm, device_mesh = build.model(made), mesh.make({})
+    state, optimizer, _ = train.initial_state(made, xllm, device_mesh)
+    loss = train.objective(made, xllm)
+    batches = train.Pipeline(made.data, made.seed).iterate()
+    two = [mesh.to_global(device_mesh, next(batches)[0]) for _ in range(2)]
+    keys = [jax.random.fold_in(jax.random.key(made.seed), number) for number in range(2)]
+
+    def both(trainable):
+        params = rules.join(trainable, state.frozen)
+        return sum(loss(params, batch, key)[0] for batch, key in zip(two, keys)) / 2
+
+    gradients = jax.jit(jax.grad(both))(state.trainable)
+    single = dataclasses.replace(made, optimizer=dataclasses.replace(made.optimizer))
+    single.optimizer.accumulation = 1
+    _, plain, _ = train.initial_state(single, xllm, device_mesh)
+    updates, _ = plain.update(gradients, plain.init(state.trainable), state.trainable)
+    expected = jax.tree.map(lambda p, u: p + u, state.trainable, updates)
+    for batch in two:
+        state, _ = train.step(state, batch, loss=loss, optimizer=optimizer, seed=made.seed)
+    for path, leaf in rules.flatten(state.trainable).items():
+        wanted = rules.flatten(expected)[path]
+        np.testing.assert_allclose(leaf, wanted, rtol=1e-3, atol=2e-5, err_msg=path)
+
+
+def test_half_a_base_is_never_picked_up(whole, tmp_path):
+    (tmp_path / "base.partial").mkdir()
+    with pytest.raises(UserError, match="no base or finished run"):
+        checkpoint.base_about(tmp_path / "base")
