@@ -52,7 +52,7 @@ def speech_encoder(size: str) -> Part:
 
 def speech_interface(size: str) -> Part:
     """CIF, C-Former and linear adapter."""
-    return Part("speech_interface.SpeechInterface", size, _adapter(size))
+    return Part("speech_interface.SpeechInterface", size, {"adapter_relu": False, **_adapter(size)})
 
 
 def asr_decoder(size: str) -> Part:

@@ -4,8 +4,7 @@ Every field can be overridden on the command line (``--config.optimizer.peak=1e-
 ``--config.data.mix.wukong=0``); a name that does not exist is an error.
 """
 
-from __future__ import annotations
-
+# No postponed annotations here: the command line reads the fields' types.
 import dataclasses
 from typing import Any
 
@@ -61,7 +60,7 @@ class Optimizer:
     weight_decay: float = 0.05
     clip: float = 0.0
     accumulation: int = 1
-    no_decay: tuple[str, ...] = (r".*/bias", r".*norm.*/scale")
+    no_decay: tuple[str, ...] = (r"(.*/)?bias", r"(.*/)?.*norm.*/scale", r"(.*/)?temperature")
 
 
 @dataclasses.dataclass
@@ -161,7 +160,9 @@ class Stage:
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
     data: Data = dataclasses.field(default_factory=Data)
     steps: int = 1000
-    mesh: dict[str, int] = dataclasses.field(default_factory=lambda: {"data": -1})
+    mesh: dict[str, int] = dataclasses.field(
+        default_factory=lambda: {"data": -1, "fsdp": 1, "tensor": 1}
+    )
     compute: str = "bfloat16"
     frozen: str = "bfloat16"
     remat: bool = False
