@@ -103,7 +103,8 @@ def test_measure_counts_by_tag_and_keeps_controls_apart():
     assert groups["unseen_pair"] == (0.0, 6) and groups["seen"][1] == 30
     assert metric["blind"]["value"] == 0 and metric["shuffled"]["value"] == metric["value"]
     assert metric["chance"]["value"] == 1.0  # the answer is always the same
-    assert metric["margin"]["over"] == "shuffled" and metric["margin"]["value"] == 0
+    assert metric["margin"]["over"] == "chance"
+    assert metric["margin"]["value"] == pytest.approx(10 / 36 - 1, abs=1e-6)
     assert found["shown"][0]["right"] is True and found["shown"][-1]["right"] is False
     assert found == json.loads(json.dumps(found))
 
@@ -120,7 +121,9 @@ def test_error_rates_improve_downwards():
     found = evaluate.measure(task, answer, controls=True)
     metric = found["metrics"]["cer"]
     assert metric["value"] == 0.25 and metric["blind"]["value"] == 1.0
-    assert metric["margin"]["value"] == 0 and metric["margin"]["over"] == "shuffled"
+    assert metric["shuffled"]["value"] == 0.25
+    # All say the same here, so that a constant is the best control.
+    assert metric["margin"]["value"] == -0.25 and metric["margin"]["over"] == "chance"
     better = evaluate.measure(task, lambda asked: ["红色圆形"] * len(asked))
     assert evaluate.compare(found, better, "cer")["value"] == 0.25
     assert evaluate.compare(found, found | {"keys": []}, "cer") is None
@@ -174,6 +177,17 @@ def test_a_goal_needs_its_control(value, blind, met):
     found = {"value": value, "blind": {"value": blind}, **plain}
     row = tables.goal_row(tables.Goal("x", "m", "accuracy", 0.85, 0.5), found)
     assert row[-1] == tables.Cell("met" if met else "missed", met)
+
+
+def test_a_goal_needs_every_control_it_names():
+    goal = tables.Goal("x", "m", "accuracy", 0.7, 0.2, ("blind", "shuffled"))
+    found = {"value": 0.9, "low": 0.9, "high": 0.9, "samples": 9, "higher": True}
+    low, high = {"value": 0.1}, {"value": 0.3}
+    verdicts = {"missed": [{}, {"blind": low}, {"blind": low, "shuffled": high}],
+                "met": [{"blind": low, "shuffled": low}]}  # fmt: skip
+    for verdict, cases in verdicts.items():
+        for controls in cases:
+            assert tables.goal_row(goal, found | controls)[-1].text == verdict, controls
 
 
 def test_missing_measures_leave_gaps_not_errors():

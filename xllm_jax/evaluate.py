@@ -123,7 +123,6 @@ def measure(task: Task, answer: Answer, controls: bool = False) -> dict[str, Any
 
 def _metric(score: scores.Score, asides: dict[str, scores.Score], task: Task) -> dict[str, Any]:
     """One metric as JSON: value, low, high, samples, higher, controls, groups, scores, margin."""
-    controls = {name: asides[name] for name in ("blind", "shuffled") if name in asides}
     found = _plain(score.estimate()) | {
         "higher": score.higher,
         **{name: _plain(aside.estimate()) for name, aside in asides.items()},
@@ -132,10 +131,10 @@ def _metric(score: scores.Score, asides: dict[str, scores.Score], task: Task) ->
         },
         "scores": [round(float(value), 4) for value in score.samples],
     }
-    if controls:
+    if len(asides) > 1:  # without the answers of the blind, a margin would promise too much
         sign = 1 if score.higher else -1
-        best = max(controls, key=lambda name: sign * controls[name].estimate().value)
-        found["margin"] = difference(controls[best], score) | {"over": best}
+        best = max(asides, key=lambda name: sign * asides[name].estimate().value)
+        found["margin"] = difference(asides[best], score) | {"over": best}
     return found
 
 

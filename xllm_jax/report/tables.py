@@ -38,13 +38,14 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Goal:
-    """A claim of the demo: a metric's bound, and a bound on its blind and shuffled controls."""
+    """A claim of the demo: a metric's bound, and a bound on the best of the named controls."""
 
     title: str
     measure: str
     metric: str
     bound: float
     control: float | None = None
+    controls: tuple[str, ...] = ("blind",)
 
 
 GOALS = (
@@ -52,7 +53,14 @@ GOALS = (
     Goal("X-LLM speech recognition (S), CER", "sentences@after", "cer", 0.12),
     Goal("Visual question answering", "vqa@after", "accuracy", 0.85, 0.50),
     Goal("Spoken visual question answering, after stage 3", "spoken@after", "accuracy", 0.75),
-    Goal("Video captions, object and motion right", "video@after", "accuracy", 0.70, 0.20),
+    Goal(
+        "Video captions, object and motion right",
+        "video@after",
+        "accuracy",
+        0.70,
+        0.20,
+        ("blind", "shuffled"),
+    ),
 )
 # (name in 'comparisons', claim): the difference must lie above 0.
 CLAIMS = (
@@ -156,8 +164,10 @@ def goal_row(goal: Goal, found: Mapping[str, Any] | None) -> tuple[Cell, ...]:
     met = found["value"] >= goal.bound if higher else found["value"] <= goal.bound
     wanted = f"{'≥' if higher else '≤'} {goal.bound * 100:.0f} %"
     if goal.control is not None:
-        wanted += f", blind ≤ {goal.control * 100:.0f} %"
-        met = met and found.get("blind", {"value": 0.0})["value"] <= goal.control
+        wanted += f", {', '.join(goal.controls)} ≤ {goal.control * 100:.0f} %"
+        # A control that was not measured proves nothing.
+        values = [found[name]["value"] if name in found else 1.0 for name in goal.controls]
+        met = met and max(values) <= goal.control
     return (
         Cell(goal.title),
         Cell(number(found, goal.metric, interval=True)),
@@ -216,7 +226,7 @@ def everything(measures: Mapping[str, Any]) -> Table:
         for metric, found in measure["metrics"].items()
     ]
     head = ("", "measured [95 %]", "samples", "blind", "shuffled", "chance", "above control")
-    note = "Above control: gain over the better of blind and shuffled, on the same samples."
+    note = "Above control: gain over the best of blind, shuffled and chance, on the same samples."
     return Table("Everything measured", note, head, tuple(rows))
 
 
