@@ -33,9 +33,9 @@ def get_config(size: str = "real") -> Stage:
             peak=2e-3,
             warmup_from=2e-5,
             minimum=2e-5,
-            warmup_steps=80,
-            hold_steps=200,
-            decay_steps=160,
+            warmup_steps=100,
+            hold_steps=250,
+            decay_steps=250,
             weight_decay=0.01,
             clip=5.0,
         )
@@ -51,7 +51,7 @@ def get_config(size: str = "real") -> Stage:
             weight_decay=0.01,
         ),
         data=_tiny_data() if tiny else _data(),
-        steps=440 if tiny else 180_000,
+        steps=600 if tiny else 180_000,
         **networks.numerics(size),
     )
 
