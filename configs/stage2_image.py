@@ -29,7 +29,7 @@ def get_config(size: str = "real") -> Stage:
         },
         trainable=(r"image_interface/.*",),
         objective="answer",
-        optimizer=Optimizer(peak=2e-3, minimum=1e-5, warmup_from=1e-5, warmup_steps=50, clip=1.0)
+        optimizer=Optimizer(peak=3e-3, minimum=1e-5, warmup_from=1e-5, warmup_steps=50, clip=1.0)
         if tiny
         else Optimizer(
             peak=3e-5, minimum=1e-8, warmup_from=1e-6, warmup_steps=6000, accumulation=16
@@ -63,11 +63,11 @@ def _tiny_data() -> Data:
         sources={k: sources.WORLD[k] for k in ("captions", "regions", "questions")},
         mix={"captions": 0.4, "regions": 0.2, "questions": 0.4},
         tokenizer="bases/llm",
-        examples=32,
+        examples=24,
         rows=8,
         length=208,
-        answers=128,
-        items={"image": 4},
+        answers=96,
+        items={"image": 3},
         embeddings={"image": networks.TINY_QUERIES},
         **sources.tiny_image(),
     )

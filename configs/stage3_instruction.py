@@ -74,7 +74,7 @@ def _tiny_data() -> Data:
         characters="world/characters.txt",
         examples=24,
         rows=8,
-        length=256,
+        length=320,
         answers=96,
         items={"image": 3, "video": 8, "speech": 3},
         embeddings={

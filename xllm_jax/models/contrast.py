@@ -187,7 +187,7 @@ SIZES = {
         queries=32, width=768, depth=12, heads=12, hidden=3072, vocabulary=30523, encoder_width=1408
     ),
     "tiny": dict(
-        queries=8,
+        queries=24,
         width=96,
         depth=4,
         heads=4,
