@@ -25,7 +25,7 @@ from tqdm import tqdm
 from launch import command
 
 OUTPUT = flags.DEFINE_string("output", "demo", "Folder for the world, the runs and the report.")
-QUICK = flags.DEFINE_bool("quick", False, "Everything in about three minutes, at lower quality.")
+QUICK = flags.DEFINE_bool("quick", False, "Everything in about five minutes, at lower quality.")
 SLOTS = flags.DEFINE_integer("slots", 0, "Steps at a time; 0 takes one per core, at most two.")
 
 # Optimizer updates of each stage when --quick cuts them.
