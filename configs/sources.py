@@ -40,6 +40,6 @@ def image_text_pairs() -> dict[str, Source]:
 
 
 def tiny_image() -> dict:
-    """Image fields of Data for the world: 64 px, and never a flip, since captions say left and
+    """Image fields of Data for the world: 96 px, and never a flip, since captions say left and
     right."""
-    return {"image": {"size": 64}}
+    return {"image": {"size": 96}}

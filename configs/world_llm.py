@@ -18,17 +18,17 @@ def get_config(size: str = "tiny") -> Stage:
         trainable=(r"llm/.*",),
         objective="answer",
         optimizer=Optimizer(
-            peak=3e-3, minimum=2e-5, warmup_from=1e-5, warmup_steps=300, clip=1.0, b2=0.98
+            peak=2e-3, minimum=2e-5, warmup_from=1e-5, warmup_steps=300, clip=1.0, b2=0.98
         ),
         data=Data(
             sources={"text": Source("world_text", options={"count": 400_000})},
             form="text",
             tokenizer="bases/llm",
-            examples=56,
-            rows=16,
+            examples=44,
+            rows=8,
             length=256,
             answers=96,
         ),
-        steps=2000,
+        steps=5000,
         **networks.numerics(size),
     )

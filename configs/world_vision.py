@@ -21,14 +21,14 @@ def get_config(size: str = "tiny") -> Stage:
         trainable=(r"vision_encoder/.*", r"attribute_head/.*"),
         objective="attributes",
         optimizer=Optimizer(
-            peak=1e-3, minimum=1e-5, warmup_from=1e-5, warmup_steps=200, clip=1.0, b2=0.98
+            peak=2e-3, minimum=1e-5, warmup_from=1e-5, warmup_steps=200, clip=1.0, b2=0.98
         ),
         data=Data(
             form="attributes",
             sources={"scenes": Source("world_scenes", options={"count": 100_000})},
             examples=32,
-            image={"size": 64, "patch": 8},
+            image={"size": 96, "patch": 16},
         ),
-        steps=5500,
+        steps=6000,
         **networks.numerics(size),
     )

@@ -1,11 +1,15 @@
 """Converts the embedded world's backbones, which ship with the package, into bases for `init`.
 
 python launch/bases.py --output=bases
+python launch/bases.py --output=bases --tokenizer     # maintainers: learn the tokenizer anew
 python launch/bases.py --output=bases --export=runs   # maintainers: ship newly trained ones
+
+`make backbones` runs all of it in order, with the two trainings in between.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -13,22 +17,29 @@ import jax
 from absl import flags
 
 import xllm_jax
-from configs import world_llm, world_vision
+from configs import networks, world_llm, world_vision
 from launch import command
 from xllm_jax import build
 from xllm_jax.convert import world
 from xllm_jax.core import mesh
+from xllm_jax.data.prompt import TEMPLATES
+from xllm_jax.data.tokenizer import train_tokenizer
+from xllm_jax.data.world.text_stream import text_examples
 
 OUTPUT = flags.DEFINE_string("output", "bases", "Folder of the bases.")
 EXPORT = flags.DEFINE_string("export", "", "Folder of the runs whose results shall be shipped.")
+TOKENIZER = flags.DEFINE_bool("tokenizer", False, "Only learn the mini LLM's tokenizer.")
 
 SHIPPED = Path(xllm_jax.__file__).parent / "data" / "world" / "backbones"
 
 
 def main(_: list[str]) -> None:
     output = Path(OUTPUT.value)
+    if TOKENIZER.value:
+        print(f"Tokenizer: {learn_tokenizer(output / 'llm')}")
+        return
     if EXPORT.value:
-        export(Path(EXPORT.value))
+        export(Path(EXPORT.value), output / "llm")
     world.import_llm(SHIPPED / "llm", output / "llm")
     vision = build.model(world_vision.get_config()).networks["vision_encoder"]
     world.import_vision(vision, SHIPPED / "vision_encoder", output / "vision_encoder")
@@ -36,7 +47,25 @@ def main(_: list[str]) -> None:
     print(f"Bases: {', '.join(sorted(p.name for p in output.iterdir()))} in {output}")
 
 
-def export(runs: Path) -> None:
+def learn_tokenizer(folder: Path) -> Path:
+    """Learns pieces from the world's text.
+
+    Pieces have at most two characters: longer ones would swallow size, colour and shape together,
+    and a pair never seen would be a word never seen. Each tag is one piece.
+    """
+    texts = []
+    for example in text_examples(0, 4000):
+        rounds = [text for earlier in example.history for text in earlier]
+        media = [text for _, text in example.media]
+        texts += [text for text in (*media, *rounds, example.instruction, example.answer) if text]
+    for template in TEMPLATES.values():
+        words = dict(round=0, question="", answer="")
+        texts += [text.format(**words) for text in dataclasses.astuple(template)] * 100
+    tags = [f"<{sign}{name.capitalize()}>" for name in networks.MODALITIES for sign in ("", "/")]
+    return train_tokenizer([t for t in texts if t], folder, learned=200, longest=2, words=tags)
+
+
+def export(runs: Path, tokenizer: Path) -> None:
     """Puts the results of the two pre-training runs into the package, in the published forms."""
     for name, stage in (
         ("llm", world_llm.get_config()),
@@ -46,7 +75,7 @@ def export(runs: Path) -> None:
         xllm = build.model(stage)
         params = build.parameters(stage, xllm, mesh.make({}, jax.devices()[:1]))[name]
         if name == "llm":
-            world.export_llm(xllm.networks[name], params, SHIPPED / name, SHIPPED / name)
+            world.export_llm(xllm.networks[name], params, tokenizer, SHIPPED / name)
         else:
             world.export_vision(xllm.networks[name], params, SHIPPED / name)
 

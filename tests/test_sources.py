@@ -16,7 +16,7 @@ from xllm_jax.data.sources import (
     visdial,
     visual_genome,
 )
-from xllm_jax.data.world import build, language, plan
+from xllm_jax.data.world import annotations, build, language, plan
 
 SIZES = plan.WorldSizes(12, 6, 8, 9, 10, 4, 2, 2, 2, 10, 16, 8, 8, 9, 10)
 SPLITS = plan.SPLITS
@@ -145,6 +145,10 @@ def test_instructions(root, truth, split):
     found = check(instructions.examples(f"{root}/instructions", split))
     scenes = {p.file_name: p.scene for p in truth[split].pictures}
     texts = {u.name: u.text for u in truth[split].utterances}
+    for talk in truth[split].dialogues:
+        for number, asked in enumerate(talk.rounds):
+            name = pathlib.Path(annotations.speech_name(talk, number)).stem
+            texts[name] = language.spoken(asked.text)
     clips = {f"video{v.number}": v.clip for v in truth[split].videos}
     for example in found:
         media = {name: pathlib.Path(path) for name, path in example.media}

@@ -132,7 +132,7 @@ def _norm(source, name):
 
 def test_scan_remat_and_unroll_agree():
     sizes = vit.SIZES["tiny"]
-    x = jax.random.normal(jax.random.key(1), (2, 64, 64, 3))
+    x = jax.random.normal(jax.random.key(1), (2, 96, 96, 3))
     plain = vit.VisionTransformer(**sizes)
     params = plain.init(jax.random.key(0), x)
     value, _ = jax.jit(plain.apply)(params, x)
@@ -149,7 +149,7 @@ def test_scan_remat_and_unroll_agree():
 
 def test_drop_path_drops_whole_branches_and_only_in_training():
     model = vit.VisionTransformer(**vit.SIZES["tiny"] | {"depth": 2}, drop_path=0.999999)
-    x = jax.random.normal(jax.random.key(1), (4, 64, 64, 3))
+    x = jax.random.normal(jax.random.key(1), (4, 96, 96, 3))
     params = model.init(jax.random.key(0), x)
     calm, _ = model.apply(params, x)
     wild, _ = model.apply(params, x, train=True, rngs={"dropout": jax.random.key(2)})

@@ -48,7 +48,7 @@ class Plan:
 
 def tools(data: Data) -> int:
     """Patches along one side of an image."""
-    return data.image.get("size", 64) // data.image.get("patch", 8)
+    return data.image.get("size", 96) // data.image.get("patch", 16)
 
 
 def plan(records: Sequence[Record], kit: int, data: Data, mode: Mode) -> Plan:
@@ -71,7 +71,7 @@ def fill(
       ({'images': `[B, H, W, 3]` float32, 'patches': `[B, N, 3]` and 'cells': `[B, 9, 3]` int32
       classes of shape, colour and size}, nothing skipped).
     """
-    size = data.image.get("size", 64)
+    size = data.image.get("size", 96)
     drawn = [draw(record.example.key, size, kit) for record in made.rows[rows]]
     images, patches, cells = (np.stack(values) for values in zip(*drawn))
     return {"images": images, "patches": patches, "cells": cells}, []

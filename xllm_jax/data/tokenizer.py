@@ -157,7 +157,13 @@ class ChatGLMTokenizer:
                 )
 
 
-def train_tokenizer(texts: Sequence[str], folder: str | Path, learned: int = 300) -> Path:
+def train_tokenizer(
+    texts: Sequence[str],
+    folder: str | Path,
+    learned: int = 300,
+    longest: int = 16,
+    words: Sequence[str] = (),
+) -> Path:
     """Trains a small tokenizer in ChatGLM's layout (unigram, every character kept, byte fallback).
 
     Args:
@@ -165,6 +171,8 @@ def train_tokenizer(texts: Sequence[str], folder: str | Path, learned: int = 300
       folder: where `ice_text.model` and `tokenizer_config.json` are written.
       learned: pieces learnt from the text; never fewer than it has characters. 349 fixed ones
         (special tokens, line break, tab, blanks, bytes) are added.
+      longest: characters of a learnt piece, at most.
+      words: pieces that the texts are always cut at, whatever is learnt.
 
     Returns:
       The folder.
@@ -178,12 +186,13 @@ def train_tokenizer(texts: Sequence[str], folder: str | Path, learned: int = 300
         sentence_iterator=iter(texts),
         model_writer=written,
         model_type="unigram",
-        vocab_size=fixed + max(learned, characters),
+        vocab_size=fixed + len(words) + max(learned, characters),
+        max_sentencepiece_length=longest,
         hard_vocab_limit=False,
         character_coverage=1.0,
         byte_fallback=True,
         control_symbols=list(CONTROLS),
-        user_defined_symbols=[LINE, TAB, *map(blank, range(2, LONGEST_BLANK + 1))],
+        user_defined_symbols=[LINE, TAB, *map(blank, range(2, LONGEST_BLANK + 1)), *words],
         remove_extra_whitespaces=False,
         unk_id=0,
         bos_id=1,

@@ -13,7 +13,8 @@ from xllm_jax.data.world.scene import choose, generator
 
 AISHELL_SPLIT = {"train": "train", "val": "dev", "test": "test"}
 MSRVTT_SPLIT = {"train": "train", "val": "validate", "test": "test"}
-# One turn of the instruction mix: a third images, a fifth each speech and spoken questions.
+# One turn of the instruction mix: four of images, two of speech to write down (one beside its
+# picture), two of spoken questions to answer, two of videos.
 INSTRUCTION_TURN = (
     "caption",
     "dialogue",
@@ -22,7 +23,7 @@ INSTRUCTION_TURN = (
     "video_caption",
     "vqa",
     "caption",
-    "asr",
+    "asr_image",
     "spoken_vqa",
     "video_question",
 )
@@ -208,6 +209,20 @@ def _asr(split, index, rng, unseen):
 
 
 def _spoken_vqa(split, index, rng, unseen):
+    said, tags, media = _spoken_round(split, index)
+    rounds = [(choose(rng, instructions("spoken_vqa", unseen)), said.answer)]
+    return _record("spoken_vqa", tags, rounds, language.spoken(said.text), **media)
+
+
+def _asr_image(split, index, rng, unseen):
+    said, tags, media = _spoken_round(split, index)
+    words = language.spoken(said.text)
+    rounds = [(choose(rng, instructions("asr", unseen)), words)]
+    return _record("asr", tags, rounds, words, **media)
+
+
+def _spoken_round(split, index):
+    """A spoken round of a dialogue, its tags, and its picture and sound."""
     dialogue = split.dialogues[index % len(split.dialogues)]
     spoken = [i for i, voice in enumerate(dialogue.voices) if voice]
     i = spoken[index // 2 % len(spoken)]
@@ -215,9 +230,7 @@ def _spoken_vqa(split, index, rng, unseen):
     tags = question_tags(said, dialogue.picture.scene)
     tags += ("unseen_voice",) * voice.unseen
     speech = f"visdial/speech/{split.name}/{speech_name(dialogue, i)}"
-    rounds = [(choose(rng, instructions("spoken_vqa", unseen)), said.answer)]
-    media = {"image": _image(split, dialogue.picture), "speech": speech}
-    return _record("spoken_vqa", tags, rounds, language.spoken(said.text), **media)
+    return said, tags, {"image": _image(split, dialogue.picture), "speech": speech}
 
 
 def _video_caption(split, index, rng, unseen):
@@ -240,6 +253,7 @@ _RECORDS = {
     "vqa": _vqa,
     "dialogue": _dialogue,
     "asr": _asr,
+    "asr_image": _asr_image,
     "spoken_vqa": _spoken_vqa,
     "video_caption": _video_caption,
     "video_question": _video_question,

@@ -26,15 +26,15 @@ from xllm_jax.data.world.scene import (
 )
 
 SHARES = {
-    "answer_scene": 0.32,
-    "dialogue_scene": 0.10,
-    "caption_scene": 0.10,
+    "answer_scene": 0.38,
+    "dialogue_scene": 0.14,
+    "caption_scene": 0.06,
     "region_scene": 0.04,
-    "caption_clip": 0.10,
-    "answer_clip": 0.06,
-    "repeat_speech": 0.12,
-    "answer_speech": 0.12,
-    "sentence": 0.04,
+    "caption_clip": 0.07,
+    "answer_clip": 0.07,
+    "repeat_speech": 0.08,
+    "answer_speech": 0.14,
+    "sentence": 0.02,
 }
 
 
