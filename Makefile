@@ -30,7 +30,7 @@ lint: .venv/ready-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Trains the shipped backbones of the embedded world again (about half an hour on two cores).
+# Trains the shipped backbones of the embedded world again (about an hour on two cores).
 backbones: .venv/ready
 	mkdir -p backbones
 	cd backbones && ../$(BIN)/python ../launch/bases.py --output=bases --tokenizer

@@ -29,13 +29,13 @@ def get_config(size: str = "real") -> Stage:
         },
         trainable=(r"image_interface/.*",),
         objective="answer",
-        optimizer=Optimizer(peak=3e-3, minimum=1e-5, warmup_from=1e-5, warmup_steps=50, clip=1.0)
+        optimizer=Optimizer(peak=2e-3, minimum=1e-5, warmup_from=1e-5, warmup_steps=50, clip=1.0)
         if tiny
         else Optimizer(
             peak=3e-5, minimum=1e-8, warmup_from=1e-6, warmup_steps=6000, accumulation=16
         ),
         data=_tiny_data() if tiny else _data(),
-        steps=700 if tiny else 136_700,  # 14M pairs x 5 epochs / (4 x 16 x 8)
+        steps=1200 if tiny else 136_700,  # 14M pairs x 5 epochs / (4 x 16 x 8)
         **networks.numerics(size),
     )
 
@@ -64,10 +64,10 @@ def _tiny_data() -> Data:
         mix={"captions": 0.4, "regions": 0.2, "questions": 0.4},
         tokenizer="bases/llm",
         examples=24,
-        rows=8,
-        length=208,
-        answers=96,
-        items={"image": 3},
+        rows=24,
+        length=80,
+        answers=40,
+        items={"image": 1},
         embeddings={"image": networks.TINY_QUERIES},
         **sources.tiny_image(),
     )

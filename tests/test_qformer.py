@@ -492,7 +492,8 @@ def test_interface_masks_scan_dropout_and_half_precision():
     other = QFormerInterface(**sizes, remat=True, unroll=2)
     same, _ = jax.jit(other.apply)(variables, features, jnp.array([9, 4, 0]))
     np.testing.assert_allclose(same, value, atol=1e-5)
-    train = jax.jit(functools.partial(model.apply, train=True))
+    dropping = QFormerInterface(**sizes | {"dropout": 0.1})
+    train = jax.jit(functools.partial(dropping.apply, train=True))
     rngs = {"dropout": jax.random.key(3)}
     noisy, _ = train(variables, features, jnp.array([9, 4, 0]), rngs=rngs)
     assert np.abs(noisy - value).max() > 1e-2

@@ -196,6 +196,7 @@ SIZES = {
         positions=64,
         embed=64,
         encoder_width=96,
+        dropout=0.0,
     ),
 }
 

@@ -8,6 +8,7 @@ alone does not help.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -248,24 +249,30 @@ MAKERS = {
 }
 
 
-def ask(scene: Scene, rng: np.random.Generator, unseen: bool = False, kind: str = "") -> Question:
-    """One question about a scene, of a kind drawn from MIX unless given.
+def ask(
+    scene: Scene,
+    rng: np.random.Generator,
+    unseen: bool = False,
+    kind: str = "",
+    mix: Mapping[str, float] = MIX,
+) -> Question:
+    """One question about a scene, of a kind drawn from `mix` unless given.
 
     Raises:
       ValueError: the scene has no question of the wanted kind.
     """
     rule = Rule(unseen, ALL_PAIRS if scene.unseen else SEEN_PAIRS)
     for _ in range(200):
-        drawn = kind or _draw_kind(rng)
+        drawn = kind or _draw_kind(rng, mix)
         question = MAKERS[drawn](scene, rng, rule)
         if question is not None:
             return question
     raise ValueError(f"no question of kind {kind!r} fits this scene")
 
 
-def _draw_kind(rng: np.random.Generator) -> str:
-    weights = np.asarray(list(MIX.values()))
-    return str(rng.choice(list(MIX), p=weights / weights.sum()))
+def _draw_kind(rng: np.random.Generator, mix: Mapping[str, float] = MIX) -> str:
+    weights = np.asarray(list(mix.values()))
+    return str(rng.choice(list(mix), p=weights / weights.sum()))
 
 
 def ask_several(scene: Scene, rng, count: int, unseen: bool = False) -> list[Question]:
