@@ -52,10 +52,10 @@ class Row:
             return [self.source]
         return [self.source.replace("{layer}", str(layer)) for layer in self.layers]
 
-    def forward(self, tensor: np.ndarray) -> np.ndarray:
-        """One source tensor to one (layer of a) leaf."""
+    def forward(self, tensor: np.ndarray, name: str = "") -> np.ndarray:
+        """One source tensor to one (layer of a) leaf; `name` is the tensor's, for errors."""
         if self.piece:
-            tensor = self._take_piece(tensor)
+            tensor = self._take_piece(tensor, name or self.source)
         return rearrange(tensor, self.pattern, **dict(self.sizes)) if self.pattern else tensor
 
     def backward(self, leaf: np.ndarray) -> np.ndarray:
@@ -65,18 +65,20 @@ class Row:
         left, right = self.pattern.split("->")
         return rearrange(leaf, f"{right} -> {left}", **dict(self.sizes))
 
-    def _take_piece(self, tensor: np.ndarray) -> np.ndarray:
+    def _take_piece(self, tensor: np.ndarray, name: str) -> np.ndarray:
         number, count = self.piece
         if tensor.shape[0] % count:
             raise UserError(
-                f"first axis of {tensor.shape} does not divide into {count}", field=self.source
+                f"first axis of {tensor.shape} does not divide into {count}",
+                field=name,
+                mend="The checkpoint is of another architecture or size",
             )
         pieces = np.split(tensor, count)
         for zero in self.zero_pieces:
             if np.any(pieces[zero]):
                 raise UserError(
                     f"piece {zero} of {count} must be zero and is not",
-                    field=self.source,
+                    field=name,
                     mend="This is not the architecture that the table describes",
                 )
         return pieces[number]
@@ -120,8 +122,10 @@ def import_tree(
       (tree of NumPy arrays in the source's dtype without the fresh leaves, report).
 
     Raises:
-      UserError: a tensor that is missing, unknown, used twice without being split, or misshapen;
-        a leaf that nothing fills.
+      UserError: a tensor that is missing, unknown, misshapen or of another dtype than its layer's
+        neighbours; a leaf that nothing fills.
+      ValueError: the table itself is wrong: a leaf is filled twice, or a source is used twice
+        without being split, or some of its pieces are used by nobody.
     """
     table, flat = tuple(table), rules.flatten(shapes)
     _check_table(table)
@@ -161,17 +165,24 @@ def export_tree(table: Iterable[Row], tree: Mapping[str, Any]) -> dict[str, np.n
 
 
 def _check_table(table: tuple[Row, ...]) -> None:
-    """A target is filled once; a source is named once, or once per piece."""
+    """A target is filled once; a source is named once, or each of its pieces is."""
     targets: set[str] = set()
-    sources: set[tuple[str, tuple[int, int] | None]] = set()
+    taken: dict[str, set[tuple[int, int]]] = {}
+    zeros: dict[str, set[tuple[int, int]]] = {}
     for row in table:
         if row.target in targets:
             raise ValueError(f"two rows fill {row.target}")
         targets.add(row.target)
+        piece = row.piece or (0, 1)
         for name in row.names():
-            if (name, row.piece) in sources or (row.piece and (name, None) in sources):
+            if piece in taken.setdefault(name, set()):
                 raise ValueError(f"two rows use {name}")
-            sources.add((name, row.piece))
+            taken[name].add(piece)
+            zeros.setdefault(name, set()).update((zero, piece[1]) for zero in row.zero_pieces)
+    for name, pieces in taken.items():
+        count = next(iter(pieces))[1]
+        if pieces & zeros[name] or pieces | zeros[name] != {(n, count) for n in range(count)}:
+            raise ValueError(f"the rows do not use each of {count} pieces of {name} once")
 
 
 def _import_row(
@@ -179,7 +190,7 @@ def _import_row(
 ) -> np.ndarray:
     if row.target not in flat:
         raise ValueError(f"the table fills {row.target}, which the model does not have")
-    layers = []
+    layers, wanted = [], tuple(flat[row.target].shape)
     for name in row.names():
         if name not in available:
             raise UserError(
@@ -187,21 +198,27 @@ def _import_row(
                 field=name,
                 mend="Check the file, and that its kind and size are the ones you named",
             )
-        layers.append(_convert(row, name, np.asarray(source[name])))
-    leaf = layers[0] if row.layers is None else np.stack(layers)
-    wanted = tuple(flat[row.target].shape)
-    if leaf.shape != wanted:
-        raise UserError(
-            f"shape {leaf.shape} in our layout, but {row.target} needs {wanted}",
-            field=row.names()[0],
-            mend="The checkpoint is of another size; choose the size that fits it",
-        )
-    return leaf
+        layer = _convert(row, name, np.asarray(source[name]))
+        whole = layer.shape if row.layers is None else (len(row.layers), *layer.shape)
+        if whole != wanted:
+            raise UserError(
+                f"shape {whole} in our layout, but {row.target} needs {wanted}",
+                field=name,
+                mend="The checkpoint is of another size; choose the size that fits it",
+            )
+        if layers and layer.dtype != layers[0].dtype:
+            raise UserError(
+                f"is {layer.dtype}, but {row.names()[0]} is {layers[0].dtype}",
+                field=name,
+                mend="Store all layers in one dtype",
+            )
+        layers.append(layer)
+    return layers[0] if row.layers is None else np.stack(layers)
 
 
 def _convert(row: Row, name: str, tensor: np.ndarray) -> np.ndarray:
     try:
-        return row.forward(tensor)
+        return row.forward(tensor, name)
     except UserError:
         raise
     except Exception as error:  # einops reports every mismatch as its own error type
