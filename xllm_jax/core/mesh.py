@@ -30,12 +30,20 @@ def make(axes: Mapping[str, int], devices: list[jax.Device] | None = None) -> Me
       devices: all devices when None.
 
     Raises:
-      UserError: an unknown axis, or sizes that do not multiply to the number of devices.
+      UserError: an unknown axis, a size that is neither positive nor -1, or sizes that do not
+        multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     unknown = set(axes) - set(AXES)
     if unknown:
         raise UserError(f"unknown axis {sorted(unknown)[0]!r}", field="mesh", mend=f"Use {AXES}")
+    wrong = [axis for axis, size in axes.items() if size < 1 and size != -1]
+    if wrong:
+        raise UserError(
+            f"{wrong[0]!r} has the size {axes[wrong[0]]}",
+            field="mesh",
+            mend="Give a positive size, or -1 for the devices that are left",
+        )
     sizes = [axes.get(axis, 1) for axis in AXES]
     known = math.prod(size for size in sizes if size != -1)
     sizes = [len(devices) // known if size == -1 else size for size in sizes]
