@@ -9,6 +9,7 @@ checkpoint that could be picked up.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import shutil
@@ -68,7 +69,8 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def latest(self) -> int | None:
-        """Number of the newest complete checkpoint, or None."""
+        """Number of the newest complete checkpoint, or None; waits for a save under way."""
+        self.wait()
         return self._manager.latest_step()
 
     def save(self, step: int, state: Mapping[str, Any], about: Mapping[str, Any]) -> None:
@@ -98,10 +100,24 @@ class Checkpoints:
             )["state"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"does not fit this stage: {str(error).splitlines()[0]}",
+                f"does not fit this stage: {self._difference(step, like) or error}",
                 field=str(self.directory / str(step)),
                 mend="Resume with the configuration that wrote it, or choose a new --workdir",
             ) from error
+
+    def _difference(self, step: int, like: Mapping[str, Any]) -> str:
+        """The first leaf in which a checkpoint and `like` differ, in words."""
+        with ocp.StandardCheckpointer() as checkpointer:
+            stored = checkpointer.metadata(self.directory / str(step) / "state").item_metadata.tree
+        held, wanted = _shapes(stored), _shapes(like)
+        for path in sorted(held.keys() | wanted.keys()):
+            if path not in held:
+                return f"it lacks {path}"
+            if path not in wanted:
+                return f"it has {path}, the stage does not"
+            if held[path] != wanted[path]:
+                return f"{path} has shape {held[path]}, the stage {wanted[path]}"
+        return ""
 
     def wait(self) -> None:
         """Blocks until the save under way is complete."""
@@ -110,6 +126,13 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for the last save and releases the folder."""
         self._manager.close()
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """{path: shape} of any tree; an optimizer's tuples are numbered, as they are on disk."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+    return {name(path): tuple(leaf.shape) for path, leaf in leaves}
 
 
 def save_base(directory: str | Path, params: Mapping[str, Any], about: Mapping[str, Any]) -> None:
