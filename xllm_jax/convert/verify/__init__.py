@@ -1,0 +1,122 @@
+"""Replays recordings of PyTorch code: the same weights and inputs through our networks.
+
+A recording is a folder of `.npz` files with settings and tolerances beside them;
+`docs/recording.md` tells how to make one. Its family is recognised by what the folder holds,
+wherever it lies; `chatglm`, `vision` and `speech` each replay one family.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import ModuleType
+
+import jax
+
+from xllm_jax.convert.verify import chatglm, speech, tolerances, vision
+from xllm_jax.convert.verify.recording import PASS, UNUSED, Comparison, Replay
+from xllm_jax.core.errors import UserError
+
+FAMILIES = (chatglm, vision, speech)
+
+
+def replay(folder: str | Path, progress: Callable[[str], None] = print) -> list[Comparison]:
+    """Replays a recording, or every recording directly below a folder.
+
+    Args:
+      folder: of one recording, or of several.
+      progress: receives a line per file.
+
+    Returns:
+      One comparison per recorded array; `Comparison.file` is relative to the folder.
+
+    Raises:
+      UserError: no recording here, or a file of it is unreadable.
+    """
+    folder = Path(folder)
+    found = _recordings(folder)
+    if not found:
+        raise UserError(
+            "not a recording that we know",
+            field=str(folder),
+            mend=f"A recording holds .npz files of {', '.join(map(_name, FAMILIES))}; "
+            "docs/recording.md tells how to make one",
+        )
+    rows: list[Comparison] = []
+    with jax.default_matmul_precision("highest"):
+        for home, family in found:
+            rows += _replay_one(home, family, folder, progress)
+    return rows
+
+
+def table(comparisons: Iterable[Comparison]) -> str:
+    """The comparisons as text: a line per array, then a line per file, then the verdict."""
+    comparisons = list(comparisons)
+    wide = max([len(f"{row.file} {row.array}") for row in comparisons], default=0)
+    lines = [f"{'array':<{wide}}  abs error  rel error  tolerance  verdict"]
+    for row in comparisons:
+        numbers = " ".join(
+            f"{number:10.2e}" for number in (row.absolute, row.relative, row.tolerance)
+        )
+        verdict = f"{row.verdict} ({row.note})" if row.note else row.verdict
+        lines.append(f"{row.file + ' ' + row.array:<{wide}} {numbers}  {verdict}")
+    lines += ["", *_summaries(comparisons)]
+    missed = [row for row in comparisons if row.missed]
+    count = sum(row.verdict != UNUSED for row in comparisons)
+    verdict = f"{len(missed)} of {count} missed" if missed else f"all {count} within tolerance"
+    return "\n".join([*lines, verdict])
+
+
+def _summaries(comparisons: list[Comparison]) -> Iterable[str]:
+    """A line per file: arrays compared, and the one that comes nearest to its tolerance."""
+    for file in dict.fromkeys(row.file for row in comparisons):
+        rows = [row for row in comparisons if row.file == file]
+        good = [row for row in rows if row.verdict == PASS]
+        line = f"{file}: {len(good)} ok, {sum(row.missed for row in rows)} missed"
+        unused = sum(row.verdict == UNUSED for row in rows)
+        line += f", {unused} not compared" if unused else ""
+        near = max(
+            (r for r in good if r.tolerance), key=lambda r: r.absolute / r.tolerance, default=0
+        )
+        if near:
+            line += (
+                f"; largest error {max(row.absolute for row in good):.1e}; nearest to its "
+                f"tolerance {near.array}: {near.absolute:.1e} of {near.tolerance:.1e}"
+            )
+        yield line
+
+
+def _name(family: ModuleType) -> str:
+    return family.__name__.rpartition(".")[2]
+
+
+def _recordings(folder: Path) -> list[tuple[Path, ModuleType]]:
+    """(folder, family) of the recording here, or of those directly below."""
+    for homes in ([folder], sorted(path for path in folder.glob("*") if path.is_dir())):
+        found = [(home, f) for home in homes for f in FAMILIES if f.recognised(home)]
+        if found:
+            return found
+    return []
+
+
+def _replay_one(
+    home: Path, family: ModuleType, folder: Path, progress: Callable[[str], None]
+) -> list[Comparison]:
+    limits = tolerances.read(home, family.TOLERANCES)
+    steps, rows = family.steps(home), []
+    place = "" if home == folder else f"{home.name}/"
+    for path in sorted(home.glob("*.npz")):
+        if path.name not in steps:
+            progress(f"{place}{path.name}: not replayed, nothing here reads such a file")
+            continue
+        one = Replay(path, limits)
+        one.attempt(steps[path.name])
+        done = [_placed(row, place) for row in one.finish()]
+        rows += done
+        progress(f"{place}{path.name}: {len(done)} arrays, {sum(r.missed for r in done)} missed")
+    return rows
+
+
+def _placed(row: Comparison, place: str) -> Comparison:
+    return dataclasses.replace(row, file=place + row.file)

@@ -1,0 +1,55 @@
+"""Recorded filterbanks of waveforms, their normalisation and SpecAugment."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from xllm_jax.convert.verify.recording import Replay
+from xllm_jax.data import speech
+
+INTEGERS = 32768  # samples of the files are integers of 16 bits
+
+
+def filterbanks(replay: Replay) -> None:
+    """Every waveform, each step from the recorded result of the step before it."""
+    for name in replay.names("wave*"):
+        replay.attempt(_utterance, name.removeprefix("wave"))
+    replay.attempt(_corpus)
+
+
+def _utterance(replay: Replay, number: str) -> None:
+    wave = replay.input(f"wave{number}").astype(np.float32)
+    _features(replay, f"fbank{number}", wave)
+    _features(replay, f"fbank{number}_unit_scale", wave / INTEGERS)
+    recorded = replay.recorded(f"fbank{number}")
+    replay.compare(f"utt_cmvn{number}", speech.normalise(recorded))
+    if f"specaug{number}" in replay:
+        masks = replay.input(f"specaug{number}_mask")
+        normalised = replay.recorded(f"utt_cmvn{number}")
+        replay.compare(f"specaug{number}", speech.mask(normalised, masks))
+
+
+def _features(replay: Replay, name: str, wave: np.ndarray) -> None:
+    """The largest error, and the mean and the quantile that the recording limits too."""
+    if name not in replay:
+        return
+    found, recorded = speech.filterbank(wave), replay.recorded(name)
+    replay.compare(name, found)
+    if found.shape == recorded.shape:
+        error = np.abs(found - recorded)
+        limits = replay.tolerances.numbers("fbank")
+        if len(limits) > 1:
+            replay.check(name, float(error.mean()), limits[0], "mean error")
+            replay.check(name, float(np.quantile(error, 0.999)), limits[1], "99.9 % quantile")
+
+
+def _corpus(replay: Replay) -> None:
+    """Statistics of the corpus, which are of the utterances that were augmented."""
+    if "gcmvn_mean" not in replay:
+        return
+    names = [f"fbank{n.removeprefix('specaug')}" for n in replay.names("specaug?")]
+    mean, deviation = speech.corpus_statistics([replay.recorded(name) for name in names])
+    replay.compare("gcmvn_mean", mean)
+    replay.compare("gcmvn_std", deviation)
+    first = replay.recorded(names[0])
+    replay.compare("global_cmvn0", speech.normalise(first, mean, deviation))
