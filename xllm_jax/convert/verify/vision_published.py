@@ -1,0 +1,95 @@
+"""Recorded Hugging Face BLIP-2 folders, read by our other table."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from xllm_jax.convert import Drop, blip2, eva_vit, import_tree
+from xllm_jax.convert.files import open_checkpoint
+from xllm_jax.convert.verify.recording import Replay
+from xllm_jax.convert.verify.vision_model import (
+    Reference,
+    contrast_model,
+    images,
+    interface_model,
+    shapes_of,
+    vision_shapes,
+    vision_transformer,
+)
+from xllm_jax.models import layers
+from xllm_jax.models.vit import VisionTransformer
+from xllm_jax.objectives.contrast import similarities
+
+STAGE1, STAGE2 = "hf_blip2_itm_stage1", "hf_blip2_stage2"
+WORDS = "embeddings.word_embeddings.weight"
+ELSEWHERE = Drop(r"(?!vision_model\.).*|vision_model\.post_layernorm\..*", "of the interface")
+
+
+def folders(replay: Replay, reference: Reference) -> None:
+    """The second stage's folder, then the first's."""
+    replay.attempt(_second, reference)
+    replay.attempt(_first, reference)
+
+
+def _vision(reference: Reference, folder: str) -> tuple[VisionTransformer, dict, Mapping]:
+    """(vision encoder, its parameters, the opened folder)."""
+    source = open_checkpoint(Path(reference.weights / folder))
+    model = vision_transformer(reference.config)
+    table = eva_vit.hf_rows(model.depth, model.heads)
+    tree, _ = import_tree(table, source, vision_shapes(model), drop=[ELSEWHERE])
+    return model, tree, source
+
+
+def _second(replay: Replay, reference: Reference) -> None:
+    vision, tree, source = _vision(reference, STAGE2)
+    pixels = reference.other("cases_interfaces.npz").input("image_pixels")
+    run = jax.jit(lambda p, x: vision.apply({"params": p}, x, capture_intermediates=True))
+    (features, lengths), state = run(tree, images(pixels))
+    state = state["intermediates"]
+    replay.compare("stage2_vision_hidden_00", state["embeddings"]["__call__"][0])
+    for number in range(vision.depth):
+        value = state["layers"]["__call__"][0][0][number]
+        replay.compare(f"stage2_vision_hidden_{number + 1:02d}", value)
+    # Hugging Face gives the norm behind the encoder the encoder's epsilon.
+    model = interface_model(reference.config, norm_epsilon=vision.epsilon)
+    params, _ = blip2.interface(source, model, shapes_of(model))
+    run = jax.jit(functools.partial(model.apply, capture_intermediates=True))
+    (embeddings, _), state = run({"params": params}, features, lengths)
+    normed = state["intermediates"]["norm"]["__call__"][0]
+    replay.compare("stage2_vision_last_hidden_state", normed)
+    pooled = layers.LayerNorm(model.norm_epsilon).apply({"params": params["norm"]}, normed[:, 0])
+    replay.compare("stage2_vision_pooler_output", pooled)
+    states = state["intermediates"]["qformer"]["__call__"][0][0]
+    replay.compare("stage2_qformer_last_hidden_state", states)
+    replay.compare("stage2_language_projection", embeddings)
+
+
+def _first(replay: Replay, reference: Reference) -> None:
+    vision, tree, source = _vision(reference, STAGE1)
+    pairs = reference.other("cases_stage1.npz")
+    vocabulary = source[WORDS].shape[0]
+    model = contrast_model(reference.config, vocabulary, norm_epsilon=vision.epsilon)
+    params, _ = blip2.contrast(source, model, shapes_of(model))
+    ids, mask = pairs.input("text_input_ids"), pairs.input("text_attention_mask") > 0
+
+    @jax.jit
+    def run(tree: Any, params: Any, pixels: jax.Array):
+        variables = {"params": params | {"temperature": jnp.ones(())}}
+        features, _ = vision.apply({"params": tree}, images(pixels))
+        image = model.apply(variables, features, method="normalise")
+        _, units, _ = model.apply(variables, image, method="image")
+        _, text_units = model.apply(variables, ids, mask, method="text")
+        _, per_query = model.apply(variables, image, ids, mask, method="match")
+        return units, text_units[:, 0], per_query
+
+    units, text_units, per_query = run(tree, params, pairs.input("pixels"))
+    replay.compare("stage1_itc_image_embeds", units)
+    replay.compare("stage1_itc_text_embeds", text_units)
+    replay.compare("stage1_itc_logits_per_image", similarities(units, text_units, 1.0)[0])
+    replay.compare("stage1_itm_logits", per_query.mean(1))
