@@ -144,6 +144,21 @@ def test_a_recording_from_elsewhere(golden, tmp_path):
     assert {row.file for row in rows} == {"mine/cases_text.npz"} and not missed(rows)
     limits = {row.array: row.tolerance for row in rows}
     assert limits["first.logits"] == pytest.approx(2e-5 * np.abs(arrays["first.logits"]).max())
+    raise_weight(folder / "weights", "transformer.final_layernorm.weight")
+    found = missed(verify.replay(folder, quiet))
+    assert found == {"first.final_ln": MISS, "first.logits": MISS}  # where the mistake is, and on
+
+
+def raise_weight(folder, name):
+    """Moves the largest element of a published tensor by a tenth of itself."""
+    import torch
+
+    for shard in folder.glob("*.bin"):
+        state = torch.load(shard, weights_only=True)
+        if name in state:
+            flat = state[name].view(-1)
+            flat[flat.abs().argmax()] *= 1.1
+            torch.save(state, shard)
 
 
 def test_an_unknown_folder_is_refused(tmp_path):

@@ -8,6 +8,7 @@ wherever it lies; `chatglm`, `vision` and `speech` each replay one family.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
@@ -56,9 +57,8 @@ def table(comparisons: Iterable[Comparison]) -> str:
     wide = max([len(f"{row.file} {row.array}") for row in comparisons], default=0)
     lines = [f"{'array':<{wide}}  abs error  rel error  tolerance  verdict"]
     for row in comparisons:
-        numbers = " ".join(
-            f"{number:10.2e}" for number in (row.absolute, row.relative, row.tolerance)
-        )
+        values = (row.absolute, row.relative, row.tolerance)
+        numbers = " ".join(f"{'-' if math.isnan(x) else f'{x:.2e}':>10}" for x in values)
         verdict = f"{row.verdict} ({row.note})" if row.note else row.verdict
         lines.append(f"{row.file + ' ' + row.array:<{wide}} {numbers}  {verdict}")
     lines += ["", *_summaries(comparisons)]

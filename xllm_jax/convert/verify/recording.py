@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import json
+import math
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,7 @@ class Comparison:
 
     Attributes:
       file, array: where it is recorded.
-      absolute: largest absolute error.
+      absolute: largest absolute error; NaN, like the next two, where nothing was subtracted.
       relative: the same divided by the largest recorded value.
       tolerance: allowed absolute error at the element that comes nearest to it, or passes it most.
       verdict: 'ok', 'MISS', 'MISSING' (not in the file) or 'not compared' (nothing replays it).
@@ -33,9 +34,9 @@ class Comparison:
 
     file: str
     array: str
-    absolute: float = 0.0
-    relative: float = 0.0
-    tolerance: float = 0.0
+    absolute: float = math.nan
+    relative: float = math.nan
+    tolerance: float = math.nan
     verdict: str = PASS
     note: str = ""
 
@@ -69,7 +70,7 @@ class Replay:
     def __init__(self, path: Path, tolerances: Tolerances):
         self.path, self.tolerances = path, tolerances
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
                 self.arrays = {name: file[name] for name in file.files}
         except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
             raise UserError(
