@@ -75,6 +75,11 @@ def cut(arrays):
     arrays["out_ctx_zero"] = arrays["out_ctx_zero"][:, :-1]
 
 
+def as_text(name):
+    """The same values, but as text."""
+    return lambda arrays: arrays.update({name: arrays[name].astype(str)})
+
+
 def poison(arrays):
     arrays["out_ctx_zero"] = np.full_like(arrays["out_ctx_zero"], np.nan)
 
@@ -86,12 +91,24 @@ def poison(arrays):
         (raise_one("layer/fc1.weight"), dict.fromkeys(["out_ctx_masked", "out_no_ctx"], MISS)),
         (raise_one("out_no_ctx"), {"out_no_ctx": MISS}),
         (cut, {"out_ctx_zero": MISS}),
+        (as_text("out_ctx_zero"), {"out_ctx_zero": MISS}),
+        (as_text("layer/fc1.bias"), {"layer/fc1.bias": MISS}),
         (poison, {"out_ctx_zero": MISS}),
         (lambda arrays: arrays.pop("out_no_ctx"), {"out_no_ctx": MISSING}),
         (lambda arrays: arrays.pop("layer/fc1.weight"), {"layer/fc1.weight": MISSING}),
         (lambda arrays: arrays.pop("ctx_pad_mask"), {"ctx_pad_mask": MISSING}),
     ],
-    ids=["weight", "output", "shape", "nan", "no output", "no weight", "no input"],
+    ids=[
+        "weight",
+        "output",
+        "shape",
+        "text",
+        "text weight",
+        "nan",
+        "no output",
+        "no weight",
+        "no input",
+    ],
 )
 def test_what_is_wrong_is_named(golden, tmp_path, monkeypatch, capsys, change, expected):
     copy(golden, tmp_path, change)

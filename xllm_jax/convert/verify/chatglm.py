@@ -163,7 +163,8 @@ def _training(replay: Replay, reference: Reference) -> None:
         np.add.at(by_words, ids, np.asarray(by_x))
         table = chatglm.rows(model.depth, model.heads)
         named = export_tree(table, by_params | {"embedding": by_words})
-        norms = [np.linalg.norm(named[name]) for name in replay.input("train.param_names")]
+        order = replay.input("train.param_names", text=True)
+        norms = [np.linalg.norm(named[name]) for name in order]
         replay.compare("train.param_grad_norms", norms)
 
 

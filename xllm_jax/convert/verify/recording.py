@@ -17,6 +17,7 @@ from xllm_jax.convert.verify.tolerances import Tolerance, Tolerances, names_list
 from xllm_jax.core.errors import UserError
 
 PASS, MISS, MISSING, UNUSED = "ok", "MISS", "MISSING", "not compared"
+NUMBERS = "fiub"  # kinds of dtypes: floats, integers, booleans
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,10 +107,17 @@ class Replay:
             raise MissingArray(name)
         return self.arrays[name]
 
-    def input(self, name: str) -> np.ndarray:
-        """A recorded array that the replayed code is fed."""
+    def input(self, name: str, text: bool = False) -> np.ndarray:
+        """A recorded array that the replayed code is fed; of numbers, unless `text` is expected.
+
+        Raises:
+          MissingArray: the file does not hold it.
+          UserError: it holds something else than numbers.
+        """
         value = self.recorded(name)
         self._inputs.add(name)
+        if value.dtype.kind not in NUMBERS and not text:
+            raise UserError(f"of type {value.dtype}, not of numbers", field=name)
         return value
 
     def weights(self, prefix: str) -> dict[str, np.ndarray]:
@@ -139,7 +147,9 @@ class Replay:
             return
         value = np.asarray(value)
         recorded = self.arrays[name] if recorded is None else recorded
-        if value.shape != recorded.shape:
+        if recorded.dtype.kind not in NUMBERS:
+            self._add(name, MISS, f"of type {recorded.dtype}, not of numbers")
+        elif value.shape != recorded.shape:
             self._add(name, MISS, f"shape {value.shape}, recorded {recorded.shape}")
         elif recorded.dtype.kind == "f" and not exact:
             tolerance = self.tolerances.of(self.path.name, name, recorded)
