@@ -35,12 +35,12 @@ def get_config(size: str = "real") -> Stage:
         trainable=(r"(image|video|speech)_interface/adapter/.*",),
         objective="answer",
         optimizer=Optimizer(
-            schedule="cosine", peak=3e-4, minimum=1e-5, warmup_from=1e-5, warmup_steps=20, clip=1.0
+            schedule="cosine", peak=2e-3, minimum=1e-5, warmup_from=1e-5, warmup_steps=20, clip=1.0
         )
         if tiny
         else Optimizer(schedule="constant", peak=1e-6, accumulation=16),
         data=_tiny_data() if tiny else _data(),
-        steps=150 if tiny else 312,  # 10k instructions x 2 epochs / (2 x 16 x 2)
+        steps=300 if tiny else 312,  # 10k instructions x 2 epochs / (2 x 16 x 2)
         **networks.numerics(size),
     )
 
