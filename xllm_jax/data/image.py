@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from xllm_jax.core.errors import UserError
+from xllm_jax.data import files
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -58,7 +59,7 @@ def read(path: str | Path, most_pixels: int = MOST_PIXELS) -> Image.Image:
       UserError: the file is missing, not an image, damaged or larger than `most_pixels`.
     """
     try:
-        with Image.open(path) as picture:
+        with Image.open(files.source(path, "image")) as picture:
             if picture.width * picture.height > most_pixels:
                 raise UserError(
                     f"has {picture.width} x {picture.height} pixels, more than {most_pixels:,}",
@@ -67,8 +68,6 @@ def read(path: str | Path, most_pixels: int = MOST_PIXELS) -> Image.Image:
                 )
             picture.load()
             return _to_rgb(picture)
-    except FileNotFoundError as error:
-        raise UserError("no such image file", field=str(path), mend="Check data.root") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UserError("has too many pixels", field=str(path), mend="Shrink it") from error
     except (OSError, ValueError, SyntaxError, EOFError) as error:  # what Pillow's decoders raise

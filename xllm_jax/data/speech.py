@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from xllm_jax.core.errors import UserError
+from xllm_jax.data import files
 
 RATE = 16_000
 WINDOW, HOP, FFT = 400, 160, 512
@@ -58,10 +59,9 @@ def read(path: str | Path) -> np.ndarray:
     import soundfile
     import soxr
 
-    if not Path(path).is_file():
-        raise UserError("no such file", field=str(path), mend="Check the path and the data's root")
+    source = files.source(path)
     try:
-        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+        samples, rate = soundfile.read(source, dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, RuntimeError) as error:
         raise UserError(f"not a readable audio file ({error})", field=str(path)) from error
     if not samples.size:
@@ -90,10 +90,9 @@ def count_frames(path: str | Path) -> int:
     """
     import soundfile
 
-    if not Path(path).is_file():
-        raise UserError("no such file", field=str(path), mend="Check the path and the data's root")
+    source = files.source(path)
     try:
-        info = soundfile.info(path)
+        info = soundfile.info(source)
     except (soundfile.SoundFileError, RuntimeError) as error:
         raise UserError(f"not a readable audio file ({error})", field=str(path)) from error
     return frames_of(-(-info.frames * RATE // info.samplerate))

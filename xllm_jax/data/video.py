@@ -2,11 +2,13 @@
 
 Frames are spread evenly over the whole video; the repository's own rule, the first frames at one a
 second, is the option 'reference'. A frame is resized by its short side and cropped to the centre.
+A path that ends in '#t=12.5,30' is read as those seconds of the video alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,10 @@ import numpy as np
 from PIL import Image
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.data import image
+from xllm_jax.data import files, image
 
 REFERENCE_SECONDS = 60  # the repository reads at most this many seconds after the first frame
+END_SECONDS = 2.0  # annotated clips may start so much behind the last frame
 MOST_FRAMES = 200_000  # decoded at most; a damaged index cannot keep the reader busy for ever
 
 
@@ -40,6 +43,10 @@ def load(
     """
     wanted, size = options.get("frames", 5), options.get("size", 224)
     sampling = options.get("sampling", "uniform")
+    span = files.place(path).span
+    if span:
+        pictures = decode_times(path, span_times(*span, wanted, sampling))
+        return _stacked([image.normalise(centre(one, size)) for one in pictures], wanted, size)
     count, rate = describe(path)
     for _ in range(2):
         indices = choose(count, rate, wanted, sampling)
@@ -50,9 +57,12 @@ def load(
     else:
         raise UserError("frames are missing", field=str(path), mend="Encode it again")
     pixels = {number: image.normalise(centre(frame, size)) for number, frame in frames.items()}
-    chosen = [pixels[number] for number in indices]
-    chosen += [np.zeros((size, size, 3), np.float32)] * (wanted - len(chosen))
-    return np.stack(chosen)
+    return _stacked([pixels[number] for number in indices], wanted, size)
+
+
+def _stacked(chosen: list[np.ndarray], wanted: int, size: int) -> np.ndarray:
+    """Frames, and all-zero ones behind them until there are as many as wanted."""
+    return np.stack(chosen + [np.zeros((size, size, 3), np.float32)] * (wanted - len(chosen)))
 
 
 def choose(count: int, rate: float, wanted: int, sampling: str = "uniform") -> list[int]:
@@ -85,6 +95,50 @@ def reference_frames(count: int, rate: float) -> list[int]:
     """One frame a second from the first on, the rate cut to whole frames, for 60 seconds."""
     step = max(int(rate), 1)
     return list(range(0, min(count, REFERENCE_SECONDS * step + 1), step))
+
+
+def span_times(start: float, end: float, wanted: int, sampling: str = "uniform") -> list[float]:
+    """Seconds of the frames to read from a span of a video, by the rules of `choose`.
+
+    Raises:
+      UserError: unknown sampling, or an end that is not behind the start.
+    """
+    choose(1, 1.0, wanted, sampling)  # refuses an unknown sampling
+    length = end - start
+    if length <= 0:
+        raise UserError(f"a clip from {start} s to {end} s has no length")
+    if sampling == "uniform":
+        return [start + (2 * part + 1) * length / (2 * wanted) for part in range(wanted)]
+    return [start + second for second in range(min(wanted, REFERENCE_SECONDS + 1, ceil(length)))]
+
+
+def decode_times(path: str | Path, times: Sequence[float]) -> list[Image.Image]:
+    """The pictures shown at some times, read from the key frame before the first one on.
+
+    Args:
+      path: the video.
+      times: seconds from its start, in order.
+
+    Raises:
+      UserError: the file is damaged, has no frame, or ends before the first time.
+    """
+    shown, before, now = [], None, 0.0
+    with _opened(path) as container:
+        stream = _stream(container, path)
+        origin = (stream.start_time or 0) * stream.time_base
+        container.seek(int((times[0] + origin) / stream.time_base), stream=stream)
+        for _, frame in zip(range(MOST_FRAMES), container.decode(stream)):
+            now = float(frame.time or 0) - float(origin)
+            while before is not None and len(shown) < len(times) and times[len(shown)] < now:
+                shown.append(before.to_image())
+            before = frame
+            if len(shown) == len(times):
+                break
+        if before is None or times[0] > now + END_SECONDS:
+            what = f"has no frame at {times[0]:.1f} s"
+            raise UserError(what, field=str(path), mend="The clip lies beyond the video's end")
+        shown += [before.to_image()] * (len(times) - len(shown))
+    return shown
 
 
 def describe(path: str | Path) -> tuple[int, float]:
@@ -147,11 +201,10 @@ class _opened:
     def __enter__(self):
         import av
 
-        if not Path(self.path).exists():
-            raise UserError("no such video file", field=str(self.path), mend="Check data.root")
+        source = files.source(self.path, "video", spans=True)
         self.errors = (av.error.FFmpegError, ValueError, EOFError)
         try:
-            self.container = av.open(str(self.path))
+            self.container = av.open(source)
         except self.errors as error:
             raise self._told(error) from error
         return self.container

@@ -1,0 +1,124 @@
+"""Media paths: a file, a part of an archive, a span of time, or bytes that came with a row.
+
+    clips/v1.mp4                     a file
+    cc3m/00012.tar::1536:20480       20480 bytes of a file, from byte 1536 on
+    clips/v1.mp4#t=12.5,30           seconds 12.5 to 30 of a video (W3C media fragments)
+
+Every decoder opens its path by `source`, so that a new place for media is added here alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+import re
+
+from xllm_jax.core.errors import UserError
+
+PATH = re.compile(
+    r"(?P<file>.+?)(?:::(?P<offset>\d+):(?P<length>\d+))?"
+    r"(?:#t=(?P<start>\d+(?:\.\d+)?),(?P<end>\d+(?:\.\d+)?))?",
+    re.DOTALL,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """What a media path says.
+
+    Attributes:
+      file: the file itself.
+      part: (offset, length) in bytes, None for the whole file.
+      span: (start, end) in seconds, None for all of it.
+    """
+
+    file: str
+    part: tuple[int, int] | None = None
+    span: tuple[float, float] | None = None
+
+
+class Carried(str):
+    """The name of a medium whose bytes its row brought along, as in Arrow and ArrayRecord.
+
+    It is told in messages and lists like any other path, and `source` opens its `content`.
+    """
+
+    content: bytes
+
+    def __new__(cls, name: str, content: bytes) -> Carried:
+        made = super().__new__(cls, name)
+        made.content = content
+        return made
+
+    def __reduce__(self):
+        return Carried, (str(self), self.content)
+
+
+def part(file: str | os.PathLike, offset: int, length: int) -> str:
+    """The path of some bytes of a file."""
+    return f"{file}::{offset}:{length}"
+
+
+def span(path: str, start: float, end: float) -> str:
+    """The path of a span of a video, in seconds."""
+    return f"{path}#t={start:.3f},{end:.3f}"
+
+
+def place(path: str | os.PathLike) -> Place:
+    """Takes a media path apart."""
+    found = PATH.fullmatch(str(path))
+    if not found:
+        return Place(str(path))
+    bytes_, seconds = (found["offset"], found["length"]), (found["start"], found["end"])
+    return Place(
+        found["file"],
+        (int(bytes_[0]), int(bytes_[1])) if bytes_[0] else None,
+        (float(seconds[0]), float(seconds[1])) if seconds[0] else None,
+    )
+
+
+def source(path: str | os.PathLike, kind: str = "", spans: bool = False) -> str | io.BytesIO:
+    """What a decoder opens: the name of a whole file, or the bytes of a part.
+
+    Args:
+      path: in one of the forms above, or Carried.
+      kind: 'image', 'video' … for the message.
+      spans: the decoder knows how to cut spans of time.
+
+    Raises:
+      UserError: no such file, a part beyond its end, or a span for a decoder that cuts none.
+    """
+    if isinstance(path, Carried):
+        return io.BytesIO(path.content)
+    found = place(path)
+    if found.span and not spans:
+        raise UserError("only videos have spans of time", field=str(path))
+    if not os.path.isfile(found.file):
+        what = f"no such {kind} file" if kind else "no such file"
+        if os.path.isdir(found.file):
+            what += ": a folder cannot be read"
+        raise UserError(what, field=str(path), mend="Check the path and data.root")
+    return io.BytesIO(read(path)) if found.part else found.file
+
+
+def read(path: str | os.PathLike) -> bytes:
+    """The bytes of a medium, as they lie on disk.
+
+    Raises:
+      UserError: no such file, or a part beyond its end.
+    """
+    if isinstance(path, Carried):
+        return path.content
+    found = place(path)
+    offset, length = found.part or (0, -1)
+    try:
+        with open(found.file, "rb") as file:
+            file.seek(offset)
+            content = file.read(length)
+    except OSError as error:
+        raise UserError(f"cannot be read ({error.strerror})", field=str(path)) from error
+    if found.part and len(content) < length:
+        what = f"ends {length - len(content)} bytes before this part does"
+        raise UserError(what, field=str(path), mend="Download the archive again")
+    return content
