@@ -197,3 +197,15 @@ def not_empty(examples: list[Example], place: pathlib.Path | str, what: str) -> 
     if not examples:
         raise UserError(f"has no {what}", field=str(place), mend="Check the path and the split")
     return examples
+
+
+def captioned_image(key: str, path: str, caption: str, where: str) -> Example:
+    """One image and its one caption.
+
+    Raises:
+      UserError: the caption is empty.
+    """
+    said = caption.strip()
+    if not said:
+        raise UserError("has an empty caption", field=where)
+    return Example(key, (("image", path),), answer=said, task="caption", references=(said,))

@@ -1,0 +1,99 @@
+"""CC3M (Conceptual Captions): links and captions by Google, images that users download.
+
+    PATH/*.tar or PATH/train/*.tar             what img2dataset made of it (see webdataset.py), or
+    PATH/Train_GCC-training.tsv                caption, a tab, the link; for 'val'
+    PATH/Validation_GCC-1.1.0-Validation.tsv
+    PATH/training/, PATH/validation/           the images, called by their line, the first being 0:
+                                               12_3456.jpg, 12.jpg, 00000/000000012.jpg
+
+From ai.google.com/research/ConceptualCaptions; free for any purpose, the images belong to their
+sites. Many links are dead, so lines without an image are left out. The paper trains on Chinese
+translations: the option `captions`, a file with one line for each line of the TSV.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from xllm_jax.core.errors import UserError
+from xllm_jax.data.example import Example
+from xllm_jax.data.lazy import Lazy, Lines, Names, number
+from xllm_jax.data.sources import layout, webdataset
+
+FILES = {"train": "*GCC*raining*.tsv", "val": "*GCC*alidation*.tsv"}
+FOLDERS = {"train": "training", "val": "validation"}
+
+
+def examples(
+    path: str, split: str = "train", images: str = "", captions: str = ""
+) -> Sequence[Example]:
+    """Captioned images, in the order of the tars or of the lines.
+
+    Args:
+      path: folder of one of the layouts above.
+      split: 'train' or 'val'.
+      images: folder of the images, if it lies elsewhere.
+      captions: file of other captions, line by line those of the TSV.
+
+    Raises:
+      UserError: no such split, file or folder, no image of any line, captions that are more or
+        fewer than the lines; on access, a line without a tab or an empty caption.
+    """
+    if webdataset.has_tars(path, split):
+        return webdataset.examples(path, split)
+    if split not in FILES:
+        raise UserError(f"has no split {split!r}", field=path, mend="Choices: train, val")
+    root = pathlib.Path(path)
+    found = sorted(root.glob(FILES[split]))
+    lines = Lines(found[0] if found else root / FILES[split].replace("*", ""))
+    said = Lines(captions) if captions else lines
+    if len(said) != len(lines):
+        what = f"has {len(said)} lines for {len(lines)} in {lines.path}"
+        raise UserError(what, field=captions, mend="One caption for each line")
+
+    def caption(index: int) -> str:
+        first, mark, _ = said[index].partition("\t")
+        if not (mark or captions):
+            raise UserError("has no tab between caption and link", field=said.place(index))
+        return first
+
+    folders = [root / FOLDERS[split], root / "images", root / split]
+    folder = layout.first_folder([pathlib.Path(images)] if images else folders)
+    return downloaded(len(lines), caption, folder, range(len(lines)), number)
+
+
+def downloaded(
+    count: int,
+    caption: Callable[[int], str],
+    folder: pathlib.Path,
+    keys: Sequence[int | str],
+    key: Callable[[str], int | str | None],
+) -> Sequence[Example]:
+    """Rows of a list of links whose images are there; dead links are left out.
+
+    Args:
+      count: rows of the list.
+      caption: of a row; may raise UserError.
+      folder: the images.
+      keys: of every row.
+      key: from the name of an image to its key.
+
+    Raises:
+      UserError: no row has an image; on access, what `caption` raises, and an empty caption.
+    """
+    names = Names(folder, key)
+    places = names.find(keys)
+    rows = np.flatnonzero(places >= 0)
+
+    def example(index: int) -> Example:
+        row = int(rows[index])
+        where = f"{folder}: row {row}"
+        return layout.captioned_image(
+            f"{folder.name}-{row}", names.path(places[row]), caption(row), where
+        )
+
+    what = f"images of the {count} rows of the list"
+    return layout.not_empty(Lazy(len(rows), example), folder, what)

@@ -1,0 +1,73 @@
+"""SBU captions: a million links to Flickr with captions, images that users download.
+
+    PATH/*.tar or PATH/train/*.tar             what img2dataset made of it (see webdataset.py), or
+    PATH/sbu-captions-all.json                 {"image_urls": […], "captions": […]}, or
+    PATH/SBU_captioned_photo_dataset_urls.txt, SBU_captioned_photo_dataset_captions.txt
+    PATH/images/                               the images, called as the last part of their link:
+                                               4385058960_b0f291553e.jpg
+
+From www.cs.rice.edu/~vo9/sbucaptions; for research, the photographs keep their owners' licences.
+Rows without an image are left out. The paper trains on Chinese translations: the option `captions`,
+a file with one line for each row of the list.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+
+from xllm_jax.core.errors import UserError
+from xllm_jax.data.example import Example
+from xllm_jax.data.lazy import Lines
+from xllm_jax.data.sources import cc3m, layout, webdataset
+
+JSON = "sbu-captions-all.json"
+LINKS = "SBU_captioned_photo_dataset_urls.txt"
+TEXTS = "SBU_captioned_photo_dataset_captions.txt"
+
+
+def examples(
+    path: str, split: str = "train", images: str = "", captions: str = ""
+) -> Sequence[Example]:
+    """Captioned images, in the order of the tars or of the list.
+
+    Args:
+      path: folder of one of the layouts above.
+      split: 'train'; the set has no other, unless it was packed into tars.
+      images: folder of the images, if it lies elsewhere.
+      captions: file of other captions, line by line those of the list.
+
+    Raises:
+      UserError: no such split, file or folder, broken JSON, no image of any row, lists that are not
+        of one length; on access, an empty caption.
+    """
+    if webdataset.has_tars(path, split):
+        return webdataset.examples(path, split)
+    if split != "train":
+        raise UserError(f"has no split {split!r}", field=path, mend="Choices: train")
+    root = pathlib.Path(path)
+    links, said = _lists(root)
+    said = Lines(captions) if captions else said
+    if len(links) != len(said):
+        what = f"has {len(said)} captions for {len(links)} links"
+        raise UserError(what, field=captions or str(root), mend="One caption for each link")
+    names = [link.strip().rsplit("/", 1)[-1] for link in links]
+    folder = layout.first_folder([pathlib.Path(images)] if images else [root / "images", root])
+
+    def caption(index: int) -> str:
+        return said[index]
+
+    def key(name: str) -> str | None:
+        return name if name.lower().endswith(layout.IMAGES) else None
+
+    return cc3m.downloaded(len(names), caption, folder, names, key)
+
+
+def _lists(root: pathlib.Path) -> tuple[Sequence[str], Sequence[str]]:
+    if (root / LINKS).is_file():
+        return Lines(root / LINKS), Lines(root / TEXTS)
+    data = layout.read_json(root / JSON)
+    links, said = (
+        layout.get(data, name, list, str(root / JSON)) for name in ("image_urls", "captions")
+    )
+    return list(map(str, links)), list(map(str, said))

@@ -1,0 +1,135 @@
+"""Image captions in tar files (webdataset), as img2dataset writes them.
+
+    PATH/SPLIT/00000.tar, 00001.tar …    or PATH/*.tar for 'train'
+      000000000.jpg                      the image
+      000000000.txt                      its caption, or
+      000000000.json                     {"caption": …}
+
+Made by `img2dataset --url_list=… --url_col=url --caption_col=caption --output_format=webdataset`
+(github.com/rom1504/img2dataset, MIT) from lists of links; the images belong to their sites.
+The tars are not unpacked: their members' offsets are read once, kept in PATH/.index (when the
+folder can be written to) and every image is then read from its place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import tarfile
+from collections.abc import Sequence
+
+import numpy as np
+
+from xllm_jax.core.errors import UserError
+from xllm_jax.data import files
+from xllm_jax.data.example import Example
+from xllm_jax.data.lazy import Chain, Lazy
+from xllm_jax.data.sources import layout
+
+COLUMNS = 5  # image offset and length, caption offset and length, whether the caption is JSON
+
+
+def examples(path: str, split: str = "train") -> Sequence[Example]:
+    """Captioned images, tar by tar; samples without an image or a caption are left out.
+
+    Args:
+      path: folder of the layout above.
+      split: 'train', 'val' or 'test'.
+
+    Raises:
+      UserError: no tars, a damaged tar, no captioned image; on access, an empty or broken caption.
+    """
+    root = layout.split_folder(pathlib.Path(path), split)
+    tars = sorted(root.glob("*.tar"))
+    if not tars:
+        raise UserError("has no tar files", field=str(root), mend="Check the path and the split")
+    return layout.not_empty(Chain([_read(tar) for tar in tars]), root, "captioned images")
+
+
+def has_tars(path: str, split: str) -> bool:
+    """Whether a folder is of this layout."""
+    root = pathlib.Path(path)
+    inside = root / split if (root / split).is_dir() else root
+    return any(inside.glob("*.tar"))
+
+
+def index(tar: pathlib.Path) -> np.ndarray:
+    """Places of the captioned images of a tar: `[samples, COLUMNS]` int64, in the tar's order.
+
+    Raises:
+      UserError: the tar is damaged.
+    """
+    kept = tar.parent / ".index" / f"{tar.stem}.npy"
+    state = tar.stat()
+    stamp = [state.st_size, state.st_mtime_ns, 0, 0, 0]
+    if kept.is_file():
+        found = np.load(kept, allow_pickle=False)
+        if found.ndim == 2 and found[0].tolist() == stamp:
+            return found[1:]
+    found = _scan(tar)
+    try:
+        kept.parent.mkdir(exist_ok=True)
+        part = kept.with_name(f".{tar.stem}.{os.getpid()}.npy")
+        np.save(part, np.concatenate([[stamp], found]))
+        os.replace(part, kept)
+    except OSError:  # a folder that cannot be written to is scanned again the next time
+        pass
+    return found
+
+
+def _scan(tar: pathlib.Path) -> np.ndarray:
+    samples: dict[str, list[int]] = {}
+    size = tar.stat().st_size
+    try:
+        with tarfile.open(tar, "r:") as archive:
+            while (member := archive.next()) is not None:
+                archive.members = []  # otherwise it remembers every member
+                if member.offset_data + member.size > size:
+                    raise tarfile.ReadError(f"{member.name} is cut off")
+                if member.isfile():
+                    _note(samples, member)
+            archive.fileobj.seek(archive.offset)
+            if archive.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
+                raise tarfile.ReadError(f"no member at byte {archive.offset}")
+    except (tarfile.TarError, EOFError, OSError) as error:
+        mend = "Download it again, or take it away"
+        raise UserError(f"is a damaged tar ({error})", field=str(tar), mend=mend) from error
+    whole = [row for row in samples.values() if row[0] and row[2]]
+    return np.asarray(whole, np.int64).reshape(-1, COLUMNS)
+
+
+def _note(samples: dict[str, list[int]], member: tarfile.TarInfo) -> None:
+    """Takes down one member; its sample is what stands before the name's first dot."""
+    folder, name = os.path.split(member.name)
+    stem, _, suffix = name.partition(".")
+    row = samples.setdefault(os.path.join(folder, stem), [0] * COLUMNS)
+    place = [member.offset_data, member.size]
+    suffix = f".{suffix.lower()}"
+    if suffix in layout.IMAGES:
+        row[:2] = place
+    elif suffix == ".txt" or (suffix == ".json" and not row[2]):
+        row[2:] = [*place, int(suffix == ".json")]
+
+
+def _read(tar: pathlib.Path) -> Lazy:
+    places = index(tar)
+
+    def example(number: int) -> Example:
+        offset, length, text, size, is_json = places[number].tolist()
+        key = f"{tar.stem}/{number}"
+        where = f"{tar}: sample {number}"
+        caption = _caption(files.read(files.part(tar, text, size)), bool(is_json), where)
+        return layout.captioned_image(key, files.part(tar, offset, length), caption, where)
+
+    return Lazy(len(places), example)
+
+
+def _caption(content: bytes, is_json: bool, where: str) -> str:
+    try:
+        text = content.decode("utf-8")
+        return layout.get(json.loads(text), "caption", str, where) if is_json else text
+    except UnicodeDecodeError as error:
+        raise UserError(f"is not UTF-8 text ({error.reason})", field=where) from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"broken JSON: {error.msg}", field=where) from None
