@@ -7,11 +7,12 @@ import os
 import pathlib
 import unicodedata
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
 
+Examples = TypeVar("Examples", bound=Sequence[Example])
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 SOUNDS = (".wav", ".flac", ".ogg", ".mp3", ".opus")
 VIDEOS = (".mp4", ".webm", ".mkv", ".avi", ".mov")
@@ -188,13 +189,13 @@ def captioned(
     ]
 
 
-def not_empty(examples: list[Example], place: pathlib.Path | str, what: str) -> list[Example]:
+def not_empty(examples: Examples, place: pathlib.Path | str, what: str) -> Examples:
     """The examples, if there are any.
 
     Raises:
       UserError: there are none.
     """
-    if not examples:
+    if not len(examples):
         raise UserError(f"has no {what}", field=str(place), mend="Check the path and the split")
     return examples
 

@@ -1,0 +1,109 @@
+"""Flickr30k: 31,783 photographs with five captions each.
+
+    PATH/results_20130124.token      1000092795.jpg#0, a tab, the caption; or
+    PATH/results.csv                 image_name| comment_number| comment
+    PATH/flickr30k-images/           the images (also flickr30k_images, images)
+    PATH/dataset_flickr30k.json      Karpathy's splits {"images": [{"filename", "split"}]}; or
+    PATH/train.txt, val.txt, test.txt  a split's images, one a line, as Flickr30k Entities has them
+
+From shannon.cs.illinois.edu/DenotationGraph, on request; for non-commercial research, under
+Flickr's terms. Without a file of splits everything is 'train'. The option `captions` reads another
+file of the first form, such as a Chinese translation.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+
+from xllm_jax.core.errors import UserError
+from xllm_jax.data.example import Example
+from xllm_jax.data.lazy import Lazy, Lines
+from xllm_jax.data.sources import layout
+
+FOLDERS = ("flickr30k-images", "flickr30k_images", "images")
+
+
+def examples(
+    path: str,
+    split: str = "train",
+    images: str = "",
+    captions: str = "",
+    per_caption: bool | None = None,
+) -> Sequence[Example]:
+    """Captioned images, in the order of the captions file.
+
+    Args:
+      path: folder of the layout above.
+      split: 'train', 'val' or 'test'.
+      images: folder of the images, if it lies elsewhere.
+      captions: file of other captions.
+      per_caption: one example for each caption; default in training only.
+
+    Raises:
+      UserError: no such file, folder or split, broken lines; on access, an empty caption.
+    """
+    root = pathlib.Path(path)
+    said = _captions(root, captions)
+    places = [root / name for name in FOLDERS]
+    folder = layout.first_folder([pathlib.Path(images)] if images else places)
+    wanted = _split(root, split)
+    names = [name for name in said if wanted is None or name.rsplit(".", 1)[0] in wanted]
+    each = split == "train" if per_caption is None else per_caption
+    slots = [(name, i) for name in names for i in range(len(said[name]) if each else 1)]
+
+    def example(index: int) -> Example:
+        name, number = slots[index]
+        if not all(said[name]):
+            raise UserError("has an empty caption", field=name)
+        media = (("image", str(folder / name)),)
+        return layout.captioned(name, media, said[name], "caption", each)[number]
+
+    return layout.not_empty(Lazy(len(slots), example), root, f"captions for {split!r}")
+
+
+def _captions(root: pathlib.Path, captions: str) -> dict[str, list[str]]:
+    token, table = root / "results_20130124.token", root / "results.csv"
+    if captions or token.is_file() or not table.is_file():
+        lines = Lines(captions or token)
+        parts = [_token(lines[i], lines.place(i)) for i in range(len(lines))]
+    else:
+        lines = Lines(table)
+        parts = [_row(lines[i], lines.place(i)) for i in range(1, len(lines))]
+    found: dict[str, list[str]] = {}
+    for name, caption in parts:
+        found.setdefault(name, []).append(caption.strip())
+    return found
+
+
+def _token(line: str, where: str) -> tuple[str, str]:
+    name, tab, caption = line.partition("\t")
+    name, mark, _ = name.partition("#")
+    if not (tab and mark):
+        raise UserError("is not a name, #, a number, a tab and a caption", field=where)
+    return name, caption
+
+
+def _row(line: str, where: str) -> tuple[str, str]:
+    fields = line.split("|", 2)
+    if len(fields) < 2:
+        raise UserError("is not image_name| comment_number| comment", field=where)
+    # One row of the published table lacks its second bar: '4   A dog runs across the grass .'
+    caption = fields[2] if len(fields) == 3 else fields[1].strip().partition(" ")[2]
+    return fields[0].strip(), caption
+
+
+def _split(root: pathlib.Path, split: str) -> set[str] | None:
+    """Names, without suffix, of a split's images; None for all."""
+    listed, karpathy = root / f"{split}.txt", root / "dataset_flickr30k.json"
+    if listed.is_file():
+        return {name.strip().removesuffix(".jpg") for name in Lines(listed)}
+    if karpathy.is_file():
+        rows = layout.get(layout.read_json(karpathy), "images", list, str(karpathy))
+        where = f"{karpathy}: images"
+        chosen = [one for one in rows if layout.get(one, "split", str, where) == split]
+        return {layout.get(one, "filename", str, where).rsplit(".", 1)[0] for one in chosen}
+    if split != "train":
+        mend = f"Put dataset_flickr30k.json or {split}.txt there"
+        raise UserError(f"does not say which images are {split!r}", field=str(root), mend=mend)
+    return None

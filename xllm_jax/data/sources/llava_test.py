@@ -1,0 +1,74 @@
+"""LLaVA-test: 30 COCO photographs with three questions each, the paper's evaluation of chat.
+
+    PATH/qa90_questions.jsonl      {"question_id", "image": "000000441147.jpg", "text", "category"}
+    PATH/qa90_gpt4_answer.jsonl    {"question_id", "text"}: GPT-4's answers, the reference
+    PATH/images/                   the images, also as COCO_val2014_000000441147.jpg
+
+From github.com/haotian-liu/LLaVA (playground/data/coco2014_val_qa_eval; CC BY-NC 4.0), images from
+COCO val2014. Categories are 'conv', 'detail' and 'complex'. The paper asks in Chinese: the options
+`questions` and `answers` name other files of the form.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+
+from xllm_jax.core.errors import UserError
+from xllm_jax.data.example import Example
+from xllm_jax.data.lazy import Lazy, Rows
+from xllm_jax.data.sources import layout
+
+QUESTIONS, ANSWERS = "qa90_questions.jsonl", "qa90_gpt4_answer.jsonl"
+
+
+def examples(
+    path: str, split: str = "test", images: str = "", questions: str = "", answers: str = ""
+) -> Sequence[Example]:
+    """Questions about images, in the order of the file; tags are their categories.
+
+    Args:
+      path: folder of the layout above.
+      split: 'test'; the set has no other.
+      images: folder of the images, if it lies elsewhere.
+      questions: file of other questions.
+      answers: file of other answers. Without one, the answers are empty.
+
+    Raises:
+      UserError: no such split, file or folder, broken answers; on access, a broken question.
+    """
+    if split != "test":
+        raise UserError(f"has no split {split!r}", field=path, mend="It is for evaluation: test")
+    root = pathlib.Path(path)
+    asked = Rows(questions or root / QUESTIONS)
+    said = _answers(root, answers)
+    places = [root / "images", root / "val2014", root.parent / "coco" / "val2014", root]
+    folder = layout.first_folder([pathlib.Path(images)] if images else places)
+
+    def example(index: int) -> Example:
+        row, where = asked[index], asked.place(index)
+        number = layout.get(row, "question_id", (int, str), where)
+        name = layout.get(row, "image", str, where)
+        text = layout.get(row, "text", str, where).strip()
+        if not text:
+            raise UserError("asks nothing", field=where)
+        other = folder / f"COCO_val2014_{name}"
+        media = (("image", str(other if other.is_file() else folder / name)),)
+        answer = said.get(str(number), "")
+        tags = (str(row["category"]),) if row.get("category") else ()
+        return Example(str(number), media, text, answer, "dialogue", tags=tags)
+
+    return layout.not_empty(Lazy(len(asked), example), root, "questions")
+
+
+def _answers(root: pathlib.Path, answers: str) -> dict[str, str]:
+    file = pathlib.Path(answers) if answers else root / ANSWERS
+    if not answers and not file.is_file():
+        return {}
+    rows = Rows(file)
+    found = {}
+    for index in range(len(rows)):
+        row, where = rows[index], rows.place(index)
+        number = layout.get(row, "question_id", (int, str), where)
+        found[str(number)] = layout.get(row, "text", str, where).strip()
+    return found
