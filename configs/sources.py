@@ -15,7 +15,7 @@ WORLD = {
 SPEECH = {
     "aishell1": Source("aishell", "aishell1"),
     "aishell2": Source("aishell", "aishell2"),
-    "vsdial_cn": Source("visdial", "vsdial_cn", options={"kind": "asr"}),
+    "vsdial_cn": Source("vsdial_cn", "vsdial_cn", options={"kind": "asr"}),
 }
 
 MSRVTT = Source("msrvtt", "msrvtt")
@@ -23,19 +23,17 @@ MSRVTT = Source("msrvtt", "msrvtt")
 INSTRUCTIONS = {
     "minigpt4_zh": Source("instructions", "minigpt4_zh"),
     "aishell2": Source("aishell", "aishell2"),
-    "activitynet": Source("msrvtt", "activitynet"),
-    "vsdial_cn": Source("visdial", "vsdial_cn", options={"kind": "spoken"}),
+    "activitynet": Source("activitynet", "activitynet"),
+    "vsdial_cn": Source("vsdial_cn", "vsdial_cn", options={"kind": "spoken"}),
 }
 
 
 def image_text_pairs() -> dict[str, Source]:
     """The 14M pairs of stage 2: CC3M, COCO, Visual Genome, Flickr30k, SBU, AI-Caps and Wukong."""
-    coco_form = ("coco", "flickr30k", "ai_challenger")
-    folders = ("cc3m", "sbu", "wukong")
+    own = ("cc3m", "coco", "flickr30k", "sbu", "ai_challenger", "wukong")
     return {
-        **{name: Source("coco", name) for name in coco_form},
+        **{name: Source(name, name) for name in own},
         "visual_genome": Source("visual_genome", "visual_genome", options={"kind": "regions"}),
-        **{name: Source("captions_folder", name) for name in folders},
     }
 
 

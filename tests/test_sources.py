@@ -4,9 +4,12 @@ import json
 import pathlib
 import shutil
 
+import numpy as np
 import pytest
+import soundfile
 
 from xllm_jax.core.errors import UserError
+from xllm_jax.data import speech
 from xllm_jax.data.sources import (
     aishell,
     captions_folder,
@@ -93,6 +96,12 @@ def test_aishell_2(tmp_path):
     (found,) = aishell.examples(str(tmp_path))
     assert (found.key, found.answer) == ("IC1", "厨房用品")
     assert found.media == (("speech", str(tmp_path / "wav/C1/IC1.wav")),)
+    (tmp_path / "wav/C1").mkdir(parents=True)
+    soundfile.write(tmp_path / "wav/C1/IC1.wav", np.sin(np.arange(8000) / 9), 16000)
+    assert speech.load(found.media[0][1]).shape == (48, 80)
+    shutil.copytree(tmp_path, tmp_path / "dev", ignore=shutil.ignore_patterns("dev"))
+    (heard,) = aishell.examples(str(tmp_path), "val")
+    assert heard.media == (("speech", str(tmp_path / "dev/wav/C1/IC1.wav")),)
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -185,6 +194,14 @@ def test_instructions_of_other_publishers(tmp_path):
     assert first.media == (("image", f"{tmp_path}/1.jpg"), ("image", f"{tmp_path}/2.jpg"))
     assert (second.instruction, second.answer, second.task) == ("什么颜色？", "红色", "dialogue")
     assert second.history == ((first.instruction, "第一个"),)
+    lines = [json.dumps(record), "", json.dumps({**record, "id": "b"}, ensure_ascii=False)]
+    (tmp_path / "talks.jsonl").write_text("\n".join(lines), "utf-8")
+    assert [
+        e.key for e in instructions.examples(f"{tmp_path}/talks.jsonl")
+    ] == ["a-0", "a-1", "b-0", "b-1"]
+    (tmp_path / "val.jsonl").write_text(lines[0] + '\n{"id": ', "utf-8")
+    with pytest.raises(UserError, match=r"val\.jsonl: broken JSON at line 2"):
+        instructions.examples(str(tmp_path), "val")
     (tmp_path / "filter_cap.json").write_text(
         json.dumps({"annotations": [{"image_id": "7", "caption": "一只猫"}]}), "utf-8"
     )

@@ -1,5 +1,8 @@
 """AISHELL-1 and AISHELL-2: Mandarin utterances with transcripts.
 
+AISHELL-1 is on openslr.org/33 (Apache 2.0). AISHELL-2 is sent on application to aishelltech.com,
+for academic use.
+
 AISHELL-1 (PATH is data_aishell):
 
     PATH/wav/{train,dev,test}/SPEAKER/NAME.wav          or .flac
@@ -15,15 +18,17 @@ AISHELL-2 (PATH is iOS/data; 'val' and 'test' are PATH/dev and PATH/test with th
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Sequence
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
+from xllm_jax.data.lazy import Lazy
 from xllm_jax.data.sources import layout
 
 FOLDERS = {"val": "dev"}
 
 
-def examples(path: str, split: str = "train") -> list[Example]:
+def examples(path: str, split: str = "train") -> Sequence[Example]:
     """ASR examples of a split, sorted by name; utterances without transcript are left out.
 
     Args:
@@ -43,19 +48,16 @@ def examples(path: str, split: str = "train") -> list[Example]:
         sounds = layout.files([layout.first_folder([folder])], layout.SOUNDS)
     tagged = root / "tags.json"
     tags = layout.read_json(tagged) if tagged.is_file() else {}
-    found = [
-        Example(
-            name,
-            (("speech", sounds[name]),),
-            answer=texts[name],
-            task="asr",
-            references=(texts[name],),
-            transcript=texts[name],
-            tags=tuple(tags.get(name, ())),
-        )
-        for name in sorted(sounds.keys() & texts.keys())
-    ]
-    return layout.not_empty(found, root, f"utterances with a transcript for {split!r}")
+    names = sorted(sounds.keys() & texts.keys())
+
+    def example(index: int) -> Example:
+        name = names[index]
+        said, media = texts[name], (("speech", sounds[name]),)
+        known = tuple(tags.get(name, ()))
+        return Example(name, media, "", said, "asr", (), (said,), transcript=said, tags=known)
+
+    what = f"utterances with a transcript for {split!r}"
+    return layout.not_empty(Lazy(len(names), example), root, what)
 
 
 def _second(root: pathlib.Path, split: str) -> list[pathlib.Path]:

@@ -1,4 +1,4 @@
-"""A folder of captioned images: users' own, or sets that tools unpack this way (CC3M, SBU, Wukong).
+"""A folder of captioned images: users' own, or sets that tools unpack this way.
 
 Any one of these, looked for in this order in PATH/SPLIT, or in PATH for 'train':
 

@@ -1,10 +1,11 @@
-"""COCO captions (also Flickr30k and AI Challenger, where they are kept in COCO's form).
+"""COCO captions, and other sets that are kept in COCO's form.
 
     PATH/annotations/captions_SPLIT*.json     {"images": [{"id", "file_name"}, …],
                                                "annotations": [{"image_id", "caption"}, …]}
     PATH/SPLIT*/ or PATH/images/SPLIT*/       the images, called as the captions file is: train2014/
 
-Our own worlds add "tags" to annotations.
+From cocodataset.org; annotations CC BY 4.0, images under Flickr's terms. Our own worlds add "tags"
+to annotations.
 """
 
 from __future__ import annotations

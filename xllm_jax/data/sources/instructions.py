@@ -1,6 +1,6 @@
 """Instruction conversations for stage 3: LLaVA's form, and MiniGPT-4's captions.
 
-    PATH/SPLIT.json (or PATH is the file)
+    PATH/SPLIT.json, or PATH/SPLIT.jsonl with one of these a line (or PATH is the file)
       [{"id", "image": file, "video": file, "speech": file, "conversations":
         [{"from": "human", "value": "<image>\\n…"}, {"from": "gpt", "value": "…"}, …]}, …]
 
@@ -11,6 +11,9 @@ has the first one, or to the option `media`.
 
     PATH/filter_cap.json     MiniGPT-4: {"annotations": [{"image_id", "caption"}, …]}
     PATH/image/              its images, IMAGE_ID.jpg
+
+MiniGPT-4's second-stage set (cc_sbu_align) is linked by github.com/Vision-CAIR/MiniGPT-4, for
+research; the paper translates its captions into Chinese in the same file.
 """
 
 from __future__ import annotations
@@ -42,8 +45,10 @@ def examples(path: str, split: str = "train", media: str = "") -> list[Example]:
     captions = root / "filter_cap.json"
     if split == "train" and captions.is_file():
         return _captions(captions)
-    file = root if root.is_file() else root / f"{split}.json"
-    data = layout.rows(layout.read_json(file), str(file))
+    names = [root, root / f"{split}.json", root / f"{split}.jsonl"]
+    file = next((name for name in names if name.is_file()), names[1])
+    lined = file.suffix == ".jsonl"
+    data = layout.read_json_lines(file) if lined else layout.rows(layout.read_json(file), str(file))
     folder = pathlib.Path(media) if media else _folder(data, file)
     found: list[Example] = []
     for index, record in enumerate(data):

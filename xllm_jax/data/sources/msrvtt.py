@@ -1,10 +1,12 @@
-"""MSR-VTT: videos with sentences (also ActivityNet captions, where they are kept in this form).
+"""MSR-VTT: 10 thousand web videos with 20 sentences each.
 
     PATH/*videodatainfo.json            {"videos": [{"video_id", "split"}, …],
                                          "sentences": [{"video_id", "caption"}, …]}
     PATH/TrainValVideo/, TestVideo/     the videos, VIDEO_ID.mp4 (or any folder below PATH)
 
-Splits are called train, validate and test in the files. Our own worlds add "tags" to videos.
+By Microsoft Research, for research; mirrored by github.com/ArrowLuo/CLIP4Clip, which the reference
+repository links. Splits are called train, validate and test in the files. Our own worlds add "tags"
+to videos.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@
                                      "dialogs": [{"image_id", "caption", "dialog":
                                        [{"question": number, "answer": number, "speech": file}]}]}}
 
+From visualdialog.org; CC BY 4.0, images from COCO and Flickr.
 "speech", a path relative to PATH, is there in spoken sets only, and may be missing in some rounds.
 Images are found by the number at the end of their names (COCO_train2014_000000000123.jpg) in
 PATH/images, PATH/SPLIT*, PATH/VisualDialog_SPLIT*, or a COCO folder beside PATH. Our own worlds add

@@ -4,6 +4,7 @@
     PATH/question_answers.json        [{"id", "qas": [{"image_id", "qa_id", "question", "answer"}]}]
     PATH/VG_100K/, PATH/VG_100K_2/    the images, IMAGE_ID.jpg (or PATH/images/)
 
+From homes.cs.washington.edu/~ranjay/visualgenome (visualgenome.org); CC BY 4.0.
 The published set has no splits: all of it is 'train'. PATH/val and PATH/test with the same layout
 are read for those splits, and PATH/train, if there, for training. Our own worlds add "tags".
 """
