@@ -196,9 +196,12 @@ def test_instructions_of_other_publishers(tmp_path):
     assert second.history == ((first.instruction, "第一个"),)
     lines = [json.dumps(record), "", json.dumps({**record, "id": "b"}, ensure_ascii=False)]
     (tmp_path / "talks.jsonl").write_text("\n".join(lines), "utf-8")
-    assert [
-        e.key for e in instructions.examples(f"{tmp_path}/talks.jsonl")
-    ] == ["a-0", "a-1", "b-0", "b-1"]
+    assert [e.key for e in instructions.examples(f"{tmp_path}/talks.jsonl")] == [
+        "a-0",
+        "a-1",
+        "b-0",
+        "b-1",
+    ]
     (tmp_path / "val.jsonl").write_text(lines[0] + '\n{"id": ', "utf-8")
     with pytest.raises(UserError, match=r"val\.jsonl: broken JSON at line 2"):
         instructions.examples(str(tmp_path), "val")

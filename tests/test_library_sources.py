@@ -1,0 +1,254 @@
+"""Data sets of TFDS and Hugging Face: rows with named columns, media still encoded."""
+
+import io
+import json
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+import soundfile
+import tensorflow_datasets
+from array_record.python.array_record_module import ArrayRecordWriter
+from PIL import Image
+from tensorflow_datasets.proto import tf_example_pb2
+
+from xllm_jax.core.errors import UserError
+from xllm_jax.data import columns, image, speech
+from xllm_jax.data.sources import hugging_face, tfds
+
+
+def picture(shade):
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (shade,) * 3).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def sound():
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.sin(np.arange(8000) / 9), 16000, format="FLAC")
+    return buffer.getvalue()
+
+
+def grey(example):
+    return round(np.asarray(image.read(example.media[0][1])).mean())
+
+
+SHARD = "tiny_set-train.array_record-00000-of-00001"
+FORM = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A TFDS data set of three rows, written without TensorFlow."""
+    root = tmp_path_factory.mktemp("tfds")
+    folder = root / "tiny_set" / "1.0.0"
+    folder.mkdir(parents=True)
+    features = tensorflow_datasets.features
+    features.FeaturesDict(
+        {
+            "image": features.Image(shape=(None, None, 3)),
+            "captions": features.Sequence({"text": features.Text()}),
+            "audio": features.Tensor(shape=(None,), dtype=np.int64),
+            "title": features.Text(),
+        }
+    ).save_config(folder)
+    writer = ArrayRecordWriter(str(folder / SHARD), "group_size:1")
+    samples = (8000 * np.sin(np.arange(8000) / 9)).astype(int)
+    for number in range(3):
+        row = tf_example_pb2.Example()
+        row.features.feature["image"].bytes_list.value.append(picture(40 * number))
+        texts = [f"第{number}只猫".encode(), b"two"]
+        row.features.feature["captions/text"].bytes_list.value.extend(texts)
+        row.features.feature["audio"].int64_list.value.extend(samples)
+        row.features.feature["title"].bytes_list.value.append(b"" if number else b"\xe7\x8c\xab")
+        writer.write(row.SerializeToString())
+    writer.close()
+    split = {"name": "train", "shardLengths": ["3"], "numBytes": "9", "filepathTemplate": FORM}
+    about = {"name": "tiny_set", "version": "1.0.0", "fileFormat": "array_record"}
+    (folder / "dataset_info.json").write_text(json.dumps({**about, "splits": [split]}))
+    return root
+
+
+def test_tfds_images(prepared):
+    for path, name in ((prepared, "tiny_set"), (prepared / "tiny_set/1.0.0", "")):
+        found = tfds.examples(str(path), name=name, image="image", answer="captions.text")
+        assert [grey(example) for example in found] == [0, 40, 80]
+        assert found[2].references == ("第2只猫", "two") and found[2].answer == "第2只猫"
+        assert found[1].media[0][1] == "tiny_set/1.0.0/train[1].image"
+        assert {example.task for example in found} == {"caption"}
+    assert len(tfds.examples(str(prepared), "train[1:]", name="tiny_set", answer="title")) == 2
+
+
+def test_tfds_sound_and_empty_text(prepared):
+    found = tfds.examples(str(prepared), name="tiny_set", speech="audio", answer="title")
+    assert (found[0].answer, found[0].transcript, found[0].task) == ("猫", "猫", "asr")
+    assert speech.load(found[0].media[0][1]).shape == (48, 80)
+    with pytest.raises(UserError, match=r"train\[1\]\.title: is empty"):
+        found[1]
+
+
+def test_tfds_mistakes(prepared, tmp_path):
+    wrong = {
+        "no data set 'nothing_like_it'": {"name": "nothing_like_it"},
+        "has no split 'val'.*train": {"name": "tiny_set", "split": "val"},
+        "no column 'picture'.*captions, image": {"name": "tiny_set", "image": "picture"},
+        "Name the data set by the option": {},
+    }
+    for message, options in wrong.items():
+        with pytest.raises(UserError, match=message):
+            tfds.examples(str(prepared), **options)
+    with pytest.raises(UserError, match=r"is not prepared.*tfds build mnist"):
+        tfds.examples(str(tmp_path), name="mnist")
+
+
+def test_tfds_features_that_need_tensorflow(prepared, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow", None)  # as where it is not installed
+    known = json.loads((prepared / "tiny_set/1.0.0/features.json").read_text())
+    kind = "tensorflow_datasets.core.features.audio_feature.Audio"
+    sampled = {"sampleRate": "16000", "dtype": "int64", "encoding": "none", "shape": {}}
+    known["featuresDict"]["features"]["audio"] = {"pythonClassName": kind, "audio": sampled}
+    (tmp_path / "features.json").write_text(json.dumps(known))
+    about = (prepared / "tiny_set/1.0.0/dataset_info.json").read_text()
+    (tmp_path / "dataset_info.json").write_text(about)
+    with pytest.raises(UserError, match="reads with TensorFlow alone"):
+        tfds.examples(str(tmp_path), speech="audio")
+
+
+def test_tfds_reads_without_tensorflow(prepared):
+    code = (
+        "import sys; from xllm_jax.data.sources import tfds\n"
+        f"rows = tfds.examples({str(prepared)!r}, name='tiny_set', image='image', answer='title')\n"
+        "assert rows[0].media and not {'tensorflow', 'torch', 'jax'} & set(sys.modules), 'imported'"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
+class Feature:
+    """A feature of the stand-in, which would decode unless it is told not to."""
+
+    def __init__(self, decode=True):
+        self.decode = decode
+
+
+class Audio(Feature):
+    pass
+
+
+class Picture(Feature):
+    pass
+
+
+Picture.__name__ = "Image"
+
+
+class Rows:
+    """What the reader uses of a `datasets.Dataset`; fails when a medium would be decoded."""
+
+    def __init__(self, rows, features):
+        self._rows, self.features = rows, features
+        self.column_names = list(features)
+
+    def cast_column(self, name, feature):
+        return Rows(self._rows, {**self.features, name: feature})
+
+    def select_columns(self, names):
+        return Rows(self._rows, {name: self.features[name] for name in names})
+
+    def __len__(self):
+        return len(self._rows)
+
+    def __getitem__(self, index):
+        for name, feature in self.features.items():
+            assert not getattr(feature, "decode", False), f"{name} is decoded"
+        return {name: self._rows[index][name] for name in self.features}
+
+
+@pytest.fixture
+def library(monkeypatch, tmp_path):
+    """The package `datasets`, of which the reader's calls are kept in `asked`."""
+    rows = [
+        {"image": {"bytes": picture(20), "path": "x"}, "audio": {"bytes": sound(), "path": None}},
+        {"image": {"bytes": None, "path": str(tmp_path / "b.png")}, "audio": None},
+    ]
+    for row, text in zip(rows, ("猫", ["狗", "犬"])):
+        row |= {"caption": text, "question": "这是什么？"}
+    whole = Rows(rows, {"image": Picture(), "audio": Audio(), "caption": None, "question": None})
+    module = types.ModuleType("datasets")
+    module.Image, module.Audio, module.asked = Picture, Audio, []
+
+    def load_dataset(name, config, cache_dir):
+        module.asked.append((name, config, cache_dir))
+        if name == "no/such":
+            raise FileNotFoundError("no/such\nis not on the hub")
+        return {"train": whole, "validation": whole}
+
+    def load_from_disk(path):
+        module.asked.append(path)
+        return whole
+
+    module.load_dataset, module.load_from_disk = load_dataset, load_from_disk
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    (tmp_path / "b.png").write_bytes(picture(70))
+    return module
+
+
+def test_hugging_face_by_name(library, tmp_path):
+    found = hugging_face.examples(
+        str(tmp_path), "val", name="a/b", config="zh", image="image", answer="caption"
+    )
+    assert library.asked == [("a/b", "zh", str(tmp_path))]
+    assert [grey(example) for example in found] == [20, 70]
+    assert [example.references for example in found] == [("猫",), ("狗", "犬")]
+    assert found[0].media[0][1] == "a/b/val[0].image"
+    asked = hugging_face.examples(
+        str(tmp_path), name="a/b", image="image", question="question", answer="caption"
+    )
+    assert (asked[0].instruction, asked[0].task) == ("这是什么？", "vqa")
+
+
+def test_hugging_face_on_disk(library, tmp_path):
+    (tmp_path / "dataset_info.json").write_text("{}")
+    found = hugging_face.examples(str(tmp_path), speech="audio", answer="caption")
+    assert library.asked == [str(tmp_path)]
+    assert speech.load(found[0].media[0][1]).shape == (48, 80)
+    assert (found[0].transcript, found[0].task) == ("猫", "asr")
+    with pytest.raises(UserError, match=r"\[1\]\.audio: is neither bytes nor a path"):
+        found[1]
+    with pytest.raises(UserError, match="has no splits, so no 'val'"):
+        hugging_face.examples(str(tmp_path), "val", answer="caption")
+
+
+def test_hugging_face_mistakes(library, tmp_path):
+    wrong = {
+        "no/such is not on the hub": {"name": "no/such"},
+        "no split 'test'.*train, validation": {"name": "a/b", "split": "test"},
+        "no column 'text'.*caption": {"name": "a/b", "answer": "text"},
+    }
+    for message, options in wrong.items():
+        with pytest.raises(UserError, match=message):
+            hugging_face.examples(str(tmp_path), **options)
+    with pytest.raises(UserError, match="no such folder"):
+        hugging_face.examples(str(tmp_path / "none"), answer="caption")
+
+
+def test_hugging_face_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"pip install datasets"):
+        hugging_face.examples(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"image": b"", "text": "a"}, r"row\.image: is neither bytes nor a path"),
+        ({"image": b"x", "text": b"\xff"}, "not UTF-8"),
+        ({"image": b"x", "text": 3}, "is int, not a text"),
+        ({"image": b"x", "text": []}, r"row\.text: has no text"),
+        ({"text": "a"}, r"row\.image: missing value"),
+    ],
+)
+def test_broken_rows(row, message):
+    with pytest.raises(UserError, match=message):
+        columns.example(row, columns.Columns(image="image", answer="text"), "0", "row", 0)

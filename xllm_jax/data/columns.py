@@ -1,0 +1,145 @@
+"""Rows with named columns, as data set libraries give them, become Examples.
+
+Media stay encoded: what a row carries as bytes is carried on, what it names is left a path.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from xllm_jax.core.errors import UserError
+from xllm_jax.data.example import Example
+from xllm_jax.data.files import Carried
+
+MODALITIES = ("image", "video", "speech")
+TASKS = {"image": ("caption", "vqa"), "video": ("video_caption", "vqa"), "": ("text", "text")}
+TASKS["speech"] = ("asr", "spoken_vqa")
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """Which column is what; '' is none, and 'captions.text' looks into a column.
+
+    Attributes:
+      image, video, speech: media, or lists of them.
+      answer: the text to be learnt; of a list the first, and all are references.
+      question: the instruction.
+      transcript: what the speech says; the answer, where speech has no question.
+      task: of the examples; '' for what the columns suggest.
+    """
+
+    image: str = ""
+    video: str = ""
+    speech: str = ""
+    answer: str = ""
+    question: str = ""
+    transcript: str = ""
+    task: str = ""
+
+    def media(self) -> dict[str, str]:
+        """{modality: column} of those that there are."""
+        columns = {name: getattr(self, name) for name in MODALITIES}
+        return {name: column for name, column in columns.items() if column}
+
+    def check(self, known: Mapping[str, Any] | list[str], where: str) -> None:
+        """Looks whether the columns are there.
+
+        Raises:
+          UserError: one is not; tells which are.
+        """
+        for name in (*self.media().values(), self.answer, self.question, self.transcript):
+            if name.partition(".")[0] not in ("", *known):
+                found = ", ".join(sorted(map(str, known)))
+                raise UserError(f"no column {name!r}", field=where, mend=f"Columns: {found}")
+
+
+def example(row: Mapping[str, Any], columns: Columns, key: str, where: str, rate: int) -> Example:
+    """One row.
+
+    Args:
+      row: {column: value}; media as bytes, {'bytes', 'path'}, a path, or samples of sound.
+      columns: what they are.
+      key: of the example.
+      where: place for messages; media are called after it.
+      rate: samples a second of sound that is no file.
+
+    Raises:
+      UserError: a medium or a text that is missing or of another kind.
+    """
+    media = tuple(
+        (modality, _medium(one, f"{where}.{column}", rate))
+        for modality, column in columns.media().items()
+        for one in _several(_value(row, column, where))
+    )
+    said = tuple(_text(one, where, columns.answer) for one in _texts(row, columns.answer, where))
+    question = "".join(_text(one, where) for one in _texts(row, columns.question, where)[:1])
+    heard = "".join(_text(one, where) for one in _texts(row, columns.transcript, where)[:1])
+    if columns.answer and not said:
+        raise UserError("has no text", field=f"{where}.{columns.answer}")
+    modality = next(reversed(columns.media()), "")
+    task = columns.task or TASKS[modality][bool(question)]
+    if columns.speech and not columns.transcript and task == "asr":
+        heard = said[0] if said else ""
+    answer = said[0] if said else ""
+    return Example(key, media, question, answer, task, references=said, transcript=heard)
+
+
+def _value(row: Mapping[str, Any], column: str, where: str) -> Any:
+    value: Any = row
+    for name in column.split("."):
+        if not isinstance(value, Mapping) or name not in value:
+            raise UserError("missing value", field=f"{where}.{column}")
+        value = value[name]
+    return value
+
+
+def _several(value: Any) -> list:
+    numbers = isinstance(value, np.ndarray) and value.dtype.kind in "iuf"
+    many = isinstance(value, (list, tuple, np.ndarray)) and not numbers
+    return list(value) if many else [value]
+
+
+def _texts(row: Mapping[str, Any], column: str, where: str) -> list:
+    return _several(_value(row, column, where)) if column else []
+
+
+def _text(value: Any, where: str, column: str = "") -> str:
+    try:
+        found = value.decode("utf-8") if isinstance(value, bytes) else value
+    except UnicodeDecodeError as error:
+        raise UserError(f"is not UTF-8 text ({error.reason})", field=where) from None
+    if not isinstance(found, str):
+        raise UserError(f"is {type(found).__name__}, not a text", field=f"{where}.{column}")
+    if column and not found.strip():
+        raise UserError("is empty", field=f"{where}.{column}")
+    return found.strip()
+
+
+def _medium(value: Any, where: str, rate: int) -> str:
+    if isinstance(value, Mapping):
+        content, path = value.get("bytes"), value.get("path")
+        value = content if content is not None else path
+    if isinstance(value, bytes) and value:
+        return Carried(where, value)
+    if isinstance(value, (str, os.PathLike)) and str(value):
+        return str(value)
+    if isinstance(value, np.ndarray) and value.ndim == 1 and value.dtype.kind in "if" and rate:
+        return Carried(where, _wave(value, rate))
+    raise UserError("is neither bytes nor a path", field=where)
+
+
+def _wave(samples: np.ndarray, rate: int) -> bytes:
+    """Samples, whole numbers on the 16-bit scale or others within one, as the bytes of a WAV."""
+    import soundfile
+
+    if samples.dtype.kind == "i":
+        samples = np.clip(samples, -32768, 32767).astype(np.int16)
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, rate, format="WAV")
+    return buffer.getvalue()

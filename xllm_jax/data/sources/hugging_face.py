@@ -1,0 +1,103 @@
+"""A data set of the Hugging Face hub, or one that `save_to_disk` wrote.
+
+    PATH     a folder of `save_to_disk`; or one of `load_dataset` (parquet, webdataset …); or, with
+             the option `name`, the folder that a data set of the hub is kept in
+      options={"image": "image", "answer": "caption"}     which column is what
+
+Needs `pip install datasets`; nothing else here does. Sets of the hub (huggingface.co/datasets)
+state their licences on their pages. Media stay as they are stored until they are used.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from xllm_jax.core.errors import UserError
+from xllm_jax.data import columns
+from xllm_jax.data.example import Example
+from xllm_jax.data.lazy import Lazy
+from xllm_jax.data.sources import layout
+
+SPLITS = {"val": "validation"}
+UNDECODED = ("Image", "Audio", "Video")  # features that would decode a medium on access
+
+
+def examples(
+    path: str,
+    split: str = "train",
+    name: str = "",
+    config: str = "",
+    image: str = "",
+    video: str = "",
+    speech: str = "",
+    answer: str = "",
+    question: str = "",
+    transcript: str = "",
+    task: str = "",
+) -> Sequence[Example]:
+    """Rows of a split, in order, read from Arrow files when they are asked for.
+
+    Args:
+      path: as above.
+      split: 'train', 'val' (the hub's 'validation', where there is no 'val') or 'test'.
+      name: of a data set of the hub, such as 'nlphuji/flickr30k'; PATH is its cache.
+      config: of the data set, where it has several.
+      image, video, speech, answer, question, transcript, task: see `data/columns.py`.
+
+    Raises:
+      UserError: `datasets` is not installed, no such data set, split or column; on access, a
+        medium or text that is missing.
+    """
+    wanted = columns.Columns(image, video, speech, answer, question, transcript, task)
+    library = _library()
+    rows = _split(_open(library, path, name, config), split, name or path)
+    wanted.check(rows.column_names, name or path)
+    for column, feature in dict(rows.features).items():
+        if type(feature).__name__ in UNDECODED:
+            rows = rows.cast_column(column, getattr(library, type(feature).__name__)(decode=False))
+    used = {*wanted.media().values(), answer, question, transcript} - {""}
+    rows = rows.select_columns(sorted({column.partition(".")[0] for column in used}))
+    where = f"{name or os.path.basename(path)}/{split}"
+
+    def example(index: int) -> Example:
+        key = f"{split}-{index}"
+        return columns.example(rows[index], wanted, key, f"{where}[{index}]", 0)
+
+    return layout.not_empty(Lazy(len(rows), example), name or path, f"rows in {split!r}")
+
+
+def _library() -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        what = "the package `datasets` is missing"
+        raise UserError(what, field="reader hugging_face", mend="pip install datasets") from error
+    return datasets
+
+
+def _open(library: Any, path: str, name: str, config: str) -> Any:
+    saved = ("dataset_info.json", "dataset_dict.json")
+    try:
+        if not name and any((pathlib.Path(path) / file).is_file() for file in saved):
+            return library.load_from_disk(path)
+        if not name and not os.path.isdir(path):
+            mend = "Check the path, or name a data set of the hub by the option 'name'"
+            raise UserError("no such folder", field=path, mend=mend)
+        return library.load_dataset(name or path, config or None, cache_dir=path if name else None)
+    except (OSError, ValueError) as error:  # what the library raises for unknown and broken sets
+        told = " ".join(str(error).split())[:200]
+        raise UserError(f"cannot be opened ({told})", field=name or path) from error
+
+
+def _split(opened: Any, split: str, where: str) -> Any:
+    if hasattr(opened, "column_names") and isinstance(opened.column_names, list):
+        if split != "train":
+            raise UserError(f"has no splits, so no {split!r}", field=where, mend="Use 'train'")
+        return opened
+    for name in (split, SPLITS.get(split, split)):
+        if name in opened:
+            return opened[name]
+    raise UserError(f"has no split {split!r}", field=where, mend=f"Splits: {', '.join(opened)}")

@@ -1,0 +1,100 @@
+"""A data set of TensorFlow Datasets, or of any TFDS builder, kept as ArrayRecord.
+
+    PATH/NAME[/CONFIG]/VERSION/     as `tfds build NAME --data_dir=PATH --file_format=array_record`
+                                    writes it, with the option `name`; or PATH is that folder
+      options={"name": "coco_captions", "image": "image", "answer": "captions.text"}
+
+Reading needs no TensorFlow (writing does, and so do TFDS's own Audio and Video features). The
+catalogue, www.tensorflow.org/datasets, states each set's licence. Images stay as they are stored
+until they are used.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from xllm_jax.core.errors import UserError
+from xllm_jax.data import columns
+from xllm_jax.data.example import Example
+from xllm_jax.data.lazy import Lazy
+from xllm_jax.data.sources import layout
+
+SPLITS = {"val": "validation"}
+
+
+def examples(
+    path: str,
+    split: str = "train",
+    name: str = "",
+    image: str = "",
+    video: str = "",
+    speech: str = "",
+    answer: str = "",
+    question: str = "",
+    transcript: str = "",
+    task: str = "",
+    rate: int = 16_000,
+) -> Sequence[Example]:
+    """Rows of a split, in order, read from their shards when they are asked for.
+
+    Args:
+      path: as above.
+      split: 'train', 'val' (TFDS's 'validation', where there is no 'val'), 'test', or a slice.
+      name: of the data set, with a config and version perhaps; '' where PATH is its own folder.
+      image, video, speech, answer, question, transcript, task: see `data/columns.py`.
+      rate: samples a second of audio that is stored as numbers.
+
+    Raises:
+      UserError: no such data set or split, a feature that needs TensorFlow, not kept as
+        ArrayRecord, no such column; on access, a medium or text that is missing.
+    """
+    wanted = columns.Columns(image, video, speech, answer, question, transcript, task)
+    builder = _builder(path, name)
+    where = f"{builder.info.full_name}/{split}"
+    wanted.check(list(builder.info.features), where)
+    rows = _rows(builder, split, where, image)
+
+    def example(index: int) -> Example:
+        key = f"{split}-{index}"
+        return columns.example(rows[index], wanted, key, f"{where}[{index}]", rate)
+
+    return layout.not_empty(Lazy(len(rows), example), where, "rows")
+
+
+def _builder(path: str, name: str) -> Any:
+    import tensorflow_datasets
+
+    if not name and not (pathlib.Path(path) / "dataset_info.json").is_file():
+        mend = "Name the data set by the option 'name'"
+        raise UserError("has no dataset_info.json", field=path, mend=mend)
+    try:
+        if not name:
+            return tensorflow_datasets.builder_from_directory(path)
+        return tensorflow_datasets.builder(name, data_dir=path)
+    except ImportError as error:
+        what = "has features that TFDS reads with TensorFlow alone, as its Audio and Video are"
+        mend = "Prepare the set again with encoded bytes, or as numbers in a Tensor feature"
+        raise UserError(what, field=name or path, mend=mend) from error
+    except (ValueError, OSError, AttributeError) as error:
+        told = " ".join(str(error).split())[:120]
+        raise UserError(f"no data set {name or path!r} ({told})", field=path) from error
+
+
+def _rows(builder: Any, split: str, where: str, image: str) -> Sequence:
+    from tensorflow_datasets import decode
+
+    known = list(builder.info.splits)
+    if not known:
+        told = f"tfds build {builder.name} --data_dir=… --file_format=array_record"
+        raise UserError("is not prepared", field=where, mend=told)
+    name = split if split in known else SPLITS.get(split, split)
+    if name.partition("[")[0] not in known:
+        raise UserError(f"has no split {split!r}", field=where, mend=f"Splits: {', '.join(known)}")
+    skipped = {image: decode.SkipDecoding()} if image and "." not in image else None
+    try:
+        return builder.as_data_source(split=name, decoders=skipped)
+    except NotImplementedError as error:
+        mend = "Convert it: tfds convert_format --out_file_format=array_record"
+        raise UserError("is not kept as ArrayRecord", field=where, mend=mend) from error
