@@ -5,6 +5,7 @@ A record is read when it is asked for, so one broken row costs one record, never
 
 from __future__ import annotations
 
+import array
 import csv
 import json
 import operator
@@ -260,7 +261,7 @@ def _json_spans(path: pathlib.Path, measure: Callable[[Any], int]) -> np.ndarray
 
     The file is read as Latin-1, one character a byte, which leaves JSON's own signs as they are.
     """
-    decoder, spans, base = json.JSONDecoder(), [], 0
+    decoder, spans, base = json.JSONDecoder(), array.array("q"), 0
     with open(path, encoding="latin-1", newline="") as file:
         text = file.read(CHUNK)
         start = START.match(text)
@@ -271,12 +272,12 @@ def _json_spans(path: pathlib.Path, measure: Callable[[Any], int]) -> np.ndarray
             value, end = _decoded(decoder, text, at)
             behind = BEHIND.match(text, end) if end else None
             if behind:
-                spans.append((base + at, base + end, measure(value)))
+                spans.extend((base + at, base + end, measure(value)))
                 at = behind.end()
             elif more := file.read(CHUNK):
                 base, text, at = base + at, text[at:] + more, 0
             else:
-                what = f"broken JSON in or behind element {len(spans)}, byte {base + at}"
+                what = f"broken JSON in or behind element {len(spans) // 3}, byte {base + at}"
                 raise UserError(what, field=str(path), mend="Fetch or write the file again")
     return np.asarray(spans, np.int64).reshape(-1, 3)
 
