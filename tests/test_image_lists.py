@@ -83,6 +83,13 @@ def test_tars_of_a_split_and_other_readers(tmp_path):
         assert len(reader.examples(str(tmp_path), "val")) == 3
 
 
+def test_tars_one_folder_deeper(tmp_path):
+    for folder in ("0", "1", "val"):
+        tars(tmp_path / folder)
+    found = wukong.examples(str(tmp_path))
+    assert shades(found) == [0, 50, 150] * 2 and found[3].key == "1/00000/0"
+
+
 def test_broken_tars(tmp_path):
     with pytest.raises(UserError, match="has no tar files"):
         webdataset.examples(str(tmp_path))
@@ -193,6 +200,14 @@ def test_wukong(tmp_path):
         wukong.examples(str(tmp_path))
     with pytest.raises(UserError, match="no such files"):
         wukong.examples(str(tmp_path), "val")
+
+
+def test_wukong_as_its_download_script_leaves_it(tmp_path):
+    (tmp_path / "wukong_release").mkdir()
+    (tmp_path / "wukong_release/wukong_100m_7.csv").write_text("url,caption\na,山\nb,水\n", "utf-8")
+    picture(30, tmp_path / "Data/wukong_100m_7/1.jpeg")
+    found = wukong.examples(str(tmp_path))
+    assert (said(found), shades(found)) == (["水"], [30])
 
 
 def test_table(tmp_path):

@@ -6,7 +6,7 @@
     PATH/images/                               the images, called as the last part of their link:
                                                4385058960_b0f291553e.jpg
 
-From www.cs.rice.edu/~vo9/sbucaptions; for research, the photographs keep their owners' licences.
+From www.cs.rice.edu/~vo9/sbucaptions; no licence is stated, the photographs keep their owners'.
 Rows without an image are left out. The paper trains on Chinese translations: the option `captions`,
 a file with one line for each row of the list.
 """

@@ -1,14 +1,14 @@
 """Image captions in tar files (webdataset), as img2dataset writes them.
 
-    PATH/SPLIT/00000.tar, 00001.tar …    or PATH/*.tar for 'train'
+    PATH/SPLIT/00000.tar, 00001.tar …    or PATH/*.tar for 'train', or one folder deeper
       000000000.jpg                      the image
       000000000.txt                      its caption, or
       000000000.json                     {"caption": …}
 
 Made by `img2dataset --url_list=… --url_col=url --caption_col=caption --output_format=webdataset`
 (github.com/rom1504/img2dataset, MIT) from lists of links; the images belong to their sites.
-The tars are not unpacked: their members' offsets are read once, kept in PATH/.index (when the
-folder can be written to) and every image is then read from its place.
+The tars are not unpacked: their members' offsets are read once, kept beside them in .index
+(when the folder can be written to) and every image is then read from its place.
 """
 
 from __future__ import annotations
@@ -41,17 +41,23 @@ def examples(path: str, split: str = "train") -> Sequence[Example]:
       UserError: no tars, a damaged tar, no captioned image; on access, an empty or broken caption.
     """
     root = layout.split_folder(pathlib.Path(path), split)
-    tars = sorted(root.glob("*.tar"))
+    tars = _tars(root)
     if not tars:
         raise UserError("has no tar files", field=str(root), mend="Check the path and the split")
-    return layout.not_empty(Chain([_read(tar) for tar in tars]), root, "captioned images")
+    return layout.not_empty(Chain([_read(tar, root) for tar in tars]), root, "captioned images")
 
 
 def has_tars(path: str, split: str) -> bool:
     """Whether a folder is of this layout."""
     root = pathlib.Path(path)
     inside = root / split if (root / split).is_dir() else root
-    return any(inside.glob("*.tar"))
+    return bool(_tars(inside))
+
+
+def _tars(root: pathlib.Path) -> list[pathlib.Path]:
+    """The folder's tars, or those of its folders, which are not other splits."""
+    below = [tar for tar in sorted(root.glob("*/*.tar")) if tar.parent.name not in ("val", "test")]
+    return sorted(root.glob("*.tar")) or below
 
 
 def index(tar: pathlib.Path) -> np.ndarray:
@@ -112,12 +118,12 @@ def _note(samples: dict[str, list[int]], member: tarfile.TarInfo) -> None:
         row[2:] = [*place, int(suffix == ".json")]
 
 
-def _read(tar: pathlib.Path) -> Lazy:
-    places = index(tar)
+def _read(tar: pathlib.Path, root: pathlib.Path) -> Lazy:
+    places, name = index(tar), tar.relative_to(root).with_suffix("").as_posix()
 
     def example(number: int) -> Example:
         offset, length, text, size, is_json = places[number].tolist()
-        key = f"{tar.stem}/{number}"
+        key = f"{name}/{number}"
         where = f"{tar}: sample {number}"
         caption = _caption(files.read(files.part(tar, text, size)), bool(is_json), where)
         return layout.captioned_image(key, files.part(tar, offset, length), caption, where)

@@ -1,10 +1,11 @@
 """Wukong: a hundred million Chinese captions with links, images that users download.
 
     PATH/*.tar or PATH/train/*.tar      what img2dataset made of it (see webdataset.py), or
-    PATH/wukong_100m_0.csv … _255.csv   columns url and caption, and perhaps a column dir, image or
-                                        filepath: the path of each image below PATH/images
+    PATH/wukong_100m_0.csv … _255.csv   (or PATH/wukong_release/) columns url and caption, perhaps
+                                        dir, image or filepath: the path of an image in images/
     PATH/images/wukong_100m_0/ …        without such a column a folder for each CSV, its images
                                         called by their row, the first being 0: 12.jpg or 000012.jpg
+                                        (also PATH/Data/)
 
 From wukong-dataset.github.io/wukong-dataset; CC BY-NC-SA 4.0, the images belong to their sites.
 Rows whose link was dead are left out. The paper keeps the 10M pairs that CLIP finds most alike
@@ -40,11 +41,12 @@ def examples(path: str, split: str = "train", images: str = "") -> Sequence[Exam
     if webdataset.has_tars(path, split):
         return webdataset.examples(path, split)
     root = pathlib.Path(path)
-    found = sorted(root.glob(FILES[split]))
+    found = sorted(root.glob(FILES[split])) or sorted(root.glob(f"wukong_release/{FILES[split]}"))
     if not found:
         mend = f"Wanted: tars, or {FILES[split]}"
         raise UserError("no such files", field=str(root), mend=mend)
-    folder = layout.first_folder([pathlib.Path(images)] if images else [root / "images", root])
+    places = [root / "images", root / "Data", root]
+    folder = layout.first_folder([pathlib.Path(images)] if images else places)
     return layout.not_empty(Chain([_read(file, folder) for file in found]), root, "images")
 
 
