@@ -36,6 +36,7 @@ backbones: .venv/ready
 	cd backbones && ../$(BIN)/python ../launch/bases.py --output=bases --tokenizer
 	cd backbones && ../$(BIN)/python ../launch/train.py --config=../configs/world_llm.py --workdir=runs/world_llm
 	cd backbones && ../$(BIN)/python ../launch/train.py --config=../configs/world_vision.py --workdir=runs/world_vision
+	cd backbones && ../$(BIN)/python ../launch/train.py --config=../configs/world_bert.py --workdir=runs/world_bert
 	cd backbones && ../$(BIN)/python ../launch/bases.py --output=bases --export=runs
 
 clean:

@@ -22,10 +22,12 @@ def get_config(size: str = "real") -> Stage:
         modalities={"image": networks.MODALITIES["image"]},
         init={
             "vision_encoder": "bases/vision_encoder",
-            "image_interface/qformer": "" if tiny else "bases/bert_qformer:qformer*",
+            "image_interface/qformer": "bases/bert_qformer:qformer*",
+            "image_interface/language_head": "bases/bert_qformer:language_head*",
         },
         trainable=(r"image_interface/.*",),
         objective="contrast",
+        options={"shares": {"itc": 1.0, "itm": 1.0, "itg": 1.0}},
         optimizer=Optimizer(peak=1e-3, minimum=1e-5, warmup_from=1e-5, warmup_steps=50, clip=1.0)
         if tiny
         else Optimizer(peak=1e-4, minimum=1e-5, warmup_from=1e-6, warmup_steps=5000),

@@ -15,6 +15,7 @@ def get_config(size: str = "tiny") -> Stage:
     return Stage(
         name="world_llm",
         parts={"llm": networks.llm(size)},
+        init={"llm": ""},  # --config.init.llm=bases/llm goes on from the shipped one
         trainable=(r"llm/.*",),
         objective="answer",
         optimizer=Optimizer(

@@ -4,20 +4,19 @@ python launch/bases.py --output=bases
 python launch/bases.py --output=bases --tokenizer     # maintainers: learn the tokenizer anew
 python launch/bases.py --output=bases --export=runs   # maintainers: ship newly trained ones
 
-`make backbones` runs all of it in order, with the two trainings in between.
+`make backbones` runs all of it in order, with the three trainings in between.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from pathlib import Path
 
 import jax
 from absl import flags
 
 import xllm_jax
-from configs import networks, world_llm, world_vision
+from configs import networks, world_bert, world_llm, world_vision
 from launch import command
 from xllm_jax import build
 from xllm_jax.convert import world
@@ -25,6 +24,8 @@ from xllm_jax.core import mesh
 from xllm_jax.data.prompt import TEMPLATES
 from xllm_jax.data.tokenizer import train_tokenizer
 from xllm_jax.data.world.text_stream import text_examples
+from xllm_jax.models.bert import SIZES as BERT_SIZES
+from xllm_jax.models.bert import BertEncoder
 
 OUTPUT = flags.DEFINE_string("output", "bases", "Folder of the bases.")
 EXPORT = flags.DEFINE_string("export", "", "Folder of the runs whose results shall be shipped.")
@@ -43,7 +44,9 @@ def main(_: list[str]) -> None:
     world.import_llm(SHIPPED / "llm", output / "llm")
     vision = build.model(world_vision.get_config()).networks["vision_encoder"]
     world.import_vision(vision, SHIPPED / "vision_encoder", output / "vision_encoder")
-    shutil.copy(SHIPPED / "vocab.txt", output / "vocab.txt")
+    text_model = build.model(world_bert.get_config()).networks["text_model"]
+    c_former = BertEncoder(**{**BERT_SIZES["tiny"], "vocabulary": 0})
+    world.import_bert(text_model, c_former, SHIPPED / "bert", output)
     print(f"Bases: {', '.join(sorted(p.name for p in output.iterdir()))} in {output}")
 
 
@@ -66,16 +69,23 @@ def learn_tokenizer(folder: Path) -> Path:
 
 
 def export(runs: Path, tokenizer: Path) -> None:
-    """Puts the results of the two pre-training runs into the package, in the published forms."""
+    """Puts the results of the pre-training runs into the package, in the published forms."""
     for name, stage in (
         ("llm", world_llm.get_config()),
         ("vision_encoder", world_vision.get_config()),
+        ("text_model", world_bert.get_config()),
     ):
+        if not (runs / stage.name).is_dir():
+            print(f"No run {stage.name}: what ships stays")
+            continue
         stage.init = {name: str(runs / stage.name)}
         xllm = build.model(stage)
         params = build.parameters(stage, xllm, mesh.make({}, jax.devices()[:1]))[name]
         if name == "llm":
             world.export_llm(xllm.networks[name], params, tokenizer, SHIPPED / name)
+        elif name == "text_model":
+            vocabulary = SHIPPED / "bert" / world.VOCABULARY
+            world.export_bert(xllm.networks[name], params, vocabulary, SHIPPED / "bert")
         else:
             world.export_vision(xllm.networks[name], params, SHIPPED / name)
 

@@ -74,7 +74,7 @@ def test_every_set_of_stage_2_reaches_a_batch(root, tmp_path):
         root=str(root),
         form="pairs",
         sources=sources.image_text_pairs(),
-        vocabulary=str(BACKBONES / "vocab.txt"),
+        vocabulary=str(BACKBONES / "bert" / "vocab.txt"),
         examples=4,
         image={"size": 16},
         max_bad_share=0.5,

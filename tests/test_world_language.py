@@ -79,7 +79,7 @@ def answer(scene, text):
             if word in text:
                 return item.size + "的" if name == "size" else getattr(item, name)
         return item.place
-    if "大" in text and "小" in text:
+    if "多大" in text or ("大" in text and "小" in text):
         return only(scene, text).size + "的"
     subject, value = re.fullmatch("(?:请问)?(.+?)是(?:不是)?(.+?)吗?？", text).groups()
     item = only(scene, subject)

@@ -209,6 +209,32 @@ def contrast(
     return import_tree(table, source, shapes, drop=(*DROP, DROP_TIED), fresh=fresh)
 
 
+def from_bert_rows(model: ContrastModel) -> tuple[Row, ...]:
+    """Rows of what a Q-Former takes from a BERT with its language head, but for added words."""
+    layers = layer_rows(
+        model.depth, model.heads, model.cross_attention_frequency, source="bert.", text=True
+    )
+    cls = "cls.predictions"
+    return (
+        *(
+            row
+            for row in layers
+            if "cross_attention" not in row.target and "query_" not in row.target
+        ),
+        Row("bert.embeddings.position_embeddings.weight", "qformer/embeddings/positions"),
+        *norm("bert.embeddings.LayerNorm", "qformer/embeddings/norm"),
+        *linear(f"{cls}.transform.dense", "language_head/dense"),
+        *norm(f"{cls}.transform.LayerNorm", "language_head/norm"),
+    )
+
+
+FROM_BERT_WORDS = (
+    ("qformer/embeddings/words", "bert.embeddings.word_embeddings.weight"),
+    ("language_head/bias", "cls.predictions.bias"),
+)
+"""(path, tensor) of the leaves whose first rows are BERT's and whose others are fresh."""
+
+
 def from_bert(
     source: Mapping[str, np.ndarray], model: ContrastModel, fresh: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -228,23 +254,8 @@ def from_bert(
       UserError: missing tensors or other sizes.
     """
     start = rules.flatten(fresh)
-    layers = layer_rows(
-        model.depth, model.heads, model.cross_attention_frequency, source="bert.", text=True
-    )
-    cls = "cls.predictions"
-    table = (
-        *(
-            row
-            for row in layers
-            if "cross_attention" not in row.target and "query_" not in row.target
-        ),
-        Row("bert.embeddings.position_embeddings.weight", "qformer/embeddings/positions"),
-        *norm("bert.embeddings.LayerNorm", "qformer/embeddings/norm"),
-        *linear(f"{cls}.transform.dense", "language_head/dense"),
-        *norm(f"{cls}.transform.LayerNorm", "language_head/norm"),
-    )
     drop = [Drop(r".*", "not in this table; word rows follow below")]
-    filled, _ = import_tree(table, source, fresh, drop=drop, fresh=(".*",))
+    filled, _ = import_tree(from_bert_rows(model), source, fresh, drop=drop, fresh=(".*",))
     filled = rules.flatten(filled)
     copies = {
         path.replace("/text_feed_forward", "/query_feed_forward"): leaf
@@ -253,10 +264,7 @@ def from_bert(
     }
     words = {
         path: _first_rows(np.asarray(start[path]), np.asarray(source[name]), path)
-        for path, name in (
-            ("qformer/embeddings/words", "bert.embeddings.word_embeddings.weight"),
-            ("language_head/bias", f"{cls}.bias"),
-        )
+        for path, name in FROM_BERT_WORDS
     }
     return rules.unflatten({**start, **filled, **copies, **words})
 

@@ -1,7 +1,8 @@
 """The embedded world's backbones: small files in the published forms, and our bases from them.
 
 `llm/` is a ChatGLM folder (config.json, model.safetensors, tokenizer), `vision_encoder/` an EVA
-file; both in float16 and under the names of the real checkpoints, read by the same tables.
+file, `bert/` a BERT with its language head and vocab.txt; all in float16 and under the names of the
+real checkpoints, read by the same tables.
 """
 
 from __future__ import annotations
@@ -14,14 +15,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from xllm_jax.convert import chatglm, eva_vit, export_tree, files, import_tree
-from xllm_jax.core import checkpoint
+from xllm_jax.convert import bert, blip2, chatglm, eva_vit, export_tree, files, import_tree
+from xllm_jax.core import checkpoint, rules
 from xllm_jax.data.tokenizer import ChatGLMTokenizer
+from xllm_jax.models.bert import BertEncoder
+from xllm_jax.models.contrast import ContrastModel
 from xllm_jax.models.glm import ChatGLM
 from xllm_jax.models.vit import VisionTransformer
 
 TOKENIZER = ("ice_text.model", "tokenizer_config.json")
-WEIGHTS = "model.safetensors"
+WEIGHTS, VOCABULARY = "model.safetensors", "vocab.txt"
+TYPES = "bert.embeddings.token_type_embeddings.weight"
 
 
 def export_llm(model: ChatGLM, params: Mapping[str, Any], tokenizer: Path, folder: Path) -> None:
@@ -37,6 +41,48 @@ def export_vision(model: VisionTransformer, params: Mapping[str, Any], folder: P
     """Writes an EVA ViT file in float16."""
     folder.mkdir(parents=True, exist_ok=True)
     _save(export_tree(eva_vit.rows(model.depth, model.heads), params), folder / WEIGHTS)
+
+
+def export_bert(
+    model: ContrastModel, params: Mapping[str, Any], vocabulary: Path, folder: Path
+) -> None:
+    """Writes a BERT folder from the text branch of a Q-Former: float16 weights and vocab.txt."""
+    folder.mkdir(parents=True, exist_ok=True)
+    flat = rules.flatten(params)
+    tensors = export_tree(blip2.from_bert_rows(model), params)
+    tensors |= {name: np.asarray(flat[path]) for path, name in blip2.FROM_BERT_WORDS}
+    # BERT adds one of two rows to every word; a Q-Former has none, which is a row of zeros.
+    tensors[TYPES] = np.zeros((2, model.width), np.float32)
+    _save(tensors, folder / WEIGHTS)
+    if vocabulary != folder / VOCABULARY:
+        shutil.copy(vocabulary, folder / VOCABULARY)
+
+
+def import_bert(model: ContrastModel, encoder: BertEncoder, folder: Path, output: Path) -> None:
+    """Writes what starts from a BERT: the bases 'bert' (C-Former) and 'bert_qformer'.
+
+    Args:
+      model: the Q-Former with its text branch.
+      encoder: the C-Former's encoder, which has no word table.
+      folder: the BERT folder.
+      output: where 'bert', 'bert_qformer' and the vocabulary go.
+    """
+    source = files.open_checkpoint(folder)
+    drawn = model.init(jax.random.key(0), *model.example())["params"]
+    whole = rules.flatten(blip2.from_bert(source, model, drawn))
+    taken = {
+        path: leaf
+        for path, leaf in whole.items()
+        if path.startswith(("qformer/", "language_head/")) and "cross_attention" not in path
+    }
+    _write(rules.unflatten(taken), folder, output / "bert_qformer")
+    shapes = jax.eval_shape(
+        lambda: encoder.init(jax.random.key(0), embeddings=np.zeros((1, 2, encoder.width)))
+    )["params"]
+    table = bert.rows(encoder.depth, encoder.heads, words=False)
+    params, _ = import_tree(table, source, shapes, drop=bert.DROP)
+    _write({"bert": params}, folder, output / "bert")
+    shutil.copy(folder / VOCABULARY, output / VOCABULARY)
 
 
 def import_llm(folder: Path, output: Path) -> None:

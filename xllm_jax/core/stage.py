@@ -82,8 +82,8 @@ class Data:
       sources: {name: Source}.
       mix: {name: weight}; 0 leaves a source out. Weights are relative numbers of examples; empty
         means every source by its size.
-      form: what a batch looks like: 'conversation', 'transcription', 'pairs', 'text' or
-        'attributes'.
+      form: what a batch looks like: 'conversation', 'transcription', 'pairs',
+        'sentences', 'text' or 'attributes'.
       template: named prompt template of `data/prompt.py`.
       tokenizer: folder of the LLM's tokenizer.
       characters: file of the ASR model's character vocabulary, one a line.

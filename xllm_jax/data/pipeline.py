@@ -19,7 +19,7 @@ import numpy as np
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data
-from xllm_jax.data import attributes, conversation, pairs, stream, transcription
+from xllm_jax.data import attributes, conversation, pairs, sentences, stream, transcription
 from xllm_jax.data.quarantine import Quarantine
 from xllm_jax.data.record import Mode, Record, Skipped
 
@@ -28,6 +28,7 @@ FORMS: dict[str, ModuleType] = {
     "text": conversation,
     "transcription": transcription,
     "pairs": pairs,
+    "sentences": sentences,
     "attributes": attributes,
 }
 SILENT = 10  # batches in a row without anything to learn before training gives up

@@ -45,6 +45,7 @@ class WordPiece:
         path = path / "vocab.txt" if path.is_dir() else path
         if not path.is_file():
             raise UserError("no such file", field=str(path), mend="data.vocabulary names it")
+        self._path = path
         self._ids = {p: i for i, p in enumerate(path.read_text("utf-8").splitlines())}
         missing = {"[CLS]", "[SEP]", "[PAD]", "[UNK]"} - self._ids.keys()
         if missing:
@@ -56,6 +57,16 @@ class WordPiece:
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without special ones."""
         return [token for word in words(text) for token in self._pieces(word)]
+
+    def encode_special(self, piece: str) -> int:
+        """Id of one piece as it stands in the file, such as [MASK].
+
+        Raises:
+          UserError: the file lacks it.
+        """
+        if piece not in self._ids:
+            raise UserError(f"lacks {piece}", field=str(self._path))
+        return self._ids[piece]
 
     def rows(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
         """[CLS] … [SEP] [PAD]*: ids int32 and a mask bool, both `[N, length]`."""

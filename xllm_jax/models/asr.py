@@ -316,7 +316,7 @@ SIZES = {
     ),
     "tiny": dict(
         vocab=192, width=96, hidden=384, heads=4, self_blocks=2, visual_blocks=1,
-        linguistic_blocks=1, visual_width=128, linguistic_width=96,
+        linguistic_blocks=1, visual_width=128, linguistic_width=96, dropout=0.0,
     ),
 }  # fmt: skip
 

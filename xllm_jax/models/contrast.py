@@ -146,7 +146,11 @@ class ContrastModel(nn.Module):
     ) -> tuple[Array, Array]:
         """Text behind cached queries: states, next-token logits `[batch, tokens, vocabulary]`."""
         states, _ = self.qformer(ids=ids, text_mask=mask, cache=cache, causal=True, train=train)
-        return states, self.language_head(states, self._words())
+        return states, self.scores(states)
+
+    def scores(self, states: Array) -> Array:
+        """The language head: `[..., width]` to `[..., vocabulary]` float32."""
+        return self.language_head(states, self._words())
 
     def caption_jointly(
         self, image: Array, ids: Array, mask: Array, train: bool = False
@@ -156,7 +160,7 @@ class ContrastModel(nn.Module):
             self._queries(image), image, None, ids, mask, causal=True, train=train
         )
         states = states[:, self.queries :]
-        return states, self.language_head(states, self._words())
+        return states, self.scores(states)
 
     def _queries(self, image: Array) -> Array:
         return jnp.broadcast_to(self.query_tokens, (image.shape[0], *self.query_tokens.shape))
@@ -193,7 +197,7 @@ SIZES = {
         heads=4,
         hidden=192,
         vocabulary=512,
-        positions=64,
+        positions=128,
         embed=64,
         encoder_width=96,
         dropout=0.0,

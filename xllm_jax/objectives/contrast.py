@@ -80,6 +80,7 @@ def pair_loss(
     smoothing: float = 0.1,
     detach: bool = True,
     shards: int = 1,
+    shares: Mapping[str, float] | None = None,
 ) -> tuple[Array, Metrics]:
     """ITC + ITM + ITG of matching image-text pairs.
 
@@ -99,6 +100,8 @@ def pair_loss(
       shards: 1 = ITG is the mean over all tokens of the global batch; n = the mean over n equal
         shards of each shard's token mean, as n ranks of the reference compute it.
 
+      shares: weights of 'itc', 'itm' and 'itg' in the sum; None = 1 each.
+
     Returns:
       (scalar, metrics: 'itc', 'itm', 'itg' losses and '<name>_accuracy').
     """
@@ -112,17 +115,24 @@ def pair_loss(
     _, image_units, cache = run("image", image)
     _, text_units = run("text", ids, mask)
     similar = similarities(image_units, text_units[:, 0], params["temperature"], detach)
-    itc, itc_accuracy = contrastive(*similar, smoothing, weights)
+    found = {"itc": contrastive(*similar, smoothing, weights)}
     if negatives is None:
         negatives = sample_negatives(keys["negatives"], *similar, negative_rule, weights)
     _, per_query = run("match", *matching_rows(image, ids, mask, *negatives))
-    itm, itm_accuracy = matching(per_query, weights)
+    found["itm"] = matching(per_query, weights)
     _, logits = run("caption", ids.at[:, 0].set(start), mask, cache)
     real = mask & (weights > 0)[:, None]
-    itg, itg_accuracy = captioning(logits, ids, real, smoothing, shards)
-    metrics = {"itc": itc, "itm": itm, "itg": itg, "itc_accuracy": itc_accuracy}
-    metrics |= {"itm_accuracy": itm_accuracy, "itg_accuracy": itg_accuracy}
-    return itc + itm + itg, metrics
+    found["itg"] = captioning(logits, ids, real, smoothing, shards)
+    return _sum(found, shares or dict.fromkeys(found, 1.0))
+
+
+def _sum(
+    found: Mapping[str, tuple[Array, Array]], shares: Mapping[str, float]
+) -> tuple[Array, Metrics]:
+    """The weighted sum of {name: (loss, accuracy)}, and all of them as metrics."""
+    metrics = {name: loss for name, (loss, _) in found.items()}
+    metrics |= {f"{name}_accuracy": accuracy for name, (_, accuracy) in found.items()}
+    return sum(shares[name] * metrics[name] for name in found), metrics
 
 
 def _run(

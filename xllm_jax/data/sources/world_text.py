@@ -5,17 +5,18 @@ Examples are made when they are read, so a long stream costs no memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
-from xllm_jax.data.world.text_stream import text_example
+from xllm_jax.data.world.text_stream import SHARES, text_example
 
 
 class Stream(Sequence):
     """Examples 0 to count - 1 of the stream of a seed."""
 
-    def __init__(self, count: int, seed: int):
-        self._count, self._seed = count, seed
+    def __init__(self, count: int, seed: int, shares: Mapping[str, float]):
+        self._count, self._seed, self._shares = count, seed, shares
 
     def __len__(self) -> int:
         return self._count
@@ -23,9 +24,26 @@ class Stream(Sequence):
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < self._count:
             raise IndexError(index)
-        return text_example(self._seed, index)
+        return text_example(self._seed, index, shares=self._shares)
 
 
-def examples(path: str, split: str = "train", count: int = 100_000, seed: int = 0) -> Stream:
-    """Returns the stream; `path` is not read, and each split has a stream of its own."""
-    return Stream(count, {"train": 1, "val": 2, "test": 3}[split] + 10 * seed)
+def examples(
+    path: str,
+    split: str = "train",
+    count: int = 100_000,
+    seed: int = 0,
+    shares: Mapping[str, float] = SHARES,
+) -> Stream:
+    """Returns the stream; `path` is not read, and each split has a stream of its own.
+
+    Raises:
+      UserError: `shares` names a kind that the stream does not have.
+    """
+    unknown = sorted(shares.keys() - SHARES.keys())
+    if unknown:
+        raise UserError(
+            f"the text stream has no kind {unknown[0]!r}",
+            field="options.shares",
+            mend=f"Choices: {', '.join(SHARES)}",
+        )
+    return Stream(count, {"train": 1, "val": 2, "test": 3}[split] + 10 * seed, dict(shares))

@@ -28,7 +28,7 @@ from xllm_jax.data.world.plan import SPLITS, Split, WorldSizes
 from xllm_jax.data.world.scene import HELD_OUT
 from xllm_jax.data.world.text_stream import spoken_characters
 
-VERSION = 2
+VERSION = 3
 CHUNK = 40
 Progress = Callable[[int, int], None]
 

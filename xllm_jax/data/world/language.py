@@ -43,6 +43,10 @@ REGIONS = (
     "一个{look}在{place}。",
     "{place}是{look}。",
     "{look}在{place}。",
+    "图中{place}有{look}。",
+    "这里的{look}在{place}。",
+    "{place}的物体是{look}。",
+    "有{look}在{place}。",
 )
 UNSEEN_REGIONS = ("图中的{place}是一个{look}。", "有一个{look}在图中{place}。")
 
@@ -54,7 +58,7 @@ _OBJECT = (
 )
 _PLACE = f"(?P<place>{'|'.join(PLACES)})"
 _PHRASES = (
-    re.compile(f"{_PLACE}[有是的一个]*{_OBJECT}"),
+    re.compile(f"{_PLACE}[有是的一个物体]*{_OBJECT}"),
     re.compile(f"{_OBJECT}在(图中)?{_PLACE}"),
 )
 

@@ -22,10 +22,10 @@ ROUNDS, SPOKEN_ROUNDS = 4, 2
 class WorldSizes:
     """How many of everything; dialogues are about the first images of their split."""
 
-    train_images: int = 2400
+    train_images: int = 4000
     train_dialogues: int = 800
     train_utterances: int = 2400
-    train_videos: int = 700
+    train_videos: int = 1400
     train_instructions: int = 3000
     val_images: int = 60
     val_dialogues: int = 30

@@ -7,8 +7,9 @@ and ('text:speech', text): the prompt puts the text between the tags where featu
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -26,15 +27,16 @@ from xllm_jax.data.world.scene import (
 )
 
 SHARES = {
-    "answer_scene": 0.46,
-    "dialogue_scene": 0.10,
+    "answer_scene": 0.44,
+    "dialogue_scene": 0.09,
     "caption_scene": 0.06,
     "region_scene": 0.03,
     "caption_clip": 0.06,
     "answer_clip": 0.06,
-    "repeat_speech": 0.06,
-    "answer_speech": 0.15,
-    "sentence": 0.02,
+    "repeat_speech": 0.07,
+    "repeat_speech_scene": 0.04,
+    "answer_speech": 0.14,
+    "sentence": 0.01,
 }
 # What the LLM is asked about a written scene: more of what is hard to read than people ask.
 KINDS = {
@@ -48,9 +50,13 @@ KINDS = {
     "yesno": 0.08,
 }
 UNSEEN_SHARE = 0.25
+# Of what the LLM is asked to repeat: characters in no order, so that it can repeat anything.
+SCRAMBLED_SHARE = 0.3
 
 
-def text_example(seed: int, index: int, pairs: str = "all") -> Example:
+def text_example(
+    seed: int, index: int, pairs: str = "all", shares: Mapping[str, float] = SHARES
+) -> Example:
     """Example `index` of the endless text stream (random access, for data loaders).
 
     Args:
@@ -58,9 +64,11 @@ def text_example(seed: int, index: int, pairs: str = "all") -> Example:
       index: position in the stream.
       pairs: 'all' lets the language know every colour and shape together, as a real LLM does; the
         held-out pairs are held out from pictures. 'seen' holds them out of the text too.
+      shares: {kind of example, a key of SHARES: how often, in relation to the others}.
     """
     rng = generator(seed, "text", index)
-    kind = str(rng.choice(list(SHARES), p=list(SHARES.values())))
+    weights = np.asarray(list(shares.values()))
+    kind = str(rng.choice(list(shares), p=weights / weights.sum()))
     return MAKERS[kind](rng, f"text-{seed}-{index}", pairs)
 
 
@@ -86,6 +94,7 @@ def sentence(rng: np.random.Generator, pairs: str = "all", unseen: bool = False)
     return language.region(choose(rng, scene.objects), rng, unseen)
 
 
+@functools.cache
 def spoken_characters() -> str:
     """Every character that a transcript of the world may contain, in the order of their codes.
 
@@ -152,9 +161,23 @@ def _answer_clip(rng, key, pairs):
     return Example(key, media, asked.text, asked.answer, "vqa", tags=(asked.kind,))
 
 
+def _said(rng, pairs):
+    """Words to repeat: a sentence in any wording, or characters in no order."""
+    if rng.random() >= SCRAMBLED_SHARE:
+        return language.spoken(sentence(rng, pairs, unseen=rng.random() < UNSEEN_SHARE))
+    count = int(rng.integers(3, 17))
+    return "".join(rng.choice(list(spoken_characters()), count))
+
+
 def _repeat_speech(rng, key, pairs):
-    said = language.spoken(sentence(rng, pairs))
+    said = _said(rng, pairs)
     return Example(key, (("text:speech", said),), answer=said, task="asr", transcript=said)
+
+
+def _repeat_speech_scene(rng, key, pairs):
+    said = _said(rng, pairs)
+    media = (("text:image", describe(sample_scene(rng, pairs), rng)), ("text:speech", said))
+    return Example(key, media, answer=said, task="asr", transcript=said)
 
 
 def _answer_speech(rng, key, pairs):
@@ -177,6 +200,7 @@ MAKERS = {
     "caption_clip": _caption_clip,
     "answer_clip": _answer_clip,
     "repeat_speech": _repeat_speech,
+    "repeat_speech_scene": _repeat_speech_scene,
     "answer_speech": _answer_speech,
     "sentence": _sentence,
 }

@@ -1,0 +1,83 @@
+"""Text pre-training of the Q-Former's BERT: hidden pieces and text behind text.
+
+BERT's masked language modelling (arXiv 1810.04805) plus UniLM's sequence to sequence form (arXiv
+1905.03197): the second text is written behind the first with the very mask under which ITG later
+writes a caption behind the queries. It makes the miniature's BERT; the real size starts from a
+published one.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from xllm_jax.models.contrast import ContrastModel
+from xllm_jax.objectives.answer import cross_entropy
+
+Array = jax.Array
+
+
+def loss(
+    model: Any,
+    params: Mapping[str, Any],
+    batch: Mapping[str, Array],
+    key: Array | None = None,
+    *,
+    train: bool = False,
+    part: str = "text_model",
+) -> tuple[Array, dict[str, Array]]:
+    """Mean loss of hidden pieces plus mean loss of the second texts' pieces.
+
+    Args:
+      model: `models.xllm.XLLM` whose part `part` is a `ContrastModel`.
+      params: {part: parameters}.
+      batch: of `data/sentences.py`.
+      key, train: dropout's key, and whether there is dropout.
+      part: name of the network.
+
+    Returns:
+      (scalar, metrics `masked`, `written` (losses), `masked_accuracy`, `written_accuracy`).
+    """
+    keys = (None, None) if key is None or not train else jax.random.split(key)
+    apply = functools.partial(model.networks[part].apply, {"params": params[part]})
+    logits = apply(
+        batch["joined"], batch["joined_mask"], train, method=_masked, rngs=_dropout(keys[0])
+    )
+    masked, masked_accuracy = _mean(logits, batch["targets"], batch["hidden"])
+    ids = jnp.asarray(batch["second"]).at[:, 0].set(model.networks[part].vocabulary - 1)
+    logits = apply(
+        *(batch["first"], batch["first_mask"], ids, batch["second_mask"], train),
+        method=_written,
+        rngs=_dropout(keys[1]),
+    )
+    weights = batch["second_mask"][:, 1:].astype(jnp.float32)
+    written, written_accuracy = _mean(logits[:, :-1], ids[:, 1:], weights)
+    metrics = {"masked": masked, "masked_accuracy": masked_accuracy}
+    metrics |= {"written": written, "written_accuracy": written_accuracy}
+    return masked + written, metrics
+
+
+def _masked(network: ContrastModel, ids: Array, mask: Array, train: bool) -> Array:
+    states, _ = network.text(ids, mask, train)
+    return network.scores(states)
+
+
+def _written(
+    network: ContrastModel, first: Array, first_mask: Array, ids: Array, mask: Array, train: bool
+) -> Array:
+    _, cache = network.qformer(ids=first, text_mask=first_mask, keep_cache=True, train=train)
+    return network.caption(ids, mask, cache, train)[1]
+
+
+def _mean(logits: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
+    total = jnp.maximum(weights.sum(), 1)
+    hits = (logits.argmax(-1) == targets) * weights
+    return (cross_entropy(logits, targets) * weights).sum() / total, hits.sum() / total
+
+
+def _dropout(key: Array | None) -> dict[str, Array] | None:
+    return None if key is None else {"dropout": key}
