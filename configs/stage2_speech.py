@@ -25,7 +25,7 @@ def get_config(size: str = "real") -> Stage:
         init={
             "speech_encoder": "runs/stage1_speech",
             "speech_interface/cif": "runs/stage1_speech",
-            "speech_interface/c_former/bert": "" if tiny else "bases/bert:bert*",
+            "speech_interface/c_former/bert": "bases/bert:bert*",
             "llm": "bases/llm",
         },
         trainable=(r"speech_interface/(?!cif/).*",),
@@ -36,7 +36,7 @@ def get_config(size: str = "real") -> Stage:
             peak=1e-4, minimum=1e-8, warmup_from=1e-6, warmup_steps=6000, accumulation=16
         ),
         data=_tiny_data() if tiny else _data(),
-        steps=300 if tiny else 80_000,  # 1.37M utterances x 30 epochs / (4 x 16 x 8)
+        steps=200 if tiny else 80_000,  # 1.37M utterances x 30 epochs / (4 x 16 x 8)
         **networks.numerics(size),
     )
 

@@ -30,6 +30,6 @@ def get_config(size: str = "tiny") -> Stage:
             length=128,
             answers=48,
         ),
-        steps=12_000,
+        steps=20_000,
         **networks.numerics(size),
     )
