@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -101,6 +101,94 @@ class Report:
     fresh: tuple[str, ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What one source is, in all: the facts that the command needs.
+
+    Attributes:
+      table: rows; their targets start with the part, such as 'llm/layers/attention/qkv/kernel'.
+      shapes: {part: tree of anything with `.shape`}.
+      drop: source tensors that may stay unused.
+      fresh: path patterns of our leaves that the source does not hold.
+      tied: {name: other name}: tensors that repeat another one bit by bit. They are compared on
+        import and written again on export.
+      beside: files of the input folder that are copied into the output where they exist.
+    """
+
+    table: tuple[Row, ...]
+    shapes: Mapping[str, Any]
+    drop: tuple[Drop, ...] = ()
+    fresh: tuple[str, ...] = ()
+    tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    beside: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """A leaf of ours that is still in its file: shape and dtype are known, nothing is read.
+
+    Attributes:
+      row: how it is made.
+      source: the opened checkpoint.
+      shape: in our layout, stacked layers included.
+      dtype: the source's.
+    """
+
+    row: Row
+    source: Mapping[str, np.ndarray]
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def layers(self) -> Iterator[np.ndarray]:
+        """Reads and rearranges one source tensor after the other."""
+        for name in self.row.names():
+            yield _convert(self.row, place(self.source, name), np.asarray(self.source[name]))
+
+    def whole(self) -> np.ndarray:
+        """Reads all of it."""
+        return next(self.layers()) if self.row.layers is None else np.stack(list(self.layers()))
+
+
+def mount(part: str, table: Iterable[Row]) -> tuple[Row, ...]:
+    """The rows with `part` in front of their targets."""
+    return tuple(dataclasses.replace(row, target=f"{part}/{row.target}") for row in table)
+
+
+def place(source: Mapping[str, Any], name: str) -> str:
+    """How errors call a tensor: 'FILE: NAME' where the source knows its files."""
+    where = getattr(source, "where", None)
+    return where(name) if where else name
+
+
+def arrange(
+    table: Iterable[Row],
+    source: Mapping[str, np.ndarray],
+    shapes: Mapping[str, Any],
+    *,
+    drop: Iterable[Drop] = (),
+    fresh: Iterable[str] = (),
+) -> tuple[dict[str, Leaf], Report]:
+    """Finds for each leaf of ours what fills it, from names, shapes and dtypes alone.
+
+    Arguments and errors are those of `import_tree`; a source with `header(name)` is not read.
+    """
+    table, flat = tuple(table), rules.flatten(shapes)
+    check_table(table)
+    available = set(source.keys())
+    leaves = {row.target: _find(row, source, available, flat) for row in table}
+    used = {name: row.target for row in table for name in row.names()}
+    dropped = {n: _reason(source, n, drop) for n in sorted(available - used.keys())}
+    left = tuple(path for path in flat if path not in leaves)
+    for path in left:
+        if not any(re.fullmatch(pattern, path) for pattern in fresh):
+            raise UserError(
+                "no tensor of the checkpoint fills this parameter",
+                field=path,
+                mend="Check that the checkpoint is of the kind and size you named",
+            )
+    return leaves, Report(used, dropped, left)
+
+
 def import_tree(
     table: Iterable[Row],
     source: Mapping[str, np.ndarray],
@@ -127,21 +215,8 @@ def import_tree(
       ValueError: the table itself is wrong: a leaf is filled twice, or a source is used twice
         without being split, or some of its pieces are used by nobody.
     """
-    table, flat = tuple(table), rules.flatten(shapes)
-    _check_table(table)
-    available = set(source.keys())
-    filled = {row.target: _import_row(row, source, available, flat) for row in table}
-    used = {name: row.target for row in table for name in row.names()}
-    dropped = {name: _reason(name, drop) for name in sorted(available - used.keys())}
-    left = tuple(path for path in flat if path not in filled)
-    for path in left:
-        if not any(re.fullmatch(pattern, path) for pattern in fresh):
-            raise UserError(
-                "no tensor of the checkpoint fills this parameter",
-                field=path,
-                mend="Check that the checkpoint is of the kind and size you named",
-            )
-    return rules.unflatten(filled), Report(used, dropped, left)
+    leaves, report = arrange(table, source, shapes, drop=drop, fresh=fresh)
+    return rules.unflatten({path: leaf.whole() for path, leaf in leaves.items()}), report
 
 
 def export_tree(table: Iterable[Row], tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -164,8 +239,11 @@ def export_tree(table: Iterable[Row], tree: Mapping[str, Any]) -> dict[str, np.n
     return tensors
 
 
-def _check_table(table: tuple[Row, ...]) -> None:
-    """A target is filled once; a source is named once, or each of its pieces is."""
+def check_table(table: tuple[Row, ...]) -> None:
+    """Raises ValueError unless each target is filled once and each source used once.
+
+    A source in pieces is used once when each piece is, or is zero by construction.
+    """
     targets: set[str] = set()
     taken: dict[str, set[tuple[int, int]]] = {}
     zeros: dict[str, set[tuple[int, int]]] = {}
@@ -185,35 +263,43 @@ def _check_table(table: tuple[Row, ...]) -> None:
             raise ValueError(f"the rows do not use each of {count} pieces of {name} once")
 
 
-def _import_row(
+def _find(
     row: Row, source: Mapping[str, np.ndarray], available: set[str], flat: Mapping[str, Any]
-) -> np.ndarray:
+) -> Leaf:
     if row.target not in flat:
         raise ValueError(f"the table fills {row.target}, which the model does not have")
-    layers, wanted = [], tuple(flat[row.target].shape)
+    wanted, dtype = tuple(flat[row.target].shape), None
     for name in row.names():
         if name not in available:
             raise UserError(
                 "the checkpoint has no such tensor",
-                field=name,
+                field=place(source, name),
                 mend="Check the file, and that its kind and size are the ones you named",
             )
-        layer = _convert(row, name, np.asarray(source[name]))
+        layer = _convert(row, place(source, name), _outline(source, name))
         whole = layer.shape if row.layers is None else (len(row.layers), *layer.shape)
         if whole != wanted:
             raise UserError(
                 f"shape {whole} in our layout, but {row.target} needs {wanted}",
-                field=name,
+                field=place(source, name),
                 mend="The checkpoint is of another size; choose the size that fits it",
             )
-        if layers and layer.dtype != layers[0].dtype:
+        if dtype is not None and layer.dtype != dtype:
             raise UserError(
-                f"is {layer.dtype}, but {row.names()[0]} is {layers[0].dtype}",
-                field=name,
+                f"is {layer.dtype}, but {row.names()[0]} is {dtype}",
+                field=place(source, name),
                 mend="Store all layers in one dtype",
             )
-        layers.append(layer)
-    return layers[0] if row.layers is None else np.stack(layers)
+        dtype = layer.dtype
+    return Leaf(row, source, wanted, dtype)
+
+
+def _outline(source: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    """An array of the tensor's shape and dtype; zeros without memory where headers tell them."""
+    header = getattr(source, "header", None)
+    if header is None:
+        return np.asarray(source[name])
+    return np.broadcast_to(np.zeros((), header(name).dtype), header(name).shape)
 
 
 def _convert(row: Row, name: str, tensor: np.ndarray) -> np.ndarray:
@@ -229,12 +315,12 @@ def _convert(row: Row, name: str, tensor: np.ndarray) -> np.ndarray:
         ) from error
 
 
-def _reason(name: str, drop: Iterable[Drop]) -> str:
+def _reason(source: Mapping[str, Any], name: str, drop: Iterable[Drop]) -> str:
     for rule in drop:
         if re.fullmatch(rule.pattern, name):
             return rule.reason
     raise UserError(
         "the checkpoint holds a tensor that no row of the table uses",
-        field=name,
+        field=place(source, name),
         mend="Check that the checkpoint is of the kind you named",
     )

@@ -1,16 +1,46 @@
-"""Opens PyTorch and safetensors checkpoints as lazy {name: NumPy array} mappings."""
+"""Opens PyTorch and safetensors checkpoints as lazy {name: NumPy array} mappings.
+
+Names, shapes and dtypes are known from headers; a tensor's bytes are mapped into memory when it is
+asked for and leave it with the array, so that no more of a large file is ever resident than what is
+in use.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from xllm_jax.core.errors import UserError
+
+SAFETENSORS = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+"""Names of dtypes in a safetensors header."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """Shape and dtype of a tensor that has not been read."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
 
 
 class TorchFile(Mapping):
@@ -28,74 +58,155 @@ class TorchFile(Mapping):
     """
 
     def __init__(self, path: str | Path, key: str | None = None):
+        self.path, self._key = Path(path), key
+        if not self.path.exists():
+            raise UserError("no such file", field=str(path), mend="Give the checkpoint's path")
+        self._mapped = zipfile.is_zipfile(self.path)
+        state = self._load()
+        self._headers = {name: _torch_header(tensor) for name, tensor in state.items()}
+        # A loaded state keeps every page that was ever read; a mapped file is loaded anew instead.
+        self._state = None if self._mapped else state
+
+    def header(self, name: str) -> Header:
+        """Shape and dtype; reads nothing."""
+        return _known(self._headers[name], self.path, name)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        self.header(name)
+        return _to_numpy((self._state or self._load())[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._headers)
+
+    def __len__(self) -> int:
+        return len(self._headers)
+
+    def _load(self) -> dict[str, Any]:
         import torch
+
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self._mapped)
+        except Exception as error:
+            raise UserError(
+                f"not a PyTorch file of plain tensors ({type(error).__name__})",
+                field=str(self.path),
+                mend="Download it again; files that carry code are refused",
+            ) from error
+        state = _state_dict(state, self._key, self.path)
+        return {str(k): v for k, v in state.items() if isinstance(v, torch.Tensor)}
+
+
+class SafetensorsFile(Mapping):
+    """A `.safetensors` file; each tensor is mapped when it is asked for (bfloat16 included).
+
+    Raises:
+      UserError: not there, not such a file, or shorter than its header says.
+    """
+
+    def __init__(self, path: str | Path):
+        from safetensors import safe_open
 
         self.path = Path(path)
         if not self.path.exists():
             raise UserError("no such file", field=str(path), mend="Give the checkpoint's path")
         try:
-            mapped = zipfile.is_zipfile(self.path)
-            state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=mapped)
-        except Exception as error:
-            raise UserError(
-                f"not a PyTorch file of plain tensors ({type(error).__name__})",
-                field=str(path),
-                mend="Download it again; files that carry code are refused",
-            ) from error
-        state = _state_dict(state, key, self.path)
-        self._state = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return _to_numpy(self._state[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._state)
-
-    def __len__(self) -> int:
-        return len(self._state)
-
-
-class SafetensorsFile(Mapping):
-    """A `.safetensors` file; each tensor is read when it is asked for (bfloat16 included)."""
-
-    def __init__(self, path: str | Path):
-        from safetensors import safe_open
-
-        if not Path(path).exists():
-            raise UserError("no such file", field=str(path), mend="Give the checkpoint's path")
-        try:
-            self._file = safe_open(str(path), framework="flax")
+            with self.path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                self._start = 8 + length
+                header = json.loads(file.read(min(length, self.path.stat().st_size)))
+            entries = {k: v for k, v in header.items() if k != "__metadata__"}
+            self._check_end(entries)
+            with safe_open(str(path), framework="numpy"):  # checks every offset against the file
+                pass
+        except UserError:
+            raise
         except Exception as error:
             raise UserError(
                 f"not a safetensors file ({type(error).__name__})",
                 field=str(path),
                 mend="Download it again",
             ) from error
-        self._names = list(self._file.keys())
+        self._entries = entries
+
+    def header(self, name: str) -> Header:
+        """Shape and dtype; reads nothing."""
+        entry = self._entries[name]
+        dtype = SAFETENSORS.get(entry["dtype"])
+        header = None if dtype is None else Header(tuple(entry["shape"]), np.dtype(dtype))
+        return _known(header, self.path, name)
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return np.asarray(self._file.get_tensor(name))
+        header, start = self.header(name), self._start + self._entries[name]["data_offsets"][0]
+        size = math.prod(header.shape) * header.dtype.itemsize
+        if not size:
+            return np.empty(header.shape, header.dtype)
+        mapped = np.asarray(np.memmap(self.path, np.uint8, "r", start, size))
+        return mapped.view(header.dtype).reshape(header.shape)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._entries)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._entries)
+
+    def _check_end(self, entries: Mapping[str, Any]) -> None:
+        end = self.path.stat().st_size - self._start
+        for name, entry in entries.items():
+            if entry["data_offsets"][1] > end:
+                raise UserError(
+                    f"the file ends {entry['data_offsets'][1] - end} bytes before this tensor does",
+                    field=f"{self.path}: {name}",
+                    mend="Download it again",
+                )
 
 
-class Shards(Mapping):
-    """Several files read as one mapping; a name that two files hold is an error."""
+class Checkpoint(Mapping):
+    """A published checkpoint of one or several files, read as one mapping.
 
-    def __init__(self, files: list[Mapping]):
-        self._home: dict[str, Mapping] = {}
-        for file in files:
+    Attributes:
+      path: file or folder that the user named.
+      files: the files with tensors.
+    """
+
+    def __init__(self, path: Path, files: Mapping[Path, Mapping[str, np.ndarray]]):
+        self.path, self.files = Path(path), list(files)
+        self._home: dict[str, tuple[Path, Any]] = {}
+        for where, file in files.items():
             for name in file:
                 if name in self._home:
-                    raise UserError("tensor stands in two shards", field=name)
-                self._home[name] = file
+                    raise UserError(
+                        f"the tensor stands in {self._home[name][0].name} too",
+                        field=f"{where}: {name}",
+                        mend="Keep one set of shards in the folder",
+                    )
+                self._home[name] = where, file
+
+    def header(self, name: str) -> Header:
+        """Shape and dtype; reads nothing."""
+        return self._home[name][1].header(name)
+
+    def where(self, name: str) -> str:
+        """'FILE: NAME' for errors; the whole checkpoint's path for a tensor it lacks."""
+        return f"{self._home[name][0] if name in self._home else self.path}: {name}"
+
+    def config(self) -> dict[str, Any]:
+        """The config.json beside the tensors; empty when there is none.
+
+        Raises:
+          UserError: it is not JSON.
+        """
+        folder = self.path if self.path.is_dir() else self.path.parent
+        file = folder / "config.json"
+        if not file.is_file():
+            return {}
+        try:
+            config = json.loads(file.read_text("utf-8"))
+        except ValueError as error:
+            raise UserError("is not JSON", field=str(file), mend="Download it again") from error
+        return config if isinstance(config, dict) else {}
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self._home[name][name]
+        return self._home[name][1][name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._home)
@@ -104,17 +215,74 @@ class Shards(Mapping):
         return len(self._home)
 
 
-def open_checkpoint(path: str | Path) -> Mapping[str, np.ndarray]:
+@dataclasses.dataclass(frozen=True)
+class Derived:
+    """A tensor that is computed from others of the file, such as a dequantised weight.
+
+    Attributes:
+      inputs: names of the tensors it is made of.
+      shape, dtype: of the result.
+      make: arrays of `inputs`, in order, to the result.
+    """
+
+    inputs: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    make: Callable[..., np.ndarray]
+
+
+class View(Mapping):
+    """A checkpoint in which derived tensors stand instead of those they are made of."""
+
+    def __init__(self, checkpoint: Checkpoint, derived: Mapping[str, Derived]):
+        self.checkpoint, self.derived = checkpoint, dict(derived)
+        inputs = {name for row in self.derived.values() for name in row.inputs}
+        missing = sorted(inputs - checkpoint.keys())
+        if missing:
+            raise UserError(
+                "the checkpoint has no such tensor",
+                field=checkpoint.where(missing[0]),
+                mend="Check the file, and that its kind and size are the ones you named",
+            )
+        self._names = [n for n in checkpoint if n not in inputs and n not in self.derived]
+
+    def header(self, name: str) -> Header:
+        """Shape and dtype; reads nothing."""
+        if name not in self.derived:
+            return self.checkpoint.header(name)
+        return Header(tuple(self.derived[name].shape), np.dtype(self.derived[name].dtype))
+
+    def where(self, name: str) -> str:
+        """'FILE: NAME' of the tensor, or of the first one that it is made of."""
+        derived = self.derived.get(name)
+        return self.checkpoint.where(derived.inputs[0] if derived else name)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self.derived:
+            return self.checkpoint[name]
+        row = self.derived[name]
+        return row.make(*(self.checkpoint[source] for source in row.inputs))
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._names
+        yield from self.derived
+
+    def __len__(self) -> int:
+        return len(self._names) + len(self.derived)
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
     """Opens a file, or a folder with shards (an index file is followed when there is one).
 
     Raises:
-      UserError: nothing there that is a checkpoint, or a shard of the index is missing.
+      UserError: nothing there that is a checkpoint, a shard of the index is missing, or a shard
+        lacks a tensor that the index promises.
     """
     path = Path(path)
     if path.is_file():
-        return _open_file(path)
-    for index in sorted(path.glob("*.index.json")):
-        return Shards([_open_file(path / name) for name in _shard_names(index)])
+        return Checkpoint(path, {path: _open_file(path)})
+    for index in _indices(path):
+        return _open_shards(path, index)
     found = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
     found = found or sorted(path.glob("*.pth"))
     if not found:
@@ -123,16 +291,43 @@ def open_checkpoint(path: str | Path) -> Mapping[str, np.ndarray]:
             field=str(path),
             mend="Give the folder or file of the published checkpoint",
         )
-    return Shards([_open_file(file) for file in found])
+    return Checkpoint(path, {file: _open_file(file) for file in found})
+
+
+def _indices(path: Path) -> list[Path]:
+    """Index files, those of safetensors first: repositories often hold both forms."""
+    return sorted(path.glob("*.index.json"), key=lambda p: ("safetensors" not in p.name, p.name))
+
+
+def _open_shards(path: Path, index: Path) -> Checkpoint:
+    names = _weight_map(index)
+    shards = {path / name: None for name in sorted(set(names.values()))}
+    for shard in shards:
+        if not shard.exists():
+            tensor = min(name for name, file in names.items() if path / file == shard)
+            raise UserError(
+                "this shard of the index is missing",
+                field=f"{shard}: {tensor}",
+                mend="Download it again",
+            )
+        shards[shard] = _open_file(shard)
+    for name, file in names.items():
+        if name not in shards[path / file]:
+            raise UserError(
+                f"{index.name} promises this tensor, the shard lacks it",
+                field=f"{path / file}: {name}",
+                mend="Download the shard again",
+            )
+    return Checkpoint(path, shards)
 
 
 def _open_file(path: Path) -> Mapping[str, np.ndarray]:
     return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
 
 
-def _shard_names(index: Path) -> list[str]:
+def _weight_map(index: Path) -> dict[str, str]:
     try:
-        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        return dict(json.loads(index.read_text("utf-8"))["weight_map"].items())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"not an index of shards ({type(error).__name__})",
@@ -157,8 +352,25 @@ def _state_dict(content: Any, key: str | None, path: Path) -> Mapping[str, Any]:
     )
 
 
+def _known(header: Header | None, path: Path, name: str) -> Header:
+    if header is None:
+        raise UserError(
+            "is of a dtype that NumPy cannot hold",
+            field=f"{path}: {name}",
+            mend="Store the weights as float16, bfloat16 or float32",
+        )
+    return header
+
+
+def _torch_header(tensor) -> Header | None:
+    """Shape and dtype, None for what NumPy cannot hold (sparse, quantised, eight-bit floats)."""
+    try:
+        return Header(tuple(tensor.shape), _to_numpy(tensor[:0] if tensor.dim() else tensor).dtype)
+    except (TypeError, RuntimeError, NotImplementedError):
+        return None
+
+
 def _to_numpy(tensor) -> np.ndarray:
-    import ml_dtypes
     import torch
 
     tensor = tensor.detach()  # parameters ask for gradients, which NumPy cannot give
