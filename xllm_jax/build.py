@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,9 @@ def load(
     inner = other or prefix
     renamed = {inner + path[len(prefix) :]: x for path, x in like.items()}
     place = locate(directory, inner)
+    origin = checkpoint.base_origin(place)
+    if origin:
+        print(f"{prefix}: {place}, {origin}", file=sys.stderr, flush=True)
     if source.endswith("*"):
         held = checkpoint.base_about(place)["shapes"]
         shared = {path: x for path, x in renamed.items() if path in held}

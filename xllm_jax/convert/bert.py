@@ -7,10 +7,15 @@ the same tensors.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from xllm_jax.convert import Drop, Row
+import jax.numpy as jnp
+
+from xllm_jax.convert import Drop, Plan, Row, sizes
+from xllm_jax.convert.files import Checkpoint
 from xllm_jax.core.errors import UserError
+from xllm_jax.models.bert import SIZES, BertEncoder
 
 Layers = tuple[int, ...] | None
 
@@ -132,3 +137,42 @@ DROP = (
     Drop(r".*embeddings\.word_embeddings\.weight", "the module runs on embeddings"),
 )
 """What a plain encoder may leave out; a table that fills the pooler or words uses them first."""
+
+
+def recognise(checkpoint: Checkpoint) -> bool:
+    """Whether the tensors are those of a plain BERT, with or without heads."""
+    return any(
+        f"{prefix}embeddings.word_embeddings.weight" in checkpoint
+        and f"{prefix}encoder.layer.0.attention.self.query.weight" in checkpoint
+        for prefix in ("", "bert.")
+    )
+
+
+def options(checkpoint: Checkpoint | None, size: str) -> dict[str, Any]:
+    """Fields of `BertEncoder`, and the `prefix` of the names in the file.
+
+    Raises:
+      UserError: unknown size, or a file without the tensors that tell it.
+    """
+    if checkpoint is None:
+        return sizes.row(SIZES, size) | {"prefix": "bert."}
+    prefix = prefix_of(checkpoint)
+    words = f"{prefix}embeddings.word_embeddings.weight"
+    width = sizes.axis(checkpoint, words, 1)
+    return sizes.row(SIZES, size, width=width) | {
+        "vocabulary": sizes.axis(checkpoint, words, 0),
+        "prefix": prefix,
+    }
+
+
+def plan(options: Mapping[str, Any]) -> Plan:
+    """The encoder with its word table as part 'bert'."""
+    fields = {name: value for name, value in options.items() if name != "prefix"}
+    model = BertEncoder(**fields)
+    ids = jnp.zeros((1, 2), jnp.int32)
+    return Plan(
+        table=rows(model.depth, model.heads, source=options["prefix"], target="bert/"),
+        shapes={"bert": sizes.shapes_of(model, ids, jnp.ones((1, 2), bool))},
+        drop=tuple(rule for rule in DROP if "word_embeddings" not in rule.pattern),
+        beside=("vocab.txt",),
+    )

@@ -12,16 +12,22 @@ from typing import Any
 
 import numpy as np
 
-from xllm_jax.convert import Drop, Report, Row, import_tree
+from xllm_jax.convert import Drop, Plan, Report, Row, eva_vit, import_tree, mount, sizes
 from xllm_jax.convert.bert import attention_rows, feed_forward_rows, linear, norm
+from xllm_jax.convert.files import Checkpoint
 from xllm_jax.core import rules
 from xllm_jax.core.errors import UserError
+from xllm_jax.models import contrast as contrast_model
+from xllm_jax.models import interfaces, vit
 from xllm_jax.models.contrast import ContrastModel
 from xllm_jax.models.interfaces import QFormerInterface
 
 LAVIS = "Qformer.bert."
 DECODER = "Qformer.cls.predictions.decoder"
 WORDS = f"{LAVIS}embeddings.word_embeddings.weight"
+
+VISION = {"lavis": "visual_encoder.", "hf": "vision_model."}
+VISION_MARK = {"lavis": "cls_token", "hf": "embeddings.class_embedding"}
 
 TEXT_LAYERS = r".*encoder\.layer\.\d+\.(intermediate|output)\..*"
 DROP = (
@@ -281,3 +287,83 @@ def _check_tied(source: Mapping[str, np.ndarray]) -> None:
         decoder = f"{DECODER}.{name}"
         if decoder in source and not np.array_equal(source[decoder], source[tied]):
             raise UserError(f"differs from {tied}, to which it is tied", field=decoder)
+
+
+def recognise(checkpoint: Checkpoint) -> bool:
+    """Whether the tensors are those of BLIP-2: LAVIS stage 1 or 2, or Hugging Face."""
+    marks = ("qformer.layernorm.weight", f"{LAVIS}embeddings.LayerNorm.weight")
+    return "video_query_tokens" not in checkpoint and any(mark in checkpoint for mark in marks)
+
+
+def options(checkpoint: Checkpoint | None, size: str) -> dict[str, Any]:
+    """Layout and sizes.
+
+    Returns:
+      `kind` 'lavis' or 'hf'; `text`: with text branch and stage-1 heads; `adapter`: with the
+      projection to an LLM; `vision`: fields of the vision encoder or None; `interface`: fields of
+      the Q-Former's network.
+
+    Raises:
+      UserError: unknown size, or a file without the tensors that tell it.
+    """
+    if checkpoint is None:
+        row = sizes.row(interfaces.SIZES, size)
+        return dict(kind="lavis", text=False, adapter=True, vision=None, interface=row)
+    hf = kind_of(checkpoint) == "hf"
+    adapter = ("language_projection" if hf else "opt_proj") + ".weight"
+    text = "itm_head.weight" in checkpoint and adapter not in checkpoint
+    vision = VISION["hf" if hf else "lavis"] + VISION_MARK["hf" if hf else "lavis"]
+    width = sizes.axis(checkpoint, "query_tokens", -1)
+    known = {"queries": sizes.axis(checkpoint, "query_tokens", -2)}
+    norm_name = "vision_model.post_layernorm.weight" if hf else "ln_vision.weight"
+    known["encoder_width"] = sizes.axis(checkpoint, norm_name, 0)
+    if text:
+        start = "embeddings" if hf else f"{LAVIS}embeddings"
+        known["vocabulary"] = sizes.axis(checkpoint, f"{start}.word_embeddings.weight", 0)
+        known["positions"] = sizes.axis(checkpoint, f"{start}.position_embeddings.weight", 0)
+        head = "text_projection" if hf else "text_proj"
+        known["embed"] = sizes.axis(checkpoint, f"{head}.weight", 0)
+    elif adapter in checkpoint:
+        known["llm_width"] = sizes.axis(checkpoint, adapter, 0)
+    row = sizes.row(contrast_model.SIZES if text else interfaces.SIZES, size, width=width)
+    seen = sizes.row(vit.SIZES, size, width=known["encoder_width"])
+    if vision in checkpoint and not hf:
+        eva_vit.check_depth(checkpoint, seen["depth"], VISION["lavis"])
+    return {
+        "kind": "hf" if hf else "lavis",
+        "text": text,
+        "adapter": adapter in checkpoint,
+        "vision": seen if vision in checkpoint else None,
+        "interface": row | known,
+    }
+
+
+def plan(options: Mapping[str, Any]) -> Plan:
+    """Part 'image_interface', and 'vision_encoder' where the file holds it."""
+    kind, text, adapter = options["kind"], options["text"], options["adapter"]
+    model = (ContrastModel if text else QFormerInterface)(**options["interface"])
+    table = rows(model.depth, model.heads, model.cross_attention_frequency, kind, text)
+    table += head_rows(kind) if text else ()
+    projection = "language_projection" if kind == "hf" else "opt_proj"
+    table += linear(projection, "adapter") if adapter else ()
+    fresh = ("language_head/.*", "temperature") if kind == "hf" and text else ("adapter/.*",)
+    table, shapes = mount("image_interface", table), {"image_interface": sizes.shapes_of(model)}
+    drop = DROP if text else (*DROP, *DROP_TEXT)
+    if options["vision"]:
+        seen = vit.VisionTransformer(**options["vision"])
+        make = eva_vit.hf_rows if kind == "hf" else eva_vit.rows
+        table += make(seen.depth, seen.heads, source=VISION[kind], target="vision_encoder/")
+        shapes["vision_encoder"] = sizes.shapes_of(seen)
+        drop = (
+            *eva_vit.drop(seen.depth, VISION[kind]),
+            *(d for d in drop if "visual_" not in d.pattern),
+        )
+    head = "Qformer.cls.predictions"
+    tied = {f"{DECODER}.weight": WORDS, f"{DECODER}.bias": f"{head}.bias"} if text else {}
+    return Plan(
+        table=table,
+        shapes=shapes,
+        drop=drop,
+        fresh=tuple(f"image_interface/{pattern}" for pattern in fresh),
+        tied=tied if kind == "lavis" else {},
+    )

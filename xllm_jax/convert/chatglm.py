@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xllm_jax.convert import Drop, Report, Row, export_tree, files, import_tree
+from xllm_jax.convert import (
+    Drop,
+    Plan,
+    Report,
+    Row,
+    export_tree,
+    files,
+    import_tree,
+    mount,
+    sizes,
+)
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.glm_layout import Specials
-from xllm_jax.models.glm import ChatGLM
+from xllm_jax.models.glm import SIZES, ChatGLM
 
 HEAD = "lm_head.weight"
 WORDS = "transformer.word_embeddings.weight"
+BESIDE = ("config.json", "ice_text.model", "tokenizer_config.json")
 
 DROP = (
     Drop(r"lm_head\.weight", "tied to the word embeddings, as the reference does on loading"),
@@ -172,3 +184,35 @@ def export(model: ChatGLM, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Our parameters under the published names, the tied head included."""
     tensors = export_tree(rows(model.depth, model.heads), params)
     return tensors | {HEAD: tensors[WORDS]}
+
+
+def recognise(checkpoint: files.Checkpoint) -> bool:
+    """Whether the tensors are those of ChatGLM-6B."""
+    return WORDS in checkpoint
+
+
+def options(checkpoint: files.Checkpoint | None, size: str) -> dict[str, Any]:
+    """Fields of `ChatGLM`, from config.json, a SIZES row or the shapes.
+
+    Raises:
+      UserError: unknown size, or a config.json of another model.
+    """
+    if checkpoint is None or size:
+        return sizes.row(SIZES, size)
+    if checkpoint.config():
+        path = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+        return fields(read_config(path))
+    vocab, width = (sizes.axis(checkpoint, WORDS, number) for number in (0, 1))
+    return sizes.row(SIZES, size, vocab=vocab, width=width)
+
+
+def plan(options: Mapping[str, Any]) -> Plan:
+    """The whole source as part 'llm'; configuration and tokenizer go beside it."""
+    model = ChatGLM(**options)
+    return Plan(
+        table=mount("llm", rows(model.depth, model.heads)),
+        shapes={"llm": shapes(model)},
+        drop=tuple(rule for rule in DROP if rule.pattern != re.escape(HEAD)),
+        tied={HEAD: WORDS},
+        beside=BESIDE,
+    )

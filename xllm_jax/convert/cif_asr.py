@@ -8,10 +8,14 @@ the whole stage-1 model with the parts `speech_encoder`, `speech_interface/cif` 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from xllm_jax.convert import Drop, Row, bert
+from xllm_jax.convert import Drop, Plan, Row, bert, sizes
 from xllm_jax.convert.bert import Layers, linear, norm
+from xllm_jax.convert.files import Checkpoint
+from xllm_jax.models import asr, conformer
+from xllm_jax.models.speech_interface import SpeechInterface
 
 DROPPED = (
     Drop(r".*num_batches_tracked", "a counter; the momentum is constant"),
@@ -193,3 +197,54 @@ def interface_rows(depth: int, heads: int, source: str = "", target: str = "") -
         *bert.rows(depth, heads, source=old, target=new, words=False),
         *linear(f"{source}post_bert_proj", f"{target}adapter"),
     )
+
+
+def recognise(checkpoint: Checkpoint) -> bool:
+    """Whether the tensors are those of a CIF ASR model of fairseq."""
+    return {"encoder.cif.weight_proj.weight", "encoder.ctc_proj.weight"} <= checkpoint.keys()
+
+
+def options(checkpoint: Checkpoint | None, size: str) -> dict[str, Any]:
+    """Sizes of the speech encoder and of the decoder's blocks of self-attention.
+
+    Raises:
+      UserError: unknown size, or a file without the tensors that tell it.
+    """
+    encoder = sizes.row(conformer.SIZES, size)
+    decoder = sizes.row(asr.SIZES, size)
+    kernel = 5
+    if checkpoint is not None:
+        width = sizes.axis(checkpoint, "encoder.linear.weight", 0)
+        encoder = sizes.row(conformer.SIZES, size, width=width)
+        decoder = sizes.row(asr.SIZES, size, width=width)
+        decoder["vocab"] = sizes.axis(checkpoint, "decoder.embed_tokens.weight", 0)
+        decoder["self_blocks"] = sizes.depth(checkpoint, r"decoder\.layers\.(\d+)\..*")
+        kernel = 5 if "encoder.cif.conv.weight" in checkpoint else 0
+    names = ("vocab", "width", "hidden", "heads", "self_blocks")
+    return {
+        "encoder": encoder | {"pools": list(encoder["pools"])},
+        "decoder": {name: decoder[name] for name in names},
+        "kernel": kernel,
+    }
+
+
+def plan(options: Mapping[str, Any]) -> Plan:
+    """Parts 'speech_encoder', 'speech_interface' (its CIF alone) and 'asr_decoder'."""
+    encoder = conformer.SpeechEncoder(**options["encoder"])
+    decoder = asr.ASRDecoder(**options["decoder"])
+    interface = SpeechInterface(encoder_width=encoder.width, kernel=options["kernel"])
+    table = rows(
+        encoder.heads,
+        encoder.depth,
+        encoder.pools,
+        encoder.channels,
+        decoder.heads,
+        decoder.self_blocks,
+        options["kernel"],
+    )
+    shapes = {
+        "speech_encoder": sizes.shapes_of(encoder),
+        "speech_interface": {"cif": sizes.shapes_of(interface)["cif"]},
+        "asr_decoder": sizes.shapes_of(decoder),
+    }
+    return Plan(table=table, shapes=shapes, drop=DROPPED)

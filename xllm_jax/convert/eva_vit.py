@@ -7,11 +7,14 @@ dropped by name.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from xllm_jax.convert import Drop, Row
+from xllm_jax.convert import Drop, Plan, Row, sizes
 from xllm_jax.convert.bert import linear, norm
+from xllm_jax.convert.files import Checkpoint
 from xllm_jax.core.errors import UserError
+from xllm_jax.models.vit import SIZES, VisionTransformer
 
 PATCHES = "d c p q -> p q c d"
 
@@ -112,3 +115,31 @@ def _projections(source: str, target: str, layers: tuple[int, ...], sizes) -> li
 
 def _out(source: str, target: str, layers: tuple[int, ...], sizes) -> Row:
     return Row(source, f"{target}/out/kernel", "d (h k) -> h k d", layers, sizes)
+
+
+def recognise(checkpoint: Checkpoint) -> bool:
+    """Whether the tensors are those of `eva_vit_g.pth`."""
+    return {"cls_token", "blocks.0.attn.q_bias", "blocks.0.attn.qkv.weight"} <= checkpoint.keys()
+
+
+def options(checkpoint: Checkpoint | None, size: str) -> dict[str, Any]:
+    """Fields of `VisionTransformer`.
+
+    Raises:
+      UserError: unknown size, or a file of another depth.
+    """
+    if checkpoint is None:
+        return sizes.row(SIZES, size)
+    chosen = sizes.row(SIZES, size, width=sizes.axis(checkpoint, "cls_token", -1))
+    check_depth(checkpoint, chosen["depth"])
+    return chosen
+
+
+def plan(options: Mapping[str, Any]) -> Plan:
+    """The whole source as part 'vision_encoder'."""
+    model = VisionTransformer(**options)
+    return Plan(
+        table=rows(model.depth, model.heads, target="vision_encoder/"),
+        shapes={"vision_encoder": sizes.shapes_of(model)},
+        drop=drop(model.depth),
+    )

@@ -15,8 +15,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from xllm_jax.convert import bert, blip2, chatglm, eva_vit, export_tree, files, import_tree
+from xllm_jax.convert import Plan, bert, blip2, chatglm, eva_vit, export_tree, files, import_tree
 from xllm_jax.core import checkpoint, rules
+from xllm_jax.core.errors import UserError
 from xllm_jax.data.tokenizer import ChatGLMTokenizer
 from xllm_jax.models.bert import BertEncoder
 from xllm_jax.models.contrast import ContrastModel
@@ -26,6 +27,9 @@ from xllm_jax.models.vit import VisionTransformer
 TOKENIZER = ("ice_text.model", "tokenizer_config.json")
 WEIGHTS, VOCABULARY = "model.safetensors", "vocab.txt"
 TYPES = "bert.embeddings.token_type_embeddings.weight"
+KINDS = {"chatglm": chatglm, "eva_vit": eva_vit}
+LARGEST = 1024
+"""Widths from here on are the published models' own."""
 
 
 def export_llm(model: ChatGLM, params: Mapping[str, Any], tokenizer: Path, folder: Path) -> None:
@@ -110,3 +114,37 @@ def _save(tensors: Mapping[str, np.ndarray], path: Path) -> None:
     from safetensors.numpy import save_file
 
     save_file({name: np.asarray(x, np.float16) for name, x in tensors.items()}, str(path))
+
+
+def recognise(checkpoint: files.Checkpoint) -> bool:
+    """Whether the tensors are those of the world's mini LLM or mini ViT."""
+    return any(_is(kind, checkpoint) for kind in KINDS)
+
+
+def options(checkpoint: files.Checkpoint | None, size: str) -> dict[str, Any]:
+    """The `kind` of backbone and the options of that kind's own source.
+
+    Raises:
+      UserError: there is nothing to tell the kind by.
+    """
+    if checkpoint is None:
+        raise UserError(
+            "an export needs the base's conversion.json",
+            field="--source=world",
+            mend="Say --source=chatglm or --source=eva_vit",
+        )
+    kind = next(kind for kind in KINDS if _is(kind, checkpoint))
+    return {"kind": kind, **KINDS[kind].options(checkpoint, size)}
+
+
+def plan(options: Mapping[str, Any]) -> Plan:
+    """Part 'llm' or 'vision_encoder'."""
+    rest = {name: value for name, value in options.items() if name != "kind"}
+    return KINDS[options["kind"]].plan(rest)
+
+
+def _is(kind: str, checkpoint: files.Checkpoint) -> bool:
+    if not KINDS[kind].recognise(checkpoint):
+        return False
+    name = {"chatglm": chatglm.WORDS, "eva_vit": "cls_token"}[kind]
+    return checkpoint.header(name).shape[-1:] < (LARGEST,)

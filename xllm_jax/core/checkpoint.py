@@ -8,23 +8,27 @@ checkpoint that could be picked up.
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import functools
 import hashlib
 import json
+import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 
 from xllm_jax.core import rules
 from xllm_jax.core.errors import UserError
 
 FORMAT = 1
+CONVERSION = "conversion.json"
 
 
 def to_json(stage: Any) -> str:
@@ -135,22 +139,146 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     return {name(path): tuple(leaf.shape) for path, leaf in leaves}
 
 
-def save_base(directory: str | Path, params: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """A leaf that `save_base` asks for piece by piece, so that it is never held whole.
+
+    Attributes:
+      path: of the leaf, for errors.
+      shape, dtype: of the whole leaf.
+      rows: length of a block (and of a chunk on disk) along axis 0; the last may be shorter.
+      blocks: yields the consecutive blocks; one array without axes for a scalar.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    rows: int
+    blocks: Callable[[], Iterator[np.ndarray]]
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole leaf."""
+        return self.size * self.dtype.itemsize
+
+
+class _BlocksHandler(ocp.type_handlers.NumpyHandler):
+    """Writes `Blocks` where orbax writes a NumPy array, in chunks of one block, one at a time.
+
+    Orbax has no public way to write a leaf in parts. The metadata are those of a NumPy array, so
+    that what is written is an ordinary orbax checkpoint.
+    """
+
+    def __init__(self):
+        super().__init__(deepcopy_host_arrays=False)
+        self._turn = asyncio.Lock()
+
+    async def _open_and_write(self, value: Blocks, tspec: dict, ts_context: Any) -> None:
+        if value.shape:
+            tspec["metadata"]["chunks"] = [value.rows, *value.shape[1:]]
+        async with self._turn:
+            store = await tensorstore.open(
+                tensorstore.Spec(tspec), create=True, open=True, context=ts_context
+            )
+            start = 0
+            for block in value.blocks():
+                stop = start + block.shape[0] if value.shape else None
+                try:
+                    await (store[start:stop] if value.shape else store).write(block)
+                except (ValueError, OSError) as error:
+                    raise _full(value.path, error) from error
+                start = stop
+
+
+def _full(path: str, error: Exception) -> UserError:
+    return UserError(
+        f"cannot be written ({' '.join(str(error).split())[:200]})",
+        field=path,
+        mend="Make room on the disk, or choose another --output; nothing was left behind",
+    )
+
+
+def save_base(
+    directory: str | Path,
+    params: Mapping[str, Any],
+    about: Mapping[str, Any],
+    finish: Callable[[Path], None] | None = None,
+) -> None:
     """Writes parameter subtrees `{part: tree}` as a base that `init` can name; atomic.
 
-    An existing base of the same name is replaced only once the new one is complete.
+    An existing base of the same name is replaced only once the new one is complete; after an error
+    nothing is left.
+
+    Args:
+      directory: the base's folder.
+      params: nested dicts of arrays, or of `Blocks` throughout.
+      about: JSON that is kept beside the arrays.
+      finish: writes further files into the folder that it is given, before it gets its name.
+
+    Raises:
+      UserError: a leaf of `Blocks` cannot be written.
     """
     directory = Path(directory).absolute()
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(partial / "params", dict(params))
-    shapes = {p: [list(x.shape), str(x.dtype)] for p, x in rules.flatten(params).items()}
-    (partial / "about.json").write_text(
-        json.dumps({"format": FORMAT, **about, "shapes": shapes}, ensure_ascii=False, indent=1)
-    )
+    try:
+        _save_params(partial / "params", params)
+        shapes = {p: [list(x.shape), str(x.dtype)] for p, x in rules.flatten(params).items()}
+        (partial / "about.json").write_text(
+            json.dumps({"format": FORMAT, **about, "shapes": shapes}, ensure_ascii=False, indent=1)
+        )
+        if finish:
+            finish(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     shutil.rmtree(directory, ignore_errors=True)
     partial.rename(directory)
+
+
+def _save_params(path: Path, params: Mapping[str, Any]) -> None:
+    if not all(isinstance(leaf, Blocks) for leaf in rules.flatten(params).values()):
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(path, dict(params))
+        return
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (Blocks, _BlocksHandler()), (jax.Array, ocp.type_handlers.ArrayHandler())
+    )
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(path, args=ocp.args.PyTreeSave(dict(params)))
+
+
+def open_leaves(directory: str | Path) -> dict[str, Any]:
+    """Opens the leaves of a base without reading them.
+
+    Returns:
+      {path: store}; a store has `.shape`, `.dtype.numpy_dtype`, and `store[index].read().result()`
+      reads a part of it.
+
+    Raises:
+      UserError: no base there.
+    """
+    paths = base_about(directory)["shapes"]
+    params = Path(directory).absolute() / "params"
+    file = {"driver": "file", "path": f"{params}/"}
+    packed = (params / "manifest.ocdbt").exists()
+
+    def kvstore(path: str) -> dict[str, Any]:
+        name = path.replace("/", ".")
+        if packed:
+            return {"driver": "ocdbt", "base": file, "path": f"{name}/"}
+        return file | {"path": f"{params}/{name}/"}
+
+    return {
+        path: tensorstore.open({"driver": "zarr", "kvstore": kvstore(path)}, open=True).result()
+        for path in paths
+    }
 
 
 def base_about(directory: str | Path) -> dict[str, Any]:
@@ -167,6 +295,18 @@ def base_about(directory: str | Path) -> dict[str, Any]:
             mend="Run the stage that writes it, or launch/convert.py",
         )
     return json.loads(file.read_text())
+
+
+def base_origin(directory: str | Path) -> str:
+    """One line on where a converted base comes from, by its conversion.json; '' without one."""
+    file = Path(directory) / CONVERSION
+    if not file.exists():
+        return ""
+    done = json.loads(file.read_text("utf-8"))
+    files = ", ".join(f"{row['name']} (sha256 {row['sha256'][:12]})" for row in done["files"][:1])
+    more = f" and {len(done['files']) - 1} more" if len(done["files"]) > 1 else ""
+    lost = f"{len(done['dropped'])} tensors dropped, {len(done['fresh'])} leaves fresh"
+    return f"converted from {done['source']}: {files}{more}; {lost}; version {done['version']}"
 
 
 def load_leaves(

@@ -1,0 +1,58 @@
+"""Published PyTorch and safetensors checkpoints to bases for `init`, and back.
+
+python launch/convert.py --source=chatglm --input=chatglm-6b --output=bases/llm
+python launch/convert.py --source=eva_vit --input=eva_vit_g.pth --output=bases/vision_encoder
+python launch/convert.py --direction=export --source=blip2 --input=runs/x/final --output=exported
+python launch/convert.py --verify=tests/golden/chatglm
+
+Memory stays small (twice the largest tensor and 1.5 GB at most), nothing half-written is left after
+an error, and conversion.json in the output tells what was done. `--verify` replays a recording of
+PyTorch code through our networks, prints how far they are apart and exits with 1 when an array is
+missed or missing; docs/recording.md tells how to record your own model.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from launch import command
+from xllm_jax.convert import export, stream, verify
+from xllm_jax.core.errors import UserError
+
+SOURCE = flags.DEFINE_string("source", "", "Kind of the checkpoint: a table of xllm_jax/convert.")
+INPUT = flags.DEFINE_string("input", "", "Published file or folder; with export, a base of ours.")
+OUTPUT = flags.DEFINE_string("output", "", "Folder to write; it appears once it is complete.")
+SIZE = flags.DEFINE_string("size", "", "Row of the network's SIZES, where the files do not tell.")
+DIRECTION = flags.DEFINE_enum("direction", "import", ("import", "export"), "Into ours, or back.")
+VERIFY = flags.DEFINE_string("verify", "", "Folder of one recording, or of several, to replay.")
+
+
+def main(_: list[str]) -> int:
+    """Returns the exit code."""
+    if VERIFY.value:
+        return replay(Path(VERIFY.value))
+    for flag in (SOURCE, INPUT, OUTPUT):
+        if not flag.value:
+            choices = f"Choices: {', '.join(stream.sources())}" if flag is SOURCE else flag.help
+            raise UserError("this flag is required", field=f"--{flag.name}", mend=choices)
+    if DIRECTION.value == "export":
+        files = export.run_export(SOURCE.value, INPUT.value, OUTPUT.value, SIZE.value)
+        print(f"{SOURCE.value}: {', '.join(files)} in {OUTPUT.value}")
+        return 0
+    done = stream.run_import(SOURCE.value, INPUT.value, OUTPUT.value, SIZE.value)
+    print(f"{done.line()}; written to {OUTPUT.value}")
+    return 0
+
+
+def replay(recording: Path) -> int:
+    """Prints the table of a recording; 1 when anything is missed."""
+    rows = verify.replay(recording, progress=lambda line: print(line, file=sys.stderr, flush=True))
+    print(verify.table(rows))
+    return int(any(row.missed for row in rows))
+
+
+if __name__ == "__main__":
+    command.run(main)

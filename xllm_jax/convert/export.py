@@ -1,0 +1,211 @@
+"""Our bases back to safetensors under the published names, tensor by tensor."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xllm_jax.convert import Plan, Row, check_table, record, stream
+from xllm_jax.convert.files import SAFETENSORS, Header
+from xllm_jax.core import checkpoint
+from xllm_jax.core.errors import UserError
+
+SHARD = 4 << 30
+"""Largest file in bytes, unless one tensor is larger."""
+
+
+class Exported(Mapping):
+    """The tensors of a plan, under the source's names, each read from our leaves when asked for.
+
+    Args:
+      plan: of the source.
+      leaves: {path: store} of `checkpoint.open_leaves`.
+      base: folder they lie in, for errors.
+
+    Raises:
+      UserError: a leaf is missing or has another shape than the plan's.
+    """
+
+    def __init__(self, plan: Plan, leaves: Mapping[str, Any], base: Path):
+        check_table(plan.table)
+        self._plan, self._leaves = plan, leaves
+        self._places: dict[str, list[_Place]] = {}
+        for row in plan.table:
+            if row.target not in leaves:
+                raise UserError(
+                    "the base lacks this parameter",
+                    field=f"{base}: {row.target}",
+                    mend="Check that --source and --size are what the base was made from",
+                )
+            for number, name in enumerate(row.names()):
+                layer = None if row.layers is None else number
+                self._places.setdefault(name, []).append(_Place(row, layer))
+        for name, other in plan.tied.items():
+            self._places[name] = self._places[other]
+
+    def header(self, name: str) -> Header:
+        """Shape and dtype; reads nothing."""
+        outline = self._make(name, self._outline)
+        return Header(outline.shape, outline.dtype)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._make(name, self._read)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def _make(self, name: str, get: Any) -> np.ndarray:
+        parts: dict[int, np.ndarray] = {}
+        for spot in self._places[name]:
+            tensor = spot.row.backward(get(spot))
+            if not spot.row.piece:
+                return np.asarray(tensor, order="C")
+            parts[spot.row.piece[0]] = tensor
+            parts.update({zero: np.zeros_like(tensor) for zero in spot.row.zero_pieces})
+        return np.concatenate([parts[number] for number in sorted(parts)])
+
+    def _read(self, spot: _Place) -> np.ndarray:
+        store = self._leaves[spot.row.target]
+        return np.asarray((store if spot.layer is None else store[spot.layer]).read().result())
+
+    def _outline(self, spot: _Place) -> np.ndarray:
+        store = self._leaves[spot.row.target]
+        shape = tuple(store.shape) if spot.layer is None else tuple(store.shape)[1:]
+        return np.broadcast_to(np.zeros((), store.dtype.numpy_dtype), shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where one source tensor, or one piece of it, stands in our leaves."""
+
+    row: Row
+    layer: int | None
+
+
+def run_export(source: str, path: str | Path, output: str | Path, size: str = "") -> list[str]:
+    """Writes a base as safetensors under the published names, in files of at most 4 GiB.
+
+    Args:
+      source: name of the source.
+      path: folder of the base; its conversion.json, where it has one, tells the layout.
+      output: folder to write; must not exist, or be empty.
+      size: row of SIZES, for a base without conversion.json.
+
+    Returns:
+      names of the weight files.
+
+    Raises:
+      UserError: the base is of another kind or incomplete, or the output cannot be written;
+        nothing is left of it then.
+    """
+    module, path, output = stream.source_named(source), Path(path), Path(output).absolute()
+    leaves = checkpoint.open_leaves(path)
+    made = record.read(path)
+    if made and made.source != source:
+        raise UserError(
+            f"was converted from {made.source}, not {source}",
+            field=str(path),
+            mend=f"Say --source={made.source}",
+        )
+    options = made.options if made else module.options(None, size)
+    plan = module.plan(options)
+    tensors: Mapping[str, np.ndarray] = Exported(plan, leaves, path)
+    restore = getattr(module, "restore", None)
+    tensors = restore(tensors, options) if restore else tensors
+    if output.exists() and (output.is_file() or any(output.iterdir())):
+        raise UserError("is there already", field=str(output), mend="Choose another --output")
+    stream.check_room(output, sum(_bytes(header_of(tensors, name)) for name in tensors))
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        names = write_shards(tensors, partial)
+        stream.copy_beside(plan, path, partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if output.exists():
+        output.rmdir()
+    partial.rename(output)
+    return names
+
+
+def header_of(tensors: Mapping[str, np.ndarray], name: str) -> Header:
+    """Shape and dtype of a tensor; reads it only where nothing else tells them."""
+    header = getattr(tensors, "header", None)
+    if header:
+        return header(name)
+    return Header(tensors[name].shape, tensors[name].dtype)
+
+
+def write_shards(tensors: Mapping[str, np.ndarray], folder: Path) -> list[str]:
+    """Writes model.safetensors, or shards and their index; returns the files' names."""
+    headers = {name: header_of(tensors, name) for name in tensors}
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, header in headers.items():
+        if shards[-1] and size + _bytes(header) > SHARD:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += _bytes(header)
+    count, files = len(shards), ["model.safetensors"]
+    if count > 1:
+        files = [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+    for file, names in zip(files, shards, strict=True):
+        write_file(tensors, {name: headers[name] for name in names}, folder / file)
+    if count > 1:
+        places = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        total = sum(_bytes(header) for header in headers.values())
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+    return files
+
+
+def write_file(
+    tensors: Mapping[str, np.ndarray], headers: Mapping[str, Header], path: Path
+) -> None:
+    """Writes one safetensors file, holding one tensor at a time.
+
+    Raises:
+      UserError: the disk is full; names file and tensor.
+    """
+    names = {np.dtype(dtype): name for name, dtype in SAFETENSORS.items()}
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, header in headers.items():
+        start, end = end, end + _bytes(header)
+        entries[name] = {
+            "dtype": names[header.dtype],
+            "shape": list(header.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    name = "header"
+    try:
+        with path.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in headers:
+                tensor = np.ascontiguousarray(tensors[name])
+                file.write(tensor.reshape(-1).view(np.uint8).data)
+    except OSError as error:
+        raise UserError(
+            f"cannot be written ({error.strerror})",
+            field=f"{path.name}: {name}",
+            mend="Make room on the disk, or choose another --output; nothing was left behind",
+        ) from error
+
+
+def _bytes(header: Header) -> int:
+    return math.prod(header.shape) * header.dtype.itemsize

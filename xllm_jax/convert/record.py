@@ -1,0 +1,125 @@
+"""conversion.json: what a conversion did, written beside the checkpoint it made."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from xllm_jax.convert import Plan, Report, files
+from xllm_jax.core.checkpoint import CONVERSION
+from xllm_jax.core.errors import UserError
+
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """The record of one import.
+
+    Attributes:
+      source: name of the source.
+      options: what its table depends on.
+      files: [{name, bytes, sha256}] of what was read.
+      rows: [{source, target, pattern, layers, piece}] of the table.
+      dropped: {source tensor: reason}.
+      fresh: leaves of ours that the source does not hold.
+      dtypes: {dtype: number of tensors} as stored; nothing is cast but what `computed` names.
+      computed: {tensor: how it came about} of those that are not in the file as they stand.
+      version: ours.
+    """
+
+    source: str
+    options: Mapping[str, Any]
+    files: list[dict[str, Any]]
+    rows: list[dict[str, Any]]
+    dropped: Mapping[str, str]
+    fresh: list[str]
+    dtypes: Mapping[str, int]
+    computed: Mapping[str, str]
+    version: str
+    format: int = FORMAT
+
+    @classmethod
+    def of(
+        cls,
+        source: str,
+        options: Mapping[str, Any],
+        plan: Plan,
+        opened: files.Checkpoint,
+        tensors: Mapping[str, Any],
+        report: Report,
+    ) -> Conversion:
+        """Collects the record; reads every file once for its SHA-256."""
+        rows = [
+            {
+                key: value
+                for key, value in dataclasses.asdict(row).items()
+                if value not in ("", None, ())
+            }
+            for row in plan.table
+        ]
+        dtypes = collections.Counter(tensors.header(name).dtype.name for name in report.used)
+        return cls(
+            source=source,
+            options=dict(options),
+            files=[describe(file) for file in opened.files],
+            rows=rows,
+            dropped=report.dropped,
+            fresh=list(report.fresh),
+            dtypes=dict(sorted(dtypes.items())),
+            computed=_computed(tensors, opened),
+            version=importlib.metadata.version("xllm_jax"),
+        )
+
+    def write(self, folder: Path) -> None:
+        """Writes conversion.json into a folder."""
+        text = json.dumps(dataclasses.asdict(self), ensure_ascii=False, indent=1)
+        (folder / CONVERSION).write_text(text + "\n", "utf-8")
+
+    def line(self) -> str:
+        """The record in one line."""
+        kinds = ", ".join(f"{count} {dtype}" for dtype, count in self.dtypes.items())
+        return (
+            f"{self.source}: {kinds} tensors of {len(self.files)} files used, "
+            f"{len(self.dropped)} dropped, {len(self.fresh)} leaves fresh"
+        )
+
+
+def read(folder: str | Path) -> Conversion | None:
+    """The record of a base; None where it was not converted.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    file = Path(folder) / CONVERSION
+    if not file.exists():
+        return None
+    try:
+        return Conversion(**json.loads(file.read_text("utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            "is not a record of a conversion", field=str(file), mend="Convert again"
+        ) from error
+
+
+def describe(file: Path) -> dict[str, Any]:
+    """Name, size and SHA-256 of a file, read in pieces."""
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return {"name": file.name, "bytes": file.stat().st_size, "sha256": digest}
+
+
+def _computed(tensors: Mapping[str, Any], opened: files.Checkpoint) -> dict[str, str]:
+    if not isinstance(tensors, files.View):
+        return {}
+    return {
+        name: f"{row.dtype} from "
+        + ", ".join(f"{source} ({opened.header(source).dtype})" for source in row.inputs)
+        for name, row in tensors.derived.items()
+    }

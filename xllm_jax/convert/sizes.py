@@ -1,0 +1,67 @@
+"""Sizes of a network, read from a checkpoint's headers or from a SIZES row."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+
+from xllm_jax.convert.files import Checkpoint
+from xllm_jax.core.errors import UserError
+
+
+def row(sizes: Mapping[str, Mapping[str, Any]], size: str, **known: Any) -> dict[str, Any]:
+    """A row of SIZES: the named one, the one that fits what is known, or 'real'.
+
+    Args:
+      sizes: a model file's SIZES.
+      size: name of a row, '' when the user gave none.
+      known: fields that headers tell, such as the width.
+
+    Raises:
+      UserError: no row of this name.
+    """
+    if size and size not in sizes:
+        raise UserError(
+            f"unknown size {size!r}", field="--size", mend=f"Choices: {', '.join(sizes)}"
+        )
+    if size:
+        return dict(sizes[size])
+    fits = [r for r in sizes.values() if all(r.get(key) == value for key, value in known.items())]
+    return dict(fits[0] if fits and known else sizes["real"])
+
+
+def axis(checkpoint: Checkpoint, name: str, number: int) -> int:
+    """Length of one axis of a tensor.
+
+    Raises:
+      UserError: no such tensor, or fewer axes.
+    """
+    if name not in checkpoint:
+        raise UserError(
+            "the checkpoint has no such tensor",
+            field=checkpoint.where(name),
+            mend="Check the file, and that its kind is the one you named",
+        )
+    shape = checkpoint.header(name).shape
+    if not -len(shape) <= number < len(shape):
+        raise UserError(
+            f"has shape {shape}, which is not that of this weight",
+            field=checkpoint.where(name),
+            mend="The checkpoint is of another architecture",
+        )
+    return shape[number]
+
+
+def depth(names: Iterable[str], pattern: str) -> int:
+    """One more than the largest number that `pattern`'s group finds in whole names; 0 for none."""
+    found = [int(match[1]) for name in names if (match := re.fullmatch(pattern, name))]
+    return max(found, default=-1) + 1
+
+
+def shapes_of(model: Any, *inputs: Any) -> dict[str, Any]:
+    """Shapes of a network's parameters, without computing them."""
+    arguments = inputs or model.example()
+    return jax.eval_shape(model.init, jax.random.key(0), *arguments)["params"]

@@ -1,0 +1,254 @@
+"""Published checkpoints to bases and back, tensor by tensor: what launch/convert.py runs.
+
+A source is a module of this package that has `recognise`, `options` and `plan` (and `prepare`,
+where its tensors are to be computed first, such as quantised ones):
+
+    recognise(checkpoint) -> bool              from names, headers and config.json
+    options(checkpoint | None, size) -> dict   all that the table depends on, as JSON
+    plan(options) -> Plan                      table, shapes, what may be dropped or fresh
+    prepare(checkpoint, options) -> Mapping    a view of the tensors that the table names
+
+`options` go into conversion.json, from which export finds the way back.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+from xllm_jax.convert import Drop, Leaf, Plan, Report, arrange, files, place, record
+from xllm_jax.core import checkpoint, find, rules
+from xllm_jax.core.errors import UserError
+
+PACKAGE = "xllm_jax.convert"
+BLOCK = 1 << 26
+"""Bytes that are written at once."""
+
+FLOATS = ("float16", "bfloat16", "float32")
+EXPONENTS = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000}
+"""Bits that are all set in infinities and NaNs only."""
+
+
+def sources() -> dict[str, ModuleType]:
+    """The modules that describe a source, by name."""
+    modules = {
+        name: importlib.import_module(f"{PACKAGE}.{name}")
+        for name in find.choices(PACKAGE)
+        if (Path(__file__).parent / f"{name}.py").exists()
+    }
+    return {name: module for name, module in modules.items() if hasattr(module, "recognise")}
+
+
+def source_named(name: str) -> ModuleType:
+    """The module of a source.
+
+    Raises:
+      UserError: there is none of this name.
+    """
+    known = sources()
+    if name not in known:
+        raise UserError(
+            f"unknown source {name!r}", field="--source", mend=f"Choices: {', '.join(known)}"
+        )
+    return known[name]
+
+
+def check_kind(name: str, opened: files.Checkpoint) -> None:
+    """Refuses a checkpoint of another source by its name.
+
+    Raises:
+      UserError: tells what the checkpoint looks like.
+    """
+    known = sources()
+    if known[name].recognise(opened):
+        return
+    like = [other for other, module in known.items() if module.recognise(opened)]
+    raise UserError(
+        f"this looks like {' or '.join(like)}, not {name}" if like else f"this is no {name}",
+        field=str(opened.path),
+        mend=f"Say --source={like[0]}" if like else "None of the sources knows these tensor names",
+    )
+
+
+def run_import(
+    source: str, path: str | Path, output: str | Path, size: str = ""
+) -> record.Conversion:
+    """Converts a published checkpoint into a base, with conversion.json beside it.
+
+    Args:
+      source: name of the source.
+      path: the published file or folder.
+      output: folder of the base; a base that stands there is replaced.
+      size: row of SIZES, where the files do not tell.
+
+    Raises:
+      UserError: the files are not what was said, damaged or incomplete; not enough room. Nothing is
+        left of the output then.
+    """
+    module, opened = source_named(source), files.open_checkpoint(path)
+    check_output(output, opened.path)
+    check_kind(source, opened)
+    options = module.options(opened, size)
+    plan = module.plan(options)
+    prepare = getattr(module, "prepare", None)
+    tensors = prepare(opened, options) if prepare else opened
+    leaves, report = laid_out(plan, tensors)
+    check_room(output, sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves.values()))
+    written = record.Conversion.of(source, options, plan, opened, tensors, report)
+
+    def finish(folder: Path) -> None:
+        copy_beside(plan, opened.path, folder)
+        written.write(folder)
+
+    blocks = {path: as_blocks(path, leaf) for path, leaf in leaves.items()}
+    about = {"source": f"{source} {Path(path).name}"}
+    checkpoint.save_base(output, rules.unflatten(blocks), about, finish)
+    return written
+
+
+def laid_out(plan: Plan, tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, Leaf], Report]:
+    """What fills each leaf, every check that headers allow, and the tied tensors compared.
+
+    Raises:
+      UserError: names file and tensor.
+    """
+    tied = {name: other for name, other in plan.tied.items() if name in tensors}
+    rows = {name for row in plan.table for name in row.names()}
+    drop = [Drop(re.escape(name), f"repeats {other}") for name, other in tied.items()]
+    leaves, report = arrange(
+        plan.table, tensors, plan.shapes, drop=(*drop, *plan.drop), fresh=plan.fresh
+    )
+    for name in sorted(rows):
+        if tensors.header(name).dtype.name not in FLOATS:
+            raise UserError(
+                f"is {tensors.header(name).dtype}, weights are {', '.join(FLOATS)}",
+                field=place(tensors, name),
+                mend="Give the published file",
+            )
+    for name, other in tied.items():
+        check_tied(tensors, name, other)
+    return leaves, report
+
+
+def check_tied(tensors: Mapping[str, np.ndarray], name: str, other: str) -> None:
+    """Compares two tensors bit by bit, a block at a time.
+
+    Raises:
+      UserError: they differ.
+    """
+    one, two = tensors[name], tensors[other]
+    same = one.shape == two.shape and one.dtype == two.dtype
+    if not same or not all(
+        first.tobytes() == second.tobytes()
+        for first, second in zip(pieces(one), pieces(two), strict=True)
+    ):
+        raise UserError(
+            f"differs from {other}, to which it is tied",
+            field=place(tensors, name),
+            mend="The model's code overwrites one by the other, so this file is damaged or not it",
+        )
+
+
+def as_blocks(path: str, leaf: Leaf) -> checkpoint.Blocks:
+    """A leaf as the blocks in which it is written: some of its layers, or some of its rows."""
+    one = math.prod(leaf.shape[1:]) * leaf.dtype.itemsize if leaf.shape else leaf.dtype.itemsize
+    rows = max(1, min(BLOCK // max(one, 1), leaf.shape[0] if leaf.shape else 1))
+
+    def blocks() -> Iterator[np.ndarray]:
+        held: list[np.ndarray] = []
+        for name, layer in zip(leaf.row.names(), leaf.layers()):
+            check_finite(layer, place(leaf.source, name))
+            if leaf.row.layers is None:
+                yield from (
+                    (layer[i : i + rows] for i in range(0, len(layer), rows))
+                    if (layer.ndim)
+                    else (layer,)
+                )
+                return
+            held.append(layer)
+            if len(held) == rows:
+                yield np.stack(held) if rows > 1 else held[0][None]
+                held = []
+            del layer  # lets go of the mapped file before the next tensor is opened
+        if held:
+            yield np.stack(held)
+
+    return checkpoint.Blocks(path, leaf.shape, leaf.dtype, rows, blocks)
+
+
+def pieces(tensor: np.ndarray) -> Iterator[np.ndarray]:
+    """The tensor in blocks along its first axis, as views."""
+    if not tensor.ndim:
+        yield tensor
+        return
+    rows = max(1, (BLOCK >> 3) * len(tensor) // max(tensor.nbytes, 1))
+    yield from (tensor[start : start + rows] for start in range(0, len(tensor), rows))
+
+
+def check_finite(tensor: np.ndarray, name: str) -> None:
+    """Refuses NaN and infinities.
+
+    Raises:
+      UserError: names file and tensor.
+    """
+    exponent = EXPONENTS[tensor.dtype.name]
+    bits = np.dtype(f"u{tensor.dtype.itemsize}")
+    for piece in pieces(tensor):
+        high = np.ascontiguousarray(piece).view(bits) & bits.type(exponent)
+        if (high == exponent).any():
+            raise UserError(
+                "holds NaN or infinite values",
+                field=name,
+                mend="The file is damaged, or the model had diverged; download it again",
+            )
+
+
+def check_output(output: str | Path, source: Path) -> None:
+    """Refuses an output folder that holds something else than a base.
+
+    Raises:
+      UserError: it would be overwritten.
+    """
+    output = Path(output)
+    if output.resolve() == source.resolve():
+        raise UserError("is the input", field=str(output), mend="Choose another --output")
+    filled = output.is_file() or (output.is_dir() and any(output.iterdir()))
+    if filled and not (output / "about.json").exists():
+        raise UserError(
+            "is there already and is no base of ours",
+            field=str(output),
+            mend="Choose another --output",
+        )
+
+
+def check_room(output: str | Path, needed: int) -> None:
+    """Refuses to start what the disk cannot hold; `needed` in bytes, before compression.
+
+    Raises:
+      UserError: tells how much is missing.
+    """
+    folder = Path(output).absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
+            field=str(output),
+            mend="Make room on the disk, or choose another --output",
+        )
+
+
+def copy_beside(plan: Plan, source: Path, target: Path) -> None:
+    """Copies the plan's further files (tokenizer, configuration) from one folder to the other."""
+    folder = source if source.is_dir() else source.parent
+    for name in plan.beside:
+        if (folder / name).is_file():
+            shutil.copy(folder / name, target / name)
