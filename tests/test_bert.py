@@ -9,6 +9,7 @@ import pytest
 
 from xllm_jax.convert import bert as table
 from xllm_jax.convert import export_tree, import_tree
+from xllm_jax.convert.files import open_checkpoint
 from xllm_jax.core import rules
 from xllm_jax.models.bert import SHARDING, SIZES, BertEncoder
 
@@ -75,6 +76,31 @@ def test_equals_transformers_on_ids_and_embeddings(peer, ours):
             value[0][mask], expected.last_hidden_state.numpy()[mask], atol=1e-5
         )
         np.testing.assert_allclose(value[1], expected.pooler_output.numpy(), atol=1e-5)
+
+
+def test_published_files_with_old_names(peer, ours, tmp_path):
+    """bert-base as it is published: 'gamma' and 'beta', heads, a file from before zip archives."""
+    import torch
+
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    held = {}
+    for name, tensor in peer.state_dict().items():
+        for new, kind in old.items():
+            name = name.replace(new, kind)
+        held[f"bert.{name}"] = tensor
+    heads = {"cls.predictions.bias": torch.zeros(50), "cls.seq_relationship.bias": torch.zeros(2)}
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(held | heads, path, _use_new_zipfile_serialization=False)
+    source = open_checkpoint(tmp_path)
+    model, params = ours
+    rows = table.rows(model.depth, model.heads, source=table.prefix_of(source), pooler=True)
+    rows = table.named_as(rows, source)
+    tree, report = import_tree(rows, source, params["params"], drop=table.DROP)
+    assert report.dropped.keys() == heads.keys()
+    jax.tree.map(np.testing.assert_array_equal, tree, params["params"])
+    back = export_tree(rows, tree)
+    assert back.keys() == held.keys()
+    assert all(back[name].tobytes() == held[name].numpy().tobytes() for name in held)
 
 
 def test_padding_changes_nothing_and_dropout_only_in_training(ours):

@@ -370,6 +370,12 @@ def test_initialisation_from_bert(golden):
     model = contrast_model(config_of(golden), expected["tokenizer_len"])
     fresh = float32(jax.jit(model.init)(jax.random.key(0), *model.example())["params"])
     tensors = export_tree(contrast_table(model), blip2.from_bert(source, model, fresh))
+    published = {
+        name.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): source[name]
+        for name in source
+    }
+    again = export_tree(contrast_table(model), blip2.from_bert(published, model, fresh))
+    jax.tree.map(np.testing.assert_array_equal, again, tensors)
     before = export_tree(contrast_table(model), fresh)
     bert = lambda name: source[name.removeprefix("Qformer.")]  # noqa: E731
     for name in expected["from_bert"]:

@@ -6,6 +6,7 @@ the same tensors.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -112,6 +113,25 @@ def rows(
         *feed_forward_rows(old, f"{new}/feed_forward", layers),
         *(linear(f"{source}pooler.dense", f"{target}pooler") if pooler else ()),
     )
+
+
+def named_as(table: Iterable[Row], names: Iterable[str]) -> tuple[Row, ...]:
+    """The table with the names that a file has for scale and bias of its norms.
+
+    The published bert-base files still say 'gamma' and 'beta'; transformers renames them on loading
+    and writes 'weight' and 'bias'.
+    """
+    if not any(name.endswith("LayerNorm.gamma") for name in names):
+        return tuple(table)
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+
+    def renamed(row: Row) -> Row:
+        kind = next((kind for kind in old if row.source.endswith(kind)), None)
+        if kind is None:
+            return row
+        return dataclasses.replace(row, source=row.source.removesuffix(kind) + old[kind])
+
+    return tuple(renamed(row) for row in table)
 
 
 def prefix_of(names: Iterable[str]) -> str:

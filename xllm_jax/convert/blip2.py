@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from xllm_jax.convert import Drop, Plan, Report, Row, eva_vit, import_tree, mount, sizes
-from xllm_jax.convert.bert import attention_rows, feed_forward_rows, linear, norm
+from xllm_jax.convert.bert import attention_rows, feed_forward_rows, linear, named_as, norm
 from xllm_jax.convert.files import Checkpoint
 from xllm_jax.core import rules
 from xllm_jax.core.errors import UserError
@@ -261,7 +261,8 @@ def from_bert(
     """
     start = rules.flatten(fresh)
     drop = [Drop(r".*", "not in this table; word rows follow below")]
-    filled, _ = import_tree(from_bert_rows(model), source, fresh, drop=drop, fresh=(".*",))
+    table = named_as(from_bert_rows(model), source)
+    filled, _ = import_tree(table, source, fresh, drop=drop, fresh=(".*",))
     filled = rules.flatten(filled)
     copies = {
         path.replace("/text_feed_forward", "/query_feed_forward"): leaf
