@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from launch import verify as launcher
+from launch import convert as launcher
 from xllm_jax.convert import verify
 from xllm_jax.convert.verify import tolerances
 from xllm_jax.convert.verify.recording import MISS, MISSING, PASS
@@ -112,7 +112,7 @@ def poison(arrays):
 )
 def test_what_is_wrong_is_named(golden, tmp_path, monkeypatch, capsys, change, expected):
     copy(golden, tmp_path, change)
-    monkeypatch.setattr(launcher, "RECORDING", types.SimpleNamespace(value=str(tmp_path)))
+    monkeypatch.setattr(launcher, "VERIFY", types.SimpleNamespace(value=str(tmp_path)))
     assert launcher.main([]) == 1
     printed = capsys.readouterr().out
     rows = lines_of(printed)
@@ -197,7 +197,7 @@ def test_a_broken_file_is_refused(golden, tmp_path):
 
 def test_the_command_exits_with_two_on_an_unknown_folder(tmp_path):
     done = subprocess.run(
-        [sys.executable, "launch/verify.py", f"--recording={tmp_path}"],
+        [sys.executable, "launch/convert.py", f"--verify={tmp_path}"],
         capture_output=True,
         text=True,
         cwd=ROOT,

@@ -169,29 +169,31 @@ def recognise(checkpoint: Checkpoint) -> bool:
 
 
 def options(checkpoint: Checkpoint | None, size: str) -> dict[str, Any]:
-    """Fields of `BertEncoder`, and the `prefix` of the names in the file.
+    """Fields of `BertEncoder`, the `prefix` of the names in the file, and whether it says `gamma`.
 
     Raises:
       UserError: unknown size, or a file without the tensors that tell it.
     """
     if checkpoint is None:
-        return sizes.row(SIZES, size) | {"prefix": "bert."}
+        return sizes.row(SIZES, size) | {"prefix": "bert.", "gamma": False}
     prefix = prefix_of(checkpoint)
     words = f"{prefix}embeddings.word_embeddings.weight"
     width = sizes.axis(checkpoint, words, 1)
     return sizes.row(SIZES, size, width=width) | {
         "vocabulary": sizes.axis(checkpoint, words, 0),
         "prefix": prefix,
+        "gamma": f"{prefix}embeddings.LayerNorm.gamma" in checkpoint,
     }
 
 
 def plan(options: Mapping[str, Any]) -> Plan:
     """The encoder with its word table as part 'bert'."""
-    fields = {name: value for name, value in options.items() if name != "prefix"}
-    model = BertEncoder(**fields)
+    names = ("prefix", "gamma")
+    model = BertEncoder(**{name: value for name, value in options.items() if name not in names})
     ids = jnp.zeros((1, 2), jnp.int32)
+    table = rows(model.depth, model.heads, source=options["prefix"], target="bert/")
     return Plan(
-        table=rows(model.depth, model.heads, source=options["prefix"], target="bert/"),
+        table=named_as(table, ["LayerNorm.gamma"] if options["gamma"] else []),
         shapes={"bert": sizes.shapes_of(model, ids, jnp.ones((1, 2), bool))},
         drop=tuple(rule for rule in DROP if "word_embeddings" not in rule.pattern),
         beside=("vocab.txt",),

@@ -11,11 +11,12 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
 from xllm_jax.convert import Drop, Plan, Row, bert, sizes
 from xllm_jax.convert.bert import Layers, linear, norm
 from xllm_jax.convert.files import Checkpoint
-from xllm_jax.models import asr, conformer
-from xllm_jax.models.speech_interface import SpeechInterface
+from xllm_jax.models import asr, cif, conformer
 
 DROPPED = (
     Drop(r".*num_batches_tracked", "a counter; the momentum is constant"),
@@ -232,7 +233,8 @@ def plan(options: Mapping[str, Any]) -> Plan:
     """Parts 'speech_encoder', 'speech_interface' (its CIF alone) and 'asr_decoder'."""
     encoder = conformer.SpeechEncoder(**options["encoder"])
     decoder = asr.ASRDecoder(**options["decoder"])
-    interface = SpeechInterface(encoder_width=encoder.width, kernel=options["kernel"])
+    fire = cif.CIF(max_tokens=2, kernel=options["kernel"])
+    frames = jnp.zeros((1, 2, encoder.width)), jnp.full(1, 2, jnp.int32)
     table = rows(
         encoder.heads,
         encoder.depth,
@@ -244,7 +246,7 @@ def plan(options: Mapping[str, Any]) -> Plan:
     )
     shapes = {
         "speech_encoder": sizes.shapes_of(encoder),
-        "speech_interface": {"cif": sizes.shapes_of(interface)["cif"]},
+        "speech_interface": {"cif": sizes.shapes_of(fire, *frames)},
         "asr_decoder": sizes.shapes_of(decoder),
     }
     return Plan(table=table, shapes=shapes, drop=DROPPED)

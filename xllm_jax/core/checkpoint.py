@@ -171,28 +171,37 @@ class _BlocksHandler(ocp.type_handlers.NumpyHandler):
     """Writes `Blocks` where orbax writes a NumPy array, in chunks of one block, one at a time.
 
     Orbax has no public way to write a leaf in parts. The metadata are those of a NumPy array, so
-    that what is written is an ordinary orbax checkpoint.
+    that what is written is an ordinary orbax checkpoint. The first error is kept in `failure` and
+    ends the writing: raised here, in a thread of orbax, it would be printed with its traceback.
     """
 
     def __init__(self):
         super().__init__(deepcopy_host_arrays=False)
+        self.failure: Exception | None = None
         self._turn = asyncio.Lock()
 
     async def _open_and_write(self, value: Blocks, tspec: dict, ts_context: Any) -> None:
         if value.shape:
             tspec["metadata"]["chunks"] = [value.rows, *value.shape[1:]]
         async with self._turn:
-            store = await tensorstore.open(
-                tensorstore.Spec(tspec), create=True, open=True, context=ts_context
-            )
-            start = 0
-            for block in value.blocks():
-                stop = start + block.shape[0] if value.shape else None
-                try:
-                    await (store[start:stop] if value.shape else store).write(block)
-                except (ValueError, OSError) as error:
-                    raise _full(value.path, error) from error
-                start = stop
+            if self.failure:
+                return
+            try:
+                await self._write_blocks(value, tspec, ts_context)
+            except UserError as error:
+                self.failure = error
+            except (ValueError, OSError) as error:  # what tensorstore raises for a full disk
+                self.failure = _full(value.path, error)
+
+    async def _write_blocks(self, value: Blocks, tspec: dict, ts_context: Any) -> None:
+        store = await tensorstore.open(
+            tensorstore.Spec(tspec), create=True, open=True, context=ts_context
+        )
+        start = 0
+        for block in value.blocks():
+            stop = start + (block.shape[0] if value.shape else 0)
+            await (store[start:stop] if value.shape else store).write(block)
+            start = stop
 
 
 def _full(path: str, error: Exception) -> UserError:
@@ -246,12 +255,18 @@ def _save_params(path: Path, params: Mapping[str, Any]) -> None:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(path, dict(params))
         return
+    writer = _BlocksHandler()
     registry = ocp.type_handlers.create_type_handler_registry(
-        (Blocks, _BlocksHandler()), (jax.Array, ocp.type_handlers.ArrayHandler())
+        (Blocks, writer), (jax.Array, ocp.type_handlers.ArrayHandler())
     )
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
-    with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(path, args=ocp.args.PyTreeSave(dict(params)))
+    try:
+        with ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(path, args=ocp.args.PyTreeSave(dict(params)))
+    except (ValueError, OSError) as error:
+        raise (writer.failure or _full(str(path), error)) from error
+    if writer.failure:
+        raise writer.failure
 
 
 def open_leaves(directory: str | Path) -> dict[str, Any]:

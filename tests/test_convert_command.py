@@ -1,0 +1,349 @@
+"""launch/convert.py: every source both ways, what is refused, and what is left behind."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+from tests import published
+from xllm_jax import build
+from xllm_jax.convert import export, files, stream
+from xllm_jax.core import checkpoint, rules
+from xllm_jax.core.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+def same(first, second) -> bool:
+    first, second = np.asarray(first), np.asarray(second)
+    return (first.shape, first.dtype, first.tobytes()) == (
+        second.shape,
+        second.dtype,
+        second.tobytes(),
+    )
+
+
+def leaves_of(base) -> dict[str, np.ndarray]:
+    return {path: leaf.read().result() for path, leaf in checkpoint.open_leaves(base).items()}
+
+
+@pytest.mark.parametrize("case", published.CASES)
+def test_every_source_comes_in_and_goes_out_bit_by_bit(case, tmp_path):
+    source, _ = published.CASES[case]
+    tensors, leaves = published.tensors_of(case)
+    if case == "chatglm":
+        path = published.write_shards(tensors, tmp_path / "in", "bin")
+    elif case == "blip2 stage 2":
+        path = published.write_torch(tensors, tmp_path / "in.pth", "model")
+    else:
+        path = published.write_safetensors(tensors, tmp_path / "in.safetensors")
+    done = stream.run_import(source, path, tmp_path / "base")
+    held = leaves_of(tmp_path / "base")
+    assert held.keys() == leaves.keys()
+    assert all(same(held[path], leaves[path]) for path in leaves)
+    left = published.LEFT_OUT.get(case, {}).keys()
+    tied = done.dropped.keys() - left
+    assert left <= done.dropped.keys() and all(
+        done.dropped[name].startswith("rep") for name in tied
+    )
+    names = export.run_export(source, tmp_path / "base", tmp_path / "out")
+    again = files.open_checkpoint(tmp_path / "out")
+    assert names == ["model.safetensors"] and again.keys() == tensors.keys() - left
+    assert all(same(again[name], tensors[name]) for name in again)
+    record = json.loads((tmp_path / "base" / "conversion.json").read_text())
+    assert record["source"] == source and record["version"] and not record["computed"]
+    assert record["dropped"] == done.dropped and record["dtypes"] == {
+        "float16": len(again) - len(tied)
+    }
+    for entry in record["files"]:
+        file = path / entry["name"] if path.is_dir() else path
+        printed = subprocess.run(["sha256sum", file], capture_output=True, text=True, check=True)
+        assert printed.stdout.split()[0] == entry["sha256"]
+        assert file.stat().st_size == entry["bytes"]
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float32])
+def test_other_dtypes_and_shards_of_safetensors(dtype, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "SHARD", 3000)
+    monkeypatch.setattr(stream, "BLOCK", 600)  # several blocks in every leaf
+    tensors, leaves = published.tensors_of("chatglm", dtype)
+    path = published.write_shards(tensors, tmp_path / "in", "safetensors")
+    stream.run_import("chatglm", path, tmp_path / "base")
+    held = leaves_of(tmp_path / "base")
+    assert all(same(held[path], leaves[path]) for path in leaves)
+    names = export.run_export("chatglm", tmp_path / "base", tmp_path / "out")
+    again = files.open_checkpoint(tmp_path / "out")
+    assert len(names) > 3 and again.files == [tmp_path / "out" / name for name in names]
+    assert all(same(again[name], tensors[name]) for name in tensors)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config == published.CONFIG  # the folder is whole again: it converts once more
+    assert stream.run_import("chatglm", tmp_path / "out", tmp_path / "twice").dropped
+
+
+def test_a_stage_loads_the_base_and_says_where_it_comes_from(tmp_path, capsys):
+    tensors, leaves = published.tensors_of("eva_vit")
+    path = published.write_safetensors(tensors, tmp_path / "eva.safetensors")
+    stream.run_import("eva_vit", path, tmp_path / "base")
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = {
+        path: jax.ShapeDtypeStruct(leaf.shape, np.float32, sharding=here)
+        for path, leaf in leaves.items()
+    }
+    loaded = build.load(str(tmp_path / "base"), "vision_encoder", like)
+    assert loaded.keys() == leaves.keys()
+    assert all(same(loaded[path], leaves[path].astype(np.float32)) for path in leaves)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "converted from eva_vit: eva.safetensors" in said
+    assert files_digest(path)[:12] in said and "3 tensors dropped" in said
+
+
+def files_digest(path) -> str:
+    printed = subprocess.run(["sha256sum", path], capture_output=True, text=True, check=True)
+    return printed.stdout.split()[0]
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("code ran",))
+
+
+def good() -> dict[str, np.ndarray]:
+    return published.tensors_of("chatglm")[0]
+
+
+LAYER = "transformer.layers.1.mlp.dense_h_to_4h.weight"
+NORM = "transformer.layers.2.input_layernorm.bias"
+SECOND = "model-00002-of-00003.bin"
+
+
+def edited(change):
+    """Shards of tensors that `change` has been at."""
+
+    def write(folder, end):
+        tensors = good()
+        change(tensors)
+        published.write_shards(tensors, folder, end)
+
+    return write
+
+
+def poison(value):
+    def change(tensors):
+        tensors[LAYER] = tensors[LAYER].copy()
+        tensors[LAYER][3, 5] = value
+
+    return edited(change)
+
+
+def remade(name, make):
+    return edited(lambda tensors: tensors.update({name: make(tensors.get(name))}))
+
+
+def shard_holding(folder, name) -> Path:
+    index = json.loads(next(folder.glob("*.index.json")).read_text())
+    return folder / index["weight_map"][name]
+
+
+def damaged(change):
+    """Good shards, of which one is damaged afterwards."""
+
+    def write(folder, end):
+        published.write_shards(good(), folder, end)
+        change(shard_holding(folder, LAYER))
+
+    return write
+
+
+def lossy(path):
+    """A shard without a tensor that the index promises."""
+    held = {name: tensor for name, tensor in files._open_file(path).items() if name != LAYER}
+    held = {name: tensor.copy() for name, tensor in held.items()}
+    (published.write_torch if path.suffix == ".bin" else published.write_safetensors)(held, path)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+BAD = {
+    "nan": (poison(np.nan), ["NaN", LAYER, "SHARD"]),
+    "infinity": (poison(-np.inf), ["infinite", LAYER, "SHARD"]),
+    "missing tensor": (edited(lambda t: t.pop(NORM)), [NORM, "no such tensor", "FOLDER"]),
+    "extra tensor": (remade("more", lambda _: np.zeros(3, np.float16)), ["more", "no row"]),
+    "shape": (remade(LAYER, lambda x: x[:, :-1]), [LAYER, "shape", "SHARD"]),
+    "axes": (remade(NORM, lambda x: x[None]), [NORM, "shape"]),
+    "integers": (remade(NORM, lambda x: x.astype(np.int32)), [NORM, "int32"]),
+    "all integers": (
+        edited(
+            lambda t: t.update(
+                {n: x.astype(np.int8) for n, x in t.items() if n.endswith("input_layernorm.bias")}
+            )
+        ),
+        ["int8", "SHARD", "input_layernorm.bias"],
+    ),
+    "double": (remade("transformer.final_layernorm.bias", np.float64), ["float64"]),
+    "mixed dtype": (remade(NORM, lambda x: x.astype(np.float32)), [NORM, "float32"]),
+    "untied head": (remade("lm_head.weight", lambda x: x + 1), ["lm_head.weight", "tied"]),
+    "missing shard": (damaged(Path.unlink), ["missing", "SHARD"]),
+    "lost by a shard": (damaged(lossy), [LAYER, "promises", "SHARD"]),
+    "truncated": (damaged(cut), ["SHARD"]),
+    "not a checkpoint": (damaged(lambda path: path.write_bytes(b"hello")), ["SHARD"]),
+}
+
+
+@pytest.mark.parametrize("end", ["bin", "safetensors"])
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_by_file_and_tensor(case, end, tmp_path):
+    write, told = BAD[case]
+    folder = tmp_path / "in"
+    write(folder, end)
+    with pytest.raises(UserError) as caught:
+        stream.run_import("chatglm", folder, tmp_path / "base")
+    line = str(caught.value)
+    assert "\n" not in line and str(folder) in line and caught.value.mend
+    for word in told:
+        if word == "SHARD":
+            assert "model-0000" in line, line
+        else:
+            assert (str(folder) if word == "FOLDER" else word) in line, line
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, capsys):
+    path = tmp_path / "eva_vit_g.pth"
+    torch.save({"cls_token": torch.zeros(3), "note": Evil()}, path)
+    bare = tmp_path / "bare.bin"
+    bare.write_bytes(pickle.dumps({"cls_token": Evil()}))
+    for file in (path, bare):
+        with pytest.raises(UserError, match=f"{file.name}.*code"):
+            stream.run_import("eva_vit", file, tmp_path / "base")
+    assert "code ran" not in capsys.readouterr().out
+    assert not (tmp_path / "base").exists()
+
+
+def test_another_kind_is_refused_by_its_name(tmp_path):
+    for case, (source, _) in published.CASES.items():
+        path = published.write_safetensors(
+            published.tensors_of(case)[0], tmp_path / f"{case}.safetensors"
+        )
+        wrong = "bert" if source != "bert" else "eva_vit"
+        with pytest.raises(UserError, match=rf"looks like .*{source}.*, not {wrong}"):
+            stream.run_import(wrong, path, tmp_path / "base")
+    published.write_safetensors({"x": np.zeros(3, np.float32)}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="this is no bert"):
+        stream.run_import("bert", tmp_path / "x.safetensors", tmp_path / "base")
+    with pytest.raises(UserError, match=r"--source: unknown source 'brt'. .*bert"):
+        stream.run_import("brt", tmp_path / "x.safetensors", tmp_path / "base")
+
+
+def test_what_stands_at_the_output_is_safe(tmp_path):
+    path = published.write_shards(good(), tmp_path / "in", "bin")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    for output in (tmp_path / "mine", path):
+        before = sorted(output.iterdir())
+        with pytest.raises(UserError, match="--output"):
+            stream.run_import("chatglm", path, output)
+        assert sorted(output.iterdir()) == before
+    stream.run_import("chatglm", path, tmp_path / "base")
+    before = leaves_of(tmp_path / "base")
+    (path / SECOND).unlink()
+    with pytest.raises(UserError):
+        stream.run_import("chatglm", path, tmp_path / "base")
+    after = leaves_of(tmp_path / "base")
+    assert all(same(after[name], before[name]) for name in before)
+    with pytest.raises(UserError, match="is there already"):
+        export.run_export("chatglm", tmp_path / "base", tmp_path / "mine")
+    with pytest.raises(UserError, match="converted from chatglm, not bert"):
+        export.run_export("bert", tmp_path / "base", tmp_path / "out")
+
+
+FULL = """
+import resource, sys
+from xllm_jax.convert import export, stream
+from xllm_jax.core.errors import UserError
+path, base, output = sys.argv[1:]
+whole = resource.getrlimit(resource.RLIMIT_FSIZE)
+for run, source, target in ((stream.run_import, path, base), (export.run_export, base, output)):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100000, whole[1]))
+    try:
+        run("world", source, target)
+    except UserError as error:
+        print(error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, whole)
+    stream.run_import("world", path, base)
+"""
+
+
+def test_a_disk_that_fills_up_leaves_nothing_behind(tmp_path):
+    """No file may grow beyond a limit, which is how a full disk looks from inside."""
+    path = ROOT / "xllm_jax/data/world/backbones/vision_encoder"
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, path, tmp_path / "base", tmp_path / "out"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 and "Traceback" not in done.stderr, done.stderr[-2000:]
+    assert lines[0].startswith("vision_encoder/") and lines[1].startswith("model.safetensors: ")
+    assert all("cannot be written" in line for line in lines)
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_too_little_room_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    path = published.write_shards(good(), tmp_path / "in", "bin")
+    monkeypatch.setattr(stream.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
+    with pytest.raises(UserError, match=r"base: needs .* GB are free"):
+        stream.run_import("chatglm", path, tmp_path / "base")
+    assert not (tmp_path / "base").exists()
+
+
+def test_a_base_that_we_trained_is_exported_without_a_record(tmp_path):
+    """A run has no conversion.json: the source's usual layout at the size that is named."""
+    from xllm_jax.convert import eva_vit
+
+    plan = eva_vit.plan(eva_vit.options(None, "tiny"))
+    generator = np.random.default_rng(1)
+    params = {
+        path: generator.normal(size=x.shape).astype(np.float32)
+        for path, x in rules.flatten(plan.shapes).items()
+    }
+    checkpoint.save_base(tmp_path / "base", rules.unflatten(params), {})
+    export.run_export("eva_vit", tmp_path / "base", tmp_path / "out", "tiny")
+    names = files.open_checkpoint(tmp_path / "out")
+    up = params["vision_encoder/layers/feed_forward/up/kernel"]
+    assert same(names["blocks.2.mlp.fc1.weight"], up[2].T)
+    query, key = (
+        params[f"vision_encoder/layers/attention/{n}/kernel"][1] for n in ("query", "key")
+    )
+    width = up.shape[1]
+    fused = names["blocks.1.attn.qkv.weight"]
+    assert same(fused[:width], query.reshape(width, width).T)
+    assert same(fused[width : 2 * width], key.reshape(width, width).T)
+    with pytest.raises(UserError, match="the base lacks this parameter"):
+        export.run_export("chatglm", tmp_path / "base", tmp_path / "no", "tiny")
+
+
+def test_the_command_line(tmp_path):
+    path = published.write_shards(good(), tmp_path / "in", "bin")
+
+    def run(*flags):
+        command = [sys.executable, "launch/convert.py", *flags]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+    done = run("--source=chatglm", f"--input={path}", f"--output={tmp_path / 'base'}")
+    assert done.returncode == 0 and "1 dropped" in done.stdout, done.stderr
+    refused = run("--source=blip2", f"--input={path}", f"--output={tmp_path / 'other'}")
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    assert "this looks like chatglm" in refused.stderr and "not blip2" in refused.stderr
+    assert not (tmp_path / "other").exists()
