@@ -13,6 +13,7 @@ where its tensors are to be computed first, such as quantised ones):
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import math
 import re
@@ -20,6 +21,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -92,25 +94,50 @@ def run_import(
       UserError: the files are not what was said, damaged or incomplete; not enough room. Nothing is
         left of the output then.
     """
+    found = examine(source, path, size)
+    check_output(output, found.opened.path)
+    sizes = [math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in found.leaves.values()]
+    check_room(output, sum(sizes))
+    written = record.Conversion.of(
+        source, found.options, found.plan, found.opened, found.tensors, found.report
+    )
+
+    def finish(folder: Path) -> None:
+        copy_beside(found.plan, found.opened.path, folder)
+        written.write(folder)
+
+    blocks = {path: as_blocks(path, leaf) for path, leaf in found.leaves.items()}
+    about = {"source": f"{source} {Path(path).name}"}
+    checkpoint.save_base(output, rules.unflatten(blocks), about, finish)
+    return written
+
+
+@dataclasses.dataclass(frozen=True)
+class Examined:
+    """A published checkpoint that fits its table; its tensors are still in their files."""
+
+    opened: files.Checkpoint
+    options: Mapping[str, Any]
+    plan: Plan
+    tensors: Mapping[str, np.ndarray]
+    leaves: Mapping[str, Leaf]
+    report: Report
+
+
+def examine(source: str, path: str | Path, size: str = "") -> Examined:
+    """Opens a published checkpoint and makes every check that needs no weights.
+
+    Raises:
+      UserError: the files are not what was said, or are incomplete.
+    """
     module, opened = source_named(source), files.open_checkpoint(path)
-    check_output(output, opened.path)
     check_kind(source, opened)
     options = module.options(opened, size)
     plan = module.plan(options)
     prepare = getattr(module, "prepare", None)
     tensors = prepare(opened, options) if prepare else opened
     leaves, report = laid_out(plan, tensors)
-    check_room(output, sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves.values()))
-    written = record.Conversion.of(source, options, plan, opened, tensors, report)
-
-    def finish(folder: Path) -> None:
-        copy_beside(plan, opened.path, folder)
-        written.write(folder)
-
-    blocks = {path: as_blocks(path, leaf) for path, leaf in leaves.items()}
-    about = {"source": f"{source} {Path(path).name}"}
-    checkpoint.save_base(output, rules.unflatten(blocks), about, finish)
-    return written
+    return Examined(opened, options, plan, tensors, leaves, report)
 
 
 def laid_out(plan: Plan, tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, Leaf], Report]:
