@@ -11,10 +11,10 @@ from pathlib import Path
 import jax
 import ml_dtypes
 import numpy as np
+import published
 import pytest
 import torch
 
-from tests import published
 from xllm_jax import build
 from xllm_jax.convert import export, files, stream
 from xllm_jax.core import checkpoint, rules

@@ -7,9 +7,9 @@ import json
 import shutil
 
 import numpy as np
+import published
 import pytest
 
-from tests import published
 from xllm_jax.convert import chatglm, stream
 from xllm_jax.core.errors import UserError
 
