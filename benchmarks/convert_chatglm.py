@@ -43,7 +43,7 @@ print(f"{time.monotonic() - start:.0f} s, peak resident memory {peak / 1e9:.2f} 
 
 
 def shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every published tensor, the tied head left to `generate`."""
+    """Name and shape of every tensor but the tied head, which would repeat the words."""
     yield chatglm.WORDS, (VOCABULARY, WIDTH)
     for layer in range(LAYERS):
         start = f"transformer.layers.{layer}"
