@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from xllm_jax.convert import blip2, eva_vit, import_tree
@@ -19,6 +20,15 @@ from xllm_jax.models.vit import VisionTransformer
 def config_of(golden: Path) -> dict:
     """Sizes of the recording."""
     return json.loads((golden / "vision/config.json").read_text())
+
+
+def to_torch(array: np.ndarray):
+    """A torch tensor of the same bits, bfloat16 too."""
+    import torch
+
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(array.copy())
 
 
 def images(pixels: np.ndarray) -> np.ndarray:

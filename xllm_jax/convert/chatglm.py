@@ -1,4 +1,8 @@
-"""THUDM/chatglm-6b (sharded `pytorch_model-*.bin`, config.json) to `models/glm.py` and back."""
+"""THUDM/chatglm-6b (sharded `pytorch_model-*.bin`, config.json) to `models/glm.py` and back.
+
+Also its safetensors form, both vocabularies, and the INT8 and INT4 releases, which are dequantised
+(`chatglm_quantised.py`). P-Tuning prefixes have a table of their own (`chatglm_prefix.py`).
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,7 @@ from xllm_jax.convert import (
     Plan,
     Report,
     Row,
+    chatglm_quantised,
     export_tree,
     files,
     import_tree,
@@ -33,6 +38,7 @@ BESIDE = ("config.json", "ice_text.model", "tokenizer_config.json")
 
 DROP = (
     Drop(r"lm_head\.weight", "tied to the word embeddings, as the reference does on loading"),
+    Drop(r"transformer\.prefix_encoder\..*", "a P-Tuning prefix, converted by itself"),
     Drop(r"transformer\.(layers\.\d+\.attention\.)?rotary_emb.*\.inv_freq", "computed, not read"),
 )
 
@@ -156,7 +162,7 @@ def load(folder: str | Path, tie: bool = False) -> tuple[ChatGLM, dict[str, Any]
     """
     config = read_config(folder)
     model = ChatGLM(**fields(config))
-    source = files.open_checkpoint(folder)
+    source = chatglm_quantised.view(files.open_checkpoint(folder), model.width, model.hidden)
     if not tie and HEAD in source and not np.array_equal(source[HEAD], source[WORDS]):
         raise UserError(
             "the head differs from the word embeddings",
@@ -194,21 +200,21 @@ def recognise(checkpoint: files.Checkpoint) -> bool:
 def options(checkpoint: files.Checkpoint | None, size: str) -> dict[str, Any]:
     """Fields of `ChatGLM`, from config.json, a SIZES row or the shapes.
 
+    A quantised release also has `quantised`, the bits of each weight.
+
     Raises:
       UserError: unknown size, or a config.json of another model.
     """
-    if checkpoint is None or size:
+    if checkpoint is None:
         return sizes.row(SIZES, size)
-    if checkpoint.config():
-        path = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-        return fields(read_config(path))
-    vocab, width = (sizes.axis(checkpoint, WORDS, number) for number in (0, 1))
-    return sizes.row(SIZES, size, vocab=vocab, width=width)
+    model = _fields_of(checkpoint, size)
+    bits = chatglm_quantised.bits_of(checkpoint, model["width"], model["hidden"])
+    return model | ({"quantised": bits} if bits else {})
 
 
 def plan(options: Mapping[str, Any]) -> Plan:
     """The whole source as part 'llm'; configuration and tokenizer go beside it."""
-    model = ChatGLM(**options)
+    model = ChatGLM(**{key: value for key, value in options.items() if key != "quantised"})
     return Plan(
         table=mount("llm", rows(model.depth, model.heads)),
         shapes={"llm": shapes(model)},
@@ -216,3 +222,24 @@ def plan(options: Mapping[str, Any]) -> Plan:
         tied={HEAD: WORDS},
         beside=BESIDE,
     )
+
+
+def prepare(checkpoint: files.Checkpoint, options: Mapping[str, Any]) -> Mapping:
+    """The checkpoint with integer weights as floats."""
+    return chatglm_quantised.view(checkpoint, options["width"], options["hidden"])
+
+
+def restore(tensors: Mapping[str, np.ndarray], options: Mapping[str, Any]) -> Mapping:
+    """Exported tensors with the weights of a quantised release back in their integers."""
+    bits = options.get("quantised")
+    return chatglm_quantised.restore(tensors, bits) if bits else tensors
+
+
+def _fields_of(checkpoint: files.Checkpoint, size: str) -> dict[str, Any]:
+    if size:
+        return sizes.row(SIZES, size)
+    if checkpoint.config():
+        path = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+        return fields(read_config(path))
+    vocab, width = (sizes.axis(checkpoint, WORDS, number) for number in (0, 1))
+    return sizes.row(SIZES, size, vocab=vocab, width=width)
