@@ -141,6 +141,11 @@ def gelu_tanh(x: Array) -> Array:
     return jax.nn.gelu(x, approximate=True)
 
 
+def gelu_quick(x: Array) -> Array:
+    """GELU by one sigmoid (CLIP)."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
 def stack(
     block: type[nn.Module],
     length: int,

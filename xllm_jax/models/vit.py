@@ -6,6 +6,7 @@ norm that BLIP-2 puts behind it (`ln_vision`) belongs to the interface, since it
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,11 +21,12 @@ Array = jax.Array
 
 
 class Attention(nn.Module):
-    """Self-attention with biases on queries and values only."""
+    """Self-attention with biases on queries and values, and on keys where `key_bias` says so."""
 
     heads: int
     dtype: Any = jnp.float32
     implementation: str | None = None
+    key_bias: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -32,7 +34,7 @@ class Attention(nn.Module):
         width = x.shape[-1]
         shape = (self.heads, width // self.heads)
         query = layers.Dense(shape, dtype=self.dtype, name="query")(x)
-        key = layers.Dense(shape, use_bias=False, dtype=self.dtype, name="key")(x)
+        key = layers.Dense(shape, use_bias=self.key_bias, dtype=self.dtype, name="key")(x)
         value = layers.Dense(shape, dtype=self.dtype, name="value")(x)
         mixed = layers.attend(query, key, value, implementation=self.implementation)
         return layers.Dense(width, inputs=2, dtype=self.dtype, name="out")(mixed)
@@ -47,16 +49,21 @@ class Block(nn.Module):
     dtype: Any
     implementation: str | None
     train: bool
+    key_bias: bool = False
+    activation: Callable[[Array], Array] = layers.gelu_exact
 
     @nn.compact
     def __call__(self, x: Array, drop: Array | None) -> tuple[Array, None]:
         """Maps `[batch, tokens, width]`; `drop` is the layer's drop-path rate, or None."""
         y = layers.LayerNorm(self.epsilon, self.dtype, name="attention_norm")(x)
-        y = Attention(self.heads, self.dtype, self.implementation, name="attention")(y)
+        attention = Attention(
+            self.heads, self.dtype, self.implementation, self.key_bias, name="attention"
+        )
+        y = attention(y)
         x = x + self._drop_path(y, drop)
         y = layers.LayerNorm(self.epsilon, self.dtype, name="feed_forward_norm")(x)
         feed_forward = layers.FeedForward(
-            self.hidden, layers.gelu_exact, dtype=self.dtype, name="feed_forward"
+            self.hidden, self.activation, dtype=self.dtype, name="feed_forward"
         )
         return x + self._drop_path(feed_forward(y), drop), None
 
@@ -139,13 +146,17 @@ class Embeddings(nn.Module):
     patch: int
     width: int
     dtype: Any = jnp.float32
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, images: Array) -> Array:
         """`[batch, height, width, 3]` to `[batch, patches + 1, width]`."""
         grid = (images.shape[1] // self.patch, images.shape[2] // self.patch)
         cells = patches(images, self.patch)
-        x = layers.Dense(self.width, inputs=3, dtype=self.dtype, name="patches")(cells)
+        project = layers.Dense(
+            self.width, inputs=3, use_bias=self.use_bias, dtype=self.dtype, name="patches"
+        )
+        x = project(cells)
         token = self.param("class_token", layers.truncated_normal(), (self.width,), jnp.float32)
         side = self.image_size // self.patch
         table = self.param(

@@ -1,0 +1,175 @@
+"""The vision tower of CLIP, as Hugging Face and as OpenAI name it, to `models/clip_vision.py`.
+
+`rows` reads folders of `CLIPVisionModel` and `CLIPModel`, `openai_rows` the original names, which
+OpenAI's own .pt files (TorchScript archives, `torchscript.py`) and open_clip's have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from xllm_jax.convert import Drop, Plan, Row, mount, sizes
+from xllm_jax.convert.bert import linear, norm
+from xllm_jax.convert.cif_asr import heads_in, heads_out
+from xllm_jax.convert.eva_vit import PATCHES
+from xllm_jax.convert.files import Checkpoint
+from xllm_jax.core.errors import UserError
+from xllm_jax.models.clip_vision import SIZES, ClipVision
+
+PART = "clip_vision"
+OPENAI = "visual.ln_pre.weight"
+PUBLISHED = "vision_model.pre_layrnorm.weight"  # spelt so in the files
+MARKS = (PUBLISHED, "pre_layrnorm.weight", OPENAI)
+HEAD_WIDTH = 64  # of every published CLIP; heads cannot be read off the shapes
+DROP = (
+    Drop(r".*embeddings\.position_ids", "the numbers 0, 1, 2 …"),
+    Drop(r"visual_projection\.weight|visual\.proj", "the projection into CLIP's shared space"),
+    Drop(r"(text_model|transformer|token_embedding|ln_final)\..*", "CLIP's text tower"),
+    Drop(r"text_projection(\.weight)?|positional_embedding", "CLIP's text tower"),
+    Drop(r"logit_scale", "the temperature of CLIP's loss"),
+    Drop(r"input_resolution|context_length|vocab_size", "a size, not a parameter"),
+)
+"""What the files of the whole of CLIP hold beyond the tower."""
+
+
+def rows(
+    depth: int, heads: int, *, source: str = "vision_model.", target: str = ""
+) -> tuple[Row, ...]:
+    """Table of Hugging Face's files.
+
+    Args:
+      depth, heads: sizes of the tower.
+      source: what the tensors' names start with (`prefix_of` tells).
+      target: what our paths start with.
+    """
+    old, new = f"{source}encoder.layers.{{layer}}", f"{target}layers"
+    layers, attention = tuple(range(depth)), f"{old}.self_attn"
+    projections = [
+        row
+        for letter, name in (("q", "query"), ("k", "key"), ("v", "value"))
+        for row in heads_in(f"{attention}.{letter}_proj", f"{new}/attention/{name}", heads, layers)
+    ]
+    return (
+        *_tables(
+            f"{source}embeddings.class_embedding",
+            f"{source}embeddings.position_embedding.weight",
+            f"{source}embeddings.patch_embedding.weight",
+            target,
+        ),
+        *norm(f"{source}pre_layrnorm", f"{target}norm_before"),
+        *norm(f"{source}post_layernorm", f"{target}norm_behind"),
+        *projections,
+        *heads_out(f"{attention}.out_proj", f"{new}/attention/out", heads, layers),
+        *norm(f"{old}.layer_norm1", f"{new}/attention_norm", layers),
+        *norm(f"{old}.layer_norm2", f"{new}/feed_forward_norm", layers),
+        *linear(f"{old}.mlp.fc1", f"{new}/feed_forward/up", layers),
+        *linear(f"{old}.mlp.fc2", f"{new}/feed_forward/down", layers),
+    )
+
+
+def openai_rows(depth: int, heads: int, *, target: str = "") -> tuple[Row, ...]:
+    """Table of the original names, where query, key and value share one tensor."""
+    old, new = "visual.transformer.resblocks.{layer}", f"{target}layers"
+    layers, sizes = tuple(range(depth)), (("h", heads),)
+    projections = [
+        Row(
+            f"{old}.attn.in_proj_{kind}",
+            f"{new}/attention/{name}/{leaf}",
+            pattern,
+            layers,
+            sizes,
+            (piece, 3),
+        )
+        for piece, name in enumerate(("query", "key", "value"))
+        for kind, leaf, pattern in (
+            ("weight", "kernel", "(h k) d -> d h k"),
+            ("bias", "bias", "(h k) -> h k"),
+        )
+    ]
+    return (
+        *_tables(
+            "visual.class_embedding", "visual.positional_embedding", "visual.conv1.weight", target
+        ),
+        *norm("visual.ln_pre", f"{target}norm_before"),
+        *norm("visual.ln_post", f"{target}norm_behind"),
+        *projections,
+        *heads_out(f"{old}.attn.out_proj", f"{new}/attention/out", heads, layers),
+        *norm(f"{old}.ln_1", f"{new}/attention_norm", layers),
+        *norm(f"{old}.ln_2", f"{new}/feed_forward_norm", layers),
+        *linear(f"{old}.mlp.c_fc", f"{new}/feed_forward/up", layers),
+        *linear(f"{old}.mlp.c_proj", f"{new}/feed_forward/down", layers),
+    )
+
+
+def table(mark: str, depth: int, heads: int) -> tuple[Row, ...]:
+    """The table of the layout that has the tensor `mark`, one of MARKS."""
+    if mark == OPENAI:
+        return openai_rows(depth, heads)
+    return rows(depth, heads, source=mark.removesuffix("pre_layrnorm.weight"))
+
+
+def recognise(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint holds CLIP's vision tower."""
+    return any(name in checkpoint for name in MARKS)
+
+
+def options(checkpoint: Checkpoint | None, size: str) -> dict[str, Any]:
+    """How the file names its tensors, and the tower's sizes.
+
+    Args:
+      checkpoint: the file; None exports a tower of our own under the published names.
+      size: a row of `models/clip_vision.py`'s SIZES; '' reads the sizes off the file.
+
+    Raises:
+      UserError: an unknown size, or not exactly one tower in the file.
+    """
+    if checkpoint is None:
+        return {"mark": PUBLISHED, "sizes": sizes.row(SIZES, size)}
+    found = [name for name in MARKS if name in checkpoint]
+    if len(found) != 1:
+        raise UserError(
+            f"expected one vision tower of CLIP, found {len(found)}",
+            field=str(checkpoint.path),
+            mend="Give a folder of openai/clip-vit-base-patch16, or OpenAI's ViT-B-16.pt",
+        )
+    first_layer = table(found[0], 1, 1)
+    row = sizes.row(SIZES, size) if size else _sizes(checkpoint, first_layer)
+    return {"mark": found[0], "sizes": row}
+
+
+def plan(options: Mapping[str, Any]) -> Plan:
+    """The part 'clip_vision' of one layout and size."""
+    model = ClipVision(**options["sizes"])
+    rows = table(options["mark"], model.depth, model.heads)
+    return Plan(table=mount(PART, rows), shapes={PART: sizes.shapes_of(model)}, drop=DROP)
+
+
+def _sizes(checkpoint: Checkpoint, first_layer: Iterable[Row]) -> dict[str, int]:
+    """Fields of `ClipVision` from a file's shapes; heads from a config.json, or as published."""
+    config = checkpoint.config()
+    config = config.get("vision_config") or config
+    source = {row.target: row.source for row in first_layer}
+
+    def axis(target: str, number: int) -> int:
+        return sizes.axis(checkpoint, source[target].replace("{layer}", "0"), number)
+
+    positions, width = (axis("embeddings/positions", number) for number in (0, 1))
+    patch = axis("embeddings/patches/kernel", -1)
+    start, end = source["layers/attention_norm/scale"].split("{layer}")
+    return dict(
+        image_size=round((positions - 1) ** 0.5) * patch,
+        patch=patch,
+        width=width,
+        depth=sum(name.startswith(start) and name.endswith(end) for name in checkpoint),
+        heads=config.get("num_attention_heads") or max(1, width // HEAD_WIDTH),
+        hidden=axis("layers/feed_forward/up/bias", 0),
+    )
+
+
+def _tables(token: str, positions: str, patches: str, target: str) -> tuple[Row, ...]:
+    return (
+        Row(token, f"{target}embeddings/class_token"),
+        Row(positions, f"{target}embeddings/positions"),
+        Row(patches, f"{target}embeddings/patches/kernel", PATCHES),
+    )
