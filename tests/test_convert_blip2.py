@@ -1,0 +1,127 @@
+"""A Hugging Face BLIP-2 folder with random weights: its numbers, its names, and the way back."""
+
+from __future__ import annotations
+
+import copy
+
+import jax
+import numpy as np
+import pytest
+
+from xllm_jax.convert import Drop, blip2, eva_vit, export_tree, files, import_tree
+from xllm_jax.convert.bert import linear
+from xllm_jax.core.errors import UserError
+from xllm_jax.models.interfaces import QFormerInterface
+from xllm_jax.models.vit import VisionTransformer
+
+torch = pytest.importorskip("torch")
+
+WIDTH = 24
+VISION = VisionTransformer(image_size=16, patch=4, width=WIDTH, depth=3, heads=3, hidden=40)
+# Hugging Face gives the norm behind the encoder the encoder's epsilon.
+INTERFACE = QFormerInterface(
+    queries=5, width=32, depth=4, heads=4, hidden=48, cross_attention_frequency=2,
+    encoder_width=WIDTH, llm_width=16, norm_epsilon=VISION.epsilon,
+)  # fmt: skip
+NORM = r"vision_model\.post_layernorm\..*"
+NOT_VISION = Drop(rf"(?!vision_model\.).*|{NORM}", "of the interface")
+
+
+@pytest.fixture(scope="module")
+def peer():
+    """transformers' model with an OPT behind it, every parameter shaken."""
+    from transformers import Blip2Config, Blip2ForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = Blip2Config(
+        vision_config=dict(
+            hidden_size=WIDTH, num_hidden_layers=3, num_attention_heads=3, image_size=16,
+            patch_size=4, intermediate_size=40,
+        ),
+        qformer_config=dict(
+            hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=48,
+            encoder_hidden_size=WIDTH, cross_attention_frequency=2, vocab_size=50,
+            max_position_embeddings=20,
+        ),
+        text_config=dict(
+            model_type="opt", hidden_size=16, word_embed_proj_dim=16, num_hidden_layers=1,
+            num_attention_heads=2, ffn_dim=16, vocab_size=20, max_position_embeddings=20,
+        ),
+        num_query_tokens=5,
+    )  # fmt: skip
+    model = Blip2ForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+            if name.endswith("qkv.bias"):
+                parameter[WIDTH : 2 * WIDTH] = 0  # as BLIP-2 builds it
+    return model
+
+
+def shapes_of(model):
+    return jax.eval_shape(model.init, jax.random.key(0), *model.example())["params"]
+
+
+def read(source):
+    """((vision tree, report), (interface tree, report))."""
+    table = eva_vit.hf_rows(VISION.depth, VISION.heads)
+    vision = import_tree(table, source, shapes_of(VISION), drop=[NOT_VISION])
+    return vision, blip2.interface(source, INTERFACE, shapes_of(INTERFACE))
+
+
+def test_equals_transformers(peer, tmp_path):
+    """Image to LLM embeddings, read from a folder of shards with an index."""
+    peer.save_pretrained(tmp_path, max_shard_size="60KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    (vision, _), (interface, report) = read(files.open_checkpoint(tmp_path))
+    assert not report.fresh
+    pixels = torch.randn(3, 3, 16, 16)
+    with torch.no_grad():
+        features = peer.vision_model(pixels).last_hidden_state
+        queries = peer.query_tokens.expand(len(pixels), -1, -1)
+        states = peer.qformer(query_embeds=queries, encoder_hidden_states=features)
+        expected = peer.language_projection(states.last_hidden_state).numpy()
+
+    @jax.jit
+    def run(vision, interface, images):
+        return INTERFACE.apply({"params": interface}, *VISION.apply({"params": vision}, images))
+
+    embeddings, counts = run(vision, interface, pixels.permute(0, 2, 3, 1).numpy())
+    np.testing.assert_array_equal(counts, [5, 5, 5])
+    np.testing.assert_allclose(embeddings, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_every_tensor_is_used_once_and_comes_back(peer, tmp_path):
+    """In float16, as BLIP-2 is published; only the other LLM stays behind."""
+    half = copy.deepcopy(peer).half()
+    half.save_pretrained(tmp_path)
+    source = files.open_checkpoint(tmp_path)
+    (vision, seen), (interface, report) = read(source)
+    assert not seen.used.keys() & report.used.keys()
+    left = source.keys() - seen.used.keys() - report.used.keys()
+    assert left and all(name.startswith("language_model.") for name in left)
+    sizes = (INTERFACE.depth, INTERFACE.heads, INTERFACE.cross_attention_frequency)
+    table = (*blip2.rows(*sizes, "hf", text=False), *linear("language_projection", "adapter"))
+    back = export_tree(table, interface)
+    back |= export_tree(eva_vit.hf_rows(VISION.depth, VISION.heads), vision)
+    assert back.keys() == source.keys() - left
+    for name, tensor in back.items():
+        assert tensor.dtype == np.float16 and tensor.tobytes() == source[name].tobytes(), name
+    state = {name: torch.from_numpy(x.copy()) for name, x in back.items()}
+    assert not half.load_state_dict(state, strict=False).unexpected_keys
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "query_tokens",
+        "vision_model.post_layernorm.weight",
+        "qformer.encoder.layer.2.crossattention.attention.key.weight",
+        "language_projection.bias",
+    ],
+)
+def test_a_folder_without_a_tensor_is_refused_by_name(name, peer):
+    source = {key: x.numpy() for key, x in peer.state_dict().items() if key != name}
+    with pytest.raises(UserError) as caught:
+        read(source)
+    assert caught.value.field == name
