@@ -117,14 +117,15 @@ def generate(
 
     Args:
       model: compiled once per object, so keep it.
-      params: {part: parameters}.
+      params: {part: parameters}; a part 'llm_prefix' goes before every prompt.
       batch: B prompts, one segment per row, ending in <sop>, padded on either side, with media.
       decoding: how.
       key: of sampling.
     """
     x = model.embed(params, batch)
     llm = functools.partial(model.networks[LLM].apply, {"params": params[LLM]})
-    state = prefill(llm, x, batch.segments, batch.context, batch.positions, decoding.max_new_tokens)
+    layout = (batch.segments, batch.context, batch.positions)
+    state = prefill(llm, x, *layout, decoding.max_new_tokens, model.prefix(params))
     if decoding.beams > 1:
         return beam_search(llm, state, decoding, x.shape[1])
     if decoding.sample and key is None:
@@ -133,7 +134,13 @@ def generate(
 
 
 def prefill(
-    llm: Any, x: Array, segments: Array, context: Array, positions: Array, room: int
+    llm: Any,
+    x: Array,
+    segments: Array,
+    context: Array,
+    positions: Array,
+    room: int,
+    prefix: Array | None = None,
 ) -> State:
     """Reads the prompts.
 
@@ -141,6 +148,7 @@ def prefill(
       llm: the LLM's bound `apply`.
       x: `[B, T, D]` spliced embeddings; segments, context, positions: see `core.batch`.
       room: tokens to reserve in the cache behind the prompts.
+      prefix: learned keys and values before the prompts, see `ChatGLM.init_cache`.
 
     Returns:
       cache; `logits [B, V]` float32 behind each prompt's last token; that token's `position
@@ -148,13 +156,14 @@ def prefill(
     """
     segments, positions = jnp.asarray(segments), jnp.asarray(positions)
     rows, length = segments.shape
-    cache = llm(rows, length + room, method="init_cache")
+    cache = llm(rows, length + room, prefix=prefix, method="init_cache")
+    start = cache["length"]
     states, cache = llm(x, segments, context, positions, cache)
     last = jnp.where(segments > 0, jnp.arange(length), -1).max(axis=1)
     here = jnp.arange(rows)
     return {
         # New tokens start behind the bucket in every row, so that beams share what is before it.
-        "cache": cache | {"length": jnp.full_like(cache["length"], length)},
+        "cache": cache | {"length": start + length},
         "logits": llm(states[here, last], method="logits"),
         "position": positions[here, last],
         "segment": segments[here, last],

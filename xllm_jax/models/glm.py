@@ -2,7 +2,7 @@
 
 Du et al. 2022 (arXiv 2103.10360) and `modeling_chatglm.py` of THUDM/chatglm-6b. A model of the LLM
 kind is four methods: `embed(ids)`, `__call__(x, segments, context, positions, cache)`, `logits(x)`
-and `init_cache(batch, length, dtype)`; the rest of the project knows no more about it.
+and `init_cache(batch, length, dtype, prefix)`; the rest of the project knows no more about it.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ REFERENCE_ALPHA = (2 * 28) ** 0.5
 # bfloat16, 147 MB for 64 tokens of the real size, where plain autodiff keeps 3.7 times as much. The
 # rest (norms, GELU, attention probabilities) is elementwise or small and is computed again.
 KEPT = ("attention_inputs", "middle_stream", "hidden")
+
+PREFIX = -1  # the segment of a learned prefix in the cache
 
 
 def rotary_frequencies(channels: int) -> Array:
@@ -86,15 +88,17 @@ def visible(
     Args:
       query_segments: `[B, Q]` int32, 0 = padding.
       query_slots: `[B, Q]` int32, place of each query in the row.
-      segments, context, slots: the same for the keys, `[B, K]` int32, bool and int32.
+      segments, context, slots: the same for the keys, `[B, K]` int32, bool and int32. Keys of the
+        segment PREFIX are seen by everyone.
 
     Returns:
-      `[B, 1, Q, K]` bool. A padding query sees nothing (its attention becomes uniform, and nobody
+      `[B, 1, Q, K]` bool. A padding query sees no token (its attention becomes uniform, and nobody
       reads it), padding keys are seen by nobody.
     """
     same = (query_segments[:, :, None] == segments[:, None, :]) & (segments[:, None, :] > 0)
     earlier = slots[:, None, :] <= query_slots[:, :, None]
-    return (same & (context[:, None, :] | earlier))[:, None]
+    prefix = segments[:, None, :] == PREFIX
+    return ((same & (context[:, None, :] | earlier)) | prefix)[:, None]
 
 
 def extend_cache(cache: Cache, segments: Array, context: Array) -> tuple[Cache, Array]:
@@ -288,22 +292,35 @@ class ChatGLM(nn.Module):
         row = jnp.ones((1, 2), jnp.int32)
         return jnp.zeros((1, 2, self.width)), row, row > 0, jnp.zeros((1, 2, 2), jnp.int32)
 
-    def init_cache(self, batch: int, length: int, dtype: Any = None) -> Cache:
-        """An empty cache for `batch` rows of at most `length` tokens.
+    def init_cache(
+        self, batch: int, length: int, dtype: Any = None, prefix: Array | None = None
+    ) -> Cache:
+        """A cache for `batch` rows of at most `length` tokens, empty or begun by a prefix.
+
+        Args:
+          batch, length: rows, and tokens of each.
+          dtype: of keys and values, the compute dtype when None.
+          prefix: keys and values `[L, 2, P, heads, head_dim]` (`glm_prefix.py`) that every token
+            of every row sees. They have no position, so the tokens keep theirs.
 
         Returns:
-          key, value: `[L, B, length, heads, head_dim]`, keys stored after rotation; segments and
-          context: `[B, length]` int32 and bool of each slot; length: `[B]` int32, the row's first
-          free slot.
+          key, value: `[L, B, P + length, heads, head_dim]`, keys stored after rotation; segments
+          and context: `[B, P + length]` int32 and bool of each slot; length: `[B]` int32, the row's
+          first free slot.
         """
         dtype = self.dtype if dtype is None else dtype
-        shape = (self.depth, batch, length, self.heads, self.width // self.heads)
-        return {
-            "key": jnp.zeros(shape, dtype),
-            "value": jnp.zeros(shape, dtype),
-            "segments": jnp.zeros((batch, length), jnp.int32),
-            "context": jnp.zeros((batch, length), bool),
-            "length": jnp.zeros((batch,), jnp.int32),
+        start = 0 if prefix is None else prefix.shape[2]
+        shape = (self.depth, batch, start + length, self.heads, self.width // self.heads)
+        memory = {name: jnp.zeros(shape, dtype) for name in ("key", "value")}
+        if prefix is not None:
+            memory = {
+                name: leaf.at[:, :, :start].set(prefix[:, None, number].astype(dtype))
+                for number, (name, leaf) in enumerate(memory.items())
+            }
+        return memory | {
+            "segments": jnp.zeros((batch, start + length), jnp.int32).at[:, :start].set(PREFIX),
+            "context": jnp.zeros((batch, start + length), bool),
+            "length": jnp.full((batch,), start, jnp.int32),
         }
 
 

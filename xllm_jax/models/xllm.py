@@ -21,6 +21,7 @@ Array = jax.Array
 Params = Mapping[str, Any]
 
 LLM = "llm"
+LLM_PREFIX = "llm_prefix"  # a learned prefix of the LLM, read by generation alone
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -129,6 +130,11 @@ class XLLM:
             variables, x, batch.segments, batch.context, batch.positions
         )
         return states
+
+    def prefix(self, params: Params) -> Array | None:
+        """Keys and values to put before every prompt (`models/glm_prefix.py`), where there are."""
+        network = self.networks.get(LLM_PREFIX)
+        return None if network is None else network.apply({"params": params[LLM_PREFIX]})
 
     def logits(self, params: Params, states: Array) -> Array:
         """Scores of the next token: `[..., D]` to `[..., V]` float32."""
