@@ -8,21 +8,27 @@ import jax
 import numpy as np
 import pytest
 
-from xllm_jax.convert import Drop, blip2, eva_vit, export_tree, files, import_tree
+from xllm_jax.convert import (
+    Drop,
+    blip2,
+    eva_vit,
+    export,
+    export_tree,
+    files,
+    import_tree,
+    stream,
+)
 from xllm_jax.convert.bert import linear
 from xllm_jax.core.errors import UserError
-from xllm_jax.models.interfaces import QFormerInterface
-from xllm_jax.models.vit import VisionTransformer
+from xllm_jax.models import interfaces, vit
 
 torch = pytest.importorskip("torch")
 
-WIDTH = 24
-VISION = VisionTransformer(image_size=16, patch=4, width=WIDTH, depth=3, heads=3, hidden=40)
+WIDTH = vit.SIZES["tiny"]["width"]
+VISION = vit.VisionTransformer(**vit.SIZES["tiny"])
 # Hugging Face gives the norm behind the encoder the encoder's epsilon.
-INTERFACE = QFormerInterface(
-    queries=5, width=32, depth=4, heads=4, hidden=48, cross_attention_frequency=2,
-    encoder_width=WIDTH, llm_width=16, norm_epsilon=VISION.epsilon,
-)  # fmt: skip
+FIELDS = interfaces.SIZES["tiny"] | {"llm_width": 16, "norm_epsilon": VISION.epsilon}
+INTERFACE = interfaces.QFormerInterface(**FIELDS)
 NORM = r"vision_model\.post_layernorm\..*"
 NOT_VISION = Drop(rf"(?!vision_model\.).*|{NORM}", "of the interface")
 
@@ -35,11 +41,12 @@ def peer():
     torch.manual_seed(0)
     config = Blip2Config(
         vision_config=dict(
-            hidden_size=WIDTH, num_hidden_layers=3, num_attention_heads=3, image_size=16,
-            patch_size=4, intermediate_size=40,
+            hidden_size=WIDTH, num_hidden_layers=VISION.depth, num_attention_heads=VISION.heads,
+            image_size=VISION.image_size, patch_size=VISION.patch, intermediate_size=VISION.hidden,
         ),
         qformer_config=dict(
-            hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=48,
+            hidden_size=INTERFACE.width, num_hidden_layers=INTERFACE.depth,
+            num_attention_heads=INTERFACE.heads, intermediate_size=INTERFACE.hidden,
             encoder_hidden_size=WIDTH, cross_attention_frequency=2, vocab_size=50,
             max_position_embeddings=20,
         ),
@@ -47,7 +54,7 @@ def peer():
             model_type="opt", hidden_size=16, word_embed_proj_dim=16, num_hidden_layers=1,
             num_attention_heads=2, ffn_dim=16, vocab_size=20, max_position_embeddings=20,
         ),
-        num_query_tokens=5,
+        num_query_tokens=INTERFACE.queries,
     )  # fmt: skip
     model = Blip2ForConditionalGeneration(config).eval()
     with torch.no_grad():
@@ -71,11 +78,11 @@ def read(source):
 
 def test_equals_transformers(peer, tmp_path):
     """Image to LLM embeddings, read from a folder of shards with an index."""
-    peer.save_pretrained(tmp_path, max_shard_size="60KB")
+    peer.save_pretrained(tmp_path, max_shard_size="400KB")
     assert (tmp_path / "model.safetensors.index.json").exists()
     (vision, _), (interface, report) = read(files.open_checkpoint(tmp_path))
     assert not report.fresh
-    pixels = torch.randn(3, 3, 16, 16)
+    pixels = torch.randn(3, 3, VISION.image_size, VISION.image_size)
     with torch.no_grad():
         features = peer.vision_model(pixels).last_hidden_state
         queries = peer.query_tokens.expand(len(pixels), -1, -1)
@@ -87,7 +94,7 @@ def test_equals_transformers(peer, tmp_path):
         return INTERFACE.apply({"params": interface}, *VISION.apply({"params": vision}, images))
 
     embeddings, counts = run(vision, interface, pixels.permute(0, 2, 3, 1).numpy())
-    np.testing.assert_array_equal(counts, [5, 5, 5])
+    np.testing.assert_array_equal(counts, [INTERFACE.queries] * 3)
     np.testing.assert_allclose(embeddings, expected, atol=1e-5 * np.abs(expected).max())
 
 
@@ -109,6 +116,15 @@ def test_every_tensor_is_used_once_and_comes_back(peer, tmp_path):
         assert tensor.dtype == np.float16 and tensor.tobytes() == source[name].tobytes(), name
     state = {name: torch.from_numpy(x.copy()) for name, x in back.items()}
     assert not half.load_state_dict(state, strict=False).unexpected_keys
+
+
+def test_the_command_takes_a_folder_there_and_back(peer, tmp_path):
+    peer.save_pretrained(tmp_path / "blip2")
+    stream.run_import("blip2", tmp_path / "blip2", tmp_path / "base")
+    export.run_export("blip2", tmp_path / "base", tmp_path / "back")
+    source, back = (files.open_checkpoint(tmp_path / name) for name in ("blip2", "back"))
+    assert set(back) == {name for name in source if not name.startswith("language_model.")}
+    assert all(back[name].tobytes() == source[name].tobytes() for name in back)
 
 
 @pytest.mark.parametrize(
