@@ -24,6 +24,7 @@ from xllm_jax.core import checkpoint, find, mesh, optim, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.log import Log
 from xllm_jax.core.stage import Stage
+from xllm_jax.data import padding
 from xllm_jax.data.pipeline import Pipeline
 
 Loss = Callable[..., tuple[jax.Array, dict[str, Any]]]
@@ -176,7 +177,7 @@ def run(
 ) -> State:
     """Steps until micro-batch `until`; between two log lines nothing waits for the device."""
     pending, samples, waited, since = [], 0, 0.0, time.monotonic()
-    number = int(state.step)
+    number, watch = int(state.step), padding.Watch(min(padding.ENOUGH, until))
     while number < until:
         asked = time.monotonic()
         batch, info = next(batches)
@@ -185,6 +186,7 @@ def run(
         number += 1
         pending.append(metrics)
         samples += info["examples"]
+        log.say(watch.add(info["padding"]))
         if number % stage.log_every == 0 or number == until:
             scalars = means(pending)  # waits for the steps, so that the clock tells the truth
             seconds = time.monotonic() - since

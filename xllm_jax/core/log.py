@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -59,6 +60,11 @@ class Log:
             refresh=False,
         )
         self._bar.update(step - self._bar.n)
+
+    def say(self, words: str) -> None:
+        """Prints a line above the bar; nothing for no words."""
+        if self._main and words:
+            self._bar.write(words, file=sys.stderr)
 
     def close(self) -> None:
         """Flushes and closes everything."""

@@ -63,9 +63,9 @@ def batches(records: Sequence[Record], kit: int, data: Data, mode: Mode) -> list
 
 
 def fill(
-    made: Plan, rows: slice, kit: int, data: Data, mode: Mode
+    made: Plan, rows: slice, kit: int, data: Data, mode: Mode, load: object = None
 ) -> tuple[dict[str, np.ndarray], list[Skipped]]:
-    """Draws one host's rows.
+    """Draws one host's rows; there is no file to `load`.
 
     Returns:
       ({'images': `[B, H, W, 3]` float32, 'patches': `[B, N, 3]` and 'cells': `[B, 9, 3]` int32
@@ -75,6 +75,11 @@ def fill(
     drawn = [draw(record.example.key, size, kit) for record in made.rows[rows]]
     images, patches, cells = (np.stack(values) for values in zip(*drawn))
     return {"images": images, "patches": patches, "cells": cells}, []
+
+
+def padding(batch: dict[str, np.ndarray]) -> dict[str, tuple[int, int]]:
+    """{what: (used, room)} of a batch: every row holds a picture."""
+    return {"image": (len(batch["images"]), len(batch["images"]))}
 
 
 def draw(key: str, size: int, grid: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

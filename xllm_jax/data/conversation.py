@@ -226,7 +226,7 @@ def batches(records: Sequence[Record], kit: Tools, data: Data, mode: Mode) -> li
 
 
 def fill(
-    made: Plan, rows: slice, kit: Tools, data: Data, mode: Mode
+    made: Plan, rows: slice, kit: Tools, data: Data, mode: Mode, load: media.Load = media.load
 ) -> tuple[Batch, list[Skipped]]:
     """Opens the media of one host's rows and writes its arrays.
 
@@ -243,7 +243,7 @@ def fill(
         for segment, placed in enumerate(row, start=1):
             try:
                 loaded = [
-                    media.load(slot.modality, slot.path, data, placed.record, part, mode.train)
+                    load(slot.modality, slot.path, data, placed.record, part, mode.train)
                     for part, slot in enumerate(placed.prompt.slots)
                 ]
             except UserError as error:
@@ -288,6 +288,19 @@ def _write(
         batch.media[slot.modality].counts[row, items] = slot.size
         used[slot.modality] += slot.items
     used["tokens"], used["answers"] = tokens.stop, supervised.stop
+
+
+def padding(batch: Batch) -> dict[str, tuple[int, int]]:
+    """{what: (used, room)} of a batch: tokens, places of answers, and of each modality its items
+    or, where they differ in length, their steps."""
+    found = {
+        "tokens": (int((batch.segments > 0).sum()), batch.segments.size),
+        "answers": (int((batch.weights > 0).sum()), batch.weights.size),
+    }
+    for name, entry in batch.media.items():
+        steps = entry.values.shape[2] if entry.values.ndim == 4 else 1
+        found[name] = (int(entry.lengths.sum()), entry.lengths.size * steps)
+    return found
 
 
 def _without_counts(batch: Batch, data: Data, mode: Mode) -> Batch:

@@ -60,6 +60,9 @@ def _load_speech(path: str, data: Data, rng: np.random.Generator, train: bool) -
     return speech.load(path, data.speech, rng if train else None)[None]
 
 
+# What opens a file for the forms: `load`, or `Decoders.load`, which does so within a deadline.
+Load = Callable[[str, str, Data, Record, int, bool], tuple[np.ndarray, np.ndarray]]
+
 FORMS: dict[str, Callable[[Data], Form]] = {"image": _image, "video": _video, "speech": _speech}
 LOADERS = {"image": _load_image, "video": _load_video, "speech": _load_speech}
 
@@ -92,11 +95,17 @@ def load(
       (values `[items, *shape]` float32, lengths `[items]` int32: valid frames of speech, else 1).
 
     Raises:
-      UserError: the file cannot be read.
+      UserError: the file cannot be read, or its decoder fails in any way of its own.
       DoesNotFit: speech of more frames than the largest bucket.
     """
     made = form(modality, data)
-    values = LOADERS[modality](path, data, record.generator(MEDIA, part), train)
+    try:
+        values = LOADERS[modality](path, data, record.generator(MEDIA, part), train)
+    except UserError:
+        raise
+    except Exception as error:  # what foreign decoders raise on damaged files has no bounds
+        what = f"its decoder failed ({type(error).__name__}: {error})"
+        raise UserError(what, field=str(path), mend="Look at the file") from error
     if not made.spoken:
         return values, np.ones(made.items, np.int32)
     count, most = values.shape[1], made.shape[0]

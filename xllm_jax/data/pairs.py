@@ -55,8 +55,9 @@ def plan(records: Sequence[Record], kit: WordPiece, data: Data, mode: Mode) -> P
         example = record.example
         paths = [path for modality, path in example.media if modality == IMAGE]
         caption = example.answer or next(iter(example.references), "")
+        caption = text.caption(caption)
         if len(paths) == 1 and caption:
-            rows.append(Pair(record, paths[0], text.caption(caption)))
+            rows.append(Pair(record, paths[0], caption))
         else:
             reason = f"has {len(paths)} images and {'a' if caption else 'no'} caption"
             skipped.append(Skipped(example.key, reason, bad=True))
@@ -71,7 +72,7 @@ def batches(records: Sequence[Record], kit: WordPiece, data: Data, mode: Mode) -
 
 
 def fill(
-    made: Plan, rows: slice, kit: WordPiece, data: Data, mode: Mode
+    made: Plan, rows: slice, kit: WordPiece, data: Data, mode: Mode, load: media.Load = media.load
 ) -> tuple[dict[str, np.ndarray], list[Skipped]]:
     """Opens the images of one host's rows.
 
@@ -87,7 +88,7 @@ def fill(
         if row is None:
             continue
         try:
-            values, _ = media.load(IMAGE, row.path, data, row.record, 0, mode.train)
+            values, _ = load(IMAGE, row.path, data, row.record, 0, mode.train)
             images[number] = values[0]
         except UserError as error:
             mine[number] = None
@@ -95,3 +96,11 @@ def fill(
     ids, mask = kit.rows([row.caption if row else "" for row in mine], data.text_length)
     weights = np.asarray([row is not None for row in mine], np.float32)
     return {"images": images, "ids": ids, "mask": mask, "weights": weights}, skipped
+
+
+def padding(batch: dict[str, np.ndarray]) -> dict[str, tuple[int, int]]:
+    """{what: (used, room)} of a batch: images and word pieces."""
+    return {
+        IMAGE: (int(batch["weights"].sum()), len(batch["weights"])),
+        "word pieces": (int(batch["mask"][batch["weights"] > 0].sum()), batch["mask"].size),
+    }

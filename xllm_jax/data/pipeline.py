@@ -19,7 +19,16 @@ import numpy as np
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data
-from xllm_jax.data import attributes, conversation, pairs, sentences, stream, transcription
+from xllm_jax.data import (
+    attributes,
+    conversation,
+    media,
+    pairs,
+    sentences,
+    stream,
+    transcription,
+)
+from xllm_jax.data.decoder import Decoders
 from xllm_jax.data.quarantine import Quarantine
 from xllm_jax.data.record import Mode, Record, Skipped
 
@@ -69,6 +78,7 @@ class Pipeline:
         self.weights = stream.mixture(data)
         self.sources = {n: stream.read(n, data.sources[n], data.root) for n in self.weights}
         self.kit = self.form.tools(data)
+        self._load = Decoders(data).load if data.deadline else media.load
         self._steps = self._drawn() if train else self._planned(limit)
 
     def records(self) -> int:
@@ -116,13 +126,15 @@ class Pipeline:
 
     def _fill(self, plan: Any) -> tuple[Any, dict[str, Any]]:
         """One host's arrays of a plan, and what is to be told about them."""
-        batch, unread = self.form.fill(plan, self.rows, self.kit, self.data, self.mode)
+        batch, unread = self.form.fill(plan, self.rows, self.kit, self.data, self.mode, self._load)
         lost = {skip.key for skip in unread}
         members = [m for m in plan.members(self.rows) if m[2].example.key not in lost]
         everywhere = plan.members(slice(None))
         return batch, {
             "examples": len(everywhere),
+            "padding": self.form.padding(batch),
             "keys": [record.example.key for _, _, record in members],
+            "sources": [record.source for _, _, record in members],
             "members": [(row, segment, record.example) for row, segment, record in members],
             "epoch": max((record.epoch for _, _, record in everywhere), default=0),
             "supervised": plan.supervised(),
@@ -152,9 +164,10 @@ class Pipeline:
 class Batches:
     """An iterator of (batch, info) that knows where it stands.
 
-    `info` holds: examples (of the global batch), keys and members (row, segment, Example; of this
-    host's rows), epoch, supervised (tokens, globally), cut (tokens of long text), skipped (records
-    left out, with reasons), bad (records that could not be read so far).
+    `info` holds: examples (of the global batch), keys, sources and members (row, segment, Example;
+    of this host's rows), padding ({what: (used, room)} of this host's rows), epoch, supervised
+    (tokens, globally), cut (tokens of long text), skipped (records left out, with reasons), bad
+    (records that could not be read so far).
     """
 
     def __init__(

@@ -242,7 +242,7 @@ def build(
 
     Raises:
       DoesNotFit: slots and answer alone are too long, or the prompt is and `limits.strict`.
-      UserError: the example cannot be a prompt.
+      UserError: the example cannot be a prompt, or has nothing to answer.
     """
     parts = segments(example.media, words(example, question(example, generator), style), slot)
     encoded = [
@@ -253,6 +253,8 @@ def build(
     ]
     reply, lost = [], 0
     if answer:
+        if not example.answer.strip():
+            raise UserError("has no answer to learn", field=example.key)
         whole = list(tokenizer.encode(example.answer))
         reply = whole[: max(limits.answers - 2, 0)]
         lost = len(whole) - len(reply)

@@ -72,5 +72,5 @@ class Quarantine:
             "reason": record.reason,
             "count": self.counts[name],
         }
-        with self.path.open("a", encoding="utf-8") as file:
+        with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")

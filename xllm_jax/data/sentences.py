@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from xllm_jax.core.stage import Data
-from xllm_jax.data import text
+from xllm_jax.data import media, text
 from xllm_jax.data.prompt import WRITTEN
 from xllm_jax.data.record import MEDIA, Mode, Record, Skipped
 from xllm_jax.data.wordpiece import WordPiece
@@ -77,9 +77,9 @@ def batches(records: Sequence[Record], kit: WordPiece, data: Data, mode: Mode) -
 
 
 def fill(
-    made: Plan, rows: slice, kit: WordPiece, data: Data, mode: Mode
+    made: Plan, rows: slice, kit: WordPiece, data: Data, mode: Mode, load: media.Load = media.load
 ) -> tuple[dict[str, np.ndarray], list[Skipped]]:
-    """Tokenises one host's rows.
+    """Tokenises one host's rows; nothing is opened, so `load` stays unused.
 
     Returns:
       ({'first', 'second': `[B, L]` int32 as [CLS] … [SEP] [PAD]*; 'first_mask', 'second_mask';
@@ -115,3 +115,8 @@ def fill(
         "targets": targets,
         "hidden": hidden,
     }, []
+
+
+def padding(batch: dict[str, np.ndarray]) -> dict[str, tuple[int, int]]:
+    """{what: (used, room)} of a batch: word pieces."""
+    return {"word pieces": (int(batch["joined_mask"].sum()), batch["joined_mask"].size)}

@@ -8,7 +8,11 @@ variance normalisation and, in training, SpecAugment.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
+import os
+import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,9 @@ from xllm_jax.data import files
 RATE = 16_000
 WINDOW, HOP, FFT = 400, 160, 512
 PREEMPHASIS = np.float32(0.97)
+RATES = (4_000, 384_000)  # samples a second that a recording may have
+MOST_SAMPLES = 100_000_000  # over all channels; a small file of silence can unpack to anything
+STREAMED = 0x7FFFF000  # from here on, and 0, sizes that writers to a pipe leave in a WAV header
 LEAST_FRAMES = 9  # fewer leave the speech encoder, which reduces 8 x, nothing to read
 
 
@@ -40,7 +47,8 @@ def load(
       `[frames, bins]` float32.
 
     Raises:
-      UserError: the file is missing, broken, empty, silent, not finite or too short.
+      UserError: the file is missing, broken, cut off, empty, silent, not finite, too short or too
+        long, or states a rate that no recording has.
     """
     options = options or {}
     features = normalise(filterbank(read(path), options.get("bins", 80)))
@@ -61,7 +69,11 @@ def read(path: str | Path) -> np.ndarray:
 
     source = files.source(path)
     try:
+        _check_header(soundfile.info(source), path)
+        if not isinstance(source, str):
+            source.seek(0)
         samples, rate = soundfile.read(source, dtype="float32", always_2d=True)
+        _check_whole(source, len(samples), path)
     except (soundfile.SoundFileError, RuntimeError) as error:
         raise UserError(f"not a readable audio file ({error})", field=str(path)) from error
     if not samples.size:
@@ -82,6 +94,38 @@ def read(path: str | Path) -> np.ndarray:
     return samples * np.float32(32768)
 
 
+def _check_header(info: Any, path: str | Path) -> None:
+    """Raises UserError for a rate that no recording has, or more samples than memory should."""
+    low, high = RATES
+    if not low <= info.samplerate <= high:
+        what = f"says {info.samplerate} samples a second, not between {low} and {high}"
+        raise UserError(what, field=str(path), mend="Record or convert it again")
+    if info.frames * info.channels > MOST_SAMPLES:
+        what = f"holds {info.frames * info.channels:,} samples, more than {MOST_SAMPLES:,}"
+        raise UserError(what, field=str(path), mend="Cut it into utterances")
+
+
+def _check_whole(source: str | io.BytesIO, read: int, path: str | Path) -> None:
+    """Raises UserError for a WAV file that was cut off; libsndfile says nothing about it."""
+    with open(source, "rb") if isinstance(source, str) else contextlib.nullcontext(source) as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        if file.read(4) != b"RIFF":
+            return
+        at = 12
+        while at + 8 <= end:
+            file.seek(at)
+            name, size = struct.unpack("<4sI", file.read(8))
+            if name == b"data":
+                break
+            at += 8 + size + size % 2
+        else:
+            return
+    if 0 < size < STREAMED and at + 8 + size > end:
+        what = f"is cut off after {read} samples: {at + 8 + size - end} bytes are missing"
+        raise UserError(what, field=str(path), mend="Download it again")
+
+
 def count_frames(path: str | Path) -> int:
     """Filterbank frames of a file by its header alone.
 
@@ -95,7 +139,7 @@ def count_frames(path: str | Path) -> int:
         info = soundfile.info(source)
     except (soundfile.SoundFileError, RuntimeError) as error:
         raise UserError(f"not a readable audio file ({error})", field=str(path)) from error
-    return frames_of(-(-info.frames * RATE // info.samplerate))
+    return frames_of(-(-info.frames * RATE // max(info.samplerate, 1)))
 
 
 def frames_of(samples: int) -> int:

@@ -75,9 +75,26 @@ def mixture(data: Data) -> dict[str, float | None]:
 def draw(sources: Sources, name: str, epoch: int, index: int, seed: int, bucket: int) -> Drawn:
     """The record at one place of one source."""
     try:
-        return Record(sources[name][index], name, epoch, index, seed, bucket)
+        return Record(checked(sources[name][index]), name, epoch, index, seed, bucket)
     except UserError as error:
         return Skipped(f"{name}[{index}]", error.what, bad=True, file=error.field)
+
+
+def checked(example: Example) -> Example:
+    """The example, if its texts can be written.
+
+    Raises:
+      UserError: a text was not UTF-8 in its file.
+    """
+    rounds = [text for pair in example.history for text in pair]
+    texts = (example.instruction, example.answer, example.transcript, *example.references, *rounds)
+    try:
+        "".join(texts).encode("utf-8")
+    except UnicodeEncodeError:
+        paths = [path for _, path in example.media]
+        file = ascii(next(iter(paths), example.key))[1:-1]
+        raise UserError("its text is not UTF-8", field=file, mend="Save it as UTF-8") from None
+    return example
 
 
 def batches(

@@ -91,7 +91,7 @@ def _utterance(record: Record, kit: CharacterVocabulary, data: Data, mode: Mode)
     if len(paths) != 1:
         raise UserError(f"has {len(paths)} speech files, must have one", field=example.key)
     text = example.transcript or example.answer
-    if not text:
+    if not text.strip():
         raise UserError("has no transcript", field=example.key)
     tokens = kit.encode(text)
     if len(tokens) > data.characters_length and mode.train:
@@ -113,7 +113,12 @@ def batches(
 
 
 def fill(
-    made: Plan, rows: slice, kit: CharacterVocabulary, data: Data, mode: Mode
+    made: Plan,
+    rows: slice,
+    kit: CharacterVocabulary,
+    data: Data,
+    mode: Mode,
+    load: media.Load = media.load,
 ) -> tuple[dict[str, np.ndarray], list[Skipped]]:
     """Opens the utterances of one host's rows.
 
@@ -135,7 +140,7 @@ def fill(
         if row is None:
             continue
         try:
-            values, lengths = media.load(SPEECH, row.path, data, row.record, 0, mode.train)
+            values, lengths = load(SPEECH, row.path, data, row.record, 0, mode.train)
             length = _bounded(int(lengths[0]), made.frames, row.path)
         except DoesNotFit as error:
             if not mode.train:
@@ -150,6 +155,15 @@ def fill(
         batch["tokens"][number, : len(row.tokens)] = row.tokens
         batch["token_lengths"][number] = len(row.tokens)
     return batch, skipped
+
+
+def padding(batch: dict[str, np.ndarray]) -> dict[str, tuple[int, int]]:
+    """{what: (used, room)} of a batch: filterbank frames and characters."""
+    rows, frames = batch["features"].shape[:2]
+    return {
+        SPEECH: (int(batch["lengths"].sum()), rows * frames),
+        "characters": (int(batch["token_lengths"].sum()), batch["tokens"].size),
+    }
 
 
 def _bounded(length: int, frames: int, path: str) -> int:

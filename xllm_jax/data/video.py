@@ -222,4 +222,9 @@ class _opened:
 def _stream(container, path: str | Path):
     if not container.streams.video:
         raise UserError("has no video stream", field=str(path), mend="Remove it from the data")
-    return container.streams.video[0]
+    stream = container.streams.video[0]
+    pixels = (stream.codec_context.width or 0) * (stream.codec_context.height or 0)
+    if pixels > image.MOST_PIXELS:
+        what = f"has frames of {pixels:,} pixels, more than {image.MOST_PIXELS:,}"
+        raise UserError(what, field=str(path), mend="Shrink it")
+    return stream

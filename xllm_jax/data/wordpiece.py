@@ -47,6 +47,7 @@ class WordPiece:
             raise UserError("no such file", field=str(path), mend="data.vocabulary names it")
         self._path = path
         self._ids = {p: i for i, p in enumerate(path.read_text("utf-8").splitlines())}
+        self._pieces_by_id = {i: p for p, i in self._ids.items()}
         missing = {"[CLS]", "[SEP]", "[PAD]", "[UNK]"} - self._ids.keys()
         if missing:
             raise UserError(f"lacks {sorted(missing)[0]}", field=str(path))
@@ -67,6 +68,10 @@ class WordPiece:
         if piece not in self._ids:
             raise UserError(f"lacks {piece}", field=str(self._path))
         return self._ids[piece]
+
+    def piece(self, token: int) -> str:
+        """Piece of an id, '' for an id that has none."""
+        return self._pieces_by_id.get(token, "")
 
     def rows(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
         """[CLS] … [SEP] [PAD]*: ids int32 and a mask bool, both `[N, length]`."""

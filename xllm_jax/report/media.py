@@ -47,7 +47,12 @@ def spectrogram(path: str | Path) -> str:
     """Log-mel filterbanks of a speech file, time to the right, low frequencies below."""
     from xllm_jax.data import speech
 
-    features = speech.filterbank(speech.read(path), 80).T[::-1]
+    return shade(speech.filterbank(speech.read(path), 80))
+
+
+def shade(features: np.ndarray) -> str:
+    """Filterbanks `[frames, bins]` as a picture, loud is dark."""
+    features = features.T[::-1]
     low, high = np.quantile(features, [0.05, 0.995])
     shade = np.clip((features - low) / max(high - low, 1e-6), 0, 1)
     stream = io.BytesIO()

@@ -49,3 +49,32 @@ def _mark(value: float, share: float) -> str:
         f'<line x1="{LEFT}" x2="{WIDTH - 8}" y1="{y:.1f}" y2="{y:.1f}"/>'
         f'<text x="{LEFT - 5}" y="{y + 4:.1f}" text-anchor="end">{value:.2g}</text>'
     )
+
+
+def histogram(name: str, values: Sequence[int], bins: int = 20) -> str:
+    """How often values fall into equal ranges, as bars.
+
+    Args:
+      name: title.
+      values: whole numbers, at least one.
+      bins: most bars.
+    """
+    low, high = min(values), max(values)
+    width = max(-(-(high - low + 1) // bins), 1)
+    counts = [0] * ((high - low) // width + 1)
+    for value in values:
+        counts[(value - low) // width] += 1
+    across, tall = (WIDTH - LEFT - 8) / len(counts), HEIGHT - BOTTOM - TOP
+    bars = "".join(
+        f'<rect x="{LEFT + number * across:.1f}" width="{max(across - 1, 1):.1f}" '
+        f'y="{HEIGHT - BOTTOM - tall * count / max(counts):.1f}" '
+        f'height="{tall * count / max(counts):.1f}" fill="currentColor" opacity=".55"/>'
+        for number, count in enumerate(counts)
+    )
+    return (
+        f'<figure class="curve"><figcaption>{html.escape(name)} <b>{len(values)}</b></figcaption>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(name)}">{bars}'
+        f'<text x="{LEFT}" y="{HEIGHT - 6}">{low}</text><text x="{LEFT - 5}" y="{TOP + 8}" '
+        f'text-anchor="end">{max(counts)}</text>'
+        f'<text x="{WIDTH - 8}" y="{HEIGHT - 6}" text-anchor="end">{high}</text></svg></figure>'
+    )

@@ -98,5 +98,5 @@ def _from_texts(root: pathlib.Path) -> Pairs:
         text = path.with_suffix(".txt")
         if path.suffix.lower() in layout.IMAGES and text.is_file():
             name = path.relative_to(root).as_posix()
-            pairs += [(name, line) for line in layout.read_text(text).splitlines()]
+            pairs += [(name, line) for line in layout.read_text(text, False).splitlines()]
     return pairs

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
@@ -15,23 +16,31 @@ from xllm_jax.data.example import Example
 Examples = TypeVar("Examples", bound=Sequence[Example])
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 SOUNDS = (".wav", ".flac", ".ogg", ".mp3", ".opus")
+BROKEN = re.compile("[\ud800-\udfff]")  # what 'surrogateescape' makes of a byte that is not UTF-8
+FEW = 10  # one line in so many may be broken before a file is refused
 VIDEOS = (".mp4", ".webm", ".mkv", ".avi", ".mov")
 
 
-def read_text(path: pathlib.Path) -> str:
-    """The file's text.
+def read_text(path: pathlib.Path, table: bool = True) -> str:
+    """The file's text; `table` says that it holds many records, not one.
+
+    Single bytes that are not UTF-8 become lone surrogates: `stream.draw` finds them in the records
+    that hold them, and the others of the file can be used.
 
     Raises:
-      UserError: no such file, or not UTF-8.
+      UserError: no such file, or one that is written in another encoding altogether.
     """
     try:
-        return path.read_text("utf-8-sig")
+        text = path.read_text("utf-8-sig", "surrogateescape")
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         mend = "Check data.root and the source's path, or see the reader's docstring"
         raise UserError("no such file", field=str(path), mend=mend) from None
-    except UnicodeDecodeError as error:
-        mend = "Save the file as UTF-8"
-        raise UserError(f"is not UTF-8 text ({error.reason})", field=str(path), mend=mend) from None
+    lines = text.splitlines() if table and BROKEN.search(text) else []
+    broken = [number for number, line in enumerate(lines, start=1) if BROKEN.search(line)]
+    if len(broken) > len(lines) // FEW:
+        what = f"is not UTF-8 text in {len(broken)} of {len(lines)} lines, first in {broken[0]}"
+        raise UserError(what, field=str(path), mend="Save the file as UTF-8")
+    return text
 
 
 def read_json(path: pathlib.Path) -> Any:

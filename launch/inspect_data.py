@@ -1,0 +1,32 @@
+"""Shows a stage's training data as the model will see it, before a run is paid for.
+
+    python launch/inspect_data.py --config=configs/stage2_image.py[:tiny] [--samples=24] \
+        [--output=DIR] [--config.data.root=/data]
+
+Prints counts, lengths, the share of supervised tokens and the padding waste, and writes audit.html
+with samples: pictures, frames, spectrograms with sound, prompts with their slots, supervised tokens
+highlighted. Ends with exit code 2 when a source has nothing to learn.
+"""
+
+from __future__ import annotations
+
+from absl import flags
+from ml_collections import config_flags
+
+from launch import command
+from xllm_jax.audit import audit, page
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Stage file: configs/NAME.py[:tiny].")
+SAMPLES = flags.DEFINE_integer("samples", 24, "Samples on the page.", 1)
+OUTPUT = flags.DEFINE_string("output", ".", "Folder for audit.html.")
+
+
+def main(_: list[str]) -> None:
+    found = audit(CONFIG.value, SAMPLES.value)
+    print(page.terminal(found))
+    print(f"\nWith samples: {page.write(found, OUTPUT.value)}")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config"])
+    command.run(main)

@@ -1,0 +1,153 @@
+"""Rows of finished batches, taken apart into what a person can look at."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from xllm_jax.core.batch import Batch
+from xllm_jax.core.stage import Data
+from xllm_jax.data import image
+from xllm_jax.data.example import Example
+
+WORDS, SLOT, SPECIAL, LEARNT = "words", "slot", "special", "learnt"
+
+
+@dataclasses.dataclass(frozen=True)
+class Medium:
+    """One item that an encoder reads: pixels `[H, W, 3]` uint8 or filterbanks `[U, F]` float32."""
+
+    modality: str
+    values: np.ndarray
+    path: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One example as the model meets it.
+
+    Attributes:
+      key, source, task: of the example.
+      media: its items, in the order of the batch.
+      pieces: (kind, text) of the prompt, in order, and then of every supervised token.
+      tokens: {'tokens', 'supervised' and each modality: how many}.
+    """
+
+    key: str
+    source: str
+    task: str
+    media: tuple[Medium, ...]
+    pieces: tuple[tuple[str, str], ...]
+    tokens: Mapping[str, int]
+
+
+def taken_apart(batch: Any, info: Mapping[str, Any], kit: Any, data: Data) -> list[Sample]:
+    """The samples of a batch of any form, in the order of its rows.
+
+    Args:
+      batch, info: what `Pipeline.iterate` gives.
+      kit: the pipeline's tools.
+      data: of the stage.
+    """
+    read = _packed if isinstance(batch, Batch) else _row
+    return [
+        read(batch, row, segment, example, source, kit, data)
+        for (row, segment, example), source in zip(info["members"], info["sources"])
+    ]
+
+
+def _packed(
+    batch: Batch, row: int, segment: int, example: Example, source: str, kit: Any, data: Data
+) -> Sample:
+    """An example of a packed row."""
+    places = np.flatnonzero(batch.segments[row] == segment)
+    tokenizer, owners, media = kit.tokenizer, np.full(len(places), "", object), []
+    tokens = {"tokens": len(places)}
+    for name, entry in batch.media.items():
+        index = entry.index[row, places]
+        owners[index >= 0] = name
+        tokens[name] = int((index >= 0).sum())
+        items = np.unique(index[index >= 0] // data.embeddings[name])
+        paths = [path for modality, path in example.media if modality == name]
+        media += _items(name, entry.values[row, items], entry.lengths[row, items], paths)
+    learnt = (batch.weights[row] > 0) & np.isin(batch.answer_index[row], places)
+    targets = batch.targets[row, learnt]
+    shown = batch.context[row, places]
+    pieces = _runs(batch.ids[row, places][shown], owners[shown], tokenizer)
+    pieces += [(LEARNT, _token(tokenizer, int(token))) for token in targets]
+    tokens["supervised"] = len(targets)
+    return Sample(example.key, source, example.task, tuple(media), tuple(pieces), tokens)
+
+
+def _items(
+    name: str, values: np.ndarray, lengths: np.ndarray, paths: Sequence[str]
+) -> list[Medium]:
+    """Items of one modality; several frames of a video share its path."""
+    each = max(len(values) // max(len(paths), 1), 1)
+    named = [paths[min(number // each, len(paths) - 1)] for number in range(len(values))]
+    return [
+        Medium(name, one[:length] if one.ndim == 2 else pixels(one), path)
+        for one, length, path in zip(values, lengths, named)
+    ]
+
+
+def pixels(values: np.ndarray) -> np.ndarray:
+    """`[H, W, 3]` normalised float32 back to uint8."""
+    return np.clip((values * image.STD + image.MEAN) * 255 + 0.5, 0, 255).astype(np.uint8)
+
+
+def _runs(ids: np.ndarray, owners: np.ndarray, tokenizer: Any) -> list[tuple[str, str]]:
+    """Neighbouring tokens of one kind as one piece each; a slot tells how many it takes."""
+    pieces: list[tuple[str, str]] = []
+    specials = set(dataclasses.astuple(tokenizer.specials))
+    start = 0
+    while start < len(ids):
+        end = start + 1
+        special = int(ids[start]) in specials and not owners[start]
+        while not special and end < len(ids) and owners[end] == owners[start]:
+            if not owners[end] and int(ids[end]) in specials:
+                break
+            end += 1
+        if owners[start]:
+            pieces.append((SLOT, f"{owners[start]} × {end - start}"))
+        elif special:
+            pieces.append((SPECIAL, tokenizer.piece(int(ids[start]))))
+        else:
+            pieces.append((WORDS, tokenizer.decode(ids[start:end])))
+        start = end
+    return pieces
+
+
+def _token(tokenizer: Any, token: int) -> str:
+    """One supervised token: its text, or its name where it has none."""
+    return tokenizer.decode([token]) or tokenizer.piece(token).replace("▁", " ")
+
+
+def _row(
+    batch: Mapping[str, np.ndarray],
+    row: int,
+    segment: int,
+    example: Example,
+    source: str,
+    kit: Any,
+    data: Data,
+) -> Sample:
+    """A row of the forms that hold one example each: transcription, pairs and attributes."""
+    paths = [path for _, path in example.media] or [example.key]
+    if "features" in batch:
+        features = batch["features"][row, : batch["lengths"][row]]
+        media = (Medium("speech", features, paths[0]),)
+        ids = batch["tokens"][row, : batch["token_lengths"][row]]
+        pieces = [(LEARNT, kit.decode([token]) or "⏎") for token in ids]
+        tokens = {"speech": len(features), "supervised": len(ids)}
+    else:
+        media = (Medium("image", pixels(batch["images"][row]), paths[0]),)
+        ids = batch["ids"][row][batch["mask"][row]] if "ids" in batch else ()
+        pieces = [(LEARNT, kit.piece(int(token))) for token in ids]
+        tokens = {"image": 1, "supervised": len(ids) or 1}
+    total = tokens["supervised"]
+    counted = {"tokens": total, **tokens}
+    return Sample(example.key, source, example.task, media, tuple(pieces), counted)

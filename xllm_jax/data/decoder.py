@@ -1,0 +1,176 @@
+"""Decoding in worker processes, so that a file on which a decoder hangs or dies costs one record.
+
+A decoder is somebody else's C code: it can loop for ever or end its process on damaged input, and
+a thread can be neither stopped nor replaced. So each decoding thread has a worker process; a worker
+that does not answer by the deadline is killed, and the next file starts a new one.
+
+    python -m xllm_jax.data.decoder DESCRIPTOR      a worker, at the other end of a socket
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import subprocess
+import sys
+from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xllm_jax.core.errors import UserError
+from xllm_jax.core.stage import Data
+from xllm_jax.data import media
+from xllm_jax.data.record import DoesNotFit, Record
+
+START_SECONDS = 120.0  # a worker may take to start on a busy machine
+GRACE_SECONDS = 30.0  # after the deadline a worker ends by itself, should its owner be gone
+ROOT = str(Path(__file__).parents[2])
+
+
+class Lost(Exception):
+    """A worker did not answer."""
+
+
+class Worker:
+    """One process that decodes one file at a time."""
+
+    def __init__(self) -> None:
+        self._connection, theirs = Pipe()
+        paths = [ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "xllm_jax.data.decoder", str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+            )
+        self._ready = False
+
+    def ask(self, arguments: tuple[Any, ...], deadline: float) -> Any:
+        """What `media.load` returns, or the UserError that it raises, as a value.
+
+        Raises:
+          Lost: no answer within `deadline` seconds, or the worker has died.
+        """
+        if not self._ready:
+            self._receive(START_SECONDS, "did not start")
+            self._ready = True
+        try:
+            self._connection.send((deadline, arguments))
+        except OSError as error:
+            raise Lost("ended its decoder") from error
+        return self._receive(deadline, f"took longer than {deadline:g} s to decode")
+
+    def _receive(self, seconds: float, late: str) -> Any:
+        try:
+            if not self._connection.poll(seconds):
+                raise Lost(late)
+            return self._connection.recv()
+        except (EOFError, OSError) as error:
+            code = self._process.wait()
+            told = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            raise Lost(f"ended its decoder ({told})") from error
+
+    def end(self) -> None:
+        """Kills the process, whatever it does."""
+        self._process.kill()
+        self._process.wait()
+        self._connection.close()
+
+
+class Decoders:
+    """As many workers as threads ask at once, started when they are needed.
+
+    Args:
+      data: of the stage; `threads` workers at most, `deadline` seconds a file.
+    """
+
+    def __init__(self, data: Data):
+        self._deadline = data.deadline
+        self._idle: queue.SimpleQueue[Worker | None] = queue.SimpleQueue()
+        self._count = max(data.threads, 1)
+        for _ in range(self._count):
+            self._idle.put(None)
+
+    def load(
+        self, modality: str, path: str, data: Data, record: Record, part: int, train: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """`media.load` with a deadline.
+
+        Raises:
+          UserError: as there, and for a file whose decoder was late or died.
+        """
+        worker = self._idle.get()
+        try:
+            worker = worker or Worker()
+            answer = worker.ask((modality, path, data, record, part, train), self._deadline)
+        except BaseException as error:
+            if worker:
+                worker.end()
+            worker = None
+            if not isinstance(error, Lost):
+                raise
+            mend = "Leave it out, or raise data.deadline"
+            raise UserError(str(error), field=str(path), mend=mend) from None
+        finally:
+            self._idle.put(worker)
+        return _told(answer)
+
+    def close(self) -> None:
+        """Ends all workers; none may be at work. The next file starts new ones."""
+        for _ in range(self._count):
+            worker = self._idle.get()
+            if worker:
+                worker.end()
+            self._idle.put(None)
+
+
+def _told(answer: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """The arrays of an answer.
+
+    Raises:
+      UserError: the one that the worker met.
+    """
+    kind, *rest = answer
+    if kind == "arrays":
+        return rest[0], rest[1]
+    what, field, line = rest
+    error = (DoesNotFit if kind == "does not fit" else UserError)(what, field=field)
+    error.args = (line,)
+    raise error
+
+
+def answer(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a worker sends back: ('arrays', values, lengths) or (kind of error, what, field, line).
+
+    Args:
+      arguments: of `media.load`.
+    """
+    try:
+        return ("arrays", *media.load(*arguments))
+    except UserError as error:
+        kind = "does not fit" if isinstance(error, DoesNotFit) else "cannot be read"
+        return kind, error.what, error.field, str(error)
+
+
+def serve(connection: Connection) -> None:
+    """A worker's life: files in, arrays out, until the other end closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the owner's to handle
+    connection.send("ready")
+    while True:
+        try:
+            deadline, arguments = connection.recv()
+        except EOFError:
+            return
+        # The kernel's clock ends a hanging worker even where Python does not come to run.
+        signal.setitimer(signal.ITIMER_REAL, deadline + GRACE_SECONDS)
+        made = answer(arguments)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        connection.send(made)
+
+
+if __name__ == "__main__":
+    serve(Connection(int(sys.argv[1])))

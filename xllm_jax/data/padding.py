@@ -1,0 +1,62 @@
+"""Padding waste: the share of a batch's places that hold nothing, and what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+ENOUGH = 20  # batches that are looked at before a run is told
+MOST = 0.2  # share of the places that may be empty without a word
+MENDS = {
+    "tokens": "lower data.length, or raise data.examples or lower data.rows to pack more per row",
+    "answers": "lower data.answers",
+    "image": "lower data.items.image, or raise data.examples",
+    "video": "lower data.items.video, or raise data.examples",
+    "speech": "lower data.frames, or give it more length buckets (transcription form)",
+    "characters": "lower data.characters_length",
+    "word pieces": "lower data.text_length",
+}
+
+Places = Mapping[str, tuple[int, int]]  # {what: (used, room)}
+
+
+class Waste:
+    """Adds up how much of every kind of place is used."""
+
+    def __init__(self) -> None:
+        self.used: dict[str, int] = {}
+        self.room: dict[str, int] = {}
+        self.batches = 0
+
+    def add(self, places: Places) -> None:
+        """Counts one batch."""
+        self.batches += 1
+        for name, (used, room) in places.items():
+            self.used[name] = self.used.get(name, 0) + used
+            self.room[name] = self.room.get(name, 0) + room
+
+    def shares(self) -> dict[str, float]:
+        """{what: share of its places that are empty}; kinds without places are left out."""
+        return {name: 1 - self.used[name] / room for name, room in self.room.items() if room}
+
+    def warning(self, most: float = MOST) -> str:
+        """What is wasted and the mend in words, '' where every share is at most `most`."""
+        told = [
+            f"{share:.0%} of the places for {name} are padding: {MENDS.get(name, 'see the shapes')}"
+            for name, share in self.shares().items()
+            if share > most
+        ]
+        return f"Padding waste over {self.batches} batches. {'; '.join(told)}." if told else ""
+
+
+class Watch:
+    """Tells a run once, early, that it computes padding."""
+
+    def __init__(self, enough: int = ENOUGH):
+        self._enough, self._waste = enough, Waste()
+
+    def add(self, places: Places) -> str:
+        """Counts a batch; the warning when enough have been seen, '' before and ever after."""
+        if self._waste.batches >= self._enough:
+            return ""
+        self._waste.add(places)
+        return self._waste.warning() if self._waste.batches == self._enough else ""
