@@ -35,6 +35,8 @@ HOMES = {
     "torch": ("xllm_jax/convert/",),
     "safetensors": ("xllm_jax/convert/",),
     "ml_collections": ("launch/",),
+    "apache_beam": ("xllm_jax/prepare/",),
+    "tensorflow": (),
 }
 
 
@@ -94,7 +96,8 @@ def test_public_functions_say_what_they_do(name):
 def test_the_library_never_imports_torch_or_tensorflow():
     code = (
         "import sys, xllm_jax.train, xllm_jax.generate, xllm_jax.evaluate, xllm_jax.convert.files\n"
-        "print([m for m in ('torch', 'tensorflow') if m in sys.modules])"
+        "import xllm_jax.prepare.engine\n"
+        "print([m for m in ('torch', 'tensorflow', 'apache_beam') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "[]", done.stderr

@@ -63,6 +63,18 @@ def examples(
     return layout.not_empty(Lazy(len(rows), example), where, "rows")
 
 
+def rows(path: str, name: str, split: str, image: str) -> tuple[Sequence, str]:
+    """The stored rows of a split, the column `image` left encoded, and their place for messages.
+
+    Raises:
+      UserError: as `examples`.
+    """
+    builder = _builder(path, name)
+    where = f"{builder.info.full_name}/{split}"
+    image = image if image in builder.info.features else ""
+    return _rows(builder, split, where, image), where
+
+
 def _builder(path: str, name: str) -> Any:
     import tensorflow_datasets
 

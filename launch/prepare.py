@@ -1,0 +1,67 @@
+"""Prepares a data set: any source becomes ArrayRecord shards with their media inside.
+
+    python launch/prepare.py --source=READER --input=PATH --output=DIR [--split=train] \
+        [--options='{"kind": "regions"}'] [--name=NAME] [--workers=4] \
+        [--beam=--runner=FlinkRunner --beam=--flink_master=HOST:8081]
+
+READER is a file of xllm_jax/data/sources. Every medium is decoded once; what cannot be used is left
+out, with its reason, in DIR/manifest.json. The same command continues after an interruption and
+does nothing when all is done. Train on it with the readers 'prepared' or 'tfds'.
+Needs: pip install -e '.[prepare]'
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from absl import flags
+
+from launch import command
+from xllm_jax.core.errors import UserError
+from xllm_jax.core.stage import Source
+from xllm_jax.prepare import engine, plan
+
+SOURCE = flags.DEFINE_string("source", None, "Reader: a file of xllm_jax/data/sources.")
+INPUT = flags.DEFINE_string("input", None, "Where the data lie, as the reader wants it.")
+OUTPUT = flags.DEFINE_string("output", None, "Folder of the prepared set.")
+SPLIT = flags.DEFINE_string("split", "train", "Split of the source.")
+OPTIONS = flags.DEFINE_string("options", "{}", "Options of the reader, as JSON.")
+NAME = flags.DEFINE_string("name", "", "Name of the prepared set; the reader's by default.")
+SHARD = flags.DEFINE_integer("shard_records", 1024, "Records per shard.", 1)
+WORKERS = flags.DEFINE_integer("workers", 0, "Local processes; 0 works in this one.", 0)
+CHECK = flags.DEFINE_bool("check", True, "Decode every medium before it is stored.")
+BEAM = flags.DEFINE_multi_string("beam", [], "A pipeline option of Beam; may be repeated.")
+
+
+def options() -> dict[str, Any]:
+    """The reader's options.
+
+    Raises:
+      UserError: not a JSON object.
+    """
+    try:
+        found = json.loads(OPTIONS.value)
+    except json.JSONDecodeError as error:
+        found, told = None, str(error)
+    else:
+        told = f"is {type(found).__name__}"
+    if not isinstance(found, dict):
+        raise UserError(f"no JSON object ({told})", field="--options", mend='{"kind": "asr"}')
+    return found
+
+
+def main(_: list[str]) -> None:
+    source = Source(SOURCE.value, INPUT.value, SPLIT.value, options())
+    name = NAME.value or SOURCE.value
+    made = plan.make(name, source, OUTPUT.value, SHARD.value, CHECK.value)
+    found = engine.run(made, BEAM.value, WORKERS.value)["splits"][SPLIT.value]
+    print(
+        f"{found['records']:,} records in {len(found['shards'])} shards, {found['bytes']:,} bytes; "
+        f"{found['rejected']:,} rejected (see {OUTPUT.value}/manifest.json)"
+    )
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["source", "input", "output"])
+    command.run(main)

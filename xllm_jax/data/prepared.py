@@ -1,0 +1,185 @@
+"""Rows of a prepared data set: an Example with the bytes of its media, as TFDS serialises them.
+
+    key, task, question, answer, transcript        texts
+    references                                     list of texts
+    history, tags                                  JSON lists
+    image, video, speech                           encoded files as they were, where there are any
+    image_name, video_name, speech_name            their names, perhaps with a span of time
+
+Images are encoded files already, so nothing here needs TensorFlow; `sources/prepared.py` reads the
+rows back, and `sources/tfds.py` reads them as those of any TFDS set.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from xllm_jax.core.errors import UserError
+from xllm_jax.data import files, image, speech, video
+from xllm_jax.data.example import Example
+
+TEXTS = ("key", "task", "question", "answer", "transcript", "history", "tags")
+MODALITIES = ("image", "video", "speech")
+CHECK = {"size": 32, "frames": 1}  # the cheapest way through each decoder
+
+
+def features(modalities: Sequence[str]) -> Any:
+    """TFDS features of the rows of a set whose examples have these modalities, one file each."""
+    from tensorflow_datasets import features as kinds
+
+    found: dict[str, Any] = {name: kinds.Text() for name in TEXTS}
+    found["references"] = kinds.Sequence(kinds.Text())
+    for name in modalities:
+        encoded = kinds.Tensor(shape=(), dtype=np.object_)
+        found[name] = kinds.Image(shape=(None, None, 3)) if name == "image" else encoded
+        found[f"{name}_name"] = kinds.Text()
+    return kinds.FeaturesDict(found)
+
+
+def modalities(example: Example) -> tuple[str, ...]:
+    """Which modalities an example has, in the order of its media."""
+    return tuple(name for name, _ in example.media)
+
+
+def row(example: Example, wanted: Sequence[str], check: bool = True) -> dict[str, Any]:
+    """The row of an example.
+
+    Args:
+      example: of a reader.
+      wanted: modalities of the set.
+      check: decode every file once.
+
+    Raises:
+      UserError: other media than the set's, or a file that is missing or cannot be decoded.
+    """
+    if modalities(example) != tuple(wanted):
+        has, should = (" and ".join(m) or "no media" for m in (modalities(example), wanted))
+        raise UserError(f"has {has}, the set holds {should}", field=example.key)
+    made: dict[str, Any] = {
+        "key": example.key,
+        "task": example.task,
+        "question": example.instruction,
+        "answer": example.answer,
+        "transcript": example.transcript,
+        "references": list(example.references),
+        "history": json.dumps(example.history, ensure_ascii=False),
+        "tags": json.dumps(example.tags, ensure_ascii=False),
+    }
+    for name, path in example.media:
+        if check:
+            decodable(name, path)
+        content = files.read(path)
+        made[name] = io.BytesIO(content) if name == "image" else content
+        made[f"{name}_name"] = str(path)
+    return made
+
+
+def decodable(modality: str, path: str) -> None:
+    """Decodes a file once.
+
+    Raises:
+      UserError: it cannot be.
+    """
+    try:
+        if modality == "image":
+            image.read(path)
+        elif modality == "video":
+            video.load(path, CHECK)
+        else:
+            speech.read(path)
+    except UserError:
+        raise
+    except Exception as error:  # what foreign decoders raise on damaged files has no bounds
+        what = f"its decoder failed ({type(error).__name__}: {error})"
+        raise UserError(what, field=str(path)) from error
+
+
+def serialised(made: Mapping[str, Any], kinds: Any) -> bytes:
+    """A row as the bytes of one record."""
+    return kinds.serialize_example(kinds.encode_example(made))
+
+
+def example(stored: Mapping[str, Any], where: str) -> Example:
+    """A stored row back as an Example; its media carry their bytes.
+
+    Args:
+      stored: {column: value} as TFDS gives it with images left encoded.
+      where: place for messages.
+
+    Raises:
+      UserError: the row is not one of `row`.
+    """
+    try:
+        texts = {name: _text(stored[name]) for name in TEXTS}
+        history, tags = json.loads(texts["history"]), json.loads(texts["tags"])
+        media = tuple(
+            (name, files.Carried(_text(stored[f"{name}_name"]), stored[name]))
+            for name in MODALITIES
+            if name in stored
+        )
+        references = tuple(map(_text, stored["references"]))
+    except (KeyError, ValueError, AttributeError) as error:
+        raise UserError(f"is no prepared row ({error})", field=where) from error
+    return Example(
+        texts["key"],
+        media,
+        texts["question"],
+        texts["answer"],
+        texts["task"],
+        tuple((asked, answered) for asked, answered in history),
+        references,
+        texts["transcript"],
+        tuple(tags),
+    )
+
+
+def _text(value: Any) -> str:
+    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
+
+
+def describe(
+    folder: str,
+    name: str,
+    splits: Mapping[str, tuple[Sequence[int], int]],
+    wanted: Sequence[str],
+    about: str,
+) -> None:
+    """Writes TFDS's own description of a folder of shards: dataset_info.json and features.json.
+
+    Args:
+      folder: of the shards.
+      name: of the set.
+      splits: {split: (records of each shard, bytes in all)}.
+      wanted: modalities of the set.
+      about: a sentence.
+    """
+    import tensorflow_datasets as tfds
+
+    infos = [
+        tfds.core.SplitInfo(
+            name=split,
+            shard_lengths=list(lengths),
+            num_bytes=size,
+            filename_template=tfds.core.ShardedFileTemplate(
+                data_dir=folder,
+                template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+                dataset_name=name,
+                split=split,
+                filetype_suffix="array_record",
+            ),
+        )
+        for split, (lengths, size) in splits.items()
+    ]
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder,
+        features=features(wanted),
+        split_infos=infos,
+        version="1.0.0",
+        check_data=False,
+        description=about,
+    )
