@@ -238,6 +238,51 @@ def test_hosts_share_the_global_batch(pipeline, folder, hosts):
         assert {part[step][1]["examples"] for part in parts} == {info["examples"]}
 
 
+@pytest.mark.parametrize("before, after", [(1, 4), (4, 2), (2, 1)])
+def test_another_number_of_hosts_continues_the_same_batches(pipeline, folder, before, after):
+    sources = {"a": mixed(folder, 20)}
+    fields = {"image": {"size": SIZE, "scale": (0.5, 1.0), "flip": True}, "threads": 1}
+    whole = take(pipeline(sources, **fields).iterate(), 4)
+    old = pipeline(sources, (before - 1, before), **fields).iterate()
+    take(old, 2)
+    position = json.loads(json.dumps(old.position()))
+    parts = [
+        take(pipeline(sources, (host, after), **fields).iterate(position), 2)
+        for host in range(after)
+    ]
+    for step, (batch, _) in enumerate(whole[2:]):
+        assert_same(batch, tree.map(lambda *x: np.concatenate(x), *[p[step][0] for p in parts]))
+
+
+def test_another_batch_size_continues_with_the_next_record(pipeline):
+    sources = {"a": texts(30, "a"), "b": texts(50, "b")}
+    old = pipeline(sources, rows=8, examples=8, mix={"a": 3.0, "b": 1.0})
+    every = [k for _, info in take(old.iterate(), 8) for k in info["keys"]]
+    batches = old.iterate()
+    take(batches, 3)
+    position = batches.position()
+    new = pipeline(sources, rows=8, examples=4, mix={"a": 3.0, "b": 1.0})
+    keys = [info["keys"] for _, info in take(new.iterate(position), 4)]
+    assert [sorted(k) for k in keys] == [
+        sorted(every[start : start + 4]) for start in range(24, 40, 4)
+    ]
+    odd = pipeline(sources, rows=8, examples=5, mix={"a": 3.0, "b": 1.0})
+    with pytest.raises(UserError, match=r"data\.examples: cannot continue .* 8 examples .* with 5"):
+        odd.iterate(position)
+
+
+def test_buckets_keep_their_batch_size_at_resume(pipeline, folder):
+    examples = [
+        Example(f"{i}", (("speech", str(folder / f"{i % 6}.flac")),), transcript=SAID[0])
+        for i in range(12)
+    ]
+    fields = {"form": "transcription", "frames": (60, 200)}
+    batches = pipeline({"a": examples}, examples=4, **fields).iterate()
+    take(batches, 1)
+    with pytest.raises(UserError, match="length buckets are on"):
+        pipeline({"a": examples}, examples=2, **fields).iterate(batches.position())
+
+
 def test_rows_must_divide_over_hosts(pipeline):
     with pytest.raises(UserError, match=r"data\.rows: 4 do not divide over 3 hosts"):
         pipeline({"a": texts(4)}, (0, 3))

@@ -90,13 +90,36 @@ class Pipeline:
         return len(self._steps)
 
     def iterate(self, position: Mapping[str, Any] | None = None) -> Batches:
-        """The batches of this host, from the start or from what `Batches.position` returned."""
+        """The batches of this host, from the start or from what `Batches.position` returned.
+
+        The number of hosts and, without length buckets, of examples per batch may have changed.
+
+        Raises:
+          UserError: the position does not fall between two batches of the present size.
+        """
+        if position is not None:
+            position = {**position, "next_index": self._next_index(position)}
         threads = self.data.threads
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
         filled = iter(self._steps.map(self._attempt).to_iter_dataset(options))
         quarantine = Quarantine(self.quarantine, self.data.max_bad_share)
         records = max(self.records() // self.process_count, 1)  # those that this host meets
-        return Batches(filled, quarantine, records, self.mode.train, position)
+        examples = self.data.examples
+        return Batches(filled, quarantine, records, self.mode.train, examples, position)
+
+    def _next_index(self, position: Mapping[str, Any]) -> int:
+        """Number of the batch at a position, which batches of another size may have reached."""
+        now, index = self.data.examples, int(position["next_index"])
+        before = int(position.get("examples", now))
+        bucketed = self.form is transcription and len(self.data.frames) > 1
+        if before == now or (not bucketed and index * before % now == 0):
+            return index * before // now
+        reason = "length buckets are on" if bucketed else f"{index * before} records are behind it"
+        raise UserError(
+            f"cannot continue a run of {before} examples a batch with {now}: {reason}",
+            field="data.examples",
+            mend=f"Keep {before}, or start anew from the result of the run",
+        )
 
     def _drawn(self) -> grain.MapDataset:
         """The records of every global batch of the endless stream."""
@@ -176,8 +199,10 @@ class Batches:
         quarantine: Quarantine,
         records: int,
         train: bool,
+        examples: int,
         position: Mapping[str, Any] | None,
     ):
+        self._examples = examples
         self._filled, self.quarantine = filled, quarantine
         self._records, self._train, self._silent = records, train, 0
         if position is not None:
@@ -206,7 +231,7 @@ class Batches:
 
     def position(self) -> dict[str, int]:
         """Where the next batch is, as small JSON; the same on every host but for the counts."""
-        state = self.quarantine.state() | {"silent": self._silent}
+        state = self.quarantine.state() | {"silent": self._silent, "examples": self._examples}
         return state | {"next_index": int(self._filled.get_state()["next_index"])}
 
     def _check_supervised(self, supervised: int) -> None:
