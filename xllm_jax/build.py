@@ -92,6 +92,19 @@ def specs(stage: Stage, tree: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def abstract_parameters(
+    stage: Stage, xllm: XLLM, device_mesh: Mesh, dtypes: Mapping[str, Any] | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape, dtype and sharding of every parameter, flat; arguments as in `parameters`."""
+    tree = shapes(xllm)
+    shardings = rules.flatten(mesh.parameter_shardings(device_mesh, specs(stage, tree), tree))
+    kinds = rules.flatten(dtypes) if dtypes else {}
+    return {
+        path: jax.ShapeDtypeStruct(x.shape, kinds.get(path, x.dtype), sharding=shardings[path])
+        for path, x in rules.flatten(tree).items()
+    }
+
+
 def parameters(
     stage: Stage, xllm: XLLM, device_mesh: Mesh, dtypes: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
@@ -109,13 +122,7 @@ def parameters(
     Raises:
       UserError: `init` names a subtree that no part has, or a source does not fit.
     """
-    tree = shapes(xllm)
-    shardings = rules.flatten(mesh.parameter_shardings(device_mesh, specs(stage, tree), tree))
-    kinds = rules.flatten(dtypes) if dtypes else {}
-    like = {
-        path: jax.ShapeDtypeStruct(x.shape, kinds.get(path, x.dtype), sharding=shardings[path])
-        for path, x in rules.flatten(tree).items()
-    }
+    like = abstract_parameters(stage, xllm, device_mesh, dtypes)
     params: dict[str, Any] = {}
     for prefix, source in sorted(stage.init.items(), key=lambda row: row[0].count("/")):
         wanted = {p: x for p, x in like.items() if p == prefix or p.startswith(prefix + "/")}

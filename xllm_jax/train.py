@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from clu import parameter_overview
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from xllm_jax import build
 from xllm_jax.core import checkpoint, find, mesh, optim, rules
@@ -88,21 +88,45 @@ def initial_state(stage: Stage, xllm: Any, device_mesh: Mesh) -> tuple[State, An
     Returns:
       (state, optax chain, learning-rate function of the update number).
     """
-    tree = build.shapes(xllm)
-    rules.split(stage.trainable, tree)  # a pattern that matches nothing fails before any work
-    dtypes = rules.unflatten(
-        {
-            path: jnp.dtype(jnp.float32 if trains else stage.frozen)
-            for path, trains in _trains(stage, tree).items()
-        }
-    )
+    like, optimizer, schedule = abstract_state(stage, xllm, device_mesh)
+    dtypes = jax.tree.map(lambda x: x.dtype, rules.join(like.trainable, like.frozen))
     params = build.parameters(stage, xllm, device_mesh, dtypes)
     trainable, frozen = rules.split(stage.trainable, params)
-    settings = dataclasses.replace(stage.optimizer)
-    optimizer, schedule = optim.make(settings, trainable, total_steps=stage.steps)
+    shardings = jax.tree.map(lambda x: x.sharding, like)
     with jax.set_mesh(device_mesh):
-        optimizer_state = jax.jit(optimizer.init)(trainable)
-    return State(jnp.zeros((), jnp.int32), trainable, frozen, optimizer_state), optimizer, schedule
+        optimizer_state = jax.jit(optimizer.init, out_shardings=shardings.optimizer)(trainable)
+    step = jax.device_put(jnp.zeros((), jnp.int32), shardings.step)
+    return State(step, trainable, frozen, optimizer_state), optimizer, schedule
+
+
+def abstract_state(stage: Stage, xllm: Any, device_mesh: Mesh) -> tuple[State, Any, Any]:
+    """Shapes, dtypes and shardings of a stage's state, without allocating anything.
+
+    Returns:
+      (State of `jax.ShapeDtypeStruct`, optax chain, learning-rate function of the update number).
+    """
+    tree = build.shapes(xllm)
+    rules.split(stage.trainable, tree)  # a pattern that matches nothing fails before any work
+    dtypes = {
+        path: jnp.dtype(jnp.float32 if trains else stage.frozen)
+        for path, trains in _trains(stage, tree).items()
+    }
+    like = build.abstract_parameters(stage, xllm, device_mesh, rules.unflatten(dtypes))
+    trainable, frozen = rules.split(stage.trainable, rules.unflatten(like))
+    optimizer, schedule = optim.make(stage.optimizer, trainable, total_steps=stage.steps)
+    whole = NamedSharding(device_mesh, PartitionSpec())
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    state = optim.abstract_state(optimizer, trainable, whole)
+    return State(step, trainable, frozen, state), optimizer, schedule
+
+
+def jitted(stage: Stage, xllm: Any, optimizer: optax.GradientTransformation, like: State) -> Any:
+    """The step as it runs on devices: the state is donated and keeps the shardings of `like`."""
+    call = functools.partial(
+        step, loss=objective(stage, xllm), optimizer=optimizer, seed=stage.seed
+    )
+    shardings = jax.tree.map(lambda x: x.sharding, like)
+    return jax.jit(call, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def _trains(stage: Stage, tree: Mapping[str, Any]) -> dict[str, bool]:
@@ -138,10 +162,7 @@ def fit(stage: Stage, workdir: str | Path, stop_after: int | None = None) -> Pat
     state, position = resume(state, checkpoints, base)
     batches = pipeline.iterate(position)
     total = stage.steps * stage.optimizer.accumulation
-    compiled = jax.jit(
-        functools.partial(step, loss=objective(stage, xllm), optimizer=optimizer, seed=stage.seed),
-        donate_argnums=0,
-    )
+    compiled = jitted(stage, xllm, optimizer, state)
     log = Log(workdir, stage.name, total, int(state.step), jax.process_index() == 0)
     with jax.set_mesh(device_mesh):
         state = run(

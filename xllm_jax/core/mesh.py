@@ -19,6 +19,7 @@ from xllm_jax.core import rules
 from xllm_jax.core.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")  # the axes that split a batch
 
 
 def make(axes: Mapping[str, int], devices: list[jax.Device] | None = None) -> Mesh:
@@ -34,6 +35,12 @@ def make(axes: Mapping[str, int], devices: list[jax.Device] | None = None) -> Me
         multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
+    shape = sizes(axes, len(devices))
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def sizes(axes: Mapping[str, int], count: int) -> tuple[int, ...]:
+    """Sizes of AXES on `count` devices; arguments and errors as in `make`."""
     unknown = set(axes) - set(AXES)
     if unknown:
         raise UserError(f"unknown axis {sorted(unknown)[0]!r}", field="mesh", mend=f"Use {AXES}")
@@ -44,21 +51,21 @@ def make(axes: Mapping[str, int], devices: list[jax.Device] | None = None) -> Me
             field="mesh",
             mend="Give a positive size, or -1 for the devices that are left",
         )
-    sizes = [axes.get(axis, 1) for axis in AXES]
-    known = math.prod(size for size in sizes if size != -1)
-    sizes = [len(devices) // known if size == -1 else size for size in sizes]
-    if math.prod(sizes) != len(devices):
+    asked = [axes.get(axis, 1) for axis in AXES]
+    known = math.prod(size for size in asked if size != -1)
+    made = tuple(count // known if size == -1 else size for size in asked)
+    if math.prod(made) != count:
         raise UserError(
-            f"{dict(zip(AXES, sizes))} needs {math.prod(sizes)} devices, there are {len(devices)}",
+            f"{dict(zip(AXES, made))} needs {math.prod(made)} devices, there are {count}",
             field="mesh",
             mend="Give one axis the size -1",
         )
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    return made
 
 
 def batch_spec() -> PartitionSpec:
     """Sharding of every batch array: the leading axis over 'data' and 'fsdp'."""
-    return PartitionSpec(("data", "fsdp"))
+    return PartitionSpec(ROWS)
 
 
 def parameter_shardings(mesh: Mesh, specs: Mapping[str, Any], tree: Mapping[str, Any]) -> dict:
@@ -87,11 +94,38 @@ def fitting(mesh: Mesh, spec: PartitionSpec, shape: tuple[int, ...]) -> Partitio
 
 
 def constrain(x: jax.Array, *entries: Any) -> jax.Array:
-    """Constrains an activation inside jit; does nothing where no mesh is set."""
+    """Constrains an activation inside jit; does nothing where no mesh is set.
+
+    Args:
+      x: any array.
+      entries: mesh axes of each array axis, as in a PartitionSpec; what does not divide its axis
+        is left to the compiler.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if mesh.empty or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
+    fits = fitting(mesh, PartitionSpec(*entries), x.shape)
+    free = PartitionSpec.UNCONSTRAINED
+    kept = [free if asked and not fit else fit for asked, fit in zip(entries, fits)]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*kept))
+
+
+def constrain_rows(x: jax.Array, tensor_axis: int | None = None) -> jax.Array:
+    """Constrains `[rows, ...]`: rows over 'data' and 'fsdp', one more axis over 'tensor'.
+
+    Without it the compiler likes to split widths where the parameters are split, and then sums
+    whole activations over the devices in the place of gathering one layer's parameters.
+    """
+    entries: list[Any] = [None] * x.ndim
+    entries[0] = ROWS
+    if tensor_axis is not None:
+        entries[tensor_axis] = "tensor"
+    return constrain(x, *entries)
+
+
+def tensor_parallel() -> bool:
+    """Whether the mesh that is set splits heads and hidden widths."""
+    return jax.sharding.get_abstract_mesh().shape.get("tensor", 1) > 1
 
 
 def to_global(mesh: Mesh, batch: Any) -> Any:

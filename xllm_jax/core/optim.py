@@ -167,6 +167,27 @@ def make(
     return transformation, schedule
 
 
+def abstract_state(
+    optimizer: optax.GradientTransformation, params: Mapping[str, Any], whole: Any
+) -> Any:
+    """Shapes of the optimizer's state; every moment is sharded as its parameter.
+
+    Args:
+      optimizer: of `make`.
+      params: the trainable tree, `jax.ShapeDtypeStruct` with shardings.
+      whole: sharding of what belongs to no parameter (counters).
+    """
+    shardings = {(leaf.shape, path): leaf.sharding for path, leaf in rules.flatten(params).items()}
+
+    def place(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
+        names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+        sharding = shardings.get((leaf.shape, "/".join(names)), whole)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    state = jax.eval_shape(optimizer.init, params)
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
 def _float(step: Any) -> jax.Array:
     return jnp.asarray(step, float)  # float64 where it is enabled
 

@@ -62,7 +62,7 @@ class CachedAttention(nn.Module):
         width = x.shape[-1]
         split = (self.heads, width // self.heads)
         query, key, value = (
-            Dense(split, dtype=self.dtype, kernel_init=uniform, name=name)(source)
+            Dense(split, dtype=self.dtype, kernel_init=uniform, tensor_axis=0, name=name)(source)
             for name, source in (("query", x), ("key", memory), ("value", memory))
         )
         if cache is not None:

@@ -53,9 +53,10 @@ class Attention(nn.Module):
         """
         width = x.shape[-1]
         shape = (self.heads, width // self.heads)
-        query = layers.Dense(shape, dtype=self.dtype, name="query")(x)
-        key = layers.Dense(shape, dtype=self.dtype, name="key")(memory)
-        value = layers.Dense(shape, dtype=self.dtype, name="value")(memory)
+        split = dict(features=shape, dtype=self.dtype, tensor_axis=0)
+        query = layers.Dense(**split, name="query")(x)
+        key = layers.Dense(**split, name="key")(memory)
+        value = layers.Dense(**split, name="value")(memory)
         keys, values = key, value
         if prefix is not None:
             keys = jnp.concatenate([prefix[0].astype(key.dtype), key], axis=1)

@@ -67,7 +67,7 @@ class ConformerFeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
         dense = dict(dtype=self.dtype, kernel_init=XAVIER)
-        y = nn.silu(Dense(self.hidden, **dense, name="up")(x))
+        y = nn.silu(Dense(self.hidden, **dense, tensor_axis=0, name="up")(x))
         y = Dropout(self.dropout, name="dropout")(y, train)
         return Dense(x.shape[-1], **dense, name="down")(y)
 

@@ -15,6 +15,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
+from xllm_jax.core import mesh
 from xllm_jax.models import layers as basic
 
 Array = jax.Array
@@ -149,7 +150,8 @@ class Attention(nn.Module):
     ) -> tuple[Array, Any]:
         """`x [B, T, D]`; memory is None or (layer number, keys, values). Returns (y, memory)."""
         width = x.shape[-1]
-        qkv = basic.Dense((3, self.heads, width // self.heads), dtype=self.dtype, name="qkv")(x)
+        shape = (3, self.heads, width // self.heads)
+        qkv = basic.Dense(shape, dtype=self.dtype, tensor_axis=1, name="qkv")(x)
         query, key, value = (qkv[..., i, :, :] for i in range(3))
         query, key = rotate(query, *tables), rotate(key, *tables)
         query, key, value = (checkpoint_name(x, KEPT[0]) for x in (query, key, value))
@@ -244,7 +246,11 @@ class ChatGLM(nn.Module):
 
     def embed(self, ids: Array) -> Array:
         """Word embeddings: `[B, T]` int32 to `[B, T, D]` in the compute dtype."""
-        return jnp.take(self.embedding, ids, axis=0).astype(self.dtype)
+        # Every device looks its part of the width up for all rows; moving these is far less than
+        # gathering the table.
+        ids = mesh.constrain(ids, "data")
+        x = jnp.take(self.embedding, ids, axis=0).astype(self.dtype)
+        return mesh.constrain_rows(mesh.constrain(x, "data", None, "fsdp"))
 
     def __call__(
         self,
@@ -282,10 +288,16 @@ class ChatGLM(nn.Module):
         return self.final_norm(x), cache | {"key": key, "value": value}
 
     def logits(self, x: Array) -> Array:
-        """Scores of the next token: `[..., D]` final states to `[..., vocab]` float32."""
-        head = self.embedding.astype(self.dtype)
-        x = x.astype(self.dtype)
-        return jnp.einsum("...d,vd->...v", x, head, preferred_element_type=jnp.float32)
+        """Scores of the next token: `[..., D]` final states to `[..., vocab]` float32.
+
+        On a mesh each device scores its part of the vocabulary for the rows of all, since the
+        states are far smaller than the head.
+        """
+        vocabulary = ("tensor", "fsdp")
+        head = mesh.constrain(self.embedding.astype(self.dtype), vocabulary, None)
+        x = mesh.constrain(x.astype(self.dtype), "data", *(None,) * (x.ndim - 1))
+        scores = jnp.einsum("...d,vd->...v", x, head, preferred_element_type=jnp.float32)
+        return mesh.constrain(scores, "data", *(None,) * (x.ndim - 2), vocabulary)
 
     def example(self) -> tuple[Array, Array, Array, Array]:
         """Arguments for `init`."""

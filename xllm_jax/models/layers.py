@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from xllm_jax.core import mesh
+
 Array = jax.Array
 Initializer = Callable[..., Array]
 
@@ -29,7 +31,11 @@ class Dense(nn.Module):
     """Linear map over the last `inputs` axes to `features` (one or several output axes).
 
     The kernel keeps its axes, `[*inputs, *features]`, so that heads can be sharded by name; the
-    product itself runs on flattened matrices, which XLA's CPU backend needs to be fast.
+    product itself runs on flattened matrices, which XLA's CPU backend needs to be fast, unless the
+    mesh splits heads: a flattened axis would have to be gathered first.
+
+    Attributes:
+      tensor_axis: which of `features` the mesh's 'tensor' axis splits; None = none.
     """
 
     features: int | Sequence[int]
@@ -38,6 +44,7 @@ class Dense(nn.Module):
     dtype: Any = jnp.float32
     kernel_init: Initializer = truncated_normal()
     bias_init: Initializer = nn.initializers.zeros_init()
+    tensor_axis: int | None = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -45,12 +52,23 @@ class Dense(nn.Module):
         features = (self.features,) if isinstance(self.features, int) else tuple(self.features)
         lead, axes = x.shape[: x.ndim - self.inputs], x.shape[x.ndim - self.inputs :]
         kernel = self.param("kernel", self.kernel_init, (*axes, *features), jnp.float32)
-        fan_in = math.prod(axes)
-        y = x.astype(self.dtype).reshape(-1, fan_in) @ kernel.astype(self.dtype).reshape(fan_in, -1)
+        y = self._product(x.astype(self.dtype), kernel.astype(self.dtype))
         if self.use_bias:
             bias = self.param("bias", self.bias_init, features, jnp.float32)
-            y = y + bias.astype(self.dtype).reshape(-1)
-        return y.reshape(*lead, *features)
+            y = y + bias.astype(self.dtype)
+        if len(lead) < 2:
+            return y
+        return mesh.constrain_rows(
+            y, None if self.tensor_axis is None else len(lead) + self.tensor_axis
+        )
+
+    def _product(self, x: Array, kernel: Array) -> Array:
+        if mesh.tensor_parallel():
+            return jnp.tensordot(x, kernel, axes=self.inputs)
+        lead, axes = x.shape[: x.ndim - self.inputs], kernel.shape[: self.inputs]
+        fan_in = math.prod(axes)
+        y = x.reshape(-1, fan_in) @ kernel.reshape(fan_in, -1)
+        return y.reshape(*lead, *kernel.shape[self.inputs :])
 
 
 class LayerNorm(nn.Module):
@@ -126,7 +144,8 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
         width = x.shape[-1]
-        y = self.activation(Dense(self.hidden, dtype=self.dtype, name="up")(x))
+        y = Dense(self.hidden, dtype=self.dtype, tensor_axis=0, name="up")(x)
+        y = self.activation(y)
         y = nn.Dropout(self.dropout, deterministic=not train)(y)
         return Dense(width, dtype=self.dtype, name="down")(y)
 

@@ -94,7 +94,12 @@ class RelativeAttention(nn.Module):
 
         def dense(name: str, use_bias: bool = True) -> Dense:
             return Dense(
-                split, use_bias=use_bias, dtype=self.dtype, kernel_init=head_init, name=name
+                split,
+                use_bias=use_bias,
+                dtype=self.dtype,
+                kernel_init=head_init,
+                tensor_axis=0,
+                name=name,
             )
 
         position = dense("position", use_bias=False)(positions)

@@ -33,9 +33,10 @@ class Attention(nn.Module):
         """Maps `[batch, tokens, width]` to the same shape; all tokens see each other."""
         width = x.shape[-1]
         shape = (self.heads, width // self.heads)
-        query = layers.Dense(shape, dtype=self.dtype, name="query")(x)
-        key = layers.Dense(shape, use_bias=self.key_bias, dtype=self.dtype, name="key")(x)
-        value = layers.Dense(shape, dtype=self.dtype, name="value")(x)
+        split = dict(features=shape, dtype=self.dtype, tensor_axis=0)
+        query = layers.Dense(**split, name="query")(x)
+        key = layers.Dense(**split, use_bias=self.key_bias, name="key")(x)
+        value = layers.Dense(**split, name="value")(x)
         mixed = layers.attend(query, key, value, implementation=self.implementation)
         return layers.Dense(width, inputs=2, dtype=self.dtype, name="out")(mixed)
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from xllm_jax.core import mesh
 from xllm_jax.core.batch import Batch, Media
 from xllm_jax.core.errors import UserError
 
@@ -87,7 +88,8 @@ class XLLM:
             train=train,
             rngs=_dropout(key, 1),
         )
-        return embeddings.reshape(rows, -1, embeddings.shape[-1]), counts.reshape(rows, items)
+        embeddings = mesh.constrain_rows(embeddings.reshape(rows, -1, embeddings.shape[-1]))
+        return embeddings, counts.reshape(rows, items)
 
     def _encode_items(
         self,
@@ -150,12 +152,12 @@ def splice(words: Array, embeddings: Array, index: Array) -> Array:
       index: `[B, T]` int32, -1 keeps the word, else which embedding stands there.
     """
     picked = jnp.take_along_axis(embeddings, jnp.maximum(index, 0)[..., None], axis=1)
-    return jnp.where(index[..., None] >= 0, picked.astype(words.dtype), words)
+    return mesh.constrain_rows(jnp.where(index[..., None] >= 0, picked.astype(words.dtype), words))
 
 
 def _merge_items(x: Array | None) -> Array | None:
     """`[B, M, ...]` to `[B * M, ...]`."""
-    return None if x is None else x.reshape(-1, *x.shape[2:])
+    return None if x is None else mesh.constrain_rows(x.reshape(-1, *x.shape[2:]))
 
 
 def _dropout(key: Array | None, stream: int) -> dict[str, Array] | None:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from xllm_jax.core import mesh
 from xllm_jax.core.batch import Batch
 
 Array = jax.Array
@@ -20,8 +21,13 @@ Array = jax.Array
 def cross_entropy(logits: Array, targets: Array) -> Array:
     """Negative log likelihood in float32: `[..., V]` logits, `[...]` int32 targets to `[...]`."""
     logits = logits.astype(jnp.float32)
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - chosen
+    return jax.nn.logsumexp(logits, axis=-1) - target_scores(logits, targets)
+
+
+def target_scores(logits: Array, targets: Array) -> Array:
+    """The targets' own entries of `[..., V]`, by a sum: a device may hold a part of V only."""
+    own = jnp.arange(logits.shape[-1]) == targets[..., None]
+    return jnp.where(own, logits, 0).sum(-1)
 
 
 def token_losses(
@@ -43,7 +49,8 @@ def token_losses(
     @jax.checkpoint
     def part(states: Array, targets: Array) -> tuple[Array, Array]:
         scores = logits(states)
-        hits = scores.argmax(-1) == targets
+        # As argmax says but for exact ties; argmax would move all scores between devices.
+        hits = target_scores(scores, targets) >= scores.max(-1)
         return cross_entropy(scores, targets), hits.astype(jnp.float32)
 
     length = targets.shape[1]
@@ -81,7 +88,7 @@ def answer_loss(
     Returns:
       (scalar float32; metrics `loss`, `accuracy` of tokens, and `count`, the sum of weights).
     """
-    states = jnp.take_along_axis(states, answer_index[..., None], axis=1)
+    states = mesh.constrain_rows(jnp.take_along_axis(states, answer_index[..., None], axis=1))
     losses, hits = token_losses(logits, states, targets, chunk)
     count = weights.sum()
     total = jnp.maximum(count, 1.0)
