@@ -1,0 +1,56 @@
+"""Says before renting whether a stage fits a slice, how fast it can be, and what limits it.
+
+    python launch/preflight.py --config=configs/stage2_image.py --topology=v5e:4x4 \
+        [--config.mesh.fsdp=-1] [--output=preflight] [--nosearch]
+
+Compiles the real training step for the slice on any CPU (`pip install 'xllm_jax[preflight]'` brings
+the TPU compiler); GPUs get arithmetic only. Exits with 1 when the stage does not fit.
+"""
+
+from __future__ import annotations
+
+import os
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from launch import command
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Stage file: configs/NAME.py[:tiny].")
+TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "Slice: v5e:4x4, v5p:2x2x1, v4-32, v6e-16, h200:8 or local."
+)
+OUTPUT = flags.DEFINE_string("output", "preflight", "Folder of the page, as text and JSON.")
+RECORDS = flags.DEFINE_integer("records", 200, "Records of the data to look at; 0 = none.")
+SEARCH = flags.DEFINE_bool("search", True, "Also look for the largest micro-batch that fits.")
+
+
+def main(_: list[str]) -> int:
+    """Returns the exit code."""
+    prepare_compiler()
+    from xllm_jax.preflight import plan, records, report, targets
+
+    stage, target = CONFIG.value, targets.parse(TOPOLOGY.value)
+    made = plan.make(stage, target)
+    largest = plan.largest(stage, target) if SEARCH.value and target.chip.memory else None
+    look = records.scan(stage.data, RECORDS.value) if RECORDS.value else None
+    page = report.text(made, largest, look)
+    name = f"{stage.name}_{target.name.replace(':', '_')}"
+    files = report.write(OUTPUT.value, name, page, report.record(made, largest, look))
+    print(page)
+    print("Written:", ", ".join(map(str, files)))
+    return 0 if made.fits else 1
+
+
+def prepare_compiler() -> None:
+    """Lets the TPU compiler start where there is no TPU, and beside another of its kind."""
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    if TOPOLOGY.value != "local":
+        jax.config.update("jax_platforms", "cpu")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "topology"])
+    command.run(main)

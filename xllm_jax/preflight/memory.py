@@ -1,0 +1,127 @@
+"""Bytes on one chip: parameters, optimizer, batch, and what the compiler needs besides them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from xllm_jax.core import rules
+from xllm_jax.preflight.hlo import Program
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on one chip.
+
+    Attributes:
+      trainable, frozen, optimizer, batch: arguments of the step.
+      temporaries: activations, gathered parameters and everything else inside the step.
+      program: its code.
+    """
+
+    trainable: int
+    frozen: int
+    optimizer: int
+    batch: int
+    temporaries: int
+    program: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of it; the new state takes the buffers of the old one."""
+        return sum(dataclasses.astuple(self))
+
+
+def per_chip(leaf: jax.ShapeDtypeStruct) -> int:
+    """Bytes of one array on one chip, by its sharding."""
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+
+def held(tree: Any) -> int:
+    """Bytes of all arrays of a tree on one chip."""
+    return sum(per_chip(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def account(state: Any, batch: Any, temporaries: int, program: int = 0) -> Memory:
+    """The account of a step from its arguments' shardings and what the compiler said."""
+    return Memory(
+        held(state.trainable),
+        held(state.frozen),
+        held(state.optimizer),
+        held(batch),
+        temporaries,
+        program,
+    )
+
+
+def residuals(loss: Any, trainable: Any, frozen: Any, batch: Any, key: Any) -> int:
+    """Bytes that the backward pass needs from the forward pass, over all chips.
+
+    The arithmetic for chips that nothing is compiled for: what autodiff keeps, without what the
+    kernels need while they run.
+    """
+
+    def pullback(trainable: Any, frozen: Any, batch: Any, key: Any) -> Any:
+        return jax.vjp(lambda t: loss(rules.join(t, frozen), batch, key)[0], trainable)[1]
+
+    kept = jax.eval_shape(pullback, trainable, frozen, batch, key)
+    arguments = Counter(
+        (leaf.shape, leaf.dtype) for leaf in jax.tree.leaves((trainable, frozen, batch))
+    )
+    total = 0
+    for leaf in jax.tree.leaves(kept):
+        if arguments[leaf.shape, leaf.dtype] > 0:
+            arguments[leaf.shape, leaf.dtype] -= 1
+        else:
+            total += math.prod(leaf.shape) * getattr(leaf.dtype, "itemsize", 4)
+    return total
+
+
+def overflow(message: str) -> int | None:
+    """Bytes of temporaries that the compiler asked for when it gave up, or None.
+
+    The TPU compiler writes '(77.31G)' and means 2**30 bytes.
+    """
+    units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    found = re.search(r"temporaries \(([\d.]+)([KMGT])\)", message) or re.search(
+        r"Used ([\d.]+)([KMGT]) of", message
+    )
+    return int(float(found.group(1)) * units[found.group(2)]) if found else None
+
+
+def largest_parameters(state: Any, count: int) -> list[tuple[str, int]]:
+    """The parameters that take most of a chip: (path, bytes)."""
+    flat = {path: per_chip(x) for half in (state.trainable, state.frozen)
+            for path, x in rules.flatten(half).items()}  # fmt: skip
+    return sorted(flat.items(), key=lambda row: -row[1])[:count]
+
+
+def largest_temporaries(program: Program, count: int) -> list[tuple[str, int]]:
+    """The largest arrays that the step makes in main memory: ('shape of operation', bytes)."""
+    skipped = ("parameter", "get-tuple-element", "tuple", "while", "bitcast", "constant")
+    found: dict[str, int] = {}
+    for _, line, _ in program.executed():
+        if line.operation in skipped or line.operation.endswith("-done"):
+            continue
+        for array in line.arrays:
+            if not array.fast:
+                shape = f"{array.kind}[{','.join(map(str, array.shape))}]"
+                found[f"{shape} {short(line.source)}".strip()] = array.size
+    return sorted(found.items(), key=lambda row: -row[1])[:count]
+
+
+def short(source: str) -> str:
+    """An operation's name without the layers of tracing around it."""
+    dull = re.compile(r"jit\(.*\)|while|body|closed_call|checkpoint|rematted_computation")
+    return "/".join(part for part in source.split("/") if not dull.fullmatch(part))
+
+
+def as_dict(memory: Memory) -> Mapping[str, int]:
+    """For JSON."""
+    return dataclasses.asdict(memory) | {"total": memory.total}

@@ -1,0 +1,214 @@
+"""The preflight of a stage on a slice: compile, count, and search the largest batch that fits."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from xllm_jax import build, train
+from xllm_jax.core import rules
+from xllm_jax.core.stage import Stage
+from xllm_jax.preflight import collectives, flops, hlo, inputs, memory, roofline, targets
+from xllm_jax.preflight.collectives import Collective
+from xllm_jax.preflight.memory import Memory
+from xllm_jax.preflight.roofline import Roofline
+from xllm_jax.preflight.targets import Target
+
+LISTED = 8  # tensors named per table
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One step of a stage on a slice.
+
+    Attributes:
+      stage, target: what and where.
+      mesh: {axis: size}.
+      memory: bytes on one chip.
+      fits: whether that is less than the chip has; what nothing was compiled for is arithmetic.
+      compiled: whether the figures come from a compiled program.
+      flops, minimum: FLOPs that a micro-step does and needs, over all chips.
+      traffic: bytes one chip moves in its memory.
+      collectives: every collective of the program.
+      parameters, temporaries: (name, bytes) of the largest tensors on a chip.
+      seconds: of compiling.
+    """
+
+    stage: Stage
+    target: Target
+    mesh: dict[str, int]
+    memory: Memory
+    fits: bool
+    compiled: bool
+    flops: float
+    minimum: float
+    traffic: int = 0
+    collectives: tuple[Collective, ...] = ()
+    parameters: tuple[tuple[str, int], ...] = ()
+    temporaries: tuple[tuple[str, int], ...] = ()
+    seconds: float = 0.0
+
+    @property
+    def micro_steps(self) -> int:
+        """Micro-steps of the whole stage."""
+        return self.stage.steps * self.stage.optimizer.accumulation
+
+    @property
+    def roofline(self) -> Roofline:
+        """Of one micro-step."""
+        sent = sum(one.times * one.sent for one in self.collectives)
+        return roofline.estimate(self.target, self.flops, self.traffic, sent)
+
+
+@dataclasses.dataclass(frozen=True)
+class Lowered:
+    """A step that is traced for a slice but not compiled yet.
+
+    Attributes:
+      state, batch: its arguments, shapes only.
+      loss: the stage's loss.
+      step: the jitted step.
+      device_mesh: where it shall run.
+    """
+
+    state: train.State
+    batch: Any
+    loss: Any
+    step: Any
+    device_mesh: Any
+
+
+def prepare(stage: Stage, target: Target) -> Lowered:
+    """The step of `train.py` and the shapes of its arguments; nothing is allocated.
+
+    Raises:
+      UserError: the stage, its mesh or its rows do not fit together.
+    """
+    device_mesh = targets.make_mesh(stage.mesh, target)
+    xllm = build.model(for_accelerators(stage, target))
+    state, optimizer, _ = train.abstract_state(stage, xllm, device_mesh)
+    batch = inputs.sharded(stage.data, device_mesh)
+    loss = train.objective(stage, xllm)
+    return Lowered(state, batch, loss, train.jitted(stage, xllm, optimizer, state), device_mesh)
+
+
+def for_accelerators(stage: Stage, target: Target) -> Stage:
+    """The stage with the networks that an accelerator gets where this machine would choose others.
+
+    The depthwise convolution is chosen by the backend, and that is the CPU while compiling ahead.
+    """
+    if target.kind == "local":
+        return stage
+    parts = {
+        name: dataclasses.replace(part, fields={"depthwise": "conv", **part.fields})
+        if part.network == "conformer.SpeechEncoder"
+        else part
+        for name, part in stage.parts.items()
+    }
+    return dataclasses.replace(stage, parts=parts)
+
+
+def make(stage: Stage, target: Target) -> Plan:
+    """Compiles the step for a slice and accounts for it; arithmetic alone for GPUs elsewhere.
+
+    Raises:
+      UserError: see `prepare`.
+    """
+    lowered = prepare(stage, target)
+    counted = counts(lowered)
+    common = {
+        "stage": stage,
+        "target": target,
+        "mesh": dict(lowered.device_mesh.shape),
+        "parameters": tuple(memory.largest_parameters(lowered.state, LISTED)),
+        **counted,
+    }
+    if not target.compiles:
+        return _arithmetic(lowered, common)
+    started = time.monotonic()
+    try:
+        with jax.set_mesh(lowered.device_mesh):
+            compiled = lowered.step.lower(lowered.state, lowered.batch).compile()
+    except jax.errors.JaxRuntimeError as error:
+        wanted = memory.overflow(str(error))
+        if wanted is None:
+            raise
+        account = memory.account(lowered.state, lowered.batch, wanted)
+        spent = time.monotonic() - started
+        return Plan(**common, memory=account, fits=False, compiled=True, seconds=spent)
+    return from_compiled(compiled, lowered, common, time.monotonic() - started)
+
+
+def counts(lowered: Lowered) -> dict[str, float]:
+    """FLOPs done and needed by one micro-step, over all chips."""
+    state, batch, key = lowered.state, lowered.batch, jax.eval_shape(lambda: jax.random.key(0))
+
+    def loss(trainable: Any, frozen: Any, batch: Any, key: Any) -> jax.Array:
+        return lowered.loss(rules.join(trainable, frozen), batch, key)[0]
+
+    return {
+        "flops": flops.measured(lowered.step, state, batch),
+        "minimum": flops.minimum(loss, state.trainable, state.frozen, batch, key),
+    }
+
+
+def from_compiled(compiled: Any, lowered: Lowered, common: dict[str, Any], seconds: float) -> Plan:
+    """The account of a compiled step."""
+    program, used = hlo.parse(compiled.as_text()), compiled.memory_analysis()
+    target = common["target"]
+    account = memory.account(
+        lowered.state, lowered.batch, used.temp_size_in_bytes, used.generated_code_size_in_bytes
+    )
+    return Plan(
+        **common,
+        memory=account,
+        fits=target.kind == "local" or account.total <= target.chip.memory,
+        compiled=True,
+        traffic=roofline.traffic(program),
+        collectives=tuple(collectives.find(program, target.chips)),
+        temporaries=tuple(memory.largest_temporaries(program, LISTED)),
+        seconds=seconds,
+    )
+
+
+def _arithmetic(lowered: Lowered, common: dict[str, Any]) -> Plan:
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    kept = memory.residuals(
+        lowered.loss, lowered.state.trainable, lowered.state.frozen, lowered.batch, key
+    )
+    target = common["target"]
+    account = memory.account(lowered.state, lowered.batch, kept // target.chips)
+    fits = account.total <= target.chip.memory
+    return Plan(**common, memory=account, fits=fits, compiled=False)
+
+
+def candidates(stage: Stage, chips: int) -> list[int]:
+    """Micro-batches that split over the chips and divide the stage's update, ascending."""
+    update = inputs.rows_of(stage.data) * stage.optimizer.accumulation
+    return [rows for rows in range(chips, update + 1, chips) if update % rows == 0]
+
+
+def largest(
+    stage: Stage, target: Target, compile_: Callable[[Stage, Target], Plan] = make
+) -> Plan | None:
+    """The plan with the largest micro-batch that fits, of the same update; None when none does.
+
+    Tries the whole update first. What does not fit says how much it wanted, and temporaries grow
+    with the rows: so the next try is the largest that should fit, and few are needed.
+    """
+    device_mesh = targets.make_mesh(stage.mesh, target)
+    options = candidates(stage, device_mesh.shape["data"] * device_mesh.shape["fsdp"])
+    while options:
+        rows = options.pop()
+        found = compile_(inputs.with_rows(stage, rows), target)
+        if found.fits:
+            return found
+        account = found.memory
+        room = target.chip.memory - (account.total - account.temporaries - account.batch)
+        share = room / (account.temporaries + account.batch)
+        options = [option for option in options if option <= max(rows * share, options[0])]
+    return None

@@ -1,0 +1,122 @@
+"""How fast a step can be at best: arithmetic, main memory, or the links between chips."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from xllm_jax.preflight.hlo import Array, Instruction, Program
+from xllm_jax.preflight.targets import Target
+
+UNREAD = (
+    "parameter", "get-tuple-element", "tuple", "while", "bitcast", "constant", "conditional",
+    "call", "after-all", "partition-id", "iota",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """Seconds of one micro-step on one chip, were each the only limit; 0 = not known.
+
+    Attributes:
+      arithmetic: the FLOPs that the step does, at the chip's peak.
+      memory: bytes read and written, at the memory's bandwidth.
+      links: bytes sent, over all links.
+    """
+
+    arithmetic: float
+    memory: float
+    links: float
+
+    @property
+    def seconds(self) -> float:
+        """The longest of the three: all of them perfectly overlapped."""
+        return max(self.arithmetic, self.memory, self.links)
+
+    @property
+    def limit(self) -> str:
+        """Name of the longest."""
+        return max(("arithmetic", "memory", "links"), key=lambda name: getattr(self, name))
+
+
+def estimate(target: Target, flops: float, traffic: float, sent: float) -> Roofline:
+    """The three times.
+
+    Args:
+      target: the slice.
+      flops: of the whole step over all chips.
+      traffic, sent: bytes of one chip.
+    """
+
+    def over(amount: float, rate: float) -> float:
+        return amount / rate if rate else 0.0
+
+    chip = target.chip
+    return Roofline(
+        over(flops / target.chips, chip.flops),
+        over(traffic, chip.bandwidth),
+        over(sent, target.sends),
+    )
+
+
+def traffic(program: Program) -> int:
+    """Bytes that one chip reads from and writes to main memory in a step.
+
+    Every instruction reads its operands and writes its result once; of a stack of layers that a
+    loop takes one layer from, the layer counts and not the stack.
+    """
+    total = 0
+    for computation, line, times in program.executed():
+        if line.operation not in UNREAD and not line.operation.endswith("-done"):
+            total += times * _moved(program, computation, line)
+    return total
+
+
+def _moved(program: Program, computation: str, line: Instruction) -> int:
+    known = program.computations[computation]
+    operands = [known[name] for name in line.operands if name in known]
+    if line.operation in ("dynamic-slice", "slice", "gather", "slice-start"):
+        return 2 * _slow(line.arrays[-2:][:1])
+    if line.operation == "dynamic-update-slice":
+        return 2 * _slow(operands[1].arrays) if len(operands) > 1 else 0
+    inside = program.fused(line)
+    if not inside:
+        return _slow(line.arrays) + sum(_slow(operand.arrays) for operand in operands)
+    parameters = {one.number: one for one in inside.values() if one.operation == "parameter"}
+    read = sum(
+        _read(inside, parameters.get(number), operand) for number, operand in enumerate(operands)
+    )
+    return read + _written(inside, line)
+
+
+def _read(
+    inside: dict[str, Instruction], parameter: Instruction | None, operand: Instruction
+) -> int:
+    """Bytes that a fusion reads of one operand: slices of it where it takes nothing but slices."""
+    whole = _slow(operand.arrays)
+    if parameter is None or not whole:
+        return whole
+    users = [one for one in inside.values() if parameter.name in one.operands]
+    if users and all(one.operation in ("dynamic-slice", "slice", "gather") for one in users):
+        return min(whole, sum(one.size for one in users))
+    if users and all(
+        one.operation == "dynamic-update-slice" and one.operands[0] == parameter.name
+        for one in users
+    ):
+        return 0
+    return whole
+
+
+def _written(inside: dict[str, Instruction], line: Instruction) -> int:
+    """Bytes that a fusion writes: of an update in place, what is new."""
+    updates = [one for one in inside.values() if one.operation == "dynamic-update-slice"]
+    if updates and _slow(line.arrays):
+        new = [inside[one.operands[1]].size for one in updates if one.operands[1] in inside]
+        return min(sum(new), _slow(line.arrays))
+    if any(one.operation.startswith(("all-", "reduce-scatter")) for one in inside.values()):
+        return _slow(line.arrays[:1])  # the other results are buffers handed through
+    return _slow(line.arrays)
+
+
+def _slow(arrays: tuple[Array, ...]) -> int:
+    """Bytes of those arrays that lie in main memory."""
+    return sum(array.size for array in arrays if not array.fast)

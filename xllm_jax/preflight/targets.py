@@ -1,0 +1,165 @@
+"""Chips and slices: what they can do (data sheets), and devices to compile for without having them.
+
+A slice is written 'KIND:TOPOLOGY' as XLA names it ('v5e:4x4', 'v5p:2x2x1'), or by the name under
+which it is rented ('v5e-16', 'v5p-8', 'v4-32'); GPUs are 'h200:8'; 'local' is this machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import AbstractMesh, AxisType, Mesh
+
+from xllm_jax.core import mesh
+from xllm_jax.core.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One accelerator.
+
+    Attributes:
+      flops: peak bfloat16 FLOP/s.
+      memory: bytes of its main memory.
+      bandwidth: bytes/s of its main memory.
+      link: bytes/s that one link sends one way (of a GPU: all its links together).
+      axes: dimensions of the torus it is built into; 0 = a switch connects all.
+      cores: how many cores a rented slice's name counts per chip.
+    """
+
+    flops: float
+    memory: int
+    bandwidth: float
+    link: float
+    axes: int = 0
+    cores: int = 1
+
+
+GIB = 2**30
+
+CHIPS = {
+    "v4": Chip(275e12, 32 * GIB, 1.2e12, 4.5e10, axes=3, cores=2),
+    "v5e": Chip(197e12, 16 * GIB, 8.1e11, 4.5e10, axes=2),
+    "v5p": Chip(459e12, 95 * GIB, 2.765e12, 9e10, axes=3, cores=2),
+    "v6e": Chip(918e12, 32 * GIB, 1.64e12, 9e10, axes=2),
+    "a100": Chip(312e12, 80 * 10**9, 2.0e12, 3e11),
+    "h100": Chip(989e12, 80 * 10**9, 3.35e12, 4.5e11),
+    "h200": Chip(989e12, 141 * 10**9, 4.8e12, 4.5e11),
+}
+UNKNOWN = Chip(0.0, 0, 0.0, 0.0)  # this machine, whose figures nobody has stated
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Where a stage shall run.
+
+    Attributes:
+      name: as XLA writes it.
+      kind: row of CHIPS, or 'local'.
+      shape: chips along each axis.
+      chip: its figures.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    chip: Chip
+
+    @property
+    def chips(self) -> int:
+        """How many there are."""
+        return math.prod(self.shape)
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the step can be compiled for it here; for GPUs there is arithmetic only."""
+        return self.kind == "local" or self.chip.axes > 0
+
+    @property
+    def sends(self) -> float:
+        """Bytes/s that one chip sends over all links it has in this slice; 0 for one chip."""
+        if self.chips == 1:
+            return 0.0
+        if not self.chip.axes:
+            return self.chip.link
+        return self.chip.link * sum(min(size - 1, 2) for size in self.shape)
+
+
+def parse(text: str) -> Target:
+    """Reads the name of a slice.
+
+    Raises:
+      UserError: an unknown kind, or a topology without sense.
+    """
+    if text == "local":
+        count = len(jax.devices())
+        return Target("local", "local", (count,), UNKNOWN)
+    found = re.fullmatch(r"(\w+?)(?::([\dx]+)|-(\d+))", text)
+    if not found or found.group(1) not in CHIPS:
+        raise UserError(
+            f"unknown slice {text!r}",
+            field="--topology",
+            mend=f"Write local, v5e:4x4, v5p-8 or h200:8; kinds: {', '.join(CHIPS)}",
+        )
+    kind, sizes, rented = found.groups()
+    chip = CHIPS[kind]
+    shape = _rented(kind, int(rented)) if rented else tuple(map(int, sizes.split("x")))
+    if 0 in shape or (chip.axes and len(shape) != chip.axes):
+        raise UserError(
+            f"{text!r} has not {chip.axes} axes",
+            field="--topology",
+            mend=f"As in {kind}:{'x'.join('2' * max(chip.axes, 1))}",
+        )
+    return Target(f"{kind}:{'x'.join(map(str, shape))}", kind, shape, chip)
+
+
+def _rented(kind: str, count: int) -> tuple[int, ...]:
+    """Topology of a slice's name; v4 and v5p count cores there, two a chip."""
+    chip = CHIPS[kind]
+    chips = count // chip.cores
+    if not chip.axes:
+        return (chips,)
+    if chips < 1 or chips & (chips - 1):
+        raise UserError(f"{kind}-{count} is no slice", field="--topology", mend="Use powers of two")
+    shape = [1] * chip.axes
+    axis = 0
+    while math.prod(shape) < chips:  # 2x2x1 first, then the last axes grow
+        shape[axis] *= 2
+        axis = min(range(chip.axes), key=lambda a: (shape[a], a))
+    return tuple(sorted(shape)) if math.prod(shape) > 4 else tuple(shape)
+
+
+def devices(target: Target) -> list[jax.Device]:
+    """Devices to compile for.
+
+    Raises:
+      UserError: the TPU compiler is not installed or does not know the topology.
+    """
+    if target.kind == "local":
+        return jax.devices()
+    options = {"chip_config_name": "megachip"} if target.kind == "v4" else {}
+    try:
+        described = topologies.get_topology_desc(target.name, "tpu", **options)
+    except Exception as error:
+        raise UserError(
+            f"cannot compile for {target.name}: {str(error).splitlines()[0]}",
+            field="--topology",
+            mend="pip install 'xllm_jax[preflight]' brings the TPU compiler",
+        ) from error
+    return list(described.devices)
+
+
+def make_mesh(axes: dict[str, int], target: Target) -> Mesh | AbstractMesh:
+    """The stage's mesh on a target; without devices where nothing is compiled.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of chips.
+    """
+    if target.compiles:
+        return mesh.make(axes, devices(target))
+    sizes = mesh.sizes(axes, target.chips)
+    return AbstractMesh(sizes, mesh.AXES, axis_types=(AxisType.Auto,) * len(sizes))
