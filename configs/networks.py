@@ -82,8 +82,17 @@ def is_tiny(size: str) -> bool:
     return size == "tiny"
 
 
-def numerics(size: str) -> dict:
-    """Dtypes and scan options: bfloat16 on accelerators; the miniature runs on any CPU."""
+def numerics(size: str, llm: bool = True) -> dict:
+    """Dtypes, scan options and mesh: bfloat16 on accelerators; the miniature runs on any CPU.
+
+    Args:
+      size: 'real' or 'tiny'.
+      llm: whether the stage holds the LLM. Its 12 GB of frozen parameters are then split over all
+        devices, and its layers keep what their backward pass needs: to compute them again would be
+        a quarter more work (docs/preflight.md).
+    """
     if size == "tiny":
         return {"compute": "float32", "frozen": "float32", "unroll": 8, "log_every": 20}
-    return {"compute": "bfloat16", "frozen": "bfloat16", "remat": True}
+    split = {"data": 1, "fsdp": -1} if llm else {"data": -1, "fsdp": 1}
+    mesh = {**split, "tensor": 1}
+    return {"compute": "bfloat16", "frozen": "bfloat16", "remat": not llm, "mesh": mesh}
