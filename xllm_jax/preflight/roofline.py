@@ -81,29 +81,37 @@ def _moved(program: Program, computation: str, line: Instruction) -> int:
     inside = program.fused(line)
     if not inside:
         return _slow(line.arrays) + sum(_slow(operand.arrays) for operand in operands)
-    parameters = {one.number: one for one in inside.values() if one.operation == "parameter"}
     read = sum(
-        _read(inside, parameters.get(number), operand) for number, operand in enumerate(operands)
+        _read(program, inside, number, _slow(operand.arrays))
+        for number, operand in enumerate(operands)
     )
     return read + _written(inside, line)
 
 
-def _read(
-    inside: dict[str, Instruction], parameter: Instruction | None, operand: Instruction
-) -> int:
-    """Bytes that a fusion reads of one operand: slices of it where it takes nothing but slices."""
-    whole = _slow(operand.arrays)
-    if parameter is None or not whole:
-        return whole
-    users = [one for one in inside.values() if parameter.name in one.operands]
-    if users and all(one.operation in ("dynamic-slice", "slice", "gather") for one in users):
-        return min(whole, sum(one.size for one in users))
-    if users and all(
-        one.operation == "dynamic-update-slice" and one.operands[0] == parameter.name
-        for one in users
-    ):
+def _read(program: Program, inside: dict[str, Instruction], number: int, whole: int) -> int:
+    """Bytes that a fusion reads of one operand: slices where it takes nothing but slices."""
+    found = [
+        one.name for one in inside.values() if one.operation == "parameter" and one.number == number
+    ]
+    names = set(found)  # and what is the same array in another shape
+    for one in inside.values():
+        if one.operation in ("bitcast", "reshape") and names & set(one.operands):
+            names.add(one.name)
+    users = [one for one in inside.values() if one.name not in names and names & set(one.operands)]
+    return min(whole, sum(_used(program, one, names, whole) for one in users))
+
+
+def _used(program: Program, user: Instruction, names: set[str], whole: int) -> int:
+    """Bytes that one instruction of a fusion reads of the array with these names."""
+    if user.operation in ("dynamic-slice", "slice", "gather"):
+        return user.size
+    if user.operation == "dynamic-update-slice" and user.operands[0] in names:
         return 0
-    return whole
+    inside = program.fused(user)
+    if not inside:
+        return whole
+    places = [number for number, operand in enumerate(user.operands) if operand in names]
+    return sum(_read(program, inside, number, whole) for number in places)
 
 
 def _written(inside: dict[str, Instruction], line: Instruction) -> int:
