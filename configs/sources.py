@@ -10,6 +10,7 @@ WORLD = {
     "utterances": Source("aishell", "aishell"),
     "spoken_questions": Source("visdial", "visdial", options={"kind": "asr"}),
     "instructions": Source("instructions", "instructions"),
+    "clip_questions": Source("instructions", "instructions", options={"modality": "video"}),
 }
 
 SPEECH = {

@@ -40,7 +40,7 @@ def get_config(size: str = "real") -> Stage:
         if tiny
         else Optimizer(schedule="constant", peak=1e-6, accumulation=16),
         data=_tiny_data() if tiny else _data(),
-        steps=150 if tiny else 312,  # 10k instructions x 2 epochs / (2 x 16 x 2)
+        steps=220 if tiny else 312,  # 10k instructions x 2 epochs / (2 x 16 x 2)
         **networks.numerics(size),
     )
 

@@ -29,13 +29,14 @@ SLOT = re.compile("<(image|video|speech)>")
 MODALITIES = ("image", "video", "speech")
 
 
-def examples(path: str, split: str = "train", media: str = "") -> list[Example]:
+def examples(path: str, split: str = "train", media: str = "", modality: str = "") -> list[Example]:
     """One example per answer, earlier rounds of its conversation as history.
 
     Args:
       path: folder or file of the layout above.
       split: 'train', 'val' or 'test'.
       media: folder that media paths start from, if it is another one.
+      modality: 'image', 'video' or 'speech': only conversations about that and nothing else.
 
     Raises:
       UserError: no such file, broken JSON, a missing key, turns out of order, slots and files that
@@ -53,6 +54,8 @@ def examples(path: str, split: str = "train", media: str = "") -> list[Example]:
     found: list[Example] = []
     for index, record in enumerate(data):
         found += _conversation(record, folder, f"{file}: [{index}]", str(index))
+    if modality:
+        found = [example for example in found if {kind for kind, _ in example.media} == {modality}]
     return layout.not_empty(found, file, "conversations")
 
 

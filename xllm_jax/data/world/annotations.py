@@ -157,7 +157,7 @@ def instruction_records(seed: int, split: Split, count: int) -> list[dict]:
         rng = generator(seed, "instruction", split.name, index)
         turn, kind = divmod(index, len(INSTRUCTION_TURN))
         unseen = split.name == "test" and turn % 4 == 0
-        record = _RECORDS[INSTRUCTION_TURN[kind]](split, index, rng, unseen)
+        record = _RECORDS[INSTRUCTION_TURN[kind]](split, rng, unseen)
         record["id"] = f"{split.name}-{index}"
         if unseen and "unseen_wording" not in record["tags"]:
             record["tags"].append("unseen_wording")
@@ -179,53 +179,52 @@ def _image(split: Split, picture: Picture) -> str:
     return f"coco/{split.name}/{picture.file_name}"
 
 
-def _caption(split, index, rng, unseen):
-    picture = split.pictures[index % len(split.pictures)]
+def _caption(split, rng, unseen):
+    picture = choose(rng, split.pictures)
     asked = choose(rng, instructions("caption", unseen))
     answer = language.caption(picture.scene, rng)
     return _record("caption", picture.tags, [(asked, answer)], image=_image(split, picture))
 
 
-def _vqa(split, index, rng, unseen):
-    picture = split.pictures[index % len(split.pictures)]
+def _vqa(split, rng, unseen):
+    picture = choose(rng, split.pictures)
     asked = questions.ask(picture.scene, rng, unseen)
     tags = question_tags(asked, picture.scene)
     return _record("vqa", tags, [(asked.text, asked.answer)], image=_image(split, picture))
 
 
-def _dialogue(split, index, rng, unseen):
-    picture = split.pictures[index % len(split.pictures)]
+def _dialogue(split, rng, unseen):
+    picture = choose(rng, split.pictures)
     asked = questions.dialogue(picture.scene, rng, 3, unseen)
     rounds = [(question.text, question.answer) for question in asked]
     return _record("dialogue", picture.tags, rounds, image=_image(split, picture))
 
 
-def _asr(split, index, rng, unseen):
-    utterance = split.utterances[index % len(split.utterances)]
+def _asr(split, rng, unseen):
+    utterance = choose(rng, split.utterances)
     asked = choose(rng, instructions("asr", unseen))
     path = f"aishell/{aishell_path(split, utterance)}"
     rounds = [(asked, utterance.text)]
     return _record("asr", utterance.tags, rounds, utterance.text, speech=path)
 
 
-def _spoken_vqa(split, index, rng, unseen):
-    said, tags, media = _spoken_round(split, index)
+def _spoken_vqa(split, rng, unseen):
+    said, tags, media = _spoken_round(split, rng)
     rounds = [(choose(rng, instructions("spoken_vqa", unseen)), said.answer)]
     return _record("spoken_vqa", tags, rounds, language.spoken(said.text), **media)
 
 
-def _asr_image(split, index, rng, unseen):
-    said, tags, media = _spoken_round(split, index)
+def _asr_image(split, rng, unseen):
+    said, tags, media = _spoken_round(split, rng)
     words = language.spoken(said.text)
     rounds = [(choose(rng, instructions("asr", unseen)), words)]
     return _record("asr", tags, rounds, words, **media)
 
 
-def _spoken_round(split, index):
+def _spoken_round(split, rng):
     """A spoken round of a dialogue, its tags, and its picture and sound."""
-    dialogue = split.dialogues[index % len(split.dialogues)]
-    spoken = [i for i, voice in enumerate(dialogue.voices) if voice]
-    i = spoken[index // 2 % len(spoken)]
+    dialogue = choose(rng, split.dialogues)
+    i = choose(rng, [i for i, voice in enumerate(dialogue.voices) if voice])
     said, voice = dialogue.rounds[i], dialogue.voices[i]
     tags = question_tags(said, dialogue.picture.scene)
     tags += ("unseen_voice",) * voice.unseen
@@ -233,16 +232,16 @@ def _spoken_round(split, index):
     return said, tags, {"image": _image(split, dialogue.picture), "speech": speech}
 
 
-def _video_caption(split, index, rng, unseen):
-    video = split.videos[index % len(split.videos)]
+def _video_caption(split, rng, unseen):
+    video = choose(rng, split.videos)
     asked = choose(rng, instructions("video_caption", unseen))
     rounds = [(asked, language.video_caption(video.clip, rng))]
     path = f"msrvtt/{video_path(split, video)}"
     return _record("video_caption", video.tags, rounds, video=path)
 
 
-def _video_question(split, index, rng, unseen):
-    video = split.videos[index % len(split.videos)]
+def _video_question(split, rng, unseen):
+    video = choose(rng, split.videos)
     asked = questions.ask_clip(video.clip, rng, unseen)
     path = f"msrvtt/{video_path(split, video)}"
     return _record("vqa", (*video.tags, asked.kind), [(asked.text, asked.answer)], video=path)

@@ -26,7 +26,7 @@ class WorldSizes:
     train_dialogues: int = 800
     train_utterances: int = 2400
     train_videos: int = 1400
-    train_instructions: int = 3000
+    train_instructions: int = 6000
     val_images: int = 60
     val_dialogues: int = 30
     val_utterances: int = 60
