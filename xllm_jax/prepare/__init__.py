@@ -4,6 +4,8 @@
     shard.py        one shard: read, check, serialise, write whole or not at all
     engine.py       shards through a Beam runner, with progress
     manifest.py     counts, checksums and rejects of all shards; TFDS's own description
+    transforms.py   translation, speech, resampling, filtering, deduplication as Beam transforms
+    vsdial.py       VSDial-CN from VisDial
 
-Beam is imported in engine.py alone, when it runs; training and reading never do.
+Beam is imported when a pipeline runs; training and reading never do.
 """

@@ -1,0 +1,129 @@
+"""Steps by which the paper built its data, each a Beam transform: PCollection in, PCollection out.
+
+What a step does to one element stands in a function or class without Beam. Beam is imported when a
+transform is applied.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xllm_jax.core.errors import UserError
+from xllm_jax.data import speech
+from xllm_jax.data.sources import layout
+from xllm_jax.data.world import speak
+
+THRESHOLD = 0.45  # the paper's, of image and caption by CLIP
+Engine = Callable[[str], np.ndarray]  # text to `[samples]` float32 at 16 kHz within -1..1
+
+
+def deduplicated(texts: Any) -> Any:
+    """One of the texts that differ in nothing but punctuation, case and spaces: the least."""
+    import apache_beam as beam
+
+    keyed = texts | "by sense" >> beam.Map(lambda text: (same(text), text))
+    return keyed | "together" >> beam.GroupByKey() | "least" >> beam.Map(lambda kv: min(kv[1]))
+
+
+def same(text: str) -> str:
+    """What texts have in common that say the same."""
+    return "".join(layout.unpunctuated(text).lower().split())
+
+
+def similar(pairs: Any, threshold: float = THRESHOLD) -> Any:
+    """Of ({… 'similarity': number}) elements those that are similar enough.
+
+    Args:
+      pairs: dicts with the similarity of their image and caption, as CLIP or another model gave it.
+      threshold: least similarity.
+    """
+    import apache_beam as beam
+
+    return pairs | f"at least {threshold}" >> beam.Filter(
+        lambda pair: float(pair["similarity"]) >= threshold
+    )
+
+
+def translated(texts: Any, table: Mapping[str, str]) -> Any:
+    """(text, its translation) of every text that the table has; others are left out.
+
+    Args:
+      texts: of the source language.
+      table: {text: translation}.
+    """
+    import apache_beam as beam
+
+    known = texts | "known" >> beam.Filter(lambda text: bool(table.get(text, "").strip()))
+    return known | "translate" >> beam.Map(lambda text: (text, table[text].strip()))
+
+
+def resampled(paths: Any, folder: str) -> Any:
+    """(path, 16 kHz mono FLAC in the folder, reason) of audio files; one of the last two is ''."""
+    import apache_beam as beam
+
+    return paths | "16 kHz" >> beam.Map(Resample(folder))
+
+
+def spoken(texts: Any, folder: str, engine: Engine | None = None) -> Any:
+    """(text, FLAC file in the folder) of every text.
+
+    Args:
+      texts: to be said.
+      folder: for the files, made if needed.
+      engine: of speech; espeak-ng in a voice that the text draws, where there is none.
+    """
+    import apache_beam as beam
+
+    return texts | "speak" >> beam.Map(Speak(folder, engine or espeak))
+
+
+def espeak(text: str) -> np.ndarray:
+    """A text in one of espeak-ng's Mandarin voices, always the same for the same text."""
+    rng = np.random.default_rng(zlib.crc32(text.encode()))
+    return speak.speak(text, speak.sample_voice(rng))
+
+
+class Speak:
+    """Says one text to a file named after it; a file that is there is left alone."""
+
+    def __init__(self, folder: str, engine: Engine):
+        self._folder, self._engine = folder, engine
+
+    def __call__(self, text: str) -> tuple[str, str]:
+        """The text and its file."""
+        file = Path(self._folder) / f"{hashlib.sha1(text.encode()).hexdigest()}.flac"
+        if not file.is_file():
+            _write(file, self._engine(text))
+        return text, str(file)
+
+
+class Resample:
+    """Converts one audio file of any rate and number of channels."""
+
+    def __init__(self, folder: str):
+        self._folder = folder
+
+    def __call__(self, path: str) -> tuple[str, str, str]:
+        """The path, the file made of it, and why there is none."""
+        file = Path(self._folder) / f"{hashlib.sha1(path.encode()).hexdigest()}.flac"
+        try:
+            if not file.is_file():
+                _write(file, np.clip(speech.read(path) / 32768, -1, 1))
+        except UserError as error:
+            return path, "", error.what
+        return path, str(file), ""
+
+
+def _write(file: Path, samples: np.ndarray) -> None:
+    """Writes FLAC whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{file.stem}.{os.getpid()}.partial")
+    speak.write_flac(partial, samples)
+    partial.replace(file)
