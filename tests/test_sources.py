@@ -178,6 +178,14 @@ def test_instructions(root, truth, split):
     assert {example.task for example in found} == tasks
 
 
+@pytest.mark.parametrize("modality", ("image", "video", "speech"))
+def test_instructions_about_one_modality(root, modality):
+    everything = instructions.examples(f"{root}/instructions", "train")
+    wanted = [e for e in everything if {kind for kind, _ in e.media} == {modality}]
+    assert wanted and len(wanted) < len(everything)
+    assert instructions.examples(f"{root}/instructions", "train", modality=modality) == wanted
+
+
 def test_instructions_of_other_publishers(tmp_path):
     record = {
         "id": "a",
