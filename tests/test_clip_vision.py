@@ -180,24 +180,45 @@ class OpenAICLIP(torch.nn.Module):
         return self.visual(pixels)
 
 
-def test_equals_the_original_archive(tmp_path):
-    """OpenAI's .pt is a TorchScript archive, in half precision."""
+OTHERS = {"visual.proj", "transformer.weight", "transformer.bias", "logit_scale", "vocab_size"}
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    """(folder with ViT-B-16.pt, a TorchScript archive as OpenAI's is; pixels; expected output)."""
     torch.manual_seed(2)
     whole, pixels = shake(OpenAICLIP(SMALL)).half().float(), torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         expected = whole(pixels)
-    path = tmp_path / "ViT-B-16.pt"
+    folder = tmp_path_factory.mktemp("openai")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tracing finds branches; the archive is never run here
-        torch.jit.save(torch.jit.trace(whole, pixels, check_trace=False), path)
-    source = TorchScriptFile(path)
-    copies = {name: x.copy() for name, x in source.items()}
-    model, params, plan, report = load(write(copies, tmp_path / "copy.safetensors"))
-    others = {"visual.proj", "transformer.weight", "transformer.bias", "logit_scale", "vocab_size"}
-    assert report.dropped.keys() == others
+        torch.jit.save(torch.jit.trace(whole, pixels, check_trace=False), folder / "ViT-B-16.pt")
+    heads = {"num_attention_heads": SMALL["heads"]}
+    (folder / "config.json").write_text(json.dumps({"vision_config": heads}))
+    return folder, pixels, expected
+
+
+def test_equals_the_original_archive(archive):
+    folder, pixels, expected = archive
+    source = TorchScriptFile(folder / "ViT-B-16.pt")
+    model, params, plan, report = load(folder)
+    assert report.dropped.keys() == OTHERS
     close(run(model, params, pixels)[0], expected)
     back = export_tree(plan.table, {tables.PART: params})
-    assert back.keys() == source.keys() - others
+    assert back.keys() == source.keys() - OTHERS
+    assert all(back[name].tobytes() == source[name].tobytes() for name in back)
+
+
+@pytest.mark.parametrize("file", ["", "ViT-B-16.pt"])
+def test_the_command_takes_the_archive_there_and_back(archive, file, tmp_path):
+    folder = archive[0]
+    done = stream.run_import("clip_vision", folder / file, tmp_path / "base")
+    assert done.options["sizes"] == SMALL and done.dropped.keys() == OTHERS
+    assert [entry["name"] for entry in done.files] == ["ViT-B-16.pt"]
+    export.run_export("clip_vision", tmp_path / "base", tmp_path / "back")
+    back, source = (files.open_checkpoint(p) for p in (tmp_path / "back", folder))
+    assert set(back) == source.keys() - OTHERS
     assert all(back[name].tobytes() == source[name].tobytes() for name in back)
 
 

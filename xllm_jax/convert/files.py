@@ -283,11 +283,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         return Checkpoint(path, {path: _open_file(path)})
     for index in _indices(path):
         return _open_shards(path, index)
-    found = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
-    found = found or sorted(path.glob("*.pth"))
+    ends = ("safetensors", "bin", "pth", "pt")
+    found = next((files for end in ends if (files := sorted(path.glob(f"*.{end}")))), [])
     if not found:
         raise UserError(
-            "no checkpoint here (.safetensors, .bin or .pth)",
+            f"no checkpoint here ({', '.join(f'.{end}' for end in ends)})",
             field=str(path),
             mend="Give the folder or file of the published checkpoint",
         )
@@ -322,7 +322,13 @@ def _open_shards(path: Path, index: Path) -> Checkpoint:
 
 
 def _open_file(path: Path) -> Mapping[str, np.ndarray]:
-    return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
+    from xllm_jax.convert import torchscript
+
+    if path.suffix == ".safetensors":
+        return SafetensorsFile(path)
+    if torchscript.is_torchscript(path):
+        return torchscript.TorchScriptFile(path)
+    return TorchFile(path)
 
 
 def _weight_map(index: Path) -> dict[str, str]:

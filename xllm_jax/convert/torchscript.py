@@ -81,8 +81,8 @@ class TorchScriptFile(Mapping):
             return np.lib.stride_tricks.as_strided(storage, place.shape, strides, writeable=False)
         except Exception as error:
             raise UserError(
-                f"cannot be read from {self.path} ({type(error).__name__})",
-                field=name,
+                f"cannot be read ({type(error).__name__})",
+                field=f"{self.path}: {name}",
                 mend="Download it again",
             ) from error
 
