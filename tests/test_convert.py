@@ -21,6 +21,7 @@ from xllm_jax.convert import (
     cif_asr,
     eva_vit,
     export_tree,
+    files,
     import_tree,
 )
 from xllm_jax.core import rules
@@ -370,3 +371,21 @@ def test_a_row_reads_the_layers_it_names_in_their_order():
     tree, _ = import_tree([row], source, {"layers": {"up": np.zeros((2, 4, 5))}})
     assert same_bits(tree["layers"]["up"][0], source["block.2.up"].T)
     assert same_bits(tree["layers"]["up"][1], source["block.0.up"].T)
+
+
+def test_a_large_torch_file_is_mapped_anew_and_not_for_every_tensor(tmp_path, monkeypatch):
+    """Arrays stay what they were when the mapping under them is replaced, in any order."""
+    torch = pytest.importorskip("torch")
+    generator = torch.Generator().manual_seed(0)
+    state = {str(n): torch.randn(n % 7 + 1, 16, generator=generator) for n in range(40)}
+    state["half"] = state["3"].to(torch.bfloat16)
+    torch.save(state, tmp_path / "many.pth")
+    loads, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *a, **k: loads.append(a) or load(*a, **k))
+    monkeypatch.setattr(files, "KEPT", 1000)
+    source = files.TorchFile(tmp_path / "many.pth")
+    held = {name: source[name] for name in (*state, *reversed(state))}
+    for name, tensor in state.items():
+        np.testing.assert_array_equal(held[name].astype(np.float32), tensor.float().numpy())
+    total = 2 * sum(tensor.nbytes for tensor in state.values())
+    assert total / 1000 <= len(loads) < 2 * total / 1000 < 2 * len(state)

@@ -20,6 +20,9 @@ import numpy as np
 
 from xllm_jax.core.errors import UserError
 
+KEPT = 1 << 26
+"""Bytes that a mapped file may hand out before its pages are let go of."""
+
 SAFETENSORS = {
     "F64": np.float64,
     "F32": np.float32,
@@ -62,18 +65,22 @@ class TorchFile(Mapping):
         if not self.path.exists():
             raise UserError("no such file", field=str(path), mend="Give the checkpoint's path")
         self._mapped = zipfile.is_zipfile(self.path)
-        state = self._load()
-        self._headers = {name: _torch_header(tensor) for name, tensor in state.items()}
-        # A loaded state keeps every page that was ever read; a mapped file is loaded anew instead.
-        self._state = None if self._mapped else state
+        self._state, self._handed_out = self._load(), 0
+        self._headers = {name: _torch_header(tensor) for name, tensor in self._state.items()}
 
     def header(self, name: str) -> Header:
         """Shape and dtype; reads nothing."""
         return _known(self._headers[name], self.path, name)
 
     def __getitem__(self, name: str) -> np.ndarray:
-        self.header(name)
-        return _to_numpy((self._state or self._load())[name])
+        header = self.header(name)
+        size = math.prod(header.shape) * header.dtype.itemsize
+        # A mapped state keeps every page that was read through it, and takes long to load: it
+        # serves many small tensors or one large one, and is mapped anew then.
+        if self._mapped and self._handed_out and self._handed_out + size > KEPT:
+            self._state, self._handed_out = self._load(), 0
+        self._handed_out += size
+        return _to_numpy(self._state[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._headers)
