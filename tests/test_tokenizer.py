@@ -91,6 +91,24 @@ def test_layout_with_image_tokens(folder, cases):
     assert tokenizer.decode(recorded["decode_mixed"]["ids"]) == recorded["decode_mixed"]["decoded"]
 
 
+def test_ids_are_those_of_the_pieces_one_by_one(folder):
+    """The fast way against one look-up a piece, with runs of spaces replaced one length a time."""
+    generator = np.random.default_rng(0)
+    words = ["你好", "word", "<sop>", "[gMASK]", "<pad>", "\n", "\t", "龘", "😀", "<image_3>", "▁"]
+    words += ["<|blank_3|>", "<n>", " ", "  ", " " * 79, " " * 80, " " * 81, "\u3000", "é"]
+    for tokenizer in (ChatGLMTokenizer(folder), ChatGLMTokenizer(folder, image_tokens=20000)):
+        for _ in range(200):
+            text = "".join(generator.choice(words, generator.integers(1, 9)))
+            tokens = tokenizer.tokenize(text)
+            assert tokenizer.encode(text) == [tokenizer.piece_id(token) for token in tokens], text
+    for length in range(1, 200):
+        written = "a" + " " * length + "b"
+        for run in range(80, 1, -1):
+            written = written.replace(" " * run, f"<|blank_{run}|>")
+        tokens = tokenizer.tokenize("a" + " " * length + "b")
+        assert tokens == tokenizer._model.encode(written, out_type=str)
+
+
 def test_ids_without_a_piece_decode_to_nothing(tokenizer):
     ids = tokenizer.encode("你好")
     assert tokenizer.decode([*ids, tokenizer.pieces, tokenizer.pieces + 99]) == "你好"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ MODEL_FILE = "ice_text.model"
 CONTROLS = ("[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>")
 LINE, TAB = "<n>", "<|tab|>"
 LONGEST_BLANK = 80
+BLANKS = re.compile(f" {{2,{LONGEST_BLANK}}}")
 
 # Published names of the special tokens that are found inside a text. The others, such as [gMASK],
 # are plain text when somebody types them.
@@ -85,18 +86,17 @@ class ChatGLMTokenizer:
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Ids of a text; `special` appends [gMASK] <sop>, which is how a prompt ends."""
-        ids = [self.piece_id(token) for token in self.tokenize(text)]
+        ids: list[int] = []
+        for part, found in self._parts(text):
+            ids += [self.piece_id(part)] if found else self._ids(part)
         return [*ids, self.specials.gmask, self.specials.sop] if special else ids
 
     def tokenize(self, text: str) -> list[str]:
         """Pieces of a text. Special tokens in it are found, and lose the spaces around them."""
         tokens: list[str] = []
-        start, after_special = 0, False
-        for match in self._split.finditer(text):
-            tokens += self._tokenize_plain(text[start : match.start()], after_special, True)
-            tokens.append(match.group())
-            start, after_special = match.end(), True
-        return tokens + self._tokenize_plain(text[start:], after_special, False)
+        for part, found in self._parts(text):
+            tokens += [part] if found else self._model.encode(part, out_type=str)
+        return tokens
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids. Padding, image tokens and ids without a piece are left out.
@@ -126,7 +126,20 @@ class ChatGLMTokenizer:
         """`prompt [gMASK] <sop> answer <eop>`."""
         return [*self.encode(prompt, special=True), *self.encode(answer), self.specials.eop]
 
-    def _tokenize_plain(self, text: str, left_cut: bool, right_cut: bool) -> list[str]:
+    def _parts(self, text: str) -> Iterator[tuple[str, bool]]:
+        """(special token, True) and (what stands between them, as the model reads it, False)."""
+        start, after_special = 0, False
+        for match in self._split.finditer(text):
+            yield self._normalised(text[start : match.start()], after_special, True), False
+            yield match.group(), True
+            start, after_special = match.end(), True
+        yield self._normalised(text[start:], after_special, False), False
+
+    def _ids(self, text: str) -> list[int]:
+        ids = self._model.encode(text)
+        return [index + self.image_tokens for index in ids] if self.image_tokens else ids
+
+    def _normalised(self, text: str, left_cut: bool, right_cut: bool) -> str:
         text = text.lstrip() if left_cut else text
         text = text.rstrip() if right_cut else text
         if self._options.get("remove_space"):
@@ -134,9 +147,9 @@ class ChatGLMTokenizer:
         if self._options.get("do_lower_case"):
             text = text.lower()
         text = text.replace("\n", LINE).replace("\t", TAB)
-        for length in range(LONGEST_BLANK, 1, -1):
-            text = text.replace(" " * length, blank(length))
-        return self._model.encode(text, out_type=str)
+        if "  " not in text:
+            return text
+        return BLANKS.sub(lambda run: blank(len(run.group())), text)
 
     def _named(self, name: str) -> int:
         piece = self._options[name]
