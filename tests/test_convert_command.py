@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
+import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import ml_dtypes
@@ -15,12 +18,29 @@ import published
 import pytest
 import torch
 
+from launch import convert as launcher
 from xllm_jax import build
-from xllm_jax.convert import export, files, stream
+from xllm_jax.convert import export, files, sizes, stream
 from xllm_jax.core import checkpoint, rules
 from xllm_jax.core.errors import UserError
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shapes_are_traced_once():
+    """A case's network is traced for its shapes once, not at each import and export of it."""
+    known, trace = {}, sizes.shapes_of
+
+    def remembered(model, *inputs):
+        key = repr((model, inputs))
+        if key not in known:
+            known[key] = trace(model, *inputs)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sizes, "shapes_of", remembered)
+        yield
 
 
 def same(first, second) -> bool:
@@ -267,37 +287,29 @@ def test_what_stands_at_the_output_is_safe(tmp_path):
         export.run_export("bert", tmp_path / "base", tmp_path / "out")
 
 
-FULL = """
-import resource, sys
-from xllm_jax.convert import export, stream
-from xllm_jax.core.errors import UserError
-path, base, output = sys.argv[1:]
-whole = resource.getrlimit(resource.RLIMIT_FSIZE)
-for run, source, target in ((stream.run_import, path, base), (export.run_export, base, output)):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100000, whole[1]))
-    try:
-        run("world", source, target)
-    except UserError as error:
-        print(error)
-    resource.setrlimit(resource.RLIMIT_FSIZE, whole)
-    stream.run_import("world", path, base)
-"""
-
-
-def test_a_disk_that_fills_up_leaves_nothing_behind(tmp_path):
+@contextlib.contextmanager
+def files_end_at(size: int):
     """No file may grow beyond a limit, which is how a full disk looks from inside."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_disk_that_fills_up_leaves_nothing_behind(tmp_path, capfd):
     path = ROOT / "xllm_jax/data/world/backbones/vision_encoder"
-    done = subprocess.run(
-        [sys.executable, "-c", FULL, path, tmp_path / "base", tmp_path / "out"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
-    lines = done.stdout.splitlines()
-    assert len(lines) == 2 and "Traceback" not in done.stderr, done.stderr[-2000:]
-    assert lines[0].startswith("vision_encoder/") and lines[1].startswith("model.safetensors: ")
-    assert all("cannot be written" in line for line in lines)
+    with files_end_at(100_000), pytest.raises(UserError, match="cannot be written") as caught:
+        stream.run_import("world", path, tmp_path / "base")
+    assert str(caught.value).startswith("vision_encoder/")
+    assert not list(tmp_path.iterdir())
+    stream.run_import("world", path, tmp_path / "base")
+    with files_end_at(100_000), pytest.raises(UserError, match="cannot be written") as caught:
+        export.run_export("world", tmp_path / "base", tmp_path / "out")
+    assert str(caught.value).startswith("model.safetensors: ")
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_too_little_room_is_told_before_anything_is_written(tmp_path, monkeypatch):
@@ -334,16 +346,19 @@ def test_a_base_that_we_trained_is_exported_without_a_record(tmp_path):
         export.run_export("chatglm", tmp_path / "base", tmp_path / "no", "tiny")
 
 
-def test_the_command_line(tmp_path):
+def test_the_command_line(tmp_path, monkeypatch, capsys):
+    """Success by a call; what only a process shows, exit code and a single line, by one."""
     path = published.write_shards(good(), tmp_path / "in", "bin")
-
-    def run(*flags):
-        command = [sys.executable, "launch/convert.py", *flags]
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-
-    done = run("--source=chatglm", f"--input={path}", f"--output={tmp_path / 'base'}")
-    assert done.returncode == 0 and "1 dropped" in done.stdout, done.stderr
-    refused = run("--source=blip2", f"--input={path}", f"--output={tmp_path / 'other'}")
+    flags = {"SOURCE": "chatglm", "INPUT": str(path), "OUTPUT": str(tmp_path / "base")}
+    values = {"VERIFY": "", "SIZE": "", "DIRECTION": "import", **flags}
+    for name, value in values.items():
+        monkeypatch.setattr(launcher, name, SimpleNamespace(value=value))
+    assert launcher.main([]) == 0
+    printed = capsys.readouterr().out
+    assert "1 dropped" in printed and (tmp_path / "base" / "conversion.json").exists()
+    command = [sys.executable, "launch/convert.py", "--source=blip2", f"--input={path}"]
+    command.append(f"--output={tmp_path / 'other'}")
+    refused = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1
     assert "this looks like chatglm" in refused.stderr and "not blip2" in refused.stderr
     assert not (tmp_path / "other").exists()
