@@ -265,6 +265,18 @@ def test_another_kind_is_refused_by_its_name(tmp_path):
         stream.run_import("brt", tmp_path / "x.safetensors", tmp_path / "base")
 
 
+@pytest.mark.parametrize(("frequencies", "fits"), [(2, True), (4, False), (1, False)])
+def test_a_wrong_number_of_heads_is_told_by_the_rotary_buffers(frequencies, fits, tmp_path):
+    name = "transformer.layers.0.attention.rotary_emb.inv_freq"
+    tensors = good() | {name: np.ones(frequencies, np.float16)}
+    opened = files.open_checkpoint(published.write_shards(tensors, tmp_path / "in", "safetensors"))
+    if fits:  # width 16, two heads: 8 a head, 4 for each of two positions, 2 frequencies
+        assert stream.source_named("chatglm").options(opened, "")["heads"] == 2
+        return
+    with pytest.raises(UserError, match=r"inv_freq: .*2 heads at width 16.*num_attention_heads"):
+        stream.source_named("chatglm").options(opened, "")
+
+
 def test_what_stands_at_the_output_is_safe(tmp_path):
     path = published.write_shards(good(), tmp_path / "in", "bin")
     (tmp_path / "mine").mkdir()

@@ -208,6 +208,7 @@ def options(checkpoint: files.Checkpoint | None, size: str) -> dict[str, Any]:
     if checkpoint is None:
         return sizes.row(SIZES, size)
     model = _fields_of(checkpoint, size)
+    _check_heads(checkpoint, model["width"], model["heads"])
     bits = chatglm_quantised.bits_of(checkpoint, model["width"], model["hidden"])
     return model | ({"quantised": bits} if bits else {})
 
@@ -233,6 +234,20 @@ def restore(tensors: Mapping[str, np.ndarray], options: Mapping[str, Any]) -> Ma
     """Exported tensors with the weights of a quantised release back in their integers."""
     bits = options.get("quantised")
     return chatglm_quantised.restore(tensors, bits) if bits else tensors
+
+
+def _check_heads(checkpoint: files.Checkpoint, width: int, heads: int) -> None:
+    """Weights do not tell the heads; rotary buffers do: a frequency for 4 of a head's width."""
+    for name in checkpoint:
+        if not name.endswith("rotary_emb.inv_freq"):
+            continue
+        told = 4 * sizes.axis(checkpoint, name, 0) * heads
+        if told != width:
+            raise UserError(
+                f"its frequencies are not those of {heads} heads at width {width}",
+                field=checkpoint.where(name),
+                mend="Correct num_attention_heads in config.json",
+            )
 
 
 def _fields_of(checkpoint: files.Checkpoint, size: str) -> dict[str, Any]:
