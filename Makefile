@@ -14,7 +14,7 @@ BIN := .venv/bin
 	$(BIN)/python -m pip install --quiet -e '.[test]'
 	@touch $@
 
-# QUICK=1 does the same in about five minutes with whatever quality that gives.
+# QUICK=1 does the same in about three minutes with whatever quality that gives.
 demo: .venv/ready
 	$(BIN)/python launch/demo.py --output=demo $(if $(QUICK),--quick)
 

@@ -26,13 +26,13 @@ from configs import networks
 from launch import command
 
 OUTPUT = flags.DEFINE_string("output", "demo", "Folder for the world, the runs and the report.")
-QUICK = flags.DEFINE_bool("quick", False, "Everything in about five minutes, at lower quality.")
+QUICK = flags.DEFINE_bool("quick", False, "Everything in about three minutes, at lower quality.")
 SLOTS = flags.DEFINE_integer("slots", 0, "Steps at a time; 0 takes one per core, at most two.")
 
 # Optimizer updates of each stage when --quick cuts them.
 QUICK_STEPS = {
-    "stage1_speech": 40,
-    "stage1_image": 20,
+    "stage1_speech": 30,
+    "stage1_image": 15,
     "stage2_image": 40,
     "stage2_image_no_init": 40,
     "stage2_video": 20,
