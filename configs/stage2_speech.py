@@ -36,7 +36,7 @@ def get_config(size: str = "real") -> Stage:
             peak=1e-4, minimum=1e-8, warmup_from=1e-6, warmup_steps=6000, accumulation=16
         ),
         data=_tiny_data() if tiny else _data(),
-        steps=200 if tiny else 80_000,  # 1.37M utterances x 30 epochs / (4 x 16 x 8)
+        steps=240 if tiny else 80_000,  # 1.37M utterances x 30 epochs / (4 x 16 x 8)
         **networks.numerics(size),
     )
 
@@ -61,7 +61,7 @@ def _data() -> Data:
 def _tiny_data() -> Data:
     return Data(
         root="world",
-        sources={"utterances": sources.WORLD["utterances"]},
+        sources={k: sources.WORLD[k] for k in ("utterances", "spoken_questions")},
         tokenizer="bases/llm",
         characters="world/characters.txt",
         examples=32,

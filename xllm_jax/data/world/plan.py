@@ -24,7 +24,7 @@ class WorldSizes:
 
     train_images: int = 4000
     train_dialogues: int = 800
-    train_utterances: int = 2400
+    train_utterances: int = 3200
     train_videos: int = 1400
     train_instructions: int = 6000
     val_images: int = 60
