@@ -25,6 +25,7 @@ class Quarantine:
         self.max_share = max_share
         self.seen = 0
         self.bad = 0
+        self.last: Skipped | None = None  # the last bad record since the start
         self.counts: dict[str, int] = {}  # how often each file was met since the start
 
     def add(self, seen: int, skipped: Iterable[Skipped], at_end: bool = False) -> None:
@@ -37,16 +38,16 @@ class Quarantine:
           UserError: too large a share is bad; names the last file and its reason.
         """
         self.seen += seen
-        last = None
         for record in skipped:
             if record.bad:
-                last = record
+                self.last = record
                 self.bad += 1
                 name = record.file or record.key
                 self.counts[name] = self.counts.get(name, 0) + 1
                 self._write(record, name)
         share = self.bad / max(self.seen, 1)
         if share > self.max_share and (self.seen >= ENOUGH or at_end):
+            last = self.last
             told = f", the last one {last.file or last.key}: {last.reason}" if last else ""
             raise UserError(
                 f"{self.bad} of {self.seen} records could not be read{told}",

@@ -14,6 +14,7 @@ import numpy as np
 
 from xllm_jax.core.stage import Data
 from xllm_jax.data import media, text
+from xllm_jax.data.pairs import Plan
 from xllm_jax.data.prompt import WRITTEN
 from xllm_jax.data.record import MEDIA, Mode, Record, Skipped
 from xllm_jax.data.wordpiece import WordPiece
@@ -29,23 +30,6 @@ class Pair:
     record: Record
     first: str
     second: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """Rows of a global batch; None is padding."""
-
-    rows: tuple[Pair | None, ...]
-    skipped: tuple[Skipped, ...] = ()
-    cut: int = 0
-
-    def supervised(self) -> int:
-        """Pairs of the plan."""
-        return sum(row is not None for row in self.rows)
-
-    def members(self, rows: slice) -> list[tuple[int, int, Record]]:
-        """(row, 1, record) of every pair in some rows, rows counted from the first."""
-        return [(number, 1, row.record) for number, row in enumerate(self.rows[rows]) if row]
 
 
 def tools(data: Data) -> WordPiece:
