@@ -10,6 +10,7 @@ python launch/bases.py --output=bases --export=runs   # maintainers: ship newly 
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import jax
@@ -29,7 +30,11 @@ from xllm_jax.models.bert import BertEncoder
 
 OUTPUT = flags.DEFINE_string("output", "bases", "Folder of the bases.")
 EXPORT = flags.DEFINE_string("export", "", "Folder of the runs whose results shall be shipped.")
-TOKENIZER = flags.DEFINE_bool("tokenizer", False, "Only learn the mini LLM's tokenizer.")
+TOKENIZER = flags.DEFINE_bool(
+    "tokenizer",
+    False,
+    "Only what pre-training needs: the LLM's tokenizer, learnt anew, and BERT's vocabulary.",
+)
 
 SHIPPED = Path(xllm_jax.__file__).parent / "data" / "world" / "backbones"
 
@@ -38,6 +43,7 @@ def main(_: list[str]) -> None:
     output = Path(OUTPUT.value)
     if TOKENIZER.value:
         print(f"Tokenizer: {learn_tokenizer(output / 'llm')}")
+        shutil.copy(SHIPPED / "bert" / world.VOCABULARY, output / world.VOCABULARY)
         return
     if EXPORT.value:
         export(Path(EXPORT.value), output / "llm")

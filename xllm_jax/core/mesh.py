@@ -53,7 +53,7 @@ def sizes(axes: Mapping[str, int], count: int) -> tuple[int, ...]:
         )
     asked = [axes.get(axis, 1) for axis in AXES]
     known = math.prod(size for size in asked if size != -1)
-    made = tuple(count // known if size == -1 else size for size in asked)
+    made = tuple(max(count // known, 1) if size == -1 else size for size in asked)
     if math.prod(made) != count:
         raise UserError(
             f"{dict(zip(AXES, made))} needs {math.prod(made)} devices, there are {count}",
