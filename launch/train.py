@@ -12,14 +12,14 @@ from absl import flags
 from ml_collections import config_flags
 
 from launch import command
-from xllm_jax import train
+from xllm_jax import loop
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Stage file: configs/NAME.py[:tiny].")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, logs, result.")
 
 
 def main(_: list[str]) -> None:
-    result = train.fit(CONFIG.value, WORKDIR.value)
+    result = loop.fit(CONFIG.value, WORKDIR.value)
     print(f"Trained parts: {result}")
 
 

@@ -55,9 +55,9 @@ def start(workdir: Path, code: str = "", devices: int = 1) -> subprocess.Popen:
     lines = (
         "import sys; sys.path[:0] = ['tests', '.']",
         "import jax; jax.config.update('jax_default_matmul_precision', 'highest')",
-        "import small_stage; from xllm_jax import train; made = small_stage.stage()",
+        "import small_stage; from xllm_jax import loop; made = small_stage.stage()",
         code,
-        f"train.fit(made, {str(workdir)!r})",
+        f"loop.fit(made, {str(workdir)!r})",
     )
     flags = f"--xla_force_host_platform_device_count={devices}"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}

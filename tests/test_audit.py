@@ -166,9 +166,9 @@ def test_a_run_is_told_once_about_padding():
 
 
 def test_training_prints_the_warning(tmp_path, capfd):
-    from xllm_jax import train
+    from xllm_jax import loop
 
     made = stage(steps=2, save_every=2)
     made.data.length, made.data.examples = 512, 8
-    train.fit(made, tmp_path)
+    loop.fit(made, tmp_path)
     assert capfd.readouterr().err.count("Padding waste over 2 batches") == 1

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import small_stage
 
-from xllm_jax import build, train
+from xllm_jax import build, loop, train
 from xllm_jax.core import checkpoint, mesh, rules
 from xllm_jax.core.errors import UserError
 
@@ -22,7 +22,7 @@ SECONDS = 240  # bound on one training process, far above what it takes
 def whole(tmp_path_factory):
     """A run without interruption: its folder."""
     workdir = tmp_path_factory.mktemp("whole")
-    train.fit(small_stage.stage(), workdir)
+    loop.fit(small_stage.stage(), workdir)
     return workdir
 
 
@@ -57,9 +57,9 @@ def test_the_optimizer_holds_nothing_for_frozen_leaves():
 
 
 def test_a_stopped_run_continues_exactly(whole, tmp_path):
-    train.fit(small_stage.stage(), tmp_path, stop_after=3)
+    loop.fit(small_stage.stage(), tmp_path, stop_after=3)
     assert not (tmp_path / "final").exists()
-    train.fit(small_stage.stage(), tmp_path)
+    loop.fit(small_stage.stage(), tmp_path)
     assert small_stage.curve(tmp_path) == small_stage.curve(whole)
     before, after = load(whole), load(tmp_path)
     assert all(np.array_equal(before[path], after[path]) for path in before)
@@ -93,10 +93,10 @@ def test_devices_change_nothing(whole, tmp_path, axes):
 
 def test_another_base_is_refused(whole, tmp_path):
     made = small_stage.stage(seed=1, init={"llm": str(whole)})
-    train.fit(small_stage.stage(init={"llm": str(whole)}), tmp_path, stop_after=2)
+    loop.fit(small_stage.stage(init={"llm": str(whole)}), tmp_path, stop_after=2)
     made.init = {}
     with pytest.raises(UserError, match="another llm"):
-        train.fit(made, tmp_path)
+        loop.fit(made, tmp_path)
 
 
 def test_a_base_of_another_size_is_refused(whole):
@@ -122,7 +122,7 @@ def test_accumulation_equals_a_larger_batch(tmp_path):
     xllm, device_mesh = build.model(made), mesh.make({})
     state, optimizer, _ = train.initial_state(made, xllm, device_mesh)
     loss = train.objective(made, xllm)
-    batches = train.Pipeline(made.data, made.seed).iterate()
+    batches = loop.Pipeline(made.data, made.seed).iterate()
     two = [mesh.to_global(device_mesh, next(batches)[0]) for _ in range(2)]
     keys = [jax.random.fold_in(jax.random.key(made.seed), number) for number in range(2)]
 

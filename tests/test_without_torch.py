@@ -31,12 +31,12 @@ print(export.run_export("world", folder / "base", folder / "out"))
 
 import small_stage
 from configs import networks
-from xllm_jax import train
+from xllm_jax import loop
 
 init = {"llm": str(folder / "base")}
 stage = small_stage.stage(steps=1, init=init, trainable=("llm/final_norm/.*",))
 stage.parts["llm"] = networks.llm("tiny")
-train.fit(stage, str(folder / "run"))
+loop.fit(stage, str(folder / "run"))
 
 from absl import flags
 from launch import generate
