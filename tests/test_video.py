@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.data import image, video
+from xllm_jax.data import image, packets, video
 
 
 def write(path, count: int, rate: int = 10, size: tuple[int, int] = (96, 64)) -> None:
@@ -67,6 +67,52 @@ def test_frames_of_real_files(tmp_path, suffix):
     assert levels(values[:3]) == [0, 10, 20] and not np.any(values[3:])
 
 
+KINDS = {
+    "h264": ("libx264", {"g": "14", "bf": "3"}),
+    "open h264": ("libx264", {"g": "14", "bf": "3", "x264-params": "open-gop=1:scenecut=0"}),
+    "mpeg4": ("mpeg4", {"g": "10", "bf": "2"}),
+    "vp9": ("libvpx-vp9", {"g": "12", "deadline": "realtime", "cpu-used": "8"}),
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def moving(request, tmp_path_factory):
+    """A clip of 40 moving pictures with frames that refer back and ahead, and all its frames."""
+    codec, options = KINDS[request.param]
+    path = tmp_path_factory.mktemp("moving") / "clip.mkv"
+    scene = np.random.default_rng(0).integers(0, 255, (60, 120, 3), np.uint8).repeat(2, 0)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt, stream.options = 80, 64, "yuv420p", options
+        for number in range(40):
+            pixels = np.ascontiguousarray(scene[number : number + 64, number : number + 80])
+            for packet in stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+    with av.open(str(path)) as container:
+        return path, [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+
+
+@pytest.mark.parametrize("numbers", [range(40), [0], [39], [13, 14, 15], [3, 17, 29], [12, 28]])
+def test_frames_decoded_alone_are_those_of_the_whole_clip(moving, numbers):
+    path, frames = moving
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        found = packets.collect(container.demux(stream))
+        pictures = packets.pictures(stream.codec_context, found, numbers)
+    assert sorted(pictures) == list(numbers)
+    for number, picture in pictures.items():
+        np.testing.assert_array_equal(np.asarray(picture), frames[number])
+
+
+def test_only_stretches_behind_key_frames_are_decoded():
+    times = [0, 3, 1, 2, 6, 4, 5, 7, 8]  # key frames 0 and 4; 5 and 6 are shown before the latter
+    assert packets.spans(times, [0, 4], {2}) == [(0, 2)]
+    assert packets.spans(times, [0, 4], {4, 7}) == [(4, 7)]
+    assert packets.spans(times, [0, 4], {1, 5, 8}) == [(0, 5), (4, 8)]
+
+
 def test_short_videos_repeat_frames(tmp_path):
     path = tmp_path / "short.mp4"
     write(path, 2)
@@ -76,6 +122,7 @@ def test_short_videos_repeat_frames(tmp_path):
 def test_a_header_that_promises_too_much(tmp_path, monkeypatch):
     path = tmp_path / "clip.mp4"
     write(path, 10)
+    monkeypatch.setattr(packets, "collect", lambda found: None)
     monkeypatch.setattr(video, "describe", lambda path: (1000, 10.0))
     assert levels(video.load(path, {"frames": 5, "size": 16})) == [1, 3, 5, 7, 9]
 

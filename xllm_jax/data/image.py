@@ -80,7 +80,7 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith("I;16") or picture.mode == "I":
         grey = np.asarray(picture).astype(np.int64)
         return Image.fromarray(np.clip(grey // 256, 0, 255).astype(np.uint8)).convert("RGB")
-    return picture.convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def resize(picture: Image.Image, size: int) -> np.ndarray:
@@ -135,5 +135,10 @@ def crop_box(
 
 def normalise(pixels: np.ndarray) -> np.ndarray:
     """`[..., 3]` uint8 to float32 with BLIP-2's mean and standard deviation."""
-    scaled = pixels.astype(np.float32) / np.float32(255)
-    return (scaled - np.asarray(MEAN, np.float32)) / np.asarray(STD, np.float32)
+    width = pixels.shape[-2]
+    # Over whole lines: NumPy is five times slower where it repeats three numbers for every pixel.
+    lines = pixels.reshape(*pixels.shape[:-2], 3 * width).astype(np.float32)
+    lines /= np.float32(255)
+    lines -= np.tile(np.asarray(MEAN, np.float32), width)
+    lines /= np.tile(np.asarray(STD, np.float32), width)
+    return lines.reshape(pixels.shape)

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.data import files, image
+from xllm_jax.data import files, image, packets
 
 REFERENCE_SECONDS = 60  # the repository reads at most this many seconds after the first frame
 END_SECONDS = 2.0  # annotated clips may start so much behind the last frame
@@ -47,17 +47,48 @@ def load(
     if span:
         pictures = decode_times(path, span_times(*span, wanted, sampling))
         return _stacked([image.normalise(centre(one, size)) for one in pictures], wanted, size)
+    indices, frames = _straight(path, wanted, sampling) or _through(path, wanted, sampling)
+    pixels = {number: image.normalise(centre(frame, size)) for number, frame in frames.items()}
+    return _stacked([pixels[number] for number in indices], wanted, size)
+
+
+def _straight(
+    path: str | Path, wanted: int, sampling: str
+) -> tuple[list[int], dict[int, Image.Image]] | None:
+    """Numbers and frames, decoding only what they refer to; None where packets do not tell."""
+    with _opened(path) as container:
+        stream = _stream(container, path)
+        found = packets.collect(container.demux(stream))
+        if not found:
+            return None
+        indices = choose(stream.frames or len(found), _rate(stream), wanted, sampling)
+        if max(indices) >= len(found):
+            return None
+        frames = packets.pictures(stream.codec_context, found, indices)
+    return (indices, frames) if len(frames) == len(set(indices)) else None
+
+
+def _through(
+    path: str | Path, wanted: int, sampling: str
+) -> tuple[list[int], dict[int, Image.Image]]:
+    """Numbers and frames, decoding everything up to the last.
+
+    Raises:
+      UserError: there are fewer frames than the decoder counted at first.
+    """
     count, rate = describe(path)
     for _ in range(2):
         indices = choose(count, rate, wanted, sampling)
         frames, decoded = decode(path, indices)
         if len(frames) == len(set(indices)):
-            break
+            return indices, frames
         count = decoded  # the header promised more frames than there are
-    else:
-        raise UserError("frames are missing", field=str(path), mend="Encode it again")
-    pixels = {number: image.normalise(centre(frame, size)) for number, frame in frames.items()}
-    return _stacked([pixels[number] for number in indices], wanted, size)
+    raise UserError("frames are missing", field=str(path), mend="Encode it again")
+
+
+def _rate(stream: Any) -> float:
+    """Frames per second, 0 where the file does not say."""
+    return float(stream.average_rate or stream.guessed_rate or 0)
 
 
 def _stacked(chosen: list[np.ndarray], wanted: int, size: int) -> np.ndarray:
@@ -149,11 +180,10 @@ def describe(path: str | Path) -> tuple[int, float]:
     """
     with _opened(path) as container:
         stream = _stream(container, path)
-        rate = float(stream.average_rate or stream.guessed_rate or 0)
-        count = stream.frames
+        count, rate = stream.frames, _rate(stream)
         if not count:
-            packets = (packet for packet in container.demux(stream) if packet.size)
-            count = sum(1 for _ in zip(range(MOST_FRAMES), packets))
+            full = (packet for packet in container.demux(stream) if packet.size)
+            count = sum(1 for _ in zip(range(MOST_FRAMES), full))
     if not count:
         raise UserError("has no frame", field=str(path), mend="Remove it from the data")
     return count, rate
@@ -223,6 +253,7 @@ def _stream(container, path: str | Path):
     if not container.streams.video:
         raise UserError("has no video stream", field=str(path), mend="Remove it from the data")
     stream = container.streams.video[0]
+    stream.codec_context.thread_count = 1  # files are read in parallel, not parts of one
     pixels = (stream.codec_context.width or 0) * (stream.codec_context.height or 0)
     if pixels > image.MOST_PIXELS:
         what = f"has frames of {pixels:,} pixels, more than {image.MOST_PIXELS:,}"
