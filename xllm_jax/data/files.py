@@ -102,6 +102,16 @@ def source(path: str | os.PathLike, kind: str = "", spans: bool = False) -> str 
     return io.BytesIO(read(path)) if found.part else found.file
 
 
+def whole(path: str | os.PathLike, kind: str = "") -> io.BytesIO:
+    """A medium in memory, by one read where a decoder would ask for many small ones.
+
+    Raises:
+      UserError: as `source`, without spans.
+    """
+    found = source(path, kind)
+    return found if isinstance(found, io.BytesIO) else io.BytesIO(read(path))
+
+
 def read(path: str | os.PathLike) -> bytes:
     """The bytes of a medium, as they lie on disk.
 

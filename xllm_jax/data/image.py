@@ -59,7 +59,7 @@ def read(path: str | Path, most_pixels: int = MOST_PIXELS) -> Image.Image:
       UserError: the file is missing, not an image, damaged or larger than `most_pixels`.
     """
     try:
-        with Image.open(files.source(path, "image")) as picture:
+        with Image.open(files.whole(path, "image")) as picture:
             if picture.width * picture.height > most_pixels:
                 raise UserError(
                     f"has {picture.width} x {picture.height} pixels, more than {most_pixels:,}",
