@@ -442,6 +442,29 @@ def test_bad_files_are_counted_and_listed(pipeline, folder, tmp_path, form):
     assert sorted(k for _, info in seen for k in info["keys"]) == sorted(e.key for e in good)
 
 
+def test_the_list_of_an_interrupted_run_is_that_of_a_whole_one(pipeline, folder, tmp_path):
+    bad = dataclasses.replace(mixed(folder, 2)[1], key="bad")
+    bad = dataclasses.replace(bad, media=(("image", str(folder / "broken.png")),))
+    sources = {"a": [*texts(9), bad]}
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    fields = {"examples": 4, "max_bad_share": 0.5, "threads": 1}
+    take(pipeline(sources, quarantine=whole, **fields).iterate(), 20)
+    batches = pipeline(sources, quarantine=cut, **fields).iterate()
+    take(batches, 7)
+    position = batches.position()
+    take(batches, 6)  # lost by the kill, and with them the end of a line
+    with cut.open("a") as file:
+        file.write('{"file": "half')
+    take(pipeline(sources, quarantine=cut, **fields).iterate(position), 13)
+    assert cut.read_text() == whole.read_text()
+    assert [json.loads(line)["count"] for line in whole.read_text().splitlines()] == list(
+        range(1, 9)
+    )
+    take(pipeline(sources, quarantine=cut, **fields).iterate(), 2)  # starts anew
+    assert len(cut.read_text().splitlines()) <= 1
+    assert pipeline(sources, (1, 2), quarantine=cut).quarantine == tmp_path / "cut.host1.jsonl"
+
+
 def test_too_many_bad_files_stop_the_run(pipeline, folder):
     examples = mixed(folder, 18)
     examples[5] = dataclasses.replace(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data import files
@@ -70,6 +70,9 @@ def read(path: str | Path, most_pixels: int = MOST_PIXELS) -> Image.Image:
             return _to_rgb(picture)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UserError("has too many pixels", field=str(path), mend="Shrink it") from error
+    except UnidentifiedImageError as error:
+        what = "cannot be read as an image (of no known format)"
+        raise UserError(what, field=str(path), mend="Download it again") from error
     except (OSError, ValueError, SyntaxError, EOFError) as error:  # what Pillow's decoders raise
         raise UserError(
             f"cannot be read as an image ({error})", field=str(path), mend="Download it again"

@@ -52,7 +52,8 @@ class Pipeline:
       process_index, process_count: which host this is, of how many.
       train: an endless shuffled stream with augmentation; False is one pass in order without.
       answers: False leaves prompts open at <sop>, one example a row, ready to generate.
-      quarantine: file that bad records are appended to.
+      quarantine: file that bad records are appended to; host 1, 2 … appends to its own beside it,
+        `NAME.host1.jsonl`.
       limit: records of the one pass; None for all.
 
     Raises:
@@ -74,7 +75,7 @@ class Pipeline:
         self.data, self.seed, self.form = data, seed, form_of(data)
         self.mode = Mode(train, answers)
         self.rows = host_rows(data, self.form, process_index, process_count)
-        self.process_count, self.quarantine = process_count, quarantine
+        self.process_count, self.quarantine = process_count, own_list(quarantine, process_index)
         self.weights = stream.mixture(data)
         self.sources = {n: stream.read(n, data.sources[n], data.root) for n in self.weights}
         self.kit = self.form.tools(data)
@@ -102,9 +103,10 @@ class Pipeline:
         threads = self.data.threads
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
         filled = iter(self._steps.map(self._attempt).to_iter_dataset(options))
-        quarantine = Quarantine(self.quarantine, self.data.max_bad_share)
-        records = max(self.records() // self.process_count, 1)  # those that this host meets
         examples = self.data.examples
+        drawn = position["next_index"] * examples if position else 0
+        quarantine = Quarantine(self.quarantine, self.data.max_bad_share, drawn)
+        records = max(self.records() // self.process_count, 1)  # those that this host meets
         return Batches(filled, quarantine, records, self.mode.train, examples, position)
 
     def _next_index(self, position: Mapping[str, Any]) -> int:
@@ -205,7 +207,9 @@ class Batches:
         self._examples = examples
         self._filled, self.quarantine = filled, quarantine
         self._records, self._train, self._silent = records, train, 0
+        self._drawn = 0  # examples of the stream before the next batch
         if position is not None:
+            self._drawn = int(position["next_index"]) * examples
             self._filled.set_state({"next_index": int(position["next_index"])})
             self.quarantine.restore(position)
             self._silent = int(position["silent"])
@@ -225,7 +229,8 @@ class Batches:
         before = self.quarantine.seen // self._records
         seen = info.pop("seen")
         at_end = (self.quarantine.seen + seen) // self._records > before
-        self.quarantine.add(seen, info["skipped"], at_end)
+        self.quarantine.add(seen, info["skipped"], at_end, self._drawn)
+        self._drawn += self._examples
         self._check_supervised(info["supervised"])
         return batch, info | {"bad": self.quarantine.bad}
 
@@ -269,6 +274,14 @@ def host_rows(data: Data, form: ModuleType, process_index: int, process_count: i
         raise UserError(f"{total} do not divide over {process_count} hosts", field=f"data.{name}")
     each = total // process_count
     return slice(process_index * each, (process_index + 1) * each)
+
+
+def own_list(quarantine: str | Path | None, process_index: int) -> Path | None:
+    """The quarantine file of one host: hosts that share a folder must not share a file."""
+    if quarantine is None or not process_index:
+        return Path(quarantine) if quarantine else None
+    path = Path(quarantine)
+    return path.with_name(f"{path.stem}.host{process_index}{path.suffix}")
 
 
 def _with_skipped(plan: Any, drawn: Any) -> Any:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.record import Skipped
@@ -15,24 +18,34 @@ ENOUGH = 100  # records seen before a share says anything
 class Quarantine:
     """Counts records and bad ones, and appends every bad file to `quarantine.jsonl`.
 
+    A line holds `file`, `key`, `reason`, `count`: how often the file has been met, and `drawn`:
+    examples of the stream before its batch. A run that resumes at an earlier place drops the lines
+    behind it, which it will write again: the file always shows one uninterrupted run.
+
     Args:
       path: the file; None keeps the counts only.
       max_share: largest share of bad records that is put up with.
+      drawn: examples of the stream before the place where reading starts.
     """
 
-    def __init__(self, path: str | Path | None, max_share: float):
+    def __init__(self, path: str | Path | None, max_share: float, drawn: int = 0):
         self.path = Path(path) if path else None
         self.max_share = max_share
         self.seen = 0
         self.bad = 0
         self.last: Skipped | None = None  # the last bad record since the start
-        self.counts: dict[str, int] = {}  # how often each file was met since the start
+        self.counts = self._kept(drawn)  # how often each file was met
 
-    def add(self, seen: int, skipped: Iterable[Skipped], at_end: bool = False) -> None:
+    def add(
+        self, seen: int, skipped: Iterable[Skipped], at_end: bool = False, drawn: int = 0
+    ) -> None:
         """Counts `seen` more records, of which the bad ones among `skipped` could not be read.
 
         Args:
+          seen: records of one batch.
+          skipped: those of them that it lacks.
           at_end: of an epoch; then few records are enough to judge.
+          drawn: examples of the stream before the batch.
 
         Raises:
           UserError: too large a share is bad; names the last file and its reason.
@@ -44,7 +57,7 @@ class Quarantine:
                 self.bad += 1
                 name = record.file or record.key
                 self.counts[name] = self.counts.get(name, 0) + 1
-                self._write(record, name)
+                self._write(record, name, drawn)
         share = self.bad / max(self.seen, 1)
         if share > self.max_share and (self.seen >= ENOUGH or at_end):
             last = self.last
@@ -63,7 +76,19 @@ class Quarantine:
         """Takes up the counts of `state`."""
         self.seen, self.bad = int(state["seen"]), int(state["bad"])
 
-    def _write(self, record: Skipped, name: str) -> None:
+    def _kept(self, drawn: int) -> dict[str, int]:
+        """Drops the lines from `drawn` on; counts of the files on those that stay."""
+        if self.path is None or not self.path.exists():
+            return {}
+        lines = self.path.read_text("utf-8").splitlines()
+        kept = [(line, found) for line in lines if (found := _parsed(line))["drawn"] < drawn]
+        if len(kept) < len(lines):
+            partial = self.path.with_suffix(".partial")
+            partial.write_text("".join(f"{line}\n" for line, _ in kept), "utf-8")
+            os.replace(partial, self.path)
+        return {found["file"]: found["count"] for _, found in kept}
+
+    def _write(self, record: Skipped, name: str, drawn: int) -> None:
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,6 +97,15 @@ class Quarantine:
             "key": record.key,
             "reason": record.reason,
             "count": self.counts[name],
+            "drawn": drawn,
         }
         with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _parsed(line: str) -> dict[str, Any]:
+    """A line of the file; one that a kill cut off counts as behind every place."""
+    try:
+        return {"drawn": 0} | json.loads(line)
+    except ValueError:
+        return {"drawn": math.inf}
