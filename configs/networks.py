@@ -82,17 +82,18 @@ def is_tiny(size: str) -> bool:
     return size == "tiny"
 
 
-def numerics(size: str, llm: bool = True) -> dict:
+def numerics(size: str, remat: str = "none") -> dict:
     """Dtypes, scan options and mesh: bfloat16 on accelerators; the miniature runs on any CPU.
+
+    Parameters are split over all devices, since the frozen ones alone would fill a chip. Layers keep
+    what their backward pass needs: to compute them again would be a quarter more work
+    (docs/preflight.md).
 
     Args:
       size: 'real' or 'tiny'.
-      llm: whether the stage holds the LLM. Its 12 GB of frozen parameters are then split over all
-        devices, and its layers keep what their backward pass needs: to compute them again would be
-        a quarter more work (docs/preflight.md).
+      remat: what layers compute again at the real size, see `Stage.remat`.
     """
     if size == "tiny":
         return {"compute": "float32", "frozen": "float32", "unroll": 8, "log_every": 20}
-    split = {"data": 1, "fsdp": -1} if llm else {"data": -1, "fsdp": 1}
-    mesh = {**split, "tensor": 1}
-    return {"compute": "bfloat16", "frozen": "bfloat16", "remat": not llm, "mesh": mesh}
+    mesh = {"data": 1, "fsdp": -1, "tensor": 1}
+    return {"compute": "bfloat16", "frozen": "bfloat16", "remat": remat, "mesh": mesh}

@@ -33,7 +33,7 @@ def get_config(size: str = "real") -> Stage:
         else Optimizer(peak=1e-4, minimum=1e-5, warmup_from=1e-6, warmup_steps=5000),
         data=_tiny_data() if tiny else _data(),
         steps=300 if tiny else 250_000,
-        **networks.numerics(size, llm=False),
+        **networks.numerics(size, remat="products"),
     )
 
 

@@ -52,7 +52,7 @@ def get_config(size: str = "real") -> Stage:
         ),
         data=_tiny_data() if tiny else _data(),
         steps=600 if tiny else 180_000,
-        **networks.numerics(size, llm=False),
+        **networks.numerics(size),
     )
 
 

@@ -31,9 +31,7 @@ def get_config(size: str = "real") -> Stage:
         objective="answer",
         optimizer=Optimizer(peak=1e-3, minimum=1e-5, warmup_from=1e-5, warmup_steps=30, clip=1.0)
         if tiny
-        else Optimizer(
-            peak=1e-5, minimum=1e-8, warmup_from=1e-6, warmup_steps=200, accumulation=16
-        ),
+        else Optimizer(peak=1e-5, minimum=1e-8, warmup_from=1e-6, warmup_steps=200, accumulation=4),
         data=_tiny_data() if tiny else _data(),
         steps=450 if tiny else 600,  # 7.7k clips x 5 epochs / (2 x 16 x 2)
         **networks.numerics(size),
@@ -45,8 +43,8 @@ def _data() -> Data:
         root="data",
         sources={"msrvtt": sources.MSRVTT},
         tokenizer="bases/llm",
-        examples=4,
-        rows=4,
+        examples=16,
+        rows=16,
         length=384,
         answers=33,
         items={"video": 10},

@@ -38,7 +38,7 @@ def get_config(size: str = "real") -> Stage:
             schedule="cosine", peak=2e-3, minimum=1e-5, warmup_from=1e-5, warmup_steps=20, clip=1.0
         )
         if tiny
-        else Optimizer(schedule="constant", peak=1e-6, accumulation=16),
+        else Optimizer(schedule="constant", peak=1e-6, accumulation=4),
         data=_tiny_data() if tiny else _data(),
         steps=220 if tiny else 312,  # 10k instructions x 2 epochs / (2 x 16 x 2)
         **networks.numerics(size),
@@ -53,8 +53,8 @@ def _data() -> Data:
         template="paper",
         tokenizer="bases/llm",
         characters="bases/characters.txt",
-        examples=4,
-        rows=4,
+        examples=16,
+        rows=16,
         length=640,
         answers=200,
         items={"image": 1, "video": 10, "speech": 1},

@@ -122,7 +122,7 @@ def test_scan_unroll_and_remat_agree_and_every_leaf_has_a_sharding_row():
     model = BertEncoder(**SMALL)
     params = model.init(jax.random.key(0), ids)
     expected, _ = model.apply(params, ids)
-    value, _ = BertEncoder(**SMALL, unroll=3, remat=True).apply(params, ids)
+    value, _ = BertEncoder(**SMALL, unroll=3, remat="all").apply(params, ids)
     np.testing.assert_allclose(value, expected, atol=1e-5)
     rules.assign(SHARDING, params["params"], what="bert.SHARDING")
 

@@ -248,7 +248,7 @@ def test_scan_unroll_and_remat_agree_in_both_precisions(peer, tmp_path):
     pixels = torch.randn(1, 3, 32, 32)
     model, params, _, _ = load(write(peer.state_dict(), tmp_path / "tower.safetensors"))
     expected = np.asarray(run(model, params, pixels)[0])
-    again = run(model.clone(unroll=3, remat=True), params, pixels)[0]
+    again = run(model.clone(unroll=3, remat="all"), params, pixels)[0]
     np.testing.assert_allclose(again, expected, atol=1e-5 * np.abs(expected).max())
     half = run(model.clone(dtype=jnp.bfloat16), params, pixels)[0]
     assert half.dtype == jnp.bfloat16

@@ -19,12 +19,12 @@ NAMES = (
     "stage3_instruction",
 )
 
-# Paper, Table 7: peak, minimum, start of the warm-up, its updates, accumulation, micro-batch over
-# all GPUs.
+# Paper, Table 7: peak, minimum, start of the warm-up, its updates, examples of an update
+# (micro-batch x accumulation x GPUs).
 PAPER = {
-    "stage2_image": (3e-5, 1e-8, 1e-6, 6000, 16, 4 * 8),
-    "stage2_video": (1e-5, 1e-8, 1e-6, 200, 16, 2 * 2),
-    "stage2_speech": (1e-4, 1e-8, 1e-6, 6000, 16, 4 * 8),
+    "stage2_image": (3e-5, 1e-8, 1e-6, 6000, 4 * 16 * 8),
+    "stage2_video": (1e-5, 1e-8, 1e-6, 200, 2 * 16 * 2),
+    "stage2_speech": (1e-4, 1e-8, 1e-6, 6000, 4 * 16 * 8),
 }
 EPOCHS = {"stage2_image": (14e6, 5), "stage2_video": (7.7e3, 5), "stage2_speech": (1.37e6, 30)}
 
@@ -75,8 +75,7 @@ def test_stage_two_follows_the_paper(name):
         given.minimum,
         given.warmup_from,
         given.warmup_steps,
-        given.accumulation,
-        stage.data.examples,
+        given.accumulation * stage.data.examples,
     )
     assert values == PAPER[name]
     assert (given.schedule, given.b1, given.b2, given.weight_decay) == ("cosine", 0.9, 0.98, 0.05)
@@ -105,5 +104,5 @@ def test_stage_three_trains_the_adapters_alone():
         "speech_interface",
     }
     given = stage.optimizer
-    assert (given.schedule, given.peak, given.accumulation) == ("constant", 1e-6, 16)
-    assert stage.data.examples == 2 * 2
+    assert (given.schedule, given.peak) == ("constant", 1e-6)
+    assert given.accumulation * stage.data.examples == 2 * 16 * 2

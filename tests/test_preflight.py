@@ -217,12 +217,11 @@ def test_rows_that_do_not_split_are_a_users_mistake(tmp_path):
     done = run(
         "--config=configs/stage3_instruction.py",
         "--topology=h200:8",
-        "--config.mesh.fsdp=8",
-        "--config.mesh.data=1",
+        "--config.data.rows=4",
         folder=tmp_path,
     )
     assert done.returncode == 2 and "data.rows" in done.stderr
-    assert stage3_instruction.get_config("real").data.rows == 4
+    assert stage3_instruction.get_config("real").data.rows == 16
 
 
 def test_a_page_without_a_compiler_says_so(image):

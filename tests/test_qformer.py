@@ -495,7 +495,7 @@ def test_interface_masks_scan_dropout_and_half_precision():
     assert value.shape == (3, queries, 48) and np.all(np.isfinite(value))
     short, _ = run(variables, features[1:2, :4], jnp.array([4]))
     np.testing.assert_allclose(value[1:2], short, atol=1e-5)
-    other = QFormerInterface(**sizes, remat=True, unroll=2)
+    other = QFormerInterface(**sizes, remat="all", unroll=2)
     same, _ = jax.jit(other.apply)(variables, features, jnp.array([9, 4, 0]))
     np.testing.assert_allclose(same, value, atol=1e-5)
     dropping = QFormerInterface(**sizes | {"dropout": 0.1})

@@ -136,7 +136,7 @@ def test_scan_remat_and_unroll_agree():
     plain = vit.VisionTransformer(**sizes)
     params = plain.init(jax.random.key(0), x)
     value, _ = jax.jit(plain.apply)(params, x)
-    other = vit.VisionTransformer(**sizes, unroll=6, remat=True)
+    other = vit.VisionTransformer(**sizes, unroll=6, remat="all")
     np.testing.assert_allclose(jax.jit(other.apply)(params, x)[0], value, atol=2e-5)
     rules.assign(vit.SHARDING, params["params"], what="vit.SHARDING")
     half = vit.VisionTransformer(**sizes, dtype=jnp.bfloat16)

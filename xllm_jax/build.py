@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from xllm_jax.core import checkpoint, find, mesh, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Part, Stage
+from xllm_jax.models import layers
 from xllm_jax.models.xllm import XLLM
 
 MODELS = "xllm_jax.models"
@@ -27,7 +28,7 @@ def network(part: Part, stage: Stage, name: str) -> nn.Module:
     """Builds one part's network from its SIZES row, the part's own fields and the stage's dtype.
 
     Raises:
-      UserError: unknown network, size or field.
+      UserError: unknown network, size, field or choice of `remat`.
     """
     file, kind = find.attribute(MODELS, part.network, f"parts.{name}.network")
     if part.size not in file.SIZES:
@@ -43,6 +44,11 @@ def network(part: Part, stage: Stage, name: str) -> nn.Module:
             f"{part.network} has no field {sorted(unknown)[0]!r}",
             field=f"parts.{name}.fields",
             mend=f"Choices: {', '.join(sorted(known - {'parent', 'name'}))}",
+        )
+    if stage.remat not in layers.REMAT:
+        choices = ", ".join(layers.REMAT)
+        raise UserError(
+            f"unknown choice {stage.remat!r}", field="remat", mend=f"Choices: {choices}"
         )
     common = {"dtype": jnp.dtype(stage.compute), "remat": stage.remat, "unroll": stage.unroll}
     common = {key: value for key, value in common.items() if key in known}

@@ -150,7 +150,8 @@ class Stage:
       steps: optimizer updates in all.
       mesh: {axis: size} over 'data', 'fsdp' and 'tensor'; -1 takes the devices that are left.
       compute: dtype of the activations; `frozen`: dtype in which frozen parameters are kept.
-      remat: recompute layer activations in the backward pass.
+      remat: what layers compute again in the backward pass: 'none', 'products' (all but the results
+        of matrix products with parameters) or 'all'.
       unroll: layers unrolled per scan step (CPU only; 1 elsewhere).
     """
 
@@ -169,7 +170,7 @@ class Stage:
     )
     compute: str = "bfloat16"
     frozen: str = "bfloat16"
-    remat: bool = False
+    remat: str = "none"
     unroll: int = 1
     seed: int = 0
     log_every: int = 10

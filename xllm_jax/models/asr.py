@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
-from xllm_jax.models.layers import Dense, FeedForward, LayerNorm, attend
+from xllm_jax.models.layers import Dense, FeedForward, LayerNorm, attend, recomputed
 
 Array = jax.Array
 Cache = dict[str, tuple[Array, Array]]
@@ -158,7 +158,7 @@ class ASRDecoder(nn.Module):
     dropout: float = 0.1
     dtype: Any = jnp.float32
     unroll: int = 1
-    remat: bool = False
+    remat: str = "none"
 
     def example(self) -> tuple[Array, Array, Array]:
         """Arguments for `init`."""
@@ -275,8 +275,7 @@ class ASRDecoder(nn.Module):
     ) -> tuple[Array, Cache]:
         """Runs every kind of block over `x` `[batch, tokens, width]`."""
         contexts = {"visual_blocks": visual, "linguistic_blocks": linguistic}
-        block = nn.remat(DecoderBlock, prevent_cse=False) if self.remat else DecoderBlock
-        new = {}
+        block, new = recomputed(DecoderBlock, self.remat), {}
         for name, depth, width in self.kinds():
             context = contexts.get(name)
             if width and context is None:

@@ -6,6 +6,7 @@ ids, and the Q-Former (`qformer.py`) is built from its attention and embeddings.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -38,6 +39,7 @@ class Attention(nn.Module):
         mask: Array | None,
         prefix: tuple[Array, Array] | None = None,
         train: bool = False,
+        seen: Callable[[Array, Array], tuple[Array, Array]] | None = None,
     ) -> tuple[Array, tuple[Array, Array]]:
         """Attends from `x` to `memory`.
 
@@ -47,6 +49,8 @@ class Attention(nn.Module):
           mask: bool, broadcastable to `[batch, heads, queries, prefix + keys]`; True = visible.
           prefix: keys and values `[batch, prefix, heads, head_dim]` put before those of `memory`.
           train: switches dropout on.
+          seen: turns keys and values of `memory` into those that each row of `x` sees, where the
+            rows share memories; None = `memory` has a row for every row of `x`.
 
         Returns:
           output `[batch, queries, width]` and the keys and values of `memory` (without the prefix).
@@ -57,7 +61,7 @@ class Attention(nn.Module):
         query = layers.Dense(**split, name="query")(x)
         key = layers.Dense(**split, name="key")(memory)
         value = layers.Dense(**split, name="value")(memory)
-        keys, values = key, value
+        keys, values = (key, value) if seen is None else seen(key, value)
         if prefix is not None:
             keys = jnp.concatenate([prefix[0].astype(key.dtype), key], axis=1)
             values = jnp.concatenate([prefix[1].astype(value.dtype), value], axis=1)
@@ -181,7 +185,7 @@ class BertEncoder(nn.Module):
       pooler: also return the pooled first token.
       epsilon: of every norm.
       dropout: rate of all dropouts in training (embeddings, attention probabilities, sub-layers).
-      remat: recompute layers in the backward pass.
+      remat: row of `layers.REMAT`.
       unroll: layers per scan step.
     """
 
@@ -196,7 +200,7 @@ class BertEncoder(nn.Module):
     epsilon: float = 1e-12
     dropout: float = 0.1
     dtype: Any = jnp.float32
-    remat: bool = False
+    remat: str = "none"
     unroll: int = 1
 
     @nn.compact

@@ -29,7 +29,7 @@ class ClipVision(nn.Module):
       final_norm: return every feature behind the last norm, so that the first is CLIP's pooled
         vector; False gives the states before it, which Hugging Face calls `last_hidden_state`.
       attention: implementation of `layers.attend`.
-      remat: recompute blocks in the backward pass.
+      remat: row of `layers.REMAT`.
       unroll: blocks per scan step.
     """
 
@@ -43,7 +43,7 @@ class ClipVision(nn.Module):
     final_norm: bool = True
     attention: str | None = None
     dtype: Any = jnp.float32
-    remat: bool = False
+    remat: str = "none"
     unroll: int = 1
 
     def example(self) -> tuple[Array]:

@@ -295,7 +295,7 @@ class SpeechEncoder(nn.Module):
     epsilon: float = 1e-5
     dtype: Any = jnp.float32
     unroll: int = 1
-    remat: bool = False
+    remat: str = "none"
 
     def example(self) -> tuple[Array, Array]:
         """Arguments for `init`."""

@@ -64,7 +64,7 @@ class ContrastModel(nn.Module):
     epsilon: float = 1e-12
     dropout: float = 0.1
     dtype: Any = jnp.float32
-    remat: bool = False
+    remat: str = "none"
     unroll: int = 1
 
     def setup(self):
@@ -132,13 +132,23 @@ class ContrastModel(nn.Module):
         return states, unit(self.text_projection(states))
 
     def match(
-        self, image: Array, ids: Array, mask: Array, train: bool = False
+        self,
+        image: Array,
+        ids: Array,
+        mask: Array,
+        images: Cache | None = None,
+        train: bool = False,
     ) -> tuple[Array, Array]:
         """Do image and text belong together: states `[batch, queries + tokens, width]`, logits.
 
         Logits are `[batch, queries, 2]` float32, (no, yes) per query; their mean is the answer.
+        With `images`, the cache of the `image` pass, there are three texts an image, and `image`
+        holds what the second one is compared with (`qformer.shared_images`): the keys and values
+        of the images themselves are not computed again.
         """
-        states, _ = self.qformer(self._queries(image), image, None, ids, mask, train=train)
+        states, _ = self.qformer(
+            self._queries(ids), image, None, ids, mask, images=images, train=train
+        )
         return states, self.match_head(states[:, : self.queries]).astype(jnp.float32)
 
     def caption(
@@ -162,8 +172,8 @@ class ContrastModel(nn.Module):
         states = states[:, self.queries :]
         return states, self.scores(states)
 
-    def _queries(self, image: Array) -> Array:
-        return jnp.broadcast_to(self.query_tokens, (image.shape[0], *self.query_tokens.shape))
+    def _queries(self, rows: Array) -> Array:
+        return jnp.broadcast_to(self.query_tokens, (rows.shape[0], *self.query_tokens.shape))
 
     def _words(self) -> Array:
         return self.qformer.variables["params"]["embeddings"]["words"]

@@ -212,7 +212,7 @@ class ChatGLM(nn.Module):
       half_angles: rotary tables as a float16 model of the reference computes them.
       implementation: of the attention, see `layers.attend`.
       dtype: compute dtype; unroll: see `layers.stack`.
-      remat: keep nothing but each layer's input for the backward pass (else see KEPT).
+      remat: 'all' keeps nothing but each layer's input for the backward pass (else see KEPT).
     """
 
     vocab: int
@@ -225,14 +225,15 @@ class ChatGLM(nn.Module):
     half_angles: bool = False
     implementation: str | None = None
     dtype: Any = jnp.float32
-    remat: bool = False
+    remat: str = "none"
     unroll: int = 1
 
     def setup(self) -> None:
         self.embedding = self.param(
             "embedding", basic.truncated_normal(), (self.vocab, self.width), jnp.float32
         )
-        policy = None if self.remat else jax.checkpoint_policies.save_only_these_names(*KEPT)
+        names = () if self.remat == "all" else KEPT
+        policy = jax.checkpoint_policies.save_only_these_names(*names)
         block = nn.remat(Block, prevent_cse=False, policy=policy)
         self.layers = basic.stack(block, self.depth, broadcast=3, unroll=self.unroll)(
             heads=self.heads,

@@ -41,7 +41,7 @@ class QFormerInterface(nn.Module):
     epsilon: float = 1e-12
     dropout: float = 0.1
     dtype: Any = jnp.float32
-    remat: bool = False
+    remat: str = "none"
     unroll: int = 1
 
     @nn.compact

@@ -19,6 +19,12 @@ from xllm_jax.core import mesh
 Array = jax.Array
 Initializer = Callable[..., Array]
 
+REMAT = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "all": jax.checkpoint_policies.nothing_saveable,
+}
+
 MASKED = -1e9  # a masked score; finite, so that a row without any visible key becomes uniform
 
 
@@ -165,13 +171,25 @@ def gelu_quick(x: Array) -> Array:
     return x * jax.nn.sigmoid(1.702 * x)
 
 
+def recomputed(block: type[nn.Module], remat: str) -> type[nn.Module]:
+    """A block that computes activations again in the backward pass in the place of keeping them.
+
+    Args:
+      block: module class.
+      remat: row of REMAT: 'none' keeps what autodiff keeps; 'products' the results of products with
+        parameters, so that only cheap operations and attention run twice; 'all' keeps nothing but
+        the block's inputs, and the whole forward pass runs twice.
+    """
+    return block if remat == "none" else nn.remat(block, prevent_cse=False, policy=REMAT[remat])
+
+
 def stack(
     block: type[nn.Module],
     length: int,
     *,
     broadcast: int,
     scanned: int = 0,
-    remat: bool = False,
+    remat: str = "none",
     unroll: int = 1,
 ) -> Callable[..., nn.Module]:
     """Turns a block class into a constructor of `length` scanned blocks with stacked parameters.
@@ -182,12 +200,11 @@ def stack(
       length: number of layers, the leading axis of every parameter.
       broadcast: how many of the inputs after `x` every layer receives whole.
       scanned: how many inputs after those hold one entry per layer on their leading axis.
-      remat: recompute the block in the backward pass instead of keeping its activations.
+      remat: what the backward pass computes again, see `recomputed`.
       unroll: scan iterations unrolled per loop step (a CPU likes all of them).
     """
-    block = nn.remat(block, prevent_cse=False) if remat else block
     return nn.scan(
-        block,
+        recomputed(block, remat),
         variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=(nn.broadcast,) * broadcast + (0,) * scanned,

@@ -7,6 +7,7 @@ feed-forward of its own. `contrast.py` adds the heads of BLIP-2's first stage.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,8 @@ from xllm_jax.models import bert, layers
 
 Array = jax.Array
 Cache = dict[str, Any]
+
+IMAGES = "images"  # entry of a cache: keys and values of the image features
 
 
 def visible(
@@ -51,6 +54,25 @@ def visible(
     return mask[:, :, queries:] if cached else mask
 
 
+def shared_images(kept: tuple[Array, Array], key: Array, value: Array) -> tuple[Array, Array]:
+    """Keys and values for three rows an image: its own, another image's, and its own again.
+
+    Args:
+      kept: of the images themselves, `[images, patches, heads, head_dim]` each.
+      key, value: of the other images, the same shape.
+
+    Returns:
+      keys and values `[3 * images, patches, heads, head_dim]`; rows of an image stay side by side,
+      so that a device that holds an image holds them too.
+    """
+    return interleave(kept[0], key, kept[0]), interleave(kept[1], value, kept[1])
+
+
+def interleave(*rows: Array) -> Array:
+    """Arrays `[n, ...]` to one `[n * arrays, ...]`: the first rows of all, the second ones, ..."""
+    return jnp.stack(rows, axis=1).reshape(-1, *rows[0].shape[1:])
+
+
 class Layer(nn.Module):
     """One layer: self-attention, cross-attention of the queries, feed-forward per kind of row."""
 
@@ -71,25 +93,29 @@ class Layer(nn.Module):
         features: Array | None,
         feature_mask: Array | None,
         prefix: tuple[Array, Array] | None,
-    ) -> tuple[Array, tuple[Array, Array]]:
+        kept: tuple[Array, Array] | None,
+    ) -> tuple[Array, tuple[Array, Array], tuple[Array, Array] | None]:
         """Maps `[batch, rows, width]`; the first `queries` rows are queries.
 
         Returns:
-          new rows, and the keys and values of self-attention `[batch, rows, heads, head_dim]`.
+          new rows, keys and values of self-attention `[batch, rows, heads, head_dim]`, and those of
+          the image `[batch, patches, heads, head_dim]` where the layer reads it.
         """
         y, cache = self._attention("attention")(x, x, mask, prefix, self.train)
         x = self._end("attention", x, y)
         query, text = x[:, : self.queries], x[:, self.queries :]
-        parts = []
+        parts, image = [], None
         if query.shape[1]:
             if self.cross:
                 attend = self._attention("cross_attention")
-                y, _ = attend(query, features, feature_mask, train=self.train)
+                seen = None if kept is None else functools.partial(shared_images, kept)
+                y, image = attend(query, features, feature_mask, train=self.train, seen=seen)
                 query = self._end("cross_attention", query, y)
             parts.append(self._feed_forward("query_feed_forward", query))
         if text.shape[1]:
             parts.append(self._feed_forward("text_feed_forward", text))
-        return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0], cache
+        x = jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+        return x, cache, image
 
     def _attention(self, name: str) -> bert.Attention:
         return bert.Attention(self.heads, self.dropout, self.dtype, name=name)
@@ -118,15 +144,17 @@ class Group(nn.Module):
         features: Array | None,
         feature_mask: Array | None,
         prefix: tuple[Any, ...] | None,
-    ) -> tuple[Array, tuple[Any, ...] | None]:
+        kept: tuple[Array, Array] | None,
+    ) -> tuple[Array, tuple[tuple[Any, ...], Any] | None]:
         """As `Layer`; `prefix` and the returned cache hold one entry per layer of the group."""
-        cache = []
+        cache, images = [], []
         for number in range(self.length):
             layer = Layer(**self.fields, cross=number == 0, name=f"layer_{number}")
             one = None if prefix is None else prefix[number]
-            x, keys = layer(x, mask, features, feature_mask, one)
+            x, keys, image = layer(x, mask, features, feature_mask, one, kept)
             cache.append(keys)
-        return x, tuple(cache) if self.keep_cache else None
+            images.append(image)
+        return x, (tuple(cache), images[0]) if self.keep_cache else None
 
 
 class QFormer(nn.Module):
@@ -138,7 +166,7 @@ class QFormer(nn.Module):
       vocabulary, positions: rows of the text tables; 0 = no text branch.
       epsilon: of every norm.
       dropout: rate of all dropouts in training.
-      remat: recompute groups in the backward pass.
+      remat: row of `layers.REMAT`, by groups.
       unroll: groups per scan step.
     """
 
@@ -152,7 +180,7 @@ class QFormer(nn.Module):
     epsilon: float = 1e-12
     dropout: float = 0.1
     dtype: Any = jnp.float32
-    remat: bool = False
+    remat: str = "none"
     unroll: int = 1
 
     @nn.compact
@@ -165,6 +193,7 @@ class QFormer(nn.Module):
         text_mask: Array | None = None,
         *,
         cache: Cache | None = None,
+        images: Cache | None = None,
         causal: bool = False,
         keep_cache: bool = False,
         train: bool = False,
@@ -178,8 +207,11 @@ class QFormer(nn.Module):
           ids: `[batch, tokens]` int32 text, or None.
           text_mask: `[batch, tokens]` bool, True = a real token; needed with `ids`.
           cache: what an earlier call with `keep_cache` on the queries returned.
+          images: the same; then the batch holds three rows an image, see `shared_images`, and
+            `features` `[batch / 3, patches, encoder width]` are those of the other images.
           causal: captioning, see `visible`.
-          keep_cache: return the keys and values of self-attention.
+          keep_cache: return the keys and values of self-attention, and under 'images' those of the
+            features.
           train: switches dropout on.
 
         Returns:
@@ -195,11 +227,13 @@ class QFormer(nn.Module):
             dtype=self.dtype,
             name="embeddings",
         )(ids, prefix=queries, train=train)
-        before = 0 if cache is None else jax.tree.leaves(cache)[0].shape[-3]
+        own = {name: keys for name, keys in (cache or {}).items() if name != IMAGES}
+        before = jax.tree.leaves(own)[0].shape[-3] if own else 0
         mask = visible(rows + before, text_mask, causal=causal, cached=cache is not None)
+        images = None if images is None else images[IMAGES]
         if feature_mask is not None:
             feature_mask = feature_mask.astype(bool)[:, None, None, :]
-        return self._groups(x, mask, features, feature_mask, cache, rows, keep_cache, train)
+        return self._groups(x, mask, features, feature_mask, own, images, rows, keep_cache, train)
 
     def _groups(
         self,
@@ -207,7 +241,8 @@ class QFormer(nn.Module):
         mask: Array | None,
         features: Array | None,
         feature_mask: Array | None,
-        cache: Cache | None,
+        cache: Cache,
+        images: Cache | None,
         rows: int,
         keep_cache: bool,
         train: bool,
@@ -216,17 +251,20 @@ class QFormer(nn.Module):
         fields = {name: getattr(self, name) for name in ("heads", "hidden", "epsilon", "dropout")}
         fields |= {"queries": rows, "dtype": self.dtype, "train": train}
         count, rest = divmod(self.depth, self.cross_attention_frequency)
-        cache, kept = cache or {}, {}
-        if count:
+        images, kept = images or {}, {IMAGES: {}}
+        for name, length, depth in (
+            ("groups", self.cross_attention_frequency, count),
+            ("tail", rest, min(rest, 1)),
+        ):
+            if not depth:
+                continue
             stack = layers.stack(
-                Group, count, broadcast=3, scanned=1, remat=self.remat, unroll=self.unroll
+                Group, depth, broadcast=3, scanned=2, remat=self.remat, unroll=self.unroll
             )
-            group = stack(self.cross_attention_frequency, keep_cache, fields, name="groups")
-            x, kept["groups"] = group(x, mask, features, feature_mask, cache.get("groups"))
-        if rest:
-            group = layers.stack(Group, 1, broadcast=3, scanned=1, remat=self.remat)
-            group = group(rest, keep_cache, fields, name="tail")
-            x, kept["tail"] = group(x, mask, features, feature_mask, cache.get("tail"))
+            group = stack(length, keep_cache, fields, name=name)
+            x, made = group(x, mask, features, feature_mask, cache.get(name), images.get(name))
+            if keep_cache:
+                kept[name], kept[IMAGES][name] = made
         return x, kept if keep_cache else None
 
 

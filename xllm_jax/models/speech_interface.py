@@ -36,7 +36,7 @@ class CFormer(nn.Module):
     relu: bool = True
     dropout: float = 0.1
     dtype: Any = jnp.float32
-    remat: bool = False
+    remat: str = "none"
     unroll: int = 1
 
     @nn.compact
@@ -93,7 +93,7 @@ class SpeechInterface(nn.Module):
     recorded_padding: bool = False
     dropout: float = 0.1
     dtype: Any = jnp.float32
-    remat: bool = False
+    remat: str = "none"
     unroll: int = 1
 
     def setup(self) -> None:

@@ -85,7 +85,7 @@ class VisionTransformer(nn.Module):
       width, depth, heads, hidden: sizes of the stack (`hidden`: feed-forward).
       drop_path: largest drop-path rate, reached at the last block (0 in every published config).
       attention: implementation of `layers.attend`.
-      remat: recompute blocks in the backward pass.
+      remat: row of `layers.REMAT`.
       unroll: blocks per scan step.
     """
 
@@ -99,7 +99,7 @@ class VisionTransformer(nn.Module):
     drop_path: float = 0.0
     attention: str | None = None
     dtype: Any = jnp.float32
-    remat: bool = False
+    remat: str = "none"
     unroll: int = 1
 
     def example(self) -> tuple[Array]:

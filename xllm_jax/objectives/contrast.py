@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from xllm_jax.models.contrast import ContrastModel
+from xllm_jax.models.qformer import interleave
 
 Array = jax.Array
 Metrics = dict[str, Array]
@@ -118,8 +119,7 @@ def pair_loss(
     found = {"itc": contrastive(*similar, smoothing, weights)}
     if negatives is None:
         negatives = sample_negatives(keys["negatives"], *similar, negative_rule, weights)
-    _, per_query = run("match", *matching_rows(image, ids, mask, *negatives))
-    found["itm"] = matching(per_query, weights)
+    found["itm"] = matching(_match(run, image, ids, mask, cache, *negatives), weights)
     _, logits = run("caption", ids.at[:, 0].set(start), mask, cache)
     real = mask & (weights > 0)[:, None]
     found["itg"] = captioning(logits, ids, real, smoothing, shards)
@@ -244,6 +244,21 @@ def matching_rows(
         jnp.concatenate([ids, ids, ids[texts]]),
         jnp.concatenate([mask, mask, mask[texts]]),
     )
+
+
+def _match(
+    run: Any, image: Array, ids: Array, mask: Array, cache: Any, images: Array, texts: Array
+) -> Array:
+    """Logits `[3B, queries, 2]` of `matching_rows`, in its order.
+
+    Rows of one image run side by side and share the keys and values of the image pass, since to
+    compute them for every row was a tenth of the stage's work.
+    """
+    images, texts = jnp.asarray(images), jnp.asarray(texts)
+    ids, mask = (interleave(x, x, x[texts]) for x in (ids, mask))
+    _, logits = run("match", image[images], ids, mask, cache)
+    logits = logits.reshape(-1, 3, *logits.shape[1:])
+    return logits.swapaxes(0, 1).reshape(-1, *logits.shape[2:])
 
 
 def matching(per_query: Array, weights: Array) -> tuple[Array, Array]:

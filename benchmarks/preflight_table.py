@@ -1,0 +1,126 @@
+"""The preflight of every stage on every slice: compiles what is missing, prints the tables.
+
+TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 PYTHONPATH=. JAX_PLATFORMS=cpu \
+    python benchmarks/preflight_table.py [--stages=stage2_image,...] [--slices=v5e-16,...] \
+    [--batches=configured,largest] [--folder=benchmarks/preflight] [--show]
+
+Each cell of the table is a JSON file of its own, so that a second call goes on where the first one
+stopped; `--show` compiles nothing. 'configured' is the config as it is, 'largest' the largest
+micro-batch of the same update that fits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from xllm_jax.core.stage import Stage
+from xllm_jax.preflight import plan, report, targets
+
+STAGES = (
+    "stage1_speech", "stage1_image", "stage2_image", "stage2_video", "stage2_speech",
+    "stage3_instruction",
+)  # fmt: skip
+SLICES = ("v5e-16", "v5p-8", "v4-32")
+BATCHES = ("configured", "largest")
+HEADER = (
+    "stage", "slice", "rows x accumulation", "GiB of GiB a chip", "state + temporaries",
+    "FLOPs / needed", "GB sent", "s an update", "limit", "samples/s", "days", "chip-hours",
+    "compiled in s",
+)  # fmt: skip
+
+
+def place(folder: Path, cell: tuple[str, str, str]) -> Path:
+    """File of one cell: (stage, slice, batch)."""
+    return folder / f"{'_'.join(cell)}.json"
+
+
+def measure(cell: tuple[str, str, str], folder: Path) -> None:
+    """Compiles one cell and writes its file."""
+    name, slice_, batch = cell
+    stage: Stage = importlib.import_module(f"configs.{name}").get_config("real")
+    target = targets.parse(slice_)
+    found = plan.make(stage, target) if batch == "configured" else plan.largest(stage, target)
+    record = {"fits": False} if found is None else report.record(found, None, None)
+    page = "nothing fits\n" if found is None else report.text(found, None, None)
+    report.write(folder, place(folder, cell).stem, page, record)
+
+
+def needless(cell: tuple[str, str, str], folder: Path) -> bool:
+    """Whether the config's micro-batch is the whole update and fits: no larger one is possible."""
+    name, slice_, batch = cell
+    configured = place(folder, (name, slice_, "configured"))
+    if batch == "configured" or not configured.exists():
+        return False
+    known = json.loads(configured.read_text())
+    return known["fits"] and known["accumulation"] == 1
+
+
+def line(cell: tuple[str, str, str], record: dict[str, Any]) -> list[str]:
+    """One row of the table."""
+    shown = list(cell[:2])
+    if "rows" not in record:
+        return [*shown, "none fits", *[""] * (len(HEADER) - 3)]
+    used, speed = record["memory_per_chip"], record["speed"]
+    state = used["total"] - used["temporaries"]
+    sent = sum(row["sent"] for row in record["collectives"].values())
+    fits = "" if record["fits"] else ", DOES NOT FIT"
+    cells = [
+        f"{record['rows']} x {record['accumulation']}",
+        f"{report.gib(used['total'])} of {record['chip_memory'] >> 30}{fits}",
+        f"{report.gib(state)} + {report.gib(used['temporaries'])}",
+        f"{record['flops'] / record['minimum_flops']:.3f}",
+    ]
+    if not record["fits"]:
+        return [*shown, *cells, *[""] * 6, f"{record['compile_seconds']:.0f}"]
+    return [
+        *shown,
+        *cells,
+        f"{sent / 1e9:.1f}",
+        f"{speed['seconds'] * record['accumulation']:.2f}",
+        speed["limit"],
+        f"{speed['samples_per_second']:.0f}",
+        f"{speed['days']:.2f}",
+        f"{speed['chip_hours']:.0f}",
+        f"{record['compile_seconds']:.0f}",
+    ]
+
+
+def table(cells: list[tuple[str, str, str]], folder: Path) -> Iterator[str]:
+    """Markdown of the cells that are there."""
+    yield "| " + " | ".join(HEADER) + " |"
+    yield "| " + " | ".join("---" for _ in HEADER) + " |"
+    for cell in cells:
+        if place(folder, cell).exists():
+            row = line(cell, json.loads(place(folder, cell).read_text()))
+            yield "| " + " | ".join(row) + " |"
+
+
+def main() -> None:
+    """Fills the folder and prints one table for each kind of batch."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--stages", default=",".join(STAGES))
+    parser.add_argument("--slices", default=",".join(SLICES))
+    parser.add_argument("--batches", default=",".join(BATCHES))
+    parser.add_argument("--folder", type=Path, default=Path("benchmarks/preflight"))
+    parser.add_argument("--show", action="store_true")
+    given = parser.parse_args()
+    for batch in given.batches.split(","):
+        cells = [(s, t, batch) for s in given.stages.split(",") for t in given.slices.split(",")]
+        for cell in cells:
+            known = place(given.folder, cell).exists() or needless(cell, given.folder)
+            if not given.show and not known:
+                measure(cell, given.folder)
+                jax.clear_caches()
+        print(f"\n{batch}\n")
+        print("\n".join(table(cells, given.folder)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
