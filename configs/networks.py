@@ -85,8 +85,8 @@ def is_tiny(size: str) -> bool:
 def numerics(size: str, remat: str = "none") -> dict:
     """Dtypes, scan options and mesh: bfloat16 on accelerators; the miniature runs on any CPU.
 
-    Parameters are split over all devices, since the frozen ones alone would fill a chip. Layers keep
-    what their backward pass needs: to compute them again would be a quarter more work
+    Parameters are split over all devices, since the frozen ones alone would fill a chip. Layers
+    keep what their backward pass needs: to compute them again would be a quarter more work
     (docs/preflight.md).
 
     Args:
