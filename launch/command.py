@@ -15,7 +15,13 @@ from ml_collections.config_flags import config_flags
 
 from xllm_jax.core.errors import UserError
 
-FAILED, STOPPED = 2, 130
+# Exit codes. 0: done. After SAVED and LOST the same command continues the run; after FAILED and
+# DIVERGED it would fail again.
+FAILED = 2  # a user's mistake
+DIVERGED = 3  # the loss is not a number, or has left its path
+SAVED = 75  # SIGTERM: the run was saved
+LOST = 76  # a host stalled or was lost
+STOPPED = 130  # Ctrl-C
 
 
 def run(main: Callable[[list[str]], Any]) -> NoReturn:

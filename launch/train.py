@@ -3,7 +3,9 @@
     python launch/train.py --config=configs/stage2_image.py[:tiny] --workdir=DIR \
         [--config.optimizer.peak=1e-4] [--config.data.mix.captions=0]
 
-The same command continues a run that was stopped.
+The same command continues a run that was stopped. On several hosts it runs on each of them, with
+--hosts=auto or --hosts=ADDRESS:PORT --host_count=N --host_index=I (launch/hosts.py). Exit codes:
+launch/command.py.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 from absl import flags
 from ml_collections import config_flags
 
-from launch import command
+from launch import command, hosts
 from xllm_jax import loop
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Stage file: configs/NAME.py[:tiny].")
@@ -19,6 +21,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, 
 
 
 def main(_: list[str]) -> None:
+    hosts.join()
     result = loop.fit(CONFIG.value, WORKDIR.value)
     print(f"Trained parts: {result}")
 

@@ -1,0 +1,63 @@
+"""The flags by which a command runs on several hosts, and how it joins them.
+
+--hosts=                                    one process (the default)
+--hosts=auto                                a TPU pod, SLURM, Kubernetes or Open MPI
+--hosts=ADDRESS:PORT --host_count=N --host_index=I      anywhere else
+"""
+
+from __future__ import annotations
+
+from absl import flags
+
+from xllm_jax.core import hosts
+from xllm_jax.core.errors import UserError
+
+HOSTS = flags.DEFINE_string(
+    "hosts",
+    "",
+    "'' runs one process; 'auto' joins the hosts of a TPU pod, SLURM step or Kubernetes job; "
+    "ADDRESS:PORT of host 0 joins --host_count hosts.",
+)
+COUNT = flags.DEFINE_integer("host_count", None, "Number of hosts, with --hosts=ADDRESS:PORT.")
+INDEX = flags.DEFINE_integer("host_index", None, "Which host this is, 0 to host_count - 1.")
+
+
+def join() -> None:
+    """Joins the hosts that the flags name; call it before anything touches a device.
+
+    Raises:
+      UserError: the flags contradict each other, or the hosts do not come together.
+    """
+    check(HOSTS.value, COUNT.value, INDEX.value)
+    if HOSTS.value:
+        address = "" if HOSTS.value == "auto" else HOSTS.value
+        hosts.join(address, COUNT.value, INDEX.value)
+
+
+def check(address: str, count: int | None, index: int | None) -> None:
+    """Raises `UserError` for flags that do not fit together."""
+    if address in ("", "auto"):
+        for name, value in (("host_count", count), ("host_index", index)):
+            if value is not None:
+                raise UserError(
+                    "goes with an address only", field=f"--{name}", mend="Give --hosts=ADDRESS:PORT"
+                )
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise UserError(
+            f"{address!r} is no address with a port",
+            field="--hosts",
+            mend="Give ADDRESS:PORT such as 10.0.0.1:1234, 'auto', or nothing",
+        )
+    for name, value in (("host_count", count), ("host_index", index)):
+        if value is None:
+            raise UserError("is missing", field=f"--{name}", mend="--hosts=ADDRESS:PORT needs it")
+    if count < 1:
+        raise UserError(f"{count} hosts", field="--host_count", mend="Give 1 or more")
+    if not 0 <= index < count:
+        raise UserError(
+            f"{index} is not one of {count} hosts",
+            field="--host_index",
+            mend=f"Give 0 to {count - 1}",
+        )
