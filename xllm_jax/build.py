@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from xllm_jax.core import checkpoint, find, mesh, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Part, Stage
+from xllm_jax.data import features
 from xllm_jax.models import layers
 from xllm_jax.models.xllm import XLLM
 
@@ -59,7 +60,8 @@ def model(stage: Stage) -> XLLM:
     """Composes the networks of a stage; holds no parameters.
 
     Raises:
-      UserError: a modality names a part that the stage does not have.
+      UserError: a modality names a part that the stage does not have, or `data.cache` is not a
+        cache of features.
     """
     networks = {name: network(part, stage, name) for name, part in stage.parts.items()}
     rows = tuple((name, m.encoder, m.interface) for name, m in stage.modalities.items())
@@ -71,7 +73,30 @@ def model(stage: Stage) -> XLLM:
                     field=f"modalities.{name}",
                     mend=f"Choices: {', '.join(networks)}",
                 )
-    return XLLM(networks=networks, modalities=rows)
+    made = XLLM(networks=networks, modalities=rows)
+    cached = features.steps(stage.data.cache) if stage.data.cache else {}
+    return dataclasses.replace(made, frozen=frozen_steps(stage, made), cached=cached)
+
+
+def uncached(xllm: XLLM) -> XLLM:
+    """The same networks, fed with media themselves."""
+    return dataclasses.replace(xllm, cached={})
+
+
+def frozen_steps(stage: Stage, xllm: XLLM) -> dict[str, int]:
+    """{modality: how many of its first steps hold nothing that `stage.trainable` names}."""
+    parts = {part for modality, *pair in xllm.modalities for part in pair}
+    key = jax.random.key(0)
+    tree = {n: jax.eval_shape(lambda n=n: fresh(xllm.networks[n], key)) for n in sorted(parts)}
+    patterns = tuple((pattern, None) for pattern in stage.trainable)
+    trains = [p for p in rules.flatten(tree) if rules.first_match(patterns, p) is not None]
+
+    def count(modality: str) -> int:
+        steps = xllm.chain(modality)
+        first = (n for n, step in enumerate(steps) if any(step.owns(path) for path in trains))
+        return next(first, len(steps))
+
+    return {modality: count(modality) for modality, *_ in xllm.modalities}
 
 
 def fresh(network: nn.Module, key: jax.Array) -> dict[str, Any]:
@@ -80,9 +105,18 @@ def fresh(network: nn.Module, key: jax.Array) -> dict[str, Any]:
 
 
 def shapes(xllm: XLLM) -> dict[str, Any]:
-    """Shapes of every parameter, `{part: tree}`, without allocating anything."""
-    key = jax.random.key(0)
-    return {n: jax.eval_shape(lambda m=m: fresh(m, key)) for n, m in xllm.networks.items()}
+    """Shapes of every parameter, `{part: tree}`, without allocating anything.
+
+    What works only on media whose outputs come cached is left out.
+    """
+    key, unread = jax.random.key(0), xllm.unread()
+    tree = {n: jax.eval_shape(lambda m=m: fresh(m, key)) for n, m in xllm.networks.items()}
+    if not unread:
+        return tree
+    flat = rules.flatten(tree)
+    return rules.unflatten(
+        {path: x for path, x in flat.items() if not any(step.owns(path) for step in unread)}
+    )
 
 
 def specs(stage: Stage, tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,6 +129,7 @@ def specs(stage: Stage, tree: Mapping[str, Any]) -> dict[str, Any]:
             total=False,
         )
         for name, part in stage.parts.items()
+        if name in tree
     }
 
 
@@ -112,7 +147,11 @@ def abstract_parameters(
 
 
 def parameters(
-    stage: Stage, xllm: XLLM, device_mesh: Mesh, dtypes: Mapping[str, Any] | None = None
+    stage: Stage,
+    xllm: XLLM,
+    device_mesh: Mesh,
+    dtypes: Mapping[str, Any] | None = None,
+    only: Collection[str] | None = None,
 ) -> dict[str, Any]:
     """Every part's parameters, drawn or loaded as `stage.init` says, sharded and in their dtype.
 
@@ -124,18 +163,23 @@ def parameters(
       xllm: the networks.
       device_mesh: where the parameters go.
       dtypes: tree of dtypes per leaf; float32 everywhere when None.
+      only: paths of the leaves that are wanted; None for all that the networks read.
 
     Raises:
       UserError: `init` names a subtree that no part has, or a source does not fit.
     """
     like = abstract_parameters(stage, xllm, device_mesh, dtypes)
+    if only is not None:
+        like = {path: x for path, x in like.items() if path in only}
+    whole = rules.flatten(shapes(uncached(xllm)))
+    unread = {path: x for path, x in whole.items() if path not in like}
     params: dict[str, Any] = {}
-    for prefix, source in sorted(stage.init.items(), key=lambda row: row[0].count("/")):
-        wanted = {p: x for p, x in like.items() if p == prefix or p.startswith(prefix + "/")}
-        if not wanted:
+    for prefix, source in ordered(stage.init):
+        wanted, others = below(prefix, like), below(prefix, unread)
+        if not wanted and not others:
             raise UserError("no part has this subtree", field=f"init.{prefix}", mend="See parts")
-        if source:
-            params |= load(source, prefix, wanted)
+        if source and wanted:
+            params |= load(source, prefix, wanted, others)
     for name, net in xllm.networks.items():
         missing = {p: x for p, x in like.items() if p.startswith(name + "/") and p not in params}
         if missing:
@@ -143,6 +187,16 @@ def parameters(
             key = jax.random.fold_in(jax.random.key(stage.seed), stream)
             params |= draw(net, name, key, missing)
     return rules.unflatten(params)
+
+
+def ordered(init: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Rows of `init`, whole parts before subtrees of theirs, which then prevail."""
+    return sorted(init.items(), key=lambda row: row[0].count("/"))
+
+
+def below(prefix: str, flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves of one subtree."""
+    return {p: x for p, x in flat.items() if p == prefix or p.startswith(prefix + "/")}
 
 
 def draw(
@@ -158,30 +212,65 @@ def draw(
 
 
 def load(
-    source: str, prefix: str, like: Mapping[str, jax.ShapeDtypeStruct]
+    source: str,
+    prefix: str,
+    like: Mapping[str, jax.ShapeDtypeStruct],
+    others: Collection[str] = (),
 ) -> dict[str, jax.Array]:
     """Loads the leaves of one subtree (flat) from 'DIR' or 'DIR:other_subtree'.
 
     A '*' at the end of the source takes only the leaves that both sides have, and says how many
     were left; without it, every leaf must be there and none may be over.
 
+    Args:
+      source: where from.
+      prefix: of the subtree.
+      like: the leaves that are wanted.
+      others: leaves of the subtree that the model has and that are not wanted.
+
     Raises:
       UserError: nothing there, or it does not fit.
     """
-    directory, _, other = source.removesuffix("*").partition(":")
-    inner = other or prefix
+    place, inner = origin(source, prefix)
     renamed = {inner + path[len(prefix) :]: x for path, x in like.items()}
-    place = locate(directory, inner)
-    origin = checkpoint.base_origin(place)
-    if origin:
-        print(f"{prefix}: {place}, {origin}", file=sys.stderr, flush=True)
+    unread = [inner + path[len(prefix) :] for path in others]
+    told = checkpoint.base_origin(place)
+    if told:
+        print(f"{prefix}: {place}, {told}", file=sys.stderr, flush=True)
     if source.endswith("*"):
         held = checkpoint.base_about(place)["shapes"]
         shared = {path: x for path, x in renamed.items() if path in held}
         logging.info("%s: %d of %d leaves from %s", prefix, len(shared), len(renamed), place)
         renamed = shared or renamed
-    found = checkpoint.load_leaves(place, inner, renamed, exact=not source.endswith("*"))
+    exact = not source.endswith("*")
+    found = checkpoint.load_leaves(place, inner, renamed, exact, unread)
     return {prefix + path[len(inner) :]: leaf for path, leaf in found.items()}
+
+
+def origin(source: str, prefix: str) -> tuple[Path, str]:
+    """(folder that really holds what a row of `init` names, the subtree there)."""
+    directory, _, other = source.removesuffix("*").partition(":")
+    inner = other or prefix
+    return locate(directory, inner), inner
+
+
+def origins(init: Mapping[str, str], paths: Collection[str]) -> dict[str, tuple[Path, str]]:
+    """{parameter: (folder, path there)} of those of `paths` that are not drawn.
+
+    Raises:
+      UserError: a folder is missing.
+    """
+    found: dict[str, tuple[Path, str]] = {}
+    for prefix, source in ordered(init):
+        wanted = below(prefix, dict.fromkeys(paths))
+        if not source or not wanted:
+            continue
+        place, inner = origin(source, prefix)
+        held = checkpoint.base_about(place)["shapes"]
+        named = {path: inner + path[len(prefix) :] for path in wanted}
+        taken = {path: (place, n) for path, n in named.items() if n in held or source[-1] != "*"}
+        found |= taken
+    return found
 
 
 def locate(directory: str | Path, part: str) -> Path:

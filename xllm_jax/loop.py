@@ -14,6 +14,7 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 
 from xllm_jax import build, train
+from xllm_jax.cache import check
 from xllm_jax.core import checkpoint, mesh, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.log import Log
@@ -37,9 +38,10 @@ def fit(stage: Stage, workdir: str | Path, stop_after: int | None = None) -> Pat
     workdir = Path(workdir)
     device_mesh = mesh.make(stage.mesh)
     xllm = build.model(stage)
+    cached = check.verified(stage, xllm, device_mesh)
     state, optimizer, schedule = train.initial_state(stage, xllm, device_mesh)
     describe(state)
-    base = {part: checkpoint.identity(tree) for part, tree in state.frozen.items()}
+    base = check.base(state.frozen, cached)
     checkpoints = checkpoint.Checkpoints(workdir, stage.keep)
     state, position = resume(state, checkpoints, base)
     batches = open_batches(stage, workdir, position)
@@ -52,7 +54,10 @@ def fit(stage: Stage, workdir: str | Path, stop_after: int | None = None) -> Pat
     log.close()
     checkpoints.close()
     if int(state.step) == total:
-        write_result(stage, state, base, workdir / "final")
+        params = rules.join(state.trainable, state.frozen)
+        trained = {part: params[part] for part in state.trainable}
+        trained = check.completed(stage, xllm, device_mesh, trained, cached)
+        write_result(stage, trained, base, workdir / "final")
     return workdir / "final"
 
 
@@ -181,10 +186,10 @@ def resume(
     )
 
 
-def write_result(stage: Stage, state: State, base: Mapping[str, str], directory: Path) -> None:
+def write_result(
+    stage: Stage, trained: Mapping[str, Any], base: Mapping[str, str], directory: Path
+) -> None:
     """Writes every part that trained, whole, as a base that later stages can name."""
-    params = rules.join(state.trainable, state.frozen)
-    trained = {part: params[part] for part in state.trainable}
     about = {"stage": dataclasses.asdict(stage), "base": dict(base)}
     checkpoint.save_base(directory, trained, about)
 

@@ -109,7 +109,7 @@ def dtypes(stage: Stage, model: XLLM) -> dict[str, Any]:
 
 
 def stage_of(directory: str | Path) -> Stage:
-    """The stage of a finished run, its data's paths resolved."""
+    """The stage of a finished run, its data's paths resolved; it reads media, not cached ones."""
     stage = parse_stage(checkpoint.base_about(final(directory))["stage"])
     data = stage.data
     files = {
@@ -117,7 +117,7 @@ def stage_of(directory: str | Path) -> Stage:
         for name in ("root", "tokenizer", "characters", "vocabulary")
         if getattr(data, name)
     }
-    return dataclasses.replace(stage, data=dataclasses.replace(data, **files))
+    return dataclasses.replace(stage, data=dataclasses.replace(data, **files, cache=""))
 
 
 def parse_stage(record: Mapping[str, Any]) -> Stage:

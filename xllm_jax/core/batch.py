@@ -24,7 +24,8 @@ class Media:
 
     Attributes:
       values: `[B, M, ...]` float32, items as the encoder reads them (images, video frames,
-        filterbanks). M may differ between modalities, and may be 0.
+        filterbanks), or what frozen networks made of them (`data/features.py`) in its own dtype.
+        M may differ between modalities, and may be 0.
       lengths: `[B, M]` int32, valid steps of each item; 0 marks an empty slot.
       counts: `[B, M]` int32, embeddings wanted from each item (the token count of a speech slot);
         None lets the interface predict them.
@@ -68,21 +69,21 @@ def zeros(
     rows: int,
     length: int,
     answers: int,
-    media: Mapping[str, tuple[int, tuple[int, ...]]] | None = None,
+    media: Mapping[str, tuple[Any, ...]] | None = None,
 ) -> Batch:
     """An all-padding batch of the given sizes, for init, tests and ahead-of-time compilation.
 
     Args:
       rows, length, answers: B, T and A.
-      media: {modality: (items per row M, shape of one item)}.
+      media: {modality: (items per row M, shape of one item[, its dtype])}.
     """
 
     def integers(*shape: int) -> np.ndarray:
         return np.zeros(shape, np.int32)
 
-    def empty(items: int, shape: tuple[int, ...]) -> Media:
+    def empty(items: int, shape: tuple[int, ...], dtype: Any = np.float32) -> Media:
         return Media(
-            values=np.zeros((rows, items, *shape), np.float32),
+            values=np.zeros((rows, items, *shape), dtype),
             lengths=integers(rows, items),
             counts=integers(rows, items),
             index=integers(rows, length) - 1,

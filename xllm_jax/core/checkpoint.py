@@ -11,11 +11,10 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
-import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from xllm_jax.core import rules
+from xllm_jax.core import fingerprint, rules
 from xllm_jax.core.errors import UserError
 
 FORMAT = 1
@@ -37,24 +36,8 @@ def to_json(stage: Any) -> str:
 
 
 def identity(tree: Mapping[str, Any]) -> str:
-    """Hash of a parameter tree: paths, shapes, dtypes and every value's bytes (hex, 16 digits).
-
-    Values enter as two exact integer checksums computed where the array lies, so that a sharded
-    tree is not gathered on the host.
-    """
-    digest = hashlib.sha256()
-    for path, leaf in rules.flatten(tree).items():
-        sums = [int(value) for value in _checksum(leaf)]
-        digest.update(f"{path} {tuple(leaf.shape)} {leaf.dtype} {sums}\n".encode())
-    return digest.hexdigest()[:16]
-
-
-@jax.jit
-def _checksum(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
-    width = {1: np.uint8, 2: np.uint16, 4: np.uint32}[leaf.dtype.itemsize]
-    bits = jax.lax.bitcast_convert_type(leaf, width).astype(np.uint32).reshape(-1)
-    place = jax.lax.iota(np.uint32, bits.shape[0]) * np.uint32(2654435761) + np.uint32(1)
-    return bits.sum(dtype=np.uint32), (bits * place).sum(dtype=np.uint32)
+    """Hash of a parameter tree: paths, shapes, dtypes and every value's bytes (hex, 16 digits)."""
+    return fingerprint.combined(fingerprint.of_tree(tree))
 
 
 class Checkpoints:
@@ -329,6 +312,7 @@ def load_leaves(
     prefix: str,
     like: Mapping[str, jax.ShapeDtypeStruct],
     exact: bool = True,
+    unread: Collection[str] = (),
 ) -> dict[str, jax.Array]:
     """Reads one subtree of a base into the shapes, dtypes and shardings of `like`.
 
@@ -336,7 +320,8 @@ def load_leaves(
       directory: folder written by `save_base`.
       prefix: path of the subtree inside the base, such as 'llm' or 'speech_interface/cif'.
       like: {path: `jax.ShapeDtypeStruct` with sharding}, flat, every path below `prefix`.
-      exact: refuse a base that holds more leaves below `prefix` than `like`.
+      exact: refuse a base that holds more leaves below `prefix` than `like` and `unread`.
+      unread: paths that the base should hold, too, and that are not wanted.
 
     Returns:
       {path: array}, flat.
@@ -345,7 +330,8 @@ def load_leaves(
       UserError: no such subtree, a leaf missing or extra, or another shape; names the leaf.
     """
     about = base_about(directory)
-    _check_leaves(directory, prefix, about["shapes"], like, exact)
+    held = {path: shape for path, shape in about["shapes"].items() if path not in unread}
+    _check_leaves(directory, prefix, held, like, exact)
     target = rules.unflatten(like)
     restore_args = jax.tree.map(
         lambda x: ocp.ArrayRestoreArgs(dtype=x.dtype, sharding=x.sharding, global_shape=x.shape),

@@ -105,6 +105,7 @@ class Data:
       deadline: seconds that reading one file may take; then it is quarantined and its decoder, a
         process, is replaced. 0 decodes in threads of the training process, without a deadline, and
         takes 0.7 times the CPU time for an image of 224 pixels.
+      cache: folder of launch/cache.py with the outputs of what is frozen; '' computes them.
       max_bad_share: the run stops when a larger share of records could not be read.
     """
 
@@ -130,6 +131,7 @@ class Data:
     speech: dict[str, Any] = dataclasses.field(default_factory=dict)
     threads: int = 4
     deadline: float = 0.0
+    cache: str = ""
     max_bad_share: float = 0.01
 
 

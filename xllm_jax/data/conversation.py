@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from xllm_jax.core.batch import Batch, Media, zeros
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data
 from xllm_jax.data import media, prompt
+from xllm_jax.data.features import Features
 from xllm_jax.data.record import PROMPT, DoesNotFit, Mode, Record, Skipped
 from xllm_jax.data.tokenizer import ChatGLMTokenizer
 
@@ -26,6 +28,7 @@ class Tools:
 
     tokenizer: ChatGLMTokenizer
     style: prompt.Template
+    features: Features | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +77,8 @@ def tools(data: Data) -> Tools:
                 field="data.embeddings",
             )
         media.form(modality, data)
-    return Tools(ChatGLMTokenizer(data.tokenizer), prompt.template(data.template))
+    cached = Features(data.cache) if data.cache else None
+    return Tools(ChatGLMTokenizer(data.tokenizer), prompt.template(data.template), cached)
 
 
 def plan(records: Sequence[Record], kit: Tools, data: Data, mode: Mode) -> Plan:
@@ -225,6 +229,16 @@ def batches(records: Sequence[Record], kit: Tools, data: Data, mode: Mode) -> li
     return [*plans[:-1], *(dataclasses.replace(p, skipped=tuple(skipped)) for p in plans[-1:])]
 
 
+def shapes(data: Data, features: Features | None) -> dict[str, tuple[Any, ...]]:
+    """{modality: (items per row, shape of an item, dtype)} of the batches."""
+
+    def item(name: str) -> tuple[Any, ...]:
+        known = features and features.item(name)
+        return known or (media.form(name, data).shape, np.float32)
+
+    return {name: (items, *item(name)) for name, items in data.items.items()}
+
+
 def fill(
     made: Plan, rows: slice, kit: Tools, data: Data, mode: Mode, load: media.Load = media.load
 ) -> tuple[Batch, list[Skipped]]:
@@ -234,9 +248,9 @@ def fill(
       (Batch with the B rows of this host, the examples whose files could not be read; their rows
       go on without them).
     """
-    shapes = {name: (items, media.form(name, data).shape) for name, items in data.items.items()}
+    load = kit.features.loader(load) if kit.features else load
     mine = made.rows[rows]
-    batch = zeros(len(mine), data.length, data.answers, shapes)
+    batch = zeros(len(mine), data.length, data.answers, shapes(data, kit.features))
     skipped: list[Skipped] = []
     for number, row in enumerate(mine):
         used = dict.fromkeys(["tokens", "answers", *data.items], 0)

@@ -25,27 +25,34 @@ class Form:
     Attributes:
       items: media items per file.
       shape: of one item.
+      fields: names of the fields of Data that its values depend on.
+      random: options, by their full names, that change its values from one epoch to the next.
       spoken: the slot is as long as what is said.
     """
 
     items: int
     shape: tuple[int, ...]
+    fields: tuple[str, ...]
+    random: tuple[str, ...] = ()
     spoken: bool = False
 
 
 def _image(data: Data) -> Form:
     size = data.image.get("size", 224)
-    return Form(1, (size, size, 3))
+    random = tuple(f"data.image.{name}" for name in ("scale", "flip") if data.image.get(name))
+    return Form(1, (size, size, 3), ("image",), random)
 
 
 def _video(data: Data) -> Form:
     options = data.image | data.video
     size = options.get("size", 224)
-    return Form(options.get("frames", 5), (size, size, 3))
+    return Form(options.get("frames", 5), (size, size, 3), ("image", "video"))
 
 
 def _speech(data: Data) -> Form:
-    return Form(1, (data.frames[-1], data.speech.get("bins", 80)), spoken=True)
+    random = ("data.speech.specaugment",) if data.speech.get("specaugment") else ()
+    shape = (data.frames[-1], data.speech.get("bins", 80))
+    return Form(1, shape, ("speech", "frames"), random, spoken=True)
 
 
 def _load_image(path: str, data: Data, rng: np.random.Generator, train: bool) -> np.ndarray:

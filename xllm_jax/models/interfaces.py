@@ -6,7 +6,7 @@ frames, each through the same interface. The speech interface is in `speech_inte
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -44,23 +44,41 @@ class QFormerInterface(nn.Module):
     remat: str = "none"
     unroll: int = 1
 
+    STEPS: ClassVar = (("norm", "queries", "qformer"), ("adapter",))
+
     @nn.compact
     def __call__(
-        self, features: Array, lengths: Array, counts: Array | None = None, train: bool = False
+        self,
+        features: Array,
+        lengths: Array,
+        counts: Array | None = None,
+        train: bool = False,
+        steps: tuple[int, int] = (0, 2),
     ) -> tuple[Array, Array]:
         """Reads features into a fixed number of embeddings.
 
         Args:
-          features: `[batch, patches, encoder width]`.
+          features: `[batch, patches, encoder width]`; before the second step, what the first gave.
           lengths: `[batch]` int32, valid features of each row; 0 = no image, whose embeddings are
             finite and mean nothing.
           counts: ignored; the number of embeddings is `queries`.
           train: switches dropout on.
+          steps: which of STEPS, first and behind the last.
 
         Returns:
-          embeddings `[batch, queries, llm_width]` in `dtype`; counts `[batch]` int32, `queries`, or
-          0 where there is no image.
+          embeddings `[batch, queries, llm_width]` in `dtype`, or before the adapter `[batch,
+          queries, width]`; counts `[batch]` int32, `queries`, or 0 where there is no image.
         """
+        x, counts = features, lengths
+        if steps[0] == 0:
+            x = self._read(features, lengths, train)
+            counts = jnp.where(lengths > 0, self.queries, 0).astype(jnp.int32)
+        if steps[1] == 2:
+            x = layers.Dense(self.llm_width, dtype=self.dtype, name="adapter")(x)
+        return x, counts
+
+    def _read(self, features: Array, lengths: Array, train: bool) -> Array:
+        """Final states of the queries, `[batch, queries, width]`."""
         image = layers.LayerNorm(self.norm_epsilon, self.dtype, name="norm")(features)
         tokens = self.param(
             "queries", layers.truncated_normal(), (self.queries, self.width), jnp.float32
@@ -83,8 +101,7 @@ class QFormerInterface(nn.Module):
             jnp.arange(features.shape[1]) < lengths[:, None],
             train=train,
         )
-        embeddings = layers.Dense(self.llm_width, dtype=self.dtype, name="adapter")(states)
-        return embeddings, jnp.where(lengths > 0, self.queries, 0).astype(jnp.int32)
+        return states
 
     def example(self) -> tuple[Array, Array]:
         """Arguments for `init`."""

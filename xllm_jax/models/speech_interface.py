@@ -7,7 +7,7 @@ stage 2 trains the rest, stage 3 the adapter alone.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -96,6 +96,8 @@ class SpeechInterface(nn.Module):
     remat: str = "none"
     unroll: int = 1
 
+    STEPS: ClassVar = (("cif",), ("c_former",), ("adapter",))
+
     def setup(self) -> None:
         self.cif = cif.CIF(
             self.max_tokens,
@@ -125,22 +127,33 @@ class SpeechInterface(nn.Module):
         return jnp.zeros((1, 2, self.encoder_width)), jnp.full(1, 2, jnp.int32)
 
     def __call__(
-        self, features: Array, lengths: Array, counts: Array | None = None, train: bool = False
+        self,
+        features: Array,
+        lengths: Array,
+        counts: Array | None = None,
+        train: bool = False,
+        steps: tuple[int, int] = (0, 3),
     ) -> tuple[Array, Array]:
         """Reads features into embeddings.
 
         Args:
-          features: `[batch, frames, encoder_width]`.
-          lengths: `[batch]` valid frames; 0 = no utterance.
+          features: `[batch, frames, encoder_width]`; before a later step, what the one before gave.
+          lengths: `[batch]` valid frames; 0 = no utterance. Before a later step, tokens.
           counts: `[batch]` tokens wanted (the transcript's, end token included); None predicts.
           train: switches dropout on.
+          steps: which of STEPS, first and behind the last.
 
         Returns:
-          (embeddings `[batch, max_tokens, llm_width]` in `dtype`, counts `[batch]` int32 of those
-          that exist).
+          (embeddings `[batch, max_tokens, llm_width]` in `dtype`, or what the last step gives;
+          counts `[batch]` int32 of those that exist).
         """
-        fired = self.fire(features, lengths, counts, train)
-        return self.read(fired.embeddings, fired.counts, train), fired.counts
+        first, last = steps
+        x, fired = features, lengths
+        if first == 0:
+            x, fired, *_ = self.fire(features, lengths, counts, train)
+        if first <= 1 < last:
+            x = self.c_former(x, fired, train)
+        return (self.adapt(x, fired) if last == 3 else x), fired
 
     def fire(
         self, features: Array, lengths: Array, counts: Array | None = None, train: bool = False
@@ -150,7 +163,11 @@ class SpeechInterface(nn.Module):
 
     def read(self, embeddings: Array, counts: Array, train: bool = False) -> Array:
         """CIF embeddings `[batch, tokens, encoder_width]` to `[batch, tokens, llm_width]`."""
-        x = self.adapter(self.c_former(embeddings, counts, train))
+        return self.adapt(self.c_former(embeddings, counts, train), counts)
+
+    def adapt(self, x: Array, counts: Array) -> Array:
+        """The C-Former's states `[batch, tokens, width]` to `[batch, tokens, llm_width]`."""
+        x = self.adapter(x)
         x = nn.relu(x) if self.adapter_relu else x
         if not self.mask_padding:
             return x

@@ -7,6 +7,7 @@ Nothing here knows a modality. An `XLLM` composes networks by name, and its para
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from flax import linen as nn
 from xllm_jax.core import mesh
 from xllm_jax.core.batch import Batch, Media
 from xllm_jax.core.errors import UserError
+from xllm_jax.models.steps import Step, of, parted
 
 Array = jax.Array
 Params = Mapping[str, Any]
@@ -35,12 +37,15 @@ class XLLM:
         'llm' has the four methods of `models/glm.py`. Stage 1 may hold other parts.
       modalities: (modality, encoder part, interface part) in any number; modalities may share an
         encoder.
-      trained_encoders: encoder parts that gradients shall reach; the others are cut off.
+      frozen: {modality: how many of its first steps (`chain`) nothing trains in}. They run as in
+        evaluation, and no gradient reaches them. A modality without an entry has a frozen encoder.
+      cached: {modality: how many of its first steps are done}: batches hold their outputs.
     """
 
     networks: Mapping[str, nn.Module]
     modalities: tuple[tuple[str, str, str], ...] = ()
-    trained_encoders: tuple[str, ...] = ()
+    frozen: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    cached: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def parts(self, modality: str) -> tuple[str, str]:
         """(encoder part, interface part) of a modality.
@@ -53,6 +58,10 @@ class XLLM:
                 return encoder, interface
         known = ", ".join(row[0] for row in self.modalities) or "none"
         raise UserError(f"unknown modality {modality!r}", field="media", mend=f"Known: {known}")
+
+    def chain(self, modality: str) -> tuple[Step, ...]:
+        """The steps from a medium's values to its embeddings, in order."""
+        return tuple(s for part in self.parts(modality) for s in of(part, self.networks[part]))
 
     def encode(
         self,
@@ -74,41 +83,66 @@ class XLLM:
           (embeddings `[B, M * n, D]`, items in order, n embeddings each; the number of valid ones
           of each item `[B, M]` int32).
         """
-        encoder, interface = self.parts(modality)
         rows, items = media.values.shape[:2]
-        values, lengths, counts = (
-            _merge_items(x) for x in (media.values, media.lengths, media.counts)
-        )
-        features, lengths = self._encode_items(params, encoder, values, lengths, train, key)
-        embeddings, counts = self.networks[interface].apply(
-            {"params": params[interface]},
-            features,
-            lengths,
-            counts,
-            train=train,
-            rngs=_dropout(key, 1),
-        )
-        embeddings = mesh.constrain_rows(embeddings.reshape(rows, -1, embeddings.shape[-1]))
-        return embeddings, counts.reshape(rows, items)
+        x, lengths, counts = (_merge_items(x) for x in (media.values, media.lengths, media.counts))
+        done = self.cached.get(modality, 0)
+        frozen = max(done, self.frozen.get(modality, len(of("", self._encoder(modality)))))
+        x, lengths = self.run_steps(params, modality, slice(done, frozen), x, lengths, counts)
+        x = jax.lax.stop_gradient(x) if frozen else x
+        rest = slice(frozen, None)
+        x, lengths = self.run_steps(params, modality, rest, x, lengths, counts, train, key)
+        x = mesh.constrain_rows(x.reshape(rows, -1, x.shape[-1]))
+        return x, lengths.reshape(rows, items)
 
-    def _encode_items(
+    def _encoder(self, modality: str) -> nn.Module:
+        return self.networks[self.parts(modality)[0]]
+
+    def run_steps(
         self,
         params: Params,
-        part: str,
-        values: Array,
+        modality: str,
+        which: slice,
+        x: Array,
         lengths: Array,
-        train: bool,
-        key: Array | None,
+        counts: Array | None,
+        train: bool = False,
+        key: Array | None = None,
     ) -> tuple[Array, Array]:
-        trained = part in self.trained_encoders
-        features, lengths = self.networks[part].apply(
-            {"params": params[part]},
-            values,
-            lengths,
-            train=train and trained,
-            rngs=_dropout(key, 0),
-        )
-        return (features if trained else jax.lax.stop_gradient(features)), lengths
+        """Some neighbouring steps of a modality's chain.
+
+        Args:
+          params, modality, train, key: as in `encode`.
+          which: of the chain.
+          x: `[N, ...]`, the items' values, or what the step before gave.
+          lengths, counts: `[N]`, valid entries of `x`, and embeddings wanted (or None).
+
+        Returns:
+          (what the last of them gives `[N, n, width]`, its valid entries `[N]` int32).
+        """
+        encoder, _ = self.parts(modality)
+        steps = self.chain(modality)[which]
+        for part, group in itertools.groupby(steps, key=lambda step: step.part):
+            numbers = [step.number for step in group]
+            network, first = self.networks[part], part == encoder
+            given = (x, lengths) if first else (x, lengths, counts)
+            options = {"steps": (numbers[0], numbers[-1] + 1)} if parted(network) else {}
+            x, lengths = network.apply(
+                {"params": params[part]},
+                *given,
+                train=train,
+                rngs=_dropout(key, 0 if first else 1),
+                **options,
+            )
+        return x, lengths
+
+    def unread(self) -> tuple[Step, ...]:
+        """Steps whose parameters nobody reads, since all of their outputs come cached."""
+        done, asked = [], []
+        for modality, _, _ in self.modalities:
+            steps, count = self.chain(modality), self.cached.get(modality, 0)
+            done += steps[:count]
+            asked += steps[count:]
+        return tuple(dict.fromkeys(step for step in done if step not in asked))
 
     def embed(
         self, params: Params, batch: Batch, train: bool = False, key: Array | None = None

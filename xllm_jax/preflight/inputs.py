@@ -12,7 +12,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from xllm_jax.core import batch, mesh
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data, Stage
-from xllm_jax.data import media
+from xllm_jax.data import conversation, media
+from xllm_jax.data.features import Features
 
 
 def shapes(data: Data) -> Any:
@@ -33,7 +34,7 @@ def shapes(data: Data) -> Any:
 
 
 def _conversation(data: Data) -> batch.Batch:
-    items = {name: (count, media.form(name, data).shape) for name, count in data.items.items()}
+    items = conversation.shapes(data, Features(data.cache) if data.cache else None)
     return jax.eval_shape(lambda: batch.zeros(data.rows, data.length, data.answers, items))
 
 

@@ -67,7 +67,7 @@ def media(replay: Replay, reference: Reference) -> None:
     whole = XLLM(
         networks={"llm": model} | networks,
         modalities=tuple((kind, f"{kind}_encoder", f"{kind}_interface") for kind in KINDS),
-        trained_encoders=tuple(f"{kind}_encoder" for kind in KINDS),
+        frozen=dict.fromkeys(KINDS, 0),
     )
     tree = {part: {} for part in whole.networks} | {"llm": params}
     for name in (n.removesuffix(".input_ids") for n in replay.names("*.input_ids")):

@@ -1,0 +1,175 @@
+"""Training with a cache: is it of this very stage, and what of the stage is not loaded?
+
+Parameters that only cached steps read are neither loaded nor brought to a device: their bases are
+read block by block on the host and compared by fingerprint. Fingerprints stand for them in the
+identity of the frozen base, too, which is the same with a cache and without: a run may begin in one
+way and continue in the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from xllm_jax import build
+from xllm_jax.cache import describe
+from xllm_jax.core import checkpoint, fingerprint, rules
+from xllm_jax.core.errors import UserError
+from xllm_jax.core.stage import Stage
+from xllm_jax.data import features, stream
+from xllm_jax.models.xllm import XLLM
+
+
+def verified(stage: Stage, xllm: XLLM, device_mesh: Mesh) -> dict[str, str]:
+    """Checks that the cache of a stage holds what the stage would compute.
+
+    Args:
+      stage: with `data.cache`; without one, nothing is to be checked.
+      xllm: its networks.
+      device_mesh: where drawn parameters are drawn, part by part.
+
+    Returns:
+      {parameter: fingerprint} of what the cache was computed with.
+
+    Raises:
+      UserError: no finished cache, a damaged one, or one of other settings, parameters or sources;
+        names them, and the command that writes it again.
+    """
+    if not stage.data.cache:
+        return {}
+    about = features.manifest(stage.data.cache)
+    mend = features.again(stage.data.cache, about["config"])
+    for check in (_steps, _settings, _sources, _shards):
+        field, what = check(stage, xllm, about)
+        if what:
+            raise UserError(what, field=field, mend=mend)
+    known = about["base"]
+    found = fingerprints(stage, xllm, device_mesh, known)
+    changed = [path for path in sorted(known) if found.get(path) != known[path]]
+    if changed:
+        part = changed[0].split("/")[0]
+        what = f"another {part} than the cache was computed with ({changed[0]} differs)"
+        raise UserError(what, field=f"init.{part}", mend=mend)
+    return found
+
+
+def _steps(stage: Stage, xllm: XLLM, about: Mapping[str, Any]) -> tuple[str, str]:
+    if stage.data.form not in describe.FORMS:
+        return "data.form", f"batches of the form {stage.data.form!r} take no cached features"
+    for name, kind in about["modalities"].items():
+        if name not in xllm.frozen or name not in stage.data.items:
+            return "data.cache", f"it holds {name!r}, which the stage does not have"
+        if xllm.frozen[name] < kind["steps"]:
+            step = xllm.chain(name)[xllm.frozen[name]]
+            return "trainable", f"{step} trains, and the cache holds its outcome for every {name}"
+    return "", ""
+
+
+def _settings(stage: Stage, xllm: XLLM, about: Mapping[str, Any]) -> tuple[str, str]:
+    for name, kind in about["modalities"].items():
+        now = describe.fields(stage, xllm, name, kind["steps"])
+        field, how = describe.difference(kind["fields"], now)
+        if field:
+            return field, how
+    return "", ""
+
+
+def _sources(stage: Stage, xllm: XLLM, about: Mapping[str, Any]) -> tuple[str, str]:
+    data = stage.data
+    sizes = {
+        name: len(stream.read(name, data.sources[name], data.root)) for name in stream.mixture(data)
+    }
+    for name, now in describe.sources(data, sizes).items():
+        if name not in about["sources"]:
+            return f"data.sources.{name}", "is not in the cache"
+        field, how = describe.difference(about["sources"][name], now)
+        if field:
+            return f"data.sources.{name}", f"its {field} {how}"
+    return "", ""
+
+
+def _shards(stage: Stage, xllm: XLLM, about: Mapping[str, Any]) -> tuple[str, str]:
+    for name, kind in about["modalities"].items():
+        for number, size in enumerate(kind["bytes"]):
+            shard = features.shard_name(name, number, kind["shards"])
+            file = Path(stage.data.cache) / shard
+            if not file.is_file() or file.stat().st_size != size:
+                return str(file), f"is missing or has not the {size:,} bytes that were written"
+    return "", ""
+
+
+def fingerprints(
+    stage: Stage, xllm: XLLM, device_mesh: Mesh, paths: Collection[str]
+) -> dict[str, str]:
+    """{parameter: fingerprint} of those of `paths` that the stage has, none of them kept.
+
+    Raises:
+      UserError: a base is missing.
+    """
+    shapes = rules.flatten(build.shapes(build.uncached(xllm)))
+    paths = sorted(shapes.keys() & set(paths))
+    origins = build.origins(stage.init, paths)
+    folders = {folder for folder, _ in origins.values()}
+    opened = {folder: checkpoint.open_leaves(folder) for folder in folders}
+    found: dict[str, str] = {}
+    for path, (folder, name) in origins.items():
+        stores = opened[folder]
+        if name in stores and tuple(stores[name].shape) == tuple(shapes[path].shape):
+            found[path] = fingerprint.of_store(stores[name], stage.frozen)
+    drawn = [path for path in paths if path not in origins]
+    return found | fingerprint.of_tree(loaded(stage, xllm, device_mesh, drawn))
+
+
+def loaded(stage: Stage, xllm: XLLM, device_mesh: Mesh, paths: Collection[str]) -> dict[str, Any]:
+    """Some frozen parameters, whether the networks read them or their outcome is cached."""
+    if not paths:
+        return {}
+    whole = build.uncached(xllm)
+    shapes = rules.flatten(build.shapes(whole))
+    dtypes = rules.unflatten(dict.fromkeys(shapes, np.dtype(stage.frozen)))
+    return build.parameters(stage, whole, device_mesh, dtypes, set(paths))
+
+
+def base(frozen: Mapping[str, Any], cached: Mapping[str, str]) -> dict[str, str]:
+    """{part: identity} of a frozen base of which some parameters are known by fingerprint alone.
+
+    Args:
+      frozen: {part: tree} of those that are loaded.
+      cached: {parameter: fingerprint} of the others.
+    """
+    parts: dict[str, dict[str, str]] = {}
+    for path, text in (dict(cached) | fingerprint.of_tree(frozen)).items():
+        part, _, rest = path.partition("/")
+        parts.setdefault(part, {})[rest] = text
+    return {part: fingerprint.combined(parts[part]) for part in sorted(parts)}
+
+
+def completed(
+    stage: Stage,
+    xllm: XLLM,
+    device_mesh: Mesh,
+    params: Mapping[str, Any],
+    cached: Mapping[str, str],
+) -> dict[str, Any]:
+    """Parts that trained, with the frozen parameters of theirs that were not loaded.
+
+    Args:
+      stage, xllm, device_mesh: of the training.
+      params: {part: tree} as far as it is loaded.
+      cached: what `verified` found.
+
+    Raises:
+      UserError: they are not any more what they were at the start.
+    """
+    flat = rules.flatten(params)
+    missing = [p for p in cached if p not in flat and p.split("/")[0] in params]
+    added = rules.flatten(loaded(stage, xllm, device_mesh, missing))
+    for path, text in fingerprint.of_tree(rules.unflatten(added)).items():
+        if text != cached[path]:
+            what = f"{path} is another one than at the start of the run"
+            raise UserError(what, field="init", mend="Bring it back; the same command continues")
+    return rules.unflatten(flat | added)

@@ -1,0 +1,97 @@
+"""What a cache of a stage holds, and every setting that its values depend on, by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from xllm_jax.core.errors import UserError
+from xllm_jax.core.stage import Data, Stage
+from xllm_jax.data import media, stream
+from xllm_jax.models.xllm import XLLM
+
+FORMS = ("conversation", "text")  # of Data; the others' batches hold no Media
+
+
+def depths(stage: Stage, xllm: XLLM, asked: Sequence[str] = ()) -> dict[str, int]:
+    """{modality: steps to be cached}.
+
+    Args:
+      stage: of the training.
+      xllm: its networks.
+      asked: modalities; empty for all that have something frozen.
+
+    Raises:
+      UserError: nothing to cache, a modality without frozen steps, or one whose media differ from
+        epoch to epoch.
+    """
+    if stage.data.form not in FORMS:
+        what = f"batches of the form {stage.data.form!r} take no cached features"
+        raise UserError(what, field="data.form", mend=f"Forms that do: {', '.join(FORMS)}")
+    known = {name: xllm.frozen[name] for name, *_ in xllm.modalities if name in stage.data.items}
+    for name in asked:
+        if not known.get(name):
+            what = f"the stage has nothing frozen for {name!r}" if name in known else "is not there"
+            choices = [name for name, count in known.items() if count]
+            raise UserError(what, field=f"modalities.{name}", mend=f"Choices: {choices}")
+    chosen = {n: count for n, count in known.items() if count and (not asked or n in asked)}
+    if not chosen:
+        raise UserError("nothing that reads media is frozen", field="trainable")
+    for name in chosen:
+        steady(name, stage.data, list(chosen))
+    return chosen
+
+
+def steady(modality: str, data: Data, chosen: Sequence[str] = ()) -> None:
+    """Raises UserError where the media of a modality are augmented at random."""
+    for field in media.form(modality, data).random:
+        others = [name for name in chosen if name != modality]
+        leave = f", or cache the others: --modality={','.join(others)}" if others else ""
+        raise UserError(
+            f"augments every {modality} anew in each epoch, and a cache holds one outcome",
+            field=field,
+            mend=f"Turn it off (--config.{field}=None){leave}, or train without a cache",
+        )
+
+
+def fields(stage: Stage, xllm: XLLM, modality: str, count: int) -> dict[str, Any]:
+    """{name of a setting: value} of all that decides the outcome of a modality's first steps."""
+    form = media.form(modality, stage.data)
+    found: dict[str, Any] = {"compute": stage.compute, "frozen": stage.frozen}
+    found |= _flat(f"modalities.{modality}", dataclasses.asdict(stage.modalities[modality]))
+    for part in dict.fromkeys(step.part for step in xllm.chain(modality)[:count]):
+        found |= _flat(f"parts.{part}", dataclasses.asdict(stage.parts[part]))
+    for name in form.fields:
+        found |= _flat(f"data.{name}", getattr(stage.data, name))
+    if form.spoken:
+        found[f"data.embeddings.{modality}"] = stage.data.embeddings[modality]
+    return json.loads(json.dumps(found))
+
+
+def _flat(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return {name: value}
+    found: dict[str, Any] = {}
+    for key in value:
+        found |= _flat(f"{name}.{key}", value[key])
+    return found
+
+
+def difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, str]:
+    """(the first setting that differs, how in words); ('', '') where none does."""
+    for name in sorted(then.keys() | now.keys()):
+        if name not in then or name not in now or then[name] != now[name]:
+            old, new = (repr(d[name]) if name in d else "not set" for d in (then, now))
+            return name, f"was {old} when the cache was written and is {new} now"
+    return "", ""
+
+
+def sources(data: Data, sizes: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+    """{name: reader, path, split, options and records} of the sources that take part."""
+    about = {
+        name: dataclasses.asdict(data.sources[name]) | {"records": sizes[name]}
+        for name in stream.mixture(data)
+    }
+    return json.loads(json.dumps(about))

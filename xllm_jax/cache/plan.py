@@ -1,0 +1,317 @@
+"""What is to be cached: every medium of the sources once, cut into shards, and how much it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import shutil
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from xllm_jax import build
+from xllm_jax.cache import describe
+from xllm_jax.core.errors import UserError
+from xllm_jax.core.stage import Stage
+from xllm_jax.data import features, media, stream
+from xllm_jax.data.record import Record
+from xllm_jax.models.xllm import XLLM
+from xllm_jax.prepare.plan import write
+
+PLAN = "plan.json"
+OURS = (PLAN, features.MANIFEST, "quarantine*.jsonl", "*.npy", "*.array_record-*", "shards")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One modality of a cache.
+
+    Attributes:
+      modality, steps: whose first steps are computed.
+      through: name of the last of them.
+      items: media items per file.
+      shape, dtype: of the outcome of one item.
+      places: `[n, 3]` int64, source, record and part of the n distinct media, in order.
+      table: `features.TABLE` entries.
+      per_shard: media per shard.
+      fields: the settings that decide the outcome.
+    """
+
+    modality: str
+    steps: int
+    through: str
+    items: int
+    shape: tuple[int, ...]
+    dtype: str
+    places: np.ndarray
+    table: np.ndarray
+    per_shard: int
+    fields: Mapping[str, Any]
+
+    @property
+    def shards(self) -> int:
+        """How many."""
+        return -(-len(self.places) // self.per_shard)
+
+    @property
+    def bytes_each(self) -> int:
+        """Bytes of a medium at most; zeros at its end are not kept."""
+        steps = self.items * int(np.prod(self.shape)) * jnp.dtype(self.dtype).itemsize
+        return features.HEAD.size + 4 * self.items + steps
+
+    def rows(self, shard: int) -> range:
+        """Which media a shard takes."""
+        return range(shard * self.per_shard, min((shard + 1) * self.per_shard, len(self.places)))
+
+    def about(self) -> dict[str, Any]:
+        """The job as JSON, but for the media themselves."""
+        names = ("modality", "steps", "through", "items", "shape", "dtype", "per_shard", "fields")
+        made = {name: getattr(self, name) for name in names}
+        digest = hashlib.sha256(self.table.tobytes()).hexdigest()[:16]
+        return json.loads(json.dumps(made | {"media": len(self.places), "digest": digest}))
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A cache that is to be written.
+
+    Attributes:
+      stage: that will read it.
+      xllm: its networks.
+      output: the folder.
+      config: how the user named the stage, for messages.
+      sources: {name: examples}.
+      jobs: one per modality.
+    """
+
+    stage: Stage
+    xllm: XLLM
+    output: Path
+    config: str
+    sources: stream.Sources
+    jobs: tuple[Job, ...]
+
+    def path(self, job: Job, shard: int) -> Path:
+        """File of a shard."""
+        return self.output / features.shard_name(job.modality, shard, job.shards)
+
+    def note(self, job: Job, shard: int) -> Path:
+        """Beside the shard: what it holds. Written last, so it says that the shard is whole."""
+        return self.output / "shards" / f"{job.modality}-{shard:05d}.json"
+
+    def medium(self, job: Job, row: int) -> tuple[str, Record]:
+        """(path, record) of a medium."""
+        source, index, part = (int(value) for value in job.places[row])
+        name = list(self.sources)[source]
+        record = Record(self.sources[name][index], name, 0, index, self.stage.seed)
+        return record.example.media[part][1], record
+
+
+def make(
+    stage: Stage, output: str | Path, config: str, per_shard: int, asked: Sequence[str] = ()
+) -> Plan:
+    """Plans the cache of a stage; reads its sources' texts, and no medium.
+
+    Raises:
+      UserError: what `describe.depths` raises, or no medium.
+    """
+    stage = dataclasses.replace(stage, data=dataclasses.replace(stage.data, cache=""))
+    xllm = build.model(stage)
+    depths = describe.depths(stage, xllm, asked)
+    names = stream.mixture(stage.data)
+    sources = {n: stream.read(n, stage.data.sources[n], stage.data.root) for n in names}
+    found = scan(stage, sources, list(depths))
+    jobs = tuple(
+        _job(stage, xllm, name, depths[name], *distinct(*found[name]), per_shard)
+        for name in depths
+        if len(found[name][0])
+    )
+    if not jobs:
+        raise UserError(f"no example has {' or '.join(depths)}", field="data.sources")
+    return Plan(stage, xllm, Path(output), config, sources, jobs)
+
+
+def scan(
+    stage: Stage, sources: stream.Sources, names: Sequence[str]
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """{modality: digests `[m]` uint64 and places `[m, 3]` int64 of every medium}."""
+    digests = {name: array("Q") for name in names}
+    places = {name: array("q") for name in names}
+    total = sum(map(len, sources.values()))
+    for number, index, record in tqdm(_records(stage, sources), "media", total, unit="records"):
+        for part, (modality, path) in enumerate(record.example.media if record else ()):
+            if modality not in digests:
+                continue
+            try:
+                count = features.wanted(modality, record, stage.data)
+            except UserError:
+                continue  # training leaves this example out, too
+            digests[modality].append(features.digest(modality, path, count, stage.data.root))
+            places[modality].extend((number, index, part))
+    return {
+        name: (
+            np.frombuffer(digests[name], np.uint64),
+            np.frombuffer(places[name], np.int64).reshape(-1, 3),
+        )
+        for name in names
+    }
+
+
+def _records(stage: Stage, sources: stream.Sources) -> Iterator[tuple[int, int, Record | None]]:
+    for number, name in enumerate(sources):
+        for index in range(len(sources[name])):
+            drawn = stream.draw(sources, name, 0, index, stage.seed, 0)
+            yield number, index, drawn if isinstance(drawn, Record) else None
+
+
+def distinct(digests: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(places of the distinct media in order, their `features.TABLE`)."""
+    values, first = np.unique(digests, return_index=True)
+    order = np.argsort(first, kind="stable")
+    table = np.zeros(len(values), features.TABLE)
+    table["digest"] = values
+    table["record"][order] = np.arange(len(order))
+    return places[first[order]], table
+
+
+def _job(
+    stage: Stage,
+    xllm: XLLM,
+    modality: str,
+    steps: int,
+    places: np.ndarray,
+    table: np.ndarray,
+    per_shard: int,
+) -> Job:
+    form, chain = media.form(modality, stage.data), xllm.chain(modality)
+    given = (
+        jax.ShapeDtypeStruct((form.items, *form.shape), jnp.float32),
+        *(jax.ShapeDtypeStruct((form.items,), jnp.int32) for _ in range(2)),
+    )
+    run = functools.partial(outcome, xllm, modality, steps)
+    made, _ = jax.eval_shape(run, build.shapes(xllm), *given)
+    fields = describe.fields(stage, xllm, modality, steps)
+    through = str(chain[steps - 1])
+    shape, dtype = tuple(made.shape[1:]), str(made.dtype)
+    return Job(modality, steps, through, form.items, shape, dtype, places, table, per_shard, fields)
+
+
+def outcome(xllm: XLLM, modality: str, steps: int, params: Any, *given: Any) -> Any:
+    """What a modality's first steps give; `given` are values, lengths and counts of items."""
+    return xllm.run_steps(params, modality, slice(0, steps), *given)
+
+
+def told(plan: Plan) -> str:
+    """What the cache will hold and take, one line per modality and one for all."""
+    lines = [
+        f"{job.modality}: {len(job.places):,} media, {job.through} gives {list(job.shape)} "
+        f"{job.dtype}, at most {_size(job.bytes_each)} each, {_size(_bytes(job))} in all"
+        for job in plan.jobs
+    ]
+    return "\n".join([*lines, f"at most {_size(sum(map(_bytes, plan.jobs)))} in {plan.output}"])
+
+
+def room(plan: Plan, most: float) -> None:
+    """Checks that the cache is as large as the user wants, and fits the disk.
+
+    Args:
+      most: GiB that it may take.
+
+    Raises:
+      UserError: too large.
+    """
+    total = sum(map(_bytes, plan.jobs))
+    if total > most * 2**30:
+        mend = f"--most_gib={-(-total // 2**30)} writes it"
+        raise UserError(f"the cache may take {_size(total)}", field="--most_gib", mend=mend)
+    free = shutil.disk_usage(_existing(plan.output)).free
+    left = sum(_bytes(job) for job in plan.jobs if not finished(plan, job, 0))
+    if left > free:
+        what = f"the cache may take {_size(left)}, {_size(free)} are free"
+        raise UserError(what, field=str(plan.output), mend="Choose another --output")
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+
+
+def _bytes(job: Job) -> int:
+    return job.bytes_each * len(job.places)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} TB"
+
+
+def begin(plan: Plan, base: Mapping[str, str], again: bool = False) -> str:
+    """Notes the plan in its folder, or takes up the one that is there.
+
+    Args:
+      plan: what to do.
+      base: {parameter: fingerprint} of what computes it.
+      again: empty a folder that holds another cache.
+
+    Returns:
+      The plan's identity.
+
+    Raises:
+      UserError: the folder holds another cache; says what differs.
+    """
+    about = {"jobs": [job.about() for job in plan.jobs], "base": dict(base)}
+    identity = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+    file = plan.output / PLAN
+    known = json.loads(file.read_text("utf-8")) if file.is_file() else None
+    if known and known["identity"] != identity:
+        if not again:
+            what = f"holds another cache: {_odd(known, about)}"
+            mend = "Add --again to write it anew, or choose another --output"
+            raise UserError(what, field=str(plan.output), mend=mend)
+        empty(plan.output)
+    plan.output.mkdir(parents=True, exist_ok=True)
+    write(file, {"identity": identity, **about})
+    return identity
+
+
+def _odd(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The first difference of two plans, in words."""
+    old, new = ({job["modality"]: job for job in about["jobs"]} for about in (then, now))
+    for name in sorted(old.keys() | new.keys()):
+        if name not in old or name not in new:
+            return f"{name} is in one of them only"
+        field, how = describe.difference(old[name].pop("fields"), new[name].pop("fields"))
+        if field:
+            return f"{field} {how}"
+        for key in old[name]:
+            if old[name][key] != new[name].get(key):
+                return f"{name} has another {key}"
+    changed = sorted(path for path in now["base"] if then["base"].get(path) != now["base"][path])
+    return f"{changed[0].split('/')[0]} has other parameters" if changed else "other parameters"
+
+
+def empty(folder: Path) -> None:
+    """Removes a cache's files."""
+    for pattern in OURS:
+        for path in folder.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def finished(plan: Plan, job: Job, shard: int, identity: str | None = None) -> bool:
+    """Whether a shard is there, of this plan, and as long as its note says."""
+    try:
+        note = json.loads(plan.note(job, shard).read_text("utf-8"))
+        whole = plan.path(job, shard).stat().st_size == note["bytes"]
+        return whole and identity in (None, note["plan"])
+    except (OSError, ValueError, KeyError):
+        return False
