@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections.config_flags import config_flags
 
-from xllm_jax.core.errors import UserError
+from xllm_jax.core.errors import Diverged, UserError
 
 # Exit codes. 0: done. After SAVED and LOST the same command continues the run; after FAILED and
 # DIVERGED it would fail again.
@@ -28,8 +28,8 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
     """Parses the flags and calls `main` with what is left of the command line.
 
     Exits with 0, with what `main` returns, with 2 after a user's mistake (one line on stderr that
-    names file or field and the mend), or with 130 after Ctrl-C. Other exceptions keep their
-    traceback: they are defects.
+    names file or field and the mend), with 3 when a run diverges, or with 130 after Ctrl-C. Other
+    exceptions keep their traceback: they are defects.
     """
     try:
         app.run(lambda argv: guard(main, argv), flags_parser=parse)
@@ -48,6 +48,8 @@ def guard(main: Callable[[list[str]], Any], argv: list[str]) -> Any:
         return main(argv)
     except UserError as error:
         fail(str(error))
+    except Diverged as error:
+        fail(str(error), DIVERGED)
 
 
 def parse(argv: Sequence[str]) -> list[str]:

@@ -37,6 +37,7 @@ HOMES = {
     "ml_collections": ("launch/",),
     "apache_beam": ("xllm_jax/prepare/",),
     "tensorflow": (),
+    "wandb": ("xllm_jax/core/log.py",),
 }
 
 

@@ -137,7 +137,9 @@ def test_accumulation_equals_a_larger_batch(tmp_path):
     updates, _ = plain.update(gradients, plain.init(state.trainable), state.trainable)
     expected = jax.tree.map(lambda p, u: p + u, state.trainable, updates)
     for batch in two:
-        state, _ = train.step(state, batch, loss=loss, optimizer=optimizer, seed=made.seed)
+        state, _ = train.step(
+            state, batch, loss=loss, optimizer=optimizer, policy=made.divergence, seed=made.seed
+        )
     for path, leaf in rules.flatten(state.trainable).items():
         wanted = rules.flatten(expected)[path]
         np.testing.assert_allclose(leaf, wanted, rtol=1e-3, atol=2e-5, err_msg=path)

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from clu import parameter_overview
 from jax.sharding import Mesh
 
-from xllm_jax import build, train
+from xllm_jax import build, divergence, telemetry, train
 from xllm_jax.cache import check
 from xllm_jax.core import checkpoint, mesh, rules
-from xllm_jax.core.errors import UserError
+from xllm_jax.core.errors import Diverged, UserError
 from xllm_jax.core.log import Log
 from xllm_jax.core.stage import Stage
 from xllm_jax.data import padding
@@ -34,8 +34,13 @@ def fit(stage: Stage, workdir: str | Path, stop_after: int | None = None) -> Pat
 
     Returns:
       The folder of the trained parts, `workdir/final`.
+
+    Raises:
+      UserError: the stage, its data or what lies in `workdir` do not fit together.
+      Diverged: the stage's policy stops the run; the state before it is saved.
     """
     workdir = Path(workdir)
+    profile = telemetry.Profile(stage.profile, workdir / "profile")
     device_mesh = mesh.make(stage.mesh)
     xllm = build.model(stage)
     cached = check.verified(stage, xllm, device_mesh)
@@ -46,12 +51,18 @@ def fit(stage: Stage, workdir: str | Path, stop_after: int | None = None) -> Pat
     state, position = resume(state, checkpoints, base)
     batches = open_batches(stage, workdir, position)
     total = stage.steps * stage.optimizer.accumulation
-    log = Log(workdir, stage.name, total, int(state.step), jax.process_index() == 0)
+    main = jax.process_index() == 0
+    log = Log(workdir, stage.name, total, int(state.step), main, stage.wandb)
     compiled = train.jitted(stage, xllm, optimizer, state)
-    loop = Loop(stage, device_mesh, compiled, schedule, checkpoints, log, base)
-    with jax.set_mesh(device_mesh):
-        state = loop.run(state, batches, min(total, stop_after or total))
-    log.close()
+    watched = telemetry.Compilations(compiled, telemetry.programs(stage), log.say)
+    held, loss = divergence.Held(stage, workdir), train.objective(stage, xllm)
+    loop = Loop(stage, device_mesh, watched, schedule, checkpoints, log, base, profile, held, loss)
+    try:
+        with jax.set_mesh(device_mesh), watched:
+            state = loop.run(state, batches, min(total, stop_after or total))
+    finally:
+        profile.close()
+        log.close()
     checkpoints.close()
     if int(state.step) == total:
         params = rules.join(state.trainable, state.frozen)
@@ -81,78 +92,112 @@ class Loop:
       checkpoints: where the run is saved.
       log: where its scalars go.
       base: {part: identity of its frozen parameters}.
+      profile: which micro-batches are traced.
+      held: the micro-batches since the last look.
+      loss: the stage's loss, to count the work it needs.
     """
 
     stage: Stage
     mesh: Mesh
-    compiled: Callable[..., Any]
+    compiled: telemetry.Compilations
     schedule: Callable[[int], Any]
     checkpoints: checkpoint.Checkpoints
     log: Log
     base: Mapping[str, str]
+    profile: telemetry.Profile
+    held: divergence.Held
+    loss: train.Loss
 
     def run(self, state: State, batches: Batches, until: int) -> State:
         """Steps until micro-batch `until`; between two log lines nothing waits for the device."""
-        number, since = int(state.step), Interval()
+        number, since = int(state.step), self.interval()
         watch = padding.Watch(min(padding.ENOUGH, until))
         while number < until:
-            asked = time.monotonic()
+            asked, position = time.monotonic(), batches.position()
             batch, info = next(batches)
-            since.waited += time.monotonic() - asked
-            state, metrics = self.compiled(state, mesh.to_global(self.mesh, batch))
+            since.wait(time.monotonic() - asked)
             number += 1
-            since.add(metrics, info)
+            self.held.add(divergence.Entry(number, batch, info, position))
+            state, metrics = self.step(number, state, batch, since)
+            since.add(number, metrics, info)
             self.log.say(watch.add(info["padding"]))
-            if number % self.stage.log_every == 0 or number == until:
+            logs = number % self.stage.log_every == 0 or number == until
+            saves = number % self.stage.save_every == 0 or number == until
+            if logs or saves or self.held.full:
+                self.look(since.fetch(), state)
+            if logs:
                 self.log.write(number, since.scalars() | self.rates(number, info))
-                since = Interval()
-            if number % self.stage.save_every == 0 or number == until:
-                self.save(number, state, batches)
+                since = self.interval()
+            if saves:
+                self.save(number, state, batches.position())
         self.checkpoints.wait()
         return state
+
+    def interval(self) -> telemetry.Interval:
+        """A new one; it counts useful work where the peak of every device is known."""
+        peak = telemetry.peak(self.mesh.devices.flatten())
+        return telemetry.Interval(self.useful if peak else None, peak)
+
+    @functools.cached_property
+    def useful(self) -> Callable[[Any, Any], float]:
+        """(state, batch) -> FLOPs that the step cannot do without."""
+        return telemetry.useful(self.loss)
+
+    def step(self, number: int, state: State, batch: Any, since: telemetry.Interval) -> Any:
+        """Micro-batch `number`: (state, metrics), not waited for."""
+        batch = mesh.to_global(self.mesh, batch)
+        since.work(state, batch)
+        self.profile.before(number, state)
+        with jax.profiler.StepTraceAnnotation("train", step_num=number):
+            state, metrics = self.compiled(state, batch)
+        self.log.say(self.profile.after(number, state))
+        return state, metrics
+
+    def look(self, rows: Mapping[int, Mapping[str, Any]], state: State) -> None:
+        """Deals with the micro-batches that the step found wrong, then lets all go.
+
+        Raises:
+          Diverged: one of them stops the run. `state` is then the one that it met.
+        """
+        for entry, stops in self.held.find(rows):
+            values = {name: rows[entry.number][name] for name in ("loss", "gradient_norm")}
+            if stops:
+                state.guard = divergence.reopened(state.guard)
+                if self.checkpoints.latest() != entry.number - 1:
+                    self.save(entry.number - 1, state, entry.position)
+                    self.checkpoints.wait()
+            file = self.held.save(entry, values, self.checkpoints.latest())
+            line = divergence.wording(entry, values, file)
+            if stops:
+                raise Diverged(f"The run diverged: {line}")
+            self.log.say(f"Skipped: {line}")
+        self.held.clear()
 
     def rates(self, number: int, info: Mapping[str, Any]) -> dict[str, float]:
         """Scalars that are known without the device."""
         update = (number - 1) // self.stage.optimizer.accumulation
-        return {"learning_rate": float(self.schedule(update)), "bad_records": info["bad"]}
+        return {
+            "learning_rate": float(self.schedule(update)),
+            "bad_records": info["bad"],
+            "compilations": self.compiled.count,
+            **telemetry.memory(),
+        }
 
-    def save(self, number: int, state: State, batches: Batches) -> None:
+    def save(self, number: int, state: State, position: Mapping[str, Any]) -> None:
         """Saves what trains, the optimizer, the data position, the stage and the base's hash."""
-        arrays = {"step": state.step, "trainable": state.trainable, "optimizer": state.optimizer}
+        arrays = saved_arrays(state)
         about = {
-            "data": batches.position(),
+            "data": position,
             "stage": dataclasses.asdict(self.stage),
             "base": dict(self.base),
         }
         self.checkpoints.save(number, arrays, about)
 
 
-class Interval:
-    """What happened since the last log line."""
-
-    def __init__(self):
-        self.pending: list[dict[str, jax.Array]] = []
-        self.samples, self.waited, self.since = 0, 0.0, time.monotonic()
-
-    def add(self, metrics: dict[str, jax.Array], info: Mapping[str, Any]) -> None:
-        """Notes one step."""
-        self.pending.append(metrics)
-        self.samples += info["examples"]
-
-    def scalars(self) -> dict[str, float]:
-        """Means over the steps, and speeds; waits for the steps: the clock tells the truth."""
-        scalars = means(self.pending)
-        seconds = time.monotonic() - self.since
-        return scalars | {
-            "samples_per_second": self.samples / seconds,
-            "input_wait": self.waited / seconds,
-        }
-
-
-def means(pending: list[dict[str, jax.Array]]) -> dict[str, float]:
-    """Means over the pending steps, fetched in one transfer."""
-    values = jax.device_get(pending)
-    return {name: float(np.mean([v[name] for v in values])) for name in values[0]}
+def saved_arrays(state: State) -> dict[str, Any]:
+    """What a checkpoint holds of a state: everything but the frozen base."""
+    names = ("step", "trainable", "optimizer", "guard")
+    return {name: getattr(state, name) for name in names}
 
 
 def resume(
@@ -177,13 +222,9 @@ def resume(
                 field=str(checkpoints.directory),
                 mend=f"Give init.{part} the base it was trained on, or choose a new --workdir",
             )
-    like = {"step": state.step, "trainable": state.trainable, "optimizer": state.optimizer}
-    arrays = checkpoints.restore(latest, like)
+    arrays = checkpoints.restore(latest, saved_arrays(state))
     print(f"Resumes at micro-batch {latest}", flush=True)
-    return (
-        State(arrays["step"], arrays["trainable"], state.frozen, arrays["optimizer"]),
-        about["data"],
-    )
+    return State(**arrays, frozen=state.frozen), about["data"]
 
 
 def write_result(

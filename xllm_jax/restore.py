@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from xllm_jax import build
 from xllm_jax.core import checkpoint, mesh, rules
 from xllm_jax.core.errors import UserError
-from xllm_jax.core.stage import Data, Modality, Optimizer, Part, Source, Stage
+from xllm_jax.core.stage import Data, Divergence, Modality, Optimizer, Part, Source, Stage
 from xllm_jax.models.xllm import XLLM
 
 
@@ -133,6 +133,8 @@ def parse_stage(record: Mapping[str, Any]) -> Stage:
         "optimizer": Optimizer(**optimizer),
         "data": Data(**data),
         "trainable": tuple(record["trainable"]),
+        "divergence": Divergence(**record.get("divergence", {})),
+        "profile": tuple(record.get("profile", ())),
     }
     return Stage(**{**record, **changed})
 

@@ -15,31 +15,39 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from xllm_jax import build
+from xllm_jax import build, divergence
 from xllm_jax.core import find, optim, rules
-from xllm_jax.core.stage import Stage
+from xllm_jax.core.stage import Divergence, Stage
 
 Loss = Callable[..., tuple[jax.Array, dict[str, Any]]]
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("step", "trainable", "frozen", "optimizer"),
+    data_fields=("step", "trainable", "frozen", "optimizer", "guard"),
     meta_fields=(),
 )
 @dataclasses.dataclass
 class State:
-    """What a step changes or reads: micro-batches seen, both parameter halves, AdamW's state."""
+    """What a step changes or reads: micro-batches seen, both parameter halves, AdamW's state, and
+    what `divergence` remembers."""
 
     step: jax.Array
     trainable: dict[str, Any]
     frozen: dict[str, Any]
     optimizer: Any
+    guard: divergence.Guard
 
 
 def step(
-    state: State, batch: Any, *, loss: Loss, optimizer: optax.GradientTransformation, seed: int
-) -> tuple[State, dict[str, jax.Array]]:
+    state: State,
+    batch: Any,
+    *,
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    policy: Divergence,
+    seed: int,
+) -> tuple[State, dict[str, Any]]:
     """One micro-batch: gradients of the trainable half only, one optimizer update.
 
     Args:
@@ -49,10 +57,11 @@ def step(
         values for trainable leaves that follow the data rather than a gradient (BatchNorm's running
         statistics).
       optimizer: optax chain.
+      policy: what happens to an update that is not finite or leaps.
       seed: of the run; with the step number it gives every random key.
 
     Returns:
-      (new state, scalar metrics with the loss and the gradient norm).
+      (new state, metrics: scalars or `Tally`, with the loss and the gradient norms).
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
 
@@ -61,11 +70,25 @@ def step(
 
     (value, metrics), gradients = jax.value_and_grad(objective, has_aux=True)(state.trainable)
     follows = metrics.pop("assign", {})
+    metrics |= {"loss": value} | gradient_norms(gradients)
+    verdict = divergence.judge(policy, state.guard, value, metrics["gradient_norm"])
     updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
     trainable = optax.apply_updates(state.trainable, updates)
     trainable = rules.unflatten(rules.flatten(trainable) | follows)
-    metrics |= {"loss": value, "gradient_norm": optax.global_norm(gradients)}
-    return State(state.step + 1, trainable, state.frozen, optimizer_state), metrics
+    trainable, optimizer_state = jax.tree.map(
+        lambda new, old: jnp.where(verdict.applied, new, old),
+        (trainable, optimizer_state),
+        (state.trainable, state.optimizer),
+    )
+    number = state.step + ~verdict.halted
+    after = State(number, trainable, state.frozen, optimizer_state, verdict.guard)
+    return after, metrics | verdict.metrics
+
+
+def gradient_norms(gradients: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """Euclidean norms: `gradient_norm` of everything, `gradient_norm/PART` of each part."""
+    norms = {f"gradient_norm/{part}": optax.global_norm(tree) for part, tree in gradients.items()}
+    return norms | {"gradient_norm": optax.global_norm(gradients)}
 
 
 def objective(stage: Stage, xllm: Any) -> Loss:
@@ -88,7 +111,8 @@ def initial_state(stage: Stage, xllm: Any, device_mesh: Mesh) -> tuple[State, An
     with jax.set_mesh(device_mesh):
         optimizer_state = jax.jit(optimizer.init, out_shardings=shardings.optimizer)(trainable)
     step = jax.device_put(jnp.zeros((), jnp.int32), shardings.step)
-    return State(step, trainable, frozen, optimizer_state), optimizer, schedule
+    guard = jax.device_put(divergence.initial_guard(stage.divergence), shardings.guard)
+    return State(step, trainable, frozen, optimizer_state, guard), optimizer, schedule
 
 
 def abstract_state(stage: Stage, xllm: Any, device_mesh: Mesh) -> tuple[State, Any, Any]:
@@ -97,6 +121,7 @@ def abstract_state(stage: Stage, xllm: Any, device_mesh: Mesh) -> tuple[State, A
     Returns:
       (State of `jax.ShapeDtypeStruct`, optax chain, learning-rate function of the update number).
     """
+    divergence.check(stage.divergence)
     tree = build.shapes(xllm)
     rules.split(stage.trainable, tree)  # a pattern that matches nothing fails before any work
     dtypes = {
@@ -109,13 +134,21 @@ def abstract_state(stage: Stage, xllm: Any, device_mesh: Mesh) -> tuple[State, A
     whole = NamedSharding(device_mesh, PartitionSpec())
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     state = optim.abstract_state(optimizer, trainable, whole)
-    return State(step, trainable, frozen, state), optimizer, schedule
+    guard = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
+        jax.eval_shape(lambda: divergence.initial_guard(stage.divergence)),
+    )
+    return State(step, trainable, frozen, state, guard), optimizer, schedule
 
 
 def jitted(stage: Stage, xllm: Any, optimizer: optax.GradientTransformation, like: State) -> Any:
     """The step as it runs on devices: the state is donated and keeps the shardings of `like`."""
     call = functools.partial(
-        step, loss=objective(stage, xllm), optimizer=optimizer, seed=stage.seed
+        step,
+        loss=objective(stage, xllm),
+        optimizer=optimizer,
+        policy=stage.divergence,
+        seed=stage.seed,
     )
     shardings = jax.tree.map(lambda x: x.sharding, like)
     return jax.jit(call, donate_argnums=0, out_shardings=(shardings, None))

@@ -1,4 +1,4 @@
-"""UserError: the one exception that a user may read."""
+"""The exceptions that a user may read: a mistake of theirs, and a run that diverged."""
 
 from __future__ import annotations
 
@@ -14,3 +14,10 @@ class UserError(Exception):
         self.what, self.field, self.mend = what, field, mend
         line = f"{field}: {what}" if field else what
         super().__init__(f"{line}. {mend}" if mend else line)
+
+
+class Diverged(Exception):
+    """A run stopped by its own policy (`core.stage.Divergence`); the message is one line.
+
+    `launch/` prints it without a traceback and exits with code 3.
+    """

@@ -1,4 +1,7 @@
-"""What a run says: a progress bar, a JSONL file, TensorBoard events. Nothing is lost on resume."""
+"""What a run says: a progress bar, a JSONL file, TensorBoard events, and W&B where it is asked for.
+
+Nothing is lost on resume.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,16 @@ import json
 import os
 import sys
 import time
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
+
+from xllm_jax.core.errors import UserError
 
 
 class Log:
@@ -27,17 +34,27 @@ class Log:
       total: steps of the whole run.
       start: step the run starts or resumes from.
       main: whether this host writes at all.
+      wandb: project of Weights & Biases that the scalars also go to; '' = none.
     """
 
-    def __init__(self, directory: Path, name: str, total: int, start: int, main: bool = True):
+    def __init__(
+        self,
+        directory: Path,
+        name: str,
+        total: int,
+        start: int,
+        main: bool = True,
+        wandb: str = "",
+    ):
         self._main, self._start, self._began = main, start, time.monotonic()
         if not main:
             return
         directory.mkdir(parents=True, exist_ok=True)
+        self._sinks: list[Any] = [WeightsAndBiases(directory, name, wandb)] if wandb else []
         self._file = directory / "metrics.jsonl"
         self._truncate(start)
         self._stream = self._file.open("a")
-        self._events = Events(directory / "tensorboard", start)
+        self._sinks.append(Events(directory / "tensorboard", start))
         self._bar = tqdm(total=total, initial=start, desc=name, unit="step", dynamic_ncols=True)
 
     def _truncate(self, start: int) -> None:
@@ -54,9 +71,10 @@ class Log:
             return
         self._stream.write(json.dumps({"step": step, **scalars}) + "\n")
         self._stream.flush()
-        self._events.write(step, scalars)
+        for sink in self._sinks:
+            sink.write(step, scalars)
         self._bar.set_postfix_str(
-            " ".join(f"{k}={v:.4g}" for k, v in scalars.items() if k in _SHOWN or "loss" in k),
+            " ".join(f"{k}={v:.4g}" for k, v in scalars.items() if k in _SHOWN),
             refresh=False,
         )
         self._bar.update(step - self._bar.n)
@@ -71,7 +89,8 @@ class Log:
         if self._main:
             self._bar.close()
             self._stream.close()
-            self._events.close()
+            for sink in self._sinks:
+                sink.close()
 
 
 class Events:
@@ -105,7 +124,44 @@ class Events:
         self._records.close()
 
 
-_SHOWN = ("accuracy", "samples_per_second", "bad_records")
+class WeightsAndBiases:
+    """Sends scalars to one run of a project; a resumed run continues it.
+
+    Args:
+      directory: the run's folder; the id that W&B knows the run by is kept there.
+      name: shown there.
+      project: it belongs to.
+
+    Raises:
+      UserError: the package is not installed.
+    """
+
+    def __init__(self, directory: Path, name: str, project: str):
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError(
+                "Weights & Biases is not installed",
+                field="wandb",
+                mend="pip install 'xllm_jax[wandb]', or leave the field empty",
+            ) from error
+        file = directory / "wandb_id"
+        if not file.exists():
+            file.write_text(uuid.uuid4().hex)
+        self._run = wandb.init(
+            project=project, name=name, id=file.read_text(), resume="allow", dir=str(directory)
+        )
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Adds the scalars of one step."""
+        self._run.log(dict(scalars), step=step)
+
+    def close(self) -> None:
+        """Finishes the upload."""
+        self._run.finish()
+
+
+_SHOWN = ("loss", "accuracy", "samples_per_second", "mfu", "bad_records")
 
 
 def _step(line: str) -> int:

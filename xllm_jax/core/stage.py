@@ -136,6 +136,25 @@ class Data:
 
 
 @dataclasses.dataclass
+class Divergence:
+    """What happens when a loss or a gradient is not a number, or leaps (docs/telemetry.md).
+
+    Attributes:
+      nonfinite: 'stop', or 'skip': the update of that micro-batch is left out.
+      spike: 'ignore', 'stop' or 'skip'.
+      factor: a spike is a loss or gradient norm above `factor` times its running median.
+      window: applied micro-batches that the median is taken over; a spike is seen from `window` on.
+      most_skipped: more skipped micro-batches than this stop the run.
+    """
+
+    nonfinite: str = "stop"
+    spike: str = "ignore"
+    factor: float = 10.0
+    window: int = 100
+    most_skipped: int = 10
+
+
+@dataclasses.dataclass
 class Stage:
     """One training stage.
 
@@ -155,6 +174,9 @@ class Stage:
       remat: what layers compute again in the backward pass: 'none', 'products' (all but the results
         of matrix products with parameters) or 'all'.
       unroll: layers unrolled per scan step (CPU only; 1 elsewhere).
+      divergence: what happens after a loss or gradient that is no number.
+      profile: (first, last) micro-batch whose trace goes to the run's folder; () = none.
+      wandb: project of Weights & Biases that the scalars also go to; '' = none.
     """
 
     name: str = ""
@@ -178,3 +200,6 @@ class Stage:
     log_every: int = 10
     save_every: int = 500
     keep: int = 2
+    divergence: Divergence = dataclasses.field(default_factory=Divergence)
+    profile: tuple[int, ...] = ()
+    wandb: str = ""

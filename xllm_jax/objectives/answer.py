@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from xllm_jax.core import mesh
 from xllm_jax.core.batch import Batch
+from xllm_jax.core.tally import Tally
 
 Array = jax.Array
 
@@ -76,7 +77,8 @@ def answer_loss(
     targets: Array,
     weights: Array,
     chunk: int = 64,
-) -> tuple[Array, dict[str, Array]]:
+    kinds: Mapping[str, Array] | None = None,
+) -> tuple[Array, dict[str, Any]]:
     """Weighted mean over the supervised tokens of the whole (global) batch.
 
     Args:
@@ -84,16 +86,39 @@ def answer_loss(
       states: `[B, T, D]` final states of the LLM.
       answer_index, targets: `[B, A]` int32; the state at `answer_index` predicts the target.
       weights: `[B, A]` float32, 0 = padding.
+      kinds: {name: `[B, A]` bool}, tokens whose loss is also reported apart.
 
     Returns:
-      (scalar float32; metrics `loss`, `accuracy` of tokens, and `count`, the sum of weights).
+      (scalar float32; metrics `loss`, `accuracy` of tokens, `count`, the sum of weights, and a
+      `Tally` `loss/NAME` for every kind).
     """
     states = mesh.constrain_rows(jnp.take_along_axis(states, answer_index[..., None], axis=1))
     losses, hits = token_losses(logits, states, targets, chunk)
     count = weights.sum()
     total = jnp.maximum(count, 1.0)
     loss = (losses * weights).sum() / total
-    return loss, {"loss": loss, "accuracy": (hits * weights).sum() / total, "count": count}
+    metrics = {"loss": loss, "accuracy": (hits * weights).sum() / total, "count": count}
+    for name, kind in (kinds or {}).items():
+        own = weights * kind
+        metrics[f"loss/{name}"] = Tally((losses * own).sum(), own.sum())
+    return loss, metrics
+
+
+def carriers(batch: Batch) -> dict[str, Array]:
+    """Which supervised tokens belong to examples that carry a modality: {name: `[B, A]` bool}.
+
+    An example with several media counts in each; 'text' are the examples without any. Nothing
+    where the batch can hold no media.
+    """
+    if not batch.media:
+        return {}
+    own = jnp.take_along_axis(jnp.asarray(batch.segments), batch.answer_index, axis=1)
+    same = own[:, :, None] == batch.segments[:, None, :]
+    found = {
+        name: (same & (media.index >= 0)[:, None]).any(-1)
+        for name, media in sorted(batch.media.items())
+    }
+    return found | {"text": ~jnp.stack(list(found.values())).any(0)}
 
 
 def loss(
@@ -104,8 +129,8 @@ def loss(
     *,
     train: bool = False,
     chunk: int = 64,
-) -> tuple[Array, dict[str, Array]]:
-    """The objective of stages 2 and 3.
+) -> tuple[Array, dict[str, Any]]:
+    """The objective of stages 2 and 3; also reports the loss of each modality's examples.
 
     Args:
       model: `models.xllm.XLLM`.
@@ -125,4 +150,5 @@ def loss(
         batch.targets,
         batch.weights,
         chunk,
+        carriers(batch),
     )

@@ -14,6 +14,8 @@ import jax
 from jax.extend import core
 from jax.interpreters import partial_eval
 
+from xllm_jax.core import rules
+
 PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot")
 
 
@@ -72,6 +74,16 @@ def minimum(function: Callable[..., Any], trainable: Any, *others: Any) -> float
     count = len(jax.tree.leaves(trainable))
     depends = [number < count for number in range(len(jaxpr.invars))]
     return _minimum(jaxpr, depends)[0]
+
+
+def useful(loss: Callable[..., Any], trainable: Any, frozen: Any, batch: Any) -> float:
+    """`minimum` of a stage's loss (params, batch, key) -> (scalar, metrics); shapes are enough."""
+
+    def value(trainable: Any, frozen: Any, batch: Any, key: Any) -> jax.Array:
+        return loss(rules.join(trainable, frozen), batch, key)[0]
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return minimum(value, trainable, frozen, batch, key)
 
 
 def _minimum(jaxpr: Any, depends: Sequence[bool]) -> tuple[float, list[bool]]:

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 
 from xllm_jax import build, train
-from xllm_jax.core import rules
 from xllm_jax.core.stage import Stage
 from xllm_jax.preflight import collectives, flops, hlo, inputs, memory, roofline, targets
 from xllm_jax.preflight.collectives import Collective
@@ -145,14 +144,10 @@ def make(stage: Stage, target: Target) -> Plan:
 
 def counts(lowered: Lowered) -> dict[str, float]:
     """FLOPs done and needed by one micro-step, over all chips."""
-    state, batch, key = lowered.state, lowered.batch, jax.eval_shape(lambda: jax.random.key(0))
-
-    def loss(trainable: Any, frozen: Any, batch: Any, key: Any) -> jax.Array:
-        return lowered.loss(rules.join(trainable, frozen), batch, key)[0]
-
+    state, batch = lowered.state, lowered.batch
     return {
         "flops": flops.measured(lowered.step, state, batch),
-        "minimum": flops.minimum(loss, state.trainable, state.frozen, batch, key),
+        "minimum": flops.useful(lowered.loss, state.trainable, state.frozen, batch),
     }
 
 

@@ -50,6 +50,19 @@ CHIPS = {
     "h100": Chip(989e12, 80 * 10**9, 3.35e12, 4.5e11),
     "h200": Chip(989e12, 141 * 10**9, 4.8e12, 4.5e11),
 }
+# How devices call themselves. What is not here (a card on another bus, say) has another peak.
+KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "NVIDIA A100-SXM4-80GB": "a100",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+}
 UNKNOWN = Chip(0.0, 0, 0.0, 0.0)  # this machine, whose figures nobody has stated
 
 
@@ -87,6 +100,11 @@ class Target:
         if not self.chip.axes:
             return self.chip.link
         return self.chip.link * sum(min(size - 1, 2) for size in self.shape)
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip that a device (`jax.Device.device_kind`) is; None where its peak is not known."""
+    return CHIPS.get(KINDS.get(device_kind, ""))
 
 
 def parse(text: str) -> Target:

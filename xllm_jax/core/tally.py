@@ -1,0 +1,20 @@
+"""A mean that is not divided yet, so that micro-batches are averaged by what they hold."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Tally(NamedTuple):
+    """What an objective reports where rows differ in how much they count.
+
+    The mean over several steps is the sum of totals over the sum of counts: a step with three
+    tokens of a kind weighs three, a step without any weighs nothing.
+
+    Attributes:
+      total: scalar float32, the sum.
+      count: scalar float32, how many were summed; 0 = the step has none of them.
+    """
+
+    total: Any
+    count: Any

@@ -1,0 +1,175 @@
+"""A micro-batch that a run stopped at or skipped, computed again: see `divergence.Held.save`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from xllm_jax import build, divergence, loop, nonfinite, restore, train
+from xllm_jax.core import checkpoint, mesh, rules
+from xllm_jax.core.errors import UserError
+from xllm_jax.core.stage import Stage
+
+
+@dataclasses.dataclass(frozen=True)
+class Recording:
+    """What a run wrote about one micro-batch.
+
+    Attributes:
+      step: number of the micro-batch.
+      stage: of the run.
+      batch: its arrays, of all hosts.
+      values: the loss and the gradient norm that the run saw.
+      keys: its samples.
+      rows: {row: samples in it}.
+      checkpoint: number of the run's checkpoint to take the parameters from; None = fresh ones.
+    """
+
+    step: int
+    stage: Stage
+    batch: Any
+    values: Mapping[str, float]
+    keys: tuple[str, ...]
+    rows: Mapping[int, tuple[str, ...]]
+    checkpoint: int | None
+
+    @property
+    def exact(self) -> bool:
+        """Whether the checkpoint is the very state that the micro-batch met."""
+        return (self.checkpoint or 0) == self.step - 1
+
+
+def read(file: str | Path) -> Recording:
+    """Reads a replay file; of several hosts' files, name any: the rows of all are joined.
+
+    Raises:
+      UserError: no such file, or none that a run has written.
+    """
+    file = Path(file)
+    if not file.exists():
+        known = ", ".join(sorted(path.name for path in file.parent.glob("*.npz"))) or "none"
+        raise UserError("no such file", field=str(file), mend=f"There are: {known}")
+    hosts = sorted(
+        file.parent.glob(re.sub(r"\.host\d+\.npz$", ".host*.npz", file.name)),
+        key=lambda path: [int(number) for number in re.findall(r"\d+", path.name)],
+    )
+    parts = [_arrays(path) for path in hosts]
+    abouts = [json.loads(str(part.pop(divergence.ABOUT))) for part in parts]
+    joined = {
+        name.removeprefix("batch/"): np.concatenate([part[name] for part in parts])
+        if parts[0][name].ndim
+        else parts[0][name]
+        for name in parts[0]
+    }
+    rows: dict[int, tuple[str, ...]] = {}
+    for row, key in (pair for about in abouts for pair in about["rows"]):
+        rows[row] = (*rows.get(row, ()), key)
+    return Recording(
+        step=abouts[0]["step"],
+        stage=restore.parse_stage(abouts[0]["stage"]),
+        batch=divergence.unflat(joined),
+        values=abouts[0]["values"],
+        keys=tuple(key for about in abouts for key in about["keys"]),
+        rows=rows,
+        checkpoint=abouts[0]["checkpoint"],
+    )
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path) as stored:
+            arrays = dict(stored)
+    except (ValueError, OSError) as error:
+        raise UserError(f"cannot be read: {error}", field=str(path)) from error
+    if divergence.ABOUT not in arrays:
+        raise UserError("is not the recording of a micro-batch", field=str(path))
+    return arrays
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A micro-batch computed again.
+
+    Attributes:
+      loss: its value.
+      norms: `gradient_norm` of everything and of each part.
+      batch: {array of the batch: index of its first value that is no finite number}.
+      parameters: the same of the parameters.
+      first: the first operation that makes such a value, in words; '' = none does.
+    """
+
+    loss: float
+    norms: Mapping[str, float]
+    batch: Mapping[str, tuple[int, ...]]
+    parameters: Mapping[str, tuple[int, ...]]
+    first: str
+
+    @property
+    def finite(self) -> bool:
+        """Whether loss and gradients are numbers."""
+        return bool(np.isfinite([self.loss, *self.norms.values()]).all())
+
+
+def run(recording: Recording, workdir: str | Path) -> Result:
+    """Computes loss and gradients of a recorded micro-batch with the run's parameters.
+
+    Args:
+      recording: of `read`.
+      workdir: the run's folder.
+
+    Raises:
+      UserError: the checkpoint is gone, or the stage's bases are.
+    """
+    stage = recording.stage
+    device_mesh, xllm = mesh.make(stage.mesh), build.model(stage)
+    state, _, _ = train.initial_state(stage, xllm, device_mesh)
+    if recording.checkpoint is not None:
+        state = load(state, Path(workdir), recording)
+    loss = train.objective(stage, xllm)
+    key = jax.random.fold_in(jax.random.key(stage.seed), recording.step - 1)
+
+    def both(trainable: Any, frozen: Any, batch: Any, key: Any) -> tuple[Any, Any]:
+        def objective(trainable: Any) -> Any:
+            return loss(rules.join(trainable, frozen), batch, key)[0]
+
+        return jax.value_and_grad(objective)(trainable)
+
+    with jax.set_mesh(device_mesh):
+        batch = mesh.to_global(device_mesh, recording.batch)
+        arguments = (state.trainable, state.frozen, batch, key)
+        value, gradients = jax.jit(both)(*arguments)
+        norms = {n: float(v) for n, v in train.gradient_norms(gradients).items()}
+        wrong = not np.isfinite([float(value), *norms.values()]).all()
+        parameters = nonfinite.values((state.trainable, state.frozen))
+        inputs = nonfinite.values(batch)
+        first = nonfinite.first(both, *arguments) if wrong and not (inputs or parameters) else ""
+    return Result(float(value), norms, inputs, parameters, first)
+
+
+def load(state: train.State, workdir: Path, recording: Recording) -> train.State:
+    """The state with the recorded checkpoint's parameters.
+
+    Raises:
+      UserError: the checkpoint is not there any more.
+    """
+    if not (workdir / "checkpoints" / str(recording.checkpoint)).exists():
+        raise UserError(
+            f"checkpoint {recording.checkpoint} is gone: the run has kept later ones only",
+            field=str(workdir / "checkpoints"),
+        )
+    checkpoints = checkpoint.Checkpoints(workdir)
+    arrays = checkpoints.restore(recording.checkpoint, loop.saved_arrays(state))
+    checkpoints.close()
+    return train.State(**arrays, frozen=state.frozen)
+
+
+def samples(recording: Recording, row: int) -> str:
+    """Which samples stand in a row, in words."""
+    return ", ".join(recording.rows.get(row, ())) or "nothing"
