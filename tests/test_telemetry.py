@@ -199,15 +199,15 @@ def speech(folder):
         )
     CharacterVocabulary.build(SAID).save(folder / "characters.txt")
     sizes = {"width": 16, "hidden": 16, "heads": 2}
-    encoder = sizes | {"depth": 1, "pools": (), "channels": 4}
+    encoder = sizes | {"depth": 1, "pools": (), "channels": 4, "kernel": 3}
+    interface = sizes | {"depth": 1, "encoder_width": 16, "positions": 8, "llm_width": 8}
+    blocks = {"vocab": 32, "self_blocks": 1, "visual_blocks": 1, "linguistic_blocks": 1}
     stage = Stage(
         name="speech",
         parts={
             "speech_encoder": Part("conformer.SpeechEncoder", "tiny", encoder),
-            "speech_interface": Part(
-                "speech_interface.SpeechInterface", "tiny", {"encoder_width": 16}
-            ),
-            "asr_decoder": Part("asr.ASRDecoder", "tiny", sizes | {"vocab": 32}),
+            "speech_interface": Part("speech_interface.SpeechInterface", "tiny", interface),
+            "asr_decoder": Part("asr.ASRDecoder", "tiny", sizes | blocks),
         },
         trainable=("speech_encoder/.*", "speech_interface/cif/.*", "asr_decoder/.*"),
         objective="asr",
