@@ -102,7 +102,7 @@ def _inside(equation: Any, inputs: Sequence[Any], test: Test) -> list[str]:
         return []
     for part in parts:
         if len(part.invars) == len(inputs) and not part.constvars:
-            return _search(part, _constants(equation, part), inputs, test)
+            return _search(part, (), inputs, test)
     return []
 
 
@@ -124,11 +124,6 @@ def _inside_loop(equation: Any, inputs: Sequence[Any], test: Test) -> list[str]:
 
 def _turns(length: int, reverse: bool) -> Iterator[int]:
     yield from reversed(range(length)) if reverse else range(length)
-
-
-def _constants(equation: Any, part: Any) -> Sequence[Any]:
-    closed = [p for p in equation.params.values() if isinstance(p, core.ClosedJaxpr)]
-    return next((p.consts for p in closed if p.jaxpr is part), ())
 
 
 def _place(equation: Any) -> str:
