@@ -32,7 +32,7 @@ BATCHES = ("configured", "largest")
 HEADER = (
     "stage", "slice", "rows x accumulation", "GiB of GiB a chip", "state + temporaries",
     "FLOPs / needed", "GB sent", "s an update", "limit", "samples/s", "days", "chip-hours",
-    "compiled in s",
+    "CPU s to compile",
 )  # fmt: skip
 
 

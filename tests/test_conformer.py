@@ -15,7 +15,7 @@ from xllm_jax.convert import export_tree, import_tree
 from xllm_jax.convert.cif_asr import DROPPED, conformer_layer_rows
 from xllm_jax.models import conformer, depthwise
 from xllm_jax.models.layers import LayerNorm
-from xllm_jax.models.relative_attention import relative_positions, relative_shift
+from xllm_jax.models.relative_attention import by_blocks, relative_positions, relative_shift
 
 
 def scaled(recording, name, value, tolerance=2e-5):
@@ -191,6 +191,17 @@ def test_relative_shift(length):
     query, key = np.indices((length, length))
     expected = scores[:, :, query, length - 1 - (query - key)]
     np.testing.assert_array_equal(relative_shift(scores), expected)
+
+
+@pytest.mark.parametrize("frames", [1, 7, 8, 19])
+def test_positions_by_blocks_are_those_of_the_whole_table(frames):
+    keys = jax.random.split(jax.random.key(frames))
+    query = jax.random.normal(keys[0], (2, frames, 3, 4))
+    position = jax.random.normal(keys[1], (2 * frames - 1, 3, 4))
+    distance = np.arange(frames)[:, None] - np.arange(frames)
+    table = np.asarray(position)[frames - 1 - distance]  # row r is the distance frames - 1 - r
+    expected = np.einsum("bqhd,qkhd->bhqk", query, table)
+    np.testing.assert_allclose(by_blocks(query, position, 8), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("taps", [1, 4, 31])

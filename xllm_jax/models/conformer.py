@@ -30,11 +30,22 @@ from xllm_jax.models.relative_attention import RelativeAttention, merge_init, re
 
 Array = jax.Array
 XAVIER = nn.initializers.xavier_uniform()
+BLOCK = 32  # queries that share a slice of the table of relative positions
 
 
 def frame_mask(lengths: Array, frames: int) -> Array:
     """True where a frame is valid: `[batch, frames]` bool."""
     return jnp.arange(frames) < lengths[:, None]
+
+
+def convolves(choice: str | None) -> bool:
+    """Whether layers take the form for accelerators ('conv') or CPUs ('shifts'); None = by backend.
+
+    These are the depthwise step and the shift of relative positions.
+    """
+    if choice is None:
+        return jax.default_backend() != "cpu"
+    return {"conv": True, "shifts": False}[choice]
 
 
 class Dropout(nn.Module):
@@ -148,17 +159,11 @@ class ConvolutionModule(nn.Module):
             x = jnp.where(valid[..., None], x, 0)
         x = nn.glu(Dense(2 * width, **dense, name="pointwise_in")(x))
         kernel = self.param("depthwise", nn.initializers.lecun_uniform(), (self.kernel, width))
-        convolve = depthwise_by_conv if self.by_conv() else depthwise_by_shifts
+        convolve = depthwise_by_conv if convolves(self.depthwise) else depthwise_by_shifts
         x = convolve(x, kernel.astype(self.dtype))
         norm = BatchNorm(self.train, self.momentum, dtype=self.dtype, name="batch_norm")
         x, statistics = norm(x, valid if self.mask_padding else None)
         return Dense(width, **dense, name="pointwise_out")(nn.silu(x)), statistics
-
-    def by_conv(self) -> bool:
-        """Whether XLA's convolution does the depthwise step."""
-        if self.depthwise is None:
-            return jax.default_backend() != "cpu"
-        return {"conv": True, "shifts": False}[self.depthwise]
 
 
 class ConformerBlock(nn.Module):
@@ -182,7 +187,9 @@ class ConformerBlock(nn.Module):
         """Returns (`[batch, frames, width]`, next statistics by their parameter paths)."""
         x = x + 0.5 * self.feed_forward("feed_forward_in", x)
         y = self.norm("attention_norm")(x)
-        y = RelativeAttention(self.heads, self.dtype, name="attention")(y, positions, valid)
+        block = BLOCK if convolves(self.depthwise) else 0
+        attention = RelativeAttention(self.heads, block, self.dtype, name="attention")
+        y = attention(y, positions, valid)
         x = x + self.drop(y)
         y, statistics = ConvolutionModule(
             self.kernel,
@@ -276,7 +283,7 @@ class SpeechEncoder(nn.Module):
       bins: filterbank bins of the input.
       dropout: rate on every residual branch and inside the feed-forwards.
       mask_padding: see the file's docstring.
-      depthwise: 'conv' or 'shifts'; None chooses by the backend.
+      depthwise: 'conv' or 'shifts', see `convolves`.
       momentum: share of the batch in the next running statistics.
     """
 

@@ -102,7 +102,8 @@ def _memory(plan: Plan) -> list[str]:
     parts = ", ".join(f"{name} {gib(size)}" for name, size in dataclasses.asdict(used).items())
     of = f" of {gib(held)}: {'fits' if plan.fits else 'DOES NOT FIT'}" if held else ""
     how = "" if plan.compiled else " (arithmetic, not compiled: what autodiff keeps, no kernels)"
-    return [f"GiB per chip  {gib(used.total)}{of}{how}", f"              {parts}"]
+    lines = [f"GiB per chip  {gib(used.total)}{of}{how}", f"              {parts}"]
+    return lines + ([f"compiling     {plan.seconds:.0f} s of one core"] if plan.compiled else [])
 
 
 def _flops(plan: Plan) -> list[str]:
