@@ -2,11 +2,12 @@
 
 TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 PYTHONPATH=. JAX_PLATFORMS=cpu \
     python benchmarks/preflight_table.py [--stages=stage2_image,...] [--slices=v5e-16,...] \
-    [--batches=configured,largest] [--folder=benchmarks/preflight] [--show]
+    [--batches=arithmetic,configured,largest] [--folder=benchmarks/preflight] [--show]
 
 Each cell of the table is a JSON file of its own, so that a second call goes on where the first one
-stopped; `--show` compiles nothing. 'configured' is the config as it is, 'largest' the largest
-micro-batch of the same update that fits.
+stopped; `--show` measures nothing. 'configured' is the config as it is, 'largest' the largest
+micro-batch of the same update that fits, 'arithmetic' the config as it is without the compiler: it
+stands in the table where 'configured' is missing.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ STAGES = (
     "stage3_instruction",
 )  # fmt: skip
 SLICES = ("v5e-16", "v5p-8", "v4-32")
-BATCHES = ("configured", "largest")
+BATCHES = ("configured", "largest")  # and "arithmetic"
 HEADER = (
     "stage", "slice", "rows x accumulation", "GiB of GiB a chip", "state + temporaries",
     "FLOPs / needed", "GB sent", "s an update", "limit", "samples/s", "days", "chip-hours",
@@ -46,17 +47,20 @@ def measure(cell: tuple[str, str, str], folder: Path) -> None:
     name, slice_, batch = cell
     stage: Stage = importlib.import_module(f"configs.{name}").get_config("real")
     target = targets.parse(slice_)
-    found = plan.make(stage, target) if batch == "configured" else plan.largest(stage, target)
+    found = MAKERS[batch](stage, target)
     record = {"fits": False} if found is None else report.record(found, None, None)
     page = "nothing fits\n" if found is None else report.text(found, None, None)
     report.write(folder, place(folder, cell).stem, page, record)
+
+
+MAKERS = {"configured": plan.make, "largest": plan.largest, "arithmetic": plan.arithmetic}
 
 
 def needless(cell: tuple[str, str, str], folder: Path) -> bool:
     """Whether the config's micro-batch is the whole update and fits: no larger one is possible."""
     name, slice_, batch = cell
     configured = place(folder, (name, slice_, "configured"))
-    if batch == "configured" or not configured.exists():
+    if batch != "largest" or not configured.exists():
         return False
     known = json.loads(configured.read_text())
     return known["fits"] and known["accumulation"] == 1
@@ -68,6 +72,7 @@ def line(cell: tuple[str, str, str], record: dict[str, Any]) -> list[str]:
     if "rows" not in record:
         return [*shown, "none fits", *[""] * (len(HEADER) - 3)]
     used, speed = record["memory_per_chip"], record["speed"]
+    compiling = f"{record['compile_seconds']:.0f}" if record["compiled"] else "arithmetic"
     state = used["total"] - used["temporaries"]
     sent = sum(row["sent"] for row in record["collectives"].values())
     fits = "" if record["fits"] else ", DOES NOT FIT"
@@ -78,17 +83,17 @@ def line(cell: tuple[str, str, str], record: dict[str, Any]) -> list[str]:
         f"{record['flops'] / record['minimum_flops']:.3f}",
     ]
     if not record["fits"]:
-        return [*shown, *cells, *[""] * 6, f"{record['compile_seconds']:.0f}"]
+        return [*shown, *cells, *[""] * 6, compiling]
     return [
         *shown,
         *cells,
-        f"{sent / 1e9:.1f}",
+        f"{sent / 1e9:.1f}" if record["compiled"] else "",
         f"{speed['seconds'] * record['accumulation']:.2f}",
         speed["limit"],
         f"{speed['samples_per_second']:.0f}",
         f"{speed['days']:.2f}",
         f"{speed['chip_hours']:.0f}",
-        f"{record['compile_seconds']:.0f}",
+        compiling,
     ]
 
 
@@ -97,9 +102,10 @@ def table(cells: list[tuple[str, str, str]], folder: Path) -> Iterator[str]:
     yield "| " + " | ".join(HEADER) + " |"
     yield "| " + " | ".join("---" for _ in HEADER) + " |"
     for cell in cells:
-        if place(folder, cell).exists():
-            row = line(cell, json.loads(place(folder, cell).read_text()))
-            yield "| " + " | ".join(row) + " |"
+        other = (*cell[:2], "arithmetic") if cell[2] == "configured" else cell
+        files = [file for file in (place(folder, cell), place(folder, other)) if file.exists()]
+        if files:
+            yield "| " + " | ".join(line(cell, json.loads(files[0].read_text()))) + " |"
 
 
 def main() -> None:

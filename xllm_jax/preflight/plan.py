@@ -81,13 +81,17 @@ class Lowered:
     device_mesh: Any
 
 
-def prepare(stage: Stage, target: Target) -> Lowered:
+def prepare(stage: Stage, target: Target, compiles: bool = True) -> Lowered:
     """The step of `train.py` and the shapes of its arguments; nothing is allocated.
+
+    Args:
+      stage, target: what and where.
+      compiles: whether it shall be compiled, which needs the devices' description.
 
     Raises:
       UserError: the stage, its mesh or its rows do not fit together.
     """
-    device_mesh = targets.make_mesh(stage.mesh, target)
+    device_mesh = targets.make_mesh(stage.mesh, target, compiles)
     xllm = build.model(for_accelerators(stage, target))
     state, optimizer, _ = train.abstract_state(stage, xllm, device_mesh)
     batch = inputs.sharded(stage.data, device_mesh)
@@ -117,17 +121,10 @@ def make(stage: Stage, target: Target) -> Plan:
     Raises:
       UserError: see `prepare`.
     """
-    lowered = prepare(stage, target)
-    counted = counts(lowered)
-    common = {
-        "stage": stage,
-        "target": target,
-        "mesh": dict(lowered.device_mesh.shape),
-        "parameters": tuple(memory.largest_parameters(lowered.state, LISTED)),
-        **counted,
-    }
     if not target.compiles:
-        return _arithmetic(lowered, common)
+        return arithmetic(stage, target)
+    lowered = prepare(stage, target)
+    common = _common(stage, target, lowered)
     started = time.process_time()
     try:
         with jax.set_mesh(lowered.device_mesh):
@@ -170,14 +167,31 @@ def from_compiled(compiled: Any, lowered: Lowered, common: dict[str, Any], secon
     )
 
 
-def _arithmetic(lowered: Lowered, common: dict[str, Any]) -> Plan:
+def _common(stage: Stage, target: Target, lowered: Lowered) -> dict[str, Any]:
+    """The fields of a Plan that need no compiler."""
+    return {
+        "stage": stage,
+        "target": target,
+        "mesh": dict(lowered.device_mesh.shape),
+        "parameters": tuple(memory.largest_parameters(lowered.state, LISTED)),
+        **counts(lowered),
+    }
+
+
+def arithmetic(stage: Stage, target: Target) -> Plan:
+    """The account without compiling: temporaries are what autodiff keeps, without any kernel's own.
+
+    Raises:
+      UserError: see `prepare`.
+    """
+    lowered = prepare(stage, target, compiles=False)
+    common = _common(stage, target, lowered)
     key = jax.eval_shape(lambda: jax.random.key(0))
     kept = memory.residuals(
         lowered.loss, lowered.state.trainable, lowered.state.frozen, lowered.batch, key
     )
-    target = common["target"]
     account = memory.account(lowered.state, lowered.batch, kept // target.chips)
-    fits = account.total <= target.chip.memory
+    fits = not target.chip.memory or account.total <= target.chip.memory
     return Plan(**common, memory=account, fits=fits, compiled=False)
 
 
@@ -195,7 +209,7 @@ def largest(
     Tries the whole update first. What does not fit says how much it wanted, and temporaries grow
     with the rows: so the next try is the largest that should fit, and few are needed.
     """
-    device_mesh = targets.make_mesh(stage.mesh, target)
+    device_mesh = targets.make_mesh(stage.mesh, target, compiles=False)
     options = candidates(stage, device_mesh.shape["data"] * device_mesh.shape["fsdp"])
     while options:
         rows = options.pop()

@@ -171,13 +171,18 @@ def devices(target: Target) -> list[jax.Device]:
     return list(described.devices)
 
 
-def make_mesh(axes: dict[str, int], target: Target) -> Mesh | AbstractMesh:
+def make_mesh(axes: dict[str, int], target: Target, compiles: bool = True) -> Mesh | AbstractMesh:
     """The stage's mesh on a target; without devices where nothing is compiled.
+
+    Args:
+      axes: see `core.mesh.make`.
+      target: the slice.
+      compiles: whether to compile for it, if that is possible here.
 
     Raises:
       UserError: the sizes do not multiply to the number of chips.
     """
-    if target.compiles:
+    if target.compiles and compiles:
         return mesh.make(axes, devices(target))
     sizes = mesh.sizes(axes, target.chips)
     return AbstractMesh(sizes, mesh.AXES, axis_types=(AxisType.Auto,) * len(sizes))
