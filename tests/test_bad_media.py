@@ -8,6 +8,7 @@ import pathlib
 import struct
 import zlib
 
+import grain
 import numpy as np
 import pytest
 import soundfile
@@ -248,3 +249,48 @@ def test_a_worker_gives_what_a_thread_gives(folder, batches):
         decoders.load("image", str(folder / "cut.png"), augmented, record, 0, True)
     assert str(here.value) == str(there.value) and here.value.field == there.value.field
     decoders.close()
+
+
+def test_a_file_that_takes_too_much_memory_costs_one_record(folder, tmp_path):
+    """A picture that is small on disk, and of which every pixel takes memory."""
+    large, small = tmp_path / "large.png", str(folder / "good.png")
+    Image.new("L", (9000, 9000)).save(large)
+    data = Data(deadline=60.0, memory=0.1, threads=1, **SHAPES)
+    decoders, record = decoder.Decoders(data), Record(example(folder, "good.png"), "a", 2, 5, 7)
+    for path in (small, str(large), small):
+        arguments = ("image", path, data, record, 0, True)
+        if path == small:
+            values, _ = decoders.load(*arguments)
+            np.testing.assert_array_equal(values, decoder.media.load(*arguments)[0])
+        else:
+            with pytest.raises(UserError, match=r"large.png: .*(MemoryError|ended its decoder)"):
+                decoders.load(*arguments)
+    assert decoder.media.load("image", str(large), data, record, 0, True)[0].any()
+    decoders.close()
+
+
+def test_a_worker_that_keeps_too_much_is_replaced(folder, monkeypatch):
+    data = Data(deadline=60.0, threads=1, **SHAPES)
+    decoders, record = decoder.Decoders(data), Record(example(folder, "good.png"), "a", 2, 5, 7)
+    arguments = ("image", str(folder / "good.png"), data, record, 0, True)
+    decoders.load(*arguments)
+    worker = decoders._idle.get()
+    assert 1e7 < worker.resident < 2e9
+    decoders._idle.put(worker)
+    monkeypatch.setattr(decoders, "_memory", worker.resident // 2)
+    decoders.load(*arguments)
+    assert decoders._idle.get() is None and worker._process.returncode is not None
+
+
+def test_batches_wait_within_their_memory(folder, batches, monkeypatch):
+    asked = []
+    options = grain.ReadOptions
+    monkeypatch.setattr(grain, "ReadOptions", lambda **o: asked.append(o) or options(**o))
+    good = [example(folder, name) for name in ("good.png", "good.flac", "good.mp4")]
+    for waiting in (4.0, 0.002, 0.0):
+        batches(good, threads=8, waiting=waiting)
+    row = 3 * 32 * 32 * 3 * 4 + 200 * 80 * 4  # an image, two frames, an utterance
+    most = int(0.002e9 / (3 * row))
+    assert 1 < most < 16
+    assert [o["prefetch_buffer_size"] for o in asked] == [16, most, 1]
+    assert [o["num_threads"] for o in asked] == [8, most, 1]

@@ -106,6 +106,8 @@ class Data:
         process, is replaced. 0 decodes in threads of the training process, without a deadline, and
         takes 0.7 times the CPU time for an image of 224 pixels.
       cache: folder of launch/cache.py with the outputs of what is frozen; '' computes them.
+      memory: gigabytes that decoding one file may take in such a process.
+      waiting: gigabytes of batches that a host decodes ahead; one batch at least.
       max_bad_share: the run stops when a larger share of records could not be read.
     """
 
@@ -132,6 +134,8 @@ class Data:
     threads: int = 4
     deadline: float = 0.0
     cache: str = ""
+    memory: float = 2.0
+    waiting: float = 4.0
     max_bad_share: float = 0.01
 
 

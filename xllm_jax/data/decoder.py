@@ -2,15 +2,17 @@
 
 A decoder is somebody else's C code: it can loop for ever or end its process on damaged input, and
 a thread can be neither stopped nor replaced. So each decoding thread has a worker process; a worker
-that does not answer by the deadline is killed, and the next file starts a new one.
+that does not answer by the deadline is killed, and the next file starts a new one. The kernel also
+bounds the memory that one file may take, and a worker that has kept too much of it is replaced.
 
-    python -m xllm_jax.data.decoder DESCRIPTOR      a worker, at the other end of a socket
+    python -m xllm_jax.data.decoder DESCRIPTOR BYTES      a worker, at the other end of a socket
 """
 
 from __future__ import annotations
 
 import os
 import queue
+import resource
 import signal
 import subprocess
 import sys
@@ -35,14 +37,22 @@ class Lost(Exception):
 
 
 class Worker:
-    """One process that decodes one file at a time."""
+    """One process that decodes one file at a time.
 
-    def __init__(self) -> None:
+    Args:
+      memory: bytes that it may take for a file.
+
+    Attributes:
+      resident: bytes that it held when it last answered.
+    """
+
+    def __init__(self, memory: int) -> None:
+        self.resident = 0
         self._connection, theirs = Pipe()
         paths = [ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "xllm_jax.data.decoder", str(theirs.fileno())],
+                [sys.executable, "-m", "xllm_jax.data.decoder", str(theirs.fileno()), str(memory)],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
@@ -62,7 +72,8 @@ class Worker:
             self._connection.send((deadline, arguments))
         except OSError as error:
             raise Lost("ended its decoder") from error
-        return self._receive(deadline, f"took longer than {deadline:g} s to decode")
+        made, self.resident = self._receive(deadline, f"took longer than {deadline:g} s to decode")
+        return made
 
     def _receive(self, seconds: float, late: str) -> Any:
         try:
@@ -85,11 +96,11 @@ class Decoders:
     """As many workers as threads ask at once, started when they are needed.
 
     Args:
-      data: of the stage; `threads` workers at most, `deadline` seconds a file.
+      data: of the stage; `threads` workers at most, `deadline` seconds and `memory` GB a file.
     """
 
     def __init__(self, data: Data):
-        self._deadline = data.deadline
+        self._deadline, self._memory = data.deadline, int(data.memory * 1e9)
         self._idle: queue.SimpleQueue[Worker | None] = queue.SimpleQueue()
         self._count = max(data.threads, 1)
         for _ in range(self._count):
@@ -105,8 +116,11 @@ class Decoders:
         """
         worker = self._idle.get()
         try:
-            worker = worker or Worker()
+            worker = worker or Worker(self._memory)
             answer = worker.ask((modality, path, data, record, part, train), self._deadline)
+            if worker.resident > self._memory:  # it may not give back what a large file took
+                worker.end()
+                worker = None
         except BaseException as error:
             if worker:
                 worker.end()
@@ -156,9 +170,28 @@ def answer(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         return kind, error.what, error.field, str(error)
 
 
-def serve(connection: Connection) -> None:
-    """A worker's life: files in, arrays out, until the other end closes."""
+def bound_memory(more: int) -> None:
+    """Lets this process take `more` bytes beyond what it has; asking for more is a MemoryError.
+
+    Code that cannot bear that ends the process, which costs the file all the same.
+    """
+    taken = _status("VmData")
+    resource.setrlimit(resource.RLIMIT_DATA, (taken + more, resource.RLIM_INFINITY))
+
+
+def _status(field: str) -> int:
+    """Bytes that Linux counts for this process; 0 on systems that do not tell."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(x.split()[1]) * 1024 for x in lines if x.startswith(f"{field}:")), 0)
+
+
+def serve(connection: Connection, memory: int) -> None:
+    """A worker's life: files in, arrays and its own size out, until the other end closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the owner's to handle
+    bound_memory(memory)
     connection.send("ready")
     while True:
         try:
@@ -169,8 +202,8 @@ def serve(connection: Connection) -> None:
         signal.setitimer(signal.ITIMER_REAL, deadline + GRACE_SECONDS)
         made = answer(arguments)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        connection.send(made)
+        connection.send((made, _status("VmRSS")))
 
 
 if __name__ == "__main__":
-    serve(Connection(int(sys.argv[1])))
+    serve(Connection(int(sys.argv[1])), int(sys.argv[2]))

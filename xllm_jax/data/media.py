@@ -6,6 +6,7 @@ A new modality is one more entry of FORMS and one file beside `image.py`.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -35,6 +36,10 @@ class Form:
     fields: tuple[str, ...]
     random: tuple[str, ...] = ()
     spoken: bool = False
+
+    def bytes(self) -> int:
+        """Bytes of one item."""
+        return 4 * math.prod(self.shape)
 
 
 def _image(data: Data) -> Form:

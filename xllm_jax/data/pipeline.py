@@ -100,14 +100,24 @@ class Pipeline:
         """
         if position is not None:
             position = {**position, "next_index": self._next_index(position)}
-        threads = self.data.threads
-        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+        options = self._ahead()
         filled = iter(self._steps.map(self._attempt).to_iter_dataset(options))
         examples = self.data.examples
         drawn = position["next_index"] * examples if position else 0
         quarantine = Quarantine(self.quarantine, self.data.max_bad_share, drawn)
         records = max(self.records() // self.process_count, 1)  # those that this host meets
         return Batches(filled, quarantine, records, self.mode.train, examples, position)
+
+    def _ahead(self) -> grain.ReadOptions:
+        """How many batches are decoded at a time and wait, within `data.waiting` gigabytes."""
+        threads, rows = self.data.threads, self.rows.stop - self.rows.start
+        each = {transcription: {"speech": 1}, conversation: self.data.items}
+        items = each.get(self.form, {"image": 1})
+        size = rows * sum(media.form(n, self.data).bytes() * count for n, count in items.items())
+        most = max(int(self.data.waiting * 1e9 / max(size, 1)), 1)
+        # Grain counts the batches being decoded among those that wait.
+        waiting = min(2 * threads, most)
+        return grain.ReadOptions(num_threads=min(threads, waiting), prefetch_buffer_size=waiting)
 
     def _next_index(self, position: Mapping[str, Any]) -> int:
         """Number of the batch at a position, which batches of another size may have reached."""
