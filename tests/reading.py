@@ -81,7 +81,7 @@ def digest(batch: Any, keys: list[str]) -> str:
 
 
 def main(folder: Path) -> None:
-    """For every line it is given, prints a batch's digest; saves its position behind every second."""
+    """Prints a digest for every line it is given; saves its position behind every second."""
     file = folder / "position.json"
     batches = pipeline(folder).iterate(json.loads(file.read_text()) if file.exists() else None)
     for number, _ in enumerate(sys.stdin):
