@@ -8,7 +8,7 @@ not depend on the number of hosts, and nobody decodes a file that no row has roo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -166,39 +166,73 @@ def capacity(data: Data, mode: Mode) -> Need:
 
 
 def pack(wanted: Sequence[Need], room: Need, rows: int) -> list[int | None]:
-    """Row of each entry, or None: of two packings the one that leaves fewer out.
+    """Row of each entry, or None: of several packings the first that leaves the fewest out.
 
-    First fit in order fills rows to the brim; longest first, each into the emptiest row, keeps rows
-    even, which matters when the number of items per row is what is scarce.
+    First fit in order fills rows to the brim. Even rows, the longest entries first, are better
+    where the number of items per row is what is scarce, and balanced ones where supervised tokens
+    are scarce too.
     """
-    in_order = first_fit(wanted, room, rows)
-    order = sorted(range(len(wanted)), key=lambda entry: -wanted[entry]["tokens"])
-    even: list[int | None] = [None] * len(wanted)
-    for entry, place in zip(order, first_fit([wanted[e] for e in order], room, rows, even=True)):
-        even[entry] = place
-    return even if even.count(None) < in_order.count(None) else in_order
+    ways = (first_fit, even_fit, balanced_fit)
+    best: list[int | None] = [None] * len(wanted)
+    for way in ways:
+        found = way(wanted, room, rows)
+        if found.count(None) < best.count(None):
+            best = found
+        if None not in best:
+            break
+    return best
 
 
-def first_fit(
-    wanted: Sequence[Need], room: Need, rows: int, even: bool = False
-) -> list[int | None]:
-    """Row of each entry: the first (`even`: the emptiest) with room for all it needs, or None.
+def first_fit(wanted: Sequence[Need], room: Need, rows: int) -> list[int | None]:
+    """Row of each entry: the first with room for all it needs, or None.
 
     Deterministic, in the order given. A need that `room` does not name has no room.
     """
+    return _placed(wanted, room, rows, range(len(wanted)), lambda row, need: 0)
+
+
+def even_fit(wanted: Sequence[Need], room: Need, rows: int) -> list[int | None]:
+    """Row of each entry, those with most tokens first: the one with the fewest tokens yet."""
+    order = sorted(range(len(wanted)), key=lambda entry: -wanted[entry]["tokens"])
+    return _placed(wanted, room, rows, order, lambda row, need: -row["tokens"])
+
+
+def balanced_fit(wanted: Sequence[Need], room: Need, rows: int) -> list[int | None]:
+    """Row of each entry, the largest first by tokens and supervised tokens together: the one that
+    it fills least, by whichever of both is scarcer there."""
+    scarce = [name for name in ("tokens", "answers") if room.get(name)]
+
+    def size(entry: int) -> float:
+        return -sum(wanted[entry].get(name, 0) / room[name] for name in scarce)
+
+    def filled(row: Need, need: Need) -> float:
+        return max((need.get(name, 0) - row[name]) / room[name] for name in scarce)
+
+    return _placed(wanted, room, rows, sorted(range(len(wanted)), key=size), filled)
+
+
+def _placed(
+    wanted: Sequence[Need],
+    room: Need,
+    rows: int,
+    order: Iterable[int],
+    worse: Callable[[Need, Need], float],
+) -> list[int | None]:
+    """Row of each entry, taken in `order`: the first of the least `worse(free, need)` that fits."""
     free = [dict(room) for _ in range(rows)]
-    places: list[int | None] = []
-    for need in wanted:
+    places: list[int | None] = [None] * len(wanted)
+    for entry in order:
+        need = wanted[entry]
         fits = [
             number
             for number, row in enumerate(free)
             if all(row.get(name, 0) >= amount for name, amount in need.items())
         ]
-        emptiest = max(fits, key=lambda number: free[number]["tokens"]) if fits else None
-        place = emptiest if even else next(iter(fits), None)
-        places.append(place)
-        for name, amount in need.items() if place is not None else ():
-            free[place][name] -= amount
+        if fits:
+            place = min(fits, key=lambda number: worse(free[number], need))
+            places[entry] = place
+            for name, amount in need.items():
+                free[place][name] -= amount
     return places
 
 

@@ -36,7 +36,8 @@ def examples(path: str, split: str = "train", media: str = "", modality: str = "
       path: folder or file of the layout above.
       split: 'train', 'val' or 'test'.
       media: folder that media paths start from, if it is another one.
-      modality: 'image', 'video' or 'speech': only conversations about that and nothing else.
+      modality: 'image', 'video', 'speech' or several as in 'image+speech': only conversations about
+        just that.
 
     Raises:
       UserError: no such file, broken JSON, a missing key, turns out of order, slots and files that
@@ -55,7 +56,8 @@ def examples(path: str, split: str = "train", media: str = "", modality: str = "
     for index, record in enumerate(data):
         found += _conversation(record, folder, f"{file}: [{index}]", str(index))
     if modality:
-        found = [example for example in found if {kind for kind, _ in example.media} == {modality}]
+        kinds = set(modality.split("+"))
+        found = [example for example in found if {kind for kind, _ in example.media} == kinds]
     return layout.not_empty(found, file, "conversations")
 
 
