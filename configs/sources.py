@@ -11,6 +11,9 @@ WORLD = {
     "spoken_questions": Source("visdial", "visdial", options={"kind": "asr"}),
     "instructions": Source("instructions", "instructions"),
     "clip_questions": Source("instructions", "instructions", options={"modality": "video"}),
+    "image_questions": Source("instructions", "instructions", options={"modality": "image"}),
+    "spoken_images": Source("instructions", "instructions", options={"modality": "image+speech"}),
+    "transcripts": Source("instructions", "instructions", options={"modality": "speech"}),
 }
 
 SPEECH = {

@@ -188,7 +188,7 @@ def first_fit(wanted: Sequence[Need], room: Need, rows: int) -> list[int | None]
 
     Deterministic, in the order given. A need that `room` does not name has no room.
     """
-    return _placed(wanted, room, rows, range(len(wanted)), lambda row, need: 0)
+    return _placed(wanted, room, rows, range(len(wanted)))
 
 
 def even_fit(wanted: Sequence[Need], room: Need, rows: int) -> list[int | None]:
@@ -216,23 +216,25 @@ def _placed(
     room: Need,
     rows: int,
     order: Iterable[int],
-    worse: Callable[[Need, Need], float],
+    worse: Callable[[Need, Need], float] | None = None,
 ) -> list[int | None]:
-    """Row of each entry, taken in `order`: the first of the least `worse(free, need)` that fits."""
+    """Row of each entry, taken in `order`: the first that fits, where `worse` is least."""
     free = [dict(room) for _ in range(rows)]
     places: list[int | None] = [None] * len(wanted)
     for entry in order:
         need = wanted[entry]
-        fits = [
+        fits = (
             number
             for number, row in enumerate(free)
             if all(row.get(name, 0) >= amount for name, amount in need.items())
-        ]
-        if fits:
-            place = min(fits, key=lambda number: worse(free[number], need))
-            places[entry] = place
-            for name, amount in need.items():
-                free[place][name] -= amount
+        )
+        if worse:
+            place = min(fits, key=lambda number: worse(free[number], need), default=None)
+        else:
+            place = next(fits, None)
+        places[entry] = place
+        for name, amount in need.items() if place is not None else ():
+            free[place][name] -= amount
     return places
 
 

@@ -105,8 +105,8 @@ def augment(
     if box is not None:
         top, left, height, width = box
         picture = picture.crop((left, top, left + width, top + height))
-    pixels = resize(picture, size)
-    return pixels[:, ::-1] if flip else pixels
+    picture = picture.resize((size, size), Image.Resampling.BICUBIC)
+    return np.asarray(picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else picture)
 
 
 def crop_box(
