@@ -125,7 +125,8 @@ def load(
         raise DoesNotFit(
             f"has {count} frames, data.frames holds {most}", field=path, mend="Raise data.frames"
         )
-    padded = np.pad(values, ((0, 0), (0, most - count), (0, 0)))
+    padded = np.zeros((len(values), most, *values.shape[2:]), values.dtype)
+    padded[:, :count] = values
     return padded, np.asarray([count], np.int32)
 
 

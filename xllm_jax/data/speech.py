@@ -9,8 +9,10 @@ variance normalisation and, in training, SpecAugment.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import io
+import itertools
 import os
 import struct
 from collections.abc import Iterable, Mapping
@@ -173,16 +175,20 @@ def filterbank(samples: np.ndarray, bins: int = 80) -> np.ndarray:
     changes[1:] = samples[1:] - PREEMPHASIS * samples[:-1]
     rest = np.float32(1) - PREEMPHASIS
     mean = strided(samples, count).mean(axis=1)
-    frames, filters = strided(changes, count), mel_filters(bins)
-    energy = np.empty((count, bins), np.float32)
+    frames, energy = strided(changes, count), np.empty((count, bins), np.float32)
+    padded = np.zeros((AT_ONCE, FFT), np.float32)
     for start in range(0, count, AT_ONCE):
-        part = slice(start, start + AT_ONCE)
-        cut = frames[part] - rest * mean[part, None]
+        part = slice(start, min(start + AT_ONCE, count))
+        cut = padded[: part.stop - start]
+        np.subtract(frames[part], rest * mean[part, None], out=cut[:, :WINDOW])
         cut[:, 0] = rest * (first[part] - mean[part])
-        cut *= povey_window()
+        cut[:, :WINDOW] *= povey_window()
         # SciPy transforms several frames at once in vector registers, NumPy one after the other.
-        spectrum = scipy.fft.rfft(cut, FFT, axis=1)[:, : FFT // 2]
-        np.matmul(spectrum.real**2 + spectrum.imag**2, filters, out=energy[part])
+        spectrum = scipy.fft.rfft(cut, axis=1)
+        power = np.square(spectrum.real)
+        power += np.square(spectrum.imag)
+        for low, high, filters in banded_filters(bins):
+            energy[part, low:high] = power[:, filters.start : filters.stop] @ filters.values
     return np.log(np.maximum(energy, np.finfo(np.float32).eps, out=energy), out=energy)
 
 
@@ -209,6 +215,28 @@ def mel_filters(bins: int, low: float = 20.0, high: float = RATE / 2) -> np.ndar
     points = mel(np.arange(FFT // 2) * (RATE / FFT))[:, None]
     rising = (points - left) / step
     return np.clip(np.minimum(rising, 2.0 - rising), 0.0, None).astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Band:
+    """Neighbouring mel filters over the bins of the spectrum that any of them reads."""
+
+    start: int
+    stop: int
+    values: np.ndarray
+
+
+@functools.cache
+def banded_filters(bins: int) -> tuple[tuple[int, int, Band], ...]:
+    """(first filter, end, Band) of three parts of `mel_filters`, which hold fewer zeros."""
+    whole, found = mel_filters(bins), []
+    edges = (0, bins // 2, 3 * bins // 4, bins)
+    for low, high in itertools.pairwise(edges):
+        part = whole[:, low:high]
+        used = np.flatnonzero(part.any(axis=1))
+        start, stop = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 0)
+        found.append((low, high, Band(start, stop, np.ascontiguousarray(part[start:stop]))))
+    return tuple(found)
 
 
 def normalise(
