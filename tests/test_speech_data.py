@@ -10,7 +10,7 @@ import soundfile
 from recording import Recording
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.data import speech
+from xllm_jax.data import speech, wav
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +105,32 @@ def test_other_rates_and_channels_are_mixed_and_resampled(tmp_path, rate):
     middle = slice(1000, -1000)
     assert np.abs(samples[middle] - expected[middle]).max() < 0.01 * 0.3 * 32768
     assert speech.count_frames(path) == len(speech.filterbank(samples))
+
+
+@pytest.mark.parametrize("channels, rate", [(1, 16_000), (2, 16_000), (1, 44_100), (3, 8_000)])
+def test_plain_wav_files_are_read_as_libsndfile_reads_them(tmp_path, channels, rate):
+    path, rng = tmp_path / "a.wav", np.random.default_rng(0)
+    wave = rng.integers(-32768, 32767, (rate, channels)).astype(np.int16)
+    soundfile.write(path, wave, rate, subtype="PCM_16")
+    content = path.read_bytes()
+    extra = content[:12] + b"LIST\5\0\0\0abcde\0" + content[12:] + b"more"  # odd size: padded
+    for form in (content, extra):
+        path.write_bytes(form)
+        samples, found = wav.samples(path.read_bytes())
+        expected, wanted = soundfile.read(path, dtype="float32", always_2d=True)
+        assert found == wanted == rate and samples.dtype == np.float32
+        np.testing.assert_array_equal(samples, expected)
+        assert abs(len(speech.read(path)) - 16_000) <= 1
+
+
+@pytest.mark.parametrize("subtype", ["PCM_24", "PCM_U8", "FLOAT", "ULAW"])
+def test_other_wav_files_are_left_to_libsndfile(tmp_path, wave, subtype):
+    path = tmp_path / "a.wav"
+    soundfile.write(path, wave, 16_000, subtype=subtype)
+    assert wav.samples(path.read_bytes()) is None
+    np.testing.assert_allclose(speech.read(path), wave * 32768, atol=1500)
+    soundfile.write(path, wave, 16_000, subtype="PCM_16")
+    assert wav.samples(path.read_bytes()[:-2]) is None
 
 
 def write(path, samples, rate=16_000):

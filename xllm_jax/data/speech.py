@@ -8,13 +8,9 @@ variance normalisation and, in training, SpecAugment.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import io
 import itertools
-import os
-import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +19,7 @@ import numpy as np
 import scipy.fft
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.data import files
+from xllm_jax.data import files, wav
 
 RATE = 16_000
 WINDOW, HOP, FFT = 400, 160, 512
@@ -31,7 +27,6 @@ AT_ONCE = 128  # frames that are transformed together: what a core's own cache h
 PREEMPHASIS = np.float32(0.97)
 RATES = (4_000, 384_000)  # samples a second that a recording may have
 MOST_SAMPLES = 100_000_000  # over all channels; a small file of silence can unpack to anything
-STREAMED = 0x7FFFF000  # from here on, and 0, sizes that writers to a pipe leave in a WAV header
 LEAST_FRAMES = 9  # fewer leave the speech encoder, which reduces 8 x, nothing to read
 
 
@@ -68,21 +63,10 @@ def read(path: str | Path) -> np.ndarray:
     Raises:
       UserError: see `load`.
     """
-    import soundfile
-
-    source = files.source(path)
-    try:
-        with soundfile.SoundFile(source) as sound:
-            _check_header(sound, path)
-            rate, samples = sound.samplerate, sound.read(dtype="float32")
-            wave = sound.format.startswith("WAV")
-        if wave:
-            _check_whole(source, len(samples), path)
-    except (soundfile.SoundFileError, RuntimeError) as error:
-        raise UserError(f"not a readable audio file ({error})", field=str(path)) from error
+    samples, rate = _plain(path) or _decoded(path)
     if not samples.size:
         raise UserError("holds no samples", field=str(path), mend="Leave it out or record it again")
-    samples = samples if samples.ndim == 1 else samples.mean(axis=1)
+    samples = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
     low, high = samples.min(), samples.max()
     if not np.isfinite(low + high):  # both carry a NaN on, and each an infinity of its side
         raise UserError("holds samples that are NaN or infinite", field=str(path))
@@ -101,36 +85,58 @@ def read(path: str | Path) -> np.ndarray:
     return samples * np.float32(32768)
 
 
-def _check_header(info: Any, path: str | Path) -> None:
+def _plain(path: str | Path) -> tuple[np.ndarray, int] | None:
+    """Samples `[samples, channels]` and rate of an ordinary WAV file, None for all others."""
+    source = files.source(path)
+    with open(source, "rb") if isinstance(source, str) else source as file:
+        head = file.read(12)
+        found = wav.samples(head + file.read()) if head[8:] == b"WAVE" else None
+    if found:
+        _check_header(found[1], found[0].size, path)
+    return found
+
+
+def _decoded(path: str | Path) -> tuple[np.ndarray, int]:
+    """The same by libsndfile, of everything that it reads.
+
+    Raises:
+      UserError: it cannot read the file, or the file is cut off.
+    """
+    import soundfile
+
+    try:
+        with soundfile.SoundFile(files.source(path)) as sound:
+            _check_header(sound.samplerate, sound.frames * sound.channels, path)
+            rate, samples = sound.samplerate, sound.read(dtype="float32", always_2d=True)
+            waved = sound.format.startswith("WAV")
+    except (soundfile.SoundFileError, RuntimeError) as error:
+        raise UserError(f"not a readable audio file ({error})", field=str(path)) from error
+    if waved:
+        _check_whole(path, len(samples))
+    return samples, rate
+
+
+def _check_header(rate: int, samples: int, path: str | Path) -> None:
     """Raises UserError for a rate that no recording has, or more samples than memory should."""
     low, high = RATES
-    if not low <= info.samplerate <= high:
-        what = f"says {info.samplerate} samples a second, not between {low} and {high}"
+    if not low <= rate <= high:
+        what = f"says {rate} samples a second, not between {low} and {high}"
         raise UserError(what, field=str(path), mend="Record or convert it again")
-    if info.frames * info.channels > MOST_SAMPLES:
-        what = f"holds {info.frames * info.channels:,} samples, more than {MOST_SAMPLES:,}"
+    if samples > MOST_SAMPLES:
+        what = f"holds {samples:,} samples, more than {MOST_SAMPLES:,}"
         raise UserError(what, field=str(path), mend="Cut it into utterances")
 
 
-def _check_whole(source: str | io.BytesIO, read: int, path: str | Path) -> None:
+def _check_whole(path: str | Path, read: int) -> None:
     """Raises UserError for a WAV file that was cut off; libsndfile says nothing about it."""
-    with open(source, "rb") if isinstance(source, str) else contextlib.nullcontext(source) as file:
-        end = file.seek(0, os.SEEK_END)
-        file.seek(0)
-        if file.read(4) != b"RIFF":
+    content = files.read(path)
+    for name, start, size in wav.chunks(content):
+        missing = start + size - len(content)
+        if name == b"data" and 0 < size < wav.STREAMED and missing > 0:
+            what = f"is cut off after {read} samples: {missing} bytes are missing"
+            raise UserError(what, field=str(path), mend="Download it again")
+        if name == b"data":
             return
-        at = 12
-        while at + 8 <= end:
-            file.seek(at)
-            name, size = struct.unpack("<4sI", file.read(8))
-            if name == b"data":
-                break
-            at += 8 + size + size % 2
-        else:
-            return
-    if 0 < size < STREAMED and at + 8 + size > end:
-        what = f"is cut off after {read} samples: {at + 8 + size - end} bytes are missing"
-        raise UserError(what, field=str(path), mend="Download it again")
 
 
 def count_frames(path: str | Path) -> int:
