@@ -53,7 +53,7 @@ def _data() -> Data:
         answers=64,
         items={"speech": 1},
         embeddings={"speech": 48},
-        frames=(1600,),
+        frames=(256, 384, 512, 640, 832, 1088, 1600),
         threads=16,
     )
 

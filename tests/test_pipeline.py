@@ -378,6 +378,37 @@ def test_buckets_hold_utterances_of_their_length(pipeline, folder):
     assert set(keys.values()) == {2} and len(keys) == 24
 
 
+def test_conversations_with_speech_come_in_buckets_too(pipeline, folder):
+    """Rows of one bucket are as long as their speech needs, and otherwise as without buckets."""
+    spoken = [e for e in mixed(folder, 48) if e.media and e.media[-1][0] == "speech"]
+    sources = {"a": spoken, "b": texts(8)}
+    made = pipeline(sources, frames=(60, 110, 200), examples=4, threads=1)
+    seen = take(made.iterate(), 16)
+    widths = Counter()
+    for batch, info in seen:
+        entry = batch.media["speech"]
+        frames = entry.values.shape[2]
+        lengths = entry.lengths[entry.lengths > 0]
+        assert frames in (60, 110, 200) and (lengths <= frames).all() and not info["skipped"]
+        assert not len(lengths) or lengths.max() > {60: 0, 110: 60, 200: 110}[frames]
+        widths[frames] += 1
+    assert len(widths) == 3
+    keys = Counter(key for _, info in seen for key in info["keys"])
+    assert set(keys.values()) == {2} and len(keys) == len(spoken) + 8
+    position = made.iterate().position()
+    with pytest.raises(UserError, match="length buckets are on"):
+        pipeline(sources, frames=(60, 110, 200), examples=8).iterate(position | {"next_index": 3})
+    whole = pipeline(sources, train=False, frames=(200,), examples=4)
+    for (one, _), (other, _) in zip(
+        whole.iterate(), pipeline(sources, train=False, frames=(60, 110, 200), examples=4).iterate()
+    ):
+        frames = other.media["speech"].values.shape[2]
+        assert not one.media["speech"].values[:, :, frames:].any()
+        np.testing.assert_array_equal(
+            one.media["speech"].values[:, :, :frames], other.media["speech"].values
+        )
+
+
 def test_an_utterance_longer_than_every_bucket_is_skipped_in_training_only(pipeline, folder):
     example = Example("long", (("speech", str(folder / "5.flac")),), transcript=SAID[0])
     sources = {"a": [example]}

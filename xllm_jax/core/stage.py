@@ -95,7 +95,8 @@ class Data:
       items: {modality: media items per row}.
       embeddings: {modality: embeddings that one item takes in the prompt}; the largest token count
         for speech.
-      frames: largest number of filterbank frames, one entry per length bucket, ascending.
+      frames: largest number of filterbank frames, one entry per length bucket, ascending. A batch
+        holds examples of one bucket; those without speech belong to the first.
       characters_length: largest transcript in characters, the end token included.
       text_length: tokens of a caption for the Q-Former's text branch.
       image: options of the image processor (size, crop scale, flip …).

@@ -17,6 +17,7 @@ from xllm_jax.core.batch import Batch, Media, zeros
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data
 from xllm_jax.data import media, prompt
+from xllm_jax.data.example import Example
 from xllm_jax.data.features import Features
 from xllm_jax.data.record import PROMPT, DoesNotFit, Mode, Record, Skipped
 from xllm_jax.data.tokenizer import ChatGLMTokenizer
@@ -45,11 +46,15 @@ Need = dict[str, int]  # amount of each limited thing
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Rows of a global batch, what was left out, and how many tokens were cut from long text."""
+    """Rows of a global batch, what was left out, and how many tokens were cut from long text.
+
+    `bucket` is the length bucket of its longest speech; -1 is the last.
+    """
 
     rows: Rows
     skipped: tuple[Skipped, ...]
     cut: int = 0
+    bucket: int = -1
 
     def supervised(self) -> int:
         """Supervised tokens of the plan."""
@@ -81,6 +86,11 @@ def tools(data: Data) -> Tools:
     return Tools(ChatGLMTokenizer(data.tokenizer), prompt.template(data.template), cached)
 
 
+def bucket(example: Example, data: Data) -> int:
+    """Length bucket of an example by the headers of its speech files; the first without any."""
+    return media.bucket(example, data, 0)
+
+
 def plan(records: Sequence[Record], kit: Tools, data: Data, mode: Mode) -> Plan:
     """Builds the prompts of a global batch and packs them into its rows.
 
@@ -96,7 +106,12 @@ def plan(records: Sequence[Record], kit: Tools, data: Data, mode: Mode) -> Plan:
         else:
             rows[place].append(placed)
     cut = sum(sum(placed.prompt.cut) for row in rows for placed in row)
-    return Plan(tuple(map(tuple, rows)), tuple(skipped), cut)
+    return Plan(tuple(map(tuple, rows)), tuple(skipped), cut, _longest(prompts))
+
+
+def _longest(prompts: Sequence[Placed]) -> int:
+    """The last bucket that any example belongs to; -1 without examples."""
+    return max((placed.record.bucket for placed in prompts), default=-1)
 
 
 def prepare(
@@ -260,7 +275,7 @@ def batches(records: Sequence[Record], kit: Tools, data: Data, mode: Mode) -> li
             )
         rows = [[p for p, at in zip(window[:end], places) if at == r] for r in range(data.rows)]
         cut = sum(sum(placed.prompt.cut) for placed in window[:end])
-        plans.append(Plan(tuple(map(tuple, rows)), (), cut))
+        plans.append(Plan(tuple(map(tuple, rows)), (), cut, _longest(window[:end])))
         start += end
     return [*plans[:-1], *(dataclasses.replace(p, skipped=tuple(skipped)) for p in plans[-1:])]
 
@@ -285,15 +300,16 @@ def fill(
       go on without them).
     """
     load = kit.features.loader(load) if kit.features else load
+    fits = dataclasses.replace(data, frames=(data.frames[made.bucket],))
     mine = made.rows[rows]
-    batch = zeros(len(mine), data.length, data.answers, shapes(data, kit.features))
+    batch = zeros(len(mine), data.length, data.answers, shapes(fits, kit.features))
     skipped: list[Skipped] = []
     for number, row in enumerate(mine):
         used = dict.fromkeys(["tokens", "answers", *data.items], 0)
         for segment, placed in enumerate(row, start=1):
             try:
                 loaded = [
-                    load(slot.modality, slot.path, data, placed.record, part, mode.train)
+                    load(slot.modality, slot.path, fits, placed.record, part, mode.train)
                     for part, slot in enumerate(placed.prompt.slots)
                 ]
             except UserError as error:

@@ -130,6 +130,28 @@ def load(
     return padded, np.asarray([count], np.int32)
 
 
+def bucket(example: Example, data: Data, silent: int) -> int:
+    """Length bucket of an example by the headers of its speech files, an index into `data.frames`.
+
+    Args:
+      example: to be read.
+      data: with the buckets.
+      silent: bucket of an example without speech.
+
+    Returns:
+      The first that holds every file; the last where a header tells nothing.
+    """
+    paths = [path for modality, path in example.media if modality == "speech"]
+    last = len(data.frames) - 1
+    try:
+        frames = max(map(speech.count_frames, paths), default=None)
+    except UserError:
+        return last
+    if frames is None:
+        return silent
+    return next((number for number, most in enumerate(data.frames) if frames <= most), last)
+
+
 def spoken_tokens(example: Example) -> int:
     """Embeddings that the spoken file of an example takes in the prompt: one a token.
 

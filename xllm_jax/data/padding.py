@@ -11,7 +11,7 @@ MENDS = {
     "answers": "lower data.answers",
     "image": "lower data.items.image, or raise data.examples",
     "video": "lower data.items.video, or raise data.examples",
-    "speech": "lower data.frames, or give it more length buckets (transcription form)",
+    "speech": "lower data.items.speech or data.frames, or give data.frames more length buckets",
     "characters": "lower data.characters_length",
     "word pieces": "lower data.text_length",
 }

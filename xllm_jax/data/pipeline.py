@@ -123,7 +123,7 @@ class Pipeline:
         """Number of the batch at a position, which batches of another size may have reached."""
         now, index = self.data.examples, int(position["next_index"])
         before = int(position.get("examples", now))
-        bucketed = self.form is transcription and len(self.data.frames) > 1
+        bucketed = self._bucketed()
         if before == now or (not bucketed and index * before % now == 0):
             return index * before // now
         reason = "length buckets are on" if bucketed else f"{index * before} records are behind it"
@@ -178,15 +178,20 @@ class Pipeline:
             "seen": len(members) + len(unread) + len(plan.skipped),
         }
 
+    def _bucketed(self) -> bool:
+        """Whether batches differ in the length of their speech."""
+        spoken = self.form is transcription or "speech" in self.data.items
+        return spoken and len(self.data.frames) > 1 and self.form in (transcription, conversation)
+
     def _buckets(self) -> stream.Buckets | None:
         """Length bucket of every record, read once from the audio files' headers."""
-        if self.form is not transcription or len(self.data.frames) == 1:
+        if not self._bucketed():
             return None
 
         def bucket(record: stream.Drawn) -> int:
             last = len(self.data.frames) - 1
             known = isinstance(record, Record)
-            return transcription.bucket(record.example, self.data) if known else last
+            return self.form.bucket(record.example, self.data) if known else last
 
         found = {}
         with ThreadPoolExecutor(max(self.data.threads, 1)) as pool:

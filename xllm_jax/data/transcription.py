@@ -9,7 +9,7 @@ import numpy as np
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data
-from xllm_jax.data import media, speech
+from xllm_jax.data import media
 from xllm_jax.data.characters import PAD, CharacterVocabulary
 from xllm_jax.data.example import Example
 from xllm_jax.data.record import DoesNotFit, Mode, Record, Skipped
@@ -52,15 +52,7 @@ def tools(data: Data) -> CharacterVocabulary:
 
 def bucket(example: Example, data: Data) -> int:
     """Length bucket of an utterance by its file's header; the last one where that tells nothing."""
-    last = len(data.frames) - 1
-    path = next((path for modality, path in example.media if modality == SPEECH), None)
-    if path is None:
-        return last
-    try:
-        frames = speech.count_frames(path)
-    except UserError:
-        return last
-    return next((number for number, most in enumerate(data.frames) if frames <= most), last)
+    return media.bucket(example, data, len(data.frames) - 1)
 
 
 def plan(records: Sequence[Record], kit: CharacterVocabulary, data: Data, mode: Mode) -> Plan:
