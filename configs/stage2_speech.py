@@ -70,5 +70,5 @@ def _tiny_data() -> Data:
         answers=20,
         items={"speech": 2},
         embeddings={"speech": networks.TINY_SPEECH_TOKENS},
-        frames=(networks.TINY_FRAMES[-1],),
+        frames=networks.TINY_FRAMES,
     )

@@ -56,7 +56,7 @@ def stage(name: str, config: str, needs: tuple[str, ...], *more: str) -> Job:
     """The job that trains one stage with its tiny configuration."""
     # Few steps do not repay the longer compilation of unrolled layers, nor that of a second bucket.
     quick = (f"--config.steps={QUICK_STEPS[name]}", "--config.unroll=1") if QUICK.value else ()
-    if QUICK.value and name == "stage1_speech":
+    if QUICK.value and name in ("stage1_speech", "stage2_speech"):
         quick += (f"--config.data.frames=({networks.TINY_FRAMES[-1]},)",)
     arguments = (f"--config=configs/{config}.py:tiny", f"--workdir=runs/{name}", *more, *quick)
     return Job(name, "train.py", arguments, needs)
