@@ -106,6 +106,17 @@ def test_frames_decoded_alone_are_those_of_the_whole_clip(moving, numbers):
         np.testing.assert_array_equal(np.asarray(picture), frames[number])
 
 
+@pytest.mark.parametrize("times", [[0.0], [0.31, 0.32, 0.9], [0.5, 1.55], [1.2, 1.9], [1.56, 3.0]])
+def test_pictures_at_some_times_are_those_of_decoding_through(moving, times):
+    path, frames = moving
+    straight, through = video._straight_times(path, times), video._through_times(path, times)
+    for one, other in zip(straight or through, through, strict=True):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+    assert straight or times[0] > len(frames) / 25 - 0.05
+    shown = [frames[min(int(time * 25 + 1e-3), len(frames) - 1)] for time in times]
+    np.testing.assert_array_equal(np.stack([np.asarray(one) for one in through]), shown)
+
+
 def test_only_stretches_behind_key_frames_are_decoded():
     times = [0, 3, 1, 2, 6, 4, 5, 7, 8]  # key frames 0 and 4; 5 and 6 are shown before the latter
     assert packets.spans(times, [0, 4], {2}) == [(0, 2)]

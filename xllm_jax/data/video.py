@@ -7,6 +7,8 @@ A path that ends in '#t=12.5,30' is read as those seconds of the video alone.
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Mapping, Sequence
 from math import ceil
 from pathlib import Path
@@ -153,13 +155,50 @@ def decode_times(path: str | Path, times: Sequence[float]) -> list[Image.Image]:
     Raises:
       UserError: the file is damaged, has no frame, or ends before the first time.
     """
+    return _straight_times(path, times) or _through_times(path, times)
+
+
+def _straight_times(path: str | Path, times: Sequence[float]) -> list[Image.Image] | None:
+    """The pictures, decoding only what they refer to; None where packets do not tell."""
+    with _opened(path) as container:
+        stream = _stream(container, path)
+        origin = _seek(container, stream, times[0])
+
+        def second(stamp: int) -> float:
+            return float(stamp * stream.time_base) - origin
+
+        # No frame is shown before it is decoded, so what is decoded later is shown later.
+        found = packets.collect(
+            itertools.takewhile(
+                lambda packet: packet.dts is None or second(packet.dts) <= times[-1],
+                container.demux(stream),
+            )
+        )
+        if not found:
+            return None
+        shown = sorted(second(packet.pts) for packet in found)
+        if times[0] > shown[-1]:  # perhaps beyond the end
+            return None
+        numbers = [max(bisect.bisect_right(shown, time) - 1, 0) for time in times]
+        frames = packets.pictures(stream.codec_context, found, numbers)
+    return [frames[n] for n in numbers] if len(frames) == len(set(numbers)) else None
+
+
+def _seek(container: Any, stream: Any, time: float) -> float:
+    """Goes to the key frame before a time; returns the second at which the stream starts."""
+    origin = (stream.start_time or 0) * stream.time_base
+    container.seek(int((time + origin) / stream.time_base), stream=stream)
+    return float(origin)
+
+
+def _through_times(path: str | Path, times: Sequence[float]) -> list[Image.Image]:
+    """The pictures, decoding everything from the key frame before the first one on."""
     shown, before, now = [], None, 0.0
     with _opened(path) as container:
         stream = _stream(container, path)
-        origin = (stream.start_time or 0) * stream.time_base
-        container.seek(int((times[0] + origin) / stream.time_base), stream=stream)
+        origin = _seek(container, stream, times[0])
         for _, frame in zip(range(MOST_FRAMES), container.decode(stream)):
-            now = float(frame.time or 0) - float(origin)
+            now = float(frame.time or 0) - origin
             while before is not None and len(shown) < len(times) and times[len(shown)] < now:
                 shown.append(before.to_image())
             before = frame
