@@ -59,7 +59,7 @@ def stage3(world: Path) -> Stage:
         trainable=(r"(image|video|speech)_interface/adapter/.*",),
         data=dataclasses.replace(
             data(world),
-            sources={"instructions": sources.WORLD["instructions"]},
+            sources={name: sources.WORLD[name] for name in ("instructions", "clips")},
             items={"image": 2, "video": 4, "speech": 2},
         ),
         **common(),
@@ -74,7 +74,8 @@ def common() -> dict:
         "compute": "float32",
         "frozen": "float32",
         "log_every": 1,
-        "save_every": 3,
+        "save_every": 2,
+        "keep": 3,
     }
 
 

@@ -41,7 +41,7 @@ class Audit:
 
 
 def audit(stage: Stage, samples: int = 24, records: int = supervision.RECORDS) -> Audit:
-    """Looks at a stage's training data.
+    """Looks at a stage's training data: at media, also where training reads cached features.
 
     Args:
       stage: whose data.
@@ -51,6 +51,7 @@ def audit(stage: Stage, samples: int = 24, records: int = supervision.RECORDS) -
     Raises:
       UserError: a source without any supervised token (names it), or data that cannot be read.
     """
+    stage = dataclasses.replace(stage, data=dataclasses.replace(stage.data, cache=""))
     pipeline = Pipeline(stage.data, stage.seed)
     found = supervision.of_sources(pipeline, records)
     supervision.refuse_silent(found)

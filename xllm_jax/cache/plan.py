@@ -233,7 +233,12 @@ def room(plan: Plan, most: float) -> None:
         mend = f"--most_gib={-(-total // 2**30)} writes it"
         raise UserError(f"the cache may take {_size(total)}", field="--most_gib", mend=mend)
     free = shutil.disk_usage(_existing(plan.output)).free
-    left = sum(_bytes(job) for job in plan.jobs if not finished(plan, job, 0))
+    left = sum(
+        job.bytes_each * len(job.rows(shard))
+        for job in plan.jobs
+        for shard in range(job.shards)
+        if not finished(plan, job, shard)
+    )
     if left > free:
         what = f"the cache may take {_size(left)}, {_size(free)} are free"
         raise UserError(what, field=str(plan.output), mend="Choose another --output")

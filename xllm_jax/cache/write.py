@@ -78,7 +78,6 @@ def run(
             with tqdm(total=rows, initial=done, desc=job.modality, unit="items") as bar:
                 compute = computation(plan, job, device_mesh, params)
                 _shards(plan, job, todo, load, compute, batch, identity, quarantine, bar.update)
-    quarantine.add(0, (), at_end=True)
     return finish(plan, identity, base)
 
 
@@ -239,7 +238,7 @@ def write_shard(
         "records": len(job.rows(shard)),
         "bytes": partial.stat().st_size,
         "sha256": checksum(partial),
-        "rejects": [{"file": one.file, "reason": one.reason} for one in rejects],
+        "rejects": [dataclasses.asdict(one) for one in rejects],
     }
     partial.replace(file)
     write_json(note, made)
@@ -271,13 +270,18 @@ def finish(plan: Plan, identity: str, base: Mapping[str, str]) -> dict[str, Any]
 
     Returns:
       What `features.manifest` reads; None while shards are missing.
+
+    Raises:
+      UserError: too many media are bad.
     """
-    kinds = {}
+    kinds, judge = {}, Quarantine(None, plan.stage.data.max_bad_share)
     for job in plan.jobs:
         if not all(planning.finished(plan, job, s, identity) for s in range(job.shards)):
             return None
         notes = [json.loads(plan.note(job, s).read_text("utf-8")) for s in range(job.shards)]
-        reasons = Counter(reject["reason"] for note in notes for reject in note["rejects"])
+        rejects = [Skipped(**reject) for note in notes for reject in note["rejects"]]
+        judge.add(len(job.places), rejects, at_end=True)
+        reasons = Counter(reject.reason for reject in rejects)
         counted = {"reasons": dict(reasons.most_common()), "rejected": reasons.total()}
         sizes = [note["bytes"] for note in notes]
         kinds[job.modality] = job.about() | counted | {"shards": len(notes), "bytes": sizes}

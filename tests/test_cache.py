@@ -1,0 +1,420 @@
+"""The feature cache: the same losses, nothing else computed, and every change refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import small_cache
+from PIL import Image
+from small_runs import make_world
+from small_stage import ROOT, curve
+
+from xllm_jax import build, loop, train
+from xllm_jax.cache import check, describe, plan, write
+from xllm_jax.core import checkpoint, fingerprint, mesh, rules
+from xllm_jax.core.errors import UserError
+from xllm_jax.data import features, media, pipeline, stream
+from xllm_jax.data.example import Example
+from xllm_jax.data.record import DoesNotFit, Record
+
+CONFIG = "configs/small.py"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A small world's folder."""
+    return make_world(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def speech(world):
+    """(stage 2 speech without its cache, the cache's folder)."""
+    stage = small_cache.based(small_cache.stage2_speech(world), world.parent)
+    return stage, written(stage, world.parent / "speech")
+
+
+def written(stage, folder, **options):
+    """The folder of a stage's finished cache, five media a shard."""
+    made = plan.make(stage, folder, CONFIG, 5, **options)
+    assert write.run(made, 4) is not None
+    return folder
+
+
+def cached(stage, folder):
+    """The stage that reads its cache."""
+    return small_cache.changed(stage, cache=str(folder))
+
+
+def test_a_run_continues_with_a_cache_as_if_without(speech, tmp_path):
+    """Losses under dropout, results and bases: from the second step on with the cache."""
+    assert speech[0].parts["speech_interface"].fields["dropout"] > 0
+    plain, copy = tmp_path / "plain", tmp_path / "copy"
+    loop.fit(speech[0], plain)
+    shutil.copytree(plain, copy)
+    for later in ("4", "6"):
+        shutil.rmtree(copy / "checkpoints" / later)
+    shutil.rmtree(copy / "final")
+    loop.fit(cached(*speech), copy)
+    losses, others = curve(plain), curve(copy)
+    assert list(losses) == list(others) == [1, 2, 3, 4, 5, 6]
+    np.testing.assert_allclose(list(others.values()), list(losses.values()), rtol=2e-6)
+    bases = [checkpoint.base_about(run / "final")["base"] for run in (plain, copy)]
+    assert bases[0] == bases[1] and bases[0].keys() == speech[0].parts.keys()
+    results = [load(run / "final") for run in (plain, copy)]
+    assert results[0].keys() == results[1].keys()
+    for path in results[0]:
+        np.testing.assert_allclose(results[1][path], results[0][path], atol=2e-6)
+        frozen = path.startswith("speech_interface/cif")
+        assert not frozen or np.array_equal(results[1][path], results[0][path])
+
+
+def load(folder):
+    """{path: array} of a base."""
+    stores = checkpoint.open_leaves(folder)
+    return {path: np.asarray(store.read().result()) for path, store in stores.items()}
+
+
+def test_what_is_cached_is_neither_loaded_nor_compiled(speech):
+    shapes = {}
+    for name, stage in (("plain", speech[0]), ("cached", cached(*speech))):
+        model = build.model(stage)
+        state, optimizer, _ = train.abstract_state(stage, model, mesh.make({}))
+        shapes[name] = rules.flatten(rules.join(state.trainable, state.frozen))
+        batch, _ = next(pipeline.Pipeline(stage.data).iterate())
+        text = train.jitted(stage, model, optimizer, state).lower(state, batch).as_text()
+        assert ("speech_encoder" in text) == (name == "plain")
+        assert ("416x80" in text) == (name == "plain")  # the filterbanks
+    gone = shapes["plain"].keys() - shapes["cached"].keys()
+    assert {path.split("/")[0] for path in gone} == {"speech_encoder", "speech_interface"}
+    assert all(path.startswith(("speech_encoder/", "speech_interface/cif/")) for path in gone)
+    assert not any("cif" in path or "speech_encoder" in path for path in shapes["cached"])
+
+
+def test_stage_three_reads_everything_below_its_adapters(world, tmp_path):
+    """Three modalities, packed rows, videos of several frames: losses and gradients are equal."""
+    stage = small_cache.based(small_cache.stage3(world), tmp_path)
+    folder = written(stage, tmp_path / "cache")
+    about = features.manifest(folder)["modalities"]
+    assert {name: (kind["steps"], kind["through"]) for name, kind in about.items()} == {
+        "image": (2, "image_interface/qformer"),
+        "video": (2, "video_interface/qformer"),
+        "speech": (3, "speech_interface/c_former"),
+    }
+    found = []
+    for made in (stage, cached(stage, folder)):
+        model = build.model(made)
+        check.verified(made, model, mesh.make({}))
+        params = build.parameters(made, model, mesh.make({}))
+        trainable, frozen = rules.split(made.trainable, params)
+        loss = train.objective(made, model)
+        call = jax.jit(
+            jax.value_and_grad(lambda t, f, b, loss=loss: loss(rules.join(t, f), b, None)[0])
+        )
+        batches = pipeline.Pipeline(made.data).iterate()
+        found.append([call(trainable, frozen, next(batches)[0]) for _ in range(3)])
+        parts = {path.split("/")[0] for path in rules.flatten(params)}
+        assert ("vision_encoder" in parts) == (made is stage)
+    for one, other in zip(*found):
+        np.testing.assert_allclose(other[0], one[0], rtol=2e-6)
+        gradients = [rules.flatten(gradient) for _, gradient in (one, other)]
+        for path in gradients[0]:
+            top = np.abs(gradients[0][path]).max()
+            np.testing.assert_allclose(gradients[1][path], gradients[0][path], atol=1e-5 * top)
+    assert all(np.abs(leaf).max() > 0 for leaf in gradients[0].values())
+
+
+def refusal(stage):
+    """What the check of a stage's cache says."""
+    with pytest.raises(UserError) as caught:
+        check.verified(stage, build.model(stage), mesh.make({}))
+    assert f"--config={CONFIG} --output={stage.data.cache} --again" in str(caught.value)
+    return f"{caught.value.field}: {caught.value.what}"
+
+
+def test_a_changed_setting_is_named(speech):
+    stage = cached(*speech)
+    assert check.verified(stage, build.model(stage), mesh.make({}))
+    told = refusal(small_cache.changed(stage, frames=(408,)))
+    assert told == "data.frames: was [416] when the cache was written and is [408] now"
+    told = refusal(small_cache.changed(stage, speech={"specaugment": True}))
+    assert told.startswith("data.speech.specaugment: was not set when")
+    fields = stage.parts["speech_encoder"].fields | {"kernel": 5}
+    encoder = dataclasses.replace(stage.parts["speech_encoder"], fields=fields)
+    parts = stage.parts | {"speech_encoder": encoder}
+    told = refusal(dataclasses.replace(stage, parts=parts))
+    assert told.startswith("parts.speech_encoder.fields.kernel: was 3")
+    assert refusal(dataclasses.replace(stage, frozen="bfloat16")).startswith(
+        "frozen: was 'float32'"
+    )
+    told = refusal(dataclasses.replace(stage, trainable=(r"speech_interface/.*",)))
+    assert told.startswith("trainable: speech_interface/cif trains, and the cache holds its")
+
+
+def test_a_changed_source_or_shard_is_named(speech, tmp_path):
+    stage, folder = speech
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    changed = dict(stage.data.sources)
+    changed["utterances"] = dataclasses.replace(changed["utterances"], split="test")
+    told = refusal(small_cache.changed(cached(stage, copy), sources=changed))
+    assert told.startswith("data.sources.utterances: its ")
+    fewer = {"utterances": stage.data.sources["utterances"]}
+    stage = cached(stage, copy)
+    subset = small_cache.changed(stage, sources=fewer)
+    assert check.verified(subset, build.model(subset), mesh.make({}))
+    shard = copy / features.shard_name("speech", 1, 3)
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert refusal(stage).startswith(f"{shard}: is missing or has not the ")
+    shutil.rmtree(copy)
+    with pytest.raises(UserError, match=r"data\.cache: no finished cache in .*launch/cache\.py"):
+        build.model(stage)
+
+
+def test_a_changed_weight_is_named(speech, tmp_path):
+    stage = cached(*speech)
+    params = rules.unflatten(load(stage.init["speech_encoder"]))
+    kernel = params["speech_interface"]["cif"]["weight"]["kernel"]
+    params["speech_interface"]["cif"]["weight"]["kernel"] = np.nextafter(kernel, 9)
+    checkpoint.save_base(tmp_path / "other", params, {})
+    init = stage.init | {"speech_interface": str(tmp_path / "other")}
+    told = refusal(dataclasses.replace(stage, init=init))
+    assert told.startswith("init.speech_interface: another speech_interface than the cache")
+    assert "speech_interface/cif/weight/kernel" in told
+    above = stage.init | {"speech_interface/c_former": str(tmp_path / "other")}
+    allowed = dataclasses.replace(stage, init=above)
+    assert check.verified(allowed, build.model(allowed), mesh.make({}))
+
+
+def test_fingerprints_on_disk_are_those_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(fingerprint, "BLOCK", 7)
+    rng = np.random.default_rng(0)
+    tree = {"b": rng.normal(size=(5, 3, 2)), "a": rng.normal(size=11), "c": rng.normal(size=())}
+    tree = {"part": {name: np.asarray(leaf, np.float32) for name, leaf in tree.items()}}
+    checkpoint.save_base(tmp_path / "base", tree, {})
+    stores = checkpoint.open_leaves(tmp_path / "base")
+    for dtype in (np.float32, ml_dtypes.bfloat16):
+        kept = jax.tree.map(lambda leaf: leaf.astype(dtype), tree)  # noqa: B023
+        wanted = fingerprint.of_tree(kept)
+        assert {p: fingerprint.of_store(s, dtype) for p, s in stores.items()} == wanted
+        for path, leaf in rules.flatten(kept).items():
+            sums = [int(value) for value in fingerprint._on_devices(jax.numpy.asarray(leaf))]
+            assert wanted[path].endswith(f"{leaf.dtype} {sums}")
+    swapped = {"part": tree["part"] | {"a": tree["part"]["a"][::-1]}}
+    assert checkpoint.identity(swapped) != checkpoint.identity(tree)
+    assert check.base({}, fingerprint.of_tree(tree)) == {"part": checkpoint.identity(tree["part"])}
+
+
+def contents(folder):
+    """{file: bytes} of the shards, tables and the description of a cache."""
+    patterns = ("*.array_record-*", "*.npy", features.MANIFEST)
+    files = [path for pattern in patterns for path in folder.glob(pattern)]
+    return {path.name: path.read_bytes() for path in files}
+
+
+@pytest.fixture
+def arithmetic(monkeypatch):
+    """Replaces the networks by arithmetic, so that nothing is compiled."""
+
+    def computation(made, job, device_mesh, params):
+        def compute(values, lengths, counts):
+            totals = values.reshape(len(values), -1).sum(1)
+            made = np.zeros((len(values), *job.shape), job.dtype)
+            made[:, :2] = totals[:, None, None] + np.arange(1, 3)[:, None]
+            return made, lengths
+
+        return compute
+
+    monkeypatch.setattr(write, "computation", computation)
+    monkeypatch.setattr(write, "parameters", lambda made, device_mesh: {})
+
+
+def draw(folder, count):
+    """A folder of captioned images."""
+    folder.mkdir()
+    for number in range(count):
+        pixels = np.random.default_rng(number).integers(0, 255, (40, 40, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:02d}.png")
+        (folder / f"{number:02d}.txt").write_text("红色的圆", "utf-8")
+    return folder
+
+
+def test_hosts_share_the_work_and_a_killed_one_continues(tmp_path, arithmetic):
+    stage = small_cache.pictures(draw(tmp_path / "pictures", 12))
+    whole = contents(written(stage, tmp_path / "whole"))
+    assert len(whole) == 5  # three shards, the table, the description
+    made = plan.make(stage, tmp_path / "shared", CONFIG, 5)
+    assert write.run(made, 4, host=1, hosts=2) is None
+    assert write.run(made, 3, host=0, hosts=2) is not None
+    assert contents(tmp_path / "shared") == whole
+    job = made.jobs[0]
+    made.note(job, 1).unlink()  # killed between shard and note
+    made.path(job, 1).write_bytes(b"half a shard")
+    before = made.path(job, 0).stat().st_mtime_ns
+    assert write.run(made, 4) is not None
+    assert contents(tmp_path / "shared") == whole
+    assert made.path(job, 0).stat().st_mtime_ns == before
+
+
+def test_all_devices_compute(tmp_path):
+    """Two devices, whose batch is rounded up, write what one writes."""
+    stage = small_cache.pictures(draw(tmp_path / "pictures", 5))
+    alone = features.Features(written(stage, tmp_path / "alone"))
+    code = f"""
+import sys; sys.path[:0] = ['tests', '.']
+import jax, small_cache
+from pathlib import Path
+from xllm_jax.cache import plan, write
+made = plan.make(small_cache.pictures(Path({str(tmp_path / "pictures")!r})),
+                 {str(tmp_path / "both")!r}, '', 5)
+write.run(made, 3)
+print(len(jax.local_devices()))
+"""
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | flags,
+    )
+    assert done.stdout.strip() == "2", done.stderr
+    both = features.Features(tmp_path / "both")
+    load = alone.loader(media.load), both.loader(media.load)
+    for number in range(5):
+        path = str(tmp_path / "pictures" / f"{number:02d}.png")
+        record = Record(Example("a", (("image", path),)))
+        one, other = (call("image", path, stage.data, record, 0, True) for call in load)
+        assert one[0].shape == (1, 5, 16) and np.abs(one[0]).max() > 0.1
+        np.testing.assert_allclose(other[0], one[0], atol=1e-5)
+
+
+def test_another_cache_in_the_folder_is_refused_in_words(tmp_path, arithmetic):
+    stage = small_cache.pictures(draw(tmp_path / "pictures", 3))
+    folder = written(stage, tmp_path / "cache")
+    smaller = plan.make(small_cache.changed(stage, image={"size": 16}), folder, CONFIG, 5)
+    with pytest.raises(UserError, match=r"data\.image\.size was 32 when .* is 16 now.*--again"):
+        write.run(smaller, 4)
+    assert write.run(smaller, 4, again=True) is not None
+    assert features.manifest(folder)["modalities"]["image"]["fields"]["data.image.size"] == 16
+
+
+def test_shared_media_are_kept_once(tmp_path, monkeypatch):
+    draw(tmp_path / "pictures", 2)
+    paths = [str(tmp_path / "pictures" / f"{n:02d}.png") for n in range(2)]
+    rows = [Example(f"e{n}", (("image", paths[n % 2]),), "问", "答") for n in range(6)]
+    monkeypatch.setattr(stream, "read", lambda name, source, root: rows)
+    made = plan.make(small_cache.pictures(tmp_path), tmp_path / "cache", CONFIG, 5)
+    assert [plan.Plan.medium(made, made.jobs[0], n)[0] for n in range(2)] == paths
+    assert len(made.jobs[0].places) == 2 and "2 media" in plan.told(made)
+    with pytest.raises(UserError, match=r"--most_gib: the cache may take .* --most_gib=1 writes"):
+        plan.room(made, 1e-9)
+
+
+def test_random_augmentation_is_refused_by_its_field(tmp_path, world):
+    folder = draw(tmp_path / "pictures", 1)
+    for options in ({"size": 32, "flip": True}, {"size": 32, "scale": (0.5, 1.0)}):
+        stage = small_cache.pictures(folder, image=options)
+        with pytest.raises(UserError) as caught:
+            plan.make(stage, tmp_path / "cache", CONFIG, 5)
+        assert caught.value.field == f"data.image.{list(options)[1]}"
+    stage = small_cache.changed(small_cache.stage3(world), speech={"specaugment": True})
+    model = build.model(stage)
+    with pytest.raises(UserError, match=r"data\.speech\.specaugment.*--modality=image,video"):
+        describe.depths(stage, model)
+    assert describe.depths(stage, model, ["image"]) == {"image": 2}
+    stage = dataclasses.replace(stage, trainable=(r"speech_.*",))
+    with pytest.raises(UserError, match="nothing frozen for 'speech'"):
+        describe.depths(stage, build.model(stage), ["speech"])
+
+
+def test_a_loader_that_draws_without_saying_so_is_found_out(tmp_path, arithmetic, monkeypatch):
+    stage = small_cache.pictures(draw(tmp_path / "pictures", 1), image={"size": 32, "flip": True})
+    form = dataclasses.replace(media.form("image", stage.data), random=())
+    monkeypatch.setitem(media.FORMS, "image", lambda data: form)
+    made = plan.make(stage, tmp_path / "cache", CONFIG, 5)
+    with pytest.raises(UserError, match="loaded differently in every epoch"):
+        write.run(made, 4)
+
+
+def test_bad_media_are_quarantined_as_without_a_cache(tmp_path, arithmetic):
+    folder = draw(tmp_path / "pictures", 6)
+    (folder / "03.png").write_bytes((folder / "03.png").read_bytes()[:200])
+    stage = small_cache.pictures(folder, max_bad_share=0.5, examples=4)
+    made = written(stage, tmp_path / "cache")
+    lines = (made / "quarantine.jsonl").read_text().splitlines()
+    (listed,) = map(json.loads, lines)
+    kinds = features.manifest(made)["modalities"]["image"]
+    assert kinds["rejected"] == 1 and list(kinds["reasons"]) == [listed["reason"]]
+    found = []
+    for data in (stage.data, cached(stage, made).data):
+        batches = pipeline.Pipeline(data, quarantine=tmp_path / "q.jsonl").iterate()
+        infos = [next(batches)[1] for _ in range(6)]
+        found.append([(info["keys"], info["skipped"], info["bad"]) for info in infos])
+    assert found[0] == found[1] and found[0][-1][-1] > 0
+    assert listed["file"] == str(folder / "03.png")
+    strict = small_cache.changed(stage, max_bad_share=0.1)
+    with pytest.raises(
+        UserError, match=r"1 of 6 records could not be read, the last one .*03\.png"
+    ):
+        write.run(plan.make(strict, tmp_path / "strict", CONFIG, 9), 4)
+
+
+def test_a_new_modality_needs_nothing_here(tmp_path, arithmetic, monkeypatch):
+    """A modality of the tests' own: one entry per table of media.py, and parts of the model."""
+    draw(tmp_path / "pictures", 3)
+    form = media.Form(1, (32, 32, 3), ("image",))
+    monkeypatch.setitem(media.FORMS, "depth", lambda data: form)
+    monkeypatch.setitem(media.LOADERS, "depth", media.LOADERS["image"])
+    rows = [
+        Example(f"e{n}", (("depth", str(tmp_path / "pictures" / f"{n:02d}.png")),), "问", "答")
+        for n in range(3)
+    ]
+    monkeypatch.setattr(stream, "read", lambda name, source, root: rows)
+    stage = small_cache.pictures(tmp_path, items={"depth": 1}, embeddings={"depth": 4})
+    stage.modalities = {"depth": stage.modalities["image"]}
+    folder = written(stage, tmp_path / "cache")
+    (kind,) = features.manifest(folder)["modalities"].items()
+    assert kind[0] == "depth" and kind[1]["through"] == "vision_encoder"
+    batch, _ = next(pipeline.Pipeline(cached(stage, folder).data).iterate())
+    assert batch.media["depth"].values.shape == (4, 1, 5, 16)  # 2 x 2 patches and the class token
+    assert np.abs(batch.media["depth"].values[:3]).max() > 0
+
+
+def test_records_keep_every_bit():
+    rng = np.random.default_rng(0)
+    for dtype in (np.float32, ml_dtypes.bfloat16):
+        values = rng.normal(size=(2, 6, 3)).astype(dtype)
+        values[:, 4:] = 0
+        lengths = np.array([3, 4], np.int32)
+        content = features.packed(values, lengths)
+        assert len(content) == features.HEAD.size + 8 + values[:, :4].nbytes
+        back = features.unpacked(content, (6, 3), np.dtype(dtype))
+        np.testing.assert_array_equal(back[0].view(np.uint8), values.view(np.uint8))
+        np.testing.assert_array_equal(back[1], lengths)
+    empty = features.unpacked(features.packed(values * 0, lengths), (6, 3), values.dtype)
+    assert not empty[0].any()
+    for kind in (UserError, DoesNotFit):
+        error = kind("is odd", field="a\udc80.wav", mend="Look")
+        with pytest.raises(kind) as caught:
+            features.unpacked(features.rejected(error), (1,), np.dtype("f4"))
+        told = caught.value
+        assert (type(told), str(told), told.field) == (kind, str(error), error.field)
+
+
+def test_spoken_media_are_known_by_their_length_too(world):
+    data = small_cache.stage2_speech(world).data
+    record = Record(Example("a", transcript="红色的圆"))
+    count = features.wanted("speech", record, data)
+    assert 0 < count <= 24 and features.wanted("image", record, data) == 0
+    path = f"{world}/aishell/a.wav"
+    known = features.digest("speech", path, count, str(world))
+    assert known == features.digest("speech", "/moved/aishell/a.wav", count, "/moved")
+    assert known != features.digest("speech", path, count + 1, str(world))
