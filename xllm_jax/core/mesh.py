@@ -2,7 +2,7 @@
 
 The user's "sharded with pjit" is `jax.jit` with `NamedSharding` today. Axes are Auto (explicit ones
 break ordinary Linen code): 'data' splits the batch, 'fsdp' splits batch and parameters, 'tensor'
-splits heads and hidden widths.
+splits heads and hidden widths. Several slices (or nodes) lie along 'data', or 'fsdp' where asked.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from xllm_jax.core import rules
@@ -22,21 +23,78 @@ AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # the axes that split a batch
 
 
-def make(axes: Mapping[str, int], devices: list[jax.Device] | None = None) -> Mesh:
+def make(
+    axes: Mapping[str, int],
+    devices: list[jax.Device] | None = None,
+    slices: Mapping[str, int] | None = None,
+) -> Mesh:
     """Builds the mesh of a stage.
 
     Args:
       axes: {axis: size}; one size may be -1 and takes the devices that are left; axes that are not
         named have size 1.
       devices: all devices when None.
+      slices: {axis: over how many slices it reaches}. Inside a slice the interconnect is fast,
+        between slices there is the data centre's network: neighbours along an axis lie in one slice
+        as long as they can. Where the devices do not say which slice they belong to (CPUs, GPUs of
+        one kind), equal runs of them are the slices.
 
     Raises:
-      UserError: an unknown axis, a size that is neither positive nor -1, or sizes that do not
-        multiply to the number of devices.
+      UserError: an unknown axis, a size that is neither positive nor -1, sizes that do not multiply
+        to the number of devices, or slices that are not those of the devices.
     """
     devices = jax.devices() if devices is None else devices
     shape = sizes(axes, len(devices))
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    outer = _outer(slices or {}, shape, devices)
+    kinds = (AxisType.Auto,) * len(AXES)
+    if math.prod(outer) == 1:
+        return jax.make_mesh(shape, AXES, axis_types=kinds, devices=devices)
+    inner = tuple(size // count for size, count in zip(shape, outer))
+    return Mesh(_arranged(inner, outer, devices), AXES, axis_types=kinds)
+
+
+def _arranged(inner: tuple[int, ...], outer: tuple[int, ...], devices: list[Any]) -> np.ndarray:
+    """Devices as `[outer * inner along each axis]`, one slice to each place of `outer`."""
+    if len(_slices_of(devices)) > 1:
+        return mesh_utils.create_hybrid_device_mesh(
+            inner, outer, devices, allow_split_physical_axes=True
+        )
+    grid = np.array(devices, dtype=object).reshape(*outer, *inner)
+    pairs = [axis for pair in zip(range(len(outer)), range(len(outer), grid.ndim)) for axis in pair]
+    return grid.transpose(pairs).reshape([o * i for o, i in zip(outer, inner)])
+
+
+def _slices_of(devices: list[Any]) -> set[int]:
+    return {getattr(device, "slice_index", 0) for device in devices}
+
+
+def _outer(
+    slices: Mapping[str, int], shape: tuple[int, ...], devices: list[Any]
+) -> tuple[int, ...]:
+    """Slices along each of AXES, checked against the mesh and the devices; errors as in `make`."""
+    wrong = [axis for axis, count in slices.items() if axis not in ROWS or count < 1]
+    if wrong:
+        raise UserError(
+            f"{wrong[0]!r} over {slices[wrong[0]]} slices",
+            field="slices",
+            mend=f"Give a positive count for {' or '.join(ROWS)}: no other axis may cross slices",
+        )
+    outer = tuple(slices.get(axis, 1) for axis in AXES)
+    for axis, size, count in zip(AXES, shape, outer):
+        if size % count:
+            raise UserError(
+                f"{axis} has the size {size}, which {count} slices do not share evenly",
+                field="slices",
+                mend=f"Choose a divisor of {size}, or another mesh.{axis}",
+            )
+    found = len(_slices_of(devices))
+    if found > 1 and math.prod(outer) != found:
+        raise UserError(
+            f"the devices lie in {found} slices, and the axes reach over {math.prod(outer)}",
+            field="slices",
+            mend=f"Set --config.slices.data={found}",
+        )
+    return outer
 
 
 def sizes(axes: Mapping[str, int], count: int) -> tuple[int, ...]:

@@ -175,6 +175,8 @@ class Stage:
       options: options of the objective.
       steps: optimizer updates in all.
       mesh: {axis: size} over 'data', 'fsdp' and 'tensor'; -1 takes the devices that are left.
+      slices: {axis: over how many slices, or nodes, it reaches}, 'data' or 'fsdp'; `mesh` holds the
+        axis's whole size. Their product is the number of slices.
       compute: dtype of the activations; `frozen`: dtype in which frozen parameters are kept.
       remat: what layers compute again in the backward pass: 'none', 'products' (all but the results
         of matrix products with parameters) or 'all'.
@@ -197,6 +199,7 @@ class Stage:
     mesh: dict[str, int] = dataclasses.field(
         default_factory=lambda: {"data": -1, "fsdp": 1, "tensor": 1}
     )
+    slices: dict[str, int] = dataclasses.field(default_factory=lambda: {"data": 1, "fsdp": 1})
     compute: str = "bfloat16"
     frozen: str = "bfloat16"
     remat: str = "none"

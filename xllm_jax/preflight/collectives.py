@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator
+
+import numpy as np
 
 from xllm_jax.preflight.hlo import Instruction, Program
 
@@ -12,6 +15,9 @@ KINDS = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
     "ragged-all-to-all", "collective-broadcast",
 )  # fmt: skip
+
+# '[2,4]T(1,0)': numbers from 0 on in this shape, axes exchanged.
+_ROW = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +32,7 @@ class Collective:
       times: how often it runs in a step.
       in_loop: whether it stands in the body of a loop.
       source: name of the operation in the model.
+      groups: numbers of the devices that take part together.
     """
 
     kind: str
@@ -35,6 +42,7 @@ class Collective:
     times: int
     in_loop: bool
     source: str
+    groups: tuple[tuple[int, ...], ...] = ()
 
 
 def find(program: Program, devices: int) -> list[Collective]:
@@ -72,26 +80,56 @@ def _collective(
     size = sum(array.size for array in arrays)
     largest = max(arrays, key=lambda array: array.size)
     shape = f"{largest.kind}[{','.join(map(str, largest.shape))}]"
-    group = group_size(line.attributes, devices)
-    return Collective(kind, shape, size, sent(kind, size, group), times, in_loop, line.source)
+    together = tuple(map(tuple, groups(line.attributes, devices)))
+    sends = sent(kind, size, len(together[0]))
+    return Collective(kind, shape, size, sends, times, in_loop, line.source, together)
 
 
 def group_size(attributes: str, devices: int) -> int:
     """Devices that take part in one collective together."""
-    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
+    return len(groups(attributes, devices)[0])
+
+
+def groups(attributes: str, devices: int) -> list[list[int]]:
+    """Numbers of the devices that take part in one collective together, group by group.
+
+    XLA lists them, or says how to cut the row of all devices, or names axes of a mesh. What it says
+    of other operations (a permutation has pairs) is one group of all.
+    """
+    listed = re.search(r"replica_groups=\{(\{[\d,{}]+\})\}", attributes)
     if listed:
-        return listed.group(1).count(",") + 1
-    tiled = re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes)
+        return [_integers(one) for one in re.findall(r"\d[\d,]*", listed[1])]
+    tiled = re.search(rf"replica_groups=\[([\d,]+)\]<={_ROW}", attributes)
     if tiled:
-        return int(tiled.group(2))
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", attributes)
-    if named:
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named.group(1)))
-        group = 1
-        for axis in re.findall(r"'(\w+)'", named.group(2)):
-            group *= int(sizes.get(axis, 1))
-        return group
-    return devices
+        return _row(*tiled.groups()[1:]).reshape(_integers(tiled[1])).tolist()
+    named = re.search(
+        rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({_ROW}\))? ?\{{([^}}]*)\}}", attributes
+    )
+    return _of_mesh(*named.groups()) if named else [list(range(devices))]
+
+
+def _row(shape: str, order: str | None) -> np.ndarray:
+    numbers = np.arange(math.prod(_integers(shape))).reshape(_integers(shape))
+    return numbers.transpose(_integers(order)) if order else numbers
+
+
+def _of_mesh(axes: str, row: str | None, order: str | None, together: str) -> list[list[int]]:
+    """Groups along axes such as `'a'`, or `'a':(2)4`, the 4 parts of 'a' inside its first 2."""
+    parts = {name: (int(pre), int(size)) for name, pre, size in
+             re.findall(r"'(\w+)':\((\d+)\)(\d+)", together)}  # fmt: skip
+    wanted, shape, grouped = re.findall(r"'(\w+)'", together), [], []
+    for name, length in re.findall(r"'(\w+)'=(\d+)", axes):
+        before, size = parts.get(name, (1, int(length)))
+        if name in wanted:
+            grouped.append(len(shape) + 1)
+        shape += [before, size, int(length) // (before * size)]
+    numbers = _row(row, order) if row else np.arange(math.prod(shape))
+    numbers = np.moveaxis(numbers.reshape(shape), grouped, range(-len(grouped), 0))
+    return numbers.reshape(-1, math.prod(shape[axis] for axis in grouped)).tolist()
+
+
+def _integers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
 
 
 def sent(kind: str, size: int, group: int) -> float:
