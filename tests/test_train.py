@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
+import subprocess
+import sys
 import time
 
 import jax
 import numpy as np
 import pytest
+import restore_check
 import small_stage
 
 from xllm_jax import build, loop, train
@@ -89,6 +93,28 @@ def test_devices_change_nothing(whole, tmp_path, axes):
     assert process.returncode == 0, said
     losses, reference = small_stage.curve(tmp_path), small_stage.curve(whole)
     np.testing.assert_allclose(list(losses.values()), list(reference.values()), rtol=2e-4)
+
+
+def test_a_checkpoint_goes_on_on_other_meshes(whole, tmp_path):
+    """From 8 devices that split the parameters to 4, to other axes, and to one."""
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": f"{small_stage.ROOT}:{small_stage.ROOT / 'tests'}",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "tests/restore_check.py", str(tmp_path), str(whole)],
+        capture_output=True, text=True, cwd=small_stage.ROOT, env=environment, timeout=3 * SECONDS,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    train.fit(restore_check.stage(whole), tmp_path / "half")
+    reference = small_stage.curve(whole)
+    for name in ("half", *restore_check.OTHERS):
+        losses = small_stage.curve(tmp_path / name)
+        assert losses.keys() == reference.keys()
+        np.testing.assert_allclose(list(losses.values()), list(reference.values()), rtol=2e-4)
+    resumed = done.stdout.count(f"Resumes at micro-batch {restore_check.HALF}")
+    assert resumed == len(restore_check.OTHERS)
 
 
 def test_another_base_is_refused(whole, tmp_path):
