@@ -20,7 +20,7 @@ from small_stage import ROOT, curve
 
 from xllm_jax import build, loop, train
 from xllm_jax.cache import check, describe, plan, write
-from xllm_jax.core import checkpoint, fingerprint, mesh, rules
+from xllm_jax.core import checkpoint, checksum, mesh, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.data import features, media, pipeline, stream
 from xllm_jax.data.example import Example
@@ -193,8 +193,8 @@ def test_a_changed_weight_is_named(speech, tmp_path):
     assert check.verified(allowed, build.model(allowed), mesh.make({}))
 
 
-def test_fingerprints_on_disk_are_those_in_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(fingerprint, "BLOCK", 7)
+def test_checksums_on_disk_are_those_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(checksum, "BLOCK", 7)
     rng = np.random.default_rng(0)
     tree = {"b": rng.normal(size=(5, 3, 2)), "a": rng.normal(size=11), "c": rng.normal(size=())}
     tree = {"part": {name: np.asarray(leaf, np.float32) for name, leaf in tree.items()}}
@@ -202,14 +202,14 @@ def test_fingerprints_on_disk_are_those_in_memory(tmp_path, monkeypatch):
     stores = checkpoint.open_leaves(tmp_path / "base")
     for dtype in (np.float32, ml_dtypes.bfloat16):
         kept = jax.tree.map(lambda leaf: leaf.astype(dtype), tree)  # noqa: B023
-        wanted = fingerprint.of_tree(kept)
-        assert {p: fingerprint.of_store(s, dtype) for p, s in stores.items()} == wanted
+        wanted = checksum.of_tree(kept)
+        assert {p: checksum.of_store(s, dtype) for p, s in stores.items()} == wanted
         for path, leaf in rules.flatten(kept).items():
-            sums = [int(value) for value in fingerprint._on_devices(jax.numpy.asarray(leaf))]
+            sums = [int(value) for value in checksum._on_devices(jax.numpy.asarray(leaf))]
             assert wanted[path].endswith(f"{leaf.dtype} {sums}")
     swapped = {"part": tree["part"] | {"a": tree["part"]["a"][::-1]}}
     assert checkpoint.identity(swapped) != checkpoint.identity(tree)
-    assert check.base({}, fingerprint.of_tree(tree)) == {"part": checkpoint.identity(tree["part"])}
+    assert check.base({}, checksum.of_tree(tree)) == {"part": checkpoint.identity(tree["part"])}
 
 
 def contents(folder):

@@ -10,14 +10,17 @@ import subprocess
 import sys
 from collections import Counter
 
+import jax
 import numpy as np
 import pytest
-from mesh_check import COUNTED, MESHES, STAGES
+import small_stage
+from mesh_check import COUNTED, MESHES, OFFLOADED, STAGES
 from small_stage import GLM, ROOT
 
-from xllm_jax.core import mesh
+from xllm_jax import build, train
+from xllm_jax.core import mesh, rules
 from xllm_jax.core.errors import UserError
-from xllm_jax.preflight import collectives
+from xllm_jax.preflight import collectives, flops, inputs
 
 DEPTH = GLM["depth"]
 
@@ -42,6 +45,42 @@ def found():
 def test_losses_and_gradients_equal_those_of_one_device(found, stage, name):
     loss, gradient = found["stages"][stage][name]
     assert loss < 1e-6 and gradient < 1e-5
+
+
+def test_parameters_in_the_hosts_memory_change_nothing(found):
+    loss, gradient = found["stages"][OFFLOADED]["offloaded"]
+    assert loss < 1e-6 and gradient < 1e-5
+
+
+def copied(jaxpr):
+    """Shapes of all that a program copies from the host's memory."""
+    shapes = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "device_put":
+            assert set(equation.params["devices"]) == {jax.memory.Space.Device}
+            shapes += [variable.aval.shape for variable in equation.outvars]
+        for inside in flops.inner(equation):
+            shapes += copied(inside)
+    return shapes
+
+
+def test_layers_in_the_hosts_memory_are_copied_one_by_one():
+    made = small_stage.stage(trainable=(r"llm/embedding",))
+    made.offload = (r"llm/(layers|final_norm)/.*",)
+    like, optimizer, _ = train.abstract_state(made, build.model(made), mesh.make({}))
+    step = train.jitted(made, build.model(made), optimizer, like)
+    shapes = Counter(copied(jax.make_jaxpr(step)(like, inputs.shapes(made.data)).jaxpr))
+    width, hidden = GLM["width"], GLM["hidden"]
+    assert shapes[width, hidden] == shapes[hidden, width] == 2  # forward and back
+    flat = rules.flatten(like.frozen)
+    stacks = {x.shape for path, x in flat.items() if re.fullmatch("llm/layers/.*/kernel", path)}
+    assert stacks & shapes.keys() == set()
+
+
+def test_what_trains_stays_on_the_chip():
+    made = small_stage.stage(offload=(r"llm/.*",))
+    with pytest.raises(UserError, match="'llm/final_norm/bias' trains"):
+        train.abstract_state(made, build.model(made), mesh.make({}))
 
 
 # By kind: in the loop over layers, outside of it. Splitting parameters gathers four kernels a layer
@@ -126,12 +165,12 @@ ALIKE = [Device(number, 0) for number in range(8)]
 @pytest.mark.parametrize(
     ("axes", "slices", "devices", "wanted"),
     [
-        ({"data": 2, "fsdp": 4}, {"data": 2}, MIXED, [[0, 2, 4, 6], [1, 3, 5, 7]]),
-        ({"data": 4, "fsdp": -1}, {"data": 2}, MIXED, [[0, 2], [4, 6], [1, 3], [5, 7]]),
-        ({"data": 2, "fsdp": 4}, {"fsdp": 2}, MIXED, [[0, 2, 1, 3], [4, 6, 5, 7]]),
-        ({"data": 2, "fsdp": 4}, {"data": 2}, ALIKE, [[0, 1, 2, 3], [4, 5, 6, 7]]),
-        ({"data": 2, "fsdp": 4}, {"fsdp": 2}, ALIKE, [[0, 1, 4, 5], [2, 3, 6, 7]]),
-        ({"data": 4, "fsdp": 2}, {"data": 2, "fsdp": 2}, ALIKE, [[0, 2], [1, 3], [4, 6], [5, 7]]),
+        ({"fsdp": 4}, {"data": 2}, MIXED, [[0, 2, 4, 6], [1, 3, 5, 7]]),
+        ({"data": 2, "fsdp": -1}, {"data": 2}, MIXED, [[0, 2], [4, 6], [1, 3], [5, 7]]),
+        ({"data": 2, "fsdp": 2}, {"fsdp": 2}, MIXED, [[0, 2, 1, 3], [4, 6, 5, 7]]),
+        ({"fsdp": 4}, {"data": 2}, ALIKE, [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ({"data": 2, "fsdp": 2}, {"fsdp": 2}, ALIKE, [[0, 1, 4, 5], [2, 3, 6, 7]]),
+        ({"data": 2}, {"data": 2, "fsdp": 2}, ALIKE, [[0, 2], [1, 3], [4, 6], [5, 7]]),
     ],
 )
 def test_neighbours_lie_in_one_slice(axes, slices, devices, wanted):
@@ -143,7 +182,8 @@ def test_neighbours_lie_in_one_slice(axes, slices, devices, wanted):
     [
         ({"data": 8}, {}, MIXED, "lie in 2 slices"),
         ({"data": 8}, {"data": 4}, MIXED, "lie in 2 slices"),
-        ({"data": 2, "fsdp": 4}, {"data": 4}, ALIKE, "data has the size 2, which 4 slices"),
+        ({"fsdp": -1}, {"data": 3}, ALIKE, "8 devices do not make 3 equal slices"),
+        ({"data": 2, "fsdp": 4}, {"data": 2}, ALIKE, "needs 8 devices, there are 4"),
         ({"tensor": 8}, {"tensor": 2}, ALIKE, "'tensor' over 2 slices"),
         ({"data": 8}, {"data": 0}, ALIKE, "'data' over 0 slices"),
     ],

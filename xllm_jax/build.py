@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -133,12 +134,49 @@ def specs(stage: Stage, tree: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def offloaded(stage: Stage, tree: Mapping[str, Any]) -> set[str]:
+    """Paths of the parameters that stay in the hosts' memory.
+
+    Raises:
+      UserError: a pattern of `stage.offload` matches nothing, or what trains.
+    """
+    if not stage.offload:
+        return set()
+    far = rules.flatten(rules.split(stage.offload, tree, what="offload")[0]).keys()
+    both = far & rules.flatten(rules.split(stage.trainable, tree)[0]).keys()
+    if both:
+        raise UserError(
+            f"{min(both)!r} trains", field="offload", mend="Only frozen parameters can stay away"
+        )
+    return set(far)
+
+
+def resident(stage: Stage, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Copies what stays in the hosts' memory to the chips, inside jit.
+
+    Left out is what the networks fetch themselves, layer by layer (STREAMED of each part's file).
+    """
+    streamed = {
+        name: getattr(find.attribute(MODELS, part.network)[0], "STREAMED", ())
+        for name, part in stage.parts.items()
+    }
+
+    def place(path: str, leaf: jax.Array) -> jax.Array:
+        part, _, inner = path.partition("/")
+        fetched = any(re.fullmatch(pattern, inner) for pattern in streamed[part])
+        return leaf if fetched else mesh.on_device(leaf)
+
+    return rules.unflatten({path: place(path, x) for path, x in rules.flatten(params).items()})
+
+
 def abstract_parameters(
     stage: Stage, xllm: XLLM, device_mesh: Mesh, dtypes: Mapping[str, Any] | None = None
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape, dtype and sharding of every parameter, flat; arguments as in `parameters`."""
     tree = shapes(xllm)
     shardings = rules.flatten(mesh.parameter_shardings(device_mesh, specs(stage, tree), tree))
+    far = offloaded(stage, tree)
+    shardings |= {path: shardings[path].with_memory_kind(mesh.HOST) for path in far}
     kinds = rules.flatten(dtypes) if dtypes else {}
     return {
         path: jax.ShapeDtypeStruct(x.shape, kinds.get(path, x.dtype), sharding=shardings[path])

@@ -46,7 +46,7 @@ def run(directory: str | Path, replaced: Mapping[str, str] | None = None) -> Res
         init = {name: source for name, source in init.items() if name.split("/")[0] != part}
         init[part] = str(final(directory))
     init |= {name: source for name, source in replaced.items() if source}
-    stage = dataclasses.replace(stage, init=init)
+    stage = dataclasses.replace(stage, init=init, offload=())
     model = build.model(stage)
     params = build.parameters(stage, model, mesh.make(stage.mesh), dtypes(stage, model))
     frozen = rules.split(stage.trainable, params)[1]

@@ -94,7 +94,10 @@ def gradient_norms(gradients: Mapping[str, Any]) -> dict[str, jax.Array]:
 def objective(stage: Stage, xllm: Any) -> Loss:
     """The stage's loss with its networks and options filled in."""
     file = find.module("xllm_jax.objectives", stage.objective, "objective")
-    return functools.partial(file.loss, xllm, train=True, **stage.options)
+    loss = functools.partial(file.loss, xllm, train=True, **stage.options)
+    if not stage.offload:
+        return loss
+    return lambda params, batch, key: loss(build.resident(stage, params), batch, key)
 
 
 def initial_state(stage: Stage, xllm: Any, device_mesh: Mesh) -> tuple[State, Any, Any]:

@@ -1,7 +1,7 @@
 """Training with a cache: is it of this very stage, and what of the stage is not loaded?
 
 Parameters that only cached steps read are neither loaded nor brought to a device: their bases are
-read block by block on the host and compared by fingerprint. Fingerprints stand for them in the
+read block by block on the host and compared by checksum. Checksums stand for them in the
 identity of the frozen base, too, which is the same with a cache and without: a run may begin in one
 way and continue in the other.
 """
@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from xllm_jax import build
 from xllm_jax.cache import describe
-from xllm_jax.core import checkpoint, fingerprint, rules
+from xllm_jax.core import checkpoint, checksum, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Stage
 from xllm_jax.data import features, stream
@@ -33,7 +33,7 @@ def verified(stage: Stage, xllm: XLLM, device_mesh: Mesh) -> dict[str, str]:
       device_mesh: where drawn parameters are drawn, part by part.
 
     Returns:
-      {parameter: fingerprint} of what the cache was computed with.
+      {parameter: checksum} of what the cache was computed with.
 
     Raises:
       UserError: no finished cache, a damaged one, or one of other settings, parameters or sources;
@@ -48,7 +48,7 @@ def verified(stage: Stage, xllm: XLLM, device_mesh: Mesh) -> dict[str, str]:
         if what:
             raise UserError(what, field=field, mend=mend)
     known = about["base"]
-    found = fingerprints(stage, xllm, device_mesh, known)
+    found = checksums(stage, xllm, device_mesh, known)
     changed = [path for path in sorted(known) if found.get(path) != known[path]]
     if changed:
         part = changed[0].split("/")[0]
@@ -102,10 +102,10 @@ def _shards(stage: Stage, xllm: XLLM, about: Mapping[str, Any]) -> tuple[str, st
     return "", ""
 
 
-def fingerprints(
+def checksums(
     stage: Stage, xllm: XLLM, device_mesh: Mesh, paths: Collection[str]
 ) -> dict[str, str]:
-    """{parameter: fingerprint} of those of `paths` that the stage has, none of them kept.
+    """{parameter: checksum} of those of `paths` that the stage has, none of them kept.
 
     Raises:
       UserError: a base is missing.
@@ -119,9 +119,9 @@ def fingerprints(
     for path, (folder, name) in origins.items():
         stores = opened[folder]
         if name in stores and tuple(stores[name].shape) == tuple(shapes[path].shape):
-            found[path] = fingerprint.of_store(stores[name], stage.frozen)
+            found[path] = checksum.of_store(stores[name], stage.frozen)
     drawn = [path for path in paths if path not in origins]
-    return found | fingerprint.of_tree(loaded(stage, xllm, device_mesh, drawn))
+    return found | checksum.of_tree(loaded(stage, xllm, device_mesh, drawn))
 
 
 def loaded(stage: Stage, xllm: XLLM, device_mesh: Mesh, paths: Collection[str]) -> dict[str, Any]:
@@ -135,17 +135,17 @@ def loaded(stage: Stage, xllm: XLLM, device_mesh: Mesh, paths: Collection[str]) 
 
 
 def base(frozen: Mapping[str, Any], cached: Mapping[str, str]) -> dict[str, str]:
-    """{part: identity} of a frozen base of which some parameters are known by fingerprint alone.
+    """{part: identity} of a frozen base of which some parameters are known by checksum alone.
 
     Args:
       frozen: {part: tree} of those that are loaded.
-      cached: {parameter: fingerprint} of the others.
+      cached: {parameter: checksum} of the others.
     """
     parts: dict[str, dict[str, str]] = {}
-    for path, text in (dict(cached) | fingerprint.of_tree(frozen)).items():
+    for path, text in (dict(cached) | checksum.of_tree(frozen)).items():
         part, _, rest = path.partition("/")
         parts.setdefault(part, {})[rest] = text
-    return {part: fingerprint.combined(parts[part]) for part in sorted(parts)}
+    return {part: checksum.combined(parts[part]) for part in sorted(parts)}
 
 
 def completed(
@@ -168,7 +168,7 @@ def completed(
     flat = rules.flatten(params)
     missing = [p for p in cached if p not in flat and p.split("/")[0] in params]
     added = rules.flatten(loaded(stage, xllm, device_mesh, missing))
-    for path, text in fingerprint.of_tree(rules.unflatten(added)).items():
+    for path, text in checksum.of_tree(rules.unflatten(added)).items():
         if text != cached[path]:
             what = f"{path} is another one than at the start of the run"
             raise UserError(what, field="init", mend="Bring it back; the same command continues")

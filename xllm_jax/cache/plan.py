@@ -265,7 +265,7 @@ def begin(plan: Plan, base: Mapping[str, str], again: bool = False) -> str:
 
     Args:
       plan: what to do.
-      base: {parameter: fingerprint} of what computes it.
+      base: {parameter: checksum} of what computes it.
       again: empty a folder that holds another cache.
 
     Returns:

@@ -27,7 +27,7 @@ from xllm_jax import build
 from xllm_jax.cache import describe
 from xllm_jax.cache import plan as planning
 from xllm_jax.cache.plan import Job, Plan
-from xllm_jax.core import fingerprint, mesh, rules
+from xllm_jax.core import checksum, mesh, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.data import features, media
 from xllm_jax.data.decoder import Decoders
@@ -63,7 +63,7 @@ def run(
     """
     device_mesh = mesh.make({"data": -1}, jax.local_devices())
     params = parameters(plan, device_mesh)
-    base = fingerprint.of_tree(params)
+    base = checksum.of_tree(params)
     identity = planning.begin(plan, base, again)
     name = f"quarantine-{host}.jsonl" if hosts > 1 else "quarantine.jsonl"
     quarantine = Quarantine(plan.output / name, plan.stage.data.max_bad_share)

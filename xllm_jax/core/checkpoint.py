@@ -23,7 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from xllm_jax.core import fingerprint, rules
+from xllm_jax.core import checksum, rules
 from xllm_jax.core.errors import UserError
 
 FORMAT = 1
@@ -37,7 +37,7 @@ def to_json(stage: Any) -> str:
 
 def identity(tree: Mapping[str, Any]) -> str:
     """Hash of a parameter tree: paths, shapes, dtypes and every value's bytes (hex, 16 digits)."""
-    return fingerprint.combined(fingerprint.of_tree(tree))
+    return checksum.identity(tree)
 
 
 class Checkpoints:

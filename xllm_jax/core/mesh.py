@@ -21,6 +21,7 @@ from xllm_jax.core.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # the axes that split a batch
+HOST = "pinned_host"  # the memory of a chip's host, from which the chip can copy
 
 
 def make(
@@ -31,25 +32,24 @@ def make(
     """Builds the mesh of a stage.
 
     Args:
-      axes: {axis: size}; one size may be -1 and takes the devices that are left; axes that are not
-        named have size 1.
+      axes: {axis: size} inside one slice; one size may be -1 and takes the devices that are left;
+        axes that are not named have size 1.
       devices: all devices when None.
-      slices: {axis: over how many slices it reaches}. Inside a slice the interconnect is fast,
-        between slices there is the data centre's network: neighbours along an axis lie in one slice
-        as long as they can. Where the devices do not say which slice they belong to (CPUs, GPUs of
-        one kind), equal runs of them are the slices.
+      slices: {axis: over how many slices it reaches}, its size grows by that factor. Inside a slice
+        the interconnect is fast, between slices there is the data centre's network: neighbours
+        along an axis lie in one slice as long as they can. Where the devices do not say which slice
+        they belong to (CPUs, GPUs of one kind), equal runs of them are the slices.
 
     Raises:
       UserError: an unknown axis, a size that is neither positive nor -1, sizes that do not multiply
         to the number of devices, or slices that are not those of the devices.
     """
     devices = jax.devices() if devices is None else devices
-    shape = sizes(axes, len(devices))
-    outer = _outer(slices or {}, shape, devices)
+    outer = _outer(slices or {}, devices)
+    inner = sizes(axes, len(devices) // math.prod(outer))
     kinds = (AxisType.Auto,) * len(AXES)
     if math.prod(outer) == 1:
-        return jax.make_mesh(shape, AXES, axis_types=kinds, devices=devices)
-    inner = tuple(size // count for size, count in zip(shape, outer))
+        return jax.make_mesh(inner, AXES, axis_types=kinds, devices=devices)
     return Mesh(_arranged(inner, outer, devices), AXES, axis_types=kinds)
 
 
@@ -68,10 +68,8 @@ def _slices_of(devices: list[Any]) -> set[int]:
     return {getattr(device, "slice_index", 0) for device in devices}
 
 
-def _outer(
-    slices: Mapping[str, int], shape: tuple[int, ...], devices: list[Any]
-) -> tuple[int, ...]:
-    """Slices along each of AXES, checked against the mesh and the devices; errors as in `make`."""
+def _outer(slices: Mapping[str, int], devices: list[Any]) -> tuple[int, ...]:
+    """Slices along each of AXES, checked against the devices; errors as in `make`."""
     wrong = [axis for axis, count in slices.items() if axis not in ROWS or count < 1]
     if wrong:
         raise UserError(
@@ -80,19 +78,18 @@ def _outer(
             mend=f"Give a positive count for {' or '.join(ROWS)}: no other axis may cross slices",
         )
     outer = tuple(slices.get(axis, 1) for axis in AXES)
-    for axis, size, count in zip(AXES, shape, outer):
-        if size % count:
-            raise UserError(
-                f"{axis} has the size {size}, which {count} slices do not share evenly",
-                field="slices",
-                mend=f"Choose a divisor of {size}, or another mesh.{axis}",
-            )
-    found = len(_slices_of(devices))
-    if found > 1 and math.prod(outer) != found:
+    asked, found = math.prod(outer), len(_slices_of(devices))
+    if found > 1 and asked != found:
         raise UserError(
-            f"the devices lie in {found} slices, and the axes reach over {math.prod(outer)}",
+            f"the devices lie in {found} slices, and the axes reach over {asked}",
             field="slices",
             mend=f"Set --config.slices.data={found}",
+        )
+    if len(devices) % asked:
+        raise UserError(
+            f"{len(devices)} devices do not make {asked} equal slices",
+            field="slices",
+            mend="Choose a divisor of the number of devices",
         )
     return outer
 
@@ -179,6 +176,12 @@ def constrain_rows(x: jax.Array, tensor_axis: int | None = None) -> jax.Array:
     if tensor_axis is not None:
         entries[tensor_axis] = "tensor"
     return constrain(x, *entries)
+
+
+def on_device(x: jax.Array) -> jax.Array:
+    """Copies an array that is kept in the host's memory to the chip; others are handed through."""
+    far = jax.typeof(x).memory_space == jax.memory.Space.Host
+    return jax.device_put(x, jax.memory.Space.Device) if far else x
 
 
 def tensor_parallel() -> bool:

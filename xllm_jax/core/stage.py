@@ -175,11 +175,14 @@ class Stage:
       options: options of the objective.
       steps: optimizer updates in all.
       mesh: {axis: size} over 'data', 'fsdp' and 'tensor'; -1 takes the devices that are left.
-      slices: {axis: over how many slices, or nodes, it reaches}, 'data' or 'fsdp'; `mesh` holds the
-        axis's whole size. Their product is the number of slices.
+      slices: {axis: over how many slices, or nodes, it reaches}, 'data' or 'fsdp'; `mesh` is the
+        mesh of one slice. Their product is the number of slices.
       compute: dtype of the activations; `frozen`: dtype in which frozen parameters are kept.
       remat: what layers compute again in the backward pass: 'none', 'products' (all but the results
         of matrix products with parameters) or 'all'.
+      offload: path patterns of frozen parameters that stay in the memory of the chips' hosts; the
+        kernels of the LLM's and the vision encoder's layers are copied when their layer runs, all
+        else whole.
       unroll: layers unrolled per scan step (CPU only; 1 elsewhere).
       divergence: what happens after a loss or gradient that is no number.
       profile: (first, last) micro-batch whose trace goes to the run's folder; () = none.
@@ -203,6 +206,7 @@ class Stage:
     compute: str = "bfloat16"
     frozen: str = "bfloat16"
     remat: str = "none"
+    offload: tuple[str, ...] = ()
     unroll: int = 1
     seed: int = 0
     log_every: int = 10

@@ -356,3 +356,7 @@ SHARDING = (
     (r"layers/(attention|feed_forward)_norm/(scale|bias)", P(None, None)),
     (r"final_norm/(scale|bias)", P(None)),
 )
+
+# May stay in the host's memory: each layer fetches its own. (The TPU compiler cannot take a layer's
+# row of bfloat16 biases from there; they are small.)
+STREAMED = (r"layers/.*/kernel",)

@@ -52,6 +52,7 @@ class Dense(nn.Module):
         features = (self.features,) if isinstance(self.features, int) else tuple(self.features)
         lead, axes = x.shape[: x.ndim - self.inputs], x.shape[x.ndim - self.inputs :]
         kernel = self.param("kernel", self.kernel_init, (*axes, *features), jnp.float32)
+        kernel = mesh.on_device(kernel)  # of a stack, one layer's: the chip never holds all
         y = self._product(x.astype(self.dtype), kernel.astype(self.dtype))
         if self.use_bias:
             bias = self.param("bias", self.bias_init, features, jnp.float32)

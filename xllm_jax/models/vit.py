@@ -240,3 +240,7 @@ SHARDING = (
     (r"(.*/)?(embeddings/(class_token|positions|patches/bias))", PartitionSpec()),
     (r"(.*/)?layers/.*(norm/(scale|bias)|(out|down)/bias)", PartitionSpec()),
 )
+
+# May stay in the host's memory: each layer fetches its own. (The TPU compiler cannot take a layer's
+# row of bfloat16 biases from there; they are small.)
+STREAMED = (r"layers/.*/kernel",)

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from xllm_jax.core import rules
+from xllm_jax.core import mesh, rules
 from xllm_jax.preflight.hlo import Program
 
 
@@ -39,7 +39,9 @@ class Memory:
 
 
 def per_chip(leaf: jax.ShapeDtypeStruct) -> int:
-    """Bytes of one array on one chip, by its sharding."""
+    """Bytes of one array on one chip, by its sharding; none where it stays with the host."""
+    if leaf.sharding.memory_kind == mesh.HOST:
+        return 0
     return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 

@@ -1,0 +1,125 @@
+"""Checksums: the short text by which a parameter is known, and the identity of a tree of them.
+
+The text is shape, dtype and two exact integer sums of the values' bits, plain and weighted by
+place, modulo 2^32: the same for every sharding. They are computed where the array lies, so that a
+sharded one is not gathered on the host, or block by block from disk, so that a parameter that
+nobody needs in memory is not brought there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xllm_jax.core import rules
+
+PLACE = 2654435761  # an odd factor: no two places of a leaf weigh the same
+BLOCK = 1 << 22  # elements looked at at a time
+WIDTHS = {1: np.uint8, 2: np.uint16, 4: np.uint32}
+
+
+def identity(tree: Mapping[str, Any]) -> str:
+    """Hash of a parameter tree: paths, shapes, dtypes and every value's bytes (hex, 16 digits)."""
+    return combined(of_tree(tree))
+
+
+def of_leaves(flat: Mapping[str, Any]) -> dict[str, str]:
+    """{path: checksum} of {path: array}; all are computed before the first is waited for."""
+    started = {path: _start(leaf) for path, leaf in flat.items()}
+    return {path: _written(flat[path].shape, flat[path].dtype, s) for path, s in started.items()}
+
+
+def of_json(value: Any) -> str:
+    """Hash of plain data, the same before and after it was a JSON file (hex, 16 digits)."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def of_tree(tree: Mapping[str, Any]) -> dict[str, str]:
+    """{path: checksum} of a tree of arrays."""
+    return of_leaves(rules.flatten(tree))
+
+
+def of_array(leaf: Any) -> str:
+    """Checksum of an array on devices or on the host."""
+    return _written(leaf.shape, leaf.dtype, _start(leaf))
+
+
+def of_store(store: Any, dtype: Any) -> str:
+    """Checksum of a leaf on disk as it would be in memory.
+
+    Args:
+      store: of `checkpoint.open_leaves`.
+      dtype: in which it would be kept.
+    """
+    dtype, shape = np.dtype(dtype), tuple(store.shape)
+    return _written(shape, dtype, _sums(block.astype(dtype) for block in _blocks(store, shape)))
+
+
+def combined(checksums: Mapping[str, str]) -> str:
+    """The identity of a tree (hex, 16 digits) from its leaves' checksums, in any order."""
+    digest = hashlib.sha256()
+    for path in sorted(checksums, key=lambda path: path.split("/")):
+        digest.update(f"{path} {checksums[path]}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _start(leaf: Any) -> Iterable[Any]:
+    """The two sums of an array; on devices they need not be there yet."""
+    if isinstance(leaf, jax.Array) and not _on_this_cpu(leaf):
+        return _on_devices(leaf)
+    flat = np.asarray(leaf).reshape(-1)
+    return _sums(flat[start : start + BLOCK] for start in range(0, len(flat), BLOCK))
+
+
+def _on_this_cpu(leaf: jax.Array) -> bool:
+    """Whether NumPy reads the array as it is, which spares compiling for its shape."""
+    cpu = all(device.platform == "cpu" for device in leaf.sharding.device_set)
+    return cpu and leaf.is_fully_addressable
+
+
+def _blocks(store: Any, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+    if not shape:
+        yield np.asarray(store.read().result()).reshape(1)
+        return
+    rows = max(BLOCK // max(int(np.prod(shape[1:])), 1), 1)
+    for start in range(0, shape[0], rows):
+        end = min(start + rows, shape[0])
+        yield np.asarray(store[start:end].read().result()).reshape(-1)
+
+
+def _sums(blocks: Iterable[np.ndarray]) -> tuple[int, int]:
+    """`_on_devices` of consecutive flat blocks."""
+    count, plain, weighted = 0, 0, 0
+    for block in blocks:
+        bits = np.ascontiguousarray(block).view(WIDTHS[block.dtype.itemsize]).astype(np.uint32)
+        places = np.arange(count, count + len(bits), dtype=np.uint32) * np.uint32(PLACE)
+        plain += int(bits.sum(dtype=np.uint32))
+        weighted += int((bits * (places + np.uint32(1))).sum(dtype=np.uint32))
+        count += len(bits)
+    return plain % 2**32, weighted % 2**32
+
+
+@jax.jit
+def _on_devices(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
+    leaf = jax.device_put(leaf, jax.memory.Space.Device)  # it may be kept in the host's memory
+    bits = jax.lax.bitcast_convert_type(leaf, WIDTHS[leaf.dtype.itemsize]).astype(np.uint32)
+    place = jnp.ones(leaf.shape, np.uint32)
+    for axis, stride in enumerate(_strides(leaf.shape)):  # flat, a sharded leaf would be gathered
+        place += jax.lax.broadcasted_iota(np.uint32, leaf.shape, axis) * np.uint32(stride)
+    return bits.sum(dtype=np.uint32), (bits * place).sum(dtype=np.uint32)
+
+
+def _strides(shape: tuple[int, ...]) -> list[int]:
+    """What one step along each axis adds to a value's weight."""
+    return [math.prod(shape[axis + 1 :]) * PLACE % 2**32 for axis in range(len(shape))]
+
+
+def _written(shape: tuple[int, ...], dtype: Any, sums: Iterable[Any]) -> str:
+    return f"{tuple(shape)} {dtype} {[int(value) for value in sums]}"
