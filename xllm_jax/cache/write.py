@@ -34,7 +34,7 @@ from xllm_jax.data.decoder import Decoders
 from xllm_jax.data.quarantine import Quarantine
 from xllm_jax.data.record import DoesNotFit, Skipped
 from xllm_jax.prepare.plan import write as write_json
-from xllm_jax.prepare.shard import checksum
+from xllm_jax.prepare.shard import checksum as file_checksum
 
 Arrays = tuple[np.ndarray, np.ndarray, int]  # values, lengths, embeddings wanted
 LOOKED_AT = 100  # media among which one can be read
@@ -237,7 +237,7 @@ def write_shard(
         "plan": identity,
         "records": len(job.rows(shard)),
         "bytes": partial.stat().st_size,
-        "sha256": checksum(partial),
+        "sha256": file_checksum(partial),
         "rejects": [dataclasses.asdict(one) for one in rejects],
     }
     partial.replace(file)
