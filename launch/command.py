@@ -13,14 +13,15 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections.config_flags import config_flags
 
+from xllm_jax.core import hosts
 from xllm_jax.core.errors import Diverged, UserError
 
 # Exit codes. 0: done. After SAVED and LOST the same command continues the run; after FAILED and
 # DIVERGED it would fail again.
 FAILED = 2  # a user's mistake
 DIVERGED = 3  # the loss is not a number, or has left its path
-SAVED = 75  # SIGTERM: the run was saved
-LOST = 76  # a host stalled or was lost
+SAVED = hosts.SAVED  # 75, SIGTERM: the run was saved
+LOST = hosts.LOST  # 76, a host stalled or was lost
 STOPPED = 130  # Ctrl-C
 
 

@@ -10,11 +10,14 @@ launch/command.py.
 
 from __future__ import annotations
 
+import sys
+
 from absl import flags
 from ml_collections import config_flags
 
 from launch import command, hosts
 from xllm_jax import loop
+from xllm_jax.core import watchdog
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Stage file: configs/NAME.py[:tiny].")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, logs, result.")
@@ -22,7 +25,11 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, 
 
 def main(_: list[str]) -> None:
     hosts.join()
-    result = loop.fit(CONFIG.value, WORKDIR.value)
+    try:
+        result = loop.fit(CONFIG.value, WORKDIR.value)
+    except watchdog.Preempted as stop:
+        print(f"Saved at micro-batch {stop.step}; the same command continues", file=sys.stderr)
+        raise
     print(f"Trained parts: {result}")
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from configs import stage1_speech, stage3_instruction
 from xllm_jax import build
-from xllm_jax.core import checkpoint
+from xllm_jax.core import checkpoint, checksum
 from xllm_jax.core.stage import Stage
 from xllm_jax.data.characters import CharacterVocabulary
 from xllm_jax.data.world import build as world
@@ -43,7 +43,7 @@ def write_run(stage: Stage, folder: Path, trained: tuple[str, ...]) -> Path:
         checkpoint.save_base(folder.parent / "bases" / part, {part: params[part]}, {})
         stage.init[part] = f"bases/{part}"
     # Of one part only: hashing compiles once for every shape.
-    base = {part: checkpoint.identity(params[part]) for part in ("llm",) if part in params}
+    base = {part: checksum.identity(params[part]) for part in ("llm",) if part in params}
     about = {"stage": dataclasses.asdict(stage), "base": base}
     checkpoint.save_base(folder / "final", {part: params[part] for part in trained}, about)
     return folder

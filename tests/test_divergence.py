@@ -12,7 +12,7 @@ import pytest
 import small_stage
 
 from launch import command
-from xllm_jax import build, divergence, loop, nonfinite, replay, train
+from xllm_jax import build, divergence, loop, nonfinite, replay, startup, train
 from xllm_jax.core import checkpoint, mesh
 from xllm_jax.core.batch import zeros
 from xllm_jax.core.errors import Diverged, UserError
@@ -61,7 +61,7 @@ def saved(workdir, number):
     made = small()
     state, _, _ = train.initial_state(made, build.model(made), mesh.make({}))
     checkpoints = checkpoint.Checkpoints(workdir)
-    arrays = checkpoints.restore(number, loop.saved_arrays(state))
+    arrays = checkpoints.restore(number, startup.saved_arrays(state))
     checkpoints.close()
     return arrays
 

@@ -37,7 +37,7 @@ def test_one_batch_is_drawn_ahead_and_the_position_is_that_of_the_last_one_used(
     ahead = Prefetched(batches, lambda batch: -batch)
     assert batches.wait(1) and ahead.position() == {"next_index": 0}
     for number in range(4):
-        assert next(ahead) == (-number, {"number": number})
+        assert next(ahead) == (-number, {"number": number, "arrays": number})
         assert batches.wait(number + 2), "the next batch is not drawn while this one is used"
         assert batches.drawn == number + 2, "more than one batch ahead"
         assert ahead.position() == {"next_index": number + 1}

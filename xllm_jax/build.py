@@ -315,7 +315,7 @@ def locate(directory: str | Path, part: str) -> Path:
     """The folder that really holds a part: a base, a run's result, or what the run started from."""
     directory = Path(directory)
     final = directory / "final"
-    if not final.exists():
+    if not checkpoint.base_exists(final):
         return directory
     about = checkpoint.base_about(final)
     if any(path.startswith(part + "/") for path in about["shapes"]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import time
@@ -10,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from clu import parameter_overview
 from jax.sharding import Mesh
 
-from xllm_jax import build, divergence, telemetry, train
+from xllm_jax import build, divergence, startup, telemetry, train
 from xllm_jax.cache import check
-from xllm_jax.core import checkpoint, mesh, rules
+from xllm_jax.core import checkpoint, hosts, mesh, rules, watchdog
 from xllm_jax.core.errors import Diverged, UserError
 from xllm_jax.core.log import Log
 from xllm_jax.core.stage import Stage
 from xllm_jax.data import padding
 from xllm_jax.data.pipeline import Batches, Pipeline
+from xllm_jax.prefetch import Prefetched
 from xllm_jax.train import State
 
 
@@ -38,46 +39,72 @@ def fit(stage: Stage, workdir: str | Path, stop_after: int | None = None) -> Pat
     Raises:
       UserError: the stage, its data or what lies in `workdir` do not fit together.
       Diverged: the stage's policy stops the run; the state before it is saved.
+      Preempted: SIGTERM came, and the run was saved.
     """
-    workdir = Path(workdir)
-    profile = telemetry.Profile(stage.profile, workdir / "profile")
-    device_mesh = mesh.make(stage.mesh)
-    xllm = build.model(stage)
-    cached = check.verified(stage, xllm, device_mesh)
-    state, optimizer, schedule = train.initial_state(stage, xllm, device_mesh)
-    describe(state)
-    base = check.base(state.frozen, cached)
-    checkpoints = checkpoint.Checkpoints(workdir, stage.keep)
-    state, position = resume(state, checkpoints, base)
-    batches = open_batches(stage, workdir, position)
-    total = stage.steps * stage.optimizer.accumulation
-    main = jax.process_index() == 0
-    log = Log(workdir, stage.name, total, int(state.step), main, stage.wandb)
-    compiled = train.jitted(stage, xllm, optimizer, state)
-    watched = telemetry.Compilations(compiled, telemetry.programs(stage), log.say)
-    held, loss = divergence.Held(stage, workdir), train.objective(stage, xllm)
-    loop = Loop(stage, device_mesh, watched, schedule, checkpoints, log, base, profile, held, loss)
-    try:
-        with jax.set_mesh(device_mesh), watched:
-            state = loop.run(state, batches, min(total, stop_after or total))
-    finally:
-        profile.close()
-        log.close()
-    checkpoints.close()
-    if int(state.step) == total:
-        params = rules.join(state.trainable, state.frozen)
-        trained = {part: params[part] for part in state.trainable}
-        trained = check.completed(stage, xllm, device_mesh, trained, cached)
-        write_result(stage, trained, base, workdir / "final")
+    workdir, store = Path(workdir), hosts.store()
+    with watchdog.Watch(workdir, stage.stall, store) as watch:
+        device_mesh = mesh.make(stage.mesh, slices=stage.slices)
+        xllm = build.model(stage)
+        pipeline = startup.open_pipeline(stage, device_mesh, workdir)
+        watch.reading = pipeline.activity.now
+        startup.compare(stage, xllm, device_mesh, pipeline, store)
+        cached = check.verified(stage, xllm, device_mesh)
+        state, optimizer, schedule = train.initial_state(stage, xllm, device_mesh)
+        startup.describe(state)
+        base = check.base(state.frozen, cached)
+        hosts.agree(store, "frozen base", base)
+        best = stage.best
+        checkpoints = checkpoint.Checkpoints(workdir, stage.keep, best.metric, best.lowest)
+        state, position = startup.resume(state, checkpoints, base, store)
+        loop = assemble(stage, xllm, optimizer, schedule, state, workdir, checkpoints, base, watch)
+        batches = open_batches(pipeline, device_mesh, position)
+        total = stage.steps * stage.optimizer.accumulation
+        with jax.set_mesh(device_mesh):
+            state = loop.run(state, batches, device_mesh, min(total, stop_after or total))
+        checkpoints.close()
+        if int(state.step) == total:
+            watch.moved("writes the result")
+            write_result(stage, xllm, device_mesh, state, base, cached, workdir / "final")
+        elif watch.stopping:
+            raise watchdog.Preempted(int(state.step))
     return workdir / "final"
 
 
-def open_batches(stage: Stage, workdir: Path, position: Mapping[str, Any] | None) -> Batches:
-    """This host's batches from a position on; its bad records go to the run's folder."""
-    host, hosts = jax.process_index(), jax.process_count()
-    quarantine = workdir / "quarantine.jsonl"
-    pipeline = Pipeline(stage.data, stage.seed, host, hosts, quarantine=quarantine)
-    return pipeline.iterate(position)
+def assemble(
+    stage: Stage,
+    xllm: Any,
+    optimizer: Any,
+    schedule: Callable[[int], Any],
+    state: State,
+    workdir: Path,
+    checkpoints: checkpoint.Checkpoints,
+    base: Mapping[str, str],
+    watch: watchdog.Watch,
+) -> Loop:
+    """The loop of a run that starts from `state`, with its log opened there."""
+    total, main = stage.steps * stage.optimizer.accumulation, jax.process_index() == 0
+    log = Log(workdir, stage.name, total, int(state.step), main, stage.wandb)
+    step = train.jitted(stage, xllm, optimizer, state)
+    return Loop(
+        stage=stage,
+        compiled=telemetry.Compilations(step, telemetry.programs(stage), log.say),
+        schedule=schedule,
+        checkpoints=checkpoints,
+        log=log,
+        base=base,
+        watch=watch,
+        profile=telemetry.Profile(stage.profile, workdir / "profile"),
+        held=divergence.Held(stage, workdir),
+        loss=train.objective(stage, xllm),
+        store=hosts.store(),
+    )
+
+
+def open_batches(
+    pipeline: Pipeline, device_mesh: Mesh, position: Mapping[str, Any] | None
+) -> Batches:
+    """This host's batches from a position of all hosts on."""
+    return pipeline.iterate(startup.share_of(position, device_mesh))
 
 
 @dataclasses.dataclass
@@ -86,56 +113,79 @@ class Loop:
 
     Attributes:
       stage: what is trained.
-      mesh: of the devices.
       compiled: (state, global batch) -> (state, metrics), the state donated.
       schedule: learning rate of an update's number.
       checkpoints: where the run is saved.
       log: where its scalars go.
       base: {part: identity of its frozen parameters}.
+      watch: over stalls, other hosts and SIGTERM.
       profile: which micro-batches are traced.
       held: the micro-batches since the last look.
       loss: the stage's loss, to count the work it needs.
+      store: of the hosts, None with one.
+      scores: values of the metric of the best checkpoint since the last one.
     """
 
     stage: Stage
-    mesh: Mesh
     compiled: telemetry.Compilations
     schedule: Callable[[int], Any]
     checkpoints: checkpoint.Checkpoints
     log: Log
     base: Mapping[str, str]
+    watch: watchdog.Watch
     profile: telemetry.Profile
     held: divergence.Held
     loss: train.Loss
+    store: hosts.Store | None = None
+    scores: list[Any] = dataclasses.field(default_factory=list)
 
-    def run(self, state: State, batches: Batches, until: int) -> State:
-        """Steps until micro-batch `until`; between two log lines nothing waits for the device."""
+    def run(self, state: State, batches: Batches, device_mesh: Mesh, until: int) -> State:
+        """Steps until micro-batch `until`, or until all hosts agree to stop after SIGTERM."""
+        placed = Prefetched(batches, functools.partial(mesh.to_global, device_mesh))
+        with contextlib.closing(placed), self.compiled:
+            try:
+                return self.steps(state, placed, until)
+            finally:
+                self.profile.close()
+                self.log.close()
+
+    def steps(self, state: State, batches: Prefetched, until: int) -> State:
+        """As `run`; between two log lines nothing waits for the device."""
         number, since = int(state.step), self.interval()
-        watch = padding.Watch(min(padding.ENOUGH, until))
-        while number < until:
+        saved, waste = number, padding.Watch(min(padding.ENOUGH, until))
+        self.watch.start(number)
+        while number < until and not self.watch.reached(number):
             asked, position = time.monotonic(), batches.position()
+            self.watch.moved(watchdog.INPUT)
             batch, info = next(batches)
+            self.watch.moved("runs a step", info["keys"])
             since.wait(time.monotonic() - asked)
             number += 1
-            self.held.add(divergence.Entry(number, batch, info, position))
+            self.held.add(divergence.Entry(number, info["arrays"], info, position))
             state, metrics = self.step(number, state, batch, since)
             since.add(number, metrics, info)
-            self.log.say(watch.add(info["padding"]))
+            self.score(metrics)
+            self.log.say(waste.add(info["padding"]))
             logs = number % self.stage.log_every == 0 or number == until
-            saves = number % self.stage.save_every == 0 or number == until
+            saves = number % self.stage.save_every == 0
             if logs or saves or self.held.full:
                 self.look(since.fetch(), state)
             if logs:
                 self.log.write(number, since.scalars() | self.rates(number, info))
                 since = self.interval()
+            self.watch.stepped()
             if saves:
                 self.save(number, state, batches.position())
+                saved = number
+        if number > saved:
+            self.look(since.fetch(), state)
+            self.save(number, state, batches.position())
         self.checkpoints.wait()
         return state
 
     def interval(self) -> telemetry.Interval:
         """A new one; it counts useful work where the peak of every device is known."""
-        peak = telemetry.peak(self.mesh.devices.flatten())
+        peak = telemetry.peak(jax.devices())
         return telemetry.Interval(self.useful if peak else None, peak)
 
     @functools.cached_property
@@ -145,7 +195,6 @@ class Loop:
 
     def step(self, number: int, state: State, batch: Any, since: telemetry.Interval) -> Any:
         """Micro-batch `number`: (state, metrics), not waited for."""
-        batch = mesh.to_global(self.mesh, batch)
         since.work(state, batch)
         self.profile.before(number, state)
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
@@ -185,62 +234,51 @@ class Loop:
 
     def save(self, number: int, state: State, position: Mapping[str, Any]) -> None:
         """Saves what trains, the optimizer, the data position, the stage and the base's hash."""
-        arrays = saved_arrays(state)
         about = {
-            "data": position,
+            "data": self.everywhere(number, position),
             "stage": dataclasses.asdict(self.stage),
             "base": dict(self.base),
         }
-        self.checkpoints.save(number, arrays, about)
+        metric, scores = self.stage.best.metric, jax.device_get(self.scores)
+        self.scores = []
+        found = {metric: telemetry.mean(scores)} if scores else None
+        self.checkpoints.save(number, startup.saved_arrays(state), about, found)
 
+    def everywhere(self, number: int, position: Mapping[str, Any]) -> dict[str, Any]:
+        """A data position with the counts of records of all hosts (on host 0, which saves)."""
+        own = [position["seen"], position["bad"]]
+        seen, bad = map(sum, zip(*hosts.gather(self.store, f"position/{number}", own)))
+        return {**position, "seen": seen, "bad": bad}
 
-def saved_arrays(state: State) -> dict[str, Any]:
-    """What a checkpoint holds of a state: everything but the frozen base."""
-    names = ("step", "trainable", "optimizer", "guard")
-    return {name: getattr(state, name) for name in names}
+    def score(self, metrics: Mapping[str, Any]) -> None:
+        """Notes the metric that the best checkpoint is chosen by.
 
-
-def resume(
-    state: State, checkpoints: checkpoint.Checkpoints, base: Mapping[str, str]
-) -> tuple[State, Any]:
-    """Loads the newest checkpoint, if there is one.
-
-    Returns:
-      (state, data position or None).
-
-    Raises:
-      UserError: the checkpoint belongs to another frozen base; names the part.
-    """
-    latest = checkpoints.latest()
-    if latest is None:
-        return state, None
-    about = checkpoints.about(latest)
-    for part in sorted(base.keys() | about["base"].keys()):
-        if base.get(part) != about["base"].get(part):
+        Raises:
+          UserError: the step has no such metric.
+        """
+        name = self.stage.best.metric
+        if name and name not in metrics:
             raise UserError(
-                f"the checkpoint was trained on another {part} (frozen parameters differ)",
-                field=str(checkpoints.directory),
-                mend=f"Give init.{part} the base it was trained on, or choose a new --workdir",
+                f"no metric {name!r} in training",
+                field="best.metric",
+                mend=f"Choices: {', '.join(sorted(metrics))}",
             )
-    arrays = checkpoints.restore(latest, saved_arrays(state))
-    print(f"Resumes at micro-batch {latest}", flush=True)
-    return State(**arrays, frozen=state.frozen), about["data"]
+        if name:
+            self.scores.append(metrics[name])
 
 
 def write_result(
-    stage: Stage, trained: Mapping[str, Any], base: Mapping[str, str], directory: Path
+    stage: Stage,
+    xllm: Any,
+    device_mesh: Mesh,
+    state: State,
+    base: Mapping[str, str],
+    cached: Mapping[str, str],
+    directory: Path,
 ) -> None:
     """Writes every part that trained, whole, as a base that later stages can name."""
+    params = rules.join(state.trainable, state.frozen)
+    trained = {part: params[part] for part in state.trainable}
+    trained = check.completed(stage, xllm, device_mesh, trained, cached)
     about = {"stage": dataclasses.asdict(stage), "base": dict(base)}
     checkpoint.save_base(directory, trained, about)
-
-
-def describe(state: State) -> None:
-    """Prints what trains, leaf by leaf, and how much is frozen."""
-    if jax.process_index():
-        return
-    print("What trains:")
-    print(parameter_overview.get_parameter_overview(state.trainable, include_stats="sharding"))
-    frozen = sum(leaf.size for leaf in jax.tree.leaves(state.frozen))
-    trains = sum(leaf.size for leaf in jax.tree.leaves(state.trainable))
-    print(f"{trains:,} parameters train, {frozen:,} are frozen", flush=True)

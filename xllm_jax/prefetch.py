@@ -31,7 +31,10 @@ class Prefetched:
         return self
 
     def __next__(self) -> tuple[Any, dict[str, Any]]:
-        """(global batch, info). What drawing it raised is raised here, at its turn."""
+        """(global batch, info), this host's arrays among it as 'arrays'.
+
+        What drawing it raised is raised here, at its turn.
+        """
         batch, info, self._position = self._next.result()
         self._next = self._thread.submit(self._draw)
         return batch, info
@@ -46,4 +49,4 @@ class Prefetched:
 
     def _draw(self) -> tuple[Any, dict[str, Any], dict[str, int]]:
         batch, info = next(self._batches)
-        return self._place(batch), info, self._batches.position()
+        return self._place(batch), info | {"arrays": batch}, self._batches.position()

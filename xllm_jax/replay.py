@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from xllm_jax import build, divergence, loop, nonfinite, restore, train
+from xllm_jax import build, divergence, nonfinite, restore, startup, train
 from xllm_jax.core import checkpoint, mesh, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Stage
@@ -165,7 +165,7 @@ def load(state: train.State, workdir: Path, recording: Recording) -> train.State
             field=str(workdir / "checkpoints"),
         )
     checkpoints = checkpoint.Checkpoints(workdir)
-    arrays = checkpoints.restore(recording.checkpoint, loop.saved_arrays(state))
+    arrays = checkpoints.restore(recording.checkpoint, startup.saved_arrays(state))
     checkpoints.close()
     return train.State(**arrays, frozen=state.frozen)
 

@@ -10,9 +10,18 @@ from typing import Any
 import jax.numpy as jnp
 
 from xllm_jax import build
-from xllm_jax.core import checkpoint, mesh, rules
+from xllm_jax.core import checkpoint, checksum, mesh, rules
 from xllm_jax.core.errors import UserError
-from xllm_jax.core.stage import Data, Divergence, Modality, Optimizer, Part, Source, Stage
+from xllm_jax.core.stage import (
+    Best,
+    Data,
+    Divergence,
+    Modality,
+    Optimizer,
+    Part,
+    Source,
+    Stage,
+)
 from xllm_jax.models.xllm import XLLM
 
 
@@ -72,7 +81,7 @@ def check_base(
       UserError: a part is another one now; names it.
     """
     for part in sorted(known.keys() & frozen.keys() & set(kept)):
-        if checkpoint.identity(frozen[part]) != known[part]:
+        if checksum.identity(frozen[part]) != known[part]:
             raise UserError(
                 f"was trained on another {part} (its frozen parameters differ)",
                 field=str(directory),
@@ -87,7 +96,7 @@ def final(directory: str | Path) -> Path:
       UserError: the run is not finished, or not there.
     """
     found = Path(directory) / "final"
-    if not found.is_dir():
+    if not checkpoint.base_exists(found):
         raise UserError(
             "no finished run here (no folder 'final')",
             field=str(directory),
@@ -132,6 +141,7 @@ def parse_stage(record: Mapping[str, Any]) -> Stage:
         "modalities": {name: Modality(**row) for name, row in record["modalities"].items()},
         "optimizer": Optimizer(**optimizer),
         "data": Data(**data),
+        "best": Best(**record.get("best", {})),  # older runs have none
         "trainable": tuple(record["trainable"]),
         "divergence": Divergence(**record.get("divergence", {})),
         "profile": tuple(record.get("profile", ())),

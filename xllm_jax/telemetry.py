@@ -99,11 +99,12 @@ def means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         if name in LAST:
             found[name] = float(values[-1])
         elif name not in INTERNAL:
-            found[name] = _mean(values)
+            found[name] = mean(values)
     return {name: value for name, value in found.items() if np.isfinite(value)}
 
 
-def _mean(values: list[Any]) -> float:
+def mean(values: Sequence[Any]) -> float:
+    """Mean of fetched scalars that are numbers; of `Tally`, the total over the count."""
     if isinstance(values[0], Tally):
         kept = [v for v in values if np.isfinite(v.total)]
         count = sum(float(v.count) for v in kept)
@@ -184,7 +185,8 @@ def _array(shape: tuple[int, ...], kind: str) -> str:
 
 def programs(stage: Stage) -> int:
     """How many different steps a stage compiles: one for every length bucket."""
-    return len(stage.data.frames) if stage.data.form == "transcription" else 1
+    bucketed = stage.data.form in ("transcription", "conversation")
+    return len(stage.data.frames) if bucketed else 1
 
 
 def useful(loss: Callable[..., Any]) -> Callable[[Any, Any], float]:

@@ -14,7 +14,8 @@ import functools
 import json
 import math
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,58 +23,95 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
+from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
-from xllm_jax.core import checksum, rules
+from xllm_jax.core import checksum, folders, rules
 from xllm_jax.core.errors import UserError
 
 FORMAT = 1
 CONVERSION = "conversion.json"
 
 
-def to_json(stage: Any) -> str:
-    """A Stage (or any dataclass) as JSON text; tuples become lists."""
-    return json.dumps(dataclasses.asdict(stage), indent=1, ensure_ascii=False, sort_keys=True)
-
-
-def identity(tree: Mapping[str, Any]) -> str:
-    """Hash of a parameter tree: paths, shapes, dtypes and every value's bytes (hex, 16 digits)."""
-    return checksum.identity(tree)
-
-
 class Checkpoints:
-    """The checkpoints of one run, saved asynchronously, the last `keep` kept.
+    """The checkpoints of one run, saved asynchronously: the last ones, and the best one.
 
     Args:
-      directory: the run's folder.
-      keep: number of checkpoints kept.
+      directory: the run's folder, the same for all hosts.
+      keep: how many of the last are kept.
+      metric: scalar whose best checkpoint is kept too; '' for none.
+      lowest: whether the lowest value of the metric is the best.
     """
 
-    def __init__(self, directory: str | Path, keep: int = 2):
+    def __init__(self, directory: str | Path, keep: int = 2, metric: str = "", lowest: bool = True):
         self.directory = Path(directory).absolute() / "checkpoints"
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=True, enable_async_checkpointing=True
+            create=True,
+            enable_async_checkpointing=True,
+            preservation_policy=policy.AnyPreservationPolicy(_policies(keep, metric, lowest)),
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
+    def steps(self) -> list[int]:
+        """Numbers of the complete checkpoints, ascending; waits for a save under way."""
+        self.wait()
+        self._manager.reload()  # another host may have set one aside
+        return sorted(self._manager.all_steps())
+
     def latest(self) -> int | None:
         """Number of the newest complete checkpoint, or None; waits for a save under way."""
-        self.wait()
-        return self._manager.latest_step()
+        return (self.steps() or [None])[-1]
 
-    def save(self, step: int, state: Mapping[str, Any], about: Mapping[str, Any]) -> None:
-        """Starts saving `state` (tree of arrays) and `about` (JSON: data position, stage, base)."""
+    def save(
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        about: Mapping[str, Any],
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Starts saving `state` (tree of arrays) and `about` (JSON: data position, stage, base).
+
+        Every array's checksum is kept with them, so that `damage` can tell what has changed since.
+
+        Args:
+          metrics: holds the metric that the best checkpoint is chosen by.
+        """
+        about = {**about, "checksums": checksum.of_leaves(_leaves(state))}
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(dict(about))
+                state=ocp.args.StandardSave(state),
+                about=ocp.args.JsonSave({**about, "hash": checksum.of_json(about)}),
             ),
+            metrics=dict(metrics) if metrics else None,
+            force=True,
         )
 
     def about(self, step: int) -> dict[str, Any]:
         """What was saved beside the arrays of a checkpoint."""
-        return self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))[
-            "about"
-        ]
+        return json.loads((self.directory / str(step) / "about" / "metadata").read_text("utf-8"))
+
+    def damage(self, step: int) -> str:
+        """Reads a whole checkpoint on this host alone; says what is broken, '' when nothing is."""
+        folder = self.directory / str(step)
+        try:
+            about = self.about(step)
+            if about.pop("hash", None) not in (None, checksum.of_json(about)):
+                return "about/metadata no longer says what was saved"
+            sums = about.get("checksums", {})
+            for path, store in _stores(folder / "state", _leaves(_stored(folder))).items():
+                found = checksum.of_store(store, store.dtype.numpy_dtype)
+                if path in sums and sums[path] != found:
+                    return f"{path} no longer has the values that were saved"
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            return " ".join(str(error).split())[:300]
+        return ""
+
+    def set_aside(self, step: int) -> Path:
+        """Moves a damaged checkpoint out of the way, for a person to look at."""
+        target = self.directory.with_name("damaged") / f"{step}-{time.time_ns()}"
+        target.parent.mkdir(exist_ok=True)
+        return (self.directory / str(step)).rename(target)
 
     def restore(self, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
         """Reads the arrays of a checkpoint into the shapes, dtypes and shardings of `like`.
@@ -94,9 +132,7 @@ class Checkpoints:
 
     def _difference(self, step: int, like: Mapping[str, Any]) -> str:
         """The first leaf in which a checkpoint and `like` differ, in words."""
-        with ocp.StandardCheckpointer() as checkpointer:
-            stored = checkpointer.metadata(self.directory / str(step) / "state").item_metadata.tree
-        held, wanted = _shapes(stored), _shapes(like)
+        held, wanted = _shapes(_stored(self.directory / str(step))), _shapes(like)
         for path in sorted(held.keys() | wanted.keys()):
             if path not in held:
                 return f"it lacks {path}"
@@ -115,11 +151,31 @@ class Checkpoints:
         self._manager.close()
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """{path: shape} of any tree; an optimizer's tuples are numbered, as they are on disk."""
+def _stored(folder: Path) -> Any:
+    """Tree of what a checkpoint says that its arrays are."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.metadata(folder / "state").item_metadata.tree
+
+
+def _policies(keep: int, metric: str, lowest: bool) -> list[Any]:
+    best = policy.BestN(
+        get_metric_fn=lambda found: float(found[metric]),
+        reverse=lowest,  # orbax sorts ascending and keeps the end of the list
+        n=1,
+        keep_checkpoints_without_metrics=False,
+    )
+    return [policy.LatestN(keep), best] if metric else [policy.LatestN(keep)]
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    """{path: leaf} of any tree; an optimizer's tuples are numbered, as they are on disk."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
-    return {name(path): tuple(leaf.shape) for path, leaf in leaves}
+    return {name(path): leaf for path, leaf in leaves}
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {path: tuple(leaf.shape) for path, leaf in _leaves(tree).items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,20 +273,40 @@ def save_base(
     """
     directory = Path(directory).absolute()
     partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        _save_params(partial / "params", params)
-        shapes = {p: [list(x.shape), str(x.dtype)] for p, x in rules.flatten(params).items()}
-        (partial / "about.json").write_text(
-            json.dumps({"format": FORMAT, **about, "shapes": shapes}, ensure_ascii=False, indent=1)
-        )
-        if finish:
-            finish(partial)
-    except BaseException:
+    main = jax.process_index() == 0
+    if main:
         shutil.rmtree(partial, ignore_errors=True)
+    try:
+        _save_params(partial / "params", params)  # every host writes what it holds
+        if main:
+            _describe(partial, params, about, finish)
+    except BaseException:
+        if main:
+            shutil.rmtree(partial, ignore_errors=True)
         raise
-    shutil.rmtree(directory, ignore_errors=True)
-    partial.rename(directory)
+    if main:
+        folders.replace(directory, partial)
+    if jax.process_count() > 1:  # no host goes on before the folder has its name
+        multihost_utils.sync_global_devices("base written")
+
+
+def _describe(
+    partial: Path,
+    params: Mapping[str, Any],
+    about: Mapping[str, Any],
+    finish: Callable[[Path], None] | None,
+) -> None:
+    shapes = {p: [list(x.shape), str(x.dtype)] for p, x in rules.flatten(params).items()}
+    (partial / "about.json").write_text(
+        json.dumps({"format": FORMAT, **about, "shapes": shapes}, ensure_ascii=False, indent=1)
+    )
+    if finish:
+        finish(partial)
+
+
+def base_exists(directory: str | Path) -> bool:
+    """Whether a base is there."""
+    return (folders.whole(directory) / "about.json").exists()
 
 
 def _save_params(path: Path, params: Mapping[str, Any]) -> None:
@@ -262,16 +338,19 @@ def open_leaves(directory: str | Path) -> dict[str, Any]:
     Raises:
       UserError: no base there.
     """
-    paths = base_about(directory)["shapes"]
-    params = Path(directory).absolute() / "params"
-    file = {"driver": "file", "path": f"{params}/"}
-    packed = (params / "manifest.ocdbt").exists()
+    return _stores(folders.whole(directory) / "params", base_about(directory)["shapes"])
+
+
+def _stores(folder: Path, paths: Iterable[str]) -> dict[str, Any]:
+    """{path: tensorstore of the leaf} of the arrays in a folder of orbax, opened, not read."""
+    file = {"driver": "file", "path": f"{folder.absolute()}/"}
+    packed = (folder / "manifest.ocdbt").exists()
 
     def kvstore(path: str) -> dict[str, Any]:
         name = path.replace("/", ".")
         if packed:
             return {"driver": "ocdbt", "base": file, "path": f"{name}/"}
-        return file | {"path": f"{params}/{name}/"}
+        return file | {"path": f"{folder.absolute()}/{name}/"}
 
     return {
         path: tensorstore.open({"driver": "zarr", "kvstore": kvstore(path)}, open=True).result()
@@ -285,7 +364,7 @@ def base_about(directory: str | Path) -> dict[str, Any]:
     Raises:
       UserError: the folder is missing or is not a base.
     """
-    file = Path(directory) / "about.json"
+    file = folders.whole(directory) / "about.json"
     if not file.exists():
         raise UserError(
             "no base or finished run here",
@@ -297,7 +376,7 @@ def base_about(directory: str | Path) -> dict[str, Any]:
 
 def base_origin(directory: str | Path) -> str:
     """One line on where a converted base comes from, by its conversion.json; '' without one."""
-    file = Path(directory) / CONVERSION
+    file = folders.whole(directory) / CONVERSION
     if not file.exists():
         return ""
     done = json.loads(file.read_text("utf-8"))
@@ -339,7 +418,7 @@ def load_leaves(
     )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         found = checkpointer.restore(
-            Path(directory).absolute() / "params",
+            folders.whole(directory) / "params",
             args=ocp.args.PyTreeRestore(
                 item=target, restore_args=restore_args, partial_restore=True
             ),

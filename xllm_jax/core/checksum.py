@@ -109,6 +109,7 @@ def _sums(blocks: Iterable[np.ndarray]) -> tuple[int, int]:
 @jax.jit
 def _on_devices(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
     leaf = jax.device_put(leaf, jax.memory.Space.Device)  # it may be kept in the host's memory
+    leaf = leaf.astype(np.uint8) if leaf.dtype == bool else leaf  # which has no bits to look at
     bits = jax.lax.bitcast_convert_type(leaf, WIDTHS[leaf.dtype.itemsize]).astype(np.uint32)
     place = jnp.ones(leaf.shape, np.uint32)
     for axis, stride in enumerate(_strides(leaf.shape)):  # flat, a sharded leaf would be gathered

@@ -1,20 +1,33 @@
-"""Several hosts that run one program: how they find each other.
+"""Several hosts that run one program: how they find each other and agree.
 
 On TPU pods and GPU clusters every host (process) runs the same command. Host 0 offers the
 coordination service, the small key-value store over which hosts agree on anything but arrays.
+With one host there is no store, and whatever is agreed upon is its own.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import json
 import os
+import signal
 import socket
+import sys
 import time
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
 
 import jax
+from jax._src import distributed  # the store has no public name
 
 from xllm_jax.core.errors import UserError
 
+SAVED = 75  # exit code: SIGTERM, the run was saved; the same command continues it
+LOST = 76  # exit code: a host stalled or was lost; the same command continues the run
 START_SECONDS = 300  # hosts of a cluster may be minutes apart in starting
+SHOWN = 3  # differences that a message names
+WAIT_SECONDS = 3600  # for host 0, which may read a large checkpoint
 
 
 def join(
@@ -36,9 +49,19 @@ def join(
     jax.config.update("jax_enable_preemption_service", False)
     if _platform() == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    if not address:
+    if address:
+        _join_at(address, count, index, seconds)
+    else:
         _join_cluster(seconds)
-        return
+    _mind_the_coordinator()
+
+
+def _platform() -> str:
+    """The first platform that JAX is told to use; '' when it may choose."""
+    return (jax.config.jax_platforms or os.environ.get("JAX_PLATFORMS", "")).split(",")[0]
+
+
+def _join_at(address: str, count: int | None, index: int | None, seconds: int) -> None:
     host, port = address.rsplit(":", 1)
     if index:
         _await_host(host, int(port), seconds)
@@ -58,11 +81,6 @@ def join(
             field="--hosts",
             mend="Start the same command on every host, each with its own --host_index",
         ) from error
-
-
-def _platform() -> str:
-    """The first platform that JAX is told to use; '' when it may choose."""
-    return (jax.config.jax_platforms or os.environ.get("JAX_PLATFORMS", "")).split(",")[0]
 
 
 def _join_cluster(seconds: int) -> None:
@@ -115,3 +133,146 @@ def _check_free(port: int) -> None:
 
 def _line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200]
+
+
+def _mind_the_coordinator() -> None:
+    """Makes the loss of host 0 an exit with `LOST`.
+
+    When host 0 dies, JAX's client aborts the process from a thread of its own and takes no Python
+    callback for it; only a handler of the C library sees the signal in that thread.
+    """
+    host, port = distributed.global_state.coordinator_address.rsplit(":", 1)
+    if jax.process_index():
+        library = ctypes.CDLL(None)
+        library.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
+        library.signal.restype = ctypes.c_void_p
+        handler = ctypes.cast(_aborted(host, int(port)), ctypes.c_void_p)
+        library.signal(signal.SIGABRT, handler)
+
+
+@functools.cache  # the C library does not keep its handler alive
+def _aborted(host: str, port: int) -> Any:
+    """Handler of SIGABRT; an abort while host 0 still answers is a crash, and stays one."""
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_int)
+    def aborted(_: int) -> None:
+        try:
+            socket.create_connection((host, port), timeout=2).close()
+        except OSError:
+            os.write(2, b"Host 0 was lost. Run the same command again\n")
+            os._exit(LOST)
+        ctypes.CDLL(None).signal(signal.SIGABRT, None)
+
+    return aborted
+
+
+class Store:
+    """The key-value store of a run's hosts, under names that belong to this start of it.
+
+    Args:
+      client: of JAX's coordination service.
+      index, count: which host this is, of how many.
+    """
+
+    def __init__(self, client: Any, index: int, count: int):
+        self._client, self.index, self.count = client, index, count
+        start = client.key_value_increment(f"xllm/starts/{index}", 1)
+        self._root = f"xllm/{start}/"  # a process may train several stages
+
+    def put(self, name: str, value: Any) -> None:
+        """Publishes JSON under a name, replacing what was there."""
+        self._client.key_value_set(self._root + name, json.dumps(value), allow_overwrite=True)
+
+    def get(self, name: str, seconds: float = WAIT_SECONDS) -> Any:
+        """Waits for a name.
+
+        Raises:
+          TimeoutError: nobody has published it.
+        """
+        try:
+            return json.loads(
+                self._client.blocking_key_value_get(self._root + name, int(seconds * 1000))
+            )
+        except jax.errors.JaxRuntimeError as error:
+            raise TimeoutError(f"nothing under {name!r} ({_line(error)})") from error
+
+    def all(self, folder: str) -> dict[str, Any]:
+        """{name below the folder: value} of what has been published by now."""
+        root = f"{self._root}{folder}/"
+        found = self._client.key_value_dir_get(root)
+        return {key.removeprefix(root): json.loads(value) for key, value in found}
+
+    def drop(self, name: str) -> None:
+        """Forgets a name or a folder."""
+        self._client.key_value_delete(self._root + name)
+
+
+def store() -> Store | None:
+    """The store of this start of a run; None with one host. Every host asks equally often."""
+    count = jax.process_count()
+    return Store(distributed.global_state.client, jax.process_index(), count) if count > 1 else None
+
+
+def share(store: Store | None, name: str, make: Callable[[], Any]) -> Any:
+    """What host 0 makes, on every host; JSON."""
+    if store is None:
+        return make()
+    if store.index == 0:
+        store.put(name, make())
+    return store.get(name)
+
+
+def gather(store: Store | None, name: str, value: Any) -> list[Any]:
+    """Every host's value in the order of hosts, on host 0; the others get their own alone."""
+    if store is None:
+        return [value]
+    store.put(f"{name}/{store.index}", value)
+    if store.index:
+        return [value]
+    found = [store.get(f"{name}/{host}") for host in range(store.count)]
+    store.drop(f"{name}/")
+    return found
+
+
+def agree(store: Store | None, what: str, items: Mapping[str, str]) -> None:
+    """Compares what must be the same on all hosts with host 0's.
+
+    Args:
+      what: 'configuration', 'code' … for the message.
+      items: {field, file or leaf: value}.
+
+    Raises:
+      UserError: they differ; names this host and the first items.
+    """
+    if store is None:
+        return
+    items = dict(items)
+    if store.index == 0:
+        store.put(f"agree/{what}", items)
+        return
+    wanted = store.get(f"agree/{what}", START_SECONDS)
+    told = differences(items, wanted)
+    if told:
+        more = f" and {len(told) - SHOWN} more" if len(told) > SHOWN else ""
+        raise UserError(
+            f"{'; '.join(told[:SHOWN])}{more}",
+            field=f"host {store.index} has another {what} than host 0",
+            mend="Start every host with the same files, flags and packages",
+        )
+
+
+def differences(items: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:
+    """In words, where a host's items differ from host 0's."""
+    told = []
+    for name in sorted(items.keys() | wanted.keys()):
+        here, there = items.get(name, "absent"), wanted.get(name, "absent")
+        if here != there:
+            told.append(f"{name} is {here[:80]}, on host 0 {there[:80]}")
+    return told
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process at once; an ordinary exit would wait for hosts that are gone."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)

@@ -189,6 +189,31 @@ def tensor_parallel() -> bool:
     return jax.sharding.get_abstract_mesh().shape.get("tensor", 1) > 1
 
 
+def host_share(mesh: Mesh) -> tuple[int, int]:
+    """Which part of every batch this host fills, and into how many parts the batch is cut.
+
+    Hosts whose devices hold the same rows, since a parameter axis spans them, fill the same part.
+
+    Raises:
+      UserError: the hosts' rows overlap without being the same.
+    """
+    first = [mesh.axis_names.index(axis) for axis in ROWS]
+    by_rows = np.moveaxis(mesh.devices, first, range(len(first)))
+    by_rows = by_rows.reshape(math.prod(mesh.shape[axis] for axis in ROWS), -1)
+    held: dict[int, set[int]] = {}
+    for row, devices in enumerate(by_rows):
+        for device in devices:
+            held.setdefault(device.process_index, set()).add(row)
+    parts = sorted({tuple(sorted(rows)) for rows in held.values()})
+    if sum(map(len, parts)) != len(by_rows):
+        raise UserError(
+            "the hosts' shares of a batch overlap",
+            field="mesh",
+            mend="Let 'tensor' fit into one host, or span whole hosts",
+        )
+    return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
+
+
 def to_global(mesh: Mesh, batch: Any) -> Any:
     """Turns this host's arrays into global arrays, split along their leading axis.
 
@@ -197,18 +222,19 @@ def to_global(mesh: Mesh, batch: Any) -> Any:
     """
     sharding = NamedSharding(mesh, batch_spec())
     replicated = NamedSharding(mesh, PartitionSpec())
-    count = mesh.shape["data"] * mesh.shape["fsdp"]
+    count, shares = math.prod(mesh.shape[axis] for axis in ROWS), host_share(mesh)[1]
 
     def place(x: np.ndarray) -> jax.Array:
         x = np.asarray(x)
         if x.ndim == 0:
             return jax.device_put(x, replicated)
-        if (x.shape[0] * jax.process_count()) % count:
+        rows = x.shape[0] * shares
+        if rows % count:
             raise UserError(
-                f"{x.shape[0] * jax.process_count()} rows do not split over {count} devices",
+                f"{rows} rows do not split over {count} devices",
                 field="data.rows",
                 mend="Choose a multiple of the data and fsdp axes' product",
             )
-        return jax.make_array_from_process_local_data(sharding, x)
+        return jax.make_array_from_process_local_data(sharding, x, (rows, *x.shape[1:]))
 
     return jax.tree.map(place, batch)

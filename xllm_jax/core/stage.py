@@ -160,6 +160,19 @@ class Divergence:
 
 
 @dataclasses.dataclass
+class Best:
+    """Which checkpoint is kept beside the last ones.
+
+    Attributes:
+      metric: scalar of the training step, its mean since the checkpoint before; '' keeps none.
+      lowest: the lowest value is the best one (loss, CER); False keeps the highest (accuracy).
+    """
+
+    metric: str = ""
+    lowest: bool = True
+
+
+@dataclasses.dataclass
 class Stage:
     """One training stage.
 
@@ -187,6 +200,10 @@ class Stage:
       divergence: what happens after a loss or gradient that is no number.
       profile: (first, last) micro-batch whose trace goes to the run's folder; () = none.
       wandb: project of Weights & Biases that the scalars also go to; '' = none.
+      log_every, save_every: micro-batches between two log lines, two checkpoints.
+      keep: how many of the last checkpoints are kept; `best`: which one beside them.
+      stall: seconds without a finished step after which the run ends, to be started again; five
+        times as long before the first one, which compiles. 0 waits for ever.
     """
 
     name: str = ""
@@ -215,3 +232,5 @@ class Stage:
     divergence: Divergence = dataclasses.field(default_factory=Divergence)
     profile: tuple[int, ...] = ()
     wandb: str = ""
+    best: Best = dataclasses.field(default_factory=Best)
+    stall: float = 600.0

@@ -190,7 +190,8 @@ def _status(field: str) -> int:
 
 def serve(connection: Connection, memory: int) -> None:
     """A worker's life: files in, arrays and its own size out, until the other end closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the owner's to handle
+    for ends in (signal.SIGINT, signal.SIGTERM):  # the owner's to handle; both reach whole groups
+        signal.signal(ends, signal.SIG_IGN)
     bound_memory(memory)
     connection.send("ready")
     while True:

@@ -20,6 +20,7 @@ import numpy as np
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data
 from xllm_jax.data import (
+    activity,
     attributes,
     conversation,
     media,
@@ -77,9 +78,13 @@ class Pipeline:
         self.rows = host_rows(data, self.form, process_index, process_count)
         self.process_count, self.quarantine = process_count, own_list(quarantine, process_index)
         self.weights = stream.mixture(data)
-        self.sources = {n: stream.read(n, data.sources[n], data.root) for n in self.weights}
+        self.activity = activity.Activity()
+        self.sources = {
+            name: self.activity.watched(name, stream.read(name, data.sources[name], data.root))
+            for name in self.weights
+        }
         self.kit = self.form.tools(data)
-        self._load = Decoders(data).load if data.deadline else media.load
+        self._load = self.activity.loading(Decoders(data).load if data.deadline else media.load)
         self._steps = self._drawn() if train else self._planned(limit)
 
     def records(self) -> int:

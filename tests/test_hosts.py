@@ -1,0 +1,196 @@
+"""Several hosts train what one would, and refuse to start when they are not the same."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import host_runs
+import numpy as np
+import pytest
+import small_stage
+
+from launch import hosts as flags
+from xllm_jax.core import checkpoint, errors, fingerprint, hosts, watchdog
+
+TWICE = """
+def main():
+    made = host_runs.stage(keep=1)
+    made.best.metric = 'loss'
+    loop.fit(made, {whole!r})
+    if COUNT == 2:
+        loop.fit(host_runs.stage(), {half!r}, stop_after=3)
+"""
+CONTINUE = """
+def main():
+    loop.fit(host_runs.stage(), {half!r})
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folder with the runs `one` and `two` of 1 and 2 hosts, and `half` of 2 that stopped."""
+    folder = tmp_path_factory.mktemp("hosts")
+    started = []
+    for count, name in ((1, "one"), (2, "two")):
+        code = TWICE.format(whole=str(folder / name), half=str(folder / "half"))
+        started.append(host_runs.start(count, code, folder / f"{name}-said"))
+    ended = [host_runs.codes(processes) for processes in started]
+    assert ended == [[0], [0, 0]], host_runs.said(folder / "two-said", 2)
+    return folder
+
+
+def same_curve(workdir, reference) -> None:
+    found, wanted = small_stage.curve(workdir), small_stage.curve(reference)
+    assert found.keys() == wanted.keys() == set(range(1, 7))
+    np.testing.assert_allclose(list(found.values()), list(wanted.values()), rtol=1e-6)
+
+
+def test_two_hosts_train_what_one_does(runs):
+    same_curve(runs / "two", runs / "one")
+    one, two = (checkpoint.open_leaves(runs / name / "final") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for path, leaf in one.items():
+        found, wanted = two[path].read().result(), leaf.read().result()
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6, err_msg=path)
+    abouts = [checkpoint.base_about(runs / name / "final")["base"] for name in ("one", "two")]
+    assert abouts[0] == abouts[1]
+    assert sorted(f.name for f in (runs / "two").iterdir()) == [
+        "checkpoints",
+        "final",
+        "metrics.jsonl",
+        "tensorboard",
+    ]
+
+
+def test_the_best_and_the_last_checkpoint_are_kept(runs):
+    losses = small_stage.curve(runs / "two")
+    means = {step: (losses[step - 1] + losses[step]) / 2 for step in (2, 4, 6)}
+    kept = {int(folder.name) for folder in (runs / "two" / "checkpoints").iterdir()}
+    assert kept == {6, min(means, key=means.get)}
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_another_number_of_hosts_continues(runs, tmp_path, count):
+    shutil.copytree(runs / "half", tmp_path / "half")
+    code = CONTINUE.format(half=str(tmp_path / "half"))
+    codes = host_runs.codes(host_runs.start(count, code, tmp_path / "said"))
+    assert codes == [0] * count, host_runs.said(tmp_path / "said", count)
+    assert "Resumes at micro-batch 3" in host_runs.said(tmp_path / "said", count)
+    same_curve(tmp_path / "half", runs / "one")
+
+
+MIXED = """
+import json, host_batches
+def main():
+    print('RESULT' + json.dumps(host_batches.train_on_share(INDEX, COUNT)), flush=True)
+"""
+
+
+def test_text_on_one_host_and_media_on_the_other_run_one_program(tmp_path):
+    started = [host_runs.start(count, MIXED, tmp_path / str(count)) for count in (1, 2)]
+    codes = [host_runs.codes(processes) for processes in started]
+    assert codes == [[0], [0, 0]], host_runs.said(tmp_path / "2", 2)
+    results = [
+        json.loads(line.removeprefix("RESULT"))
+        for count in (1, 2)
+        for line in host_runs.said(tmp_path / str(count), count).splitlines()
+        if line.startswith("RESULT")
+    ]
+    assert len(results) == 3
+    assert results[0][-1]["loss"] != results[0][0]["loss"]
+    for metrics in results[1:]:
+        for found, wanted in zip(metrics, results[0], strict=True):
+            assert found.keys() == wanted.keys()
+            for name, value in wanted.items():
+                np.testing.assert_allclose(found[name], value, rtol=2e-4, err_msg=name)
+
+
+DIFFERENT = {
+    "configuration": (
+        "    made.optimizer.peak = 1e-2 * (1 + INDEX)\n",
+        ["host 1 has another configuration than host 0", "optimizer.peak is 0.02, on host 0 0.01"],
+    ),
+    "code": (
+        "    sys.path.insert(0, {folder!r})\n"
+        "    fingerprint = loop.fingerprint.code\n"
+        "    edited = loop.Path({folder!r}) / 'xllm_jax'\n"
+        "    loop.fingerprint.code = lambda p: fingerprint(edited if INDEX else p)\n",
+        ["another code than host 0", "xllm_jax/core/optim.py is "],
+    ),
+    "data": (
+        "    os.makedirs(f'{folder}/{{INDEX}}/texts'); os.chdir(f'{folder}/{{INDEX}}')\n"
+        "    said = [{{'from': 'human', 'value': 'a'}}, {{'from': 'gpt', 'value': 'b'}}]\n"
+        "    rows = [{{'id': f'{{INDEX}}-{{n}}', 'conversations': said}} for n in range(20)]\n"
+        "    loop.Path('texts/train.json').write_text(json.dumps(rows))\n"
+        "    made.data.sources['text'] = host_runs.instructions('texts')\n",
+        ["another data than host 0", "text: first record is "],
+    ),
+}
+
+
+@pytest.mark.parametrize("what", DIFFERENT)
+def test_hosts_that_differ_stop_and_name_the_difference(what, tmp_path):
+    change, words = DIFFERENT[what]
+    if what == "code":
+        ignored = shutil.ignore_patterns("backbones", "__pycache__")
+        shutil.copytree(host_runs.ROOT / "xllm_jax", tmp_path / "xllm_jax", ignore=ignored)
+        with (tmp_path / "xllm_jax" / "core" / "optim.py").open("a") as file:
+            file.write("# edited\n")
+    code = f"import json\ndef main():\n    made = host_runs.stage()\n{change}" + (
+        f"    loop.fit(made, {str(tmp_path / 'run')!r})\n"
+    )
+    code = code.replace("{folder!r}", repr(str(tmp_path))).replace("{folder}", str(tmp_path))
+    code = code.replace("{{", "{").replace("}}", "}")
+    codes = host_runs.codes(host_runs.start(2, code, tmp_path / "said"))
+    assert codes == [2, 2], host_runs.said(tmp_path / "said", 2)
+    for index in (0, 1):
+        line = (tmp_path / "said" / f"host-{index}.txt").read_text()
+        for word in words:
+            assert word in line, line
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_leaf_of_another_shape_is_a_difference():
+    one = {"llm": {"a": np.zeros((2, 3)), "b": np.zeros(4)}}
+    tree = {path: str(leaf.shape) for path, leaf in one["llm"].items()}
+    assert hosts.differences(tree, {"a": "(2, 4)"}) == [
+        "a is (2, 3), on host 0 (2, 4)",
+        "b is (4,), on host 0 absent",
+    ]
+
+
+def test_every_field_of_a_stage_is_in_its_fingerprint():
+    before = fingerprint.configuration(small_stage.stage())
+    made = small_stage.stage()
+    made.data.sources["text"].options["count"] = 201
+    after = fingerprint.configuration(made)
+    told = hosts.differences(after, before)
+    assert told == ["data.sources.text.options.count is 201, on host 0 200"]
+    assert before["optimizer.peak"] == "0.01"
+
+
+@pytest.mark.parametrize(
+    ("given", "word"),
+    [
+        (("10.0.0.1", 2, 0), "no address with a port"),
+        (("10.0.0.1:99999", 2, 0), "no address with a port"),
+        (("10.0.0.1:1234", None, 0), "--host_count"),
+        (("10.0.0.1:1234", 2, None), "--host_index"),
+        (("10.0.0.1:1234", 2, 2), "0 to 1"),
+        (("auto", 2, None), "--host_count"),
+        (("", None, 1), "--host_index"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_refused(given, word):
+    with pytest.raises(errors.UserError, match=word):
+        flags.check(*given)
+
+
+def test_the_slow_host_is_the_one_that_waits_for_input():
+    beats = {
+        "0": ["runs a step", 8, 1],
+        "1": [watchdog.INPUT, 7, 1],
+        "2": ["runs a step", 7, 1],
+    }
+    assert watchdog.slowest(beats) == "host 1 waits for input, micro-batch 7"

@@ -1,0 +1,56 @@
+"""What has to be the same on every host before arrays meet: configuration, code, parameters.
+
+Each function gives {item: text}, for `hosts.agree`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def configuration(stage: Any) -> dict[str, str]:
+    """Every field of a dataclass with its value, nested ones as 'optimizer.peak'."""
+
+    def walk(value: Any, path: str) -> dict[str, str]:
+        if isinstance(value, Mapping) and value:
+            dot = path + "." if path else ""
+            rows = [walk(inner, f"{dot}{name}") for name, inner in value.items()]
+            return {name: text for row in rows for name, text in row.items()}
+        return {path: repr(value)}
+
+    return walk(dataclasses.asdict(stage), "")
+
+
+def code(package: Path) -> dict[str, str]:
+    """Hash of every source file of a package, and the versions of what it stands on."""
+    found = {
+        str(file.relative_to(package.parent)): digest(file.read_bytes())
+        for file in sorted(package.rglob("*.py"))
+    }
+    versions = {name: metadata.version(name) for name in PACKAGES}
+    return found | versions | {"python": platform.python_version()}
+
+
+def tree(arrays: Any) -> dict[str, str]:
+    """Shape, dtype and sharding of every leaf of a tree of arrays or `ShapeDtypeStruct`."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): (
+            f"{leaf.dtype}{list(leaf.shape)} {getattr(leaf.sharding, 'spec', '')}"
+        )
+        for path, leaf in jax.tree_util.tree_flatten_with_path(arrays)[0]
+    }
+
+
+def digest(content: bytes) -> str:
+    """Short hash of bytes (hex, 12 digits)."""
+    return hashlib.sha256(content).hexdigest()[:12]

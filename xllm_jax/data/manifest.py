@@ -1,0 +1,49 @@
+"""What tells two copies of a stage's data apart without reading them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from xllm_jax.core.errors import UserError
+from xllm_jax.core.fingerprint import digest
+from xllm_jax.core.stage import Data
+from xllm_jax.data.example import Example
+
+TOKENIZER = ("ice_text.model", "tokenizer_config.json", "config.json")
+FILES = ("manifest.json", "dataset_info.json")  # of prepared and of TFDS sets: they hold checksums
+
+
+def manifest(data: Data, sources: Mapping[str, Sequence[Example]]) -> dict[str, str]:
+    """{item: text} of a stage's sources, for comparing hosts.
+
+    Args:
+      data: of the stage.
+      sources: {name: examples} as its readers give them.
+
+    Returns:
+      Of each source the number of records, the keys of the first and the last, and the checksum of
+      the description that a prepared set has.
+    """
+    folder = Path(data.tokenizer)
+    texts = [folder / file for file in TOKENIZER] if data.tokenizer else []
+    texts += [Path(file) for file in (data.characters, data.vocabulary) if file]
+    found = {str(file): _description(file) for file in texts}
+    for name, examples in sources.items():
+        folder = Path(data.root) / data.sources[name].path
+        found[f"{name}: records"] = str(len(examples))
+        found[f"{name}: first record"] = _key(examples, 0)
+        found[f"{name}: last record"] = _key(examples, len(examples) - 1)
+        found |= {f"{name}: {file}": _description(folder / file) for file in FILES}
+    return found
+
+
+def _key(examples: Sequence[Example], index: int) -> str:
+    try:
+        return examples[index].key
+    except UserError as error:
+        return f"unreadable ({error.what})"
+
+
+def _description(file: Path) -> str:
+    return digest(file.read_bytes()) if file.is_file() else "absent"

@@ -1,0 +1,128 @@
+"""What a run does before its first step: hosts compare, a checkpoint is found, the tree is told."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from clu import parameter_overview
+from jax.sharding import Mesh
+
+from xllm_jax import train
+from xllm_jax.core import checkpoint, fingerprint, hosts, mesh, rules
+from xllm_jax.core.errors import UserError
+from xllm_jax.core.stage import Stage
+from xllm_jax.data import manifest
+from xllm_jax.data.pipeline import Pipeline
+from xllm_jax.train import State
+
+
+def open_pipeline(stage: Stage, device_mesh: Mesh, workdir: Path) -> Pipeline:
+    """The data that this host reads; its bad records go to a file of its own."""
+    share, shares = mesh.host_share(device_mesh)
+    host = jax.process_index()  # hosts with the same rows would write one file
+    name = "quarantine.jsonl" if share == host else f"quarantine-{host}.jsonl"
+    return Pipeline(stage.data, stage.seed, share, shares, quarantine=workdir / name)
+
+
+def compare(
+    stage: Stage, xllm: Any, device_mesh: Mesh, pipeline: Pipeline, store: hosts.Store | None
+) -> None:
+    """Stops hosts that would not run the same program on the same data; does nothing with one.
+
+    Raises:
+      UserError: names the host, and the field, file, source or parameter that differs.
+    """
+    if store is None:
+        return
+    hosts.agree(store, "configuration", fingerprint.configuration(stage))
+    hosts.agree(store, "code", fingerprint.code(Path(__file__).parent))
+    hosts.agree(store, "data", manifest.manifest(stage.data, pipeline.sources))
+    like, _, _ = train.abstract_state(stage, xllm, device_mesh)
+    hosts.agree(store, "parameter tree", fingerprint.tree(rules.join(like.trainable, like.frozen)))
+
+
+def share_of(position: Mapping[str, Any] | None, device_mesh: Mesh) -> dict[str, Any] | None:
+    """This host's share of a saved data position: the counts of records are of all hosts."""
+    if position is None:
+        return None
+    share, shares = mesh.host_share(device_mesh)
+    counts = {
+        name: position[name] // shares + (share < position[name] % shares)
+        for name in ("seen", "bad")
+    }
+    return {**position, **counts}
+
+
+def newest(checkpoints: checkpoint.Checkpoints) -> int | None:
+    """Number of the newest checkpoint that is whole; damaged ones are named and set aside.
+
+    Raises:
+      UserError: there are checkpoints, but none is whole.
+    """
+    steps = checkpoints.steps()
+    for step in reversed(steps):
+        damage = checkpoints.damage(step)
+        if not damage:
+            return step
+        told = f"Checkpoint {step} is damaged and not used ({damage})"
+        aside = checkpoints.set_aside(step)
+        print(f"{told}. It is now {aside}", file=sys.stderr, flush=True)
+    if steps:
+        raise UserError(
+            "no checkpoint is whole",
+            field=str(checkpoints.directory),
+            mend="Bring one back from a copy, or start anew with another --workdir",
+        )
+    return None
+
+
+def saved_arrays(state: State) -> dict[str, Any]:
+    """What a checkpoint holds of a state: everything but the frozen base."""
+    names = ("step", "trainable", "optimizer", "guard")
+    return {name: getattr(state, name) for name in names}
+
+
+def resume(
+    state: State,
+    checkpoints: checkpoint.Checkpoints,
+    base: Mapping[str, str],
+    store: hosts.Store | None = None,
+) -> tuple[State, Any]:
+    """Loads the newest checkpoint that is whole, if there is one.
+
+    Returns:
+      (state, data position or None).
+
+    Raises:
+      UserError: the checkpoint belongs to another frozen base; names the part.
+    """
+    latest = hosts.share(store, "checkpoint", lambda: newest(checkpoints))
+    checkpoints.steps()  # every host takes notice of what was set aside
+    if latest is None:
+        return state, None
+    about = checkpoints.about(latest)
+    for part in sorted(base.keys() | about["base"].keys()):
+        if base.get(part) != about["base"].get(part):
+            raise UserError(
+                f"the checkpoint was trained on another {part} (frozen parameters differ)",
+                field=str(checkpoints.directory),
+                mend=f"Give init.{part} the base it was trained on, or choose a new --workdir",
+            )
+    arrays = checkpoints.restore(latest, saved_arrays(state))
+    print(f"Resumes at micro-batch {latest}", flush=True)
+    return State(**arrays, frozen=state.frozen), about["data"]
+
+
+def describe(state: State) -> None:
+    """Prints what trains, leaf by leaf, and how much is frozen."""
+    if jax.process_index():
+        return
+    print("What trains:")
+    print(parameter_overview.get_parameter_overview(state.trainable, include_stats="sharding"))
+    frozen = sum(leaf.size for leaf in jax.tree.leaves(state.frozen))
+    trains = sum(leaf.size for leaf in jax.tree.leaves(state.trainable))
+    print(f"{trains:,} parameters train, {frozen:,} are frozen", flush=True)
