@@ -51,7 +51,8 @@ def poison(monkeypatch, drop=False):
 
 
 def small(**policy):
-    made = small_stage.stage(log_every=4, save_every=100)
+    made = small_stage.stage(log_every=4, save_every=100, unroll=1)
+    made.parts["llm"].fields["depth"] = 1
     made.divergence = Divergence(**policy)
     return made
 

@@ -200,7 +200,7 @@ def speech(folder):
     CharacterVocabulary.build(SAID).save(folder / "characters.txt")
     sizes = {"width": 16, "hidden": 16, "heads": 2}
     encoder = sizes | {"depth": 1, "pools": (), "channels": 4, "kernel": 3}
-    interface = sizes | {"depth": 1, "encoder_width": 16, "positions": 24, "llm_width": 8}
+    interface = sizes | {"depth": 1, "encoder_width": 16, "positions": 32, "llm_width": 8}
     blocks = {"vocab": 32, "self_blocks": 1, "visual_blocks": 1, "linguistic_blocks": 1}
     stage = Stage(
         name="speech",

@@ -109,7 +109,7 @@ def _inside(equation: Any, inputs: Sequence[Any], test: Test) -> list[str]:
 def _inside_loop(equation: Any, inputs: Sequence[Any], test: Test) -> list[str]:
     """The first turn of a scan that goes wrong, and the place in it."""
     settings, body = equation.params, equation.params["jaxpr"]
-    constants, carried = settings["num_consts"], settings["num_carry"]
+    constants, carried = flops.loop_sizes(equation)
     fixed, carry = inputs[:constants], inputs[constants : constants + carried]
     call = jax.jit(core.jaxpr_as_fun(body))
     for turn in _turns(settings["length"], settings["reverse"]):

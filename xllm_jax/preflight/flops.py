@@ -125,9 +125,24 @@ def _equation(equation: Any, inputs: list[bool]) -> tuple[float, list[bool]]:
     return 0.0, [any(inputs)] * len(equation.outvars)
 
 
+def loop_sizes(equation: Any) -> tuple[int, int]:
+    """(constants, carried values) of a scan, which its inputs start with.
+
+    Read off the shapes: jax 0.10 and 0.11 keep the numbers in different places. What is taken or
+    stacked turn by turn has one axis more outside of the body than inside.
+    """
+    body = equation.params["jaxpr"].jaxpr
+
+    def same(outside: Any, inside: Any) -> int:
+        return sum(a.aval.ndim == b.aval.ndim for a, b in zip(outside, inside))
+
+    carried = same(equation.outvars, body.outvars)
+    return same(equation.invars, body.invars) - carried, carried
+
+
 def _scan(equation: Any, body: Any, inputs: list[bool]) -> tuple[float, list[bool]]:
     """A loop whose carry depends on what trains from some turn on counts as if from the first."""
-    constants, carried = equation.params["num_consts"], equation.params["num_carry"]
+    constants, carried = loop_sizes(equation)
     while True:
         flops, outputs = _minimum(body, inputs)
         grown = [a or b for a, b in zip(inputs[constants : constants + carried], outputs)]
