@@ -2,7 +2,7 @@
 
 PYTHONPATH=. python benchmarks/stage2_image.py [--size=real] [--rows=64] [--steps=20] [--rounds=3]
     [--attention=cudnn] [--llm_attention=xla] [--remat] [--unroll=1] [--sides=jax,torch]
-    [--torch_mode=default] [--output=FILE.json]
+    [--torch_mode=default] [--precision=bfloat16] [--output=FILE.json]
 
 ViT-g frozen and without gradients, Q-Former and adapter trained, ChatGLM-6B frozen with gradients
 through it, loss on the answer, AdamW; bfloat16, random weights, no data reading. The other side is
@@ -10,7 +10,8 @@ through it, loss on the answer, AdamW; bfloat16, random weights, no data reading
 FLOPs (`preflight/flops.py`), the same number for both, against the chip's bfloat16 peak.
 
 `--size=tiny` runs both sides in float32 on any CPU, on the same weights, and fails unless their
-losses agree over all steps: so the arithmetic, gradients and updates included, is the same.
+losses agree over all steps: so the arithmetic, gradients and updates included, is the same. Where
+torch.compile has no compiler to work with, add --torch_mode=none.
 
 XLA_FLAGS reaches our side. Worth a try on a GPU, one at a time, where the installed XLA knows them:
 --xla_gpu_enable_dynamic_slice_fusion=true (no copy of a layer's weights out of the stack),
@@ -32,8 +33,10 @@ from typing import Any
 
 import numpy as np
 
-RATE, BETAS, EPSILON = 1e-4, (0.9, 0.98), 1e-8
-AGREE = 1e-4  # largest relative difference of the two sides' float32 losses
+RATE, BETAS, EPSILON = 1e-3, (0.9, 0.98), 1e-8
+# Largest relative difference of the two sides' losses. The updates of the run change the loss by
+# some 1e-4, so that in float32 wrong gradients are seen.
+AGREE = {"float32": 2e-6, "bfloat16": 5e-3}
 GIB = 2**30
 
 
@@ -41,6 +44,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--size", choices=("real", "tiny"), default="real")
+    parser.add_argument("--precision", choices=tuple(AGREE), default=None, help="tiny: float32")
     parser.add_argument("--rows", type=int, default=0, help="rows of a micro-batch; 64, tiny 2")
     parser.add_argument("--steps", type=int, default=20, help="timed steps of a round")
     parser.add_argument("--rounds", type=int, default=3)
@@ -54,7 +58,9 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--side", default="", help=argparse.SUPPRESS)
     parser.add_argument("--folder", default="", help=argparse.SUPPRESS)
     found = parser.parse_args(argv)
-    found.rows = found.rows or (2 if found.size == "tiny" else 64)
+    tiny = found.size == "tiny"
+    found.rows = found.rows or (2 if tiny else 64)
+    found.precision = found.precision or ("float32" if tiny else "bfloat16")
     return found
 
 
@@ -65,6 +71,7 @@ def stage_of(choice: argparse.Namespace, gpu: bool) -> Any:
 
     stage = stage2_image.get_config(choice.size)
     stage.init, stage.remat, stage.unroll = {}, choice.remat, choice.unroll
+    stage.compute = stage.frozen = choice.precision
     stage.mesh = {"data": 1, "fsdp": -1, "tensor": 1}
     stage.optimizer = Optimizer(
         schedule="constant", peak=RATE, b1=BETAS[0], b2=BETAS[1], eps=EPSILON, weight_decay=0.0
@@ -131,7 +138,7 @@ def jax_side(choice: argparse.Namespace) -> dict[str, Any]:
     state, optimizer, _ = train.initial_state(stage, xllm, device_mesh)
     if choice.size == "tiny":
         params = rules.flatten(rules.join(state.trainable, state.frozen))
-        arrays = {path: np.asarray(leaf) for path, leaf in params.items()}
+        arrays = {path: np.asarray(leaf, np.float32) for path, leaf in params.items()}
         np.savez(Path(choice.folder) / "weights.npz", **arrays)
     with jax.set_mesh(device_mesh):
         batch = mesh.to_global(device_mesh, batch_of(stage))
@@ -207,12 +214,12 @@ def report(choice: argparse.Namespace, found: dict[str, dict[str, Any]]) -> dict
     return made
 
 
-def compare(found: dict[str, dict[str, Any]]) -> None:
-    """Raises `SystemExit` where the losses of the two sides differ."""
+def compare(found: dict[str, dict[str, Any]], most: float) -> None:
+    """Raises `SystemExit` where the losses of the two sides differ by more than `most`."""
     ours, theirs = (np.asarray(found[side]["losses"]) for side in ("jax", "torch"))
     worst = float(np.abs(ours / theirs - 1).max())
     print(f"losses differ by at most {worst:.1e}: {ours.tolist()} {theirs.tolist()}")
-    if not worst < AGREE:
+    if not worst < most:
         raise SystemExit("the two sides do not compute the same")
 
 
@@ -232,7 +239,7 @@ def main() -> None:
         found = {side: run_side(choice, side, folder) for side in choice.sides.split(",")}
     made = report(choice, found)
     if choice.size == "tiny" and len(found) == 2:
-        compare(found)
+        compare(found, AGREE[choice.precision])
     if choice.output:
         Path(choice.output).write_text(json.dumps(made, indent=1))
 
