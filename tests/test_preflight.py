@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 
@@ -151,6 +152,20 @@ def test_the_real_step_does_no_work_it_need_not(image):
 def test_names_of_slices(text, name, chips):
     target = targets.parse(text)
     assert (target.name, target.chips) == (name, chips)
+
+
+def test_the_compiler_knows_every_kind_of_slice():
+    pytest.importorskip("libtpu")
+    code = (
+        "from xllm_jax.preflight import targets as t\n"
+        "print([len(t.devices(t.parse(n))) for n in ('v4-32', 'v5e-1', 'v5p-8', 'v6e-8')])"
+    )
+    flags = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, **flags, "PYTHONPATH": "."},
+    )  # fmt: skip
+    assert done.stdout.split("\n")[-2] == "[16, 1, 4, 8]", done.stderr
 
 
 @pytest.mark.parametrize("text", ["v9:2x2", "v5e", "v5e:4x4x4", "v4-24"])

@@ -159,7 +159,7 @@ def devices(target: Target) -> list[jax.Device]:
     """
     if target.kind == "local":
         return jax.devices()
-    options = {"chip_config_name": "megachip"} if target.kind == "v4" else {}
+    options = {"chip_config_name": "megacore"} if target.kind == "v4" else {}
     try:
         described = topologies.get_topology_desc(target.name, "tpu", **options)
     except Exception as error:
