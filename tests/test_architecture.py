@@ -31,8 +31,9 @@ HOMES = {
     "orbax": ("xllm_jax/core/checkpoint.py",),
     "grain": ("xllm_jax/data/",),
     "tensorflow_datasets": ("xllm_jax/data/",),
-    "transformers": ("xllm_jax/data/tokenizer.py",),
-    "torch": ("xllm_jax/convert/",),
+    # mBART exists for PyTorch alone; it translates texts while a data set is prepared.
+    "transformers": ("xllm_jax/data/tokenizer.py", "xllm_jax/prepare/translate.py"),
+    "torch": ("xllm_jax/convert/", "xllm_jax/prepare/translate.py"),
     "safetensors": ("xllm_jax/convert/",),
     "ml_collections": ("launch/",),
     "apache_beam": ("xllm_jax/prepare/",),
@@ -97,7 +98,7 @@ def test_public_functions_say_what_they_do(name):
 def test_the_library_never_imports_torch_or_tensorflow():
     code = (
         "import sys, xllm_jax.loop, xllm_jax.generate, xllm_jax.evaluate, xllm_jax.convert.files\n"
-        "import xllm_jax.prepare.engine\n"
+        "import xllm_jax.prepare.engine, xllm_jax.prepare.translate, xllm_jax.prepare.transforms\n"
         "print([m for m in ('torch', 'tensorflow', 'apache_beam') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

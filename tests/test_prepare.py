@@ -159,6 +159,49 @@ def test_speech_video_and_dialogues(tmp_path):
     np.testing.assert_array_equal(one, other)
 
 
+def test_several_files_of_a_modality_and_records_of_several_kinds(table, tmp_path):
+    """Two images, speech before an image, no media: slots keep their order, files their bytes."""
+    wave = np.random.default_rng(0).normal(size=16000).astype(np.float32) / 9
+    soundfile.write(table / "a.flac", wave, 16000)
+    media = (
+        {"image": ["0.png", "1.png"]},
+        {"speech": "a.flac", "image": "2.png"},
+        {},
+        {"image": "3.png"},
+    )
+    texts = ("<image>和<image>？", "<speech><image>？", "你好", "<image>")
+    rows = [
+        {
+            "id": str(number),
+            "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": "好"}],
+            **files_,
+        }
+        for number, (text, files_) in enumerate(zip(texts, media))
+    ]
+    (table / "talks.json").write_text(json.dumps(rows), "utf-8")
+    source = Source("instructions", str(table / "talks.json"))
+    made = plan.make("talks", source, str(tmp_path / "out"), 2)
+    assert made.several
+    write_all(made)
+    manifest.finish(made)
+    originals, back = plan.examples(made), prepared.examples(made.output)
+    assert len(back) == 3  # the last picture is broken
+    for one, other in zip(back, originals):
+        assert (one.key, one.instruction, one.media) == (other.key, other.instruction, other.media)
+        assert [files.read(path) for _, path in one.media] == [
+            files.read(path) for _, path in other.media
+        ]
+    assert [name for name, _ in back[1].media] == ["speech", "image"]
+
+
+def test_a_source_that_has_changed_is_another_plan(table, tmp_path):
+    (tmp_path / "train.tsv").write_text(f"filepath\ttitle\n{table}/0.png\tred\n", "utf-8")
+    planned(tmp_path, tmp_path / "out")
+    (tmp_path / "train.tsv").write_text(f"filepath\ttitle\n{table}/0.png\tblue\n", "utf-8")
+    with pytest.raises(UserError, match="prepared with another content"):
+        planned(tmp_path, tmp_path / "out")
+
+
 def test_a_set_that_cannot_be_used_says_why(table, tmp_path):
     (tmp_path / "train.tsv").write_text("filepath\ttitle\nx.png\tred\n", "utf-8")
     made = planned(tmp_path, tmp_path / "out")

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 import soundfile
 
 from xllm_jax.data import speech
-from xllm_jax.data.sources import vsdial_cn
-from xllm_jax.prepare import transforms, vsdial
+from xllm_jax.prepare import transforms
 
 WORDS = {
     "is it red?": "是红色的吗？",
@@ -67,26 +64,27 @@ def test_filters_through_beam():
 
 
 @pytest.mark.filterwarnings("default")
-def test_vsdial_is_built_from_visdial(tmp_path):
-    pytest.importorskip("apache_beam", reason="Apache Beam comes with the extra 'prepare'")
-    data = {
-        "questions": ["is it red?", "how many?", "Is it red", "why?"],
-        "answers": ["yes", "two"],
-        "dialogs": [
-            {
-                "image_id": 7,
-                "caption": "",
-                "dialog": [{"question": q, "answer": a} for q, a in ((0, 0), (1, 1), (3, 0))],
-            },
-            {"image_id": 8, "caption": "", "dialog": [{"question": 2, "answer": 0}]},
-        ],
-    }
-    (tmp_path / "visdial_1.0_train.json").write_text(json.dumps({"data": data}), "utf-8")
-    (tmp_path / "zh.json").write_text(json.dumps(WORDS), "utf-8")
-    counts = vsdial.build(str(tmp_path), str(tmp_path / "zh.json"), str(tmp_path / "cn"))
-    assert counts == {"rounds": 3, "left_out": 1, "questions": 2}
-    found = vsdial_cn.examples(str(tmp_path / "cn"), kind="asr")
-    assert [one.transcript for one in found] == ["是红色的吗", "有几个", "是红色的吗"]
-    files = [one.media[0][1] for one in found]
-    assert files[0] == files[2] != files[1]
-    assert all(len(speech.read(file)) > 4000 for file in files)
+def test_resampling_and_speech_through_beam(tmp_path):
+    beam = pytest.importorskip("apache_beam", reason="Apache Beam comes with the extra 'prepare'")
+    from apache_beam.testing.util import assert_that, equal_to
+
+    root, out = tmp_path / "in", str(tmp_path / "out")
+    (root / "deep").mkdir(parents=True)
+    for name, rate in (("a.wav", 8000), ("deep/b.flac", 44100)):
+        soundfile.write(root / name, np.sin(np.arange(rate) / 9) / 2, rate)
+    (root / "c.wav").write_bytes(b"broken")
+    names = {"a.wav": "a.wav", "deep/b.flac": "deep/b.flac", "c.wav": ""}
+    wanted = [(str(root / old), new and f"{out}/{new}") for old, new in names.items()]
+    with beam.Pipeline() as pipeline:
+        paths = pipeline | "paths" >> beam.Create([path for path, _ in wanted])
+        made = transforms.resampled(paths, out, str(root))
+        assert_that(made | "no reasons" >> beam.Map(lambda one: one[:2]), equal_to(wanted), "16k")
+        why = made | "why" >> beam.Filter(lambda one: one[2]) | "one" >> beam.Map(len)
+        assert_that(why, equal_to([3]), "one reason")
+        texts = pipeline | "texts" >> beam.Create(["有几个"])
+        said = transforms.spoken(texts, out, lambda text: np.full(8000, len(text) / 9, np.float32))
+        assert_that(said | beam.Map(lambda one: one[0]), equal_to(["有几个"]), "said")
+    for name in ("a.wav", "deep/b.flac"):
+        about = soundfile.info(tmp_path / "out" / name)
+        assert (about.samplerate, about.channels, about.subtype) == (16000, 1, "PCM_16")
+        assert about.format == name[-4:].strip(".").upper() and abs(about.frames - 16000) < 2

@@ -3,11 +3,14 @@
     key, task, question, answer, transcript        texts
     references                                     list of texts
     history, tags                                  JSON lists
-    image, video, speech                           encoded files as they were, where there are any
-    image_name, video_name, speech_name            their names, perhaps with a span of time
+    slots                                          JSON list: the modality of every file, in order
+    image, video, speech, cif                      encoded files as they were, where there are any
+    image_name, video_name …                       their names, perhaps with a span of time
 
-Images are encoded files already, so nothing here needs TensorFlow; `sources/prepared.py` reads the
-rows back, and `sources/tfds.py` reads them as those of any TFDS set.
+Where every record has the same media, one file each, a medium is a column of single files, and its
+images are TFDS's. Otherwise (dialogues about two images, sets of several modalities) every medium
+is a column of lists. Images are encoded files already, so nothing here needs TensorFlow;
+`sources/prepared.py` reads the rows back, and `sources/tfds.py` reads them as any TFDS set's.
 """
 
 from __future__ import annotations
@@ -20,24 +23,30 @@ from typing import Any
 import numpy as np
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.data import files, image, speech, video
+from xllm_jax.data import cif_features, files, image, speech, video
 from xllm_jax.data.example import Example
 
 TEXTS = ("key", "task", "question", "answer", "transcript", "history", "tags")
-MODALITIES = ("image", "video", "speech")
+MODALITIES = ("image", "video", "speech", "cif")
 CHECK = {"size": 32, "frames": 1}  # the cheapest way through each decoder
 
 
-def features(modalities: Sequence[str]) -> Any:
-    """TFDS features of the rows of a set whose examples have these modalities, one file each."""
+def features(modalities: Sequence[str], several: bool = False) -> Any:
+    """TFDS features of the rows of a set whose examples have these modalities.
+
+    Args:
+      modalities: of the set.
+      several: a record has any number of files of each; otherwise one.
+    """
     from tensorflow_datasets import features as kinds
 
-    found: dict[str, Any] = {name: kinds.Text() for name in TEXTS}
+    found: dict[str, Any] = {name: kinds.Text() for name in (*TEXTS, "slots")}
     found["references"] = kinds.Sequence(kinds.Text())
     for name in modalities:
         encoded = kinds.Tensor(shape=(), dtype=np.object_)
-        found[name] = kinds.Image(shape=(None, None, 3)) if name == "image" else encoded
-        found[f"{name}_name"] = kinds.Text()
+        single = kinds.Image(shape=(None, None, 3)) if name == "image" else encoded
+        found[name] = kinds.Sequence(encoded) if several else single
+        found[f"{name}_name"] = kinds.Sequence(kinds.Text()) if several else kinds.Text()
     return kinds.FeaturesDict(found)
 
 
@@ -46,20 +55,24 @@ def modalities(example: Example) -> tuple[str, ...]:
     return tuple(name for name, _ in example.media)
 
 
-def row(example: Example, wanted: Sequence[str], check: bool = True) -> dict[str, Any]:
+def row(
+    example: Example, wanted: Sequence[str], check: bool = True, several: bool = False
+) -> dict[str, Any]:
     """The row of an example.
 
     Args:
       example: of a reader.
       wanted: modalities of the set.
       check: decode every file once.
+      several: as in `features`.
 
     Raises:
       UserError: other media than the set's, or a file that is missing or cannot be decoded.
     """
-    if modalities(example) != tuple(wanted):
-        has, should = (" and ".join(m) or "no media" for m in (modalities(example), wanted))
-        raise UserError(f"has {has}, the set holds {should}", field=example.key)
+    has = modalities(example)
+    if has != tuple(wanted) and not (several and set(has) <= set(wanted)):
+        told, should = (" and ".join(m) or "no media" for m in (has, wanted))
+        raise UserError(f"has {told}, the set holds {should}", field=example.key)
     made: dict[str, Any] = {
         "key": example.key,
         "task": example.task,
@@ -69,14 +82,24 @@ def row(example: Example, wanted: Sequence[str], check: bool = True) -> dict[str
         "references": list(example.references),
         "history": json.dumps(example.history, ensure_ascii=False),
         "tags": json.dumps(example.tags, ensure_ascii=False),
+        "slots": json.dumps(has),
     }
-    for name, path in example.media:
-        if check:
-            decodable(name, path)
-        content = files.read(path)
-        made[name] = io.BytesIO(content) if name == "image" else content
-        made[f"{name}_name"] = str(path)
+    for name in wanted:
+        paths = [path for modality, path in example.media if modality == name]
+        contents = [_content(name, path, check) for path in paths]
+        made[name] = contents if several else _single(name, contents[0])
+        made[f"{name}_name"] = [str(path) for path in paths] if several else str(paths[0])
     return made
+
+
+def _content(modality: str, path: str, check: bool) -> bytes:
+    if check:
+        decodable(modality, path)
+    return files.read(path)
+
+
+def _single(modality: str, content: bytes) -> Any:
+    return io.BytesIO(content) if modality == "image" else content
 
 
 def decodable(modality: str, path: str) -> None:
@@ -90,6 +113,8 @@ def decodable(modality: str, path: str) -> None:
             image.read(path)
         elif modality == "video":
             video.load(path, CHECK)
+        elif modality == "cif":
+            cif_features.load(path)
         else:
             speech.read(path)
     except UserError:
@@ -117,13 +142,9 @@ def example(stored: Mapping[str, Any], where: str) -> Example:
     try:
         texts = {name: _text(stored[name]) for name in TEXTS}
         history, tags = json.loads(texts["history"]), json.loads(texts["tags"])
-        media = tuple(
-            (name, files.Carried(_text(stored[f"{name}_name"]), stored[name]))
-            for name in MODALITIES
-            if name in stored
-        )
+        media = _media(stored)
         references = tuple(map(_text, stored["references"]))
-    except (KeyError, ValueError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, StopIteration) as error:
         raise UserError(f"is no prepared row ({error})", field=where) from error
     return Example(
         texts["key"],
@@ -138,6 +159,22 @@ def example(stored: Mapping[str, Any], where: str) -> Example:
     )
 
 
+def _media(stored: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """The files of a stored row in the order of its slots."""
+    there = [name for name in MODALITIES if name in stored]
+    several = any(not isinstance(stored[name], bytes) for name in there)
+    slots = json.loads(_text(stored["slots"])) if "slots" in stored else there
+    rest = {
+        name: iter(zip(*(stored[c] if several else [stored[c]] for c in (f"{name}_name", name))))
+        for name in there
+    }
+    found = []
+    for name in slots:
+        path, content = next(rest[name])
+        found.append((name, files.Carried(_text(path), bytes(content))))
+    return tuple(found)
+
+
 def _text(value: Any) -> str:
     return value.decode("utf-8") if isinstance(value, bytes) else str(value)
 
@@ -148,6 +185,7 @@ def describe(
     splits: Mapping[str, tuple[Sequence[int], int]],
     wanted: Sequence[str],
     about: str,
+    several: bool = False,
 ) -> None:
     """Writes TFDS's own description of a folder of shards: dataset_info.json and features.json.
 
@@ -157,6 +195,7 @@ def describe(
       splits: {split: (records of each shard, bytes in all)}.
       wanted: modalities of the set.
       about: a sentence.
+      several: as in `features`.
     """
     import tensorflow_datasets as tfds
 
@@ -177,7 +216,7 @@ def describe(
     ]
     tfds.folder_dataset.write_metadata(
         data_dir=folder,
-        features=features(wanted),
+        features=features(wanted, several),
         split_infos=infos,
         version="1.0.0",
         check_data=False,

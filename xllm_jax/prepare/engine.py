@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tqdm import tqdm
 
-from xllm_jax.core.errors import UserError
-from xllm_jax.prepare import manifest, shard
+from xllm_jax.prepare import manifest, runner, shard
 from xllm_jax.prepare import plan as planning
 from xllm_jax.prepare.plan import Plan
 
@@ -37,9 +36,7 @@ def run(plan: Plan, arguments: Sequence[str] = (), workers: int = 0) -> dict[str
 
     Args:
       plan: what to do.
-      arguments: Beam's pipeline options, such as '--runner=FlinkRunner'; none runs locally. The
-        workers need this package, and the input and output folders under the same paths.
-      workers: local processes; 0 works in this one.
+      arguments, workers: as of `runner.options`.
 
     Returns:
       The manifest.
@@ -49,46 +46,32 @@ def run(plan: Plan, arguments: Sequence[str] = (), workers: int = 0) -> dict[str
     """
     todo = plan.todo()
     if todo:
-        with Progress(plan, len(todo)):
-            _through_beam(plan, todo, _options(arguments, workers))
+        with Progress(plan.name, plan.records, Records(plan)):
+            _through_beam(plan, todo, arguments, workers)
     return manifest.finish(plan)
 
 
-def _options(arguments: Sequence[str], workers: int) -> list[str]:
-    chosen = list(arguments)
-    if not any(one.startswith("--runner") for one in chosen):
-        chosen.append("--runner=DirectRunner")
-        if workers:
-            mode = "--direct_running_mode=multi_processing"
-            chosen += [mode, f"--direct_num_workers={workers}"]
-    return chosen
-
-
-def _through_beam(plan: Plan, todo: Sequence[int], options: Sequence[str]) -> None:
-    try:
+def _through_beam(plan: Plan, todo: Sequence[int], arguments: Sequence[str], workers: int) -> None:
+    with runner.pipeline(arguments, workers) as pipeline:
         import apache_beam as beam
-        from apache_beam.options.pipeline_options import PipelineOptions
-    except ImportError as error:
-        mend = "pip install 'xllm_jax[prepare]'"
-        raise UserError("Apache Beam is not installed", field="prepare", mend=mend) from error
-    with beam.Pipeline(options=PipelineOptions(list(options))) as pipeline:
+
         numbers = pipeline | "shards" >> beam.Create(list(todo)) | beam.Reshuffle()
         _ = numbers | "write" >> beam.Map(WriteShards(plan))
 
 
 class Progress:
-    """A bar of records with rate and time left, from the notes that finished shards leave."""
+    """A bar with rate and time left, for work that leaves a trace of each finished item.
 
-    def __init__(self, plan: Plan, todo: int):
-        self._plan, self._ended = plan, threading.Event()
-        done = plan.shards - todo
-        self._bar = tqdm(
-            total=plan.records,
-            initial=min(done * plan.per_shard, plan.records),
-            desc=plan.name,
-            unit="items",
-            dynamic_ncols=True,
-        )
+    Args:
+      name: of the work.
+      total: items in all.
+      done: how many are done; asked every second.
+      unit: what the items are.
+    """
+
+    def __init__(self, name: str, total: int, done: Callable[[], int], unit: str = "items"):
+        self._done, self._ended = done, threading.Event()
+        self._bar = tqdm(total=total, initial=done(), desc=name, unit=unit, dynamic_ncols=True)
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Progress:
@@ -106,6 +89,17 @@ class Progress:
             self._look()
 
     def _look(self) -> None:
-        plan = self._plan
-        done = sum(len(plan.places(s)) for s in range(plan.shards) if planning.finished(plan, s))
-        self._bar.update(done - self._bar.n)
+        self._bar.update(self._done() - self._bar.n)
+
+
+class Records:
+    """How many records of a plan are in finished shards; a finished one is not looked at again."""
+
+    def __init__(self, plan: Plan):
+        self._plan, self._rest, self._count = plan, set(range(plan.shards)), 0
+
+    def __call__(self) -> int:
+        for number in [s for s in self._rest if planning.finished(self._plan, s)]:
+            self._rest.remove(number)
+            self._count += len(self._plan.places(number))
+        return self._count

@@ -42,7 +42,7 @@ def finish(plan: Plan) -> dict[str, Any]:
         for name, split in splits.items()
     }
     about = f"{plan.source.reader} as xllm_jax reads it, prepared by launch/prepare.py."
-    prepared.describe(plan.output, plan.name, shards, plan.modalities, about)
+    prepared.describe(plan.output, plan.name, shards, plan.modalities, about, plan.several)
     return made
 
 

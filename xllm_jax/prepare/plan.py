@@ -9,13 +9,16 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
 from xllm_jax.data import prepared, stream
 from xllm_jax.data.example import Example
 
 PLAN = "plan.json"
-LOOKED_AT = 100  # records that tell which media a set has
+PER_SHARD = 1024  # records
+LOOKED_AT = 100  # records, spread over the source, that tell which media a set has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +33,8 @@ class Plan:
       per_shard: records in each shard but the last.
       modalities: of its examples.
       check: whether every medium is decoded before it is stored.
+      several: records have any number of files of each modality (`data/prepared.py`).
+      content: hash of some records' texts, so that a source that has changed is another plan.
     """
 
     name: str
@@ -39,6 +44,8 @@ class Plan:
     per_shard: int
     modalities: tuple[str, ...]
     check: bool = True
+    several: bool = False
+    content: str = ""
 
     @property
     def shards(self) -> int:
@@ -82,8 +89,19 @@ def examples(plan: Plan) -> Sequence[Example]:
     return stream.read(plan.name, plan.source, "")
 
 
-def make(name: str, source: Source, output: str, per_shard: int, check: bool = True) -> Plan:
+def make(
+    name: str,
+    source: Source,
+    output: str,
+    per_shard: int,
+    check: bool = True,
+    several: bool | None = None,
+) -> Plan:
     """Plans a source, or takes up the plan that the output folder holds.
+
+    Args:
+      several: whether records may have several files of a modality, or not all the same
+        modalities; None decides by a look at some records.
 
     Raises:
       UserError: nothing to read, no record whose media can be told, or another plan's folder.
@@ -92,22 +110,32 @@ def make(name: str, source: Source, output: str, per_shard: int, check: bool = T
         mend = "Lower-case letters, digits and underscores"
         raise UserError(f"{name!r} is no name for a data set", field="--name", mend=mend)
     found = stream.read(name, source, "")
-    media = _modalities(found, name)
-    if len(set(media)) != len(media):
-        what = f"its examples have {' and '.join(media)}; one file of each modality can be stored"
-        raise UserError(what, field=name, mend="Train on this source as it is")
-    made = Plan(name, source, output, len(found), per_shard, media, check)
+    seen = _seen(found, name)
+    media = {prepared.modalities(one) for one in seen}
+    mixed = len(media) > 1 or any(len(set(one)) < len(one) for one in media)
+    several = mixed if several is None else several
+    wanted = prepared.MODALITIES if several else prepared.modalities(seen[0])
+    content = _hash([dataclasses.replace(one, media=()) for one in seen])
+    made = Plan(name, source, output, len(found), per_shard, wanted, check, several, content)
     _same_or_new(made)
     return made
 
 
-def _modalities(found: Sequence[Example], name: str) -> tuple[str, ...]:
-    for index in range(min(LOOKED_AT, len(found))):
+def _seen(found: Sequence[Example], name: str) -> list[Example]:
+    """Some records of a source, those that can be read."""
+    seen = []
+    for place in np.unique(np.linspace(0, len(found) - 1, LOOKED_AT).astype(int)):
         try:
-            return prepared.modalities(found[index])
+            seen.append(found[int(place)])
         except UserError:
             continue
-    raise UserError(f"none of the first {LOOKED_AT} records can be read", field=name)
+    if not seen:
+        raise UserError(f"none of {LOOKED_AT} records can be read", field=name)
+    return seen
+
+
+def _hash(value: object) -> str:
+    return hashlib.sha256(repr(value).encode("utf-8", "backslashreplace")).hexdigest()[:16]
 
 
 def _same_or_new(made: Plan) -> None:

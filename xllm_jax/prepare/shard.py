@@ -55,13 +55,13 @@ def _records(
     """Writes the records that can be used; returns their number and the others."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    kinds, records, rejects = prepared.features(plan.modalities), 0, []
+    kinds, records, rejects = prepared.features(plan.modalities, plan.several), 0, []
     writer = ArrayRecordWriter(str(file), "group_size:1")
     try:
         for place in plan.places(shard):
             try:
                 example = stream.checked(found[place])
-                row = prepared.row(example, plan.modalities, plan.check)
+                row = prepared.row(example, plan.modalities, plan.check, plan.several)
             except UserError as error:
                 key = f"{plan.name}[{place}]"
                 rejects.append({"key": key, "file": error.field, "reason": error.what})

@@ -9,18 +9,21 @@ from __future__ import annotations
 import hashlib
 import os
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.data import speech
+from xllm_jax.core.stage import Source
+from xllm_jax.data import prepared, speech, stream
 from xllm_jax.data.sources import layout
 from xllm_jax.data.world import speak
+from xllm_jax.prepare.translate import TranslateBatch
 
 THRESHOLD = 0.45  # the paper's, of image and caption by CLIP
+Translate = Callable[[Sequence[str]], list[str]]
 Engine = Callable[[str], np.ndarray]  # text to `[samples]` float32 at 16 kHz within -1..1
 
 
@@ -64,11 +67,45 @@ def translated(texts: Any, table: Mapping[str, str]) -> Any:
     return known | "translate" >> beam.Map(lambda text: (text, table[text].strip()))
 
 
-def resampled(paths: Any, folder: str) -> Any:
-    """(path, 16 kHz mono FLAC in the folder, reason) of audio files; one of the last two is ''."""
+def translated_by(batches: Any, folder: str, translator: Translate) -> Any:
+    """(text, its translation) of every text of lists of texts.
+
+    Args:
+      batches: lists of texts, as `translate.batches` makes them.
+      folder: keeps the translations of each list; what is there is not translated again.
+      translator: from a list of texts to that of their translations.
+    """
     import apache_beam as beam
 
-    return paths | "16 kHz" >> beam.Map(Resample(folder))
+    apart = batches | "apart" >> beam.Reshuffle()
+    return apart | "translate lists" >> beam.FlatMap(TranslateBatch(folder, translator))
+
+
+def usable(places: Any, name: str, source: Source) -> Any:
+    """(place, what is wrong with it) of records of a source; None where nothing is.
+
+    Args:
+      places: numbers of records.
+      name: of the source, for messages.
+      source: to be opened once by every worker.
+    """
+    import apache_beam as beam
+
+    return places | f"decode {name}" >> beam.Map(Usable(name, source))
+
+
+def resampled(paths: Any, folder: str, root: str = "") -> Any:
+    """(path, 16 kHz mono file in the folder, reason) of audio files; one of the last two is ''.
+
+    Args:
+      paths: of the files.
+      folder: for the new ones.
+      root: folder of the old ones, whose names and sub-folders the new ones keep; without one they
+        are called by a hash of their path.
+    """
+    import apache_beam as beam
+
+    return paths | "16 kHz" >> beam.Map(Resample(folder, root))
 
 
 def spoken(texts: Any, folder: str, engine: Engine | None = None) -> Any:
@@ -90,6 +127,29 @@ def espeak(text: str) -> np.ndarray:
     return speak.speak(text, speak.sample_voice(rng))
 
 
+class Usable:
+    """Looks whether a record can be read and its media decoded."""
+
+    def __init__(self, name: str, source: Source):
+        self._name, self._source, self._found = name, source, None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_found": None}
+
+    def __call__(self, place: int) -> tuple[int, dict[str, str] | None]:
+        """The place, and {'key', 'file', 'reason'} if it cannot be used."""
+        if self._found is None:
+            self._found = stream.read(self._name, self._source, "")
+        try:
+            example = stream.checked(self._found[place])
+            for modality, path in example.media:
+                prepared.decodable(modality, path)
+        except UserError as error:
+            key = f"{self._name}[{place}]"
+            return place, {"key": key, "file": error.field, "reason": error.what}
+        return place, None
+
+
 class Speak:
     """Says one text to a file named after it; a file that is there is left alone."""
 
@@ -105,14 +165,21 @@ class Speak:
 
 
 class Resample:
-    """Converts one audio file of any rate and number of channels."""
+    """Converts one audio file of any rate and number of channels; one that is there is left."""
 
-    def __init__(self, folder: str):
-        self._folder = folder
+    def __init__(self, folder: str, root: str = ""):
+        self._folder, self._root = folder, root
+
+    def file(self, path: str) -> Path:
+        """What is made of a file: WAV of a WAV, otherwise FLAC."""
+        if not self._root:
+            return Path(self._folder) / f"{hashlib.sha1(path.encode()).hexdigest()}.flac"
+        made = Path(self._folder) / os.path.relpath(path, self._root)
+        return made if made.suffix.lower() == ".wav" else made.with_suffix(".flac")
 
     def __call__(self, path: str) -> tuple[str, str, str]:
         """The path, the file made of it, and why there is none."""
-        file = Path(self._folder) / f"{hashlib.sha1(path.encode()).hexdigest()}.flac"
+        file = self.file(path)
         try:
             if not file.is_file():
                 _write(file, np.clip(speech.read(path) / 32768, -1, 1))
@@ -122,8 +189,11 @@ class Resample:
 
 
 def _write(file: Path, samples: np.ndarray) -> None:
-    """Writes FLAC whole or not at all."""
+    """Writes 16 kHz, 16-bit audio whole or not at all."""
+    import soundfile
+
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f"{file.stem}.{os.getpid()}.partial")
-    speak.write_flac(partial, samples)
+    kind = "WAV" if file.suffix.lower() == ".wav" else "FLAC"
+    soundfile.write(partial, samples, speech.RATE, format=kind, subtype="PCM_16")
     partial.replace(file)

@@ -71,7 +71,8 @@ def rows(path: str, name: str, split: str, image: str) -> tuple[Sequence, str]:
     """
     builder = _builder(path, name)
     where = f"{builder.info.full_name}/{split}"
-    image = image if image in builder.info.features else ""
+    known = builder.info.features
+    image = image if image in known and type(known[image]).__name__ == "Image" else ""
     return _rows(builder, split, where, image), where
 
 

@@ -1,0 +1,11 @@
+"""How the paper built its data: one file a construction, each with `build(input, output, …)`.
+
+    questions.py      the texts of VisDial that need a translation, without doubles
+    vsdial_cn.py      VSDial-CN: VisDial in Chinese, its questions spoken
+    similar.py        image-text pairs that CLIP finds alike
+    instructions.py   the instruction set of stage 3, drawn from its sources
+    resampled.py      audio at 16 kHz, in the folders it came in
+
+`launch/build_data.py` runs them. Each uses the transforms of `prepare/transforms.py`, continues
+after an interruption, and returns its counts.
+"""

@@ -1,0 +1,78 @@
+"""Beam pipelines: in this process, in local processes, or on any runner with the same options."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from xllm_jax.core.errors import UserError
+from xllm_jax.prepare import plan
+
+
+def options(arguments: Sequence[str] = (), workers: int = 0) -> list[str]:
+    """Beam's options: those given, and a local runner where they name none.
+
+    Args:
+      arguments: such as '--runner=FlinkRunner'. Elsewhere, the workers need this package, and the
+        input and output folders under the same paths.
+      workers: local processes; 0 works in this one.
+    """
+    chosen = list(arguments)
+    if not any(one.startswith("--runner") for one in chosen):
+        chosen.append("--runner=DirectRunner")
+        if workers:
+            mode = "--direct_running_mode=multi_processing"
+            chosen += [mode, f"--direct_num_workers={workers}"]
+    return chosen
+
+
+def pipeline(arguments: Sequence[str] = (), workers: int = 0) -> Any:
+    """A pipeline to be built and run in a `with` block. Arguments as of `options`.
+
+    Raises:
+      UserError: Beam is not installed.
+    """
+    try:
+        import apache_beam as beam
+        from apache_beam.options.pipeline_options import PipelineOptions
+    except ImportError as error:
+        mend = "pip install 'xllm_jax[prepare]'"
+        raise UserError("Apache Beam is not installed", field="prepare", mend=mend) from error
+    return beam.Pipeline(options=PipelineOptions(options(arguments, workers)))
+
+
+def collected(
+    elements: Iterable[Any],
+    transform: Callable[[Any], Any],
+    file: Path,
+    arguments: Sequence[str] = (),
+    workers: int = 0,
+) -> list[Any]:
+    """What a transform makes of some elements, in no order; through a file, for any runner.
+
+    Args:
+      elements: values.
+      transform: from a collection of them to one of JSON values.
+      file: where the result is written.
+      arguments, workers: as of `options`.
+    """
+    with pipeline(arguments, workers) as made:
+        import apache_beam as beam
+
+        file.parent.mkdir(parents=True, exist_ok=True)
+        found = made | "elements" >> beam.Create(list(elements)) | beam.Reshuffle()
+        listed = transform(found) | "listed" >> beam.combiners.ToList()
+        _ = listed | "write list" >> beam.Map(WriteJson(file))
+    return json.loads(file.read_text("utf-8"))
+
+
+class WriteJson:
+    """Writes a value to a file, whole or not at all."""
+
+    def __init__(self, file: Path):
+        self._file = file
+
+    def __call__(self, value: Any) -> None:
+        plan.write(self._file, value)
