@@ -10,7 +10,7 @@ from PIL import Image
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
-from xllm_jax.data import image, lazy, stream
+from xllm_jax.data import image, json_spans, lazy, stream
 from xllm_jax.data.record import Skipped
 from xllm_jax.data.sources import cc3m, sbu, table, webdataset, wukong
 
@@ -227,7 +227,7 @@ def test_table(tmp_path):
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 1 << 20])
 def test_offsets_do_not_depend_on_how_much_is_read_at_once(chunk, tmp_path, monkeypatch):
-    monkeypatch.setattr(lazy, "CHUNK", max(chunk, 4))
+    monkeypatch.setattr(json_spans, "CHUNK", chunk)
     rows = [{"a": '值，]\\"{'}, 12, [], {"b": [1, {"c": "}"}]}, 3.5]
     for name, text in (
         ("a.json", json.dumps(rows, ensure_ascii=False, indent=4)),

@@ -5,7 +5,6 @@ A record is read when it is asked for, so one broken row costs one record, never
 
 from __future__ import annotations
 
-import array
 import csv
 import json
 import operator
@@ -18,12 +17,10 @@ from typing import Any
 import numpy as np
 
 from xllm_jax.core.errors import UserError
+from xllm_jax.data import json_spans
 
 CHUNK = 1 << 24  # bytes of a file looked at at once
-SPACE = re.compile(r"[ \t\r\n]*")
-START = re.compile(r"(?:\xef\xbb\xbf)?[ \t\r\n]*\[")  # a byte order mark may stand first
-BEHIND = re.compile(r"[ \t\r\n]*(?:,|(?=\]))")
-MEND = "Check data.root and the source's path, or see the reader's docstring"
+MEND = json_spans.MEND
 
 
 class Lazy(Sequence):
@@ -96,6 +93,42 @@ class Lines(Sequence):
         return _text(found, self.place(index)).strip("\r\n").removeprefix("\ufeff")
 
 
+class Spans(Sequence):
+    """JSON values of a file by their places (`json_spans.Rows.spans`).
+
+    Args:
+      path: the file.
+      spans: `[rows, 2]` int64, first byte and end.
+      name: of the list, for messages.
+
+    Raises:
+      UserError: on access, a row that is not UTF-8.
+    """
+
+    def __init__(self, path: str | os.PathLike, spans: np.ndarray, name: str = ""):
+        self.path, self._spans, self._name = pathlib.Path(path), spans, name
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def place(self, index: int) -> str:
+        """Where a row is, for messages."""
+        return f"{self.path}: {self._name}[{index}]"
+
+    def __getitem__(self, index: int) -> Any:
+        return self.several([range(len(self))[index]])[0]
+
+    def several(self, places: Sequence[int]) -> list[Any]:
+        """Some rows; the file is opened once."""
+        found = []
+        with open(self.path, "rb") as file:
+            for index in places:
+                start, end = self._spans[index].tolist()
+                file.seek(start)
+                found.append(json.loads(_text(file.read(end - start), self.place(index))))
+        return found
+
+
 class Rows(Sequence):
     """The objects of a JSON list, or of a file with one JSON value a line (.jsonl).
 
@@ -114,10 +147,9 @@ class Rows(Sequence):
         self.path = pathlib.Path(path)
         self._lines = Lines(path) if self.path.suffix == ".jsonl" else None
         if self._lines is None:
-            if not self.path.is_file():
-                raise UserError("no such file", field=str(path), mend=MEND)
-            found = _json_spans(self.path, measure or (lambda row: 0))
-            self._spans, self.measures = found[:, :2], found[:, 2]
+            note = measure and (lambda row, number: measure(row))
+            found = json_spans.find(self.path, {"": note})[""]
+            self._spans, self.measures = Spans(path, found.spans), np.asarray(found.notes, np.int64)
 
     def __len__(self) -> int:
         return len(self._spans) if self._lines is None else len(self._lines)
@@ -127,13 +159,11 @@ class Rows(Sequence):
         return f"{self.path}: [{index}]"
 
     def __getitem__(self, index: int) -> Any:
-        index = range(len(self))[index]
         if self._lines is None:
-            text = _text(_bytes(self.path, *self._spans[index]), self.place(index))
-        else:
-            text = self._lines[index]
+            return self._spans[index]
+        index = range(len(self))[index]
         try:
-            return json.loads(text)
+            return json.loads(self._lines[index])
         except json.JSONDecodeError as error:
             what = f"broken JSON at column {error.colno}: {error.msg}"
             raise UserError(what, field=self.place(index)) from None
@@ -254,37 +284,3 @@ def _line_ends(path: pathlib.Path, quoted: bool) -> np.ndarray:
             offset += len(chunk)
     ends = np.concatenate([*found, np.zeros(0, np.int64)])
     return ends if len(ends) and ends[-1] == offset else np.append(ends, offset)
-
-
-def _json_spans(path: pathlib.Path, measure: Callable[[Any], int]) -> np.ndarray:
-    """`[rows, 3]` int64: first byte, end and measure of every element of a JSON list.
-
-    The file is read as Latin-1, one character a byte, which leaves JSON's own signs as they are.
-    """
-    decoder, spans, base = json.JSONDecoder(), array.array("q"), 0
-    with open(path, encoding="latin-1", newline="") as file:
-        text = file.read(CHUNK)
-        start = START.match(text)
-        if not start:
-            raise UserError("is not a JSON list", field=str(path), mend="[{…}, {…}, …]")
-        at = start.end()
-        while not text.startswith("]", at := SPACE.match(text, at).end()):
-            value, end = _decoded(decoder, text, at)
-            behind = BEHIND.match(text, end) if end else None
-            if behind:
-                spans.extend((base + at, base + end, measure(value)))
-                at = behind.end()
-            elif more := file.read(CHUNK):
-                base, text, at = base + at, text[at:] + more, 0
-            else:
-                what = f"broken JSON in or behind element {len(spans) // 3}, byte {base + at}"
-                raise UserError(what, field=str(path), mend="Fetch or write the file again")
-    return np.asarray(spans, np.int64).reshape(-1, 3)
-
-
-def _decoded(decoder: json.JSONDecoder, text: str, at: int) -> tuple[Any, int | None]:
-    """The JSON value at `at` and where it ends, None where it is cut off or broken."""
-    try:
-        return decoder.raw_decode(text, at)
-    except json.JSONDecodeError:
-        return None, None

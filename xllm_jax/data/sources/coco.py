@@ -11,9 +11,12 @@ to annotations.
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Sequence
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
+from xllm_jax.data.groups import Groups
+from xllm_jax.data.lazy import Lazy
 from xllm_jax.data.sources import layout
 
 
@@ -23,7 +26,7 @@ def examples(
     images: str = "",
     annotations: str = "",
     per_caption: bool | None = None,
-) -> list[Example]:
+) -> Sequence[Example]:
     """Caption examples of a split, in the order of the images.
 
     Args:
@@ -34,32 +37,46 @@ def examples(
       per_caption: one example for each caption; default in training only. Otherwise one per image.
 
     Raises:
-      UserError: no such file or folder, broken JSON, a missing key, an annotation of no image.
+      UserError: no such file or folder, broken JSON, no captions; on access, a missing key, an
+        annotation of no image.
     """
     root = pathlib.Path(path)
     file = pathlib.Path(annotations) if annotations else _captions_file(root, split)
-    data = layout.read_json(file)
+    groups = Groups(file, ("images", "id", {}), ("annotations", "image_id"))
     name = file.stem.removeprefix("captions_")
     default = (root / name, root / "images" / name, root / "images")
     folder = layout.first_folder([pathlib.Path(images)] if images else default)
-    names = _file_names(data, file)
-    captions: dict[int | str, list[str]] = {}
-    tags: dict[int | str, tuple[str, ...]] = {}
-    for index, row in enumerate(layout.get(data, "annotations", list, str(file))):
-        where = f"{file}: annotations[{index}]"
-        image = layout.get(row, "image_id", (int, str), where)
-        if image not in names:
-            raise UserError(f"image {image} is not in the list of images", field=where)
-        captions.setdefault(image, []).append(layout.get(row, "caption", str, where).strip())
-        tags.setdefault(image, layout.tags(row))
     each = split == "train" if per_caption is None else per_caption
-    found: list[Example] = []
-    for image, file_name in names.items():
-        if image in captions:
-            media = (("image", str(folder / file_name)),)
-            said = captions[image]
-            found += layout.captioned(str(image), media, said, "caption", each, tags[image])
-    return layout.not_empty(found, file, "captions")
+    count = len(groups) if each else len(groups.whole)
+
+    def example(index: int) -> Example:
+        if index >= count:
+            raise _lost(groups, *groups.lost[index - count])
+        group, number = groups.group(index) if each else (index, 0)
+        place = int(groups.whole[group])
+        image, where = groups.above[place], groups.above.place(place)
+        media = (("image", str(folder / layout.get(image, "file_name", str, where))),)
+        members = groups.members(group)
+        rows = groups.below.several(members)
+        said = [
+            layout.get(row, "caption", str, groups.below.place(at)).strip()
+            for row, at in zip(rows, members)
+        ]
+        key, tags = str(image["id"]), layout.tags(rows[0])
+        return layout.captioned(key, media, said, "caption", each, tags)[number]
+
+    return layout.not_empty(Lazy(count + len(groups.lost), example), file, "captions")
+
+
+def _lost(groups: Groups, which: str, place: int) -> UserError:
+    """Why a row is not part of any image's captions."""
+    rows = groups.above if which == "above" else groups.below
+    name = "id" if which == "above" else "image_id"
+    try:
+        image = layout.get(rows[place], name, (int, str), rows.place(place))
+    except UserError as error:
+        return error
+    return UserError(f"image {image} is not in the list of images", field=rows.place(place))
 
 
 def _captions_file(root: pathlib.Path, split: str) -> pathlib.Path:
@@ -70,12 +87,3 @@ def _captions_file(root: pathlib.Path, split: str) -> pathlib.Path:
         mend = "Name one by the source's option 'annotations'"
         raise UserError(f"holds {names}", field=str(folder), mend=mend)
     return found[0] if found else folder / f"captions_{split}.json"
-
-
-def _file_names(data, file: pathlib.Path) -> dict[int | str, str]:
-    names = {}
-    for index, row in enumerate(layout.get(data, "images", list, str(file))):
-        where = f"{file}: images[{index}]"
-        image = layout.get(row, "id", (int, str), where)
-        names[image] = layout.get(row, "file_name", str, where)
-    return names

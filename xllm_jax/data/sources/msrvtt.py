@@ -11,10 +11,14 @@ to videos.
 
 from __future__ import annotations
 
+import os
 import pathlib
+from collections.abc import Sequence
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
+from xllm_jax.data.groups import Groups
+from xllm_jax.data.lazy import Chain, Lazy, Names
 from xllm_jax.data.sources import layout
 
 NAMES = {"val": "validate"}
@@ -22,7 +26,7 @@ NAMES = {"val": "validate"}
 
 def examples(
     path: str, split: str = "train", videos: str = "", per_caption: bool | None = None
-) -> list[Example]:
+) -> Sequence[Example]:
     """Video captions of a split, in the order of the videos.
 
     Args:
@@ -32,39 +36,51 @@ def examples(
       per_caption: one example for each sentence; default in training only.
 
     Raises:
-      UserError: no such file, broken JSON, a missing key, a sentence of no video.
+      UserError: no such file, broken JSON, no video of the split; on access, a missing key, a
+        sentence of no video.
     """
     root = pathlib.Path(path)
     infos = sorted(root.glob("*videodatainfo*.json")) or [root / "train_val_videodatainfo.json"]
-    files = layout.files([pathlib.Path(videos) if videos else root], layout.VIDEOS)
+    files = Names(videos or root, _stem)
     each = split == "train" if per_caption is None else per_caption
-    found: list[Example] = []
-    for info in infos:
-        found += _read(info, NAMES.get(split, split), files, root, each)
+    wanted = NAMES.get(split, split)
+    found = Chain([_read(info, wanted, files, root, each) for info in infos])
     return layout.not_empty(found, root, f"videos with sentences of split {split!r}")
 
 
-def _read(info, split: str, files: dict[str, str], root: pathlib.Path, each: bool) -> list[Example]:
-    data = layout.read_json(info)
-    chosen: dict[str, tuple[str, ...]] = {}
-    known = set()
-    for index, row in enumerate(layout.get(data, "videos", list, str(info))):
-        where = f"{info}: videos[{index}]"
-        name = layout.get(row, "video_id", str, where)
-        known.add(name)
-        if layout.get(row, "split", str, where) == split:
-            chosen[name] = layout.tags(row)
-    sentences: dict[str, list[str]] = {}
-    for index, row in enumerate(layout.get(data, "sentences", list, str(info))):
-        where = f"{info}: sentences[{index}]"
-        name = layout.get(row, "video_id", str, where)
-        if name not in known:
-            raise UserError(f"{name} is not in the list of videos", field=where)
-        sentences.setdefault(name, []).append(layout.get(row, "caption", str, where).strip())
-    found: list[Example] = []
-    for name, tags in chosen.items():
+def _stem(name: str) -> str | None:
+    stem, suffix = os.path.splitext(name)
+    return stem if suffix.lower() in layout.VIDEOS else None
+
+
+def _read(info: pathlib.Path, split: str, files: Names, root: pathlib.Path, each: bool) -> Lazy:
+    groups = Groups(info, ("videos", "video_id", {"split": split}), ("sentences", "video_id"))
+    count = len(groups) if each else len(groups.whole)
+
+    def example(index: int) -> Example:
+        if index >= count:
+            raise _lost(groups, *groups.lost[index - count])
+        group, number = groups.group(index) if each else (index, 0)
+        video = groups.above[int(groups.whole[group])]
+        name, members = video["video_id"], groups.members(group)
+        said = [
+            layout.get(row, "caption", str, groups.below.place(at)).strip()
+            for row, at in zip(groups.below.several(members), members)
+        ]
+        (at,) = files.find([name])
         # A file that is not there is reported when it is opened.
-        media = (("video", files.get(name, str(root / f"{name}.mp4"))),)
-        said = sentences.get(name, [])
-        found += layout.captioned(name, media, said, "video_caption", each, tags)
-    return found
+        file = files.path(at) if at >= 0 else str(root / f"{name}.mp4")
+        media, tags = (("video", file),), layout.tags(video)
+        return layout.captioned(name, media, said, "video_caption", each, tags)[number]
+
+    return Lazy(count + len(groups.lost), example)
+
+
+def _lost(groups: Groups, which: str, place: int) -> UserError:
+    """Why a row is not part of any video's sentences."""
+    rows = groups.above if which == "above" else groups.below
+    try:
+        name = layout.get(rows[place], "video_id", str, rows.place(place))
+    except UserError as error:
+        return error
+    return UserError(f"{name} is not in the list of videos", field=rows.place(place))

@@ -14,14 +14,22 @@ PATH/images, PATH/SPLIT*, PATH/VisualDialog_SPLIT*, or a COCO folder beside PATH
 from __future__ import annotations
 
 import dataclasses
+import os
 import pathlib
 import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 
 from xllm_jax.core.errors import UserError
+from xllm_jax.data import json_spans
 from xllm_jax.data.example import Example
+from xllm_jax.data.lazy import Lazy, Names, Spans
 from xllm_jax.data.sources import layout
 
 KINDS = ("dialogue", "spoken", "asr")
+POOLS = ("question", "answer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +45,7 @@ class Round:
 
 def examples(
     path: str, split: str = "train", kind: str = "dialogue", images: str = "", history: bool = False
-) -> list[Example]:
+) -> Sequence[Example]:
     """Examples of a split, one per round, in the order of the file.
 
     Args:
@@ -49,69 +57,89 @@ def examples(
       history: give the earlier rounds to spoken questions, too.
 
     Raises:
-      UserError: unknown kind, no such file or folder, broken JSON, a missing key, a number out of
-        range, an image that is not there.
+      UserError: unknown kind, no such file or folder, broken JSON, no rounds; on access, a missing
+        key, a number out of range, an image that is not there.
     """
     if kind not in KINDS:
         raise UserError(f"unknown kind {kind!r}", field="kind", mend=f"Choices: {', '.join(KINDS)}")
     root = pathlib.Path(path)
     file = root / f"visdial_1.0_{split}.json"
-    data = layout.get(layout.read_json(file), "data", dict, str(file))
-    lists = [layout.get(data, name, list, f"{file}: data") for name in ("questions", "answers")]
-    pictures = {} if kind == "asr" else _pictures(root, split, images)
-    found: list[Example] = []
-    for index, talk in enumerate(layout.get(data, "dialogs", list, f"{file}: data")):
-        where = f"{file}: dialogs[{index}]"
+    talks, pools, counts = _read(file, kind)
+    ends = np.cumsum(counts)
+    pictures = [] if kind == "asr" else _pictures(root, split, images)
+
+    def example(index: int) -> Example:
+        place = int(np.searchsorted(ends, index, side="right"))
+        inside = index - (int(ends[place - 1]) if place else 0)
+        talk, where = talks[place], talks.place(place)
         number = layout.get(talk, "image_id", int, where)
-        if kind != "asr" and number not in pictures:
-            mend = "Name the folder of the images by the option 'images'"
-            raise UserError(f"no image file of number {number}", field=where, mend=mend)
-        rounds = _rounds(talk, lists, root, where)
-        found += _examples(number, rounds, kind, pictures.get(number, ""), history)
-    return layout.not_empty(found, file, f"rounds for {kind!r}")
+        rows = layout.get(talk, "dialog", list, where)
+        spoken = [n for n, row in enumerate(rows) if kind == "dialogue" or row.get("speech")]
+        now = spoken[inside] if inside < len(spoken) else inside
+        rounds = _rounds(rows[: now + 1], pools, root, where)
+        picture = "" if kind == "asr" else _picture(pictures, number, where)
+        return _example(f"{number}-{now}", rounds, kind, picture, history)
+
+    return layout.not_empty(Lazy(int(counts.sum()), example), file, f"rounds for {kind!r}")
 
 
-def _rounds(talk: dict, lists: list[list], root: pathlib.Path, where: str) -> list[Round]:
-    found = []
-    for index, row in enumerate(layout.get(talk, "dialog", list, where)):
-        place = f"{where}.dialog[{index}]"
-        texts = []
-        for name, pool in zip(("question", "answer"), lists):
-            number = layout.get(row, name, int, place)
+def _read(file: pathlib.Path, kind: str) -> tuple[Spans, tuple[Spans, ...], np.ndarray]:
+    """(dialogues, questions and answers, examples of each dialogue)."""
+
+    def count(talk: Any, _: int) -> int:
+        """A broken dialogue counts once, and is told when it is read."""
+        rows = talk.get("dialog") if isinstance(talk, dict) else None
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            return 1
+        return len(rows) if kind == "dialogue" else sum(bool(row.get("speech")) for row in rows)
+
+    names = ("data.dialogs", *(f"data.{name}s" for name in POOLS))
+    found = json_spans.find(file, {names[0]: count, names[1]: None, names[2]: None})
+    talks, *pools = (
+        Spans(file, found[name].spans, name.replace("data.dialogs", "dialogs")) for name in names
+    )
+    return talks, tuple(pools), np.asarray(found[names[0]].notes, np.int32)
+
+
+def _rounds(
+    rows: Sequence[Any], pools: Sequence[Spans], root: pathlib.Path, where: str
+) -> list[Round]:
+    places = [f"{where}.dialog[{index}]" for index in range(len(rows))]
+    said = []
+    for name, pool in zip(POOLS, pools):
+        numbers = [layout.get(row, name, int, place) for row, place in zip(rows, places)]
+        for number, place in zip(numbers, places):
             if not 0 <= number < len(pool):
                 raise UserError(f"{number} is not in 0..{len(pool) - 1}", field=f"{place}.{name}")
-            texts.append(str(pool[number]).strip())
-        speech = str(root / row["speech"]) if row.get("speech") else ""
-        spoken = tuple(map(str, row.get("speech_tags", ())))
-        found.append(Round(*texts, speech, layout.tags(row), spoken))
-    return found
+        said.append([str(text).strip() for text in pool.several(numbers)])
+    return [
+        Round(
+            question,
+            answer,
+            str(root / row["speech"]) if row.get("speech") else "",
+            layout.tags(row),
+            tuple(map(str, row.get("speech_tags", ()))),
+        )
+        for row, question, answer in zip(rows, *said)
+    ]
 
 
-def _examples(
-    number: int, rounds: list[Round], kind: str, picture: str, history: bool
-) -> list[Example]:
-    found = []
-    for index, now in enumerate(rounds):
-        if kind != "dialogue" and not now.speech:
-            continue
-        key, said = f"{number}-{index}", layout.unpunctuated(now.question)
-        earlier = tuple((past.question, past.answer) for past in rounds[:index])
-        image, speech = ("image", picture), ("speech", now.speech)
-        if kind == "dialogue":
-            made = Example(key, (image,), now.question, now.answer, kind, earlier)
-        elif kind == "spoken":
-            before = earlier if history else ()
-            made = Example(key, (image, speech), "", now.answer, "spoken_vqa", before)
-            made = dataclasses.replace(made, transcript=said)
-        else:
-            made = Example(key, (speech,), "", said, "asr", transcript=said, references=(said,))
-        tags = now.tags if kind == "dialogue" else now.tags + now.speech_tags
-        found.append(dataclasses.replace(made, tags=tags))
-    return found
+def _example(key: str, rounds: list[Round], kind: str, picture: str, history: bool) -> Example:
+    """The last of some rounds."""
+    *past, now = rounds
+    said, earlier = layout.unpunctuated(now.question), tuple((p.question, p.answer) for p in past)
+    image, speech, tags = ("image", picture), ("speech", now.speech), now.tags + now.speech_tags
+    if kind == "dialogue":
+        media = (image,)
+        return Example(key, media, now.question, now.answer, kind, earlier, tags=now.tags)
+    if kind == "spoken":
+        before, media = earlier if history else (), (image, speech)
+        return Example(key, media, "", now.answer, "spoken_vqa", before, transcript=said, tags=tags)
+    return Example(key, (speech,), "", said, "asr", transcript=said, references=(said,), tags=tags)
 
 
-def _pictures(root: pathlib.Path, split: str, images: str) -> dict[int, str]:
-    """{image number: path} of all images that the layout may use."""
+def _pictures(root: pathlib.Path, split: str, images: str) -> list[Names]:
+    """The images that the layout may use, by number; the first folder that has one wins."""
     places = [root / "images"]
     for folder in (root, root.parent / "coco"):
         places += sorted(folder.glob(f"{split}*")) + sorted(folder.glob(f"VisualDialog_{split}*"))
@@ -119,9 +147,20 @@ def _pictures(root: pathlib.Path, split: str, images: str) -> dict[int, str]:
     folders = [place for place in places if place.is_dir()]
     wanted = [pathlib.Path(images)] if images else folders or places[:1]
     layout.first_folder(wanted)
-    found: dict[int, str] = {}
-    for stem, path in layout.files(wanted, layout.IMAGES).items():
-        digits = re.search(r"(\d+)$", stem)
-        if digits:
-            found.setdefault(int(digits.group()), path)
-    return found
+    return [Names(folder, _number) for folder in wanted]
+
+
+def _number(name: str) -> int | None:
+    """The number at the end of an image's name."""
+    stem, suffix = os.path.splitext(name)
+    digits = re.search(r"(\d{1,18})$", stem) if suffix.lower() in layout.IMAGES else None
+    return int(digits.group()) if digits else None
+
+
+def _picture(pictures: Sequence[Names], number: int, where: str) -> str:
+    for names in pictures:
+        (at,) = names.find([number])
+        if at >= 0:
+            return names.path(at)
+    mend = "Name the folder of the images by the option 'images'"
+    raise UserError(f"no image file of number {number}", field=where, mend=mend)

@@ -12,15 +12,26 @@ are read for those splits, and PATH/train, if there, for training. Our own world
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
+from xllm_jax.data.lazy import Lazy, Names, Rows, number
 from xllm_jax.data.sources import layout
+
+FILES = {"regions": "region_descriptions.json", "questions": "question_answers.json"}
+LISTS = {"regions": "regions", "questions": "qas"}
+FOLDERS = ("VG_100K", "VG_100K_2", "images")
+
+Image = Callable[[int], tuple[tuple[str, str], ...]]
 
 
 def examples(
     path: str, split: str = "train", kind: str = "regions", images: str = ""
-) -> list[Example]:
+) -> Sequence[Example]:
     """Examples of a split, in the order of the file.
 
     Args:
@@ -31,61 +42,61 @@ def examples(
       images: folder of the images, if it lies elsewhere.
 
     Raises:
-      UserError: unknown kind, no such file or folder, broken JSON, a missing key.
+      UserError: unknown kind, no such file or folder, broken JSON; on access, a missing key.
     """
-    if kind not in ("regions", "questions"):
+    if kind not in FILES:
         raise UserError(f"unknown kind {kind!r}", field="kind", mend="Choices: regions, questions")
     root = layout.split_folder(pathlib.Path(path), split)
-    name = "region_descriptions.json" if kind == "regions" else "question_answers.json"
-    data = layout.rows(layout.read_json(root / name), str(root / name))
-    candidates = [root / "VG_100K", root / "VG_100K_2", root / "images"]
-    candidates = [pathlib.Path(images)] if images else candidates
-    first = layout.first_folder(candidates)
-    files = layout.files(candidates, layout.IMAGES)
+    folders = [pathlib.Path(images)] if images else [root / name for name in FOLDERS]
+    first = layout.first_folder(folders)
+    files = [Names(folder, _image_number) for folder in folders]
+    rows = Rows(root / FILES[kind], lambda row: _count(row, LISTS[kind]))
+    ends = np.cumsum(rows.measures)
+    read = _region if kind == "regions" else _question
 
-    def image(number: int) -> tuple[tuple[str, str], ...]:
-        # A file that is not there is reported when it is opened, with all other unreadable ones.
-        return (("image", files.get(str(number), str(first / f"{number}.jpg"))),)
+    def image(wanted: int) -> tuple[tuple[str, str], ...]:
+        for names in files:
+            (at,) = names.find([wanted])
+            if at >= 0:
+                return (("image", names.path(at)),)
+        # Reported when it is opened, with all other unreadable ones.
+        return (("image", str(first / f"{wanted}.jpg")),)
 
-    read = _regions if kind == "regions" else _questions
-    found: list[Example] = []
-    for index, row in enumerate(data):
-        found += read(row, f"{root / name}: [{index}]", image)
-    return layout.not_empty(found, root / name, kind)
+    def example(index: int) -> Example:
+        place = int(np.searchsorted(ends, index, side="right"))
+        inside = index - (int(ends[place - 1]) if place else 0)
+        return read(rows[place], rows.place(place), inside, image)
+
+    return layout.not_empty(Lazy(int(rows.measures.sum()), example), root / FILES[kind], kind)
 
 
-def _regions(row, where: str, image) -> list[Example]:
+def _image_number(name: str) -> int | None:
+    return number(name) if name.lower().endswith(layout.IMAGES) else None
+
+
+def _count(row: Any, name: str) -> int:
+    """Examples of an image; a broken row counts once, and is told when it is read."""
+    inside = row.get(name) if isinstance(row, dict) else None
+    return len(inside) if isinstance(inside, list) else 1
+
+
+def _region(row: Any, where: str, index: int, image: Image) -> Example:
     regions = layout.get(row, "regions", list, where)
     phrases = tuple(
-        layout.get(region, "phrase", str, f"{where}.regions[{index}]").strip()
-        for index, region in enumerate(regions)
+        layout.get(one, "phrase", str, f"{where}.regions[{n}]").strip()
+        for n, one in enumerate(regions)
     )
-    found = []
-    for index, (region, phrase) in enumerate(zip(regions, phrases)):
-        place = f"{where}.regions[{index}]"
-        number = layout.get(region, "image_id", int, place)
-        key = f"region-{layout.get(region, 'region_id', int, place)}"
-        found.append(
-            Example(
-                key,
-                image(number),
-                answer=phrase,
-                task="region",
-                references=phrases,
-                tags=layout.tags(region),
-            )
-        )
-    return found
+    region, place = regions[index], f"{where}.regions[{index}]"
+    media = image(layout.get(region, "image_id", int, place))
+    key = f"region-{layout.get(region, 'region_id', int, place)}"
+    tags = layout.tags(region)
+    return Example(key, media, "", phrases[index], "region", (), phrases, tags=tags)
 
 
-def _questions(row, where: str, image) -> list[Example]:
-    found = []
-    for index, asked in enumerate(layout.get(row, "qas", list, where)):
-        place = f"{where}.qas[{index}]"
-        number = layout.get(asked, "image_id", int, place)
-        question = layout.get(asked, "question", str, place).strip()
-        answer = layout.get(asked, "answer", str, place).strip()
-        key = f"question-{layout.get(asked, 'qa_id', int, place)}"
-        tags = layout.tags(asked)
-        found.append(Example(key, image(number), question, answer, "vqa", tags=tags))
-    return found
+def _question(row: Any, where: str, index: int, image: Image) -> Example:
+    asked, place = layout.get(row, "qas", list, where)[index], f"{where}.qas[{index}]"
+    media = image(layout.get(asked, "image_id", int, place))
+    question = layout.get(asked, "question", str, place).strip()
+    answer = layout.get(asked, "answer", str, place).strip()
+    key = f"question-{layout.get(asked, 'qa_id', int, place)}"
+    return Example(key, media, question, answer, "vqa", tags=layout.tags(asked))
