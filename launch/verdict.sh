@@ -1,0 +1,22 @@
+# Sourced by tpu_pod.sh and slurm.sbatch: what follows after every host of a run has ended.
+# shellcheck shell=bash
+
+# Reads the hosts' exit codes from stdin, one a line, and prints one word:
+#   finished  every host exited with 0
+#   2 or 3    a user's mistake, or training diverged: running it again cannot help
+#   again     saved after SIGTERM (75), or a host stalled or was lost (76): the same command continues
+#   crashed   anything else, also no code at all: worth a limited number of further attempts
+verdict() {
+  local code word=none
+  while read -r code; do
+    case $code in
+      '') ;;
+      0) [[ $word != none ]] || word=finished ;;
+      2 | 3) echo "$code" && cat >/dev/null && return ;;
+      75 | 76) [[ $word == crashed ]] || word=again ;;
+      *) word=crashed ;;
+    esac
+  done
+  [[ $word != none ]] || word=crashed
+  echo "$word"
+}

@@ -1,0 +1,179 @@
+"""The scripts for TPU pods and SLURM, run whole against fakes that start two real processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import fake_clusters
+import pytest
+
+LAUNCH = fake_clusters.ROOT / "launch"
+SCRIPTS = [*sorted(LAUNCH.glob("*.sh")), LAUNCH / "slurm.sbatch"]
+RUN = ("--name=pod", "--zone=here", "--type=v5e-16", "--slices=2", "--spot", "--poll=0")
+
+
+@pytest.fixture
+def machine(tmp_path):
+    return fake_clusters.make(tmp_path)
+
+
+def pod(machine, codes: str, *options: str):
+    """tpu_pod.sh run with a stand-in for training that ends with `codes`."""
+    folder = f"--folder={machine.folder}/shared"
+    flags = ("--", "--workdir=runs/x", f"--codes={codes}")
+    return machine.run("bash", "launch/tpu_pod.sh", "run", *RUN, folder, *options, *flags)
+
+
+def slurm(machine, *flags: str):
+    """sbatch with an id whose port for JAX is free."""
+    port = fake_clusters.free_port(61440 + os.getpid() % 4000, 65535)
+    machine.environment |= {"SLURM_JOB_ID": str(port - 61440)}
+    return machine.run("sbatch", "--nodes=2", "launch/slurm.sbatch", *flags)
+
+
+def test_scripts_are_clean():
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    done = subprocess.run(
+        [shellcheck, "--external-sources", *SCRIPTS], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("codes", "word"),
+    [
+        ("0 0", "finished"),
+        ("0 75", "again"),
+        ("76 75", "again"),
+        ("76 2 75", "2"),
+        ("3 76", "3"),
+        ("76 1", "crashed"),
+        ("137 76", "crashed"),
+        ("134 0", "crashed"),
+        ("", "crashed"),
+    ],
+)
+def test_verdict_over_all_hosts(codes, word):
+    script = f"source {LAUNCH}/verdict.sh; printf '%s\\n' {codes} | verdict"
+    assert subprocess.check_output(["bash", "-c", script], text=True).strip() == word
+
+
+def test_pod_survives_preemption(machine):
+    """First attempt saved after SIGTERM, slices gone; the second meets its hosts and finishes."""
+    (machine.folder / "preempt").touch()
+    done = pod(machine, "75,join")
+    assert done.returncode == 0, done.stderr
+    created = machine.calls("create pod")
+    assert len(created) == 2 and len(machine.calls("delete pod --force")) == 1
+    assert "--accelerator-type=v5litepod-16 --runtime-version=v2-alpha-tpuv5-lite" in created[0]
+    assert "--node-count=2 --node-prefix=pod --spot --zone=here --quiet" in created[0]
+    results = machine.folder / "shared" / "runs" / "x"
+    assert [(results / f"result-{i}").read_text() for i in range(2)] == ["2 hosts, 11"] * 2
+    assert "failure" not in done.stderr
+
+
+def test_pod_that_runs_already_is_only_followed(machine):
+    done = pod(machine, "0")
+    assert done.returncode == 0, done.stderr
+    again = pod(machine, "0")
+    assert again.returncode == 0, again.stderr
+    assert len(machine.calls("create")) == 1 and len(machine.calls("scp")) == 1
+
+
+@pytest.mark.parametrize(
+    ("codes", "code", "starts"), [("2", 2, 1), ("3", 3, 1), ("76,0", 0, 2), ("1", 1, 2)]
+)
+def test_pod_stops_where_another_attempt_is_of_no_use(machine, codes, code, starts):
+    done = pod(machine, codes, "--retries=1")
+    assert done.returncode == code, done.stderr
+    assert len(machine.calls("ssh pod --node=all --worker=all --command=bash")) == 2 * starts
+    assert not machine.calls("delete"), "active slices were given away"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("go",), "go: unknown command"),
+        (("run", "--zone=here"), "--name: this option is required"),
+        (("run", "--name=Pod", "--zone=here"), "--name: Pod is no name"),
+        (("run", *RUN, "--type=h100"), "--type: unknown slice h100"),
+        (("run", *RUN), "--bucket: give a bucket"),
+        (("run", *RUN, "--bucket=b/runs"), "--bucket: b/runs is no name"),
+        (("run", *RUN, "--bucket=b"), "nothing to train"),
+        (
+            ("run", *RUN, "--bucket=b", "--", "--workdir=gs://b/x"),
+            "--workdir: gs://b/x is no folder",
+        ),
+        (("start", *RUN, "--", "--hosts=auto"), "--hosts: every worker gets --hosts=auto"),
+        (("run", "--nmae=x"), "--nmae=x: unknown option"),
+    ],
+)
+def test_mistakes_of_the_pod_command_are_one_line(machine, arguments, line):
+    done = machine.run("bash", "launch/tpu_pod.sh", *arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith(line) and done.stderr.count("\n") == 1
+    assert not (machine.folder / "calls").exists()
+
+
+def test_slurm_job_returns_to_the_queue_and_finishes(machine):
+    done = slurm(machine, "--workdir=runs/x", "--codes=75,1,join")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(machine.calls("srun")) == 3 and len(machine.calls("scontrol requeue")) == 2
+    results = machine.checkout / "runs" / "x"
+    assert [(results / f"result-{i}").read_text() for i in range(2)] == ["2 hosts, 11"] * 2
+    (logs,) = (machine.checkout / "logs").iterdir()
+    assert (logs / "1.log").read_text().splitlines()[:2] == ["ends with 75", "ends with 1"]
+
+
+@pytest.mark.parametrize(
+    ("code", "state"), [("2", "RUNNING"), ("3", "RUNNING"), ("75", "COMPLETING")]
+)
+def test_slurm_job_stays_out_of_the_queue(machine, code, state):
+    """After a mistake, a diverged loss, and scancel."""
+    (machine.folder / "state").write_text(state)
+    done = slurm(machine, "--workdir=runs/x", f"--codes={code}")
+    assert done.returncode == int(code), done.stdout + done.stderr
+    assert not machine.calls("scontrol")
+
+
+def test_slurm_job_gives_up_after_crashes(machine):
+    machine.environment["XLLM_RETRIES"] = "1"
+    done = slurm(machine, "--workdir=runs/x", "--codes=1")
+    assert done.returncode == 1 and "crashed too often" in done.stderr
+    assert len(machine.calls("srun")) == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [((), "nothing to train"), (("--hosts=auto",), "--hosts: every task gets --hosts=auto")],
+)
+def test_mistakes_of_the_slurm_script_are_one_line(machine, flags, line):
+    done = slurm(machine, *flags)
+    assert done.returncode == 2
+    assert done.stderr.startswith(line) and done.stderr.count("\n") == 1
+
+
+def test_sigterm_reaches_the_command_and_its_code_is_kept(tmp_path):
+    """attend.sh, signalled twice as under SLURM, waits until the command has saved."""
+    reader, writer = os.pipe()
+    saves = f"""
+import os, signal, sys
+signal.signal(signal.SIGTERM, lambda *_: print("saving", flush=True))
+print("ready", flush=True)
+os.read({reader}, 1)
+sys.exit(75)
+"""
+    command = ["bash", LAUNCH / "attend.sh", tmp_path / "exit", sys.executable, "-c", saves]
+    options = {"pass_fds": (reader,), "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **options) as process:
+        told = [process.stdout.readline()]
+        for _ in range(2):
+            process.terminate()
+            told.append(process.stdout.readline())
+        os.write(writer, b"!")
+        assert process.wait(60) == 75
+    assert told == ["ready\n", "saving\n", "saving\n"]
+    assert (tmp_path / "exit").read_text() == "75\n"
