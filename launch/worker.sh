@@ -47,7 +47,7 @@ start() {
     echo "$NAME trains already"
     return
   fi
-  rm -f "$RUN/exit"
+  rm -f "$RUN/exit" "$RUN/exit.pid"
   cd "$CODE"
   echo "--- $(date -u '+%F %T') $NAME: launch/train.py --hosts=auto $*" >>"$RUN/log"
   setsid bash launch/attend.sh "$RUN/exit" .venv/bin/python launch/train.py --hosts=auto "$@" \
@@ -79,7 +79,7 @@ report() {
 # SIGTERM: training saves and exits with 75.
 stop() {
   running || { echo "$NAME does not train" && return; }
-  kill -TERM "$(<"$RUN/pid")"
+  kill -TERM "$(<"$RUN/exit.pid")"
   tail -f --pid="$(<"$RUN/pid")" /dev/null
   report
 }

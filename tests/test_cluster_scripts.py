@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -156,8 +157,9 @@ def test_mistakes_of_the_slurm_script_are_one_line(machine, flags, line):
     assert done.stderr.startswith(line) and done.stderr.count("\n") == 1
 
 
-def test_sigterm_reaches_the_command_and_its_code_is_kept(tmp_path):
-    """attend.sh, signalled twice as under SLURM, waits until the command has saved."""
+@pytest.mark.parametrize("slurm", [True, False])
+def test_one_sigterm_reaches_the_command_and_its_code_is_kept(tmp_path, slurm):
+    """SLURM signals attend.sh alone; a machine that goes down, it and the command."""
     reader, writer = os.pipe()
     saves = f"""
 import os, signal, sys
@@ -166,14 +168,17 @@ print("ready", flush=True)
 os.read({reader}, 1)
 sys.exit(75)
 """
+    code = tmp_path / "exit"
+    environment = os.environ | ({"SLURM_PROCID": "1"} if slurm else {})
     command = ["bash", LAUNCH / "attend.sh", tmp_path / "exit", sys.executable, "-c", saves]
-    options = {"pass_fds": (reader,), "stdout": subprocess.PIPE, "text": True}
+    options = {"pass_fds": (reader,), "stdout": subprocess.PIPE, "text": True, "env": environment}
     with subprocess.Popen(command, **options) as process:
-        told = [process.stdout.readline()]
-        for _ in range(2):
-            process.terminate()
-            told.append(process.stdout.readline())
+        assert process.stdout.readline() == "ready\n"
+        process.terminate()
+        if not slurm:
+            os.kill(int(code.with_name("exit.pid").read_text()), signal.SIGTERM)
+        assert process.stdout.readline() == "saving\n"
         os.write(writer, b"!")
+        assert process.stdout.read() == "", "signalled twice"
         assert process.wait(60) == 75
-    assert told == ["ready\n", "saving\n", "saving\n"]
-    assert (tmp_path / "exit").read_text() == "75\n"
+    assert code.read_text() == "75\n"
