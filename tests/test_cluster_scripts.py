@@ -76,7 +76,7 @@ def test_pod_survives_preemption(machine):
     assert "failure" not in done.stderr
 
 
-def test_pod_that_runs_already_is_only_followed(machine):
+def test_pod_is_created_and_set_up_once(machine):
     done = pod(machine, "0")
     assert done.returncode == 0, done.stderr
     again = pod(machine, "0")
