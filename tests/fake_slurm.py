@@ -2,12 +2,14 @@
 
 Options that the real commands do not know are refused. Tasks are processes of this machine with the
 variables that SLURM sets. State lies in $FAKE_CLUSTER: `calls`, `state` (what squeue tells; RUNNING
-when it is not there), `requeue`.
+when it is not there), `requeue`; `time-limit`, when a test puts it there, holds the words in a
+task's output at which the job's time is over.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import re
 import subprocess
@@ -58,18 +60,31 @@ def srun(arguments: list[str]) -> int:
     """Returns the highest exit code of the tasks, as SLURM does."""
     asked, command = options(("kill-on-bad-exit", "wait", "open-mode", "output"), arguments)
     assert asked.open_mode == "append"
-    tasks = []
-    for task in range(NODES):
-        environment = os.environ | {
-            "SLURM_PROCID": str(task),
-            "SLURM_LOCALID": "0",
-            "SLURM_NTASKS": str(NODES),
-            "SLURM_STEP_NUM_NODES": str(NODES),
-            "SLURM_STEP_NODELIST": "localhost,other",
-        }
-        with open(asked.output.replace("%t", str(task)), "a") as log:
-            tasks.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+    logs = [Path(asked.output.replace("%t", str(task))) for task in range(NODES)]
+    tasks = [start(task, command, log) for task, log in enumerate(logs)]
+    limit = FOLDER / "time-limit"
+    with logs[0].open("a") as log:
+        for line in io.TextIOWrapper(tasks[0].stdout):  # a progress bar's lines end here, too
+            log.write(line)
+            if limit.exists() and limit.read_text() in line:
+                limit.unlink()
+                for task in tasks:  # the processes that SLURM started, not their children
+                    task.terminate()
     return max(task.wait() for task in tasks)
+
+
+def start(task: int, command: list[str], log: Path) -> subprocess.Popen:
+    """One task; the output of the first is read by srun."""
+    environment = os.environ | {
+        "SLURM_PROCID": str(task),
+        "SLURM_LOCALID": "0",
+        "SLURM_NTASKS": str(NODES),
+        "SLURM_STEP_NUM_NODES": str(NODES),
+        "SLURM_STEP_NODELIST": "localhost,other",
+    }
+    with log.open("a") as file:
+        output = file if task else subprocess.PIPE
+        return subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
 
 
 def squeue(arguments: list[str]) -> int:

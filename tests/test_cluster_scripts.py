@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,10 +11,33 @@ from pathlib import Path
 
 import fake_clusters
 import pytest
+import small_stage
 
 LAUNCH = fake_clusters.ROOT / "launch"
 SCRIPTS = [*sorted(LAUNCH.glob("*.sh")), LAUNCH / "slurm.sbatch"]
 RUN = ("--name=pod", "--zone=here", "--type=v5e-16", "--slices=2", "--spot", "--poll=0")
+STEPS = 40
+SMALL = f"""
+import sys
+sys.path.insert(0, {str(fake_clusters.TESTS)!r})
+import small_stage
+
+def get_config():
+    made = small_stage.stage(unroll=1, steps={STEPS}, save_every=1000)
+    made.parts["llm"].fields |= {{"depth": 1, "width": 16, "hidden": 32}}
+    made.data.examples, made.data.rows, made.data.length = 8, 4, 64
+    return made
+"""
+REAL = f"""
+import runpy
+runpy.run_path({str(LAUNCH / "train.py")!r}, run_name="__main__")
+"""
+# One compilation for both starts, and a cheap one.
+QUICK = {
+    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
 
 
 @pytest.fixture
@@ -119,14 +143,30 @@ def test_mistakes_of_the_pod_command_are_one_line(machine, arguments, line):
     assert not (machine.folder / "calls").exists()
 
 
-def test_slurm_job_returns_to_the_queue_and_finishes(machine):
-    done = slurm(machine, "--workdir=runs/x", "--codes=75,1,join")
+def test_slurm_job_trains_on_after_its_time_limit(machine):
+    """launch/train.py itself on two hosts: SIGTERM, saved, requeued, resumed, finished."""
+    (machine.folder / "time-limit").write_text("loss=")
+    (machine.checkout / "small.py").write_text(SMALL)
+    (machine.checkout / "launch" / "train.py").write_text(REAL)
+    machine.environment |= QUICK | {"JAX_COMPILATION_CACHE_DIR": str(machine.folder / "compiled")}
+    done = slurm(machine, "--config=small.py", "--workdir=runs/x")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(machine.calls("srun")) == 2 and "again; exit codes: 75 75" in done.stdout
+    (logs,) = (machine.checkout / "logs").iterdir()
+    saved = re.search(r"Saved at micro-batch (\d+)", (logs / "1.log").read_text())
+    resumed = re.search(r"Resumes at micro-batch (\d+)", (logs / "0.log").read_text())
+    assert 0 < int(saved.group(1)) == int(resumed.group(1)) < STEPS
+    run = machine.checkout / "runs" / "x"
+    assert sorted(small_stage.curve(run)) == list(range(1, STEPS + 1))
+    assert (run / "final").is_dir()
+
+
+def test_slurm_job_returns_to_the_queue(machine):
+    done = slurm(machine, "--workdir=runs/x", "--codes=76,1,0")
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(machine.calls("srun")) == 3 and len(machine.calls("scontrol requeue")) == 2
-    results = machine.checkout / "runs" / "x"
-    assert [(results / f"result-{i}").read_text() for i in range(2)] == ["2 hosts, 11"] * 2
     (logs,) = (machine.checkout / "logs").iterdir()
-    assert (logs / "1.log").read_text().splitlines()[:2] == ["ends with 75", "ends with 1"]
+    assert (logs / "1.log").read_text().split("\n")[:3] == [f"ends with {c}" for c in (76, 1, 0)]
 
 
 @pytest.mark.parametrize(
