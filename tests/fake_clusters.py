@@ -30,9 +30,10 @@ if [[ $1 == venv ]]; then
 fi
 """
 # Stands for launch/train.py where only its exit codes matter: --codes has those of its starts, host
-# by host in the shared folder; 'join' meets the other hosts as launch/hosts.py does.
+# by host in the shared folder; 'join' meets the other hosts as launch/hosts.py does, 'wait' tells
+# that it runs and waits for SIGTERM.
 TRAIN = """
-import os, sys
+import os, signal, sys
 from pathlib import Path
 
 flags = dict(word.removeprefix("--").partition("=")[::2] for word in sys.argv[1:])
@@ -46,6 +47,10 @@ with (workdir / f"starts-{host}").open("a+") as starts:
     starts.write("start\\n")
 codes = flags["codes"].split(",")
 code = codes[min(number, len(codes) - 1)]
+if code == "wait":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+    open(Path(os.environ["FAKE_CLUSTER"]) / f"ready-{host}", "w").close()
+    signal.pause()
 if code != "join":
     print("ends with", code)
     sys.exit(int(code))

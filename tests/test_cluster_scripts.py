@@ -118,6 +118,30 @@ def test_pod_stops_where_another_attempt_is_of_no_use(machine, codes, code, star
     assert not machine.calls("delete"), "active slices were given away"
 
 
+def test_pod_by_single_steps(machine):
+    """create, setup, start, status, stop, delete; stop saves on every worker."""
+    ready = [machine.folder / f"ready-{index}" for index in range(2)]
+    for pipe in ready:
+        os.mkfifo(pipe)
+
+    def step(command: str, *flags: str) -> str:
+        options = (*RUN, f"--folder={machine.folder}/shared", *flags)
+        done = machine.run("bash", "launch/tpu_pod.sh", command, *options)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    step("create")
+    step("setup")
+    assert sorted(step("status").splitlines()) == ["worker-0 idle", "worker-1 idle"]
+    step("start", "--", "--workdir=runs/x", "--codes=wait")
+    for pipe in ready:  # until the workers train
+        subprocess.run(["cat", pipe], check=True, timeout=60)
+    assert sorted(step("status").splitlines()) == ["worker-0 running", "worker-1 running"]
+    assert sorted(step("stop").splitlines()) == ["worker-0 exit 75", "worker-1 exit 75"]
+    step("delete")
+    assert not (machine.folder / "state").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
