@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from absl import flags
 
+from launch import command
 from xllm_jax.core import hosts
 from xllm_jax.core.errors import UserError
 
@@ -25,13 +26,18 @@ INDEX = flags.DEFINE_integer("host_index", None, "Which host this is, 0 to host_
 def join() -> None:
     """Joins the hosts that the flags name; call it before anything touches a device.
 
+    Ends the program with LOST when the others do not come in time: a cluster brings them back.
+
     Raises:
-      UserError: the flags contradict each other, or the hosts do not come together.
+      UserError: the flags contradict each other, or there is no cluster.
     """
     check(HOSTS.value, COUNT.value, INDEX.value)
     if HOSTS.value:
         address = "" if HOSTS.value == "auto" else HOSTS.value
-        hosts.join(address, COUNT.value, INDEX.value)
+        try:
+            hosts.join(address, COUNT.value, INDEX.value)
+        except hosts.Apart as error:
+            command.fail(str(error), command.LOST)
 
 
 def check(address: str, count: int | None, index: int | None) -> None:

@@ -7,11 +7,15 @@ import re
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import fake_clusters
 import pytest
 import small_stage
+
+from launch import hosts as launch_hosts
+from xllm_jax.core import hosts
 
 LAUNCH = fake_clusters.ROOT / "launch"
 SCRIPTS = [*sorted(LAUNCH.glob("*.sh")), LAUNCH / "slurm.sbatch"]
@@ -21,6 +25,9 @@ SMALL = f"""
 import sys
 sys.path.insert(0, {str(fake_clusters.TESTS)!r})
 import small_stage
+
+from launch import hosts as launch_hosts
+from xllm_jax.core import hosts
 
 def get_config():
     made = small_stage.stage(unroll=1, steps={STEPS}, save_every=1000)
@@ -219,6 +226,19 @@ def test_mistakes_of_the_slurm_script_are_one_line(machine, flags, line):
     done = slurm(machine, *flags)
     assert done.returncode == 2
     assert done.stderr.startswith(line) and done.stderr.count("\n") == 1
+
+
+def test_hosts_that_do_not_come_are_lost_rather_than_a_mistake(monkeypatch, capsys):
+    """After a preemption one host may be back long before another: nothing is to be mended."""
+    address = f"127.0.0.1:{fake_clusters.free_port(20000, 30000)}"
+    for name, value in (("HOSTS", address), ("COUNT", 2), ("INDEX", 1)):
+        monkeypatch.setattr(launch_hosts, name, types.SimpleNamespace(value=value))
+    host, port = address.split(":")
+    monkeypatch.setattr(hosts, "join", lambda *_: hosts._await_host(host, int(port), 0))
+    with pytest.raises(SystemExit) as ended:
+        launch_hosts.join()
+    assert ended.value.code == hosts.LOST
+    assert capsys.readouterr().err.startswith(f"--hosts: host 0 does not answer at {address}")
 
 
 @pytest.mark.parametrize("slurm", [True, False])

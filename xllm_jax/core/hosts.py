@@ -30,6 +30,12 @@ SHOWN = 3  # differences that a message names
 WAIT_SECONDS = 3600  # for host 0, which may read a large checkpoint
 
 
+class Apart(UserError):
+    """The hosts did not come together in time. On a cluster one of them may still be on its way
+    back, so that the same command can succeed.
+    """
+
+
 def join(
     address: str, count: int | None = None, index: int | None = None, seconds: int = START_SECONDS
 ) -> None:
@@ -43,7 +49,8 @@ def join(
       seconds: how long to wait for the others.
 
     Raises:
-      UserError: no cluster in the environment, the port is taken, or host 0 does not answer.
+      UserError: no cluster in the environment, or the port is taken.
+      Apart: host 0 does not answer, or others are missing.
     """
     # Preemption is agreed upon in our own way, so Python may keep its signal handlers.
     jax.config.update("jax_enable_preemption_service", False)
@@ -76,7 +83,7 @@ def _join_at(address: str, count: int | None, index: int | None, seconds: int) -
             initialization_timeout=seconds,
         )
     except RuntimeError as error:
-        raise UserError(
+        raise Apart(
             f"the {count} hosts did not come together ({_line(error)})",
             field="--hosts",
             mend="Start the same command on every host, each with its own --host_index",
@@ -94,7 +101,7 @@ def _join_cluster(seconds: int) -> None:
             "--hosts=ADDRESS:PORT --host_count=N --host_index=I",
         ) from error
     except RuntimeError as error:
-        raise UserError(
+        raise Apart(
             f"the hosts of the cluster did not come together ({_line(error)})",
             field="--hosts",
             mend="Start the same command on every host",
@@ -110,7 +117,7 @@ def _await_host(host: str, port: int, seconds: int) -> None:
             return
         except OSError as error:
             if time.monotonic() > end:
-                raise UserError(
+                raise Apart(
                     f"host 0 does not answer at {host}:{port} ({_line(error)})",
                     field="--hosts",
                     mend="Start it with --host_index=0, and let the port through",
