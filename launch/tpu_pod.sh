@@ -173,9 +173,9 @@ await() {
 
 # Packs the files that git follows, as they lie here, into $1.
 pack() {
-  local tree
-  tree=$(git -C "$ROOT" stash create)
-  git -C "$ROOT" archive --format=tar.gz -o "$1" "${tree:-HEAD}"
+  local tree git=(git -C "$ROOT" -c user.name=xllm -c user.email=xllm@localhost)
+  tree=$("${git[@]}" stash create 2>/dev/null) || fail "$ROOT: no git checkout. Give --source=URL"
+  "${git[@]}" archive --format=tar.gz -o "$1" "${tree:-HEAD}"
 }
 
 setup() {
