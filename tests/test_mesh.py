@@ -20,7 +20,7 @@ from small_stage import GLM, ROOT
 from xllm_jax import build, train
 from xllm_jax.core import mesh, rules
 from xllm_jax.core.errors import UserError
-from xllm_jax.preflight import collectives, flops, inputs
+from xllm_jax.preflight import collectives, flops, inputs, memory
 
 DEPTH = GLM["depth"]
 
@@ -75,6 +75,13 @@ def test_layers_in_the_hosts_memory_are_copied_one_by_one():
     flat = rules.flatten(like.frozen)
     stacks = {x.shape for path, x in flat.items() if re.fullmatch("llm/layers/.*/kernel", path)}
     assert stacks & shapes.keys() == set()
+
+
+def test_preflight_counts_what_lies_on_the_chip():
+    made = small_stage.stage(trainable=(r"llm/final_norm/.*",), offload=(r"llm/layers/.*",))
+    like, _, _ = train.abstract_state(made, build.model(made), mesh.make({}))
+    assert memory.held(like.frozen) == 4 * GLM["vocab"] * GLM["width"]  # the embedding
+    assert memory.held(like.trainable) == 4 * 2 * GLM["width"]
 
 
 def test_what_trains_stays_on_the_chip():
