@@ -62,7 +62,7 @@ def start(count: int, code: str, folder: Path) -> list[subprocess.Popen]:
 
 
 def _start(address: str, count: int, index: int, code: str, folder: Path) -> subprocess.Popen:
-    cache = str(Path(tempfile.gettempdir()) / "xllm-test")
+    cache = str(Path(tempfile.gettempdir()) / "xllm_jax-test-compiled")
     named = {"address": address, "count": count, "index": index, "cache": cache}
     join = JOIN.format(**named) if count > 1 else ""
     environment = os.environ | {
