@@ -52,8 +52,17 @@ def steady(modality: str, data: Data, chosen: Sequence[str] = ()) -> None:
         raise UserError(
             f"augments every {modality} anew in each epoch, and a cache holds one outcome",
             field=field,
-            mend=f"Turn it off (--config.{field}=None){leave}, or train without a cache",
+            mend=f"Turn it off ({_off(field, data)}){leave}, or train without a cache",
         )
+
+
+def _off(field: str, data: Data) -> str:
+    """How an option is turned off."""
+    value: Any = dataclasses.asdict(data)
+    for name in field.split(".")[1:]:
+        value = value[name]
+    value = {bool: "False", tuple: "()", list: "()"}.get(type(value))
+    return f"--config.{field}={value}" if value else "in the stage's file"
 
 
 def fields(stage: Stage, xllm: XLLM, modality: str, count: int) -> dict[str, Any]:
