@@ -113,6 +113,39 @@ def test_the_same_command_does_nothing_and_a_killed_one_continues(table, written
     assert shards == [written.file(number).read_bytes() for number in range(3)]
 
 
+KILLED = """
+import os, signal
+from xllm_jax.core.stage import Source
+from xllm_jax.data import prepared
+from xllm_jax.prepare import engine, plan, shard
+row, seen = prepared.row, []
+def killing(*given):
+    seen.append(given)
+    if len(seen) == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return row(*given)
+prepared.row = killing
+made = plan.make("pictures", Source("table", {table!r}), {output!r}, 4)
+found = plan.examples(made)
+for number in made.todo():
+    shard.write(made, number, found)
+"""
+
+
+def test_kill_9_leaves_what_is_whole_and_the_same_command_does_the_rest(table, written, tmp_path):
+    output = tmp_path / "pictures"
+    code = KILLED.format(table=str(table), output=str(output))
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == -9
+    made = planned(table, output)
+    assert made.todo() == [1, 2] and len(list(output.glob(".*.partial"))) == 1
+    time = made.file(0).stat().st_mtime_ns
+    write_all(made)
+    manifest.finish(made)
+    assert made.file(0).stat().st_mtime_ns == time and not list(output.glob(".*.partial"))
+    shards = [made.file(number).read_bytes() for number in range(3)]
+    assert shards == [written.file(number).read_bytes() for number in range(3)]
+
+
 def test_a_damaged_shard_is_written_again(table, tmp_path):
     made = planned(table, tmp_path / "pictures")
     write_all(made)
@@ -245,5 +278,18 @@ def test_beam_writes_the_same_shards(table, written, tmp_path):
     made = planned(table, tmp_path / "pictures")
     found = engine.run(made)
     assert found["splits"]["train"]["records"] == len(GOOD)
+    for number in range(made.shards):
+        assert made.file(number).read_bytes() == written.file(number).read_bytes()
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("runner", ["InProcess", "MultiProcessing"])
+def test_other_runners_write_the_same_shards(table, written, tmp_path, runner):
+    pytest.importorskip("apache_beam", reason="Apache Beam comes with the extra 'prepare'")
+    made = planned(table, tmp_path / "pictures")
+    if runner == "MultiProcessing":
+        engine.run(made, workers=2)
+    else:
+        engine.run(made, ["--runner=apache_beam.runners.portability.fn_api_runner.FnApiRunner"])
     for number in range(made.shards):
         assert made.file(number).read_bytes() == written.file(number).read_bytes()

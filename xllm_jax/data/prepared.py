@@ -125,8 +125,12 @@ def decodable(modality: str, path: str) -> None:
 
 
 def serialised(made: Mapping[str, Any], kinds: Any) -> bytes:
-    """A row as the bytes of one record."""
-    return kinds.serialize_example(kinds.encode_example(made))
+    """A row as the bytes of one record, the same in every process."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    # What TFDS writes has its columns in an order that differs from process to process.
+    written = kinds.serialize_example(kinds.encode_example(made))
+    return tf_example_pb2.Example.FromString(written).SerializeToString(deterministic=True)
 
 
 def example(stored: Mapping[str, Any], where: str) -> Example:

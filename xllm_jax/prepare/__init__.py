@@ -3,9 +3,12 @@
     plan.py         what is to be done, cut into shards, and what has been done already
     shard.py        one shard: read, check, serialise, write whole or not at all
     engine.py       shards through a Beam runner, with progress
+    runner.py       pipelines of any Beam runner
     manifest.py     counts, checksums and rejects of all shards; TFDS's own description
     transforms.py   translation, speech, resampling, filtering, deduplication as Beam transforms
-    vsdial.py       VSDial-CN from VisDial
+    translate.py    mBART-50; the one place that needs PyTorch
+    pick.py         lists of picked records, for the reader 'selection'
+    recipes/        what the paper built itself (launch/build_data.py)
 
 Beam is imported when a pipeline runs; training and reading never do.
 """
