@@ -4,9 +4,10 @@
     PATH/qa90_gpt4_answer.jsonl    {"question_id", "text"}: GPT-4's answers, the reference
     PATH/images/                   the images, also as COCO_val2014_000000441147.jpg
 
-From github.com/haotian-liu/LLaVA (playground/data/coco2014_val_qa_eval; CC BY-NC 4.0), images from
-COCO val2014. Categories are 'conv', 'detail' and 'complex'. The paper asks in Chinese: the options
-`questions` and `answers` name other files of the form.
+From github.com/haotian-liu/LLaVA (playground/data/coco2014_val_qa_eval), images from COCO val2014.
+LLaVA's data were CC BY-NC 4.0 when they came out and are CC BY 4.0 by their card today; OpenAI's
+terms apply to GPT-4's answers. Categories are 'conv', 'detail' and 'complex'. The paper asks in
+Chinese: the options `questions` and `answers` name other files of the form.
 """
 
 from __future__ import annotations
