@@ -91,6 +91,7 @@ def test_vsdial_cn_from_a_table(visdial, tmp_path):
     files = [one.media[0][1] for one in found]
     assert files[0] == files[2] != files[1]
     assert [len(speech.read(file)) for file in files[:2]] == [4000 * 6, 4000 * 4]
+    assert [e.transcript for e in selection.examples(f"{out}/once")] == ["是红色的吗", "有几个"]
     back = prepared.examples(f"{out}/shards/spoken")
     assert [(one.transcript, one.answer) for one in back] == [
         ("是红色的吗", "是"),

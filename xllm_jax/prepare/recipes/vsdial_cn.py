@@ -5,6 +5,8 @@ Writes the layout that `sources/vsdial_cn.py` reads, and shards of it:
     OUTPUT/visdial_1.0_SPLIT.json       VisDial's form in Chinese, with "speech" in every round
     OUTPUT/audio/….flac                 one file for all rounds that ask the same
     OUTPUT/shards/asr, spoken           prepared sets: questions alone, and with their images
+    OUTPUT/once/                        every question once, for the reader 'selection' (the paper
+                                        aligns speech on these, and recognises all rounds before)
 
 Translations come from a table ({text: translation}, made by anything; the recipe 'questions' lists
 the texts) or from mBART-50; speech from espeak-ng or an engine of your own. Rounds whose question
@@ -20,11 +22,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
 from xllm_jax.data.sources import layout
 from xllm_jax.prepare import engine as engines
-from xllm_jax.prepare import plan, runner, transforms, translate
+from xllm_jax.prepare import pick, plan, runner, transforms, translate
 from xllm_jax.prepare.recipes import questions
 
 POOLS = ("questions", "answers")
@@ -80,6 +84,7 @@ def build(
         raise UserError("translates no round", field=translations or translator)
     file = Path(output) / f"visdial_1.0_{split}.json"
     plan.write(file, {"split": split, "version": "1.0", "data": made})
+    pick_once(made, output, split)
     kinds = ("asr", "spoken") if images else ("asr",)
     shards = {kind: prepare(output, split, kind, images, beam, workers) for kind in kinds}
     said = {name for d in made["dialogs"] for r in d["dialog"] for name in [r["speech"]]}
@@ -205,6 +210,15 @@ def in_chinese(
         caption = table.get(talk.get("caption", ""), "")
         dialogs.append({**talk, "caption": caption, "dialog": kept})
     return {**pools, "dialogs": dialogs}, {"rounds": rounds, "left_out": left_out}
+
+
+def pick_once(made: Mapping[str, Any], output: str, split: str) -> None:
+    """Lists the first round of every spoken question."""
+    said = [one["speech"] for talk in made["dialogs"] for one in talk["dialog"]]
+    first = {name: place for place, name in reversed(list(enumerate(said)))}
+    rows = np.asarray([(0, place, -1) for place in sorted(first.values())], np.int64)
+    source = Source("vsdial_cn", output, split, {"kind": "asr"})
+    pick.write(f"{output}/once", split, {"vsdial_cn": source}, rows)
 
 
 def prepare(
