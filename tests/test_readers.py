@@ -19,6 +19,7 @@ from configs import stage1_speech, stage3_instruction
 from xllm_jax import build, train
 from xllm_jax.audit import audit
 from xllm_jax.core import find, mesh, rules
+from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data, Optimizer, Part, Source
 from xllm_jax.data import cif_features, files, stream
 from xllm_jax.data.characters import CharacterVocabulary
@@ -224,6 +225,16 @@ def test_a_reader_is_prepared_inspected_and_trained_on(case, tmp_path, trainers)
     moved = {path for path in after if not np.array_equal(before[path], after[path])}
     for medium in {name for name, _ in originals[0].media}:
         assert any(path.startswith(f"{medium}_") for path in moved), medium
+
+
+def test_a_prepared_set_takes_the_place_of_a_source_of_its_kind_only(tmp_path):
+    fixtures.visual_genome(tmp_path)
+    prepared(Source("visual_genome", str(tmp_path)), tmp_path / "out")
+    out = str(tmp_path / "out")
+    found = stream.read("a", Source("prepared", out, "train", {"kind": "regions"}), "")
+    assert len(found) == fixtures.COUNT
+    with pytest.raises(UserError, match="of the kind 'regions', not 'questions'"):
+        stream.read("a", Source("prepared", out, "train", {"kind": "questions"}), "")
 
 
 def test_features_of_the_reference_repository_are_prepared(tmp_path):

@@ -9,27 +9,49 @@ licence is that of the set it was made from.
 
 from __future__ import annotations
 
+import inspect
+import pathlib
 from collections.abc import Sequence
 
-from xllm_jax.data import prepared
+from xllm_jax.core import find
+from xllm_jax.core.errors import UserError
+from xllm_jax.data import prepared, stream
 from xllm_jax.data.example import Example
 from xllm_jax.data.lazy import Lazy
 from xllm_jax.data.sources import layout, tfds
 
 
-def examples(path: str, split: str = "train") -> Sequence[Example]:
+def examples(path: str, split: str = "train", kind: str = "") -> Sequence[Example]:
     """Examples of a split.
 
     Args:
       path: folder of the layout above.
       split: as it was prepared.
+      kind: of the original reader's examples, so that a set can take its source's place in a stage.
 
     Raises:
-      UserError: no such set or split, no rows; on access, a row of another kind.
+      UserError: no such set or split, no rows, another kind; on access, a broken row.
     """
+    if kind:
+        _check_kind(pathlib.Path(path) / f"{split}.plan.json", kind)
     rows, where = tfds.rows(path, "", split, "image")
 
     def example(index: int) -> Example:
         return prepared.example(rows[index], f"{where}[{index}]")
 
     return layout.not_empty(Lazy(len(rows), example), where, "rows")
+
+
+def _check_kind(plan: pathlib.Path, kind: str) -> None:
+    """Raises UserError where a set holds examples of another kind."""
+    if not plan.is_file():
+        return
+    source = layout.read_json(plan)["source"]
+    reader = find.module(stream.READERS, source["reader"], str(plan)).examples
+    parameter = inspect.signature(reader).parameters.get("kind")
+    default = parameter.default if parameter else ""
+    held = source["options"].get("kind", default)
+    if held != kind:
+        what = f"holds examples of the kind {held!r}, not {kind!r}"
+        mend = f'Prepare another set with --options=\'{{"kind": "{kind}"}}\''
+        raise UserError(what, field=str(plan.parent), mend=mend)
