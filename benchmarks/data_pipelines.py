@@ -3,20 +3,24 @@
 PYTHONPATH=. python benchmarks/data_pipelines.py [--folder=DIR] [--rounds=7] [--workers]
 
 Needs torch, kaldi-native-fbank and, for its column, TensorFlow; none of them belongs to the
-project's requirements. All contenders run in turn in one process, without threads or workers of
-their own; figures are by CPU time, the median of several rounds, which other work on the machine
-disturbs little. `--workers` measures instead how one and two workers scale, by the clock. What they
-decode is compared first.
+project's requirements. All contenders run in turn, each in a process of its own, without threads or
+workers beside it; figures are by CPU time, the median of several rounds, which other work on the
+machine disturbs little. `--workers` measures instead how one and two workers scale, by the clock.
+What they decode is compared first.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import itertools
 import os
 import resource
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,19 +65,52 @@ def ours(folder: Path, row: str, **fields: Any) -> Iterator[Any]:
     return Pipeline(data, quarantine=folder / "quarantine.jsonl").iterate()
 
 
-def contenders(folder: Path, media: dict, row: str) -> dict[str, Iterator[Any]]:
-    """{name: endless batches} of everything that can decode a row."""
-    found = {
-        "ours": ours(folder, row),
-        "torch": data_peers.torch_batches(media, ROWS[row], EXAMPLES[row]),
-    }
-    if row in ("image", "speech"):
-        try:
-            paths = [record[0][1] for record in media[row]]
-            found["tf.data"] = data_peers.tensorflow_batches(row, paths, EXAMPLES[row])
-        except ImportError:
-            print("TensorFlow is not installed; its column is left out")
-    return found
+def stream(folder: Path, row: str, name: str) -> Iterator[Any]:
+    """Endless batches of one contender."""
+    media = data_media.write_sources(folder)
+    if row == "filterbanks":
+        waves = [speech.read(record[0][1]) for record in media["speech"]]
+        make = speech.filterbank if name == "ours" else data_peers.kaldi_filterbank
+        return (make(wave) for wave in itertools.cycle(waves))
+    if name == "ours":
+        return ours(folder, row)
+    if name == "torch":
+        return data_peers.torch_batches(media, ROWS[row], EXAMPLES[row])
+    paths = [record[0][1] for record in media[row]]
+    return data_peers.tensorflow_batches(row, paths, EXAMPLES[row])
+
+
+def serve(folder: Path, row: str, name: str) -> None:
+    """A contender's life: for each line, that many batches, and the CPU seconds since the last.
+
+    What it computes ahead between two turns is counted in the second.
+    """
+    torch.set_num_threads(1)
+    batches, before = stream(folder, row, name), 0.0
+    for line in sys.stdin:
+        for _ in range(int(line)):
+            next(batches)
+        now = time.process_time()
+        print(f"SECONDS {now - before}", flush=True)
+        before = now
+
+
+class Contender:
+    """One contender in a process of its own, so that none pays for another's memory or threads."""
+
+    def __init__(self, folder: Path, row: str, name: str):
+        command = [sys.executable, __file__, f"--folder={folder}", f"--serve={row}:{name}"]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+
+    def seconds(self, batches: int) -> float:
+        """CPU seconds of the next batches."""
+        self.process.stdin.write(f"{batches}\n")
+        self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith("SECONDS"):
+                return float(line.split()[1])
+        raise SystemExit("a contender has ended")
 
 
 def cpu() -> float:
@@ -90,19 +127,19 @@ def cpu() -> float:
     return own.ru_utime + own.ru_stime + ticks / os.sysconf("SC_CLK_TCK")
 
 
-def in_turn(
-    contenders: dict[str, Iterator[Any]], batches: int, rounds: int, clock: Callable[[], float]
-) -> dict[str, float]:
-    """Median seconds of a batch of each contender, all of them in turn in every round."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+def in_turn(folder: Path, row: str, names: list[str], batches: int, rounds: int) -> dict:
+    """{name: median CPU seconds of a batch}, the contenders in turn in every round."""
+    contenders = {name: Contender(folder, row, name) for name in names}
+    rates: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds + 1):
-        for name, stream in contenders.items():
-            start = clock()
-            for _ in range(batches):
-                next(stream)
+        for name, contender in contenders.items():
+            seconds = contender.seconds(batches) / batches
             if number:  # the first round warms up
-                seconds[name].append((clock() - start) / batches)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+                rates[name].append(seconds)
+    for contender in contenders.values():
+        contender.process.stdin.close()
+        contender.process.wait()
+    return {name: statistics.median(found) for name, found in rates.items()}
 
 
 def check(media: dict) -> None:
@@ -126,19 +163,6 @@ def check(media: dict) -> None:
         apart = np.abs(mine[kind](path, {}) - decode(path, False).numpy()).mean()
         assert apart < 0.02, (kind, apart)
         print(f"tf.data's {kind} is {apart:.5f} from ours on average")
-
-
-def filterbanks(media: dict, rounds: int) -> dict[str, float]:
-    """Seconds for the features of one utterance, ours and kaldi-native-fbank's."""
-    waves = [speech.read(record[0][1]) for record in media["speech"]]
-
-    def endless(features: Callable[[np.ndarray], np.ndarray]) -> Iterator[np.ndarray]:
-        while True:
-            yield from map(features, waves)
-
-    kaldi = data_peers.kaldi_filterbank
-    streams = {"ours": endless(speech.filterbank), "torch": endless(kaldi)}
-    return in_turn(streams, len(waves), rounds, time.process_time)
 
 
 def line(row: str, seconds: dict[str, float], examples: int) -> str:
@@ -180,18 +204,24 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("benchmark_media"))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--workers", action="store_true")
+    parser.add_argument("--serve", help="ROW:NAME, used by the benchmark itself")
     flags = parser.parse_args()
+    if flags.serve:
+        serve(flags.folder, *flags.serve.split(":"))
+        return
     torch.set_num_threads(1)
     media = data_media.write_sources(flags.folder)
     if flags.workers:
         scaling(flags.folder, media, flags.rounds)
         return
     check(media)
+    names = NAMES if importlib.util.find_spec("tensorflow") else NAMES[:2]
     print(f"| records per CPU second | {' | '.join(NAMES)} | ours / best other |")
-    print(line("filterbanks", filterbanks(media, flags.rounds), 1))
-    for row in ROWS:
-        seconds = in_turn(contenders(flags.folder, media, row), 4, flags.rounds, time.process_time)
-        print(line(row, seconds, EXAMPLES[row]), flush=True)
+    for row in ("filterbanks", *ROWS):
+        taking = [name for name in names if name != "tf.data" or row in ("image", "speech")]
+        batches = 64 if row == "filterbanks" else 4
+        seconds = in_turn(flags.folder, row, taking, batches, flags.rounds)
+        print(line(row, seconds, EXAMPLES.get(row, 1)), flush=True)
 
 
 if __name__ == "__main__":
