@@ -27,6 +27,7 @@ import numpy as np
 
 from xllm_jax.convert import Drop, Leaf, Plan, Report, arrange, files, place, record
 from xllm_jax.core import checkpoint, find, rules
+from xllm_jax.core.blocks import Blocks
 from xllm_jax.core.errors import UserError
 
 PACKAGE = "xllm_jax.convert"
@@ -183,7 +184,7 @@ def check_tied(tensors: Mapping[str, np.ndarray], name: str, other: str) -> None
         )
 
 
-def as_blocks(path: str, leaf: Leaf) -> checkpoint.Blocks:
+def as_blocks(path: str, leaf: Leaf) -> Blocks:
     """A leaf as the blocks in which it is written: some of its layers, or some of its rows."""
     one = math.prod(leaf.shape[1:]) * leaf.dtype.itemsize if leaf.shape else leaf.dtype.itemsize
     rows = max(1, min(BLOCK // max(one, 1), leaf.shape[0] if leaf.shape else 1))
@@ -207,7 +208,7 @@ def as_blocks(path: str, leaf: Leaf) -> checkpoint.Blocks:
         if held:
             yield np.stack(held)
 
-    return checkpoint.Blocks(path, leaf.shape, leaf.dtype, rows, blocks)
+    return Blocks(path, leaf.shape, leaf.dtype, rows, blocks)
 
 
 def pieces(tensor: np.ndarray) -> Iterator[np.ndarray]:

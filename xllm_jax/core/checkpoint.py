@@ -8,25 +8,22 @@ checkpoint that could be picked up.
 
 from __future__ import annotations
 
-import asyncio
-import dataclasses
 import functools
 import json
-import math
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
 from xllm_jax.core import checksum, folders, rules
+from xllm_jax.core.blocks import Blocks, BlocksHandler, full
 from xllm_jax.core.errors import UserError
 
 FORMAT = 1
@@ -178,79 +175,6 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     return {path: tuple(leaf.shape) for path, leaf in _leaves(tree).items()}
 
 
-@dataclasses.dataclass(frozen=True)
-class Blocks:
-    """A leaf that `save_base` asks for piece by piece, so that it is never held whole.
-
-    Attributes:
-      path: of the leaf, for errors.
-      shape, dtype: of the whole leaf.
-      rows: length of a block (and of a chunk on disk) along axis 0; the last may be shorter.
-      blocks: yields the consecutive blocks; one array without axes for a scalar.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    rows: int
-    blocks: Callable[[], Iterator[np.ndarray]]
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the whole leaf."""
-        return self.size * self.dtype.itemsize
-
-
-class _BlocksHandler(ocp.type_handlers.NumpyHandler):
-    """Writes `Blocks` where orbax writes a NumPy array, in chunks of one block, one at a time.
-
-    Orbax has no public way to write a leaf in parts. The metadata are those of a NumPy array, so
-    that what is written is an ordinary orbax checkpoint. The first error is kept in `failure` and
-    ends the writing: raised here, in a thread of orbax, it would be printed with its traceback.
-    """
-
-    def __init__(self):
-        super().__init__(deepcopy_host_arrays=False)
-        self.failure: Exception | None = None
-        self._turn = asyncio.Lock()
-
-    async def _open_and_write(self, value: Blocks, tspec: dict, ts_context: Any) -> None:
-        if value.shape:
-            tspec["metadata"]["chunks"] = [value.rows, *value.shape[1:]]
-        async with self._turn:
-            if self.failure:
-                return
-            try:
-                await self._write_blocks(value, tspec, ts_context)
-            except UserError as error:
-                self.failure = error
-            except (ValueError, OSError) as error:  # what tensorstore raises for a full disk
-                self.failure = _full(value.path, error)
-
-    async def _write_blocks(self, value: Blocks, tspec: dict, ts_context: Any) -> None:
-        store = await tensorstore.open(
-            tensorstore.Spec(tspec), create=True, open=True, context=ts_context
-        )
-        start = 0
-        for block in value.blocks():
-            stop = start + (block.shape[0] if value.shape else 0)
-            await (store[start:stop] if value.shape else store).write(block)
-            start = stop
-
-
-def _full(path: str, error: Exception) -> UserError:
-    return UserError(
-        f"cannot be written ({' '.join(str(error).split())[:200]})",
-        field=path,
-        mend="Make room on the disk, or choose another --output; nothing was left behind",
-    )
-
-
 def save_base(
     directory: str | Path,
     params: Mapping[str, Any],
@@ -314,7 +238,7 @@ def _save_params(path: Path, params: Mapping[str, Any]) -> None:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(path, dict(params))
         return
-    writer = _BlocksHandler()
+    writer = BlocksHandler()
     registry = ocp.type_handlers.create_type_handler_registry(
         (Blocks, writer), (jax.Array, ocp.type_handlers.ArrayHandler())
     )
@@ -323,7 +247,7 @@ def _save_params(path: Path, params: Mapping[str, Any]) -> None:
         with ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(path, args=ocp.args.PyTreeSave(dict(params)))
     except (ValueError, OSError) as error:
-        raise (writer.failure or _full(str(path), error)) from error
+        raise (writer.failure or full(str(path), error)) from error
     if writer.failure:
         raise writer.failure
 

@@ -1,0 +1,89 @@
+"""Leaves that are written piece by piece, so that a base larger than memory can be converted."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+
+from xllm_jax.core.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """A leaf that `save_base` asks for piece by piece, so that it is never held whole.
+
+    Attributes:
+      path: of the leaf, for errors.
+      shape, dtype: of the whole leaf.
+      rows: length of a block (and of a chunk on disk) along axis 0; the last may be shorter.
+      blocks: yields the consecutive blocks; one array without axes for a scalar.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    rows: int
+    blocks: Callable[[], Iterator[np.ndarray]]
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole leaf."""
+        return self.size * self.dtype.itemsize
+
+
+class BlocksHandler(ocp.type_handlers.NumpyHandler):
+    """Writes `Blocks` where orbax writes a NumPy array, in chunks of one block, one at a time.
+
+    Orbax has no public way to write a leaf in parts. The metadata are those of a NumPy array, so
+    that what is written is an ordinary orbax checkpoint. The first error is kept in `failure` and
+    ends the writing: raised here, in a thread of orbax, it would be printed with its traceback.
+    """
+
+    def __init__(self):
+        super().__init__(deepcopy_host_arrays=False)
+        self.failure: Exception | None = None
+        self._turn = asyncio.Lock()
+
+    async def _open_and_write(self, value: Blocks, tspec: dict, ts_context: Any) -> None:
+        if value.shape:
+            tspec["metadata"]["chunks"] = [value.rows, *value.shape[1:]]
+        async with self._turn:
+            if self.failure:
+                return
+            try:
+                await self._write_blocks(value, tspec, ts_context)
+            except UserError as error:
+                self.failure = error
+            except (ValueError, OSError) as error:  # what tensorstore raises for a full disk
+                self.failure = full(value.path, error)
+
+    async def _write_blocks(self, value: Blocks, tspec: dict, ts_context: Any) -> None:
+        store = await tensorstore.open(
+            tensorstore.Spec(tspec), create=True, open=True, context=ts_context
+        )
+        start = 0
+        for block in value.blocks():
+            stop = start + (block.shape[0] if value.shape else 0)
+            await (store[start:stop] if value.shape else store).write(block)
+            start = stop
+
+
+def full(path: str, error: Exception) -> UserError:
+    """The error about a leaf that the disk has no room for."""
+    return UserError(
+        f"cannot be written ({' '.join(str(error).split())[:200]})",
+        field=path,
+        mend="Make room on the disk, or choose another --output; nothing was left behind",
+    )
