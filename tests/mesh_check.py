@@ -145,8 +145,8 @@ def values(path, x):
 
 def difference(one, other):
     """(relative difference of losses, largest difference of gradients over their largest)."""
-    top = max(np.abs(leaf).max() for leaf in one[1].values())
-    far = max(np.abs(one[1][path] - other[1][path]).max() for path in one[1])
+    top = np.max([np.abs(leaf).max() for leaf in one[1].values()])  # NaN wherever there is one
+    far = np.max([np.abs(one[1][path] - other[1][path]).max() for path in one[1]])
     return [float(abs(one[0] - other[0]) / abs(one[0])), float(far / top)]
 
 

@@ -269,7 +269,10 @@ def max_pool(x: Array, lengths: Array, mask_padding: bool) -> tuple[Array, Array
     batch, frames, width = x.shape
     pairs = x[:, : frames // 2 * 2].reshape(batch, frames // 2, 2, width)
     halves = lengths // 2 if mask_padding else jnp.minimum((lengths + 1) // 2, frames // 2)
-    return pairs.max(axis=2), halves
+    first, second = pairs[:, :, 0], pairs[:, :, 1]
+    # Not `max`: its gradient looks for the maximum again, and where the compiler has rounded the
+    # frames otherwise there it finds none and divides by zero.
+    return jnp.where(first >= second, first, second), halves
 
 
 class SpeechEncoder(nn.Module):
