@@ -23,26 +23,8 @@ def main(_: list[str]) -> None:
 
     recording = replay.read(FILE.value)
     workdir = WORKDIR.value or Path(FILE.value).absolute().parents[1]
-    print(f"Micro-batch {recording.step} of {recording.stage.name}: {', '.join(recording.keys)}")
-    if not recording.exact:
-        print(
-            f"With the parameters of checkpoint {recording.checkpoint}, the nearest that was kept"
-            if recording.checkpoint is not None
-            else "With fresh parameters: the run had no checkpoint yet"
-        )
-    result = replay.run(recording, workdir)
-    print(f"loss {result.loss:.6g}, in the run {recording.values['loss']:.6g}")
-    for name, value in sorted(result.norms.items()):
-        print(f"{name} {value:.6g}")
-    for path, index in result.batch.items():
-        told = replay.samples(recording, index[0]) if index else "all"
-        print(f"no number in batch{path} at {list(index)}: samples {told}")
-    for path, index in result.parameters.items():
-        print(f"no number in parameter {path} at {list(index)}")
-    if result.first:
-        print(f"first in {result.first}")
-    if result.finite:
-        print("All is finite here")
+    for line in replay.told(recording, replay.run(recording, workdir)):
+        print(line)
 
 
 if __name__ == "__main__":

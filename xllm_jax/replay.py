@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +170,22 @@ def load(state: train.State, workdir: Path, recording: Recording) -> train.State
     return train.State(**arrays, frozen=state.frozen)
 
 
-def samples(recording: Recording, row: int) -> str:
-    """Which samples stand in a row, in words."""
-    return ", ".join(recording.rows.get(row, ())) or "nothing"
+def told(recording: Recording, result: Result) -> Iterator[str]:
+    """What a replay has to say, line by line."""
+    yield f"Micro-batch {recording.step} of {recording.stage.name}: {', '.join(recording.keys)}"
+    if recording.checkpoint is None:
+        yield "With the parameters that the run started from: it had no checkpoint yet"
+    elif not recording.exact:
+        yield f"With the parameters of checkpoint {recording.checkpoint}, the nearest before it"
+    yield f"loss {result.loss:.6g}, in the run {recording.values['loss']:.6g}"
+    for name, value in sorted(result.norms.items()):
+        yield f"{name} {value:.6g}"
+    for path, index in result.batch.items():
+        samples = ", ".join(recording.rows.get(index[0], ())) if index else ""
+        yield f"No number in batch{path} at {list(index)}: samples {samples or 'none'}"
+    for path, index in result.parameters.items():
+        yield f"No number in parameters{path} at {list(index)}"
+    if result.first:
+        yield f"First: {result.first}"
+    if result.finite:
+        yield "All is finite here"
