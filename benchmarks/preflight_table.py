@@ -31,7 +31,7 @@ STAGES = (
 SLICES = ("v5e-16", "v5p-8", "v4-32")
 BATCHES = ("configured", "largest")  # and "arithmetic"
 HEADER = (
-    "stage", "slice", "rows x accumulation", "GiB of GiB a chip", "state + temporaries",
+    "stage", "slice", "rows x accumulation", "GiB a chip", "state + temporaries",
     "FLOPs / needed", "GB sent", "s an update", "limit", "samples/s", "days", "chip-hours",
     "CPU s to compile",
 )  # fmt: skip
