@@ -23,6 +23,14 @@ ROW = 5
 HUGE = 2e38  # finite itself; a sum of several is not
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quickly_compiled():
+    """What runs here runs a few steps: compiling it well takes most of the time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 class Poisoned:
     """Batches of a run of which one has a row of huge weights, or which lack that one."""
 
@@ -60,7 +68,7 @@ def small(**policy):
 def saved(workdir, number):
     """Flat arrays of a checkpoint."""
     made = small()
-    state, _, _ = train.initial_state(made, build.model(made), mesh.make({}))
+    state, _, _ = train.abstract_state(made, build.model(made), mesh.make({}))
     checkpoints = checkpoint.Checkpoints(workdir)
     arrays = checkpoints.restore(number, startup.saved_arrays(state))
     checkpoints.close()
@@ -98,6 +106,10 @@ def test_a_replay_finds_the_operation(stopped):
     assert "objectives/answer.py" in result.first and "NaN" in result.first
     recording.batch.weights[ROW, 2] = np.nan
     assert nonfinite.values(recording.batch) == {".weights": (ROW, 2)}
+    lines = list(replay.told(recording, result))
+    assert lines[1].startswith("loss nan") and lines[-1] == f"First: {result.first}"
+    worse = dataclasses.replace(result, batch=nonfinite.values(recording.batch), first="")
+    assert list(replay.told(recording, worse))[-1].endswith(", ".join(recording.rows[ROW]))
     assert recording.rows[ROW] and set(recording.rows[ROW]) <= set(recording.keys)
 
 
