@@ -242,6 +242,7 @@ class Watch:
         traceback.print_exception(error)
         sys.stderr.flush()
         # A broken connection of a collective tells nothing; the store will, if a host was lost.
+        self._stall = 0.0  # this wait is no stall
         self._thread.join(self._lost + 5 * self._period)
         self._blame(f"host {self.index} failed ({type(error).__name__}: {error})"[:300], DEFECT)
 
