@@ -74,6 +74,7 @@ def line(cell: tuple[str, str, str], record: dict[str, Any]) -> list[str]:
     used, speed = record["memory_per_chip"], record["speed"]
     compiling = f"{record['compile_seconds']:.0f}" if record["compiled"] else "arithmetic"
     state = used["total"] - used["temporaries"]
+    seen = record["compiled"] and record.get("readable", True)
     sent = sum(row["sent"] for row in record["collectives"].values())
     fits = "" if record["fits"] else ", DOES NOT FIT"
     cells = [
@@ -87,9 +88,9 @@ def line(cell: tuple[str, str, str], record: dict[str, Any]) -> list[str]:
     return [
         *shown,
         *cells,
-        f"{sent / 1e9:.1f}" if record["compiled"] else "",
+        f"{sent / 1e9:.1f}" if seen else "",
         f"{speed['seconds'] * record['accumulation']:.2f}",
-        speed["limit"],
+        speed["limit"] if seen else "arithmetic alone",
         f"{speed['samples_per_second']:.0f}",
         f"{speed['days']:.2f}",
         f"{speed['chip_hours']:.0f}",

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from configs import stage3_instruction
-from xllm_jax import build, train
+from xllm_jax import build, divergence, telemetry, train
 from xllm_jax.core import mesh, rules
 from xllm_jax.core.batch import Batch, zeros
 from xllm_jax.core.stage import Optimizer
@@ -77,7 +77,8 @@ def initial_state(made, xllm, device_mesh):
     shardings = jax.tree.map(lambda x: x.sharding, like.optimizer)
     moments = jax.jit(optimizer.init, out_shardings=shardings)(trainable)
     step = jax.device_put(np.zeros((), np.int32), like.step.sharding)
-    return train.State(step, trainable, frozen, moments), optimizer
+    guard = jax.device_put(divergence.initial_guard(made.divergence), step.sharding)
+    return train.State(step, trainable, frozen, moments, guard), optimizer
 
 
 def train_steps(made, rows: slice, count: int) -> list[dict[str, float]]:
@@ -89,7 +90,7 @@ def train_steps(made, rows: slice, count: int) -> list[dict[str, float]]:
     with jax.set_mesh(device_mesh):
         for _ in range(count):
             state, metrics = step(state, mesh.to_global(device_mesh, own))
-            found.append({name: float(value) for name, value in metrics.items()})
+            found.append(telemetry.means([jax.device_get(metrics)]))
     return found
 
 

@@ -17,7 +17,7 @@ from unittest import mock
 import jax
 import small_stage
 
-from xllm_jax import train
+from xllm_jax import loop
 from xllm_jax.core import mesh
 
 HALF = 3
@@ -36,7 +36,7 @@ def fit(axes, count, workdir, **options):
     """Trains on the first `count` devices."""
     make = functools.partial(mesh.make, devices=jax.devices()[:count])
     with mock.patch.object(mesh, "make", make):
-        train.fit(stage(sys.argv[2], mesh=axes), workdir, **options)
+        loop.fit(stage(sys.argv[2], mesh=axes), workdir, **options)
 
 
 def main():

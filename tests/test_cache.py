@@ -208,7 +208,7 @@ def test_checksums_on_disk_are_those_in_memory(tmp_path, monkeypatch):
             sums = [int(value) for value in checksum._on_devices(jax.numpy.asarray(leaf))]
             assert wanted[path].endswith(f"{leaf.dtype} {sums}")
     swapped = {"part": tree["part"] | {"a": tree["part"]["a"][::-1]}}
-    assert checksum.identity(swapped) != checkpoint.identity(tree)
+    assert checksum.identity(swapped) != checksum.identity(tree)
     assert check.base({}, checksum.of_tree(tree)) == {"part": checksum.identity(tree["part"])}
 
 

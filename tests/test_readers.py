@@ -16,7 +16,7 @@ import reader_fixtures as fixtures
 from small_stage import TOKENIZER
 
 from configs import stage1_speech, stage3_instruction
-from xllm_jax import build, train
+from xllm_jax import build, divergence, train
 from xllm_jax.audit import audit
 from xllm_jax.core import find, mesh, rules
 from xllm_jax.core.errors import UserError
@@ -149,7 +149,8 @@ class Trainer:
             for path, x in rules.flatten(build.shapes(model)).items()
         }
         trainable, frozen = rules.split(stage.trainable, rules.unflatten(drawn))
-        state = train.State(np.zeros((), np.int32), trainable, frozen, optimizer.init(trainable))
+        moments, guard = optimizer.init(trainable), divergence.initial_guard(stage.divergence)
+        state = train.State(np.zeros((), np.int32), trainable, frozen, moments, guard)
         self.state = jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), state, like)
         self._step = train.jitted(stage, model, optimizer, like)
 

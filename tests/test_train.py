@@ -107,7 +107,7 @@ def test_a_checkpoint_goes_on_on_other_meshes(whole, tmp_path):
         capture_output=True, text=True, cwd=small_stage.ROOT, env=environment, timeout=3 * SECONDS,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    train.fit(restore_check.stage(whole), tmp_path / "half")
+    loop.fit(restore_check.stage(whole), tmp_path / "half")
     reference = small_stage.curve(whole)
     for name in ("half", *restore_check.OTHERS):
         losses = small_stage.curve(tmp_path / name)

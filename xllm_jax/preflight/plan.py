@@ -31,6 +31,7 @@ class Plan:
       fits: whether that is less than the chip has; what nothing was compiled for is arithmetic.
       compiled: whether the figures come from a compiled program.
       flops, minimum: FLOPs that a micro-step does and needs, over all chips.
+      readable: whether the program could be read; if not, traffic and collectives are unknown.
       traffic: bytes one chip moves in its memory.
       collectives: every collective of the program.
       parameters, temporaries: (name, bytes) of the largest tensors on a chip.
@@ -45,6 +46,7 @@ class Plan:
     compiled: bool
     flops: float
     minimum: float
+    readable: bool = True
     traffic: int = 0
     collectives: tuple[Collective, ...] = ()
     parameters: tuple[tuple[str, int], ...] = ()
@@ -136,7 +138,19 @@ def make(stage: Stage, target: Target) -> Plan:
         account = memory.account(lowered.state, lowered.batch, wanted)
         spent = time.process_time() - started
         return Plan(**common, memory=account, fits=False, compiled=True, seconds=spent)
-    return from_compiled(compiled, lowered, common, time.process_time() - started)
+    seconds = time.process_time() - started
+    return from_compiled(compiled, lowered, common, seconds)
+
+
+def read(compiled: Any) -> hlo.Program | None:
+    """The program's text, parsed; None where it cannot be read.
+
+    The text of a step for v5p holds an instruction that jaxlib 0.10 refuses to read again.
+    """
+    try:
+        return hlo.parse(compiled.as_text())
+    except jax.errors.JaxRuntimeError:
+        return None
 
 
 def counts(lowered: Lowered) -> dict[str, float]:
@@ -150,7 +164,7 @@ def counts(lowered: Lowered) -> dict[str, float]:
 
 def from_compiled(compiled: Any, lowered: Lowered, common: dict[str, Any], seconds: float) -> Plan:
     """The account of a compiled step."""
-    program, used = hlo.parse(compiled.as_text()), compiled.memory_analysis()
+    program, used = read(compiled), compiled.memory_analysis()
     target = common["target"]
     account = memory.account(
         lowered.state, lowered.batch, used.temp_size_in_bytes, used.generated_code_size_in_bytes
@@ -160,9 +174,10 @@ def from_compiled(compiled: Any, lowered: Lowered, common: dict[str, Any], secon
         memory=account,
         fits=target.kind == "local" or account.total <= target.chip.memory,
         compiled=True,
-        traffic=roofline.traffic(program),
-        collectives=tuple(collectives.find(program, target.chips)),
-        temporaries=tuple(memory.largest_temporaries(program, LISTED)),
+        readable=program is not None,
+        traffic=roofline.traffic(program) if program else 0,
+        collectives=tuple(collectives.find(program, target.chips)) if program else (),
+        temporaries=tuple(memory.largest_temporaries(program, LISTED)) if program else (),
         seconds=seconds,
     )
 
