@@ -43,13 +43,6 @@ def rows(
       source: what the tensors' names start with (`prefix_of` tells).
       target: what our paths start with.
     """
-    old, new = f"{source}encoder.layers.{{layer}}", f"{target}layers"
-    layers, attention = tuple(range(depth)), f"{old}.self_attn"
-    projections = [
-        row
-        for letter, name in (("q", "query"), ("k", "key"), ("v", "value"))
-        for row in heads_in(f"{attention}.{letter}_proj", f"{new}/attention/{name}", heads, layers)
-    ]
     return (
         *_tables(
             f"{source}embeddings.class_embedding",
@@ -59,8 +52,41 @@ def rows(
         ),
         *norm(f"{source}pre_layrnorm", f"{target}norm_before"),
         *norm(f"{source}post_layernorm", f"{target}norm_behind"),
+        *stack(f"{source}encoder.layers", f"{target}layers", depth, heads),
+    )
+
+
+def openai_rows(depth: int, heads: int, *, target: str = "") -> tuple[Row, ...]:
+    """Table of the original names, where query, key and value share one tensor."""
+    return (
+        *_tables(
+            "visual.class_embedding", "visual.positional_embedding", "visual.conv1.weight", target
+        ),
+        *norm("visual.ln_pre", f"{target}norm_before"),
+        *norm("visual.ln_post", f"{target}norm_behind"),
+        *openai_stack("visual.transformer.resblocks", f"{target}layers", depth, heads),
+    )
+
+
+def stack(source: str, new: str, depth: int, heads: int) -> tuple[Row, ...]:
+    """Rows of the blocks of either tower of Hugging Face's files.
+
+    Args:
+      source: what stands before a layer's number, such as 'vision_model.encoder.layers'.
+      new: of ours, such as 'layers'.
+      depth, heads: sizes of the tower.
+    """
+    old, layers = f"{source}.{{layer}}", tuple(range(depth))
+    projections = [
+        row
+        for letter, name in (("q", "query"), ("k", "key"), ("v", "value"))
+        for row in heads_in(
+            f"{old}.self_attn.{letter}_proj", f"{new}/attention/{name}", heads, layers
+        )
+    ]
+    return (
         *projections,
-        *heads_out(f"{attention}.out_proj", f"{new}/attention/out", heads, layers),
+        *heads_out(f"{old}.self_attn.out_proj", f"{new}/attention/out", heads, layers),
         *norm(f"{old}.layer_norm1", f"{new}/attention_norm", layers),
         *norm(f"{old}.layer_norm2", f"{new}/feed_forward_norm", layers),
         *linear(f"{old}.mlp.fc1", f"{new}/feed_forward/up", layers),
@@ -68,10 +94,9 @@ def rows(
     )
 
 
-def openai_rows(depth: int, heads: int, *, target: str = "") -> tuple[Row, ...]:
-    """Table of the original names, where query, key and value share one tensor."""
-    old, new = "visual.transformer.resblocks.{layer}", f"{target}layers"
-    layers, sizes = tuple(range(depth)), (("h", heads),)
+def openai_stack(source: str, new: str, depth: int, heads: int) -> tuple[Row, ...]:
+    """Rows of the blocks of either tower by the original names; arguments as of `stack`."""
+    old, layers, sizes = f"{source}.{{layer}}", tuple(range(depth)), (("h", heads),)
     projections = [
         Row(
             f"{old}.attn.in_proj_{kind}",
@@ -88,11 +113,6 @@ def openai_rows(depth: int, heads: int, *, target: str = "") -> tuple[Row, ...]:
         )
     ]
     return (
-        *_tables(
-            "visual.class_embedding", "visual.positional_embedding", "visual.conv1.weight", target
-        ),
-        *norm("visual.ln_pre", f"{target}norm_before"),
-        *norm("visual.ln_post", f"{target}norm_behind"),
         *projections,
         *heads_out(f"{old}.attn.out_proj", f"{new}/attention/out", heads, layers),
         *norm(f"{old}.ln_1", f"{new}/attention_norm", layers),

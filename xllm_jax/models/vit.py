@@ -27,17 +27,20 @@ class Attention(nn.Module):
     dtype: Any = jnp.float32
     implementation: str | None = None
     key_bias: bool = False
+    causal: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Maps `[batch, tokens, width]` to the same shape; all tokens see each other."""
+        """Maps `[batch, tokens, width]` to the same shape; `causal` hides what comes later."""
         width = x.shape[-1]
         shape = (self.heads, width // self.heads)
         split = dict(features=shape, dtype=self.dtype, tensor_axis=0)
         query = layers.Dense(**split, name="query")(x)
         key = layers.Dense(**split, use_bias=self.key_bias, name="key")(x)
         value = layers.Dense(**split, name="value")(x)
-        mixed = layers.attend(query, key, value, implementation=self.implementation)
+        tokens = x.shape[1]
+        mask = jnp.tri(tokens, dtype=bool)[None, None] if self.causal else None
+        mixed = layers.attend(query, key, value, mask, implementation=self.implementation)
         return layers.Dense(width, inputs=2, dtype=self.dtype, name="out")(mixed)
 
 
@@ -51,16 +54,15 @@ class Block(nn.Module):
     implementation: str | None
     train: bool
     key_bias: bool = False
+    causal: bool = False
     activation: Callable[[Array], Array] = layers.gelu_exact
 
     @nn.compact
     def __call__(self, x: Array, drop: Array | None) -> tuple[Array, None]:
         """Maps `[batch, tokens, width]`; `drop` is the layer's drop-path rate, or None."""
         y = layers.LayerNorm(self.epsilon, self.dtype, name="attention_norm")(x)
-        attention = Attention(
-            self.heads, self.dtype, self.implementation, self.key_bias, name="attention"
-        )
-        y = attention(y)
+        options = (self.dtype, self.implementation, self.key_bias, self.causal)
+        y = Attention(self.heads, *options, name="attention")(y)
         x = x + self._drop_path(y, drop)
         y = layers.LayerNorm(self.epsilon, self.dtype, name="feed_forward_norm")(x)
         feed_forward = layers.FeedForward(

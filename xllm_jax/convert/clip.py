@@ -1,0 +1,140 @@
+"""CLIP as a whole, as Hugging Face and as OpenAI name it, to `models/clip.py`.
+
+The vision tower's rows are those of `clip_vision.py`. Reads folders of `CLIPModel`, and OpenAI's
+own .pt files. The tokenizer's files are copied beside the base where the folder has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from xllm_jax.convert import Drop, Plan, Row, clip_vision, mount, sizes
+from xllm_jax.convert.bert import norm
+from xllm_jax.convert.files import Checkpoint
+from xllm_jax.core.errors import UserError
+from xllm_jax.models.clip import SIZES, Clip
+
+PART = "clip"
+TEXT = {
+    clip_vision.PUBLISHED: "text_model.final_layer_norm.weight",
+    clip_vision.OPENAI: "ln_final.weight",
+}
+"""The tensor that tells the text tower's layout, by that of the vision tower."""
+TOKENIZER = (
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
+ACTIVATION = "quick_gelu"
+OLD_END = 2  # written by transformers before 4.31; it reads the place of the largest id then
+NEW_END = 49407  # what transformers supposes where a file says nothing
+DROP = tuple(
+    Drop(pattern, reason)
+    for pattern, reason in (
+        (r".*embeddings\.position_ids", "the numbers 0, 1, 2 …"),
+        (r"logit_scale", "the temperature of CLIP's loss"),
+        (r"input_resolution|context_length|vocab_size", "a size, not a parameter"),
+    )
+)
+
+
+def rows(vision: Mapping[str, Any], text: Mapping[str, Any]) -> tuple[Row, ...]:
+    """Table of Hugging Face's files; fields of the towers as of `Clip`."""
+    old = "text_model."
+    return (
+        *clip_vision.rows(vision["depth"], vision["heads"], target="vision/"),
+        Row("visual_projection.weight", "vision_projection/kernel", "o i -> i o"),
+        Row(f"{old}embeddings.token_embedding.weight", "text/embeddings/words"),
+        Row(f"{old}embeddings.position_embedding.weight", "text/embeddings/positions"),
+        *clip_vision.stack(f"{old}encoder.layers", "text/layers", text["depth"], text["heads"]),
+        *norm(f"{old}final_layer_norm", "text/norm_behind"),
+        Row("text_projection.weight", "text_projection/kernel", "o i -> i o"),
+    )
+
+
+def openai_rows(vision: Mapping[str, Any], text: Mapping[str, Any]) -> tuple[Row, ...]:
+    """Table of the original names; arguments as of `rows`."""
+    stack = clip_vision.openai_stack
+    return (
+        *clip_vision.openai_rows(vision["depth"], vision["heads"], target="vision/"),
+        Row("visual.proj", "vision_projection/kernel"),
+        Row("token_embedding.weight", "text/embeddings/words"),
+        Row("positional_embedding", "text/embeddings/positions"),
+        *stack("transformer.resblocks", "text/layers", text["depth"], text["heads"]),
+        *norm("ln_final", "text/norm_behind"),
+        Row("text_projection", "text_projection/kernel"),
+    )
+
+
+def table(mark: str, size: Mapping[str, Any]) -> tuple[Row, ...]:
+    """The table of the layout that has the tensor `mark`, a key of TEXT; fields as of `Clip`."""
+    chosen = openai_rows if mark == clip_vision.OPENAI else rows
+    return chosen(size["vision_fields"], size["text_fields"])
+
+
+def recognise(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint holds both towers of CLIP."""
+    return any(vision in checkpoint and text in checkpoint for vision, text in TEXT.items())
+
+
+def options(checkpoint: Checkpoint | None, size: str) -> dict[str, Any]:
+    """How the file names its tensors, and the sizes.
+
+    Args:
+      checkpoint: the file; None exports a base of our own under the published names.
+      size: a row of `models/clip.py`'s SIZES; '' reads the sizes off the file.
+
+    Raises:
+      UserError: an unknown size, or another activation than CLIP's.
+    """
+    if checkpoint is None:
+        return {"mark": clip_vision.PUBLISHED, "sizes": sizes.row(SIZES, size)}
+    mark = next(one for one, text in TEXT.items() if one in checkpoint and text in checkpoint)
+    for kind in ("text_config", "vision_config"):
+        found = checkpoint.config().get(kind, {}).get("hidden_act", ACTIVATION)
+        if found != ACTIVATION:
+            what = f"{kind} has the activation {found!r}, this network {ACTIVATION!r}"
+            mend = "Give one of OpenAI's models, such as openai/clip-vit-base-patch16"
+            raise UserError(what, field=str(checkpoint.path), mend=mend)
+    row = sizes.row(SIZES, size) if size else _sizes(checkpoint, mark)
+    return {"mark": mark, "sizes": row}
+
+
+def plan(options: Mapping[str, Any]) -> Plan:
+    """The part 'clip' of one layout and size."""
+    made, rows = Clip(**options["sizes"]), table(options["mark"], options["sizes"])
+    shapes = {PART: sizes.shapes_of(made)}
+    return Plan(table=mount(PART, rows), shapes=shapes, drop=DROP, beside=TOKENIZER)
+
+
+def _sizes(checkpoint: Checkpoint, mark: str) -> dict[str, Any]:
+    """Fields of `Clip` from a file's shapes; heads and end from a config.json, or as published."""
+    one = {"depth": 1, "heads": 1}
+    first_layer = table(mark, {"vision_fields": one, "text_fields": one})
+    source = {row.target: row.source for row in first_layer}
+
+    def axis(target: str, number: int) -> int:
+        return sizes.axis(checkpoint, source[target].replace("{layer}", "0"), number)
+
+    config = checkpoint.config().get("text_config", {})
+    width = axis("text/embeddings/words", 1)
+    start, end = source["text/layers/attention_norm/scale"].split("{layer}")
+    ending = config.get("eos_token_id", NEW_END) if mark != clip_vision.OPENAI else OLD_END
+    text = dict(
+        vocabulary=axis("text/embeddings/words", 0),
+        positions=axis("text/embeddings/positions", 0),
+        width=width,
+        depth=sum(name.startswith(start) and name.endswith(end) for name in checkpoint),
+        heads=config.get("num_attention_heads") or max(1, width // clip_vision.HEAD_WIDTH),
+        hidden=axis("text/layers/feed_forward/up/bias", 0),
+        end=None if ending == OLD_END else ending,
+    )
+    projection = next(row for row in first_layer if row.target == "text_projection/kernel")
+    return dict(
+        vision_fields=clip_vision.options(checkpoint, "")["sizes"],
+        text_fields=text,
+        shared=axis("text_projection/kernel", 0 if projection.pattern else 1),
+    )

@@ -1,0 +1,120 @@
+"""The text tower of CLIP (arXiv 2103.00020): one vector per caption.
+
+The vision tower's blocks, in which a token sees none that comes later, over word and position
+tables; a norm behind them, and the vector of the token that ends the text. CLIP's projection into
+the space that it shares with images is in `clip.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import PartitionSpec
+
+from xllm_jax.models import layers, vit
+
+Array = jax.Array
+
+
+class ClipText(nn.Module):
+    """Token ids to one vector per text.
+
+    Attributes:
+      vocabulary, positions: rows of the tables; `positions` is the longest text in tokens.
+      width, depth, heads, hidden: sizes of the stack (`hidden`: feed-forward).
+      end: id of the token that ends a text, whose first place counts; None takes the place of the
+        largest id, as the original does (there, the end has the largest id of all).
+      attention: implementation of `layers.attend`.
+      remat: row of `layers.REMAT`.
+      unroll: blocks per scan step.
+    """
+
+    vocabulary: int = 49408
+    positions: int = 77
+    width: int = 512
+    depth: int = 12
+    heads: int = 8
+    hidden: int = 2048
+    epsilon: float = 1e-5
+    end: int | None = None
+    attention: str | None = None
+    dtype: Any = jnp.float32
+    remat: str = "none"
+    unroll: int = 1
+
+    def example(self) -> tuple[Array]:
+        """Arguments for `init`."""
+        return (jnp.zeros((1, self.positions), jnp.int32),)
+
+    @nn.compact
+    def __call__(self, ids: Array) -> Array:
+        """Encodes texts.
+
+        Args:
+          ids: `[batch, tokens]` int32, at most `positions` of them. What stands behind the end is
+            never seen.
+
+        Returns:
+          `[batch, width]` in `dtype`; of a text without an end, its first token's vector.
+        """
+        x = Embeddings(self.vocabulary, self.positions, self.width, self.dtype, name="embeddings")(
+            ids
+        )
+        stack = layers.stack(
+            vit.Block, self.depth, broadcast=1, remat=self.remat, unroll=self.unroll
+        )
+        x, _ = stack(
+            heads=self.heads,
+            hidden=self.hidden,
+            epsilon=self.epsilon,
+            dtype=self.dtype,
+            implementation=self.attention,
+            train=False,
+            key_bias=True,
+            causal=True,
+            activation=layers.gelu_quick,
+            name="layers",
+        )(x, None)
+        place = ends(ids, self.end)[:, None, None]
+        pooled = jnp.take_along_axis(x, place, axis=1)[:, 0]
+        return layers.LayerNorm(self.epsilon, self.dtype, name="norm_behind")(pooled)
+
+
+class Embeddings(nn.Module):
+    """Word and position tables."""
+
+    vocabulary: int
+    positions: int
+    width: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, ids: Array) -> Array:
+        """`[batch, tokens]` int32 to `[batch, tokens, width]`."""
+        initial = layers.truncated_normal()
+        words = self.param("words", initial, (self.vocabulary, self.width), jnp.float32)
+        places = self.param("positions", initial, (self.positions, self.width), jnp.float32)
+        return (words[ids] + places[: ids.shape[1]]).astype(self.dtype)
+
+
+def ends(ids: Array, end: int | None) -> Array:
+    """Where texts end: `[batch]` int32, of ids `[batch, tokens]` and `ClipText.end`."""
+    return jnp.argmax(ids if end is None else ids == end, axis=-1).astype(jnp.int32)
+
+
+SIZES = {
+    # openai/clip-vit-base-patch16.
+    "real": dict(vocabulary=49408, positions=77, width=512, depth=12, heads=8, hidden=2048),
+    "tiny": dict(vocabulary=512, positions=32, width=96, depth=4, heads=4, hidden=384),
+}
+
+SHARDING = (
+    (r"(.*/)?embeddings/words", PartitionSpec("tensor", "fsdp")),
+    (r"(.*/)?embeddings/positions", PartitionSpec(None, "fsdp")),
+    (r"(.*/)?layers/attention/key/bias", PartitionSpec(None, "tensor")),
+    (r"(.*/)?norm_behind/(scale|bias)", PartitionSpec()),
+    *vit.SHARDING,
+)
