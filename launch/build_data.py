@@ -3,14 +3,15 @@
     python launch/build_data.py --recipe=vsdial_cn --input=visdial --output=vsdial_cn \
         --translator=mbart-large-50-many-to-many-mmt [--images=coco]
     python launch/build_data.py --recipe=similar --reader=wukong --input=wukong --output=alike \
-        --scores=FILE [--threshold=0.45]
+        (--clip=bases/clip [--tokenizer=FOLDER] | --scores=FILE) [--threshold=0.45]
     python launch/build_data.py --recipe=instructions --input=data --output=data/instructions \
         [--counts=aishell2=2000] [--seed=0]
     python launch/build_data.py --recipe=resampled --input=aishell2 --output=aishell2_16k
     python launch/build_data.py --recipe=questions --input=visdial --output=texts
 
 The recipe's docstring says what it reads and writes. The same command continues after an
-interruption. Needs: pip install -e '.[prepare]'; --translator needs '.[prepare,convert]'.
+interruption. Needs: pip install -e '.[prepare]', except similar without --beam and --workers;
+--translator needs '.[prepare,convert]'.
 """
 
 from __future__ import annotations
@@ -35,6 +36,11 @@ OUTPUT = flags.DEFINE_string("output", None, "Folder of what is built.")
 WORKERS = flags.DEFINE_integer("workers", 0, "Local processes; 0 works in this one.", 0)
 BEAM = flags.DEFINE_multi_string("beam", [], "A pipeline option of Beam; may be repeated.")
 
+THRESHOLD_HELP = (
+    "similar: least similarity that is kept; the paper's 0.45 by default. In OpenAI's CLIP, "
+    "cosines of pairs that fit lie about 0.25 to 0.35: look at OUTPUT/SPLIT_scores.npy and choose."
+)
+
 # Not given, they keep the recipe's defaults; given, the recipe must know them.
 OWN = (
     flags.DEFINE_string("split", None, "Split of the source."),
@@ -45,7 +51,10 @@ OWN = (
     flags.DEFINE_string("reader", None, "similar: a file of xllm_jax/data/sources."),
     flags.DEFINE_string("options", None, "similar: options of the reader, as JSON."),
     flags.DEFINE_string("scores", None, "similar: file of similarities."),
-    flags.DEFINE_float("threshold", None, "similar: least similarity that is kept."),
+    flags.DEFINE_string("clip", None, "similar: base of CLIP that computes similarities."),
+    flags.DEFINE_string("tokenizer", None, "similar: folder of CLIP's; else the base has it."),
+    flags.DEFINE_integer("batch", None, "similar: pairs that CLIP looks at together.", 1),
+    flags.DEFINE_float("threshold", None, THRESHOLD_HELP),
     flags.DEFINE_string("sources", None, "instructions: JSON file, {name: {reader, path, …}}."),
     flags.DEFINE_multi_string("counts", None, "instructions: NAME=RECORDS; may be repeated."),
     flags.DEFINE_string("instructions", None, "instructions: JSON file, {task: [text, …]}."),

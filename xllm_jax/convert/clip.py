@@ -29,7 +29,7 @@ TOKENIZER = (
     "special_tokens_map.json",
 )
 ACTIVATION = "quick_gelu"
-OLD_END = 2  # written by transformers before 4.31; it reads the place of the largest id then
+OLD_END = 2  # a wrong number of old files, which transformers takes for the largest id
 NEW_END = 49407  # what transformers supposes where a file says nothing
 DROP = tuple(
     Drop(pattern, reason)

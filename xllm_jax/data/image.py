@@ -1,7 +1,8 @@
 """Image files to normalised arrays, as BLIP-2's processors make them (`blip_processors.py`).
 
-Training crops a random box and may mirror it; evaluation squashes the whole image into a square.
-Pillow's bicubic filter with antialiasing does the resizing in both.
+Training crops a random box and may mirror it; evaluation squashes the whole image into a square;
+CLIP, whose mean and deviation these are, wants the central square. Pillow's bicubic filter with
+antialiasing does the resizing in all of them.
 """
 
 from __future__ import annotations
@@ -91,6 +92,19 @@ def resize(picture: Image.Image, size: int) -> np.ndarray:
     return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC))
 
 
+def centre(picture: Image.Image, size: int) -> np.ndarray:
+    """Short side to `size`, then the central square, `[size, size, 3]` uint8: CLIP's preparation.
+
+    As `CLIPImageProcessor` of transformers cuts it. torchvision, and with it `video.centre`, starts
+    one pixel later where the margin is three more than a multiple of four.
+    """
+    short = min(picture.size)
+    width, height = (int(size * side / short) for side in picture.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    resized = picture.resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(resized.crop((left, top, left + size, top + size)))
+
+
 def augment(
     picture: Image.Image, size: int, box: tuple[int, int, int, int] | None, flip: bool
 ) -> np.ndarray:
@@ -137,7 +151,7 @@ def crop_box(
 
 
 def normalise(pixels: np.ndarray) -> np.ndarray:
-    """`[..., 3]` uint8 to float32 with BLIP-2's mean and standard deviation."""
+    """`[..., 3]` uint8 to float32 with BLIP-2's (and CLIP's) mean and standard deviation."""
     width = pixels.shape[-2]
     # Over whole lines: NumPy is five times slower where it repeats three numbers for every pixel.
     lines = pixels.reshape(*pixels.shape[:-2], 3 * width).astype(np.float32)

@@ -1,13 +1,16 @@
 """Image-text pairs whose image and caption CLIP finds alike, as the paper filtered Wukong.
 
+    OUTPUT/scores/                              with `clip`: what it has computed so far
     OUTPUT/SPLIT_scores.npy                     `[records]` float32: the similarity of every record
                                                 of the source, NaN where it cannot be read
     OUTPUT/selection.json, OUTPUT/SPLIT.npy     those that are kept, for the reader 'selection'
     OUTPUT/SPLIT_similar.json                   the counts
 
-Scores come from a file, any model's: the paper filters by CLIP at 0.45, its repository by
-Chinese-CLIP at 0.475. Nothing is copied: train on OUTPUT with the reader 'selection', or prepare
-shards of it.
+Scores are cosines that a CLIP of ours computes, or come from a file, any model's: the paper filters
+by CLIP at 0.45, its repository by Chinese-CLIP at 0.475. In OpenAI's models, cosines of pairs that
+fit lie about 0.25 to 0.35, so that the paper's number presumably is of another scale; no score is
+rescaled here. Nothing is copied: train on OUTPUT with the reader 'selection', or prepare shards of
+it.
 """
 
 from __future__ import annotations
@@ -23,17 +26,24 @@ from xllm_jax.core.stage import Source
 from xllm_jax.data import stream
 from xllm_jax.data.lazy import Lines, Rows
 from xllm_jax.data.sources import layout
-from xllm_jax.prepare import pick, plan, transforms
+from xllm_jax.prepare import pick, plan, runner, transforms
+
+CHUNK = 1 << 16  # records that a worker of Beam looks at together
 
 
 def build(
     input: str,
     output: str,
     reader: str,
-    scores: str,
+    scores: str = "",
     split: str = "train",
     options: dict[str, Any] | None = None,
     threshold: float = transforms.THRESHOLD,
+    clip: str = "",
+    tokenizer: str = "",
+    batch: int = 256,
+    beam: Sequence[str] = (),
+    workers: int = 0,
 ) -> dict[str, Any]:
     """Keeps the pairs of one split that are alike enough.
 
@@ -41,36 +51,108 @@ def build(
       input: where the source lies.
       output: folder of the list.
       reader: of the source.
-      split: of the source.
-      options: of the reader.
       scores: file of similarities: .npy `[records]` in the reader's order; .jsonl of
         {"key", "similarity"}; or .tsv (.txt) of key, tab, similarity.
+      split: of the source.
+      options: of the reader.
       threshold: least similarity that is kept: the paper's 0.45 by default.
+      clip: in the place of `scores`, a base of CLIP that computes them.
+      tokenizer: folder of CLIP's tokenizer, where the base has none.
+      batch: pairs that CLIP looks at together.
+      beam, workers: as of `runner.options`; where one is given, Beam filters, otherwise NumPy does,
+        which on one machine is the faster.
 
     Returns:
-      {'records', 'kept', 'unknown' (without a score), 'threshold'}.
+      {'records', 'kept', 'unknown' (without a score), 'threshold'}, and with `clip` 'reasons', {why
+      there is none: count}.
 
     Raises:
-      UserError: no such file, nothing that is kept.
+      UserError: no scores or two kinds of them, no such file, nothing that is kept.
     """
-    source = Source(reader, input, split, options or {})
-    known = read(scores, stream.read(reader, source, ""))
-    kept = np.flatnonzero(known >= np.float32(threshold))  # NaN is not
+    if bool(scores) == bool(clip):
+        what = "one of --scores and --clip is needed" + (", not both" if clip else "")
+        raise UserError(what, field="--scores", mend="--clip=bases/clip computes scores")
+    source, about = Source(reader, input, split, options or {}), {}
+    if clip:
+        known, about = computed(source, output, clip, tokenizer, batch)
+    else:
+        known = read(scores, stream.read(reader, source, ""))
+    file = Path(output) / f"{split}_scores.npy"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pick.save(file, known)
+    kept = alike(file, threshold, beam, workers)
+    unknown = int(np.isnan(known).sum())
+    counts = {"records": len(known), "kept": len(kept), "unknown": unknown, "threshold": threshold}
+    write(output, source, kept, counts | about)
+    return counts | about
+
+
+def computed(
+    source: Source, output: str, clip: str, tokenizer: str, batch: int
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """(cosines `[records]` float32, {'reasons': …}); arguments and counts as of `build`."""
+    from xllm_jax.prepare import score  # with all networks, which scores of a file do not need
+
+    known, reasons = score.run(source, f"{output}/scores", score.Scorer(clip, tokenizer), batch)
+    return known, {"reasons": dict(reasons.most_common())}
+
+
+def write(output: str, source: Source, kept: np.ndarray, counts: dict[str, Any]) -> None:
+    """Writes the list of what is kept, and the counts."""
+    rows = np.stack([np.zeros_like(kept), kept, np.full_like(kept, -1)], axis=1)
+    pick.write(output, source.split, {source.reader: source}, rows)
+    plan.write(Path(output) / f"{source.split}_similar.json", counts)
+
+
+def alike(file: Path, threshold: float, beam: Sequence[str] = (), workers: int = 0) -> np.ndarray:
+    """Places of the scores in a file that are high enough: `[kept]` int64, ascending.
+
+    Args:
+      file: .npy `[records]` float32; NaN is never high enough.
+      threshold: least score.
+      beam, workers: as of `build`.
+
+    Raises:
+      UserError: none is.
+    """
+    least = np.float32(threshold)
+    known = np.load(file, mmap_mode="r")
+    if beam or workers:
+        kept = _by_beam(file, least, beam, workers)
+    else:
+        kept = np.flatnonzero(known >= least)
     if not len(kept):
         best = "no scores" if np.isnan(known).all() else f"the most is {np.nanmax(known):.3f}"
         raise UserError(f"keeps nothing ({best})", field="--threshold", mend="Lower it")
-    Path(output).mkdir(parents=True, exist_ok=True)
-    pick.save(Path(output) / f"{split}_scores.npy", known)
-    rows = np.stack([np.zeros_like(kept), kept, np.full_like(kept, -1)], axis=1)
-    pick.write(output, split, {reader: source}, rows)
-    counts = {
-        "records": len(known),
-        "kept": len(kept),
-        "unknown": int(np.isnan(known).sum()),
-        "threshold": threshold,
-    }
-    plan.write(Path(output) / f"{split}_similar.json", counts)
-    return counts
+    return kept
+
+
+def _by_beam(file: Path, least: np.float32, beam: Sequence[str], workers: int) -> np.ndarray:
+    listed = file.with_name(f"{file.stem}_kept.json")
+
+    def keep(starts: Any) -> Any:
+        import apache_beam
+
+        pairs = starts | "scores" >> apache_beam.FlatMap(Chunk(str(file)))
+        kept = transforms.similar(pairs, float(least))
+        return kept | "places" >> apache_beam.Map(lambda one: one["place"])
+
+    starts = range(0, len(np.load(file, mmap_mode="r")), CHUNK)
+    found = runner.collected(starts, keep, listed, beam, workers)
+    listed.unlink()
+    return np.sort(np.asarray(found, np.int64))
+
+
+class Chunk:
+    """Reads some scores of a file."""
+
+    def __init__(self, file: str):
+        self._file = file
+
+    def __call__(self, start: int) -> list[dict[str, Any]]:
+        """[{'place', 'similarity'}] from one place on."""
+        known = np.load(self._file, mmap_mode="r")[start : start + CHUNK]
+        return [{"place": start + i, "similarity": float(x)} for i, x in enumerate(known)]
 
 
 def read(scores: str, found: Sequence[Any]) -> np.ndarray:

@@ -1,0 +1,220 @@
+"""How alike CLIP finds the image and the caption of every record: computed here, on all devices.
+
+    OUTPUT/clip.SPLIT.json              which CLIP and tokenizer the scores are of
+    OUTPUT/SPLIT.plan.json              of which source
+    OUTPUT/shards/SPLIT-00000.json      {'similarities': [number or null, …], 'rejects': [{'key',
+                                        'file', 'reason'}, …]} of some records, whole or not at all
+
+Images are decoded in threads while the devices compute. Products are of full float32 everywhere, so
+that a run that is continued on another kind of chip goes on with the same scores.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from xllm_jax.cache.write import ahead
+from xllm_jax.convert import clip as tables
+from xllm_jax.convert import record, sizes
+from xllm_jax.core import checkpoint, checksum, mesh, rules
+from xllm_jax.core.errors import UserError
+from xllm_jax.core.stage import Source
+from xllm_jax.data import image, stream
+from xllm_jax.data.example import Example
+from xllm_jax.data.tokenizer import ClipTokenizer
+from xllm_jax.models.clip import Clip
+from xllm_jax.prepare import plan as planning
+from xllm_jax.prepare.plan import Plan
+from xllm_jax.prepare.shard import checksum as file_checksum
+
+PER_SHARD = 4096  # records: what an interruption costs at most
+THREADS = 16
+
+Pair = tuple[np.ndarray, str]  # values `[side, side, 3]`, caption
+
+
+class Scorer:
+    """CLIP with its parameters on every device of this host.
+
+    Args:
+      base: folder that launch/convert.py --source=clip has written.
+      tokenizer: folder of its tokenizer; '' takes the base, which has it where the folder that was
+        converted had it.
+
+    Attributes:
+      side: of its images, in pixels.
+      identity: hash of everything that a score depends on besides the pair.
+
+    Raises:
+      UserError: no such base, or a tokenizer of another CLIP.
+    """
+
+    def __init__(self, base: str, tokenizer: str = ""):
+        made = record.read(base) if checkpoint.base_exists(base) else None
+        if made is None or made.source != tables.PART:
+            mend = "Make one: launch/convert.py --source=clip --input=clip-vit-base-patch16"
+            raise UserError("is no base of CLIP", field=base, mend=mend)
+        folder = tokenizer or base
+        self._model, self._tokenizer = Clip(**made.options["sizes"]), ClipTokenizer(folder)
+        self._check_tokenizer(folder)
+        self.side: int = self._model.vision_fields["image_size"]
+        files = [Path(folder) / name for name in tables.TOKENIZER]
+        known = {file.name: file_checksum(file) for file in files if file.is_file()}
+        self.identity = checksum.of_json([made.files, made.options, known])
+        self._mesh = mesh.make({"data": -1}, jax.local_devices())
+        self._params = self._load(base)
+        self._compute = jax.jit(lambda params, *pair: self._model.apply({"params": params}, *pair))
+
+    def __call__(self, values: np.ndarray, captions: Sequence[str]) -> jax.Array:
+        """Starts computing cosines `[pairs]` float32; the devices divide their number.
+
+        Args:
+          values: `[pairs, side, side, 3]` float32, normalised.
+          captions: of them.
+        """
+        ids = self._tokenizer.encode(captions, self._model.text_fields["positions"])
+        rows = NamedSharding(self._mesh, mesh.batch_spec())
+        with jax.set_mesh(self._mesh), jax.default_matmul_precision("float32"):
+            return self._compute(self._params, *(jax.device_put(x, rows) for x in (values, ids)))
+
+    def _load(self, base: str) -> dict:
+        everywhere = NamedSharding(self._mesh, PartitionSpec())
+        like = {
+            path: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=everywhere)
+            for path, x in rules.flatten({tables.PART: sizes.shapes_of(self._model)}).items()
+        }
+        found = checkpoint.load_leaves(base, tables.PART, like)
+        return rules.unflatten(found)[tables.PART]
+
+    def _check_tokenizer(self, folder: str) -> None:
+        text, has = self._model.text_fields, self._tokenizer
+        end = has.largest if text.get("end") is None else text["end"]
+        if has.largest >= text["vocabulary"] or has.end != end:
+            what = (
+                f"its ids reach {has.largest} and {has.end} ends a text, CLIP has "
+                f"{text['vocabulary']} and {end} ends one"
+            )
+            mend = "Give the tokenizer that the model was published with"
+            raise UserError(what, field=folder, mend=mend)
+
+
+def run(source: Source, output: str, scorer: Scorer, batch: int) -> tuple[np.ndarray, Counter[str]]:
+    """Scores every record of a source; what is done already is not done again.
+
+    Args:
+      source: of pairs.
+      output: folder of the scores.
+      scorer: of a pair.
+      batch: pairs computed at a time.
+
+    Returns:
+      (`[records]` float32, NaN where there is none; {why there is none: count}).
+
+    Raises:
+      UserError: nothing to read, or the folder holds scores of another source, CLIP or tokenizer.
+    """
+    plan = planning.make(source.reader, source, output, PER_SHARD, check=False)
+    _same_or_new(plan, scorer.identity)
+    todo = [shard for shard in range(plan.shards) if not plan.note(shard).is_file()]
+    if todo:
+        _shards(plan, todo, scorer, batch)
+    known, reasons = np.full(plan.records, np.nan, np.float32), Counter[str]()
+    for shard in range(plan.shards):
+        note, places = json.loads(plan.note(shard).read_text("utf-8")), plan.places(shard)
+        known[places.start : places.stop] = np.asarray(note["similarities"], np.float32)
+        reasons.update(one["reason"] for one in note["rejects"])
+    return known, reasons
+
+
+def pair(example: Example, side: int) -> Pair:
+    """The image of a record as CLIP sees it, `[side, side, 3]` float32, and its caption.
+
+    Raises:
+      UserError: not one image and one caption, or the image cannot be read.
+    """
+    example = stream.checked(example)
+    paths = [path for modality, path in example.media if modality == "image"]
+    if len(paths) != 1 or not example.answer.strip():
+        what = f"is no pair ({len(paths)} images, {len(example.answer)} letters of a caption)"
+        raise UserError(what, field=example.key)
+    try:
+        return image.normalise(image.centre(image.read(paths[0]), side)), example.answer
+    except UserError:
+        raise
+    except Exception as error:  # what foreign decoders raise on damaged files has no bounds
+        what = f"its decoder failed ({type(error).__name__}: {error})"
+        raise UserError(what, field=paths[0]) from error
+
+
+def _same_or_new(plan: Plan, identity: str) -> None:
+    file = Path(plan.output) / f"clip.{plan.source.split}.json"
+    if not file.is_file():
+        planning.write(file, {"identity": identity})
+    elif json.loads(file.read_text("utf-8"))["identity"] != identity:
+        what = "holds scores of another CLIP or tokenizer"
+        raise UserError(what, field=plan.output, mend="Choose another --output, or remove them")
+
+
+def _shards(plan: Plan, todo: Sequence[int], scorer: Scorer, batch: int) -> None:
+    batch = -(-batch // jax.local_device_count()) * jax.local_device_count()
+    places = itertools.chain.from_iterable(plan.places(shard) for shard in todo)
+    done = plan.records - sum(len(plan.places(shard)) for shard in todo)
+    read = functools.partial(_read, planning.examples(plan), scorer.side, plan.name)
+    plan.note(0).parent.mkdir(parents=True, exist_ok=True)
+    bar = tqdm(total=plan.records, initial=done, desc="CLIP", unit="pairs", dynamic_ncols=True)
+    with ThreadPoolExecutor(THREADS) as pool, bar:
+        decoded = ahead(pool, read, places, 2 * batch)
+        for shard in todo:
+            count = len(plan.places(shard))
+            found = list(_scores(itertools.islice(decoded, count), scorer, batch, bar))
+            scores = [None if isinstance(one, dict) else one for one in found]
+            rejects = [one for one in found if isinstance(one, dict)]
+            planning.write(plan.note(shard), {"similarities": scores, "rejects": rejects})
+
+
+def _read(found: Sequence[Example], side: int, name: str, place: int) -> Pair | dict[str, str]:
+    """A pair, or {'key', 'file', 'reason'} of what is none."""
+    try:
+        return pair(found[place], side)
+    except UserError as error:
+        return {"key": f"{name}[{place}]", "file": str(error.field), "reason": error.what}
+
+
+def _scores(
+    decoded: Iterable[Pair | dict[str, str]], scorer: Scorer, batch: int, bar: tqdm
+) -> Iterator[float | dict[str, str]]:
+    """Cosines in order, and rejects in their places; a batch is put together while one computes."""
+    decoded, under_way = iter(decoded), None
+    while True:
+        entries = list(itertools.islice(decoded, batch))
+        started = (entries, scorer(*_stacked(entries, scorer.side, batch))) if entries else None
+        if under_way:
+            rows = zip(under_way[0], np.asarray(under_way[1]))
+            yield from (one if isinstance(one, dict) else float(score) for one, score in rows)
+            bar.update(len(under_way[0]))
+        if not started:
+            return
+        under_way = started
+
+
+def _stacked(
+    entries: Sequence[Pair | dict[str, str]], side: int, batch: int
+) -> tuple[np.ndarray, list[str]]:
+    """One batch; rows of rejects and behind the end are empty."""
+    values, captions = np.zeros((batch, side, side, 3), np.float32), [""] * batch
+    for row, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            values[row], captions[row] = entry
+    return values, captions
