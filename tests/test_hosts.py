@@ -113,9 +113,9 @@ DIFFERENT = {
     ),
     "code": (
         "    sys.path.insert(0, {folder!r})\n"
-        "    fingerprint = startup.fingerprint.code\n"
+        "    fingerprint = loop.startup.fingerprint.code\n"
         "    edited = loop.Path({folder!r}) / 'xllm_jax'\n"
-        "    startup.fingerprint.code = lambda p: fingerprint(edited if INDEX else p)\n",
+        "    loop.startup.fingerprint.code = lambda p: fingerprint(edited if INDEX else p)\n",
         ["another code than host 0", "xllm_jax/core/optim.py is "],
     ),
     "data": (
