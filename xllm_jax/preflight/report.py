@@ -117,9 +117,7 @@ def _flops(plan: Plan) -> list[str]:
 def _collectives(plan: Plan) -> list[str]:
     rows = collectives.totals(list(plan.collectives))
     if not plan.readable:
-        return [
-            "collectives   unknown, as is memory traffic: jaxlib cannot read this program"
-        ]
+        return ["collectives   unknown, as is memory traffic: jaxlib cannot read this program"]
     return [
         f"{'collectives' if not number else '':13} {kind}: {row['count']:.0f}, "
         f"{row['bytes'] / 1e9:.3f} GB of results, {row['sent'] / 1e9:.3f} GB sent by a chip"
