@@ -46,11 +46,6 @@ def of_tree(tree: Mapping[str, Any]) -> dict[str, str]:
     return of_leaves(rules.flatten(tree))
 
 
-def of_array(leaf: Any) -> str:
-    """Checksum of an array on devices or on the host."""
-    return _written(leaf.shape, leaf.dtype, _start(leaf))
-
-
 def of_store(store: Any, dtype: Any) -> str:
     """Checksum of a leaf on disk as it would be in memory.
 

@@ -68,8 +68,8 @@ def blocked_shift(scores: Array, keys: int) -> Array:
 def by_blocks(query: Array, position: Array, block: int) -> Array:
     """Scores by distance, already by key, that never compute a distance which no key has.
 
-    The TPU compiler needs a quarter of an hour for the reshapes of `relative_shift` at 800 frames,
-    and half of the product in front of it is thrown away.
+    The TPU compiler is slow at the reshapes of `relative_shift` (docs/preflight.md), and half of
+    the product in front of it is thrown away.
 
     Args:
       query: `[batch, frames, heads, head_dim]` with its position bias.
