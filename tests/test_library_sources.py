@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 import types
@@ -79,6 +80,22 @@ def test_tfds_images(prepared):
         assert found[1].media[0][1] == "tiny_set/1.0.0/train[1].image"
         assert {example.task for example in found} == {"caption"}
     assert len(tfds.examples(str(prepared), "train[1:]", name="tiny_set", answer="title")) == 2
+
+
+def test_tfds_reads_a_set_of_the_catalogue_without_its_code(prepared, tmp_path, monkeypatch):
+    """The code of coco_captions needs TensorFlow; the files that it made do not."""
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    folder, old = tmp_path / "coco_captions/2014/1.1.0", prepared / "tiny_set/1.0.0"
+    shutil.copytree(old, folder)
+    (folder / SHARD).rename(folder / SHARD.replace("tiny_set", "coco_captions"))
+    about = json.loads((old / "dataset_info.json").read_text())
+    about |= {"name": "coco_captions", "configName": "2014", "version": "1.1.0"}
+    (folder / "dataset_info.json").write_text(json.dumps(about))
+    for name in ("coco_captions", "coco_captions/2014:1.1.0"):
+        found = tfds.examples(str(tmp_path), name=name, image="image", answer="captions.text")
+        assert [grey(example) for example in found] == [0, 40, 80]
+    with pytest.raises(UserError, match=r"is not prepared.*tfds build coco_captions/2017"):
+        tfds.examples(str(tmp_path), name="coco_captions/2017", image="image")
 
 
 def test_tfds_sound_and_empty_text(prepared):
@@ -177,11 +194,14 @@ def library(monkeypatch, tmp_path):
     whole = Rows(rows, {"image": Picture(), "audio": Audio(), "caption": None, "question": None})
     module = types.ModuleType("datasets")
     module.Image, module.Audio, module.asked = Picture, Audio, []
+    module.exceptions = types.SimpleNamespace(DatasetsError=type("DatasetsError", (Exception,), {}))
 
     def load_dataset(name, config, cache_dir):
         module.asked.append((name, config, cache_dir))
         if name == "no/such":
             raise FileNotFoundError("no/such\nis not on the hub")
+        if name == "a/broken":
+            raise module.exceptions.DatasetsError("failed") from ValueError("row 7")
         return {"train": whole, "validation": whole}
 
     def load_from_disk(path):
@@ -223,6 +243,7 @@ def test_hugging_face_on_disk(library, tmp_path):
 def test_hugging_face_mistakes(library, tmp_path):
     wrong = {
         "no/such is not on the hub": {"name": "no/such"},
+        r"a/broken: cannot be opened \(row 7\)": {"name": "a/broken"},
         "no split 'test'.*train, validation": {"name": "a/b", "split": "test"},
         "no column 'text'.*caption": {"name": "a/b", "answer": "text"},
     }
@@ -231,6 +252,61 @@ def test_hugging_face_mistakes(library, tmp_path):
             hugging_face.examples(str(tmp_path), **options)
     with pytest.raises(UserError, match="no such folder"):
         hugging_face.examples(str(tmp_path / "none"), answer="caption")
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """The real package `datasets` without a network, and a set of two rows."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    package = pytest.importorskip("datasets", reason="pip install datasets")
+    package.disable_progress_bars()
+    rows = {
+        "image": [{"bytes": picture(20), "path": None}, {"bytes": picture(70), "path": None}],
+        "caption": [["猫", "喵"], ["狗"]],
+    }
+    texts = package.Features({"image": package.Image(), "caption": [package.Value("string")]})
+    return package, package.Dataset.from_dict(rows, features=texts)
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("form", ["parquet", "saved", "saved splits", "json", "folder of images"])
+def test_hugging_face_with_its_own_package(hub, tmp_path, form):
+    package, rows = hub
+    folder, options, split = tmp_path / "set", {"image": "image", "answer": "caption"}, "train"
+    folder.mkdir()
+    if form == "parquet":
+        rows.to_parquet(folder / "train.parquet")
+    elif form == "saved":
+        rows.save_to_disk(folder)
+    elif form == "saved splits":
+        package.DatasetDict({"train": rows, "validation": rows}).save_to_disk(folder)
+        split = "val"
+    else:
+        name = {"json": "image", "folder of images": "file_name"}[form]
+        place = folder if form == "folder of images" else tmp_path
+        named = [(20, ["猫", "喵"]), (70, ["狗"])]
+        for shade, _ in named:
+            (place / f"{shade}.png").write_bytes(picture(shade))
+        start = "" if place == folder else f"{place}/"
+        lines = [{name: f"{start}{shade}.png", "caption": texts} for shade, texts in named]
+        file = folder / ("train.jsonl" if form == "json" else "metadata.jsonl")
+        file.write_text("\n".join(json.dumps(line) for line in lines))
+    found = hugging_face.examples(str(folder), split, **options)
+    assert [example.references for example in found] == [("猫", "喵"), ("狗",)]
+    assert [grey(example) for example in found] == [20, 70]
+    with pytest.raises(UserError, match=r"no column 'text'.*caption, image"):
+        hugging_face.examples(str(folder), split, image="image", answer="text")
+
+
+@pytest.mark.filterwarnings("default")
+def test_hugging_face_tells_what_is_broken(hub, tmp_path):
+    wrong = {"train.json": r"JSON parse error", "train.parquet": r"Parquet file size is 2 bytes"}
+    for name, message in wrong.items():
+        (tmp_path / name[6:]).mkdir()
+        (tmp_path / name[6:] / name).write_bytes(b"{x")
+        with pytest.raises(UserError, match=message):
+            hugging_face.examples(str(tmp_path / name[6:]), answer="text")
 
 
 def test_hugging_face_says_what_to_install(monkeypatch, tmp_path):

@@ -103,12 +103,16 @@ def test_the_same_command_does_nothing_and_a_killed_one_continues(table, written
     made = planned(table, tmp_path / "pictures")
     shard.write(made, 1, plan.examples(made))
     made.file(0).write_bytes(b"half a shard")  # killed between shard and note
-    (made.file(2).parent / f".{made.file(2).name}.7.partial").write_bytes(b"x")
+    beginnings = [made.file(2).with_name(f".{made.file(2).name}.7.partial")]
+    beginnings += [made.file(2).with_name(".pictures-val.array_record-00000-of-00001.7.partial")]
+    for beginning in beginnings:
+        beginning.write_bytes(b"x")
     assert made.todo() == [0, 2]
     with pytest.raises(UserError, match="2 of 3 shards are not written"):
         manifest.finish(made)
     write_all(planned(table, tmp_path / "pictures"))
     manifest.finish(made)
+    assert [beginning.exists() for beginning in beginnings] == [False, True]  # of another command
     shards = [made.file(number).read_bytes() for number in range(3)]
     assert shards == [written.file(number).read_bytes() for number in range(3)]
 

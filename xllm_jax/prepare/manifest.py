@@ -27,8 +27,9 @@ def finish(plan: Plan) -> dict[str, Any]:
     if todo:
         what = f"{len(todo)} of {plan.shards} shards are not written"
         raise UserError(what, field=plan.output, mend="The same command continues")
-    for left in Path(plan.output).glob(".*.partial"):  # of processes that were killed
-        left.unlink(missing_ok=True)
+    planning.remove_partial(
+        Path(plan.output), {plan.file(shard).name for shard in range(plan.shards)}
+    )
     notes = [json.loads(plan.note(s).read_text("utf-8")) for s in range(plan.shards)]
     if not sum(note["records"] for note in notes):
         why = notes[0]["rejects"][0]

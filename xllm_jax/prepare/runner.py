@@ -10,6 +10,9 @@ from typing import Any
 from xllm_jax.core.errors import UserError
 from xllm_jax.prepare import plan
 
+# Local processes would tell their every step amid the progress bar; failures come as exceptions.
+QUIET = "--default_sdk_harness_log_level=ERROR"
+
 
 def options(arguments: Sequence[str] = (), workers: int = 0) -> list[str]:
     """Beam's options: those given, and a local runner where they name none.
@@ -19,13 +22,13 @@ def options(arguments: Sequence[str] = (), workers: int = 0) -> list[str]:
         input and output folders under the same paths.
       workers: local processes; 0 works in this one.
     """
-    chosen = list(arguments)
-    if not any(one.startswith("--runner") for one in chosen):
-        chosen.append("--runner=DirectRunner")
-        if workers:
-            mode = "--direct_running_mode=multi_processing"
-            chosen += [mode, f"--direct_num_workers={workers}"]
-    return chosen
+    if any(one.startswith("--runner") for one in arguments):
+        return list(arguments)
+    local = ["--runner=DirectRunner"]
+    if workers:
+        local += ["--direct_running_mode=multi_processing", f"--direct_num_workers={workers}"]
+        local.append(QUIET)
+    return [*local, *arguments]
 
 
 def pipeline(arguments: Sequence[str] = (), workers: int = 0) -> Any:

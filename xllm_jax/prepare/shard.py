@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ def write(plan: Plan, shard: int, found: Sequence[Example]) -> dict[str, Any]:
     if planning.finished(plan, shard):
         return {}
     note.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    partial = planning.partial_name(file)
     records, rejects = _records(plan, shard, found, partial)
     made = {
         "plan": plan.identity(),

@@ -87,8 +87,9 @@ def _open(library: Any, path: str, name: str, config: str) -> Any:
             mend = "Check the path, or name a data set of the hub by the option 'name'"
             raise UserError("no such folder", field=path, mend=mend)
         return library.load_dataset(name or path, config or None, cache_dir=path if name else None)
-    except (OSError, ValueError) as error:  # what the library raises for unknown and broken sets
-        told = " ".join(str(error).split())[:200]
+    except (OSError, ValueError, library.exceptions.DatasetsError) as error:
+        # Of a broken file the library says that something failed; the cause says what.
+        told = " ".join(str(error.__cause__ or error).split())[:200]
         raise UserError(f"cannot be opened ({told})", field=name or path) from error
 
 

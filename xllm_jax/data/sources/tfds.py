@@ -12,6 +12,7 @@ until they are used.
 from __future__ import annotations
 
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -85,7 +86,7 @@ def _builder(path: str, name: str) -> Any:
     try:
         if not name:
             return tensorflow_datasets.builder_from_directory(path)
-        return tensorflow_datasets.builder(name, data_dir=path)
+        return _builder_from_files(name, path)
     except ImportError as error:
         what = "has features that TFDS reads with TensorFlow alone, as its Audio and Video are"
         mend = "Prepare the set again with encoded bytes, or as numbers in a Tensor feature"
@@ -93,6 +94,20 @@ def _builder(path: str, name: str) -> Any:
     except (ValueError, OSError, AttributeError) as error:
         told = " ".join(str(error).split())[:120]
         raise UserError(f"no data set {name or path!r} ({told})", field=path) from error
+
+
+def _builder_from_files(name: str, path: str) -> Any:
+    """The set as its files describe it: the catalogue's own code may need TensorFlow."""
+    import tensorflow_datasets
+    from tensorflow_datasets.core import read_only_builder
+
+    try:
+        return read_only_builder.builder_from_files(name, data_dir=path)
+    except tensorflow_datasets.core.DatasetNotFoundError:
+        known = re.split("[/:]", name)[0]
+        tensorflow_datasets.builder_cls(known)  # raises, too, where the catalogue has no such set
+    told = f"tfds build {name} --data_dir={path} --file_format=array_record"
+    raise UserError(f"{name!r} is not prepared", field=path, mend=told)
 
 
 def _rows(builder: Any, split: str, where: str, image: str) -> Sequence:

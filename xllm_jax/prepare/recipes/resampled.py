@@ -7,7 +7,6 @@ OUTPUT/resampled.json     counts, and every file that could not be used with its
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -44,6 +43,7 @@ def build(input: str, output: str, beam: Sequence[str] = (), workers: int = 0) -
         raise UserError(f"no file can be used; {why['file']}: {why['reason']}", field=input)
     for path in others:
         copy(path, Path(output) / path.relative_to(input))
+    plan.remove_partial(Path(output))
     counts = {
         "files": len(sounds) - len(rejects),
         "copied": len(others),
@@ -92,6 +92,6 @@ def copy(path: Path, target: Path) -> None:
         if (old.st_size, old.st_mtime_ns) == (new.st_size, new.st_mtime_ns):
             return
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    partial = plan.partial_name(target)
     shutil.copy2(path, partial)
     partial.replace(target)

@@ -78,6 +78,7 @@ def build(
     asked = {data["questions"][r["question"]] for d in data["dialogs"] for r in d["dialog"]}
     folder = Path(output) / "audio"
     speak(sorted(asked), table, folder, say, beam, workers)
+    plan.remove_partial(folder)
     files = {transforms.same(text): name for text, name in spoken(folder).items()}
     made, counts = in_chinese(data, table, files)
     if not counts["rounds"]:
