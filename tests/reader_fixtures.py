@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import io
 import json
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 from PIL import Image
+from small_datasets import Picture, Rows
 from test_video import write as write_film
 
 COUNT = 5
@@ -123,12 +125,45 @@ def instructions(root: Path) -> None:
     write(root / "train.json", rows)
 
 
+def instructions_by_line(root: Path) -> None:
+    """The same, one conversation a line."""
+    instructions(root)
+    rows = json.loads((root / "train.json").read_text("utf-8"))
+    write(root / "train.jsonl", "\n".join(map(json.dumps, rows)))
+    (root / "train.json").unlink()
+
+
+def hugging_face(root: Path) -> None:
+    """A folder of Parquet files, which the stand-in of `datasets` neither writes nor reads."""
+    import datasets
+
+    if not hasattr(datasets, "Dataset"):
+        return
+    media = [{"bytes": picture(), "path": None} for _ in NUMBERS]
+    kinds = {"image": datasets.Image(), "caption": datasets.Value("string")}
+    rows = {"image": media, "caption": list(TEXTS)}
+    made = datasets.Dataset.from_dict(rows, features=datasets.Features(kinds))
+    made.to_parquet(root / "train-00000-of-00001.parquet")
+
+
+def hugging_face_rows() -> Rows:
+    """What the stand-in of `datasets` gives in their place."""
+    rows = [{"image": {"bytes": picture(), "path": None}, "caption": text} for text in TEXTS]
+    return Rows(rows, {"image": Picture(), "caption": None})
+
+
 def llava_test(root: Path) -> None:
     asked = [{"question_id": n, "image": f"{n}.jpg", "text": "什么？"} for n in NUMBERS]
     said = [{"question_id": n, "text": text} for n, text in zip(NUMBERS, TEXTS)]
     write(root / "qa90_questions.jsonl", "\n".join(map(json.dumps, asked)))
     write(root / "qa90_gpt4_answer.jsonl", "\n".join(map(json.dumps, said)))
     pictures(root / "images")
+
+
+def minigpt4(root: Path) -> None:
+    captions = [{"image_id": str(n), "caption": text} for n, text in zip(NUMBERS, TEXTS)]
+    write(root / "filter_cap.json", {"annotations": captions})
+    pictures(root / "image")
 
 
 def msrvtt(root: Path) -> None:
@@ -163,6 +198,17 @@ def reference(root: Path) -> None:
         for n, text in zip(NUMBERS, TEXTS)
     ]
     write(root / "vsd.json", seen)
+    pairs = [{key: row[key] for key in ("speech_feats_path", "target_text")} for row in heard]
+    write(root / "masr.json", [{**row, "image": f"/x/{n}.jpg"} for n, row in zip(NUMBERS, pairs)])
+    asked = [{"image_id": str(n), "caption_zh": text} for n, text in zip(NUMBERS, TEXTS)]
+    write(root / "instructions.json", asked)
+    write(root / "clips.json", asked[:2])
+    film(root / "videos/1.mp4")
+    film(root / "videos/2.mp4")
+    packed = base64.urlsafe_b64encode(picture()).decode()
+    write(
+        root / "packed.json", [{**row, "image": packed, "dataset": "MUGE_zh"} for row in captions]
+    )
     for number in NUMBERS:
         sound(root / f"audio/{number}.wav")
         features = root / f"features/{number}.npy"

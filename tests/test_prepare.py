@@ -117,6 +117,20 @@ def test_the_same_command_does_nothing_and_a_killed_one_continues(table, written
     assert shards == [written.file(number).read_bytes() for number in range(3)]
 
 
+def test_the_command_tells_what_it_did_and_mistakes_in_a_line(table, written):
+    def run(*options):
+        flags = ["--source=table", f"--input={table}", f"--output={written.output}", *options]
+        command = [sys.executable, "-m", "launch.prepare", "--name=pictures", *flags]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    done = run("--shard_records=4")
+    assert done.stdout.startswith("7 records in 3 shards"), done.stderr
+    assert "3 rejected" in done.stdout
+    done = run("--options=[]")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("--options: no JSON object (is list)")
+
+
 KILLED = """
 import os, signal
 from xllm_jax.core.stage import Source

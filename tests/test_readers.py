@@ -8,11 +8,13 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import sys
 
 import jax
 import numpy as np
 import pytest
 import reader_fixtures as fixtures
+import small_datasets
 from small_stage import TOKENIZER
 
 from configs import stage1_speech, stage3_instruction
@@ -40,11 +42,29 @@ CASES = {
     "aishell-1": ("aishell", "aishell", "", "train", {}, "transcription"),
     "aishell-2": ("aishell", "aishell_2", "", "train", {}, "transcription"),
     "aishell-1 to the LLM": ("aishell", "aishell", "", "train", {}, "conversation"),
+    "cc3m tars": ("cc3m", "webdataset", "", "train", {}, "conversation"),
+    "hugging_face": (
+        "hugging_face", "hugging_face", "", "train",
+        {"image": "image", "answer": "caption"}, "conversation",
+    ),
+    "instructions jsonl": (
+        "instructions", "instructions_by_line", "", "train", {}, "conversation"
+    ),
+    "instructions minigpt4": ("instructions", "minigpt4", "", "train", {}, "conversation"),
     "llava_test": ("llava_test", "llava_test", "", "test", {}, "conversation"),
     "reference captions": ("reference", "reference", "captions.json", "train", {}, "conversation"),
     "reference asr": ("reference", "reference", "asr.json", "train", {}, "transcription"),
     "reference vsd": ("reference", "reference", "vsd.json", "train", {}, "conversation"),
     "reference masr": ("reference", "reference", "vsd.json", "train", {}, "conversation"),
+    "reference masr with target_text": (
+        "reference", "reference", "masr.json", "train", {}, "conversation"
+    ),
+    "reference base64": ("reference", "reference", "packed.json", "train", {}, "conversation"),
+    "reference instructions": (
+        "reference", "reference", "instructions.json", "train", {}, "conversation"
+    ),
+    "reference clips": ("reference", "reference", "clips.json", "train", {}, "conversation"),
+    "sbu tars": ("sbu", "webdataset", "", "train", {}, "conversation"),
     "tfds": ("tfds", "table", "", "train", {}, "conversation"),
     "visdial asr": ("visdial", "visdial", "", "train", {"kind": "asr"}, "transcription"),
     "visual_genome questions": (
@@ -52,11 +72,11 @@ CASES = {
     ),
     "vsdial_cn": ("vsdial_cn", "visdial", "", "train", {}, "conversation"),
     "vsdial_cn asr": ("vsdial_cn", "visdial", "", "train", {"kind": "asr"}, "transcription"),
+    "wukong tars": ("wukong", "webdataset", "", "train", {}, "conversation"),
 }  # fmt: skip
 OTHERS = {
     "layout": "no reader",
     "prepared": "what every case is read by",
-    "hugging_face": "needs the package `datasets`; test_library_sources.py has a stand-in",
     "world_scenes": "drawn when read, for its own objective: test_world.py",
     "world_text": "made when read, without files: test_train.py",
 }
@@ -202,9 +222,21 @@ def source_of(case, tmp_path):
     if reader == "reference":
         options = {"images": f"{root}/images", "audio": f"{root}/audio"}
         options |= {"kind": "masr"} if case == "reference masr" else {}
+        options |= {"videos": f"{root}/videos"} if case == "reference clips" else {}
     return Source(reader, str(root / inside) if inside else str(root), split, options)
 
 
+@pytest.fixture
+def without_network(monkeypatch, tmp_path):
+    """The package `datasets` without its hub; a stand-in where it is not installed."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    if importlib.util.find_spec("datasets") is None:
+        package = small_datasets.package(fixtures.hugging_face_rows())
+        monkeypatch.setitem(sys.modules, "datasets", package)
+
+
+@pytest.mark.usefixtures("without_network")
 @pytest.mark.parametrize("case", CASES)
 def test_a_reader_is_prepared_inspected_and_trained_on(case, tmp_path, trainers):
     source = source_of(case, tmp_path)
