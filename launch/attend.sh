@@ -4,8 +4,7 @@
 # code: ssh and srun tell one for all.
 #
 # SIGTERM does not end it before COMMAND ends. SLURM signals only the process that it started, so
-# there it is handed on; a machine that goes down signals every process, and a second SIGTERM would
-# keep training from saving.
+# there it is handed on, once; a machine that goes down signals every process itself.
 set -uo pipefail
 
 file=${1//%t/${SLURM_PROCID:-0}} child='' signalled='' code=0

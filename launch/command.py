@@ -20,7 +20,7 @@ from xllm_jax.core.errors import Diverged, UserError
 # DIVERGED it would fail again.
 FAILED = 2  # a user's mistake
 DIVERGED = 3  # the loss is not a number, or has left its path
-SAVED = hosts.SAVED  # 75, SIGTERM: the run was saved
+SAVED = hosts.SAVED  # 75, SIGTERM: what there was to save is saved
 LOST = hosts.LOST  # 76, a host stalled or was lost
 STOPPED = 130  # Ctrl-C
 

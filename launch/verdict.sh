@@ -4,7 +4,8 @@
 # Reads the hosts' exit codes from stdin, one a line, and prints one word:
 #   finished  every host exited with 0
 #   2 or 3    a user's mistake, or training diverged: running it again cannot help
-#   again     saved after SIGTERM (75), or a host stalled or was lost (76): the same command continues
+#   again     saved after SIGTERM (75), a host stalled or was lost (76), or SIGTERM came while the
+#             command was starting (143): the same command continues
 #   crashed   anything else, also no code at all: worth a limited number of further attempts
 verdict() {
   local code word=none
@@ -13,7 +14,7 @@ verdict() {
       '') ;;
       0) [[ $word != none ]] || word=finished ;;
       2 | 3) echo "$code" && cat >/dev/null && return ;;
-      75 | 76) [[ $word == crashed ]] || word=again ;;
+      75 | 76 | 143) [[ $word == crashed ]] || word=again ;;
       *) word=crashed ;;
     esac
   done

@@ -81,6 +81,7 @@ def test_scripts_are_clean():
         ("0 75", "again"),
         ("76 75", "again"),
         ("76 2 75", "2"),
+        ("75 143", "again"),
         ("3 76", "3"),
         ("76 1", "crashed"),
         ("137 76", "crashed"),

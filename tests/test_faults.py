@@ -35,6 +35,11 @@ def terminate(run):
     os.kill(os.getpid(), signal.SIGTERM)
     while not run.watch.stopping:
         watchdog.time.sleep(0.01)
+    save = run.checkpoints.save
+    def saved(*arguments):
+        save(*arguments)  # goes on in the background
+        os.kill(os.getpid(), signal.SIGTERM)
+    run.checkpoints.save = saved
 def kill(run):
     os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -72,6 +77,7 @@ def test_sigterm_to_one_host_saves_on_all(whole, tmp_path, count):
     codes = fit(count, tmp_path, f"at(3, {count - 1}, terminate)\n")
     said = host_runs.said(tmp_path, count)
     assert codes == [command.SAVED] * count, said
+    assert "SIGTERM again" in said
     saved = [int(folder.name) for folder in (tmp_path / "run" / "checkpoints").iterdir()]
     assert max(saved) in (3, 4)  # the other host may have begun one more
     assert not (tmp_path / "run" / "final").exists()
@@ -119,23 +125,34 @@ WATCH = """
 def main():
     with watchdog.Watch(loop.Path({folder!r}), {stall}, None) as watch:
         watch.stepped()
-        for _ in range({signals}):
-            os.kill(os.getpid(), signal.SIGTERM)
-            watchdog.time.sleep(0.2)
         watchdog.threading.Event().wait()
 """
 
 
 def test_one_host_that_stalls_ends(tmp_path):
-    code = WATCH.format(folder=str(tmp_path), stall=0.5, signals=0)
+    code = WATCH.format(folder=str(tmp_path), stall=0.5)
     assert host_runs.codes(host_runs.start(1, code, tmp_path)) == [command.LOST]
     assert "wait" in (tmp_path / "stall-0.txt").read_text()
 
 
-def test_a_second_sigterm_ends_at_once(tmp_path):
-    code = WATCH.format(folder=str(tmp_path), stall=0, signals=2)
-    assert host_runs.codes(host_runs.start(1, code, tmp_path)) == [143]
-    assert "without saving" in host_runs.said(tmp_path, 1)
+EARLY = """
+def main():
+    with watchdog.Watch(loop.Path({folder!r}), 60, hosts.store()) as watch:
+        if INDEX == 0:
+            watch.start(3)
+            watch.reached(3)
+        else:
+            os.kill(os.getpid(), signal.SIGTERM)
+        watchdog.threading.Event().wait()
+"""
+
+
+def test_sigterm_to_a_host_that_still_loads_ends_all(tmp_path):
+    """The other one waits in its first step, which cannot end."""
+    code = EARLY.format(folder=str(tmp_path))
+    codes = host_runs.codes(host_runs.start(2, code, tmp_path))
+    assert codes == [command.SAVED] * 2, host_runs.said(tmp_path, 2)
+    assert "nothing to save" in host_runs.said(tmp_path, 2)
 
 
 # Kills the process at the n-th time it touches a file whose path holds some words.

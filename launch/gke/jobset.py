@@ -25,7 +25,7 @@ ACCELERATORS = {
     "h200": "nvidia-h200-141gb",
 }
 HOPELESS = (2, 3)  # a user's mistake, a diverged loss
-CONTINUES = (75, 76)  # saved after SIGTERM, a host stalled or was lost
+CONTINUES = (75, 76, 143)  # saved after SIGTERM, a host stalled or was lost, SIGTERM while starting
 PORT = 8476  # of the coordination service on GPUs
 SHARED = "/shared"  # where the bucket or claim is mounted; the image links bases, data, runs to it
 
@@ -170,9 +170,9 @@ def manifest(run: Run) -> dict[str, Any]:
 def job(run: Run) -> dict[str, Any]:
     """The Job of one slice, or of all GPU nodes.
 
-    A pod that ends with 75 or 76, or whose node was taken away, is replaced and joins the others
-    again without counting. 2 and 3 fail the Job for the reason PodFailurePolicy, which ends the
-    JobSet. Anything else fails it for another reason, and the JobSet starts anew.
+    A pod that ends with 75, 76 or 143, or whose node was taken away, is replaced and joins the
+    others again without counting. 2 and 3 fail the Job for the reason PodFailurePolicy, which ends
+    the JobSet. Anything else fails it for another reason, and the JobSet starts anew.
     """
     return {
         "completionMode": "Indexed",

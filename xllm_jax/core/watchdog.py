@@ -35,6 +35,9 @@ START_FACTOR = 5.0  # loading and compiling may take longer than a step, by this
 INPUT = "waits for input"
 
 
+EARLY = "SIGTERM before the first step: there is nothing to save"
+
+
 class Preempted(SystemExit):
     """SIGTERM came and the run was saved; ends the program with `hosts.SAVED`."""
 
@@ -67,7 +70,8 @@ class Watch:
         self._moved, self._factor = time.monotonic(), START_FACTOR
         self._beats: dict[str, tuple[Any, float]] = {}
         self._turn = threading.Condition()  # guards what the agreement on the last step reads
-        self._begun, self._asked, self._last = 0, False, None
+        self._begun: int | None = None  # micro-batches; None until the steps begin
+        self._asked, self._last = False, None
         self._count_of_looks, self._terms = 0, 0
         self._ours, self._theirs = socket.socketpair()
         self._thread = threading.Thread(target=self._attend, name="watch", daemon=True)
@@ -98,9 +102,13 @@ class Watch:
         self._thread.join(GRACE_SECONDS)
 
     def start(self, number: int) -> None:
-        """Tells that the steps begin, `number` micro-batches being behind."""
+        """Tells that the steps begin, `number` micro-batches being behind.
+
+        Until then SIGTERM ends all hosts at once with `hosts.SAVED`.
+        """
         with self._turn:
-            self._begun = max(self._begun, number)
+            if not self._asked:  # what this host has told the others holds
+                self._begun = number
 
     def moved(self, doing: str, keys: Sequence[str] | None = None) -> None:
         """Notes that the host has begun something else, and with which samples."""
@@ -120,7 +128,8 @@ class Watch:
         """Whether to stop after `number` micro-batches; asked before each, by every host.
 
         After SIGTERM to any host, all stop at the same number: the largest that one of them has
-        begun. While they agree, nobody begins another.
+        begun. While they agree, nobody begins another. Where one had not come to its first, none
+        can have finished another, and all of them end.
         """
         with self._turn:
             while self._asked and self._last is None:
@@ -152,8 +161,11 @@ class Watch:
     def _terminated(self) -> None:
         self._terms += 1
         if self._terms > 1:
-            self._end(128 + signal.SIGTERM, "second SIGTERM: stopped without saving")
-        print("SIGTERM: saves after the running micro-batch", file=sys.stderr, flush=True)
+            # Schedulers repeat it while a save is under way, which it must not break.
+            print("SIGTERM again: it saves already", file=sys.stderr, flush=True)
+            return
+        if self._begun is not None:
+            print("SIGTERM: saves after the running micro-batch", file=sys.stderr, flush=True)
         if self._store:
             self._store.put(f"stop-wanted/{self.index}", True)
         else:
@@ -168,7 +180,7 @@ class Watch:
                 self._end(hosts.LOST, f"no step was finished for {still:.0f} s{self._see()}")
             return
         self._count_of_looks += 1
-        self._store.put(f"beat/{self.index}", [self.doing, self._begun, self._count_of_looks])
+        self._store.put(f"beat/{self.index}", [self.doing, self._begun or 0, self._count_of_looks])
         beats = self._store.all("beat")
         self._heed_faults(self._store.all("fault"))
         if stalled:
@@ -187,9 +199,18 @@ class Watch:
                 if self._store:
                     self._store.put(f"begun/{self.index}", self._begun)
             begun = self._store.all("begun") if self._store else {"0": self._begun}
-            if len(begun) == self._count:
+            if len(begun) == self._count and None not in begun.values():
                 self._last = max(begun.values())
                 self._turn.notify_all()
+        if None in begun.values():
+            self._leave_early()
+
+    def _leave_early(self) -> None:
+        """Ends all hosts by the word of host 0, which holds the store."""
+        if self._store is None:
+            self._end(hosts.SAVED, EARLY)
+        if self.index == 0:
+            self._blame(EARLY, hosts.SAVED)
 
     def _heed_silence(self, beats: dict[str, Any]) -> None:
         now = time.monotonic()
@@ -261,7 +282,7 @@ class Watch:
             faulthandler.dump_traceback(file, all_threads=True)
 
     def _end(self, code: int, why: str) -> None:
-        again = ". Run the same command again" if code == hosts.LOST else ""
+        again = ". Run the same command again" if code in (hosts.LOST, hosts.SAVED) else ""
         print(" ".join(f"{why}{again}".split()), file=sys.stderr)
         hosts.leave(code)
 
