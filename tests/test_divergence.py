@@ -34,8 +34,8 @@ def quickly_compiled():
 class Poisoned:
     """Batches of a run of which one has a row of huge weights, or which lack that one."""
 
-    def __init__(self, batches, position, drop):
-        self._batches, self._drop = batches, drop
+    def __init__(self, batches, position, drop, row=ROW):
+        self._batches, self._drop, self._row = batches, drop, row
         self._number = 0 if position is None else position["next_index"]
 
     def position(self):
@@ -48,7 +48,7 @@ class Poisoned:
             if self._drop:
                 return next(self._batches)
             weights = batch.weights.copy()
-            weights[ROW] = HUGE
+            weights[self._row] = HUGE
             batch = dataclasses.replace(batch, weights=weights)
         return batch, info
 
@@ -214,15 +214,17 @@ def test_the_search_goes_into_loops_branches_and_gradients():
 
 
 def test_a_batch_keeps_its_arrays(tmp_path):
-    """Through the file of one host, and joined from the files of two."""
+    """Through the file of one host, and joined from the files of three, two of them alike."""
     rng = np.random.default_rng(0)
     batch = zeros(4, 6, 3, {"image": (1, (2, 2, 3))})
     batch = jax.tree.map(lambda x: rng.integers(0, 2, x.shape).astype(x.dtype), batch)
     halves = [jax.tree.map(lambda x, i=i: x[2 * i : 2 * i + 2], batch) for i in range(2)]
     about = {"step": 1, "seed": 0, "values": {}, "checkpoint": None}
     about["stage"] = dataclasses.asdict(small_stage.stage())
-    for host, half in enumerate(halves):
-        own = about | {"keys": [f"k{host}"], "rows": [[2 * host, f"k{host}"]]}
+    about["hosts"] = 3
+    for host, share in enumerate((0, 0, 1)):
+        half, own = halves[share], about | {"share": share, "keys": [f"k{share}"]}
+        own["rows"] = [[0, f"k{share}"]]  # its first
         arrays = {f"batch/{path}": leaf for path, leaf in divergence.flat(half).items()}
         np.savez(tmp_path / f"1.host{host}.npz", about=json.dumps(own), **arrays)
     recording = replay.read(tmp_path / "1.host0.npz")
@@ -231,3 +233,6 @@ def test_a_batch_keeps_its_arrays(tmp_path):
     assert recording.keys == ("k0", "k1") and recording.rows == {0: ("k0",), 2: ("k1",)}
     with pytest.raises(UserError, match=r"no such file.*1\.host0"):
         replay.read(tmp_path / "2.npz")
+    (tmp_path / "1.host2.npz").unlink()
+    with pytest.raises(UserError, match=r"1\.host2\.npz: cannot be read"):
+        replay.read(tmp_path / "1.host1.npz")

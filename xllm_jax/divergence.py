@@ -128,10 +128,11 @@ class Held:
     Args:
       stage: of the run.
       directory: the run's folder; files go to `replay/` below it.
+      share: which part of every batch this host fills; hosts may fill the same.
     """
 
-    def __init__(self, stage: Stage, directory: Path):
-        self._stage, self._directory = stage, directory / "replay"
+    def __init__(self, stage: Stage, directory: Path, share: int = 0):
+        self._stage, self._directory, self._share = stage, directory / "replay", share
         self._entries: dict[int, Entry] = {}
 
     @property
@@ -173,6 +174,8 @@ class Held:
             "keys": list(map(str, entry.info["keys"])),
             "rows": [[int(row), str(example.key)] for row, _, example in entry.info["members"]],
             "checkpoint": checkpoint,
+            "hosts": hosts,
+            "share": self._share,
             "stage": dataclasses.asdict(self._stage),
         }
         self._directory.mkdir(parents=True, exist_ok=True)

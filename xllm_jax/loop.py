@@ -85,6 +85,7 @@ def assemble(
     total, main = stage.steps * stage.optimizer.accumulation, jax.process_index() == 0
     log = Log(workdir, stage.name, total, int(state.step), main, stage.wandb)
     step = train.jitted(stage, xllm, optimizer, state)
+    share, _ = mesh.host_share(state.step.sharding.mesh)
     return Loop(
         stage=stage,
         compiled=telemetry.Compilations(step, telemetry.programs(stage), log.say),
@@ -94,7 +95,7 @@ def assemble(
         base=base,
         watch=watch,
         profile=telemetry.Profile(stage.profile, workdir / "profile"),
-        held=divergence.Held(stage, workdir),
+        held=divergence.Held(stage, workdir, share),
         loss=train.objective(stage, xllm),
         store=hosts.store(),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from xllm_jax import build, divergence, nonfinite, restore, startup, train
 from xllm_jax.core import checkpoint, mesh, rules
@@ -50,18 +52,14 @@ def read(file: str | Path) -> Recording:
     """Reads a replay file; of several hosts' files, name any: the rows of all are joined.
 
     Raises:
-      UserError: no such file, or none that a run has written.
+      UserError: no such file, none that a run has written, or another host's is not there.
     """
     file = Path(file)
     if not file.exists():
         known = ", ".join(sorted(path.name for path in file.parent.glob("*.npz"))) or "none"
         raise UserError("no such file", field=str(file), mend=f"There are: {known}")
-    hosts = sorted(
-        file.parent.glob(re.sub(r"\.host\d+\.npz$", ".host*.npz", file.name)),
-        key=lambda path: [int(number) for number in re.findall(r"\d+", path.name)],
-    )
-    parts = [_arrays(path) for path in hosts]
-    abouts = [json.loads(str(part.pop(divergence.ABOUT))) for part in parts]
+    shares = _shares(file)
+    abouts, parts = [about for about, _ in shares], [arrays for _, arrays in shares]
     joined = {
         name.removeprefix("batch/"): np.concatenate([part[name] for part in parts])
         if parts[0][name].ndim
@@ -69,8 +67,11 @@ def read(file: str | Path) -> Recording:
         for name in parts[0]
     }
     rows: dict[int, tuple[str, ...]] = {}
-    for row, key in (pair for about in abouts for pair in about["rows"]):
-        rows[row] = (*rows.get(row, ()), key)
+    before = 0  # a host counts its own rows
+    for about, arrays in shares:
+        for row, key in about["rows"]:
+            rows[before + row] = (*rows.get(before + row, ()), key)
+        before += _height(arrays)
     return Recording(
         step=abouts[0]["step"],
         stage=restore.parse_stage(abouts[0]["stage"]),
@@ -82,7 +83,28 @@ def read(file: str | Path) -> Recording:
     )
 
 
-def _arrays(path: Path) -> dict[str, np.ndarray]:
+def _height(arrays: Mapping[str, Any]) -> int:
+    """Rows of a batch."""
+    return next(leaf.shape[0] for leaf in arrays.values() if leaf.ndim)
+
+
+def _shares(file: Path) -> list[tuple[dict[str, Any], dict[str, np.ndarray]]]:
+    """What every host wrote about the micro-batch: each part of its rows once, in order."""
+    own = _arrays(file)
+    count = own[0]["hosts"]
+    names = [re.sub(r"host\d+\.npz$", f"host{host}.npz", file.name) for host in range(count)]
+    found: dict[int, tuple[dict[str, Any], dict[str, np.ndarray]]] = {}
+    for path in map(file.with_name, names):
+        about, arrays = own if path == file else _arrays(path)
+        if about["hosts"] != count:
+            what = f"is of a run on {about['hosts']} hosts, {file.name} of one on {count}"
+            raise UserError(what, field=str(path))
+        found.setdefault(about["share"], (about, arrays))  # hosts may have had the same rows
+    return [found[share] for share in sorted(found)]
+
+
+def _arrays(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """(what a file says about its micro-batch, its arrays)."""
     try:
         with np.load(path) as stored:
             arrays = dict(stored)
@@ -90,7 +112,7 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"cannot be read: {error}", field=str(path)) from error
     if divergence.ABOUT not in arrays:
         raise UserError("is not the recording of a micro-batch", field=str(path))
-    return arrays
+    return json.loads(str(arrays.pop(divergence.ABOUT))), arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +142,8 @@ class Result:
 def run(recording: Recording, workdir: str | Path) -> Result:
     """Computes loss and gradients of a recorded micro-batch with the run's parameters.
 
+    On the run's mesh where there are as many devices; otherwise on as many as split the rows.
+
     Args:
       recording: of `read`.
       workdir: the run's folder.
@@ -128,7 +152,7 @@ def run(recording: Recording, workdir: str | Path) -> Result:
       UserError: the checkpoint is gone, or the stage's bases are.
     """
     stage = recording.stage
-    device_mesh, xllm = mesh.make(stage.mesh), build.model(stage)
+    device_mesh, xllm = _mesh(recording), build.model(stage)
     state, _, _ = train.initial_state(stage, xllm, device_mesh)
     if recording.checkpoint is not None:
         state = load(state, Path(workdir), recording)
@@ -151,6 +175,14 @@ def run(recording: Recording, workdir: str | Path) -> Result:
         inputs = nonfinite.values(batch)
         first = nonfinite.first(both, *arguments) if wrong and not (inputs or parameters) else ""
     return Result(float(value), norms, inputs, parameters, first)
+
+
+def _mesh(recording: Recording) -> Mesh:
+    try:
+        return mesh.make(recording.stage.mesh, slices=recording.stage.slices)
+    except UserError:  # a pod's batch on a workstation
+        rows = _height(divergence.flat(recording.batch))
+        return mesh.make({"fsdp": -1}, jax.devices()[: math.gcd(rows, jax.device_count())])
 
 
 def load(state: train.State, workdir: Path, recording: Recording) -> train.State:
