@@ -8,20 +8,25 @@
 What is cached follows from the stage: per modality, everything below the first thing that trains.
 Says first how large the cache may get, and writes none above --most_gib. The same command continues
 after an interruption and does nothing when all is done. Several hosts write one cache: start it on
-each with --host=0 --hosts=4 and so on, and the same --output. Media that cannot be used are listed
-in DIR/quarantine.jsonl, and training leaves them out as it does without a cache.
+each with the flags of launch/hosts.py, as for training; or, on machines that share nothing but
+DIR, with --host_count=4 --host_index=0 and so on alone. Media that cannot be used are listed in
+DIR/quarantine.jsonl, and training leaves them out as it does without a cache. Exit codes:
+launch/command.py.
 """
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import jax
 from absl import flags
 from ml_collections import config_flags
 
 from launch import command
+from launch import hosts as host_flags
 from xllm_jax.cache import plan, write
+from xllm_jax.core import hosts, watchdog
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Stage file: configs/NAME.py[:tiny].")
 OUTPUT = flags.DEFINE_string("output", None, "Folder of the cache.")
@@ -30,18 +35,37 @@ MOST = flags.DEFINE_float("most_gib", 16.0, "GiB that the cache may take.", 0.0)
 BATCH = flags.DEFINE_integer("batch", 32, "Media computed at a time on this host.", 1)
 SHARD = flags.DEFINE_integer("shard_records", 1024, "Media per shard.", 1)
 AGAIN = flags.DEFINE_bool("again", False, "Replace another cache in the folder.")
-HOST = flags.DEFINE_integer("host", None, "Number of this host; JAX's by default.", 0)
-HOSTS = flags.DEFINE_integer("hosts", None, "How many hosts write this cache.", 1)
+
+
+def share() -> tuple[int, int]:
+    """(number of this host, how many write this cache); joins them where --hosts says so.
+
+    Raises:
+      UserError: the flags contradict each other.
+    """
+    count, index = host_flags.COUNT.value, host_flags.INDEX.value
+    if host_flags.HOSTS.value or (count is None and index is None):
+        host_flags.join()
+        return jax.process_index(), jax.process_count()
+    host_flags.check_numbers(count, index)
+    return index, count
 
 
 def main(_: list[str]) -> None:
+    host, count = share()
+    store = hosts.store()
+    # Finished shards stay: what SIGTERM or a lost host costs is the shards under way.
+    with watchdog.Watch(Path(OUTPUT.value), 0, store):
+        compute(host, count, store)
+
+
+def compute(host: int, count: int, store: hosts.Store | None) -> None:
+    """Writes this host's share, and says what became of the cache."""
     config = command.config_files(sys.argv)["config"]
     made = plan.make(CONFIG.value, OUTPUT.value, config, SHARD.value, MODALITY.value)
     print(plan.told(made), flush=True)
     plan.room(made, MOST.value)
-    host = jax.process_index() if HOST.value is None else HOST.value
-    hosts = jax.process_count() if HOSTS.value is None else HOSTS.value
-    found = write.run(made, BATCH.value, host, hosts, AGAIN.value)
+    found = write.run(made, BATCH.value, host, count, AGAIN.value, store)
     if found is None:
         print(f"Host {host} has written its share; others are still at work")
         return

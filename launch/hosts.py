@@ -56,9 +56,15 @@ def check(address: str, count: int | None, index: int | None) -> None:
             field="--hosts",
             mend="Give ADDRESS:PORT such as 10.0.0.1:1234, 'auto', or nothing",
         )
+    check_numbers(count, index)
+
+
+def check_numbers(count: int | None, index: int | None) -> None:
+    """Raises `UserError` unless `index` is one of `count` hosts."""
     for name, value in (("host_count", count), ("host_index", index)):
         if value is None:
-            raise UserError("is missing", field=f"--{name}", mend="--hosts=ADDRESS:PORT needs it")
+            mend = "--host_count and --host_index go together"
+            raise UserError("is missing", field=f"--{name}", mend=mend)
     if count < 1:
         raise UserError(f"{count} hosts", field="--host_count", mend="Give 1 or more")
     if not 0 <= index < count:

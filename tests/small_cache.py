@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+from PIL import Image
 from small_runs import TOKENIZER
 from small_stage import GLM
 
 from configs import networks, sources
 from xllm_jax import build
+from xllm_jax.cache import write
+from xllm_jax.cache.plan import Job, Plan
 from xllm_jax.core import checkpoint, rules
 from xllm_jax.core.stage import Data, Optimizer, Part, Source, Stage
+from xllm_jax.data import features
 
 SPEECH_ENCODER = {
     "width": 16, "hidden": 32, "heads": 2, "kernel": 3, "depth": 3, "pools": (1, 2), "channels": 4,
@@ -114,6 +119,35 @@ def based(stage: Stage, folder: Path) -> Stage:
 def changed(stage: Stage, **fields) -> Stage:
     """The stage with other fields of its data."""
     return dataclasses.replace(stage, data=dataclasses.replace(stage.data, **fields))
+
+
+def arithmetic(plan: Plan, job: Job, device_mesh: Any, params: Any) -> write.Compute:
+    """Stands for `write.computation` where nothing is to be compiled."""
+
+    def compute(values, lengths, counts):
+        totals = values.reshape(len(values), -1).sum(1)
+        made = np.zeros((len(values), *job.shape), job.dtype)
+        made[:, :2] = totals[:, None, None] + np.arange(1, 3)[:, None]
+        return made, lengths
+
+    return compute
+
+
+def draw(folder: Path, count: int) -> Path:
+    """A folder of captioned images."""
+    folder.mkdir()
+    for number in range(count):
+        pixels = np.random.default_rng(number).integers(0, 255, (40, 40, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:02d}.png")
+        (folder / f"{number:02d}.txt").write_text("红色的圆", "utf-8")
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """{file: bytes} of the shards, tables and the description of a cache."""
+    patterns = ("*.array_record-*", "*.npy", features.MANIFEST)
+    files = [path for pattern in patterns for path in folder.glob(pattern)]
+    return {path.name: path.read_bytes() for path in files}
 
 
 def pictures(folder: Path, **fields) -> Stage:

@@ -14,7 +14,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 import small_cache
-from PIL import Image
 from small_runs import make_world
 from small_stage import ROOT, curve
 
@@ -212,60 +211,33 @@ def test_checksums_on_disk_are_those_in_memory(tmp_path, monkeypatch):
     assert check.base({}, checksum.of_tree(tree)) == {"part": checksum.identity(tree["part"])}
 
 
-def contents(folder):
-    """{file: bytes} of the shards, tables and the description of a cache."""
-    patterns = ("*.array_record-*", "*.npy", features.MANIFEST)
-    files = [path for pattern in patterns for path in folder.glob(pattern)]
-    return {path.name: path.read_bytes() for path in files}
-
-
 @pytest.fixture
 def arithmetic(monkeypatch):
     """Replaces the networks by arithmetic, so that nothing is compiled."""
-
-    def computation(made, job, device_mesh, params):
-        def compute(values, lengths, counts):
-            totals = values.reshape(len(values), -1).sum(1)
-            made = np.zeros((len(values), *job.shape), job.dtype)
-            made[:, :2] = totals[:, None, None] + np.arange(1, 3)[:, None]
-            return made, lengths
-
-        return compute
-
-    monkeypatch.setattr(write, "computation", computation)
+    monkeypatch.setattr(write, "computation", small_cache.arithmetic)
     monkeypatch.setattr(write, "parameters", lambda made, device_mesh: {})
 
 
-def draw(folder, count):
-    """A folder of captioned images."""
-    folder.mkdir()
-    for number in range(count):
-        pixels = np.random.default_rng(number).integers(0, 255, (40, 40, 3)).astype(np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number:02d}.png")
-        (folder / f"{number:02d}.txt").write_text("红色的圆", "utf-8")
-    return folder
-
-
 def test_hosts_share_the_work_and_a_killed_one_continues(tmp_path, arithmetic):
-    stage = small_cache.pictures(draw(tmp_path / "pictures", 12))
-    whole = contents(written(stage, tmp_path / "whole"))
+    stage = small_cache.pictures(small_cache.draw(tmp_path / "pictures", 12))
+    whole = small_cache.contents(written(stage, tmp_path / "whole"))
     assert len(whole) == 5  # three shards, the table, the description
     made = plan.make(stage, tmp_path / "shared", CONFIG, 5)
-    assert write.run(made, 4, host=1, hosts=2) is None
-    assert write.run(made, 3, host=0, hosts=2) is not None
-    assert contents(tmp_path / "shared") == whole
+    assert write.run(made, 4, host=1, count=2) is None
+    assert write.run(made, 3, host=0, count=2) is not None
+    assert small_cache.contents(tmp_path / "shared") == whole
     job = made.jobs[0]
     made.note(job, 1).unlink()  # killed between shard and note
     made.path(job, 1).write_bytes(b"half a shard")
     before = made.path(job, 0).stat().st_mtime_ns
     assert write.run(made, 4) is not None
-    assert contents(tmp_path / "shared") == whole
+    assert small_cache.contents(tmp_path / "shared") == whole
     assert made.path(job, 0).stat().st_mtime_ns == before
 
 
 def test_all_devices_compute(tmp_path):
     """Two devices, whose batch is rounded up, write what one writes."""
-    stage = small_cache.pictures(draw(tmp_path / "pictures", 5))
+    stage = small_cache.pictures(small_cache.draw(tmp_path / "pictures", 5))
     alone = features.Features(written(stage, tmp_path / "alone"))
     code = f"""
 import sys; sys.path[:0] = ['tests', '.']
@@ -297,7 +269,7 @@ print(len(jax.local_devices()))
 
 
 def test_another_cache_in_the_folder_is_refused_in_words(tmp_path, arithmetic):
-    stage = small_cache.pictures(draw(tmp_path / "pictures", 3))
+    stage = small_cache.pictures(small_cache.draw(tmp_path / "pictures", 3))
     folder = written(stage, tmp_path / "cache")
     smaller = plan.make(small_cache.changed(stage, image={"size": 16}), folder, CONFIG, 5)
     with pytest.raises(UserError, match=r"data\.image\.size was 32 when .* is 16 now.*--again"):
@@ -307,7 +279,7 @@ def test_another_cache_in_the_folder_is_refused_in_words(tmp_path, arithmetic):
 
 
 def test_shared_media_are_kept_once(tmp_path, monkeypatch):
-    draw(tmp_path / "pictures", 2)
+    small_cache.draw(tmp_path / "pictures", 2)
     paths = [str(tmp_path / "pictures" / f"{n:02d}.png") for n in range(2)]
     rows = [Example(f"e{n}", (("image", paths[n % 2]),), "问", "答") for n in range(6)]
     monkeypatch.setattr(stream, "read", lambda name, source, root: rows)
@@ -319,7 +291,7 @@ def test_shared_media_are_kept_once(tmp_path, monkeypatch):
 
 
 def test_random_augmentation_is_refused_by_its_field(tmp_path, world):
-    folder = draw(tmp_path / "pictures", 1)
+    folder = small_cache.draw(tmp_path / "pictures", 1)
     for options in ({"size": 32, "flip": True}, {"size": 32, "scale": (0.5, 1.0)}):
         stage = small_cache.pictures(folder, image=options)
         with pytest.raises(UserError) as caught:
@@ -336,7 +308,9 @@ def test_random_augmentation_is_refused_by_its_field(tmp_path, world):
 
 
 def test_a_loader_that_draws_without_saying_so_is_found_out(tmp_path, arithmetic, monkeypatch):
-    stage = small_cache.pictures(draw(tmp_path / "pictures", 1), image={"size": 32, "flip": True})
+    stage = small_cache.pictures(
+        small_cache.draw(tmp_path / "pictures", 1), image={"size": 32, "flip": True}
+    )
     form = dataclasses.replace(media.form("image", stage.data), random=())
     monkeypatch.setitem(media.FORMS, "image", lambda data: form)
     made = plan.make(stage, tmp_path / "cache", CONFIG, 5)
@@ -345,7 +319,7 @@ def test_a_loader_that_draws_without_saying_so_is_found_out(tmp_path, arithmetic
 
 
 def test_bad_media_are_quarantined_as_without_a_cache(tmp_path, arithmetic):
-    folder = draw(tmp_path / "pictures", 6)
+    folder = small_cache.draw(tmp_path / "pictures", 6)
     (folder / "03.png").write_bytes((folder / "03.png").read_bytes()[:200])
     stage = small_cache.pictures(folder, max_bad_share=0.5, examples=4)
     made = written(stage, tmp_path / "cache")
@@ -369,7 +343,7 @@ def test_bad_media_are_quarantined_as_without_a_cache(tmp_path, arithmetic):
 
 def test_a_new_modality_needs_nothing_here(tmp_path, arithmetic, monkeypatch):
     """A modality of the tests' own: one entry per table of media.py, and parts of the model."""
-    draw(tmp_path / "pictures", 3)
+    small_cache.draw(tmp_path / "pictures", 3)
     form = media.Form(1, (32, 32, 3), ("image",))
     monkeypatch.setitem(media.FORMS, "depth", lambda data: form)
     monkeypatch.setitem(media.LOADERS, "depth", media.LOADERS["image"])

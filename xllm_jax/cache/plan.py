@@ -260,6 +260,16 @@ def _size(count: float) -> str:
     return f"{count:,.3g} TB"
 
 
+def items(plan: Plan, base: Mapping[str, str]) -> dict[str, str]:
+    """What hosts that write one cache must have in common, by name."""
+    found = {f"parameters.{path}": text for path, text in base.items()}
+    for job in plan.jobs:
+        about = job.about()
+        fields = {name: str(value) for name, value in about.pop("fields").items()}
+        found |= fields | {f"{job.modality}.{name}": str(value) for name, value in about.items()}
+    return found
+
+
 def begin(plan: Plan, base: Mapping[str, str], again: bool = False) -> str:
     """Notes the plan in its folder, or takes up the one that is there.
 

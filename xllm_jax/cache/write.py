@@ -1,8 +1,9 @@
 """Writing a cache: media are decoded ahead, computed on all devices, and kept shard by shard.
 
-Hosts share nothing but the folder: each takes its shards, whole or not at all, and the one that
-ends last describes the cache. So a host that is lost costs its shard under way, and the same
-command continues.
+Hosts need share nothing but the folder: each takes its shards, whole or not at all, and the one
+that ends last describes the cache. So a host that is lost costs its shard under way, and the same
+command continues. Hosts that JAX has joined compare what they are about to write, and wait for
+each other.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import dataclasses
 import functools
 import itertools
 import json
-import os
+import secrets
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,7 +28,7 @@ from xllm_jax import build
 from xllm_jax.cache import describe
 from xllm_jax.cache import plan as planning
 from xllm_jax.cache.plan import Job, Plan
-from xllm_jax.core import checksum, mesh, rules
+from xllm_jax.core import checksum, hosts, mesh, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.data import features, media
 from xllm_jax.data.decoder import Decoders
@@ -44,32 +45,40 @@ Compute = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[jax.Array, jax.Ar
 
 
 def run(
-    plan: Plan, batch: int, host: int = 0, hosts: int = 1, again: bool = False
+    plan: Plan,
+    batch: int,
+    host: int = 0,
+    count: int = 1,
+    again: bool = False,
+    store: hosts.Store | None = None,
 ) -> dict[str, Any] | None:
     """Writes this host's share of what is missing.
 
     Args:
       plan: what to do.
       batch: media computed at a time, over this host's devices.
-      host, hosts: which one, of how many.
+      host, count: which one, of how many.
       again: replace another cache in the folder.
+      store: of the hosts; None when they share the folder alone.
 
     Returns:
       What the finished cache says about itself; None while other hosts are at work.
 
     Raises:
-      UserError: the folder holds another cache, too many media are bad, or a loader draws at random
-        without saying so.
+      UserError: the folder holds another cache, hosts would write different ones, too many media
+        are bad, or a loader draws at random without saying so.
     """
     device_mesh = mesh.make({"data": -1}, jax.local_devices())
     params = parameters(plan, device_mesh)
     base = checksum.of_tree(params)
-    identity = planning.begin(plan, base, again)
-    name = f"quarantine-{host}.jsonl" if hosts > 1 else "quarantine.jsonl"
+    hosts.meet(store, "planned")  # reading the sources takes one longer than another
+    hosts.agree(store, "cache", planning.items(plan, base))
+    identity = hosts.share(store, "cache", lambda: planning.begin(plan, base, again))
+    name = f"quarantine-{host}.jsonl" if count > 1 else "quarantine.jsonl"
     quarantine = Quarantine(plan.output / name, plan.stage.data.max_bad_share)
     load = Decoders(plan.stage.data).load if plan.stage.data.deadline else media.load
     for job in plan.jobs:
-        mine = range(host, job.shards, hosts)
+        mine = range(host, job.shards, count)
         todo = [s for s in mine if not planning.finished(plan, job, s, identity)]
         if todo:
             steady(plan, job, load)
@@ -78,7 +87,8 @@ def run(
             with tqdm(total=rows, initial=done, desc=job.modality, unit="items") as bar:
                 compute = computation(plan, job, device_mesh, params)
                 _shards(plan, job, todo, load, compute, batch, identity, quarantine, bar.update)
-    return finish(plan, identity, base)
+    hosts.meet(store, "written")
+    return hosts.share(store, "description", lambda: finish(plan, identity, base))
 
 
 def parameters(plan: Plan, device_mesh: Any) -> dict[str, Any]:
@@ -219,7 +229,7 @@ def write_shard(
 
     file, note = plan.path(job, shard), plan.note(job, shard)
     note.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    partial = file.with_name(f".{file.name}.{secrets.token_hex(8)}.partial")
     writer, rejects = ArrayRecordWriter(str(partial), "group_size:1,uncompressed"), []
     try:
         for record in records:
@@ -295,11 +305,13 @@ def finish(plan: Plan, identity: str, base: Mapping[str, str]) -> dict[str, Any]
         "sources": describe.sources(plan.stage.data, {n: len(s) for n, s in plan.sources.items()}),
     }
     write_json(plan.output / features.MANIFEST, about)
+    for left in plan.output.glob(".*.array_record-*.partial"):  # by writers that were killed
+        left.unlink(missing_ok=True)
     return about
 
 
 def _save(file: Path, table: np.ndarray) -> None:
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    partial = file.with_name(f".{file.name}.{secrets.token_hex(8)}.partial")
     with partial.open("wb") as opened:
         np.save(opened, table)
     partial.replace(file)

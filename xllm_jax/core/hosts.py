@@ -7,6 +7,7 @@ With one host there is no store, and whatever is agreed upon is its own.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import json
@@ -23,7 +24,7 @@ from jax._src import distributed  # the store has no public name
 
 from xllm_jax.core.errors import UserError
 
-SAVED = 75  # exit code: SIGTERM, the run was saved; the same command continues it
+SAVED = 75  # exit code: SIGTERM, what there was to save is; the same command continues
 LOST = 76  # exit code: a host stalled or was lost; the same command continues the run
 START_SECONDS = 300  # hosts of a cluster may be minutes apart in starting
 SHOWN = 3  # differences that a message names
@@ -239,6 +240,17 @@ def gather(store: Store | None, name: str, value: Any) -> list[Any]:
     found = [store.get(f"{name}/{host}") for host in range(store.count)]
     store.drop(f"{name}/")
     return found
+
+
+def meet(store: Store | None, name: str) -> None:
+    """Waits for all hosts, however long they take; a `watchdog.Watch` ends it when one is lost."""
+    if store is None:
+        return
+    store.put(f"{name}/{store.index}", True)
+    while len(store.all(name)) < store.count:
+        missing = min({str(host) for host in range(store.count)} - store.all(name).keys())
+        with contextlib.suppress(TimeoutError):
+            store.get(f"{name}/{missing}")
 
 
 def agree(store: Store | None, what: str, items: Mapping[str, str]) -> None:

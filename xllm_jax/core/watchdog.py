@@ -35,7 +35,7 @@ START_FACTOR = 5.0  # loading and compiling may take longer than a step, by this
 INPUT = "waits for input"
 
 
-EARLY = "SIGTERM before the first step: there is nothing to save"
+EARLY = "SIGTERM: there is nothing to save"
 
 
 class Preempted(SystemExit):
