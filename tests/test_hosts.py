@@ -3,23 +3,56 @@
 from __future__ import annotations
 
 import json
+import random
+import re
 import shutil
 
 import host_runs
 import numpy as np
 import pytest
 import small_stage
+import test_divergence
 
 from launch import hosts as flags
+from xllm_jax import replay
 from xllm_jax.core import checkpoint, errors, fingerprint, hosts, watchdog
 
-TWICE = """
+# Two hosts train as two slices, then meet a NaN, then are killed.
+WHOLE = """
+import test_divergence
+from launch import command
+
 def main():
     made = host_runs.stage(keep=1)
     made.best.metric = 'loss'
+    if COUNT == 2:
+        made.mesh, made.slices = {{'fsdp': -1}}, {{'data': COUNT}}
     loop.fit(made, {whole!r})
     if COUNT == 2:
-        loop.fit(host_runs.stage(), {half!r}, stop_after=3)
+        diverge()
+        kill()
+        loop.fit(host_runs.stage(), {half!r})
+
+def diverge():
+    opened = loop.open_batches
+    poisoned = lambda *a: test_divergence.Poisoned(opened(*a), a[-1], False, row=1)
+    loop.open_batches = poisoned if INDEX else opened
+    command.flags.FLAGS.mark_as_parsed()
+    made = host_runs.stage(log_every=4, save_every=100)
+    try:
+        command.guard(lambda _: loop.fit(made, {diverged!r}), [])
+    except SystemExit as ended:
+        print('ENDED', ended.code)
+    loop.open_batches = opened
+
+def kill():
+    score, seen = loop.Loop.score, []
+    def scored(*arguments):
+        score(*arguments)
+        seen.append(1)
+        if len(seen) == {moment}:
+            os.kill(os.getpid(), signal.SIGKILL)
+    loop.Loop.score = scored
 """
 CONTINUE = """
 def main():
@@ -29,14 +62,17 @@ def main():
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Folder with the runs `one` and `two` of 1 and 2 hosts, and `half` of 2 that stopped."""
-    folder = tmp_path_factory.mktemp("hosts")
-    started = []
+    """Folder with the runs `one` and `two` of 1 and 2 hosts, and of 2 hosts `diverged` that met a
+    NaN and `half` that were killed at a random step."""
+    folder, started = tmp_path_factory.mktemp("hosts"), []
+    named = {name: str(folder / name) for name in ("half", "diverged")}
     for count, name in ((1, "one"), (2, "two")):
-        code = TWICE.format(whole=str(folder / name), half=str(folder / "half"))
+        code = WHOLE.format(whole=str(folder / name), moment=random.randint(3, 6), **named)
         started.append(host_runs.start(count, code, folder / f"{name}-said"))
-    ended = [host_runs.codes(processes) for processes in started]
-    assert ended == [[0], [0, 0]], host_runs.said(folder / "two-said", 2)
+    one, two = (host_runs.codes(processes) for processes in started)
+    assert one == [0], host_runs.said(folder / "one-said", 1)
+    # One that dies a moment later may leave because of the other.
+    assert -9 in two and set(two) <= {-9, hosts.LOST}, host_runs.said(folder / "two-said", 2)
     return folder
 
 
@@ -76,8 +112,23 @@ def test_another_number_of_hosts_continues(runs, tmp_path, count):
     code = CONTINUE.format(half=str(tmp_path / "half"))
     codes = host_runs.codes(host_runs.start(count, code, tmp_path / "said"))
     assert codes == [0] * count, host_runs.said(tmp_path / "said", count)
-    assert "Resumes at micro-batch 3" in host_runs.said(tmp_path / "said", count)
+    folders = (runs / "half" / "checkpoints").iterdir()
+    saved = [folder.name for folder in folders if folder.name.isdigit()]
+    told = re.findall(r"Resumes at micro-batch (\d+)", host_runs.said(tmp_path / "said", count))
+    assert told == [max(saved)] * count if saved else told == []
     same_curve(tmp_path / "half", runs / "one")
+
+
+def test_hosts_diverge_alike_and_each_saves_its_rows(runs):
+    """Only the rows of host 1 hold the NaN."""
+    said = host_runs.said(runs / "two-said", 2)
+    assert said.count("ENDED 3") == said.count("The run diverged") == 2
+    files = sorted((runs / "diverged" / "replay").iterdir())
+    assert [file.name for file in files] == ["3.host0.npz", "3.host1.npz"]
+    one, other = map(replay.read, files)
+    assert one.exact and one.rows == other.rows and set(one.rows) == {0, 1, 2, 3}
+    assert (one.batch.weights == test_divergence.HUGE).any(axis=1).tolist() == [False] * 3 + [True]
+    assert one.rows[3][0] in said.split("The run diverged")[2]
 
 
 MIXED = """
