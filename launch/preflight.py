@@ -1,10 +1,11 @@
 """Says before renting whether a stage fits a slice, how fast it can be, and what limits it.
 
     python launch/preflight.py --config=configs/stage2_image.py --topology=v5e:4x4 \
-        [--config.mesh.fsdp=-1] [--output=preflight] [--nosearch]
+        [--config.mesh.fsdp=-1] [--config.slices.data=2] [--output=preflight] [--nosearch]
 
 Compiles the real training step for the slice on any CPU (`pip install 'xllm_jax[preflight]'` brings
-the TPU compiler); GPUs get arithmetic only. Exits with 1 when the stage does not fit.
+the TPU compiler); GPUs get arithmetic only. The topology is that of one slice, and the stage's
+`slices` says how many there are. Exits with 1 when the stage does not fit.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ def main(_: list[str]) -> int:
 
     stage, target = CONFIG.value, targets.parse(TOPOLOGY.value)
     made = plan.make(stage, target)
-    largest = plan.largest(stage, target) if SEARCH.value and target.chip.memory else None
+    largest = plan.largest(stage, target, made) if SEARCH.value and target.chip.memory else None
     look = records.scan(stage.data, RECORDS.value) if RECORDS.value else None
     page = report.text(made, largest, look)
-    name = f"{stage.name}_{target.name.replace(':', '_')}"
+    name = f"{stage.name}_{made.target.title.replace(':', '_').replace(' ', '')}"
     files = report.write(OUTPUT.value, name, page, report.record(made, largest, look))
     print(page)
     print("Written:", ", ".join(map(str, files)))

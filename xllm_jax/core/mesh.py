@@ -69,15 +69,8 @@ def _slices_of(devices: list[Any]) -> set[int]:
 
 
 def _outer(slices: Mapping[str, int], devices: list[Any]) -> tuple[int, ...]:
-    """Slices along each of AXES, checked against the devices; errors as in `make`."""
-    wrong = [axis for axis, count in slices.items() if axis not in ROWS or count < 1]
-    if wrong:
-        raise UserError(
-            f"{wrong[0]!r} over {slices[wrong[0]]} slices",
-            field="slices",
-            mend=f"Give a positive count for {' or '.join(ROWS)}: no other axis may cross slices",
-        )
-    outer = tuple(slices.get(axis, 1) for axis in AXES)
+    """`over_slices`, checked against the devices; errors as in `make`."""
+    outer = over_slices(slices)
     asked, found = math.prod(outer), len(_slices_of(devices))
     if found > 1 and asked != found:
         raise UserError(
@@ -92,6 +85,18 @@ def _outer(slices: Mapping[str, int], devices: list[Any]) -> tuple[int, ...]:
             mend="Choose a divisor of the number of devices",
         )
     return outer
+
+
+def over_slices(slices: Mapping[str, int]) -> tuple[int, ...]:
+    """Over how many slices each of AXES reaches; arguments and errors as in `make`."""
+    wrong = [axis for axis, count in slices.items() if axis not in ROWS or count < 1]
+    if wrong:
+        raise UserError(
+            f"{wrong[0]!r} over {slices[wrong[0]]} slices",
+            field="slices",
+            mend=f"Give a positive count for {' or '.join(ROWS)}: no other axis may cross slices",
+        )
+    return tuple(slices.get(axis, 1) for axis in AXES)
 
 
 def sizes(axes: Mapping[str, int], count: int) -> tuple[int, ...]:

@@ -1,15 +1,20 @@
-"""What devices send each other in one step: count and bytes of every kind of collective."""
+"""What devices send each other in one step: count and bytes of every kind of collective.
+
+Between slices the TPU compiler writes no collectives: each slice has a program of its own, whose
+collectives stay inside, and hands arrays to its hosts, which send them over the data centre's
+network. Elsewhere a collective leaves a slice when its groups do.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from xllm_jax.preflight.hlo import Instruction, Program
+from xllm_jax.preflight.hlo import Array, Instruction, Program
 
 KINDS = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
@@ -32,7 +37,8 @@ class Collective:
       times: how often it runs in a step.
       in_loop: whether it stands in the body of a loop.
       source: name of the operation in the model.
-      groups: numbers of the devices that take part together.
+      groups: numbers of the devices that take part together; empty between a TPU's slices.
+      between: whether it goes from slice to slice, over the data centre's network.
     """
 
     kind: str
@@ -43,27 +49,71 @@ class Collective:
     in_loop: bool
     source: str
     groups: tuple[tuple[int, ...], ...] = ()
+    between: bool = False
 
 
-def find(program: Program, devices: int) -> list[Collective]:
+def find(program: Program, devices: int, slices: Sequence[int] = ()) -> list[Collective]:
     """Every collective of a compiled program.
 
     A TPU program splits a collective into several fused instructions that share one channel: they
     are one collective.
+
+    Args:
+      program: of one slice where a TPU's compiler made it, else of all of them.
+      devices: how many run the program.
+      slices: the slice of each of them, in the program's order; empty: all lie in one.
     """
     found: dict[str, Collective] = {}
     for computation, line, times in program.executed():
         for one in _inside(program, line):
-            kind = one.operation.removesuffix("-start")
-            if kind not in KINDS:
+            kind = _kind(one)
+            if not kind:
                 continue
             channel = re.search(r"channel_id=(\d+)", one.attributes)
             place = computation if channel is None else channel.group(1)
             name = f"{kind} {place} {one.name if channel is None else ''}"
-            made = _collective(one, kind, times, computation != program.entry, devices)
+            in_loop = computation != program.entry
+            if one.operation == "recv":
+                made = _of_hosts(one, kind, times, in_loop)
+            else:
+                made = _collective(one, kind, times, in_loop, devices)
+                made = dataclasses.replace(made, between=_leaves(one, made, slices))
             if name not in found or found[name].times < times:
                 found[name] = made
     return list(found.values())
+
+
+def _kind(line: Instruction) -> str:
+    """The kind of collective that an instruction is, or ''."""
+    kind = line.operation.removesuffix("-start")
+    if kind == "recv":
+        named = re.search(r'_xla_megascale_transfer_type="(\w+)"', line.attributes)
+        kind = named[1].lower().replace("_", "-") if named else ""
+        return kind if kind in KINDS else kind and "collective-permute"
+    return kind if kind in KINDS else ""
+
+
+def _leaves(line: Instruction, made: Collective, slices: Sequence[int]) -> bool:
+    """Whether devices of several slices take part together, or a permutation's pairs do."""
+    pairs = re.search(r"source_target_pairs=\{(\{[\d,{}]+\})\}", line.attributes)
+    groups = [_integers(one) for one in re.findall(r"\d[\d,]*", pairs[1])] if pairs else made.groups
+    return any(len({slices[number] for number in group}) > 1 for group in groups if slices)
+
+
+def _of_hosts(line: Instruction, kind: str, times: int, in_loop: bool) -> Collective:
+    """What hosts of TPU slices exchange: one chip's part of it, with its namesakes elsewhere."""
+    arrays = line.arrays[:-2]  # behind them stand a context and a token
+    size = sum(array.size for array in arrays)
+    target = re.search(r'_xla_megascale_target="?\{+([\d,]+)\}', line.attributes)
+    sends = sent(kind, size, len(_integers(target[1])) if target else 2)
+    return Collective(
+        kind, _largest(arrays), size, sends, times, in_loop, line.source, between=True
+    )
+
+
+def _largest(arrays: Sequence[Array]) -> str:
+    largest = max(arrays, key=lambda array: array.size)
+    return f"{largest.kind}[{','.join(map(str, largest.shape))}]"
 
 
 def _inside(program: Program, line: Instruction) -> Iterator[Instruction]:
@@ -78,11 +128,9 @@ def _collective(
     if line.operation.endswith("-start"):  # operands and results stand side by side
         arrays = [array for array in arrays if array.shape][-1:]
     size = sum(array.size for array in arrays)
-    largest = max(arrays, key=lambda array: array.size)
-    shape = f"{largest.kind}[{','.join(map(str, largest.shape))}]"
     together = tuple(map(tuple, groups(line.attributes, devices)))
     sends = sent(kind, size, len(together[0]))
-    return Collective(kind, shape, size, sends, times, in_loop, line.source, together)
+    return Collective(kind, _largest(arrays), size, sends, times, in_loop, line.source, together)
 
 
 def group_size(attributes: str, devices: int) -> int:

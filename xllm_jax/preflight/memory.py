@@ -6,12 +6,14 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+from jax.extend import core
 
 from xllm_jax.core import mesh, rules
+from xllm_jax.preflight import flops
 from xllm_jax.preflight.hlo import Program
 
 
@@ -62,39 +64,64 @@ def account(state: Any, batch: Any, temporaries: int, program: int = 0) -> Memor
     )
 
 
-def residuals(loss: Any, trainable: Any, frozen: Any, batch: Any, key: Any) -> int:
-    """Bytes that the backward pass needs from the forward pass, over all chips.
+def kept(
+    loss: Any, trainable: Any, frozen: Any, batch: Any, key: Any
+) -> list[tuple[str, tuple[int, ...], Any]]:
+    """What the backward pass needs from the forward pass: (operation, shape over all chips, dtype).
 
     The arithmetic for chips that nothing is compiled for: what autodiff keeps, without what the
-    kernels need while they run.
+    kernels need while they run, and without parameters and batch, which are there anyway.
     """
 
     def pullback(trainable: Any, frozen: Any, batch: Any, key: Any) -> Any:
         return jax.vjp(lambda t: loss(rules.join(t, frozen), batch, key)[0], trainable)[1]
 
-    kept = jax.eval_shape(pullback, trainable, frozen, batch, key)
+    jaxpr = jax.make_jaxpr(pullback)(trainable, frozen, batch, key).jaxpr
     arguments = Counter(
         (leaf.shape, leaf.dtype) for leaf in jax.tree.leaves((trainable, frozen, batch))
     )
-    total = 0
-    for leaf in jax.tree.leaves(kept):
-        if arguments[leaf.shape, leaf.dtype] > 0:
-            arguments[leaf.shape, leaf.dtype] -= 1
+    found = []
+    for variable in jaxpr.outvars:
+        shape, dtype = variable.aval.shape, variable.aval.dtype
+        if arguments[shape, dtype] > 0:
+            arguments[shape, dtype] -= 1
         else:
-            total += math.prod(leaf.shape) * getattr(leaf.dtype, "itemsize", 4)
-    return total
+            found.append((short(_origin(jaxpr, variable)), shape, dtype))
+    return found
 
 
-def overflow(message: str) -> int | None:
-    """Bytes of temporaries that the compiler asked for when it gave up, or None.
+def residuals(found: Iterable[tuple[str, tuple[int, ...], Any]]) -> int:
+    """Bytes of what is `kept`, over all chips."""
+    return sum(_size(shape, dtype) for _, shape, dtype in found)
 
-    The TPU compiler writes '(77.31G)' and means 2**30 bytes.
-    """
-    units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    found = re.search(r"temporaries \(([\d.]+)([KMGT])\)", message) or re.search(
-        r"Used ([\d.]+)([KMGT]) of", message
-    )
-    return int(float(found.group(1)) * units[found.group(2)]) if found else None
+
+def largest_kept(
+    found: Iterable[tuple[str, tuple[int, ...], Any]], chips: int, count: int
+) -> list[tuple[str, int]]:
+    """The largest of what is `kept`: ('shape over all chips, operation', bytes on one chip)."""
+    sizes = {
+        f"{dtype}[{','.join(map(str, shape))}] {name}".strip(): _size(shape, dtype) // chips
+        for name, shape, dtype in found
+    }
+    return sorted(sizes.items(), key=lambda row: -row[1])[:count]
+
+
+def _size(shape: tuple[int, ...], dtype: Any) -> int:
+    return math.prod(shape) * getattr(dtype, "itemsize", 4)
+
+
+def _origin(jaxpr: Any, variable: Any) -> str:
+    """Name of the operation in the model that makes a result, in the innermost loop or call."""
+    for equation in jaxpr.eqns:
+        if variable in equation.outvars:
+            place = equation.outvars.index(variable)
+            name = str(equation.source_info.name_stack)
+            for part in flops.inner(equation):
+                if place < len(part.outvars) and not isinstance(part.outvars[place], core.Literal):
+                    inside = _origin(part, part.outvars[place])
+                    return "/".join(filter(None, (name, inside)))
+            return f"{name}/{equation.primitive.name}" if name else equation.primitive.name
+    return ""
 
 
 def largest_parameters(state: Any, count: int) -> list[tuple[str, int]]:

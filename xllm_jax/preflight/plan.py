@@ -11,9 +11,19 @@ import jax
 
 from xllm_jax import build, train
 from xllm_jax.core.stage import Stage
-from xllm_jax.preflight import collectives, flops, hlo, inputs, memory, roofline, targets
+from xllm_jax.preflight import (
+    collectives,
+    flops,
+    hlo,
+    inputs,
+    memory,
+    refusal,
+    roofline,
+    targets,
+)
 from xllm_jax.preflight.collectives import Collective
 from xllm_jax.preflight.memory import Memory
+from xllm_jax.preflight.refusal import Refusal
 from xllm_jax.preflight.roofline import Roofline
 from xllm_jax.preflight.targets import Target
 
@@ -29,12 +39,15 @@ class Plan:
       mesh: {axis: size}.
       memory: bytes on one chip.
       fits: whether that is less than the chip has; what nothing was compiled for is arithmetic.
+      limit: bytes that the compiler may use of a chip, which is told by its refusal; else all.
       compiled: whether the figures come from a compiled program.
       flops, minimum: FLOPs that a micro-step does and needs, over all chips.
       readable: whether the program could be read; if not, traffic and collectives are unknown.
       traffic: bytes one chip moves in its memory.
       collectives: every collective of the program.
-      parameters, temporaries: (name, bytes) of the largest tensors on a chip.
+      parameters, temporaries: (name, bytes) of the largest tensors on a chip; temporaries are those
+        of the compiled program, or of the compiler's own list when it refused.
+      kept: (name, bytes) of the largest tensors that autodiff keeps, where nothing was compiled.
       seconds: CPU seconds of compiling; on an idle machine it takes no longer than that.
     """
 
@@ -51,7 +64,14 @@ class Plan:
     collectives: tuple[Collective, ...] = ()
     parameters: tuple[tuple[str, int], ...] = ()
     temporaries: tuple[tuple[str, int], ...] = ()
+    kept: tuple[tuple[str, int], ...] = ()
     seconds: float = 0.0
+    limit: int = 0
+
+    @property
+    def room(self) -> int:
+        """Bytes of a chip that the step may take."""
+        return self.limit or self.target.chip.memory
 
     @property
     def micro_steps(self) -> int:
@@ -61,8 +81,14 @@ class Plan:
     @property
     def roofline(self) -> Roofline:
         """Of one micro-step."""
-        sent = sum(one.times * one.sent for one in self.collectives)
-        return roofline.estimate(self.target, self.flops, self.traffic, sent)
+        sent = {
+            between: sum(one.times * one.sent for one in self.moved(between)) for between in (0, 1)
+        }
+        return roofline.estimate(self.target, self.flops, self.traffic, sent[0], sent[1])
+
+    def moved(self, between: bool) -> list[Collective]:
+        """The collectives between slices, or those inside of one."""
+        return [one for one in self.collectives if one.between == between]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +119,7 @@ def prepare(stage: Stage, target: Target, compiles: bool = True) -> Lowered:
     Raises:
       UserError: the stage, its mesh or its rows do not fit together.
     """
-    device_mesh = targets.make_mesh(stage.mesh, target, compiles)
+    device_mesh = targets.make_mesh(stage.mesh, stage.slices, target, compiles)
     xllm = build.model(for_accelerators(stage, target))
     state, optimizer, _ = train.abstract_state(stage, xllm, device_mesh)
     batch = inputs.sharded(stage.data, device_mesh)
@@ -118,26 +144,29 @@ def for_accelerators(stage: Stage, target: Target) -> Stage:
 
 
 def make(stage: Stage, target: Target) -> Plan:
-    """Compiles the step for a slice and accounts for it; arithmetic alone for GPUs elsewhere.
+    """Compiles the step for the stage's slices and accounts for it; arithmetic alone for GPUs.
+
+    Args:
+      stage: what; its `slices` says how many there are.
+      target: one of them.
 
     Raises:
       UserError: see `prepare`.
     """
+    target = targets.repeated(target, stage.slices)
     if not target.compiles:
         return arithmetic(stage, target)
     lowered = prepare(stage, target)
-    common = _common(stage, target, lowered)
+    common = uncompiled(stage, target, lowered)
     started = time.process_time()
     try:
         with jax.set_mesh(lowered.device_mesh):
             compiled = lowered.step.lower(lowered.state, lowered.batch).compile()
     except jax.errors.JaxRuntimeError as error:
-        wanted = memory.overflow(str(error))
-        if wanted is None:
+        refused = refusal.read(str(error))
+        if refused is None:
             raise
-        account = memory.account(lowered.state, lowered.batch, wanted)
-        spent = time.process_time() - started
-        return Plan(**common, memory=account, fits=False, compiled=True, seconds=spent)
+        return from_refusal(refused, lowered, common, time.process_time() - started)
     seconds = time.process_time() - started
     return from_compiled(compiled, lowered, common, seconds)
 
@@ -176,13 +205,51 @@ def from_compiled(compiled: Any, lowered: Lowered, common: dict[str, Any], secon
         compiled=True,
         readable=program is not None,
         traffic=roofline.traffic(program) if program else 0,
-        collectives=tuple(collectives.find(program, target.chips)) if program else (),
+        collectives=tuple(_collectives(program, lowered, common["stage"], target))
+        if program
+        else (),
         temporaries=tuple(memory.largest_temporaries(program, LISTED)) if program else (),
         seconds=seconds,
     )
 
 
-def _common(stage: Stage, target: Target, lowered: Lowered) -> dict[str, Any]:
+def _collectives(
+    program: hlo.Program, lowered: Lowered, stage: Stage, target: Target
+) -> list[Collective]:
+    """Those of the program, which is that of one slice where there are several."""
+    if target.kind != "local":
+        return collectives.find(program, target.chips // target.slices)
+    numbers = targets.slices_of(lowered.device_mesh, stage.slices)
+    return collectives.find(program, target.chips, numbers)
+
+
+def from_refusal(
+    refused: Refusal, lowered: Lowered, common: dict[str, Any], seconds: float
+) -> Plan:
+    """The account of a step that the compiler refused; without its list, what autodiff keeps."""
+    arguments = memory.account(lowered.state, lowered.batch, 0)
+    account = dataclasses.replace(arguments, temporaries=max(refused.total - arguments.total, 0))
+    kept = () if refused.tensors else _kept(lowered)
+    return Plan(
+        **common,
+        memory=account,
+        fits=False,
+        compiled=True,
+        temporaries=refused.tensors[:LISTED],
+        kept=tuple(memory.largest_kept(kept, common["target"].chips, LISTED)),
+        seconds=seconds,
+        limit=refused.limit,
+    )
+
+
+def _kept(lowered: Lowered) -> list[tuple[str, tuple[int, ...], Any]]:
+    """What autodiff keeps of a step."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    state = lowered.state
+    return memory.kept(lowered.loss, state.trainable, state.frozen, lowered.batch, key)
+
+
+def uncompiled(stage: Stage, target: Target, lowered: Lowered) -> dict[str, Any]:
     """The fields of a Plan that need no compiler."""
     return {
         "stage": stage,
@@ -199,15 +266,14 @@ def arithmetic(stage: Stage, target: Target) -> Plan:
     Raises:
       UserError: see `prepare`.
     """
+    target = targets.repeated(target, stage.slices)
     lowered = prepare(stage, target, compiles=False)
-    common = _common(stage, target, lowered)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    kept = memory.residuals(
-        lowered.loss, lowered.state.trainable, lowered.state.frozen, lowered.batch, key
-    )
-    account = memory.account(lowered.state, lowered.batch, kept // target.chips)
+    common = uncompiled(stage, target, lowered)
+    kept = _kept(lowered)
+    account = memory.account(lowered.state, lowered.batch, memory.residuals(kept) // target.chips)
     fits = not target.chip.memory or account.total <= target.chip.memory
-    return Plan(**common, memory=account, fits=fits, compiled=False)
+    listed = tuple(memory.largest_kept(kept, target.chips, LISTED))
+    return Plan(**common, memory=account, fits=fits, compiled=False, kept=listed)
 
 
 def candidates(stage: Stage, chips: int) -> list[int]:
@@ -217,22 +283,33 @@ def candidates(stage: Stage, chips: int) -> list[int]:
 
 
 def largest(
-    stage: Stage, target: Target, compile_: Callable[[Stage, Target], Plan] = make
+    stage: Stage,
+    target: Target,
+    known: Plan | None = None,
+    compile_: Callable[[Stage, Target], Plan] = make,
 ) -> Plan | None:
     """The plan with the largest micro-batch that fits, of the same update; None when none does.
 
     Tries the whole update first. What does not fit says how much it wanted, and temporaries grow
-    with the rows: so the next try is the largest that should fit, and few are needed.
+    with the rows: so the next try is the largest that should fit. The TPU compiler refuses what is
+    much too large before it compiles, so that of few tries only the last one costs its time.
+
+    Args:
+      stage, target: as for `make`.
+      known: the plan of the stage as it is, which is not compiled again.
+      compile_: makes a plan.
     """
-    device_mesh = targets.make_mesh(stage.mesh, target, compiles=False)
+    target = targets.repeated(target, stage.slices)
+    device_mesh = targets.make_mesh(stage.mesh, stage.slices, target, compiles=False)
     options = candidates(stage, device_mesh.shape["data"] * device_mesh.shape["fsdp"])
     while options:
         rows = options.pop()
-        found = compile_(inputs.with_rows(stage, rows), target)
+        again = known is None or rows != inputs.rows_of(stage.data)
+        found = compile_(inputs.with_rows(stage, rows), target) if again else known
         if found.fits:
             return found
         account = found.memory
-        room = target.chip.memory - (account.total - account.temporaries - account.batch)
+        room = found.room - (account.total - account.temporaries - account.batch)
         share = room / (account.temporaries + account.batch)
         options = [option for option in options if option <= max(rows * share, options[0])]
     return None

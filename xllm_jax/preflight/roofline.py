@@ -1,4 +1,4 @@
-"""How fast a step can be at best: arithmetic, main memory, or the links between chips."""
+"""How fast a step can be at best: arithmetic, main memory, links between chips, or the network."""
 
 from __future__ import annotations
 
@@ -20,31 +20,36 @@ class Roofline:
     Attributes:
       arithmetic: the FLOPs that the step does, at the chip's peak.
       memory: bytes read and written, at the memory's bandwidth.
-      links: bytes sent, over all links.
+      links: bytes sent inside a slice, over all links.
+      network: bytes sent to other slices, over the data centre's network.
     """
 
     arithmetic: float
     memory: float
     links: float
+    network: float = 0.0
 
     @property
     def seconds(self) -> float:
-        """The longest of the three: all of them perfectly overlapped."""
-        return max(self.arithmetic, self.memory, self.links)
+        """The longest of them: all perfectly overlapped."""
+        return max(dataclasses.astuple(self))
 
     @property
     def limit(self) -> str:
         """Name of the longest."""
-        return max(("arithmetic", "memory", "links"), key=lambda name: getattr(self, name))
+        times = dataclasses.asdict(self)
+        return max(times, key=times.__getitem__)
 
 
-def estimate(target: Target, flops: float, traffic: float, sent: float) -> Roofline:
-    """The three times.
+def estimate(
+    target: Target, flops: float, traffic: float, sent: float, between: float = 0.0
+) -> Roofline:
+    """The times.
 
     Args:
-      target: the slice.
+      target: the slices.
       flops: of the whole step over all chips.
-      traffic, sent: bytes of one chip.
+      traffic, sent, between: bytes of one chip; sent inside its slice, and to other slices.
     """
 
     def over(amount: float, rate: float) -> float:
@@ -55,6 +60,7 @@ def estimate(target: Target, flops: float, traffic: float, sent: float) -> Roofl
         over(flops / target.chips, chip.flops),
         over(traffic, chip.bandwidth),
         over(sent, target.sends),
+        over(between, chip.network),
     )
 
 

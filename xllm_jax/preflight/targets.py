@@ -1,7 +1,8 @@
 """Chips and slices: what they can do (data sheets), and devices to compile for without having them.
 
 A slice is written 'KIND:TOPOLOGY' as XLA names it ('v5e:4x4', 'v5p:2x2x1'), or by the name under
-which it is rented ('v5e-16', 'v5p-8', 'v4-32'); GPUs are 'h200:8'; 'local' is this machine.
+which it is rented ('v5e-16', 'v5p-8', 'v4-32'); GPUs are 'h200:8'; 'local' is this machine. How
+many slices there are stands in the stage (`Stage.slices`), as for training.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -29,6 +32,8 @@ class Chip:
       link: bytes/s that one link sends one way (of a GPU: all its links together).
       axes: dimensions of the torus it is built into; 0 = a switch connects all.
       cores: how many cores a rented slice's name counts per chip.
+      network: bytes/s that the data centre's network carries for one chip, between slices; 0 = the
+        data sheet does not say.
     """
 
     flops: float
@@ -37,15 +42,16 @@ class Chip:
     link: float
     axes: int = 0
     cores: int = 1
+    network: float = 0.0
 
 
 GIB = 2**30
 
 CHIPS = {
     "v4": Chip(275e12, 32 * GIB, 1.2e12, 4.5e10, axes=3, cores=2),
-    "v5e": Chip(197e12, 16 * GIB, 8.1e11, 4.5e10, axes=2),
-    "v5p": Chip(459e12, 95 * GIB, 2.765e12, 9e10, axes=3, cores=2),
-    "v6e": Chip(918e12, 32 * GIB, 1.64e12, 9e10, axes=2),
+    "v5e": Chip(197e12, 16 * GIB, 8.1e11, 4.5e10, axes=2, network=3.125e9),
+    "v5p": Chip(459e12, 95 * GIB, 2.765e12, 9e10, axes=3, cores=2, network=6.25e9),
+    "v6e": Chip(918e12, 32 * GIB, 1.64e12, 9e10, axes=2, network=1.25e10),
     "a100": Chip(312e12, 80 * 10**9, 2.0e12, 3e11),
     "h100": Chip(989e12, 80 * 10**9, 3.35e12, 4.5e11),
     "h200": Chip(989e12, 141 * 10**9, 4.8e12, 4.5e11),
@@ -73,19 +79,26 @@ class Target:
     Attributes:
       name: as XLA writes it.
       kind: row of CHIPS, or 'local'.
-      shape: chips along each axis.
+      shape: chips of one slice along each axis.
       chip: its figures.
+      slices: how many of them; this machine is always one.
     """
 
     name: str
     kind: str
     shape: tuple[int, ...]
     chip: Chip
+    slices: int = 1
 
     @property
     def chips(self) -> int:
-        """How many there are."""
-        return math.prod(self.shape)
+        """How many there are, over all slices."""
+        return math.prod(self.shape) * self.slices
+
+    @property
+    def title(self) -> str:
+        """The name, with the number of slices."""
+        return self.name if self.slices == 1 else f"{self.slices} x {self.name}"
 
     @property
     def compiles(self) -> bool:
@@ -95,7 +108,7 @@ class Target:
     @property
     def sends(self) -> float:
         """Bytes/s that one chip sends over all links it has in this slice; 0 for one chip."""
-        if self.chips == 1:
+        if math.prod(self.shape) == 1:
             return 0.0
         if not self.chip.axes:
             return self.chip.link
@@ -135,6 +148,16 @@ def parse(text: str) -> Target:
     return Target(f"{kind}:{'x'.join(map(str, shape))}", kind, shape, chip)
 
 
+def repeated(target: Target, slices: Mapping[str, int]) -> Target:
+    """As many slices as `Stage.slices` asks for: a target's name is that of one.
+
+    Raises:
+      UserError: see `core.mesh.over_slices`.
+    """
+    count = math.prod(mesh.over_slices(slices))
+    return target if target.kind == "local" else dataclasses.replace(target, slices=count)
+
+
 def _rented(kind: str, count: int) -> tuple[int, ...]:
     """Topology of a slice's name; v4 and v5p count cores there, two a chip."""
     chip = CHIPS[kind]
@@ -159,7 +182,9 @@ def devices(target: Target) -> list[jax.Device]:
     """
     if target.kind == "local":
         return jax.devices()
-    options = {"chip_config_name": "megacore"} if target.kind == "v4" else {}
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if target.kind == "v4" else {}
+    if target.slices > 1:
+        options["num_slices"] = target.slices
     try:
         described = topologies.get_topology_desc(target.name, "tpu", **options)
     except Exception as error:
@@ -171,18 +196,37 @@ def devices(target: Target) -> list[jax.Device]:
     return list(described.devices)
 
 
-def make_mesh(axes: dict[str, int], target: Target, compiles: bool = True) -> Mesh | AbstractMesh:
+def slices_of(device_mesh: Mesh, slices: Mapping[str, int]) -> list[int]:
+    """The slice of each device of a mesh of this machine, in the mesh's order.
+
+    Args:
+      device_mesh: of all devices.
+      slices: see `core.mesh.make`; equal runs of the devices are a slice each.
+    """
+    count = math.prod(mesh.over_slices(slices))
+    places = {device: place for place, device in enumerate(jax.devices())}
+    return [places[device] * count // len(places) for device in device_mesh.devices.flat]
+
+
+def make_mesh(
+    axes: Mapping[str, int],
+    slices: Mapping[str, int],
+    target: Target,
+    compiles: bool = True,
+) -> Mesh | AbstractMesh:
     """The stage's mesh on a target; without devices where nothing is compiled.
 
     Args:
-      axes: see `core.mesh.make`.
-      target: the slice.
+      axes, slices: see `core.mesh.make`.
+      target: the slices, as `repeated` gives them.
       compiles: whether to compile for it, if that is possible here.
 
     Raises:
       UserError: the sizes do not multiply to the number of chips.
     """
     if target.compiles and compiles:
-        return mesh.make(axes, devices(target))
-    sizes = mesh.sizes(axes, target.chips)
+        return mesh.make(axes, devices(target), slices)
+    outer = mesh.over_slices(slices)
+    inner = mesh.sizes(axes, target.chips // math.prod(outer))
+    sizes = tuple(within * over for within, over in zip(inner, outer))
     return AbstractMesh(sizes, mesh.AXES, axis_types=(AxisType.Auto,) * len(sizes))
