@@ -18,7 +18,7 @@ import small_stage
 
 from xllm_jax import build, train
 from xllm_jax.core import mesh, rules
-from xllm_jax.preflight import collectives, hlo, inputs
+from xllm_jax.preflight import collectives, hlo, inputs, targets
 
 ROWS = 8
 STAGES = (
@@ -161,7 +161,8 @@ def compiled_collectives(axes, slices):
     with jax.set_mesh(device_mesh):
         lowered = train.jitted(made, xllm, optimizer, like).lower(like, batch)
     program = hlo.parse(lowered.compile(QUICKLY).as_text())
-    return [dataclasses.asdict(one) for one in collectives.find(program, count)]
+    found = collectives.find(program, count, targets.slices_of(device_mesh, slices))
+    return [dataclasses.asdict(one) for one in found]
 
 
 def main():

@@ -140,6 +140,7 @@ def test_between_slices_go_gradients_alone(found):
     """Each device's share of them: a quarter of the kernels, and norms, biases and scalars."""
     rows = found["collectives"]["data 2 over slices, fsdp 4"]
     crossing = [row for row in rows if any(len({n // 4 for n in g}) > 1 for g in row["groups"])]
+    assert crossing == [row for row in rows if row["between"]]
     width, hidden = GLM["width"], GLM["hidden"]
     kernels = 4 * width * width + 2 * width * hidden
     small = 3 * width + width + hidden + width + 2 * 2 * width  # biases and norms of a layer
