@@ -15,7 +15,13 @@ from xllm_jax.convert import export_tree, import_tree
 from xllm_jax.convert.cif_asr import DROPPED, conformer_layer_rows
 from xllm_jax.models import conformer, depthwise
 from xllm_jax.models.layers import LayerNorm
-from xllm_jax.models.relative_attention import by_blocks, relative_positions, relative_shift
+from xllm_jax.models.relative_attention import (
+    RelativeAttention,
+    by_distance,
+    relative_positions,
+    relative_shift,
+    rotated,
+)
 
 
 def scaled(recording, name, value, tolerance=2e-5):
@@ -31,7 +37,7 @@ class Recorded:
         about = json.loads((golden / "speech" / "conformer.json").read_text())["sizes"]
         self.sizes = dict(hidden=about["ffn"], heads=about["heads"], kernel=about["kernel"])
         get = self.recording.input
-        self.x, self.positions, self.valid = get("x"), get("pos_emb")[0], ~get("pad_mask")
+        self.x, self.valid = get("x"), ~get("pad_mask")
         names = [n for n in self.recording.names("layer/*")]
         source = {name.removeprefix("layer/"): get(name) for name in names}
         self.table = conformer_layer_rows("", "", about["heads"])
@@ -43,16 +49,14 @@ class Recorded:
         return conformer.ConformerBlock(**self.sizes, **fields)
 
     def inputs(self):
-        return self.x, self.positions, self.valid
+        return self.x, self.valid
 
     def gradients(self, **fields):
         """Output, statistics, gradient of the input and of the source's weights."""
         weights = self.recording.input("R")
 
         def total(params, x):
-            out, statistics = self.block(**fields).apply(
-                {"params": params}, x, self.positions, self.valid
-            )
+            out, statistics = self.block(**fields).apply({"params": params}, x, self.valid)
             return (out * weights).sum(), (out, statistics)
 
         compute = jax.jit(jax.grad(total, (0, 1), has_aux=True))
@@ -92,7 +96,7 @@ def check_eval(recorded):
         )
     )
     everywhere = np.ones_like(recorded.valid)
-    (out, _), _ = run(recorded.params, recorded.x, recorded.positions, everywhere)
+    (out, _), _ = run(recorded.params, recorded.x, everywhere)
     scaled(recording, "eval_nopad/out", out)
     (out, _), _ = run(recorded.params, *recorded.inputs())
     scaled(recording, "eval_pad_convmasked/out", out)
@@ -193,15 +197,51 @@ def test_relative_shift(length):
     np.testing.assert_array_equal(relative_shift(scores), expected)
 
 
-@pytest.mark.parametrize("frames", [1, 7, 8, 19])
-def test_positions_by_blocks_are_those_of_the_whole_table(frames):
+def scores_by_table(query, kernel):
+    """Every query with the projected position vector of every key's distance, in float64."""
+    frames, width = query.shape[1], kernel.shape[0]
+    distance = np.arange(frames)[:, None] - np.arange(frames)
+    angle = distance[..., None] * np.exp(np.arange(0, width, 2) * (-np.log(10000.0) / width))
+    table = np.stack([np.sin(angle), np.cos(angle)], -1).reshape(frames, frames, width)
+    kernel, query = np.asarray(kernel, np.float64), np.asarray(query, np.float64)
+    back = np.einsum("bqhd,whd->bhqw", query, kernel)
+    return np.einsum("bhqw,qkw->bhqk", back, table)
+
+
+@pytest.mark.parametrize("frames", [1, 7, 64])
+def test_rotated_queries_score_as_the_table_of_distances(frames):
     keys = jax.random.split(jax.random.key(frames))
     query = jax.random.normal(keys[0], (2, frames, 3, 4))
-    position = jax.random.normal(keys[1], (2 * frames - 1, 3, 4))
-    distance = np.arange(frames)[:, None] - np.arange(frames)
-    table = np.asarray(position)[frames - 1 - distance]  # row r is the distance frames - 1 - r
-    expected = np.einsum("bqhd,qkhd->bhqk", query, table)
-    np.testing.assert_allclose(by_blocks(query, position, 8), expected, atol=1e-5)
+    kernel = jax.random.normal(keys[1], (12, 3, 4))
+    turned, table = rotated(query, kernel)
+    ours = jnp.einsum("bhqw,kw->bhqk", turned, table)
+    np.testing.assert_allclose(ours, scores_by_table(query, kernel), atol=1e-4)
+
+
+def test_rotation_rounds_no_worse_than_the_table_in_bfloat16():
+    keys = jax.random.split(jax.random.key(0))
+    query = jax.random.normal(keys[0], (1, 300, 2, 32), jnp.bfloat16)
+    kernel = jax.random.normal(keys[1], (64, 2, 32)).astype(jnp.bfloat16) / 8
+    expected = scores_by_table(query, kernel)
+    turned, table = rotated(query, kernel)
+    ours = jnp.einsum("bhqw,kw->bhqk", turned, table, preferred_element_type=jnp.float32)
+    theirs = relative_shift(by_distance(query, kernel))
+    errors = [np.sqrt(np.square(np.asarray(x) - expected).mean()) for x in (ours, theirs)]
+    assert errors[0] < 1.5 * errors[1] < 0.05 * expected.std()
+
+
+def test_both_forms_of_the_attention_have_the_same_gradients():
+    x = jax.random.normal(jax.random.key(0), (2, 9, 16))
+    visible = np.arange(9) < np.array([9, 5])[:, None]
+    forms = [RelativeAttention(2, rotate) for rotate in (False, True)]
+    params = forms[0].init(jax.random.key(1), x, visible)
+    gradients = [
+        jax.grad(lambda p, x, m=m: jnp.square(m.apply(p, x, visible)).sum(), argnums=(0, 1))(
+            params, x
+        )
+        for m in forms
+    ]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), *gradients)
 
 
 @pytest.mark.parametrize("taps", [1, 4, 31])
@@ -282,15 +322,6 @@ def test_training_statistics_and_dropout(small):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), updates, same)
     shapes = jax.tree.map(lambda x: x.shape, updates)
     assert shapes["blocks_0"]["convolution"]["batch_norm"] == {"mean": (1, 16), "variance": (1, 16)}
-
-
-def test_dropout_keeps_the_expected_value():
-    x = jnp.ones((64, 1000))
-    run = jax.jit(lambda key: conformer.Dropout(0.1).apply({}, x, True, rngs={"dropout": key}))
-    y = np.asarray(run(jax.random.key(0)))
-    assert (y == 0).mean() == pytest.approx(26 / 256, abs=0.005)
-    assert y.mean() == pytest.approx(1.0, abs=0.01)
-    np.testing.assert_array_equal(conformer.Dropout(0.1).apply({}, x, False), x)
 
 
 def test_bfloat16_stays_near_float32(small):

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
+from xllm_jax.models.dropout import Dropout
 from xllm_jax.models.layers import Dense, FeedForward, LayerNorm, attend, recomputed
 
 Array = jax.Array
@@ -124,7 +125,7 @@ class DecoderBlock(nn.Module):
         return LayerNorm(1e-5, dtype=self.dtype, name=name)
 
     def drop(self, y: Array) -> Array:
-        return nn.Dropout(self.dropout, deterministic=not self.train)(y)
+        return Dropout(self.dropout)(y, self.train)
 
 
 def sinusoids(positions: Array, width: int) -> Array:
@@ -261,7 +262,7 @@ class ASRDecoder(nn.Module):
         x = jnp.concatenate([tokens, shifted.astype(self.dtype)], axis=-1)
         x = self.dense(self.width, "project_in")(x)
         place = jnp.where(real, sinusoids(positions + 1 + PAD, self.width), 0.0)
-        return nn.Dropout(self.dropout, deterministic=not train)(x + place.astype(self.dtype))
+        return Dropout(self.dropout)(x + place.astype(self.dtype), train)
 
     def blocks(
         self,

@@ -15,6 +15,7 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec
 
 from xllm_jax.models import layers
+from xllm_jax.models.dropout import Dropout
 
 Array = jax.Array
 
@@ -66,7 +67,7 @@ class Attention(nn.Module):
             keys = jnp.concatenate([prefix[0].astype(key.dtype), key], axis=1)
             values = jnp.concatenate([prefix[1].astype(value.dtype), value], axis=1)
         weights = layers.attention_weights(query, keys, mask).astype(self.dtype)
-        weights = nn.Dropout(self.dropout, deterministic=not train)(weights)
+        weights = Dropout(self.dropout)(weights, train)
         mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, values)
         return layers.Dense(width, inputs=2, dtype=self.dtype, name="out")(mixed), (key, value)
 
@@ -81,7 +82,7 @@ class Residual(nn.Module):
     @nn.compact
     def __call__(self, x: Array, y: Array, train: bool = False) -> Array:
         """Returns norm(x + dropout(y)), all `[batch, tokens, width]`."""
-        y = nn.Dropout(self.dropout, deterministic=not train)(y)
+        y = Dropout(self.dropout)(y, train)
         return layers.LayerNorm(self.epsilon, self.dtype, name="norm")(x + y)
 
 
@@ -130,7 +131,7 @@ class Embeddings(nn.Module):
             parts.append(self._tokens(ids, embeddings, types))
         x = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
         x = layers.LayerNorm(self.epsilon, self.dtype, name="norm")(x)
-        return nn.Dropout(self.dropout, deterministic=not train)(x)
+        return Dropout(self.dropout)(x, train)
 
     def _tokens(self, ids: Array | None, embeddings: Array | None, types: Array | None) -> Array:
         words = self._table("words", self.vocabulary) if self.vocabulary else None

@@ -30,6 +30,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
+from xllm_jax.models.dropout import Dropout
 from xllm_jax.models.layers import Dense
 
 Array = jax.Array
@@ -254,7 +255,7 @@ class CIF(nn.Module):
             hidden = Dense(width, inputs=2, dtype=self.dtype, kernel_init=conv_init, name="conv")(
                 near
             )
-            hidden = nn.Dropout(self.dropout, deterministic=not train)(hidden)
+            hidden = Dropout(self.dropout)(hidden, train)
         else:
             hidden = nn.relu(Dense(width, dtype=self.dtype, kernel_init=init, name="dense")(frames))
         score = Dense(1, dtype=jnp.float32, kernel_init=init, name="weight")(hidden)

@@ -25,12 +25,12 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
 from xllm_jax.models.depthwise import depthwise_by_conv, depthwise_by_shifts
+from xllm_jax.models.dropout import Dropout
 from xllm_jax.models.layers import Dense, LayerNorm, stack
-from xllm_jax.models.relative_attention import RelativeAttention, merge_init, relative_positions
+from xllm_jax.models.relative_attention import RelativeAttention, merge_init
 
 Array = jax.Array
 XAVIER = nn.initializers.xavier_uniform()
-BLOCK = 32  # queries that share a slice of the table of relative positions
 
 
 def frame_mask(lengths: Array, frames: int) -> Array:
@@ -41,32 +41,11 @@ def frame_mask(lengths: Array, frames: int) -> Array:
 def convolves(choice: str | None) -> bool:
     """Whether layers take the form for accelerators ('conv') or CPUs ('shifts'); None = by backend.
 
-    These are the depthwise step and the shift of relative positions.
+    These are the depthwise step and the scores by relative position.
     """
     if choice is None:
         return jax.default_backend() != "cpu"
     return {"conv": True, "shifts": False}[choice]
-
-
-class Dropout(nn.Module):
-    """Dropout that draws one random byte per value, a quarter of the usual random bits.
-
-    The rate is rounded to 1/256; kept values are scaled by the exact share that is kept.
-    """
-
-    rate: float
-
-    @nn.compact
-    def __call__(self, x: Array, train: bool) -> Array:
-        dropped = round(self.rate * 256)
-        if not train or not dropped:
-            return x
-        words = (*x.shape[:-1], -(-x.shape[-1] // 4))
-        bits = jax.random.bits(self.make_rng("dropout"), words, jnp.uint32)
-        # Quarters side by side: to interleave the bytes takes the TPU compiler seconds each time.
-        quarters = [bits >> shift & 255 for shift in (0, 8, 16, 24)]
-        kept = jnp.concatenate(quarters, axis=-1)[..., : x.shape[-1]] >= dropped
-        return jnp.where(kept, x * jnp.asarray(256 / (256 - dropped), x.dtype), 0)
 
 
 class ConformerFeedForward(nn.Module):
@@ -182,15 +161,12 @@ class ConformerBlock(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(
-        self, x: Array, positions: Array, valid: Array
-    ) -> tuple[Array, dict[str, dict[str, Array]]]:
+    def __call__(self, x: Array, valid: Array) -> tuple[Array, dict[str, dict[str, Array]]]:
         """Returns (`[batch, frames, width]`, next statistics by their parameter paths)."""
         x = x + 0.5 * self.feed_forward("feed_forward_in", x)
         y = self.norm("attention_norm")(x)
-        block = BLOCK if convolves(self.depthwise) else 0
-        attention = RelativeAttention(self.heads, block, self.dtype, name="attention")
-        y = attention(y, positions, valid)
+        rotate = convolves(self.depthwise)
+        y = RelativeAttention(self.heads, rotate, self.dtype, name="attention")(y, valid)
         x = x + self.drop(y)
         y, statistics = ConvolutionModule(
             self.kernel,
@@ -348,7 +324,7 @@ class SpeechEncoder(nn.Module):
         self, number: int, length: int, x: Array, lengths: Array, train: bool
     ) -> tuple[Array, dict[str, Any]]:
         """Runs the blocks between two pools."""
-        layers = stack(ConformerBlock, length, broadcast=2, remat=self.remat, unroll=self.unroll)(
+        layers = stack(ConformerBlock, length, broadcast=1, remat=self.remat, unroll=self.unroll)(
             self.hidden,
             self.heads,
             self.kernel,
@@ -361,8 +337,7 @@ class SpeechEncoder(nn.Module):
             self.dtype,
             name=f"blocks_{number}",
         )
-        positions = relative_positions(x.shape[1], self.width).astype(self.dtype)
-        return layers(x, positions, frame_mask(lengths, x.shape[1]))
+        return layers(x, frame_mask(lengths, x.shape[1]))
 
 
 SIZES = {

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from xllm_jax.core import mesh
+from xllm_jax.models.dropout import Dropout
 
 Array = jax.Array
 Initializer = Callable[..., Array]
@@ -147,7 +148,7 @@ class FeedForward(nn.Module):
         width = x.shape[-1]
         y = Dense(self.hidden, dtype=self.dtype, tensor_axis=0, name="up")(x)
         y = self.activation(y)
-        y = nn.Dropout(self.dropout, deterministic=not train)(y)
+        y = Dropout(self.dropout)(y, train)
         return Dense(width, dtype=self.dtype, name="down")(y)
 
 

@@ -22,12 +22,10 @@ class Recorded:
         about = replay.about()["sizes"]
         self.replay = replay
         self.sizes = dict(hidden=about["ffn"], heads=about["heads"], kernel=about["kernel"])
-        self.x, self.positions = replay.input("x"), replay.input("pos_emb")[0]
+        self.x = replay.input("x")
         self.valid = ~replay.input("pad_mask")
         self.table = conformer_layer_rows("", "", about["heads"])
-        shapes = jax.eval_shape(
-            self.block().init, jax.random.key(0), self.x, self.positions, self.valid
-        )["params"]
+        shapes = jax.eval_shape(self.block().init, jax.random.key(0), self.x, self.valid)["params"]
         self.params, _ = import_tree(self.table, replay.weights("layer/"), shapes, drop=DROPPED)
 
     def block(self, **fields: Any) -> ConformerBlock:
@@ -39,20 +37,20 @@ class Recorded:
         block = self.block(**fields)
 
         @jax.jit
-        def apply(params: Any, x: jax.Array, positions: jax.Array, valid: jax.Array):
+        def apply(params: Any, x: jax.Array, valid: jax.Array):
             variables = {"params": params}
             extra = dict(capture_intermediates=True, mutable=["intermediates"])
-            (out, _), seen = block.apply(variables, x, positions, valid, **extra)
+            (out, _), seen = block.apply(variables, x, valid, **extra)
             return out, seen["intermediates"]
 
-        return apply(self.params, self.x, self.positions, valid)
+        return apply(self.params, self.x, valid)
 
     def gradients(self, **fields: Any) -> tuple[jax.Array, Any, jax.Array, dict[str, np.ndarray]]:
         """Output, statistics, gradient of the input and of the source's weights."""
         weights, block = self.replay.input("R"), self.block(**fields)
 
         def total(params, x):
-            out, statistics = block.apply({"params": params}, x, self.positions, self.valid)
+            out, statistics = block.apply({"params": params}, x, self.valid)
             return (out * weights).sum(), (out, statistics)
 
         compute = jax.jit(jax.grad(total, (0, 1), has_aux=True))
