@@ -150,7 +150,7 @@ def test_accumulation_equals_a_larger_batch(tmp_path):
     loss = train.objective(made, xllm)
     batches = loop.Pipeline(made.data, made.seed).iterate()
     two = [mesh.to_global(device_mesh, next(batches)[0]) for _ in range(2)]
-    keys = [jax.random.fold_in(jax.random.key(made.seed), number) for number in range(2)]
+    keys = [train.step_key(made.seed, number) for number in range(2)]
 
     def both(trainable):
         params = rules.join(trainable, state.frozen)

@@ -157,7 +157,7 @@ def run(recording: Recording, workdir: str | Path) -> Result:
     if recording.checkpoint is not None:
         state = load(state, Path(workdir), recording)
     loss = train.objective(stage, xllm)
-    key = jax.random.fold_in(jax.random.key(stage.seed), recording.step - 1)
+    key = train.step_key(stage.seed, recording.step - 1)
 
     def both(trainable: Any, frozen: Any, batch: Any, key: Any) -> tuple[Any, Any]:
         def objective(trainable: Any) -> Any:

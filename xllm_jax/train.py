@@ -16,7 +16,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from xllm_jax import build, divergence
-from xllm_jax.core import find, optim, rules
+from xllm_jax.core import find, hashed_keys, optim, rules
 from xllm_jax.core.stage import Divergence, Stage
 
 Loss = Callable[..., tuple[jax.Array, dict[str, Any]]]
@@ -63,7 +63,7 @@ def step(
     Returns:
       (new state, metrics: scalars or `Tally`, with the loss and the gradient norms).
     """
-    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    key = step_key(seed, state.step)
 
     def objective(trainable: dict[str, Any]) -> tuple[jax.Array, dict[str, Any]]:
         return loss(rules.join(trainable, state.frozen), batch, key)
@@ -83,6 +83,11 @@ def step(
     number = state.step + ~verdict.halted
     after = State(number, trainable, state.frozen, optimizer_state, verdict.guard)
     return after, metrics | verdict.metrics
+
+
+def step_key(seed: int, number: int | jax.Array) -> jax.Array:
+    """The random key of a run's micro-step, counted from 0."""
+    return jax.random.fold_in(hashed_keys.key(seed), number)
 
 
 def gradient_norms(gradients: Mapping[str, Any]) -> dict[str, jax.Array]:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from xllm_jax import build, train
+from xllm_jax.core import hashed_keys
 from xllm_jax.core.stage import Stage
 from xllm_jax.preflight import (
     collectives,
@@ -244,7 +245,7 @@ def from_refusal(
 
 def _kept(lowered: Lowered) -> list[tuple[str, tuple[int, ...], Any]]:
     """What autodiff keeps of a step."""
-    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = jax.eval_shape(lambda: hashed_keys.key(0))
     state = lowered.state
     return memory.kept(lowered.loss, state.trainable, state.frozen, lowered.batch, key)
 
