@@ -90,7 +90,8 @@ def llm(sizes: Sizes) -> float:
 
 
 def conformer(sizes: Sizes, rows: int, trains: bool) -> float:
-    """Front end, blocks between the pools, relative positions of Transformer-XL."""
+    """Front end, blocks between the pools, scores by relative position as accelerators have them:
+    a query is projected back to the width of the position vectors, head by head."""
     net, frames = sizes.parts["speech_encoder"], sizes.frames
     first, other = (FIRST, TRAINED) if trains else (FROZEN, FROZEN)
     bands, width = (BINS - 1) // 2, net.width
@@ -99,9 +100,9 @@ def conformer(sizes: Sizes, rows: int, trains: bool) -> float:
     edges = [0, *net.pools, net.depth]
     for number, depth in enumerate(b - a for a, b in itertools.pairwise(edges)):
         here = frames >> number
-        by_parameters = 7 * width**2 + 4 * width * net.hidden + net.kernel * width
-        total += other * depth * rows * here * (by_parameters + 3 * here * width)
-        total += first * depth * (2 * here - 1) * width**2  # the table of distances
+        by_parameters = 8 * width**2 + 4 * width * net.hidden + net.kernel * width
+        total += other * depth * rows * here * (by_parameters + 2 * here * width)
+        total += first * depth * rows * here**2 * net.heads * width  # with the places of the keys
     return total
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -39,6 +38,7 @@ def write(
 
 def save(file: Path, values: np.ndarray) -> None:
     """Saves an array whole or not at all."""
-    partial = file.with_name(f".{file.stem}.{os.getpid()}.npy")
-    np.save(partial, values)
+    partial = plan.partial_name(file)
+    with partial.open("wb") as opened:
+        np.save(opened, values)
     partial.replace(file)
