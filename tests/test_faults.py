@@ -284,6 +284,12 @@ def test_the_best_checkpoint_has_a_direction(lowest, kept, tmp_path):
         checkpoints.save(step, {"a": jnp.ones(3)}, {}, {"cer": cer})
     assert set(checkpoints.steps()) == kept
     checkpoints.close()
+    # Another start knows the best one too; a checkpoint without the metric does not replace it.
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=1, metric="cer", lowest=lowest)
+    for step, found in ((5, {"cer": 0.7}), (6, None), (7, {"cer": float("nan")})):
+        checkpoints.save(step, {"a": jnp.ones(3)}, {}, found)
+    assert set(checkpoints.steps()) == {min(kept), 7}
+    checkpoints.close()
 
 
 def test_an_unknown_metric_is_refused():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -42,10 +43,12 @@ class Checkpoints:
 
     def __init__(self, directory: str | Path, keep: int = 2, metric: str = "", lowest: bool = True):
         self.directory = Path(directory).absolute() / "checkpoints"
+        self._metric = metric
         options = ocp.CheckpointManagerOptions(
             create=True,
             enable_async_checkpointing=True,
             preservation_policy=policy.AnyPreservationPolicy(_policies(keep, metric, lowest)),
+            best_fn=_value(metric, lowest) if metric else None,  # else no metric reaches the disk
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
@@ -71,7 +74,8 @@ class Checkpoints:
         Every array's checksum is kept with them, so that `damage` can tell what has changed since.
 
         Args:
-          metrics: holds the metric that the best checkpoint is chosen by.
+          metrics: holds the metric that the best checkpoint is chosen by; without it, this one is
+            never the best while another has it.
         """
         about = {**about, "checksums": checksum.of_leaves(_leaves(state))}
         self._manager.save(
@@ -80,7 +84,7 @@ class Checkpoints:
                 state=ocp.args.StandardSave(state),
                 about=ocp.args.JsonSave({**about, "hash": checksum.of_json(about)}),
             ),
-            metrics=dict(metrics) if metrics else None,
+            metrics=dict(metrics or {}) if self._metric else None,
             force=True,
         )
 
@@ -156,12 +160,23 @@ def _stored(folder: Path) -> Any:
 
 def _policies(keep: int, metric: str, lowest: bool) -> list[Any]:
     best = policy.BestN(
-        get_metric_fn=lambda found: float(found[metric]),
+        get_metric_fn=_value(metric, lowest),
         reverse=lowest,  # orbax sorts ascending and keeps the end of the list
         n=1,
         keep_checkpoints_without_metrics=False,
     )
     return [policy.LatestN(keep), best] if metric else [policy.LatestN(keep)]
+
+
+def _value(metric: str, lowest: bool) -> Callable[[Mapping[str, float]], float]:
+    """The metric of a checkpoint; the worst one where it has none, or no number."""
+    worst = math.inf if lowest else -math.inf
+
+    def value(found: Mapping[str, float]) -> float:
+        known = float(found.get(metric, worst))
+        return worst if math.isnan(known) else known
+
+    return value
 
 
 def _leaves(tree: Any) -> dict[str, Any]:
