@@ -1,6 +1,8 @@
 """Where the data sets lie below `data.root`: the paper's (Table 5) and the embedded world's."""
 
-from xllm_jax.core.stage import Source
+import dataclasses
+
+from xllm_jax.core.stage import HeldOut, Source
 
 WORLD = {
     "captions": Source("coco", "coco"),
@@ -30,6 +32,17 @@ INSTRUCTIONS = {
     "activitynet": Source("activitynet", "activitynet"),
     "vsdial_cn": Source("vsdial_cn", "vsdial_cn", options={"kind": "spoken"}),
 }
+
+
+def held_out(sources: dict[str, Source], examples: int, every: int, *metrics: str) -> HeldOut:
+    """The validation splits of some sources, measured every so many micro-batches.
+
+    At the real size `every` is 0, since not everybody has these splits:
+    --config.held_out.every=2000 switches it on, --config.held_out.mix.NAME=0 leaves a source out.
+    """
+    splits = {name: dataclasses.replace(source, split="val") for name, source in sources.items()}
+    sizes = dict.fromkeys(splits, 1.0)
+    return HeldOut(splits, sizes, examples, every, metrics)
 
 
 def image_text_pairs() -> dict[str, Source]:

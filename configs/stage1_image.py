@@ -8,7 +8,7 @@ and because Table 1 compares both. The vision encoder stays frozen.
 """
 
 from configs import networks, sources
-from xllm_jax.core.stage import Data, Optimizer, Stage
+from xllm_jax.core.stage import Data, HeldOut, Optimizer, Stage
 
 
 def get_config(size: str = "real") -> Stage:
@@ -33,6 +33,7 @@ def get_config(size: str = "real") -> Stage:
         else Optimizer(peak=1e-4, minimum=1e-5, warmup_from=1e-6, warmup_steps=5000),
         data=_tiny_data() if tiny else _data(),
         steps=300 if tiny else 250_000,
+        held_out=_tiny_held_out() if tiny else _held_out(),
         **networks.numerics(size, remat="products"),
     )
 
@@ -67,3 +68,13 @@ def _tiny_data() -> Data:
         text_length=48,
         **sources.tiny_image(),
     )
+
+
+def _held_out() -> HeldOut:
+    return sources.held_out(
+        {k: sources.image_text_pairs()[k] for k in ("coco", "flickr30k")}, 4640, 0
+    )
+
+
+def _tiny_held_out() -> HeldOut:
+    return sources.held_out({"captions": sources.WORLD["captions"]}, 60, 100)

@@ -9,7 +9,7 @@ little padding and compiles once per bucket.
 """
 
 from configs import networks, sources
-from xllm_jax.core.stage import Data, Optimizer, Stage
+from xllm_jax.core.stage import Data, HeldOut, Optimizer, Stage
 
 
 def get_config(size: str = "real") -> Stage:
@@ -52,6 +52,7 @@ def get_config(size: str = "real") -> Stage:
         ),
         data=_tiny_data() if tiny else _data(),
         steps=600 if tiny else 180_000,
+        held_out=_tiny_held_out() if tiny else _held_out(),
         **networks.numerics(size),
     )
 
@@ -79,4 +80,16 @@ def _tiny_data() -> Data:
         examples=16,
         frames=networks.TINY_FRAMES,
         characters_length=networks.TINY_SPEECH_TOKENS,
+    )
+
+
+def _held_out() -> HeldOut:
+    return sources.held_out(
+        {k: sources.SPEECH[k] for k in ("aishell1", "aishell2", "vsdial_cn")}, 1024, 0, "cer"
+    )
+
+
+def _tiny_held_out() -> HeldOut:
+    return sources.held_out(
+        {k: sources.WORLD[k] for k in ("utterances", "spoken_questions")}, 64, 200, "cer"
     )

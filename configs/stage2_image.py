@@ -9,7 +9,7 @@ accumulates 32 micro-batches without dividing and uses beta2 0.999; the paper's 
 """
 
 from configs import networks, sources
-from xllm_jax.core.stage import Data, Optimizer, Stage
+from xllm_jax.core.stage import Data, HeldOut, Optimizer, Stage
 
 
 def get_config(size: str = "real") -> Stage:
@@ -36,6 +36,7 @@ def get_config(size: str = "real") -> Stage:
         ),
         data=_tiny_data() if tiny else _data(),
         steps=2100 if tiny else 136_700,  # 14M pairs x 5 epochs / (4 x 16 x 8)
+        held_out=_tiny_held_out() if tiny else _held_out(),
         **networks.numerics(size),
     )
 
@@ -71,3 +72,13 @@ def _tiny_data() -> Data:
         embeddings={"image": networks.TINY_QUERIES},
         **sources.tiny_image(),
     )
+
+
+def _held_out() -> HeldOut:
+    return sources.held_out(
+        {k: sources.image_text_pairs()[k] for k in ("coco", "flickr30k")}, 1024, 0
+    )
+
+
+def _tiny_held_out() -> HeldOut:
+    return sources.held_out({k: sources.WORLD[k] for k in ("captions", "questions")}, 72, 300)

@@ -9,7 +9,7 @@ projection: --config.trainable="('video_interface/(queries|adapter/.*)',)".
 """
 
 from configs import networks, sources
-from xllm_jax.core.stage import Data, Optimizer, Stage
+from xllm_jax.core.stage import Data, HeldOut, Optimizer, Stage
 
 
 def get_config(size: str = "real") -> Stage:
@@ -34,6 +34,7 @@ def get_config(size: str = "real") -> Stage:
         else Optimizer(peak=1e-5, minimum=1e-8, warmup_from=1e-6, warmup_steps=200, accumulation=4),
         data=_tiny_data() if tiny else _data(),
         steps=450 if tiny else 600,  # 7.7k clips x 5 epochs / (2 x 16 x 2)
+        held_out=_tiny_held_out() if tiny else _held_out(),
         **networks.numerics(size),
     )
 
@@ -71,3 +72,11 @@ def _tiny_data() -> Data:
         video={"frames": 4},
         **sources.tiny_image(),
     )
+
+
+def _held_out() -> HeldOut:
+    return sources.held_out({"msrvtt": sources.MSRVTT}, 496, 0)
+
+
+def _tiny_held_out() -> HeldOut:
+    return sources.held_out({"clips": sources.WORLD["clips"]}, 30, 150)

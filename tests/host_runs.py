@@ -11,7 +11,7 @@ from pathlib import Path
 
 import small_stage
 
-from xllm_jax.core.stage import Source, Stage
+from xllm_jax.core.stage import HeldOut, Source, Stage
 
 ROOT = small_stage.ROOT
 SECONDS = 300  # bound on one process, far above what it takes
@@ -47,6 +47,12 @@ def stage(**changes) -> Stage:
     for name, value in changes.items():
         setattr(made, name, value)
     return made
+
+
+def held_out() -> HeldOut:
+    """Three batches of other text, the last one of few examples, after every third step."""
+    source = Source("world_text", split="val", options={"count": 50})
+    return HeldOut({"text": source}, examples=19, every=3)
 
 
 def start(count: int, code: str, folder: Path) -> list[subprocess.Popen]:

@@ -45,9 +45,9 @@ def stage(**changes) -> Stage:
 
 
 def curve(workdir: Path, name: str = "loss") -> dict[int, float]:
-    """{step: value} of a run's log."""
+    """{step: value} of a run's log, of the lines that have it."""
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    return {line["step"]: line[name] for line in lines}
+    return {line["step"]: line[name] for line in lines if name in line}
 
 
 def start(workdir: Path, code: str = "", devices: int = 1) -> subprocess.Popen:

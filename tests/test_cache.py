@@ -21,6 +21,7 @@ from xllm_jax import build, loop, train
 from xllm_jax.cache import check, describe, plan, write
 from xllm_jax.core import checkpoint, checksum, mesh, rules
 from xllm_jax.core.errors import UserError
+from xllm_jax.core.stage import HeldOut
 from xllm_jax.data import features, media, pipeline, stream
 from xllm_jax.data.example import Example
 from xllm_jax.data.record import DoesNotFit, Record
@@ -57,7 +58,11 @@ def test_a_run_continues_with_a_cache_as_if_without(speech, tmp_path):
     """Losses under dropout, results and bases: from the second step on with the cache."""
     assert speech[0].parts["speech_interface"].fields["dropout"] > 0
     plain, copy = tmp_path / "plain", tmp_path / "copy"
-    loop.fit(speech[0], plain)
+    # Held-out speech is no part of the cache: what it needs is loaded beside.
+    sources = {"said": dataclasses.replace(speech[0].data.sources["utterances"], split="val")}
+    stage = dataclasses.replace(speech[0], held_out=HeldOut(sources, every=6))
+    speech = stage, speech[1]
+    loop.fit(stage, plain)
     shutil.copytree(plain, copy)
     for later in ("4", "6"):
         shutil.rmtree(copy / "checkpoints" / later)
@@ -66,6 +71,9 @@ def test_a_run_continues_with_a_cache_as_if_without(speech, tmp_path):
     losses, others = curve(plain), curve(copy)
     assert list(losses) == list(others) == [1, 2, 3, 4, 5, 6]
     np.testing.assert_allclose(list(others.values()), list(losses.values()), rtol=2e-6)
+    held = [curve(run, "held_out/loss/speech") for run in (plain, copy)]
+    assert list(held[0]) == list(held[1]) == [6]
+    np.testing.assert_allclose(held[1][6], held[0][6], rtol=2e-6)
     bases = [checkpoint.base_about(run / "final")["base"] for run in (plain, copy)]
     assert bases[0] == bases[1] and bases[0].keys() == speech[0].parts.keys()
     results = [load(run / "final") for run in (plain, copy)]

@@ -12,21 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import soundfile
+import small_speech
 
 from xllm_jax import loop, telemetry, train
 from xllm_jax.core.batch import zeros
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.log import Log
-from xllm_jax.core.stage import Data, Optimizer, Part, Source, Stage
 from xllm_jax.core.tally import Tally
 from xllm_jax.data import stream
-from xllm_jax.data.characters import CharacterVocabulary
-from xllm_jax.data.example import Example
 from xllm_jax.objectives.answer import answer_loss, carriers
 from xllm_jax.preflight import targets
-
-SAID = ("红色的圆", "蓝色的方块", "有几个物体", "对")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -194,53 +189,8 @@ def test_scalars_reach_weights_and_biases(tmp_path, monkeypatch):
         Log(tmp_path, "run", total=2, start=0, wandb="project")
 
 
-def speech(folder):
-    """Recordings of two lengths for two length buckets, and a very small ASR stage."""
-    rng, examples = np.random.default_rng(0), []
-    for number in range(16):
-        path = folder / f"{number}.flac"
-        sound = rng.normal(size=8000 + 8000 * (number % 2)).astype(np.float32) * 0.1
-        soundfile.write(path, sound, 16000)
-        said = SAID[number % len(SAID)]
-        examples.append(
-            Example(f"u{number}", (("speech", str(path)),), "", said, "asr", transcript=said)
-        )
-    CharacterVocabulary.build(SAID).save(folder / "characters.txt")
-    sizes = {"width": 16, "hidden": 16, "heads": 2}
-    encoder = sizes | {"depth": 1, "pools": (), "channels": 4, "kernel": 3}
-    interface = sizes | {"depth": 1, "encoder_width": 16, "positions": 32, "llm_width": 8}
-    blocks = {"vocab": 32, "self_blocks": 1, "visual_blocks": 1, "linguistic_blocks": 1}
-    stage = Stage(
-        name="speech",
-        parts={
-            "speech_encoder": Part("conformer.SpeechEncoder", "tiny", encoder),
-            "speech_interface": Part("speech_interface.SpeechInterface", "tiny", interface),
-            "asr_decoder": Part("asr.ASRDecoder", "tiny", sizes | blocks),
-        },
-        trainable=("speech_encoder/.*", "speech_interface/cif/.*", "asr_decoder/.*"),
-        objective="asr",
-        optimizer=Optimizer(peak=1e-3),
-        data=Data(
-            form="transcription",
-            sources={"a": Source("list")},
-            characters=str(folder / "characters.txt"),
-            examples=2,
-            frames=(60, 110),
-            characters_length=8,
-            threads=1,
-        ),
-        steps=8,
-        compute="float32",
-        frozen="float32",
-        log_every=2,
-        save_every=100,
-        profile=(4, 5),
-    )
-    return stage, examples
-
-
 def test_a_run_compiles_once_for_every_length_bucket(tmp_path, monkeypatch, capsys):
-    stage, examples = speech(tmp_path)
+    stage, examples = small_speech.make(tmp_path)
     monkeypatch.setattr(stream, "read", lambda *_: examples)
     shapes, noted = set(), telemetry.Interval.work
     monkeypatch.setattr(

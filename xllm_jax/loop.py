@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from xllm_jax import build, divergence, startup, telemetry, train
+from xllm_jax import build, divergence, held_out, startup, telemetry, train
 from xllm_jax.cache import check
 from xllm_jax.core import checkpoint, hosts, mesh, rules, watchdog
 from xllm_jax.core.errors import Diverged, UserError
@@ -42,6 +42,7 @@ def fit(stage: Stage, workdir: str | Path, stop_after: int | None = None) -> Pat
       Preempted: SIGTERM came, and the run was saved.
     """
     workdir, store = Path(workdir), hosts.store()
+    held_out.check_settings(stage)
     with watchdog.Watch(workdir, stage.stall, store) as watch:
         device_mesh = mesh.make(stage.mesh, slices=stage.slices)
         xllm = build.model(stage)
@@ -57,6 +58,9 @@ def fit(stage: Stage, workdir: str | Path, stop_after: int | None = None) -> Pat
         checkpoints = checkpoint.Checkpoints(workdir, stage.keep, best.metric, best.lowest)
         state, position = startup.resume(state, checkpoints, base, store)
         loop = assemble(stage, xllm, optimizer, schedule, state, workdir, checkpoints, base, watch)
+        loop.evaluation = held_out.opened(
+            stage, state, device_mesh, workdir, watch, store, loop.log.say
+        )
         batches = open_batches(pipeline, device_mesh, position)
         total = stage.steps * stage.optimizer.accumulation
         with jax.set_mesh(device_mesh):
@@ -124,7 +128,9 @@ class Loop:
       held: the micro-batches since the last look.
       loss: the stage's loss, to count the work it needs.
       store: of the hosts, None with one.
-      scores: values of the metric of the best checkpoint since the last one.
+      evaluation: measures held-out data, None without any.
+      scores: values of the metric of the best checkpoint since the last one; of held-out data, the
+        value of this very state.
     """
 
     stage: Stage
@@ -138,6 +144,7 @@ class Loop:
     held: divergence.Held
     loss: train.Loss
     store: hosts.Store | None = None
+    evaluation: held_out.Evaluation | None = None
     scores: list[Any] = dataclasses.field(default_factory=list)
 
     def run(self, state: State, batches: Batches, device_mesh: Mesh, until: int) -> State:
@@ -145,8 +152,12 @@ class Loop:
         placed = Prefetched(batches, functools.partial(mesh.to_global, device_mesh))
         with contextlib.closing(placed), self.compiled:
             try:
+                if self.evaluation:
+                    self.evaluation.check_best(state)
                 return self.steps(state, placed, until)
             finally:
+                if self.evaluation:
+                    self.evaluation.close()
                 self.profile.close()
                 self.log.close()
 
@@ -169,11 +180,15 @@ class Loop:
             self.log.say(waste.add(info["padding"]))
             logs = number % self.stage.log_every == 0 or number == until
             saves = number % self.stage.save_every == 0
-            if logs or saves or self.held.full:
+            measures = self.evaluation is not None and self.evaluation.due(number)
+            if logs or saves or measures or self.held.full:
                 self.look(since.fetch(), state)
-            if logs:
-                self.log.write(number, since.scalars() | self.rates(number, info))
-                since = self.interval()
+            told = since.scalars() | self.rates(number, info) if logs else {}
+            if measures:
+                told |= self.measure(number, state, since)
+            if told:
+                self.log.write(number, told)
+            since = self.interval() if logs else since
             self.watch.stepped()
             if saves:
                 self.save(number, state, batches.position())
@@ -223,6 +238,17 @@ class Loop:
             self.log.say(f"Skipped: {line}")
         self.held.clear()
 
+    def measure(self, number: int, state: State, since: telemetry.Interval) -> dict[str, float]:
+        """Scalars of the held-out data, in time that does not count as training's."""
+        jax.block_until_ready(state)
+        began = time.monotonic()
+        found = self.evaluation.measure(state)
+        self.log.say(self.evaluation.told(number, found))
+        since.leave_out(time.monotonic() - began)
+        if held_out.follows(self.stage) and self.stage.best.metric in found:
+            self.scores = [found[self.stage.best.metric]]
+        return found
+
     def rates(self, number: int, info: Mapping[str, Any]) -> dict[str, float]:
         """Scalars that are known without the device."""
         update = (number - 1) // self.stage.optimizer.accumulation
@@ -258,6 +284,9 @@ class Loop:
           UserError: the step has no such metric.
         """
         name = self.stage.best.metric
+        if held_out.follows(self.stage):
+            self.scores = []  # a measurement is of the state that it met
+            return
         if name and name not in metrics:
             raise UserError(
                 f"no metric {name!r} in training",

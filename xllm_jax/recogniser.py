@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -35,13 +34,7 @@ class Recogniser:
     """
 
     def __init__(self, restored: restore.Restored, rows: int = 16, beams: int = 1):
-        missing = {ENCODER, INTERFACE, DECODER} - set(restored.model.networks)
-        if missing:
-            raise UserError(
-                f"the run has no {sorted(missing)[0]}",
-                field=restored.stage.name,
-                mend="Give a run of configs/stage1_speech.py",
-            )
+        require(restored.model.networks, restored.stage.name)
         self.model, self.params, self.data = restored.model, restored.params, restored.stage.data
         self.characters = CharacterVocabulary.load(self.data.characters)
         self.rows, self.beams = rows, beams
@@ -74,17 +67,40 @@ class Recogniser:
         lengths = np.zeros(self.rows, np.int32)
         for row, features in enumerate(group):
             values[row, : len(features)], lengths[row] = features, len(features)
-        found = np.asarray(_search(self.model, self.beams, self.params, values, lengths))
+        found = np.asarray(_decode(self.model, self.params, values, lengths, self.beams))
         return [self.characters.decode(row) for row in found[: len(group)]]
 
 
-@functools.partial(jax.jit, static_argnames=("model", "beams"))
-def _search(
-    model: XLLM, beams: int, params: Mapping[str, Any], values: Array, lengths: Array
+def require(parts: Collection[str], field: str) -> None:
+    """Raises `UserError` where `parts` lack one of the ASR model."""
+    missing = {ENCODER, INTERFACE, DECODER} - set(parts)
+    if missing:
+        raise UserError(
+            f"the run has no {sorted(missing)[0]}",
+            field=field,
+            mend="Give a run of configs/stage1_speech.py",
+        )
+
+
+def decode(
+    model: XLLM, params: Mapping[str, Any], values: Array, lengths: Array, beams: int = 1
 ) -> Array:
-    """Best tokens `[batch, steps]` of filterbanks `[batch, frames, bins]`."""
+    """What the ASR model hears.
+
+    Args:
+      model: with the parts of stage 1.
+      params: {part: parameters}.
+      values: `[batch, frames, bins]` filterbanks; `lengths`: `[batch]` valid frames.
+      beams: hypotheses of the search; 1 is greedy.
+
+    Returns:
+      Best tokens `[batch, steps]` int32, for `CharacterVocabulary.decode`.
+    """
     nets = model.networks
     features, lengths = nets[ENCODER].apply({"params": params[ENCODER]}, values, lengths)
     fired = nets[INTERFACE].apply({"params": params[INTERFACE]}, features, lengths, method="fire")
     found = asr_search.search(nets[DECODER], params[DECODER], fired.embeddings, fired.counts, beams)
     return found.tokens[:, 0]
+
+
+_decode = jax.jit(decode, static_argnames=("model", "beams"))

@@ -16,6 +16,7 @@ from xllm_jax.core.stage import (
     Best,
     Data,
     Divergence,
+    HeldOut,
     Modality,
     Optimizer,
     Part,
@@ -142,11 +143,18 @@ def parse_stage(record: Mapping[str, Any]) -> Stage:
         "optimizer": Optimizer(**optimizer),
         "data": Data(**data),
         "best": Best(**record.get("best", {})),  # older runs have none
+        "held_out": _held_out(record.get("held_out", {})),
         "trainable": tuple(record["trainable"]),
         "divergence": Divergence(**record.get("divergence", {})),
         "profile": tuple(record.get("profile", ())),
     }
     return Stage(**{**record, **changed})
+
+
+def _held_out(record: Mapping[str, Any]) -> HeldOut:
+    sources = {name: Source(**source) for name, source in record.get("sources", {}).items()}
+    metrics = tuple(record.get("metrics", ()))
+    return HeldOut(**{**record, "sources": sources, "metrics": metrics})
 
 
 def place(source: str, directory: str | Path) -> str:

@@ -56,6 +56,10 @@ class Interval:
         """Notes time that passed until the data side handed a batch over."""
         self._waited += seconds
 
+    def leave_out(self, seconds: float) -> None:
+        """Takes time that went by for something else than training out of the speeds."""
+        self._since += seconds
+
     def add(self, number: int, metrics: dict[str, Any], info: Mapping[str, Any]) -> None:
         """Notes one step; its metrics stay on the device."""
         self._pending[number] = metrics
@@ -120,13 +124,20 @@ class Compilations:
       step: the jitted step, (state, batch) -> result.
       expected: programs that the stage needs, one for every length bucket.
       say: where a warning goes.
+      name: of the step there.
 
     Attributes:
       count: compilations so far.
     """
 
-    def __init__(self, step: Callable[..., Any], expected: int, say: Callable[[str], None] = print):
-        self._step, self._expected, self._say = step, expected, say
+    def __init__(
+        self,
+        step: Callable[..., Any],
+        expected: int,
+        say: Callable[[str], None] = print,
+        name: str = "The step",
+    ):
+        self._step, self._expected, self._say, self._name = step, expected, say, name
         self._known: list[Signature] = []
         self._calling: int | None = None
         self.count = 0
@@ -160,8 +171,8 @@ class Compilations:
     def _note(self, new: Signature) -> None:
         if new in self._known or len(self._known) >= self._expected:
             self._say(
-                f"The step was compiled again ({self.count} times so far, {self._expected} needed):"
-                f" {self._reason(new)}"
+                f"{self._name} was compiled again ({self.count} times so far, {self._expected} "
+                f"needed): {self._reason(new)}"
             )
         self._known.append(new)
 

@@ -96,10 +96,10 @@ def gradient_norms(gradients: Mapping[str, Any]) -> dict[str, jax.Array]:
     return norms | {"gradient_norm": optax.global_norm(gradients)}
 
 
-def objective(stage: Stage, xllm: Any) -> Loss:
-    """The stage's loss with its networks and options filled in."""
+def objective(stage: Stage, xllm: Any, train: bool = True) -> Loss:
+    """The stage's loss with its networks and options filled in; `train` is for dropout and such."""
     file = find.module("xllm_jax.objectives", stage.objective, "objective")
-    loss = functools.partial(file.loss, xllm, train=True, **stage.options)
+    loss = functools.partial(file.loss, xllm, train=train, **stage.options)
     if not stage.offload:
         return loss
     return lambda params, batch, key: loss(build.resident(stage, params), batch, key)

@@ -164,12 +164,32 @@ class Best:
     """Which checkpoint is kept beside the last ones.
 
     Attributes:
-      metric: scalar of the training step, its mean since the checkpoint before; '' keeps none.
+      metric: scalar of the training step, its mean since the checkpoint before, or one of the
+        held-out data such as 'held_out/cer', of checkpoints that were measured; '' keeps none.
       lowest: the lowest value is the best one (loss, CER); False keeps the highest (accuracy).
     """
 
     metric: str = ""
     lowest: bool = True
+
+
+@dataclasses.dataclass
+class HeldOut:
+    """What a run measures now and then and never learns from (docs/telemetry.md).
+
+    Attributes:
+      sources: {name: Source}, read from `data.root` with the settings of `data`, not augmented.
+      mix: {name: weight} as in `data.mix`; empty means every source by its size.
+      examples: how many of their examples, always the same ones; 0 takes all.
+      every: micro-batches between two measurements; the last one is measured too. 0 = never.
+      metrics: metrics of the task beside the losses: 'cer' in stage 1, speech.
+    """
+
+    sources: dict[str, Source] = dataclasses.field(default_factory=dict)
+    mix: dict[str, float] = dataclasses.field(default_factory=dict)
+    examples: int = 256
+    every: int = 0
+    metrics: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass
@@ -202,6 +222,7 @@ class Stage:
       wandb: project of Weights & Biases that the scalars also go to; '' = none.
       log_every, save_every: micro-batches between two log lines, two checkpoints.
       keep: how many of the last checkpoints are kept; `best`: which one beside them.
+      held_out: data that is measured while the stage trains.
       stall: seconds without a finished step after which the run ends, to be started again; five
         times as long before the first one, which compiles. 0 waits for ever.
     """
@@ -233,4 +254,5 @@ class Stage:
     profile: tuple[int, ...] = ()
     wandb: str = ""
     best: Best = dataclasses.field(default_factory=Best)
+    held_out: HeldOut = dataclasses.field(default_factory=HeldOut)
     stall: float = 600.0

@@ -119,6 +119,11 @@ class Watch:
         """Notes that a step was finished; what comes after is no start any more."""
         self._factor = 1.0
 
+    def compiles(self) -> None:
+        """Notes that something new is compiled, which may take as long as a start, until `stepped`
+        is called again."""
+        self._factor = START_FACTOR
+
     @property
     def stopping(self) -> bool:
         """Whether SIGTERM has come."""

@@ -124,7 +124,7 @@ def prepare(
         try:
             placed.append(Placed(record, sequence(record, kit, data, mode)))
         except DoesNotFit as error:
-            if not mode.train:
+            if mode.strict:
                 raise
             skipped.append(Skipped(key, error.what))
         except UserError as error:
@@ -135,7 +135,7 @@ def prepare(
 def sequence(record: Record, kit: Tools, data: Data, mode: Mode) -> prompt.Prompt:
     """The prompt of one record."""
     example = record.example
-    limits = prompt.Limits(data.length, data.answers, strict=not mode.train)
+    limits = prompt.Limits(data.length, data.answers, strict=mode.strict)
     plain = not (example.instruction or example.media or example.history)
     if data.form == "text" and example.task == "text" and plain and mode.answers:
         return prompt.infilled(example, kit.tokenizer, limits, record.generator(PROMPT))
@@ -257,10 +257,13 @@ def batches(records: Sequence[Record], kit: Tools, data: Data, mode: Mode) -> li
     """Plans that hold every record exactly once, in order: a batch ends when the next does not fit.
 
     Raises:
-      DoesNotFit: a prompt that no row can hold.
+      DoesNotFit: a prompt that no row can hold, where `mode` does not leave it out.
     """
     prompts, skipped = prepare(records, kit, data, mode)
     room = capacity(data, mode)
+    if not mode.strict:
+        prompts, large = _fitting(prompts, room)
+        skipped += large
     plans: list[Plan] = []
     start = 0
     while start < len(prompts):
@@ -278,6 +281,17 @@ def batches(records: Sequence[Record], kit: Tools, data: Data, mode: Mode) -> li
         plans.append(Plan(tuple(map(tuple, rows)), (), cut, _longest(window[:end])))
         start += end
     return [*plans[:-1], *(dataclasses.replace(p, skipped=tuple(skipped)) for p in plans[-1:])]
+
+
+def _fitting(prompts: Sequence[Placed], room: Need) -> tuple[list[Placed], list[Skipped]]:
+    """Those that an empty row has room for, and the others."""
+    alone = [first_fit([needs(placed)], room, 1) == [0] for placed in prompts]
+    large = [
+        Skipped(placed.record.example.key, f"no room for {needs(placed)}")
+        for placed, fits in zip(prompts, alone)
+        if not fits
+    ]
+    return [placed for placed, fits in zip(prompts, alone) if fits], large
 
 
 def shapes(data: Data, features: Features | None) -> dict[str, tuple[Any, ...]]:
@@ -314,7 +328,7 @@ def fill(
                 ]
             except UserError as error:
                 too_long = isinstance(error, DoesNotFit)
-                if too_long and not mode.train:
+                if too_long and mode.strict:
                     raise
                 key = placed.record.example.key
                 skipped.append(Skipped(key, error.what, bad=not too_long, file=error.field))

@@ -56,6 +56,8 @@ class Pipeline:
       quarantine: file that bad records are appended to; host 1, 2 … appends to its own beside it,
         `NAME.host1.jsonl`.
       limit: records of the one pass; None for all.
+      sample: a pass over about so many records in the place of all (0: all), by the mixture and
+        spread over each source (`stream.sample`). What is too long is cut or left out.
 
     Raises:
       UserError: an unknown form, reader, option, template or mixture entry; a source without
@@ -72,9 +74,10 @@ class Pipeline:
         answers: bool = True,
         quarantine: str | Path | None = None,
         limit: int | None = None,
+        sample: int | None = None,
     ):
         self.data, self.seed, self.form = data, seed, form_of(data)
-        self.mode = Mode(train, answers)
+        self.mode = Mode(train, answers, cut=sample is not None)
         self.rows = host_rows(data, self.form, process_index, process_count)
         self.process_count, self.quarantine = process_count, own_list(quarantine, process_index)
         self.weights = stream.mixture(data)
@@ -85,7 +88,7 @@ class Pipeline:
         }
         self.kit = self.form.tools(data)
         self._load = self.activity.loading(Decoders(data).load if data.deadline else media.load)
-        self._steps = self._drawn() if train else self._planned(limit)
+        self._steps = self._drawn() if train else self._planned(limit, sample)
 
     def records(self) -> int:
         """Records of one epoch."""
@@ -143,9 +146,12 @@ class Pipeline:
         examples, buckets = self.data.examples, self._buckets()
         return stream.batches(self.sources, self.weights, self.seed, examples, buckets)
 
-    def _planned(self, limit: int | None) -> grain.MapDataset:
-        """The plans of one whole pass."""
-        drawn = stream.in_order(self.sources, self.weights, self._buckets())[:limit]
+    def _planned(self, limit: int | None, sample: int | None) -> grain.MapDataset:
+        """The plans of one pass."""
+        if sample is None:
+            drawn = stream.in_order(self.sources, self.weights, self._buckets())[:limit]
+        else:
+            drawn = stream.sample(self.sources, self.weights, sample, len(self.data.frames) - 1)
         records = [record for record in drawn if isinstance(record, Record)]
         plans = self.form.batches(records, self.kit, self.data, self.mode)
         if not plans:
@@ -176,6 +182,7 @@ class Pipeline:
             "keys": [record.example.key for _, _, record in members],
             "sources": [record.source for _, _, record in members],
             "members": [(row, segment, record.example) for row, segment, record in members],
+            "planned": [(row, record.example) for row, _, record in everywhere],
             "epoch": max((record.epoch for _, _, record in everywhere), default=0),
             "supervised": plan.supervised(),
             "cut": plan.cut,
@@ -210,7 +217,8 @@ class Batches:
     """An iterator of (batch, info) that knows where it stands.
 
     `info` holds: examples (of the global batch), keys, sources and members (row, segment, Example;
-    of this host's rows), padding ({what: (used, room)} of this host's rows), epoch, supervised
+    of this host's rows), planned (row, Example; of all hosts' rows, whether its files could be
+    read or not), padding ({what: (used, room)} of this host's rows), epoch, supervised
     (tokens, globally), cut (tokens of long text), skipped (records left out, with reasons), bad
     (records that could not be read so far).
     """

@@ -157,6 +157,29 @@ def _shuffled(
     return order_of_places.repeat(ENDLESS // len(places)).map_with_index(record)
 
 
+def sample(
+    sources: Sources, weights: Mapping[str, float | None], count: int, bucket: int = 0
+) -> list[Drawn]:
+    """About `count` records, each once and always the same: spread evenly over every source.
+
+    Sources share the number by their weights and are mixed evenly; one that has fewer records gives
+    all it has.
+
+    Args:
+      sources, weights: as in `batches`.
+      count: records in all; 0 takes every record.
+      bucket: length bucket that they all take.
+    """
+    shares = {n: len(sources[n]) if weight is None else weight for n, weight in weights.items()}
+    placed = []
+    for name, share in shares.items():
+        size = len(sources[name])
+        most = min(size, max(1, round(count * share / sum(shares.values())))) if count else size
+        placed += [((i + 0.5) / most, name, i * size // most) for i in range(most)]
+    placed.sort(key=lambda entry: entry[0])
+    return [draw(sources, name, 0, index, 0, bucket) for _, name, index in placed]
+
+
 def in_order(
     sources: Sources, weights: Mapping[str, float | None], buckets: Buckets | None = None
 ) -> list[Drawn]:

@@ -135,7 +135,7 @@ def fill(
             values, lengths = load(SPEECH, row.path, data, row.record, 0, mode.train)
             length = _bounded(int(lengths[0]), made.frames, row.path)
         except DoesNotFit as error:
-            if not mode.train:
+            if mode.strict:
                 raise
             skipped.append(Skipped(row.record.example.key, error.what))
             continue

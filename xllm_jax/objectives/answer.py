@@ -121,6 +121,11 @@ def carriers(batch: Batch) -> dict[str, Array]:
     return found | {"text": ~jnp.stack(list(found.values())).any(0)}
 
 
+def counts(batch: Batch, metrics: Mapping[str, Any]) -> dict[str, Array]:
+    """{metric: over how many tokens it is the mean}, scalars; `Tally` know theirs."""
+    return dict.fromkeys(("loss", "accuracy"), batch.weights.sum())
+
+
 def loss(
     model: Any,
     params: Mapping[str, Any],

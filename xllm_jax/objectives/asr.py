@@ -244,6 +244,17 @@ def forward(
     return Outputs(fired, features, lengths, logits, ctc_logits, statistics)
 
 
+def counts(batch: Mapping[str, Array], metrics: Mapping[str, Array]) -> dict[str, Array]:
+    """{metric: over how many target tokens it is the mean}, scalars.
+
+    Args:
+      batch: see `forward`.
+      metrics: of `loss` outside training.
+    """
+    every = dict.fromkeys(("loss", "ctc", "quantity"), metrics["count"])
+    return every | dict.fromkeys(("cross_entropy", "accuracy"), metrics["supervised"])
+
+
 def loss(
     model: Any,
     params: Mapping[str, Any],
@@ -264,7 +275,8 @@ def loss(
     Returns:
       (scalar float32 per target token, metrics). `metrics['assign']`, in training, holds the next
       BatchNorm statistics by parameter path; those leaves belong to the trainable half, so that
-      checkpoints keep them, and have no gradient.
+      checkpoints keep them, and have no gradient. Outside training there is 'supervised', the
+      number of target tokens with an embedding.
     """
     outputs = forward(model, params, batch, train, key)
     parts = terms(
@@ -288,5 +300,5 @@ def loss(
         "count": parts.count,
     }
     if train:
-        metrics["assign"] = rules.flatten(outputs.statistics)
-    return value, metrics
+        return value, metrics | {"assign": rules.flatten(outputs.statistics)}
+    return value, metrics | {"supervised": parts.supervised}

@@ -65,6 +65,15 @@ def loss(
     )
 
 
+def counts(batch: Mapping[str, Array], metrics: Metrics) -> dict[str, Array]:
+    """{metric: over how many pairs, or tokens of ITG, it is the mean}, scalars."""
+    pairs = batch["weights"].sum()
+    tokens = (batch["mask"][:, 1:] & (batch["weights"] > 0)[:, None]).sum()
+    written = {"itg": tokens, "itg_accuracy": tokens}
+    names = ("loss", "itc", "itm", "itc_accuracy", "itm_accuracy")
+    return dict.fromkeys(names, pairs) | written
+
+
 def pair_loss(
     model: ContrastModel,
     params: Mapping[str, Any],

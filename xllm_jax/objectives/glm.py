@@ -16,6 +16,11 @@ from xllm_jax.core.batch import Batch
 from xllm_jax.objectives import answer
 
 
+def counts(batch: Batch, metrics: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """As in `objectives.answer`; a perplexity is no mean."""
+    return answer.counts(batch, metrics)
+
+
 def loss(
     model: Any,
     params: Mapping[str, Any],

@@ -21,6 +21,16 @@ from xllm_jax.objectives.answer import cross_entropy
 Array = jax.Array
 
 
+def counts(batch: Mapping[str, Array], metrics: Mapping[str, Array]) -> dict[str, Array]:
+    """{metric: over how many pieces, or rows for the sum of both, it is the mean}, scalars."""
+    hidden, written = batch["hidden"].sum(), batch["second_mask"][:, 1:].sum()
+    return {
+        "loss": batch["first_mask"].any(1).sum(),
+        **dict.fromkeys(("masked", "masked_accuracy"), hidden),
+        **dict.fromkeys(("written", "written_accuracy"), written),
+    }
+
+
 def loss(
     model: Any,
     params: Mapping[str, Any],

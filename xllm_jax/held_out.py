@@ -1,0 +1,382 @@
+"""Held-out data, measured while a stage trains: `Stage.held_out` (docs/telemetry.md).
+
+A measurement reads the same examples each time and changes nothing: it has its own pipeline, takes
+no gradient, draws no random number, and its sums go over tokens or pairs of all batches, so that
+neither padding nor a last batch with few examples weighs more or less than it holds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from xllm_jax import build, metrics, recogniser, scores, telemetry, train
+from xllm_jax.cache import check
+from xllm_jax.core import find, hosts, mesh, rules
+from xllm_jax.core.errors import UserError
+from xllm_jax.core.stage import Data, Stage
+from xllm_jax.core.tally import Tally
+from xllm_jax.core.watchdog import Watch
+from xllm_jax.data import manifest
+from xllm_jax.data.characters import CharacterVocabulary
+from xllm_jax.data.example import Example
+from xllm_jax.data.pipeline import Pipeline
+from xllm_jax.data.record import Skipped
+from xllm_jax.models.xllm import XLLM
+from xllm_jax.train import State
+
+PREFIX = "held_out/"
+QUARANTINE = "held_out_quarantine"
+THREADS = 4  # that read; a measurement comes seldom
+SHOWN = ("loss", "accuracy", "cer")  # on the terminal
+
+Planned = Sequence[tuple[int, Example]]  # (row, example) of a global batch
+
+
+class Metric(Protocol):
+    """A metric of a task: what networks make of a batch, and what that is worth."""
+
+    def outputs(self, params: Mapping[str, Any], batch: Any) -> Any:
+        """Small arrays of a global batch; part of the compiled step."""
+
+    def tally(self, outputs: Any, planned: Planned) -> Tally:
+        """What the examples of the batch add, on the host."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CharacterErrors:
+    """Character error rate of the ASR model's greedy decoding, as launch/evaluate.py counts it."""
+
+    model: XLLM
+    characters: CharacterVocabulary
+
+    @classmethod
+    def of(cls, stage: Stage, model: XLLM) -> CharacterErrors:
+        """For a stage.
+
+        Raises:
+          UserError: it is not stage 1, speech.
+        """
+        recogniser.require(stage.parts, "held_out.metrics")
+        return cls(model, CharacterVocabulary.load(stage.data.characters))
+
+    def outputs(self, params: Mapping[str, Any], batch: Mapping[str, Any]) -> tuple[Any, Any]:
+        """(tokens `[B, steps]`, target lengths `[B]`, 0 where a file could not be read)."""
+        tokens = recogniser.decode(self.model, params, batch["features"], batch["lengths"])
+        return tokens, batch["token_lengths"]
+
+    def tally(self, outputs: tuple[Any, Any], planned: Planned) -> Tally:
+        """Errors, and characters of the references."""
+        errors = length = 0
+        for row, example in planned:
+            if outputs[1][row]:
+                heard = self.characters.decode(outputs[0][row])
+                wrong, said = metrics.character_errors(scores.reference(example), heard)
+                errors, length = errors + wrong, length + said
+        return Tally(errors, length)
+
+
+METRICS: dict[str, Callable[[Stage, XLLM], Metric]] = {"cer": CharacterErrors.of}
+
+
+def step(
+    measured: tuple[State, dict[str, Any]],
+    batch: Any,
+    *,
+    loss: train.Loss,
+    counts: Callable[..., Mapping[str, Any]],
+    task: Mapping[str, Callable[..., Any]],
+) -> tuple[dict[str, Tally], dict[str, Any]]:
+    """One batch, without gradients.
+
+    Args:
+      measured: the state, not donated, and parameters that its training does without.
+      batch: pytree of global arrays.
+      loss: outside training, (params, batch, key) -> (scalar, metrics).
+      counts: (batch, metrics) -> {metric: over how many it is the mean}.
+      task: {metric: (params, batch) -> arrays}.
+
+    Returns:
+      ({metric: its sum}, {metric of the task: its arrays}).
+    """
+    state, unread = measured
+    params = rules.join(rules.join(state.trainable, state.frozen), unread)
+    value, found = loss(params, batch, None)
+    found = found | {"loss": value}
+    sums = {name: tally for name, tally in found.items() if isinstance(tally, Tally)}
+    for name, count in counts(batch, found).items():
+        sums[name] = Tally(found[name] * count, count)
+    return sums, {name: outputs(params, batch) for name, outputs in task.items()}
+
+
+class Evaluation:
+    """Measures a stage's held-out data.
+
+    Args:
+      stage: with `held_out`.
+      jitted: the `step`.
+      pipeline: one pass over the examples, of this host's rows.
+      task: {metric: Metric}.
+      unread: frozen parameters that training does not load, since what they make is cached.
+      device_mesh: where the batches go.
+      watch: over stalls; hears of every batch.
+      say: where a warning goes.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        jitted: Any,
+        pipeline: Pipeline,
+        task: Mapping[str, Metric],
+        unread: dict[str, Any],
+        device_mesh: Mesh,
+        watch: Watch,
+        say: Callable[[str], None] = print,
+    ):
+        self._every, self._total = stage.held_out.every, stage.steps * stage.optimizer.accumulation
+        self._pipeline, self._task, self._unread = pipeline, task, unread
+        self._jitted, self._met = jitted, False
+        self._compiled = telemetry.Compilations(jitted, 1, say, "The held-out step")
+        self._mesh, self._watch = device_mesh, watch
+        self._left_out: tuple[Skipped, ...] = ()
+        self._following = stage.best.metric.removeprefix(PREFIX) if follows(stage) else ""
+
+    def check_best(self, state: State) -> None:
+        """Looks, before the first micro-batch, whether there is the metric of the best checkpoint.
+
+        Raises:
+          UserError: there is none of that name.
+        """
+        if self._following:
+            batch, _ = next(self._batches())
+            sums, outputs = jax.eval_shape(self._jitted, (state, self._unread), batch)
+            self._check_name(sums.keys() | outputs.keys())
+
+    def due(self, number: int) -> bool:
+        """Whether the state behind micro-batch `number` is measured."""
+        return number % self._every == 0 or number == self._total
+
+    def measure(self, state: State) -> dict[str, float]:
+        """Scalars under their prefix; waits for the devices.
+
+        Returns:
+          The objective's means over all tokens (or pairs), the metrics of the task, `count`: of the
+          loss, and `seconds`. What is no finite number is left out.
+
+        Raises:
+          UserError: nothing could be measured, or not the metric of the best checkpoint.
+        """
+        began, sums = time.monotonic(), {}
+        if not self._met:
+            self._watch.compiles()
+            self._met = True
+        for batch, info in self._batches():
+            self._watch.moved("measures held-out data", info["keys"])
+            for name, tally in self._sums(state, batch, info["planned"]).items():
+                before = sums.get(name, Tally(0.0, 0.0))
+                total = before.total + float(tally.total)
+                sums[name] = Tally(total, before.count + float(tally.count))
+        found = {name: tally.total / tally.count for name, tally in sums.items() if tally.count}
+        self._check(found)
+        found |= {"count": sums["loss"].count, "seconds": time.monotonic() - began}
+        return {PREFIX + name: x for name, x in sorted(found.items()) if math.isfinite(x)}
+
+    def _batches(self) -> Iterator[tuple[Any, dict[str, Any]]]:
+        left_out: tuple[Skipped, ...] = ()
+        for batch, info in self._pipeline.iterate():
+            left_out += info["skipped"]
+            yield mesh.to_global(self._mesh, batch), info
+        self._left_out = left_out
+
+    def _sums(self, state: State, batch: Any, planned: Planned) -> dict[str, Tally]:
+        """Fetched: a batch at a time, so that a stall is told with its batch."""
+        sums, outputs = jax.device_get(self._compiled((state, self._unread), batch))
+        return sums | {n: metric.tally(outputs[n], planned) for n, metric in self._task.items()}
+
+    def _check(self, found: Mapping[str, float]) -> None:
+        if "loss" not in found:
+            raise UserError(
+                f"none of {len(self._left_out)} examples can be used{self._first()}",
+                field="held_out.sources",
+            )
+        self._check_name(found.keys())
+
+    def _check_name(self, found: Collection[str]) -> None:
+        if self._following and self._following not in found:
+            raise UserError(
+                f"no metric {PREFIX + self._following!r} in the held-out data",
+                field="best.metric",
+                mend=f"Choices: {', '.join(PREFIX + name for name in sorted(found))}",
+            )
+
+    def told(self, number: int, found: Mapping[str, float]) -> str:
+        """A measurement as a line."""
+        shown = [f"{name} {found[PREFIX + name]:.4g}" for name in SHOWN if PREFIX + name in found]
+        more = f"; {len(self._left_out)} left out{self._first()}" if self._left_out else ""
+        seconds = f"{found[PREFIX + 'seconds']:.1f} s"
+        return f"Held-out data at {number}: {', '.join(shown) or 'no numbers'} ({seconds}){more}"
+
+    def _first(self) -> str:
+        first = next(iter(self._left_out), None)
+        return f", the first {first.file or first.key}: {first.reason}" if first else ""
+
+    def close(self) -> None:
+        """Stops counting compilations."""
+        self._compiled.close()
+
+
+def opened(
+    stage: Stage,
+    state: State,
+    device_mesh: Mesh,
+    workdir: Path,
+    watch: Watch,
+    store: hosts.Store | None = None,
+    say: Callable[[str], None] = print,
+) -> Evaluation | None:
+    """What measures a stage's held-out data; None where it measures none.
+
+    Raises:
+      UserError: the settings contradict each other, the data cannot be read, or hosts differ.
+    """
+    file = check_settings(stage)
+    if not stage.held_out.every:
+        return None
+    # Unrolled layers run faster on a CPU, but not by what compiling them takes longer.
+    xllm = build.uncached(build.model(dataclasses.replace(stage, unroll=1)))
+    chosen = find_metrics(stage.held_out.metrics)
+    task = {name: make(stage, xllm) for name, make in chosen.items()}
+    pipeline = open_pipeline(stage, device_mesh, workdir)
+    hosts.agree(store, "held-out data", manifest.manifest(pipeline.data, pipeline.sources))
+    others = watch.reading
+    watch.reading = lambda: [*others(), *pipeline.activity.now()]
+    known = rules.flatten(rules.join(state.trainable, state.frozen)).keys()
+    missing = rules.flatten(build.shapes(xllm)).keys() - known
+    unread = check.loaded(stage, xllm, device_mesh, missing)
+    call = jitted(stage, xllm, file, task, device_mesh)
+    return Evaluation(stage, call, pipeline, task, unread, device_mesh, watch, say)
+
+
+def jitted(
+    stage: Stage, xllm: XLLM, file: ModuleType, task: Mapping[str, Metric], device_mesh: Mesh
+) -> Any:
+    """The step as it runs on devices: every host gets the sums and the small arrays whole."""
+
+    def resident(outputs: Callable[..., Any], params: Any, batch: Any) -> Any:
+        return outputs(build.resident(stage, params) if stage.offload else params, batch)
+
+    call = functools.partial(
+        step,
+        loss=train.objective(stage, xllm, train=False),
+        counts=file.counts,
+        task={n: functools.partial(resident, metric.outputs) for n, metric in task.items()},
+    )
+    return jax.jit(call, out_shardings=NamedSharding(device_mesh, PartitionSpec()))
+
+
+def data_of(stage: Stage) -> Data:
+    """The stage's data with the held-out sources, read themselves where training reads a cache, and
+    all speech in the longest bucket: one program."""
+    held, data = stage.held_out, stage.data
+    return dataclasses.replace(
+        data,
+        sources=held.sources,
+        mix=held.mix,
+        frames=tuple(data.frames[-1:]),
+        threads=min(data.threads, THREADS),
+        max_bad_share=1.0,
+        cache="",
+    )
+
+
+def open_pipeline(stage: Stage, device_mesh: Mesh, workdir: Path) -> Pipeline:
+    """One pass over the held-out examples; what cannot be read is listed in a file of its own."""
+    share, shares = mesh.host_share(device_mesh)
+    host = jax.process_index()
+    name = f"{QUARANTINE}.jsonl" if share == host else f"{QUARANTINE}-{host}.jsonl"
+    try:
+        return Pipeline(
+            *(data_of(stage), 0, share, shares),
+            train=False,
+            quarantine=workdir / name,
+            sample=stage.held_out.examples,
+        )
+    except UserError as error:
+        if not error.field.startswith("data."):
+            raise
+        field = error.field.replace("data.sources", "held_out.sources")
+        field = field.replace("data.mix", "held_out.mix")
+        raise UserError(error.what, field=field, mend=error.mend) from error
+
+
+def follows(stage: Stage) -> bool:
+    """Whether the best checkpoint is chosen by held-out data."""
+    return stage.best.metric.startswith(PREFIX)
+
+
+def find_metrics(names: Sequence[str]) -> dict[str, Callable[[Stage, XLLM], Metric]]:
+    """Metrics of the task by name.
+
+    Raises:
+      UserError: there is no such metric.
+    """
+    unknown = [name for name in names if name not in METRICS]
+    if unknown:
+        raise UserError(
+            f"unknown metric {unknown[0]!r}",
+            field="held_out.metrics",
+            mend=f"Choices: {', '.join(METRICS)}",
+        )
+    return {name: METRICS[name] for name in names}
+
+
+def check_settings(stage: Stage) -> ModuleType:
+    """The file of the stage's objective, once the settings are found to fit together.
+
+    Raises:
+      UserError: they contradict each other.
+    """
+    held, file = stage.held_out, find.module("xllm_jax.objectives", stage.objective, "objective")
+    for name in ("every", "examples"):
+        if getattr(held, name) < 0:
+            raise UserError("is negative", field=f"held_out.{name}", mend="Give 0 or more")
+    find_metrics(held.metrics)
+    for problem in _problems(stage, file):
+        raise problem
+    return file
+
+
+def _problems(stage: Stage, file: ModuleType) -> Iterator[UserError]:
+    held, every, saves = stage.held_out, stage.held_out.every, stage.save_every
+    if not every:
+        if follows(stage):
+            mend = "Set --config.held_out.every"
+            yield UserError("no held-out data is measured", field="best.metric", mend=mend)
+        return
+    if not held.sources:
+        yield UserError("names nothing", field="held_out.sources", mend="Or set held_out.every=0")
+    for name, source in held.sources.items():
+        same = [other for other in stage.data.sources if stage.data.sources[other] == source]
+        if same and held.mix.get(name, 1) and stage.data.mix.get(same[0], 1):
+            where = f"held_out.sources.{name}"
+            what = f"is data.sources.{same[0]}, which is trained on"
+            yield UserError(what, field=where, mend="Give it another split")
+    if not hasattr(file, "counts"):
+        what = f"the objective {stage.objective!r} has no means to add up"
+        yield UserError(what, field="held_out.every", mend="Set it to 0")
+    if follows(stage) and every % saves and saves % every:
+        what = (
+            f"checkpoints every {saves} and measurements every {every} micro-batches miss another"
+        )
+        mend = "Let one be a multiple of the other"
+        yield UserError(what, field="held_out.every", mend=mend)
