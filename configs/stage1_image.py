@@ -34,6 +34,7 @@ def get_config(size: str = "real") -> Stage:
         data=_tiny_data() if tiny else _data(),
         steps=300 if tiny else 250_000,
         held_out=_tiny_held_out() if tiny else _held_out(),
+        compiler=networks.whole_products(),
         **networks.numerics(size, remat="products"),
     )
 

@@ -53,6 +53,7 @@ def get_config(size: str = "real") -> Stage:
         data=_tiny_data() if tiny else _data(),
         steps=600 if tiny else 180_000,
         held_out=_tiny_held_out() if tiny else _held_out(),
+        compiler=networks.whole_products(),
         **networks.numerics(size),
     )
 

@@ -36,6 +36,7 @@ def stage(**changes) -> Stage:
         compute="float32",
         frozen="float32",
         unroll=2,
+        compiler={"tpu": {"xla_no_such_option": 1}},
         log_every=1,
         save_every=2,
     )

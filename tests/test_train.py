@@ -18,6 +18,7 @@ import small_stage
 from xllm_jax import build, loop, train
 from xllm_jax.core import checkpoint, mesh, rules
 from xllm_jax.core.errors import UserError
+from xllm_jax.preflight import inputs
 
 SECONDS = 240  # bound on one training process, far above what it takes
 
@@ -58,6 +59,17 @@ def test_the_optimizer_holds_nothing_for_frozen_leaves():
     trainable = sum(leaf.size for leaf in jax.tree.leaves(state.trainable))
     moments = sum(leaf.size for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim)
     assert moments == 2 * trainable
+
+
+def test_compiler_options_are_those_of_the_platform():
+    """The other tests' stage has an option for TPUs that no compiler knows."""
+    made = small_stage.stage(compiler={"cpu": {"xla_no_such_option": 1}})
+    xllm, device_mesh = build.model(made), mesh.make({})
+    like, optimizer, _ = train.abstract_state(made, xllm, device_mesh)
+    batch = inputs.sharded(made.data, device_mesh)
+    step = train.jitted(made, xllm, optimizer, like)
+    with jax.set_mesh(device_mesh), pytest.raises(Exception, match="xla_no_such_option"):
+        step.lower(like, batch).compile()
 
 
 def test_a_stopped_run_continues_exactly(whole, tmp_path):

@@ -16,7 +16,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from xllm_jax import build, divergence
-from xllm_jax.core import find, hashed_keys, optim, rules
+from xllm_jax.core import find, hashed_keys, mesh, optim, rules
 from xllm_jax.core.stage import Divergence, Stage
 
 Loss = Callable[..., tuple[jax.Array, dict[str, Any]]]
@@ -159,7 +159,10 @@ def jitted(stage: Stage, xllm: Any, optimizer: optax.GradientTransformation, lik
         seed=stage.seed,
     )
     shardings = jax.tree.map(lambda x: x.sharding, like)
-    return jax.jit(call, donate_argnums=0, out_shardings=(shardings, None))
+    options = stage.compiler.get(mesh.platform(like.step.sharding.mesh)) or None
+    return jax.jit(
+        call, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options
+    )
 
 
 def _trains(stage: Stage, tree: Mapping[str, Any]) -> dict[str, bool]:

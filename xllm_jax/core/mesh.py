@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from xllm_jax.core import rules
 from xllm_jax.core.errors import UserError
@@ -192,6 +192,11 @@ def on_device(x: jax.Array) -> jax.Array:
 def tensor_parallel() -> bool:
     """Whether the mesh that is set splits heads and hidden widths."""
     return jax.sharding.get_abstract_mesh().shape.get("tensor", 1) > 1
+
+
+def platform(mesh: Mesh | AbstractMesh) -> str:
+    """'tpu', 'gpu' or 'cpu': what the devices of a mesh are; '' where it has none."""
+    return "" if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0].platform
 
 
 def host_share(mesh: Mesh) -> tuple[int, int]:

@@ -217,6 +217,8 @@ class Stage:
         kernels of the LLM's and the vision encoder's layers are copied when their layer runs, all
         else whole.
       unroll: layers unrolled per scan step (CPU only; 1 elsewhere).
+      compiler: {'tpu', 'gpu' or 'cpu': {XLA option: value}} for the training step; the compiler
+        refuses what it does not know.
       divergence: what happens after a loss or gradient that is no number.
       profile: (first, last) micro-batch whose trace goes to the run's folder; () = none.
       wandb: project of Weights & Biases that the scalars also go to; '' = none.
@@ -246,6 +248,7 @@ class Stage:
     remat: str = "none"
     offload: tuple[str, ...] = ()
     unroll: int = 1
+    compiler: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     seed: int = 0
     log_every: int = 10
     save_every: int = 500
