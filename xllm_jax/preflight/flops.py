@@ -43,8 +43,10 @@ def inner(equation: Any) -> Iterator[Any]:
 
 
 def measured(function: Callable[..., Any], *arguments: Any) -> float:
-    """FLOPs that `function` does on arrays of these shapes, dead code left out."""
-    jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
+    """FLOPs that `function`, jitted or not, does on arrays of these shapes, dead code left out."""
+    # Traced as it is: a jitted function with options of the compiler may not lie in another.
+    traced = function if hasattr(function, "trace") else jax.jit(function)
+    jaxpr = traced.trace(*arguments).jaxpr.jaxpr
     alive, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     return _measured(alive)
 
