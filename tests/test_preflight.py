@@ -94,6 +94,12 @@ def test_flops_of_loops_and_gradients():
     assert flops.minimum(run, weights, x) == pytest.approx(3 * once)
 
 
+def test_a_step_with_options_of_the_compiler_is_counted():
+    options = {"xla_embed_ir_in_executable": True}
+    run = jax.jit(lambda a, b: a @ b, compiler_options=options)
+    assert flops.measured(run, jnp.ones((2, 3)), jnp.ones((3, 5))) == 2 * 2 * 3 * 5
+
+
 def test_flops_of_a_convolution():
     x, kernel = jnp.zeros((2, 10, 4)), jnp.zeros((3, 1, 4))
 
