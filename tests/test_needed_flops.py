@@ -199,7 +199,6 @@ def test_what_a_stage_needs(name):
     formula = FORMULAS[name](Sizes(dict(build.model(stage).networks), stage))
     made = plan.prepare(stage, targets.parse("h200:1"), compiles=False)
     needed = flops.useful(made.loss, made.state.trainable, made.state.frozen, made.batch)
-    # What the program does beyond the formula: distances of relative positions that no key has, by
-    # blocks of 32 queries (speech), and the projection of every token of a text, of which ITC
-    # compares the first (stage 1, image).
+    # Beyond the formula the program projects every token of a text, of which ITC compares the first
+    # (stage 1, image), and has the head at places that fill up its last chunk.
     assert formula * (1 - 1e-6) <= needed <= formula * 1.02
