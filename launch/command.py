@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections.config_flags import config_flags
 
+from launch import open_fields
 from xllm_jax.core import hosts
 from xllm_jax.core.errors import Diverged, UserError
 
@@ -57,7 +58,10 @@ def parse(argv: Sequence[str]) -> list[str]:
     """Parses absl flags; a wrong one ends the program with one line."""
     try:
         check_config_files(argv)
-        rest = flags.FLAGS(list(argv))
+        given, settings = open_fields.take(argv, configurations(argv))
+        rest = parsed(given)
+        for setting in settings:
+            setting.apply(flags.FLAGS[setting.flag].value)
         if len(rest) > 1:
             raise UserError(f"unexpected argument {rest[1]!r}", mend="Flags start with --")
         return rest
@@ -70,6 +74,15 @@ def parse(argv: Sequence[str]) -> list[str]:
         if line is None:
             raise
         fail(line)
+
+
+def parsed(argv: list[str]) -> list[str]:
+    """What absl leaves of a command line; a configuration's flag reads `sys.argv` by itself."""
+    whole, sys.argv = sys.argv, argv
+    try:
+        return flags.FLAGS(argv)
+    finally:
+        sys.argv = whole
 
 
 def fail(line: str, code: int = FAILED) -> NoReturn:
@@ -130,11 +143,18 @@ def check_config_files(argv: Sequence[str]) -> None:
             )
 
 
-def unknown_override(argv: Sequence[str]) -> str | None:
-    """The line about the first `--config.some.field=` that the configuration does not have."""
+def configurations(argv: Sequence[str]) -> dict[str, Any]:
+    """{configuration flag: the configuration of its file, without any override}."""
+    found = {}
     for name, value in config_files(argv).items():
         file, _, variant = value.partition(":")
-        config = runpy.run_path(file)["get_config"](*([variant] if variant else []))
+        found[name] = runpy.run_path(file)["get_config"](*([variant] if variant else []))
+    return found
+
+
+def unknown_override(argv: Sequence[str]) -> str | None:
+    """The line about the first `--config.some.field=` that the configuration does not have."""
+    for name, config in configurations(argv).items():
         for token in argv[1:]:
             path = token.lstrip("-").partition("=")[0].split(".")
             if token.startswith("-") and path[0] == name and len(path) > 1:

@@ -14,10 +14,12 @@ import dataclasses
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 from absl import flags
 from tqdm import tqdm
@@ -131,11 +133,23 @@ def run_all(todo: list[Job], folder: Path, root: Path) -> dict[str, float]:
     """Runs the jobs as their needs allow; returns {name: seconds}.
 
     Raises:
-      SystemExit: a job failed; the others under way are stopped.
+      SystemExit: a job failed or SIGTERM came; the jobs under way are stopped.
     """
+    running: list[Running] = []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        return _run_all(todo, running, folder, root)
+    finally:
+        for active in running:
+            active.process.terminate()
+        for active in running:
+            active.process.wait()
+
+
+def _run_all(todo: list[Job], running: list[Running], folder: Path, root: Path) -> dict[str, float]:
     cores = sorted(os.sched_getaffinity(0))
     slots = SLOTS.value or min(2, len(cores))
-    waiting, running, seconds = list(todo), [], {}
+    waiting, seconds = list(todo), {}
     bar = tqdm(total=len(todo), desc="demo", unit="step", dynamic_ncols=True)
     while waiting or running:
         for job in [j for j in waiting if all(need in seconds for need in j.needs)]:
@@ -148,7 +162,7 @@ def run_all(todo: list[Job], folder: Path, root: Path) -> dict[str, float]:
         for active in [r for r in running if r.process.poll() is not None]:
             running.remove(active)
             if active.process.returncode:
-                stop(running, active)
+                fail(active)
             seconds[active.job.name] = time.monotonic() - active.began
             (folder / "timings.json").write_text(json.dumps(seconds, indent=1))
             bar.write(f"  {active.job.name} done in {seconds[active.job.name]:.0f} s")
@@ -169,10 +183,8 @@ def pick_cores(cores: list[int], running: list[Running], slots: int, job: Job) -
     return set(share)
 
 
-def stop(running: list[Running], failed: Running) -> None:
-    """Ends every job under way and shows why one failed."""
-    for active in running:
-        active.process.terminate()
+def fail(failed: Running) -> NoReturn:
+    """Leaves, showing why a job failed."""
     tail = "\n".join(failed.log.read_text(errors="replace").splitlines()[-15:])
     raise SystemExit(f"{failed.job.name} failed (whole log: {failed.log}):\n{tail}")
 

@@ -3,7 +3,7 @@
     python launch/preflight.py --config=configs/stage2_image.py --topology=v5e:4x4 \
         [--config.mesh.fsdp=-1] [--config.slices.data=2] [--output=preflight] [--nosearch]
 
-Compiles the real training step for the slice on any CPU (`pip install 'xllm_jax[preflight]'` brings
+Compiles the real training step for the slice on any CPU (`pip install -e '.[preflight]'` brings
 the TPU compiler); GPUs get arithmetic only. The topology is that of one slice, and the stage's
 `slices` says how many there are. Exits with 1 when the stage does not fit.
 """

@@ -313,7 +313,8 @@ def open_pipeline(stage: Stage, device_mesh: Mesh, workdir: Path) -> Pipeline:
         )
     except UserError as error:
         if not error.field.startswith("data."):
-            raise
+            mend = f"{error.mend}; or measure nothing held out, --config.held_out.every=0"
+            raise UserError(error.what, field=error.field, mend=mend.lstrip("; ")) from error
         field = error.field.replace("data.sources", "held_out.sources")
         field = field.replace("data.mix", "held_out.mix")
         raise UserError(error.what, field=field, mend=error.mend) from error

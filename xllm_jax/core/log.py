@@ -143,7 +143,7 @@ class WeightsAndBiases:
             raise UserError(
                 "Weights & Biases is not installed",
                 field="wandb",
-                mend="pip install 'xllm_jax[wandb]', or leave the field empty",
+                mend="pip install -e '.[wandb]', or leave the field empty",
             ) from error
         file = directory / "wandb_id"
         if not file.exists():

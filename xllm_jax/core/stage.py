@@ -80,8 +80,8 @@ class Data:
     Attributes:
       root: folder that relative source paths start from.
       sources: {name: Source}.
-      mix: {name: weight}; 0 leaves a source out. Weights are relative numbers of examples; empty
-        means every source by its size.
+      mix: {name: weight}; 0 leaves a source out. Weights are relative numbers of examples; where
+        none is given, every other source takes part by its size.
       form: what a batch looks like: 'conversation', 'transcription', 'pairs',
         'sentences', 'text' or 'attributes'.
       template: named prompt template of `data/prompt.py`.

@@ -52,10 +52,11 @@ def mixture(data: Data) -> dict[str, float | None]:
     """Weight of every source that takes part; None means by its size.
 
     Raises:
-      UserError: no source left, or a mixture that does not name exactly the sources.
+      UserError: no source left, or weights that do not name exactly the sources.
     """
-    if not data.mix:
-        weights: dict[str, float | None] = dict.fromkeys(data.sources)
+    if not any(data.mix.values()) and data.mix.keys() <= data.sources.keys():
+        left = data.sources.keys() - data.mix.keys()
+        weights: dict[str, float | None] = dict.fromkeys(n for n in data.sources if n in left)
     else:
         odd = sorted(data.mix.keys() ^ data.sources.keys())
         if odd:

@@ -191,7 +191,7 @@ def devices(target: Target) -> list[jax.Device]:
         raise UserError(
             f"cannot compile for {target.name}: {str(error).splitlines()[0]}",
             field="--topology",
-            mend="pip install 'xllm_jax[preflight]' brings the TPU compiler",
+            mend="pip install -e '.[preflight]' brings the TPU compiler",
         ) from error
     return list(described.devices)
 

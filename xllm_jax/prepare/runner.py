@@ -41,7 +41,7 @@ def pipeline(arguments: Sequence[str] = (), workers: int = 0) -> Any:
         import apache_beam as beam
         from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError as error:
-        mend = "pip install 'xllm_jax[prepare]'"
+        mend = "pip install -e '.[prepare]'"
         raise UserError("Apache Beam is not installed", field="prepare", mend=mend) from error
     return beam.Pipeline(options=PipelineOptions(options(arguments, workers)))
 

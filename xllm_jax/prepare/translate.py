@@ -133,7 +133,7 @@ def check(folder: str) -> None:
             mend = "A folder of facebook/mbart-large-50-many-to-many-mmt, or give --translations"
             raise UserError(f"has no {name}", field=folder, mend=mend)
     if importlib.util.find_spec("torch") is None:
-        mend = "pip install 'xllm_jax[prepare,convert]', or give --translations"
+        mend = "pip install -e '.[prepare,convert]', or give --translations"
         raise UserError("PyTorch is not installed", field="--translator", mend=mend)
 
 

@@ -1,0 +1,105 @@
+"""Flags of fields whose names are open: a reader's options, weights of sources, `init`, `fields`.
+
+The configuration flags of ml_collections override what a configuration has. These fields are
+dictionaries that may get a name more: `--config.data.mix.cc3m=0` where the weights are empty,
+`--config.data.sources.captions.options.media=DIR`, `--config.init.llm/layers=DIR`. Everything else
+stays with them, and is refused there when it does not exist.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from xllm_jax.core.errors import UserError
+
+MIX = re.compile(r"(data|held_out)\.mix")
+OPEN = re.compile(
+    r"init|(data|held_out)\.(mix|sources\.[^.]+\.options)|parts\.[^.]+\.fields|options"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A name and its value in a dictionary of a configuration.
+
+    Attributes:
+      flag: the configuration's flag.
+      path: from the configuration to the dictionary.
+      name, value: what is set there.
+    """
+
+    flag: str
+    path: tuple[str, ...]
+    name: str
+    value: Any
+
+    def apply(self, config: Any) -> None:
+        """Sets it in the configuration."""
+        holder(config, self.path)[self.name] = self.value
+
+
+def holder(config: Any, path: Sequence[str]) -> Any:
+    """What lies at a path of fields and keys; None where there is nothing."""
+    for step in path:
+        config = config.get(step) if isinstance(config, dict) else getattr(config, step, None)
+    return config
+
+
+def take(argv: Sequence[str], configs: dict[str, Any]) -> tuple[list[str], list[Setting]]:
+    """Parts the command line into what goes the usual way, and settings of open fields.
+
+    Args:
+      argv: the command line.
+      configs: {configuration flag: its configuration, before any override}.
+
+    Raises:
+      UserError: a weight of something that is no source, or is no number.
+    """
+    rest, settings = [], []
+    for token in argv:
+        found = _setting(token, configs)
+        settings.append(found) if found else rest.append(token)
+    return rest, settings
+
+
+def _setting(token: str, configs: dict[str, Any]) -> Setting | None:
+    name, given, text = token.lstrip("-").partition("=")
+    flag, *path = name.split(".")
+    if not (token.startswith("-") and given and flag in configs and path):
+        return None
+    *path, key = path
+    if not OPEN.fullmatch(".".join(path)):
+        return None
+    config = configs[flag]
+    there = holder(config, path)
+    if not isinstance(there, dict) or (key in there and "/" not in key):
+        return None
+    value = _value(text)
+    if MIX.fullmatch(".".join(path)):
+        value = _weight(token, text, key, holder(config, [*path[:-1], "sources"]))
+    return Setting(flag, tuple(path), key, value)
+
+
+def _value(text: str) -> Any:
+    """A Python literal, or the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
+
+
+def _weight(token: str, text: str, key: str, sources: dict[str, Any]) -> float:
+    field = token.partition("=")[0]
+    if key not in sources:
+        near = difflib.get_close_matches(key, sources, n=1)
+        mend = f"Did you mean {near[0]}?" if near else f"Choices: {', '.join(sorted(sources))}"
+        raise UserError("no such source", field=field, mend=mend)
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"{text!r} is no weight", field=field, mend="Give a number") from None
