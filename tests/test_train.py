@@ -144,6 +144,14 @@ def test_a_base_of_another_size_is_refused(whole):
         build.parameters(made, build.model(made), mesh.make({}))
 
 
+def test_heads_that_do_not_divide_the_width_are_refused():
+    made = small_stage.stage()
+    made.parts["llm"].fields |= {"width": 33}
+    with pytest.raises(UserError, match="33 is no multiple of 2 heads") as refused:
+        build.model(made)
+    assert refused.value.field == "parts.llm.fields"
+
+
 def test_a_subtree_can_come_from_a_run(whole):
     made = small_stage.stage(init={"llm/layers": str(whole)})
     params = rules.flatten(build.parameters(made, build.model(made), mesh.make({})))

@@ -30,7 +30,7 @@ def network(part: Part, stage: Stage, name: str) -> nn.Module:
     """Builds one part's network from its SIZES row, the part's own fields and the stage's dtype.
 
     Raises:
-      UserError: unknown network, size, field or choice of `remat`.
+      UserError: unknown network, size, field or choice of `remat`, or heads that do not divide.
     """
     file, kind = find.attribute(MODELS, part.network, f"parts.{name}.network")
     if part.size not in file.SIZES:
@@ -54,7 +54,15 @@ def network(part: Part, stage: Stage, name: str) -> nn.Module:
         )
     common = {"dtype": jnp.dtype(stage.compute), "remat": stage.remat, "unroll": stage.unroll}
     common = {key: value for key, value in common.items() if key in known}
-    return kind(**{**file.SIZES[part.size], **common, **part.fields})
+    given = {**file.SIZES[part.size], **common, **part.fields}
+    width, heads = given.get("width"), given.get("heads")
+    if width and heads and width % heads:
+        raise UserError(
+            f"width {width} is no multiple of {heads} heads",
+            field=f"parts.{name}.fields",
+            mend="Change 'width' or 'heads'",
+        )
+    return kind(**given)
 
 
 def model(stage: Stage) -> XLLM:
