@@ -106,6 +106,58 @@ def test_what_is_cached_is_neither_loaded_nor_compiled(speech):
     assert not any("cif" in path or "speech_encoder" in path for path in shapes["cached"])
 
 
+def test_files_of_features_give_the_losses_of_their_sounds(speech, tmp_path, monkeypatch):
+    """What our own encoder and CIF make, saved as `.npy`: the batches of a cache, the losses."""
+    plain, files = speech[0], small_cache.changed(speech[0], speech_features="cif", speech_width=16)
+    sources = as_files(plain, speech[1], tmp_path)
+    heard, kept = batches(plain), batches(cached(*speech))
+    monkeypatch.setattr(stream, "read", lambda name, source, root: sources[name])
+    given = batches(files)
+    for one, other in zip(kept, given):
+        jax.tree.map(np.testing.assert_array_equal, one, other)
+    assert below_the_cut(plain) and not below_the_cut(files)
+    found = [losses_of(made, fed) for made, fed in ((plain, heard), (files, given))]
+    np.testing.assert_allclose(found[1], found[0], rtol=2e-6)
+
+
+def batches(stage):
+    """The first three."""
+    made = pipeline.Pipeline(stage.data).iterate()
+    return [next(made)[0] for _ in range(3)]
+
+
+def losses_of(stage, fed):
+    """Of batches, under the dropout of training."""
+    model = build.model(stage)
+    params = build.parameters(stage, model, mesh.make({}))
+    loss, key = train.objective(stage, model), train.step_key(0, 0)
+    call = jax.jit(lambda params, batch: loss(params, batch, key)[0])
+    return [float(call(params, batch)) for batch in fed]
+
+
+def below_the_cut(stage):
+    """Parameters of the speech encoder and CIF."""
+    paths = rules.flatten(build.shapes(build.model(stage))).keys()
+    return {path for path in paths if path.startswith(("speech_encoder/", "speech_interface/cif/"))}
+
+
+def as_files(stage, folder, output):
+    """{source: its examples, with a cache's features as `.npy` in the place of sounds}."""
+    load = features.Features(folder).loader(None)
+    found = {}
+    for name in stage.data.sources:
+        found[name] = []
+        for number, example in enumerate(
+            stream.read(name, stage.data.sources[name], stage.data.root)
+        ):
+            ((_, path),) = example.media
+            values, lengths = load("speech", path, stage.data, Record(example, name), 0, True)
+            file = output / f"{name}{number}.npy"
+            np.save(file, values[0, : lengths[0]])
+            found[name].append(dataclasses.replace(example, media=(("cif", str(file)),)))
+    return found
+
+
 def test_stage_three_reads_everything_below_its_adapters(world, tmp_path):
     """Three modalities, packed rows, videos of several frames: losses and gradients are equal."""
     stage = small_cache.based(small_cache.stage3(world), tmp_path)

@@ -59,6 +59,9 @@ CASES = {
     "reference masr with target_text": (
         "reference", "reference", "masr.json", "train", {}, "conversation"
     ),
+    "reference features": ("reference", "reference", "asr.json", "train", {}, "features"),
+    "reference features vsd": ("reference", "reference", "vsd.json", "train", {}, "features"),
+    "reference features masr": ("reference", "reference", "masr.json", "train", {}, "features"),
     "reference base64": ("reference", "reference", "packed.json", "train", {}, "conversation"),
     "reference instructions": (
         "reference", "reference", "instructions.json", "train", {}, "conversation"
@@ -118,6 +121,21 @@ def conversation():
         threads=1,
     )
     return small(made, fields, data)
+
+
+def features():
+    """Stages 2 and 3 on images and CIF features: all behind CIF trains, and the image's adapter."""
+    made = conversation()
+    spoken = made.parts["speech_interface"]
+    wide = dataclasses.replace(spoken, fields={**spoken.fields, "encoder_width": 512})
+    return dataclasses.replace(
+        made,
+        parts={n: p for n, p in made.parts.items() if n != "video_interface"}
+        | {"speech_interface": wide},
+        modalities={name: made.modalities[name] for name in ("image", "speech")},
+        trainable=("image_interface/adapter/.*", "speech_interface/(?!cif/).*"),
+        data=dataclasses.replace(made.data, items={"image": 1, "speech": 1}, speech_features="cif"),
+    )
 
 
 def transcription(folder):
@@ -193,8 +211,9 @@ def trainers(tmp_path_factory):
     def get(form):
         if form not in made:
             folder = tmp_path_factory.mktemp("characters")
-            stage = conversation() if form == "conversation" else transcription(folder)
-            made[form] = Trainer(stage)
+            stages = {"conversation": conversation, "features": features}
+            make = stages.get(form, lambda: transcription(folder))
+            made[form] = Trainer(make())
         return made[form]
 
     return get
@@ -220,7 +239,8 @@ def source_of(case, tmp_path):
         prepared(Source("table", str(root)), tmp_path / "set", "a_set")
         options, root = {"image": "image", "answer": "answer"}, tmp_path / "set"
     if reader == "reference":
-        options = {"images": f"{root}/images", "audio": f"{root}/audio"}
+        heard = "features" if CASES[case][-1] == "features" else "audio"
+        options = {"images": f"{root}/images", heard: f"{root}/{heard}"}
         options |= {"kind": "masr"} if case == "reference masr" else {}
         options |= {"videos": f"{root}/videos"} if case == "reference clips" else {}
     return Source(reader, str(root / inside) if inside else str(root), split, options)
@@ -256,7 +276,7 @@ def test_a_reader_is_prepared_inspected_and_trained_on(case, tmp_path, trainers)
     assert np.isfinite(losses).all()
     after = trainer.trained()
     moved = {path for path in after if not np.array_equal(before[path], after[path])}
-    for medium in {name for name, _ in originals[0].media}:
+    for medium in {"speech" if name == "cif" else name for name, _ in originals[0].media}:
         assert any(path.startswith(f"{medium}_") for path in moved), medium
 
 
@@ -271,7 +291,7 @@ def test_a_prepared_set_takes_the_place_of_a_source_of_its_kind_only(tmp_path):
 
 
 def test_features_of_the_reference_repository_are_prepared(tmp_path):
-    """No interface takes them as files; shards keep them as they are."""
+    """Shards keep them as they are."""
     fixtures.reference(tmp_path)
     options = {"features": f"{tmp_path}/features", "images": f"{tmp_path}/images"}
     source = Source("reference", str(tmp_path / "vsd.json"), "train", options)

@@ -72,6 +72,7 @@ class Assistant:
           UserError: a file cannot be read, a modality is unknown to the model, or a prompt is
             longer than the longest bucket.
         """
+        examples = [media.heard(example, self.data) for example in examples]
         self.encode(examples)
         prompts = [self.prompt(example) for example in examples]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))

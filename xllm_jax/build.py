@@ -69,8 +69,8 @@ def model(stage: Stage) -> XLLM:
     """Composes the networks of a stage; holds no parameters.
 
     Raises:
-      UserError: a modality names a part that the stage does not have, or `data.cache` is not a
-        cache of features.
+      UserError: a modality names a part that the stage does not have, `data.cache` is not a
+        cache of features, or media files hold what the networks do not take.
     """
     networks = {name: network(part, stage, name) for name, part in stage.parts.items()}
     rows = tuple((name, m.encoder, m.interface) for name, m in stage.modalities.items())
@@ -83,13 +83,51 @@ def model(stage: Stage) -> XLLM:
                     mend=f"Choices: {', '.join(networks)}",
                 )
     made = XLLM(networks=networks, modalities=rows)
+    made = dataclasses.replace(made, frozen=frozen_steps(stage, made))
+    given = given_steps(stage, made)
     cached = features.steps(stage.data.cache) if stage.data.cache else {}
-    return dataclasses.replace(made, frozen=frozen_steps(stage, made), cached=cached)
+    return dataclasses.replace(made, cached=given | cached, given=given)
 
 
 def uncached(xllm: XLLM) -> XLLM:
-    """The same networks, fed with media themselves."""
-    return dataclasses.replace(xllm, cached={})
+    """The same networks, fed with what media files hold."""
+    return dataclasses.replace(xllm, cached=xllm.given)
+
+
+def given_steps(stage: Stage, xllm: XLLM) -> dict[str, int]:
+    """{modality: how many of its first steps its files hold the outcome of}.
+
+    Args:
+      stage: `data.speech_features` names the last of these steps.
+      xllm: its networks, with `frozen`.
+
+    Raises:
+      UserError: there is no such step, it trains, or it gives vectors of another width.
+    """
+    found = {}
+    for modality, _, interface in xllm.modalities:
+        field, chain = f"data.{modality}_features", xllm.chain(modality)
+        last = getattr(stage.data, f"{modality}_features", "")
+        if not last:
+            continue
+        ends = [n for n, step in enumerate(chain, 1) if step.names and step.names[-1] == last]
+        if not ends:
+            raise UserError(f"{interface} has no step {last!r}", field=field, mend="Leave it out")
+        if xllm.frozen[modality] < ends[0]:
+            what = f"{chain[xllm.frozen[modality]]} trains, and the files of {modality} hold"
+            raise UserError(f"{what} its outcome", field="trainable", mend=f"Or leave out {field}")
+        found[modality] = ends[0]
+        _check_width(stage, modality, xllm.networks[interface].encoder_width)
+    return found
+
+
+def _check_width(stage: Stage, modality: str, wanted: int) -> None:
+    """Raises UserError where the vectors of a modality's files are not as wide as wanted."""
+    width = getattr(stage.data, f"{modality}_width")
+    if width != wanted:
+        what = f"is {width}, and {stage.modalities[modality].interface} reads vectors of {wanted}"
+        mend = "Set it, or the encoder_width of the interface, to the width of the files"
+        raise UserError(what, field=f"data.{modality}_width", mend=mend)
 
 
 def frozen_steps(stage: Stage, xllm: XLLM) -> dict[str, int]:
@@ -217,7 +255,7 @@ def parameters(
     like = abstract_parameters(stage, xllm, device_mesh, dtypes)
     if only is not None:
         like = {path: x for path, x in like.items() if path in only}
-    whole = rules.flatten(shapes(uncached(xllm)))
+    whole = rules.flatten(shapes(dataclasses.replace(xllm, cached={})))
     unread = {path: x for path, x in whole.items() if path not in like}
     params: dict[str, Any] = {}
     for prefix, source in ordered(stage.init):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +143,9 @@ def _files(modality: str, items: list[Medium]) -> str:
 
 
 def _sound(item: Medium) -> str:
+    if not item.heard:
+        said = f"CIF features, {len(item.values)} vectors"
+        return f'<p class="note">{said}: {html.escape(os.path.basename(item.path))}</p>'
     drawn = f'<img class="sound" alt="spectrogram" src="{media.shade(item.values)}">'
     try:
         samples = speech.read(item.path)

@@ -11,6 +11,7 @@ import numpy as np
 from xllm_jax.core.batch import Batch
 from xllm_jax.core.stage import Data
 from xllm_jax.data import image
+from xllm_jax.data import media as data_media
 from xllm_jax.data.example import Example
 
 WORDS, SLOT, SPECIAL, LEARNT = "words", "slot", "special", "learnt"
@@ -18,11 +19,15 @@ WORDS, SLOT, SPECIAL, LEARNT = "words", "slot", "special", "learnt"
 
 @dataclasses.dataclass(frozen=True)
 class Medium:
-    """One item that an encoder reads: pixels `[H, W, 3]` uint8 or filterbanks `[U, F]` float32."""
+    """One item that an encoder reads: pixels `[H, W, 3]` uint8 or filterbanks `[U, F]` float32.
+
+    `heard` is False for features `[tokens, width]` that stand for a sound.
+    """
 
     modality: str
     values: np.ndarray
     path: str
+    heard: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +77,9 @@ def _packed(
         tokens[name] = int((index >= 0).sum())
         items = np.unique(index[index >= 0] // data.embeddings[name])
         paths = [path for modality, path in example.media if modality == name]
-        media += _items(name, entry.values[row, items], entry.lengths[row, items], paths)
+        found = _items(name, entry.values[row, items], entry.lengths[row, items], paths)
+        heard = not data_media.featured(data)
+        media += [dataclasses.replace(one, heard=heard) for one in found]
     learnt = (batch.weights[row] > 0) & np.isin(batch.answer_index[row], places)
     targets = batch.targets[row, learnt]
     shown = batch.context[row, places]

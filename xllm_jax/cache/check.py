@@ -63,6 +63,8 @@ def _steps(stage: Stage, xllm: XLLM, about: Mapping[str, Any]) -> tuple[str, str
     for name, kind in about["modalities"].items():
         if name not in xllm.frozen or name not in stage.data.items:
             return "data.cache", f"it holds {name!r}, which the stage does not have"
+        if name in xllm.given:
+            return f"data.{name}_features", f"the cache was made of files that are {name} itself"
         if xllm.frozen[name] < kind["steps"]:
             step = xllm.chain(name)[xllm.frozen[name]]
             return "trainable", f"{step} trains, and the cache holds its outcome for every {name}"

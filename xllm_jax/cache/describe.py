@@ -31,9 +31,11 @@ def depths(stage: Stage, xllm: XLLM, asked: Sequence[str] = ()) -> dict[str, int
         what = f"batches of the form {stage.data.form!r} take no cached features"
         raise UserError(what, field="data.form", mend=f"Forms that do: {', '.join(FORMS)}")
     known = {name: xllm.frozen[name] for name, *_ in xllm.modalities if name in stage.data.items}
+    known |= dict.fromkeys(known.keys() & xllm.given.keys(), 0)  # small files already
     for name in asked:
         if not known.get(name):
             what = f"the stage has nothing frozen for {name!r}" if name in known else "is not there"
+            what = f"the files of {name!r} hold features" if name in xllm.given else what
             choices = [name for name, count in known.items() if count]
             raise UserError(what, field=f"modalities.{name}", mend=f"Choices: {choices}")
     chosen = {n: count for n, count in known.items() if count and (not asked or n in asked)}

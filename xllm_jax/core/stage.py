@@ -102,6 +102,8 @@ class Data:
       image: options of the image processor (size, crop scale, flip …).
       video: options of the video reader (frames …).
       speech: options of the filterbanks and SpecAugment.
+      speech_features: '' reads sounds; 'cif' `.npy` files of what CIF has made, a vector a token.
+      speech_width: numbers of such a vector.
       threads: decoding threads per host.
       deadline: seconds that reading one file may take; then it is quarantined and its decoder, a
         process, is replaced. 0 decodes in threads of the training process, without a deadline, and
@@ -132,6 +134,8 @@ class Data:
     image: dict[str, Any] = dataclasses.field(default_factory=dict)
     video: dict[str, Any] = dataclasses.field(default_factory=dict)
     speech: dict[str, Any] = dataclasses.field(default_factory=dict)
+    speech_features: str = ""
+    speech_width: int = 512
     threads: int = 4
     deadline: float = 0.0
     cache: str = ""

@@ -1,13 +1,15 @@
 """Speech that has been through encoder and CIF already: `.npy` files of one vector a token.
 
-The reference repository trains on such files instead of audio. They are read and checked here; no
-interface takes them as input so far, so a prompt refuses the modality 'cif' by name. Train on the
-audio itself (the option `audio` of `sources/reference.py`) until one does.
+The reference repository trains on such files instead of audio. With `data.speech_features='cif'`
+they fill the prompt's slots of speech, and the model goes on behind its CIF (`media.py`); in a run
+without it an example that has one is left out by name.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -15,6 +17,23 @@ from xllm_jax.core.errors import UserError
 from xllm_jax.data import files
 
 WIDTH = 512  # of the speech encoder and CIF
+MEND = "Give .npy files of CIF features, or sounds without data.speech_features"
+
+
+def count(path: str | os.PathLike) -> int:
+    """Vectors of one utterance by the head of its file, which `load` may still refuse.
+
+    Raises:
+      UserError: the file is missing, or not `.npy`.
+    """
+
+    def head(file: BinaryIO) -> tuple[int, ...]:
+        first = np.lib.format.read_magic(file) == (1, 0)
+        read = np.lib.format.read_array_header_1_0
+        return (read if first else np.lib.format.read_array_header_2_0)(file)[0]
+
+    shape = _opened(path, head)
+    return shape[0] if shape else 0
 
 
 def load(path: str | os.PathLike, width: int = WIDTH) -> np.ndarray:
@@ -23,17 +42,26 @@ def load(path: str | os.PathLike, width: int = WIDTH) -> np.ndarray:
     Raises:
       UserError: the file is missing, not `.npy`, of another shape or type, empty or not finite.
     """
-    source = files.source(path)
-    try:
-        values = np.load(source, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        what = f"cannot be read as features ({error})"
-        raise UserError(what, field=str(path), mend="Compute it again") from error
-    if not isinstance(values, np.ndarray) or values.ndim != 2 or values.shape[1] != width:
-        shape = getattr(values, "shape", "none")
-        raise UserError(f"has the shape {shape}, not (tokens, {width})", field=str(path))
+    values = _opened(path, np.lib.format.read_array)
+    if values.ndim != 2 or values.shape[1] != width:
+        raise UserError(f"has the shape {values.shape}, not (tokens, {width})", field=str(path))
     if not len(values):
         raise UserError("holds no token", field=str(path), mend="Leave it out")
     if values.dtype.kind != "f" or not np.isfinite(values).all():
         raise UserError("holds values that are not finite numbers", field=str(path))
     return values.astype(np.float32)
+
+
+def _opened(path: str | os.PathLike, read: Callable[[BinaryIO], Any]) -> Any:
+    """What `read` makes of the file; it never unpickles.
+
+    Raises:
+      UserError: the file is missing, or not `.npy`.
+    """
+    source = files.source(path)
+    try:
+        with open(source, "rb") if isinstance(source, str) else source as file:
+            return read(file)
+    except (OSError, ValueError, EOFError) as error:
+        what = f"cannot be read as features ({error})"
+        raise UserError(what, field=str(path), mend=MEND) from error

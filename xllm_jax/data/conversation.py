@@ -122,6 +122,7 @@ def prepare(
     for record in records:
         key = record.example.key
         try:
+            record = dataclasses.replace(record, example=media.heard(record.example, data))
             placed.append(Placed(record, sequence(record, kit, data, mode)))
         except DoesNotFit as error:
             if mode.strict:
@@ -146,7 +147,7 @@ def sequence(record: Record, kit: Tools, data: Data, mode: Mode) -> prompt.Promp
             raise DoesNotFit(f"data.items gives {modality!r} no place", field=example.key)
         size = stride = data.embeddings[modality]
         if form.spoken and mode.answers:
-            size = min(media.spoken_tokens(example), stride)
+            size = min(media.spoken_size(path, example, data), stride)
         return prompt.Slot(modality, path, form.items, size, stride)
 
     return prompt.build(

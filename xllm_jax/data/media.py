@@ -1,6 +1,9 @@
 """Files of each modality as media items: how many, of which shape, and how they are read.
 
 A new modality is one more entry of FORMS and one file beside `image.py`.
+
+With `data.speech_features='cif'` an utterance comes as what the speech encoder and CIF have made of
+it, a `.npy` file (`cif_features.py`): readers call such a medium CIF, prompts and models 'speech'.
 """
 
 from __future__ import annotations
@@ -13,10 +16,12 @@ import numpy as np
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data
-from xllm_jax.data import image, speech, video
+from xllm_jax.data import cif_features, image, speech, video
 from xllm_jax.data.characters import token_count
 from xllm_jax.data.example import Example
 from xllm_jax.data.record import MEDIA, DoesNotFit, Record
+
+CIF = "cif"  # a reader's name of features, and the step of the speech interface that makes them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +60,9 @@ def _video(data: Data) -> Form:
 
 
 def _speech(data: Data) -> Form:
+    if featured(data):
+        shape = (data.embeddings["speech"], data.speech_width)
+        return Form(1, shape, ("speech_features", "speech_width"), spoken=True)
     random = ("data.speech.specaugment",) if data.speech.get("specaugment") else ()
     shape = (data.frames[-1], data.speech.get("bins", 80))
     return Form(1, shape, ("speech", "frames"), random, spoken=True)
@@ -69,6 +77,10 @@ def _load_video(path: str, data: Data, rng: np.random.Generator, train: bool) ->
 
 
 def _load_speech(path: str, data: Data, rng: np.random.Generator, train: bool) -> np.ndarray:
+    if featured(data):
+        most, width = _speech(data).shape
+        # Our own CIF drops tokens beyond its capacity, too.
+        return cif_features.load(path, width)[None, :most]
     return speech.load(path, data.speech, rng if train else None)[None]
 
 
@@ -77,6 +89,38 @@ Load = Callable[[str, str, Data, Record, int, bool], tuple[np.ndarray, np.ndarra
 
 FORMS: dict[str, Callable[[Data], Form]] = {"image": _image, "video": _video, "speech": _speech}
 LOADERS = {"image": _load_image, "video": _load_video, "speech": _load_speech}
+
+
+def featured(data: Data) -> bool:
+    """Whether speech comes as CIF features instead of sounds.
+
+    Raises:
+      UserError: features of another kind, or SpecAugment of none.
+    """
+    kind = data.speech_features
+    if kind not in ("", CIF):
+        what = f"unknown features {kind!r}"
+        raise UserError(what, field="data.speech_features", mend=f"Choices: '' and {CIF}")
+    if kind and data.speech.get("specaugment"):
+        what = "masks filterbanks, and speech comes as CIF features"
+        raise UserError(what, field="data.speech.specaugment", mend="Turn one of them off")
+    return bool(kind)
+
+
+def heard(example: Example, data: Data) -> Example:
+    """The example with its CIF features under the name 'speech', as prompts and models have it.
+
+    Raises:
+      UserError: it has CIF features, and `data.speech_features` does not say so.
+    """
+    paths = [path for modality, path in example.media if modality == CIF]
+    if not paths:
+        return example
+    if not featured(data):
+        mend = "Read them with --config.data.speech_features=cif, or the sounds themselves"
+        raise UserError("holds cif features, not a sound", field=paths[0], mend=mend)
+    named = ((("speech" if name == CIF else name), path) for name, path in example.media)
+    return dataclasses.replace(example, media=tuple(named))
 
 
 def form(modality: str, data: Data) -> Form:
@@ -104,7 +148,8 @@ def load(
       train: augment.
 
     Returns:
-      (values `[items, *shape]` float32, lengths `[items]` int32: valid frames of speech, else 1).
+      (values `[items, *shape]` float32, lengths `[items]` int32: valid frames or vectors of speech,
+      else 1).
 
     Raises:
       UserError: the file cannot be read, or its decoder fails in any way of its own.
@@ -150,6 +195,20 @@ def bucket(example: Example, data: Data, silent: int) -> int:
     if frames is None:
         return silent
     return next((number for number, most in enumerate(data.frames) if frames <= most), last)
+
+
+def spoken_size(path: str, example: Example, data: Data) -> int:
+    """Embeddings of a spoken file: one a vector of features, or one a token of the transcript.
+
+    Raises:
+      UserError: a sound, and nobody wrote down what it says.
+    """
+    if not featured(data):
+        return spoken_tokens(example)
+    try:
+        return max(cif_features.count(path), 1)
+    except UserError:
+        return 1  # opening it will tell, where all bad files are told
 
 
 def spoken_tokens(example: Example) -> int:

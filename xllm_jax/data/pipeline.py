@@ -192,7 +192,8 @@ class Pipeline:
 
     def _bucketed(self) -> bool:
         """Whether batches differ in the length of their speech."""
-        spoken = self.form is transcription or "speech" in self.data.items
+        sounds = "speech" in self.data.items and not media.featured(self.data)
+        spoken = self.form is transcription or sounds
         return spoken and len(self.data.frames) > 1 and self.form in (transcription, conversation)
 
     def _buckets(self) -> stream.Buckets | None:

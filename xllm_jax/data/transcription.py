@@ -46,7 +46,14 @@ class Plan:
 
 
 def tools(data: Data) -> CharacterVocabulary:
-    """Loads the characters that the data names."""
+    """Loads the characters that the data names.
+
+    Raises:
+      UserError: no such file, or speech comes as what this form's model is to learn to make.
+    """
+    if media.featured(data):
+        what = "recognition trains the speech encoder and CIF, so it needs sounds"
+        raise UserError(what, field="data.speech_features", mend="Leave it out")
     return CharacterVocabulary.load(data.characters)
 
 

@@ -40,12 +40,14 @@ class XLLM:
       frozen: {modality: how many of its first steps (`chain`) nothing trains in}. They run as in
         evaluation, and no gradient reaches them. A modality without an entry has a frozen encoder.
       cached: {modality: how many of its first steps are done}: batches hold their outputs.
+      given: those of `cached` that the media files themselves hold, with or without a cache.
     """
 
     networks: Mapping[str, nn.Module]
     modalities: tuple[tuple[str, str, str], ...] = ()
     frozen: Mapping[str, int] = dataclasses.field(default_factory=dict)
     cached: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    given: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def parts(self, modality: str) -> tuple[str, str]:
         """(encoder part, interface part) of a modality.
