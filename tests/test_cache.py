@@ -54,15 +54,20 @@ def cached(stage, folder):
     return small_cache.changed(stage, cache=str(folder))
 
 
-def test_a_run_continues_with_a_cache_as_if_without(speech, tmp_path):
-    """Losses under dropout, results and bases: from the second step on with the cache."""
+@pytest.fixture(scope="module")
+def plain(speech):
+    """(the stage with held-out speech, the folder of its run without a cache)."""
     assert speech[0].parts["speech_interface"].fields["dropout"] > 0
-    plain, copy = tmp_path / "plain", tmp_path / "copy"
     # Held-out speech is no part of the cache: what it needs is loaded beside.
     sources = {"said": dataclasses.replace(speech[0].data.sources["utterances"], split="val")}
     stage = dataclasses.replace(speech[0], held_out=HeldOut(sources, every=6))
-    speech = stage, speech[1]
-    loop.fit(stage, plain)
+    loop.fit(stage, speech[1].parent / "plain")
+    return stage, speech[1].parent / "plain"
+
+
+def test_a_run_continues_with_a_cache_as_if_without(speech, plain, tmp_path):
+    """Losses under dropout, results and bases: from the second step on with the cache."""
+    copy, speech, plain = tmp_path / "copy", (plain[0], speech[1]), plain[1]
     shutil.copytree(plain, copy)
     for later in ("4", "6"):
         shutil.rmtree(copy / "checkpoints" / later)
@@ -106,39 +111,24 @@ def test_what_is_cached_is_neither_loaded_nor_compiled(speech):
     assert not any("cif" in path or "speech_encoder" in path for path in shapes["cached"])
 
 
-def test_files_of_features_give_the_losses_of_their_sounds(speech, tmp_path, monkeypatch):
-    """What our own encoder and CIF make, saved as `.npy`: the batches of a cache, the losses."""
-    plain, files = speech[0], small_cache.changed(speech[0], speech_features="cif", speech_width=16)
-    sources = as_files(plain, speech[1], tmp_path)
-    heard, kept = batches(plain), batches(cached(*speech))
+def test_files_of_features_give_the_losses_of_their_sounds(speech, plain, tmp_path, monkeypatch):
+    """What our own encoder and CIF make, saved as `.npy`: a cache's batches, and the same run."""
+    made = small_cache.changed(speech[0], speech_features="cif", speech_width=16)
+    sources = as_files(speech[0], speech[1], tmp_path)
+    kept = pipeline.Pipeline(cached(*speech).data).iterate()
     monkeypatch.setattr(stream, "read", lambda name, source, root: sources[name])
-    given = batches(files)
-    for one, other in zip(kept, given):
-        jax.tree.map(np.testing.assert_array_equal, one, other)
-    assert below_the_cut(plain) and not below_the_cut(files)
-    found = [losses_of(made, fed) for made, fed in ((plain, heard), (files, given))]
-    np.testing.assert_allclose(found[1], found[0], rtol=2e-6)
-
-
-def batches(stage):
-    """The first three."""
-    made = pipeline.Pipeline(stage.data).iterate()
-    return [next(made)[0] for _ in range(3)]
-
-
-def losses_of(stage, fed):
-    """Of batches, under the dropout of training."""
-    model = build.model(stage)
-    params = build.parameters(stage, model, mesh.make({}))
-    loss, key = train.objective(stage, model), train.step_key(0, 0)
-    call = jax.jit(lambda params, batch: loss(params, batch, key)[0])
-    return [float(call(params, batch)) for batch in fed]
-
-
-def below_the_cut(stage):
-    """Parameters of the speech encoder and CIF."""
-    paths = rules.flatten(build.shapes(build.model(stage))).keys()
-    return {path for path in paths if path.startswith(("speech_encoder/", "speech_interface/cif/"))}
+    given = pipeline.Pipeline(made.data).iterate()
+    for _ in range(6):
+        jax.tree.map(np.testing.assert_array_equal, next(kept)[0], next(given)[0])
+    loop.fit(made, tmp_path / "run")
+    losses, others = curve(plain[1]), curve(tmp_path / "run")
+    assert list(losses) == list(others) == [1, 2, 3, 4, 5, 6]
+    np.testing.assert_allclose(list(others.values()), list(losses.values()), rtol=2e-6)
+    results = [load(folder / "final") for folder in (plain[1], tmp_path / "run")]
+    gone = results[0].keys() - results[1].keys()
+    assert gone and all(path.startswith("speech_interface/cif/") for path in gone)
+    for path in results[1]:
+        np.testing.assert_allclose(results[1][path], results[0][path], atol=2e-6)
 
 
 def as_files(stage, folder, output):

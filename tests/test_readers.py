@@ -124,7 +124,7 @@ def conversation():
 
 
 def features():
-    """Stages 2 and 3 on images and CIF features: all behind CIF trains, and the image's adapter."""
+    """The same on images and CIF features."""
     made = conversation()
     spoken = made.parts["speech_interface"]
     wide = dataclasses.replace(spoken, fields={**spoken.fields, "encoder_width": 512})
@@ -133,7 +133,7 @@ def features():
         parts={n: p for n, p in made.parts.items() if n != "video_interface"}
         | {"speech_interface": wide},
         modalities={name: made.modalities[name] for name in ("image", "speech")},
-        trainable=("image_interface/adapter/.*", "speech_interface/(?!cif/).*"),
+        trainable=("(image|speech)_interface/adapter/.*",),
         data=dataclasses.replace(made.data, items={"image": 1, "speech": 1}, speech_features="cif"),
     )
 
