@@ -94,6 +94,11 @@ def uncached(xllm: XLLM) -> XLLM:
     return dataclasses.replace(xllm, cached=xllm.given)
 
 
+def whole(xllm: XLLM) -> XLLM:
+    """The same networks with all their parameters, whether anything reads them or not."""
+    return dataclasses.replace(xllm, cached={})
+
+
 def given_steps(stage: Stage, xllm: XLLM) -> dict[str, int]:
     """{modality: how many of its first steps its files hold the outcome of}.
 
@@ -255,8 +260,8 @@ def parameters(
     like = abstract_parameters(stage, xllm, device_mesh, dtypes)
     if only is not None:
         like = {path: x for path, x in like.items() if path in only}
-    whole = rules.flatten(shapes(dataclasses.replace(xllm, cached={})))
-    unread = {path: x for path, x in whole.items() if path not in like}
+    everything = rules.flatten(shapes(whole(xllm)))
+    unread = {path: x for path, x in everything.items() if path not in like}
     params: dict[str, Any] = {}
     for prefix, source in ordered(stage.init):
         wanted, others = below(prefix, like), below(prefix, unread)

@@ -130,7 +130,7 @@ def loaded(stage: Stage, xllm: XLLM, device_mesh: Mesh, paths: Collection[str]) 
     """Some frozen parameters, whether the networks read them or their outcome is cached."""
     if not paths:
         return {}
-    whole = build.uncached(xllm)
+    whole = build.whole(xllm)
     shapes = rules.flatten(build.shapes(whole))
     dtypes = rules.unflatten(dict.fromkeys(shapes, np.dtype(stage.frozen)))
     return build.parameters(stage, whole, device_mesh, dtypes, set(paths))
@@ -174,4 +174,31 @@ def completed(
         if text != cached[path]:
             what = f"{path} is another one than at the start of the run"
             raise UserError(what, field="init", mend="Bring it back; the same command continues")
-    return rules.unflatten(flat | added)
+    flat |= added
+    missing = beside(stage, xllm, set(flat)) if xllm.given else set()
+    return rules.unflatten(flat | rules.flatten(loaded(stage, xllm, device_mesh, missing)))
+
+
+def beside(stage: Stage, xllm: XLLM, known: Collection[str]) -> set[str]:
+    """Parameters of some parts that the run did without, since files hold what they make.
+
+    Whoever has such files need not have the networks: only what `init` has, and fits, is named.
+
+    Args:
+      stage, xllm: of the training.
+      known: parameters of these parts that are there already.
+    """
+    parts = {path.split("/")[0] for path in known}
+    shapes = rules.flatten(build.shapes(build.whole(xllm)))
+    missing = {path for path in shapes.keys() - known if path.split("/")[0] in parts}
+    try:
+        origins = build.origins(stage.init, missing)
+        held = {place: checkpoint.base_about(place)["shapes"] for place, _ in origins.values()}
+    except UserError:
+        return set()
+
+    def fits(path: str) -> bool:
+        place, name = origins[path]
+        return name in held[place] and tuple(held[place][name][0]) == shapes[path].shape
+
+    return {path for path in origins if fits(path)}

@@ -12,7 +12,8 @@
 The repository links the files and the media they need; licences are those of the sets they were
 made from. Paths in them are its authors', so name your folders: files are found there by their last
 part. "speech_feats_path" is a `.npy` of features that CIF has made (`data/cif_features.py`): it
-becomes a medium 'cif', or, with the option `audio`, the utterance's own sound file.
+becomes a medium 'cif', which `data.speech_features='cif'` reads, or, with the option `audio`, the
+utterance's own sound file.
 """
 
 from __future__ import annotations
