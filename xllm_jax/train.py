@@ -92,8 +92,8 @@ def step_key(seed: int, number: int | jax.Array) -> jax.Array:
 
 def gradient_norms(gradients: Mapping[str, Any]) -> dict[str, jax.Array]:
     """Euclidean norms: `gradient_norm` of everything, `gradient_norm/PART` of each part."""
-    norms = {f"gradient_norm/{part}": optax.global_norm(tree) for part, tree in gradients.items()}
-    return norms | {"gradient_norm": optax.global_norm(gradients)}
+    norms = {f"gradient_norm/{part}": optax.tree.norm(tree) for part, tree in gradients.items()}
+    return norms | {"gradient_norm": optax.tree.norm(gradients)}
 
 
 def objective(stage: Stage, xllm: Any, train: bool = True) -> Loss:
