@@ -19,7 +19,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import jax
 from absl import flags
 from ml_collections import config_flags
 
@@ -37,22 +36,8 @@ SHARD = flags.DEFINE_integer("shard_records", 1024, "Media per shard.", 1)
 AGAIN = flags.DEFINE_bool("again", False, "Replace another cache in the folder.")
 
 
-def share() -> tuple[int, int]:
-    """(number of this host, how many write this cache); joins them where --hosts says so.
-
-    Raises:
-      UserError: the flags contradict each other.
-    """
-    count, index = host_flags.COUNT.value, host_flags.INDEX.value
-    if host_flags.HOSTS.value or (count is None and index is None):
-        host_flags.join()
-        return jax.process_index(), jax.process_count()
-    host_flags.check_numbers(count, index)
-    return index, count
-
-
 def main(_: list[str]) -> None:
-    host, count = share()
+    host, count = host_flags.share()
     store = hosts.store()
     # Finished shards stay: what SIGTERM or a lost host costs is the shards under way.
     with watchdog.Watch(Path(OUTPUT.value), 0, store):

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import jax
 from absl import flags
 
 from launch import command
@@ -38,6 +39,22 @@ def join() -> None:
             hosts.join(address, COUNT.value, INDEX.value)
         except hosts.Apart as error:
             command.fail(str(error), command.LOST)
+
+
+def share() -> tuple[int, int]:
+    """(number of this host, how many there are), for work in which hosts may share just a folder.
+
+    Joins them where --hosts says so; else --host_count and --host_index alone number them.
+
+    Raises:
+      UserError: the flags contradict each other.
+    """
+    count, index = COUNT.value, INDEX.value
+    if HOSTS.value or (count is None and index is None):
+        join()
+        return jax.process_index(), jax.process_count()
+    check_numbers(count, index)
+    return index, count
 
 
 def check(address: str, count: int | None, index: int | None) -> None:

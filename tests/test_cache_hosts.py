@@ -8,7 +8,7 @@ import host_runs
 import pytest
 import small_cache
 
-from launch import cache, command
+from launch import command
 from launch import hosts as host_flags
 from xllm_jax.cache import plan, write
 from xllm_jax.core.errors import UserError
@@ -70,10 +70,10 @@ def test_a_writer_is_killed_and_the_same_command_finishes(tmp_path, monkeypatch)
 
 
 def share(monkeypatch, count, index):
-    """`cache.share` where the hosts are not joined."""
+    """The flags' share where the hosts are not joined."""
     for name, value in (("HOSTS", ""), ("COUNT", count), ("INDEX", index)):
         monkeypatch.setattr(host_flags, name, types.SimpleNamespace(value=value))
-    return cache.share()
+    return host_flags.share()
 
 
 def test_hosts_that_share_a_folder_alone_are_numbered_by_flags(monkeypatch):
