@@ -185,7 +185,7 @@ def test_scalars_reach_weights_and_biases(tmp_path, monkeypatch):
     assert first["id"] == second["id"]
     assert said[1:3] == [(1, {"loss": 0.5}), "finish"] and said[4] == (2, {"loss": 0.5})
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match=r"pip install 'xllm_jax\[wandb\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[wandb\]'"):
         Log(tmp_path, "run", total=2, start=0, wandb="project")
 
 
