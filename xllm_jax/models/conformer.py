@@ -260,7 +260,6 @@ class SpeechEncoder(nn.Module):
       pools: numbers of the blocks (counted from 1) that a max-pool follows.
       channels: channels of the front-end convolution.
       bins: filterbank bins that it reads.
-      bins: filterbank bins of the input.
       dropout: rate on every residual branch and inside the feed-forwards.
       mask_padding: see the file's docstring.
       depthwise: 'conv' or 'shifts', see `convolves`.
