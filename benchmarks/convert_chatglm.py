@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from xllm_jax.convert import chatglm, export, files
+from xllm_jax.convert import chatglm, files, header, run_export
 from xllm_jax.core import checkpoint
 
 SHARDS = 8
@@ -102,8 +102,8 @@ def write(tensors: dict[str, np.ndarray], path: Path) -> None:
 
         torch.save({name: torch.from_numpy(tensor) for name, tensor in tensors.items()}, path)
         return
-    headers = {name: files.Header(x.shape, x.dtype) for name, x in tensors.items()}
-    export.write_file(tensors, headers, path)
+    headers = {name: header.Header(x.shape, x.dtype) for name, x in tensors.items()}
+    run_export.write_file(tensors, headers, path)
 
 
 def check(source: Path, base: Path) -> None:

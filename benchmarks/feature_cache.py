@@ -28,7 +28,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xllm_jax import build, train
+from xllm_jax import train
+from xllm_jax.assembly import networks
 from xllm_jax.cache import check, describe, plan, write
 from xllm_jax.core import batch, mesh, rules
 from xllm_jax.core.stage import Stage
@@ -53,7 +54,7 @@ def miniature(name: str, folder: Path) -> Stage:
 def steps(stage: Stage) -> Iterator[tuple[float, float]]:
     """Trains; yields CPU seconds of a step, what reads ahead in it included, and the loss."""
     device_mesh = mesh.make({}, jax.devices()[:1])
-    model = build.model(stage)
+    model = networks.model(stage)
     check.verified(stage, model, device_mesh)
     state, optimizer, _ = train.initial_state(stage, model, device_mesh)
     compiled = train.jitted(stage, model, optimizer, state)
@@ -94,9 +95,9 @@ def arithmetic(name: str) -> None:
     stage = importlib.import_module(f"configs.{name}").get_config("real")
     image = {k: v for k, v in stage.data.image.items() if k not in ("scale", "flip")}
     stage = dataclasses.replace(stage, data=dataclasses.replace(stage.data, image=image))
-    model = build.model(stage)
+    model = networks.model(stage)
     depths = describe.depths(stage, model)
-    shapes, items = build.shapes(model), {}
+    shapes, items = networks.shapes(model), {}
     for modality, depth in depths.items():
         form = media.form(modality, stage.data)
         given = (
@@ -123,7 +124,7 @@ def total(stage: Stage, model: Any, items: dict[str, Any]) -> float:
     shapes = jax.eval_shape(
         lambda: batch.zeros(stage.data.rows, stage.data.length, stage.data.answers, items)
     )
-    trainable, frozen = rules.split(stage.trainable, build.shapes(model))
+    trainable, frozen = rules.split(stage.trainable, networks.shapes(model))
     loss: Callable[..., Any] = train.objective(stage, model)
 
     def value(trainable: Any, frozen: Any, given: Any, key: Any) -> Any:

@@ -128,13 +128,14 @@ def jax_side(choice: argparse.Namespace) -> dict[str, Any]:
     """Compiles and times our step; writes the weights for the other side where they are small."""
     import jax
 
-    from xllm_jax import build, train
+    from xllm_jax import train
+    from xllm_jax.assembly import networks
     from xllm_jax.core import mesh, rules
     from xllm_jax.preflight import flops, targets
 
     device = jax.devices()[0]
     stage = stage_of(choice, device.platform == "gpu")
-    device_mesh, xllm = mesh.make(stage.mesh), build.model(stage)
+    device_mesh, xllm = mesh.make(stage.mesh), networks.model(stage)
     state, optimizer, _ = train.initial_state(stage, xllm, device_mesh)
     if choice.size == "tiny":
         params = rules.flatten(rules.join(state.trainable, state.frozen))

@@ -19,7 +19,8 @@ from absl import flags
 import xllm_jax
 from configs import networks, world_bert, world_llm, world_vision
 from launch import command
-from xllm_jax import build
+from xllm_jax.assembly import parameters
+from xllm_jax.assembly.networks import model
 from xllm_jax.convert import world
 from xllm_jax.core import mesh
 from xllm_jax.data.prompt import TEMPLATES
@@ -48,9 +49,9 @@ def main(_: list[str]) -> None:
     if EXPORT.value:
         export(Path(EXPORT.value), output / "llm")
     world.import_llm(SHIPPED / "llm", output / "llm")
-    vision = build.model(world_vision.get_config()).networks["vision_encoder"]
+    vision = model(world_vision.get_config()).networks["vision_encoder"]
     world.import_vision(vision, SHIPPED / "vision_encoder", output / "vision_encoder")
-    text_model = build.model(world_bert.get_config()).networks["text_model"]
+    text_model = model(world_bert.get_config()).networks["text_model"]
     c_former = BertEncoder(**{**BERT_SIZES["tiny"], "vocabulary": 0})
     world.import_bert(text_model, c_former, SHIPPED / "bert", output)
     print(f"Bases: {', '.join(sorted(p.name for p in output.iterdir()))} in {output}")
@@ -85,8 +86,8 @@ def export(runs: Path, tokenizer: Path) -> None:
             print(f"No run {stage.name}: what ships stays")
             continue
         stage.init = {name: str(runs / stage.name)}
-        xllm = build.model(stage)
-        params = build.parameters(stage, xllm, mesh.make({}, jax.devices()[:1]))[name]
+        xllm = model(stage)
+        params = parameters.parameters(stage, xllm, mesh.make({}, jax.devices()[:1]))[name]
         if name == "llm":
             world.export_llm(xllm.networks[name], params, tokenizer, SHIPPED / name)
         elif name == "text_model":

@@ -19,7 +19,7 @@ from pathlib import Path
 from absl import flags
 
 from launch import command
-from xllm_jax.convert import export, stream, verify
+from xllm_jax.convert import run_export, run_import, verify
 from xllm_jax.core.errors import UserError
 
 SOURCE = flags.DEFINE_string("source", "", "Kind of the checkpoint: a table of xllm_jax/convert.")
@@ -36,13 +36,13 @@ def main(_: list[str]) -> int:
         return replay(Path(VERIFY.value))
     for flag in (SOURCE, INPUT, OUTPUT):
         if not flag.value:
-            choices = f"Choices: {', '.join(stream.sources())}" if flag is SOURCE else flag.help
+            choices = f"Choices: {', '.join(run_import.sources())}" if flag is SOURCE else flag.help
             raise UserError("this flag is required", field=f"--{flag.name}", mend=choices)
     if DIRECTION.value == "export":
-        files = export.run_export(SOURCE.value, INPUT.value, OUTPUT.value, SIZE.value)
+        files = run_export.run_export(SOURCE.value, INPUT.value, OUTPUT.value, SIZE.value)
         print(f"{SOURCE.value}: {', '.join(files)} in {OUTPUT.value}")
         return 0
-    done = stream.run_import(SOURCE.value, INPUT.value, OUTPUT.value, SIZE.value)
+    done = run_import.run_import(SOURCE.value, INPUT.value, OUTPUT.value, SIZE.value)
     print(f"{done.line()}; written to {OUTPUT.value}")
     return 0
 

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 
 from configs import stage3_instruction
-from xllm_jax import build, divergence, telemetry, train
+from xllm_jax import divergence, telemetry, train
+from xllm_jax.assembly import networks
 from xllm_jax.core import mesh, rules
 from xllm_jax.core.batch import Batch, zeros
 from xllm_jax.core.stage import Optimizer
@@ -83,7 +84,7 @@ def initial_state(made, xllm, device_mesh):
 
 def train_steps(made, rows: slice, count: int) -> list[dict[str, float]]:
     """Metrics of `count` steps on this host's rows."""
-    xllm, device_mesh = build.model(made), mesh.make({"data": -1})
+    xllm, device_mesh = networks.model(made), mesh.make({"data": -1})
     state, optimizer = initial_state(made, xllm, device_mesh)
     step = train.jitted(made, xllm, optimizer, state)
     own, found = jax.tree.map(lambda x: x[rows], batch(made)), []

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import small_stage
 
-from xllm_jax import build, train
+from xllm_jax import train
+from xllm_jax.assembly import networks, parameters
 from xllm_jax.core import mesh, rules
 from xllm_jax.preflight import collectives, hlo, inputs, targets
 
@@ -99,8 +100,8 @@ def fill(shapes, rng):
 def compare(name):
     """{mesh: difference to one device} of one stage."""
     made = stage(name)
-    xllm = build.model(made)
-    tree = build.shapes(xllm)
+    xllm = networks.model(made)
+    tree = networks.shapes(xllm)
     params = {path: values(path, x) for path, x in rules.flatten(tree).items()}
     batch = fill(inputs.shapes(made.data), np.random.default_rng(0))
     alone = gradients(made, xllm, {}, params, batch)
@@ -119,8 +120,10 @@ def gradients(made, xllm, axes, params, batch):
     """Loss and gradients of the trainable half on one mesh, as NumPy."""
     device_mesh = mesh.make(axes, jax.devices()[: int(np.prod(list(axes.values())))])
     tree = rules.unflatten(params)
-    shardings = rules.flatten(mesh.parameter_shardings(device_mesh, build.specs(made, tree), tree))
-    for path in build.offloaded(made, tree):
+    shardings = rules.flatten(
+        mesh.parameter_shardings(device_mesh, parameters.specs(made, tree), tree)
+    )
+    for path in parameters.offloaded(made, tree):
         shardings[path] = shardings[path].with_memory_kind(mesh.HOST)
     placed = jax.device_put(tree, rules.unflatten(shardings))
     trainable, frozen = rules.split(made.trainable, placed)
@@ -155,7 +158,7 @@ def compiled_collectives(axes, slices):
     count = int(np.prod([*axes.values(), *slices.values()]))
     made = small_stage.stage(mesh=axes, unroll=1)
     device_mesh = mesh.make(axes, jax.devices()[:count], slices)
-    xllm = build.model(made)
+    xllm = networks.model(made)
     like, optimizer, _ = train.abstract_state(made, xllm, device_mesh)
     batch = inputs.sharded(made.data, device_mesh)
     with jax.set_mesh(device_mesh):

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from xllm_jax.convert import export, export_tree, files, stream
+from xllm_jax.convert import export_tree, header, run_export, run_import
 from xllm_jax.core import rules
 from xllm_jax.models import bert, contrast, interfaces, vit
 
@@ -64,7 +64,7 @@ LEFT_OUT = {
 @functools.cache
 def _made(case: str, dtype) -> tuple[dict[str, np.ndarray], dict]:
     source, options = CASES[case]
-    module = stream.source_named(source)
+    module = run_import.source_named(source)
     plan = module.plan(options or module.options(None, "tiny"))
     generator = np.random.default_rng(0)
     flat = rules.flatten(plan.shapes)
@@ -91,8 +91,8 @@ def draw(generator, shape, dtype) -> np.ndarray:
 
 def write_safetensors(tensors: dict[str, np.ndarray], path: Path) -> Path:
     """Writes one file."""
-    headers = {name: files.Header(x.shape, x.dtype) for name, x in tensors.items()}
-    export.write_file(tensors, headers, path)
+    headers = {name: header.Header(x.shape, x.dtype) for name, x in tensors.items()}
+    run_export.write_file(tensors, headers, path)
     return path
 
 

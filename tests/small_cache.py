@@ -13,7 +13,7 @@ from small_runs import TOKENIZER
 from small_stage import GLM
 
 from configs import networks, sources
-from xllm_jax import build
+from xllm_jax.assembly import networks as assembled
 from xllm_jax.cache import write
 from xllm_jax.cache.plan import Job, Plan
 from xllm_jax.core import checkpoint, rules
@@ -109,7 +109,7 @@ def based(stage: Stage, folder: Path) -> Stage:
         values = rng.normal(scale=0.1, size=x.shape).astype(np.float32)
         return 1 + np.abs(values) if path.endswith(("scale", "variance")) else values
 
-    shapes = rules.flatten(build.shapes(build.model(stage)))
+    shapes = rules.flatten(assembled.shapes(assembled.model(stage)))
     params = rules.unflatten({path: drawn(path, x) for path, x in shapes.items()})
     checkpoint.save_base(folder / f"{stage.name}_base", params, {})
     init = dict.fromkeys(stage.parts, str(folder / f"{stage.name}_base"))

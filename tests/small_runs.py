@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from configs import stage1_speech, stage3_instruction
-from xllm_jax import build
+from xllm_jax.assembly import networks
 from xllm_jax.core import checkpoint, checksum
 from xllm_jax.core.stage import Stage
 from xllm_jax.data.characters import CharacterVocabulary
@@ -31,13 +31,13 @@ def make_world(folder: Path, items: int = 8) -> Path:
 def write_run(stage: Stage, folder: Path, trained: tuple[str, ...]) -> Path:
     """A finished run with random parameters; parts that did not train become bases it names."""
     stage = dataclasses.replace(stage, init={}, compute="float32", frozen="float32", unroll=1)
-    model = build.model(stage)
+    model = networks.model(stage)
     # Drawn by NumPy: initialising for real would compile every network. Positive, since running
     # variances are among them.
     rng = np.random.default_rng(0)
     params = jax.tree.map(
         lambda x: np.abs(rng.normal(scale=0.05, size=x.shape)).astype(np.float32),
-        build.shapes(model),
+        networks.shapes(model),
     )
     for part in params.keys() - set(trained):
         checkpoint.save_base(folder.parent / "bases" / part, {part: params[part]}, {})

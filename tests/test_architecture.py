@@ -26,7 +26,7 @@ FLOORS = {
     "xllm_jax.core": 0,
 }
 HOMES = {
-    "flax": ("xllm_jax/models/", "xllm_jax/objectives/", "xllm_jax/build.py"),
+    "flax": ("xllm_jax/models/", "xllm_jax/objectives/", "xllm_jax/assembly/"),
     "optax": ("xllm_jax/core/optim.py", "xllm_jax/train.py"),
     "orbax": ("xllm_jax/core/checkpoint.py", "xllm_jax/core/blocks.py"),
     "grain": ("xllm_jax/data/",),

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from xllm_jax import build
-from xllm_jax.convert import bert_qformer, export, files, stream
+from xllm_jax.assembly import parameters
+from xllm_jax.convert import bert_qformer, files, run_export, run_import
 from xllm_jax.core import checkpoint, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.models.contrast import SIZES, ContrastModel
@@ -51,7 +51,7 @@ def folder(peer, tmp_path_factory):
 @pytest.fixture(scope="module")
 def base(folder, tmp_path_factory):
     output = tmp_path_factory.mktemp("bases") / "bert_qformer"
-    return output, stream.run_import("bert_qformer", folder, output)
+    return output, run_import.run_import("bert_qformer", folder, output)
 
 
 def test_words_and_queries_start_as_transformers_bert(base, peer):
@@ -67,7 +67,7 @@ def test_words_and_queries_start_as_transformers_bert(base, peer):
     flat = rules.flatten(drawn)
     for part in ("qformer", "language_head"):
         wanted = {f"image_interface/{p}": x for p, x in like.items() if p.startswith(part + "/")}
-        found = build.load(f"{output}:{part}*", f"image_interface/{part}", wanted)
+        found = parameters.load(f"{output}:{part}*", f"image_interface/{part}", wanted)
         taken = {path.removeprefix("image_interface/"): leaf for path, leaf in found.items()}
         left = {p.removeprefix("image_interface/") for p in wanted} - taken.keys()
         assert all("cross_attention" in path for path in left) and bool(left) == (part == "qformer")
@@ -104,7 +104,7 @@ def test_the_added_row_is_drawn_and_told(base, peer):
 
 def test_goes_back_bit_by_bit_and_not_once_the_queries_have_learnt(base, folder, tmp_path):
     output, done = base
-    export.run_export("bert_qformer", output, tmp_path / "back")
+    run_export.run_export("bert_qformer", output, tmp_path / "back")
     back, source = (files.open_checkpoint(path) for path in (tmp_path / "back", folder))
     assert set(back) == source.keys() - done.dropped.keys()
     assert all(back[name].tobytes() == source[name].tobytes() for name in back)
@@ -116,12 +116,12 @@ def test_goes_back_bit_by_bit_and_not_once_the_queries_have_learnt(base, folder,
         (output / "conversion.json").read_bytes()
     )
     with pytest.raises(UserError, match="no place for it"):
-        export.run_export("bert_qformer", tmp_path / "trained", tmp_path / "no")
+        run_export.run_export("bert_qformer", tmp_path / "trained", tmp_path / "no")
 
 
 def test_room_behind_the_vocabulary_and_an_untied_head(folder, tmp_path):
     tensors = {name: x.copy() for name, x in files.open_checkpoint(folder).items()}
-    write = lambda: export.write_shards(tensors, tmp_path)  # noqa: E731
+    write = lambda: run_export.write_shards(tensors, tmp_path)  # noqa: E731
     write()
     (tmp_path / "vocab.txt").write_text("\n".join(f"w{n}" for n in range(WORDS - 5)))
     opened = files.open_checkpoint(tmp_path)
@@ -130,4 +130,4 @@ def test_room_behind_the_vocabulary_and_an_untied_head(folder, tmp_path):
     tensors["cls.predictions.decoder.weight"] = tensors[bert_qformer.WORDS] + 1
     write()
     with pytest.raises(UserError, match=r"decoder\.weight.*tied"):
-        stream.run_import("bert_qformer", tmp_path, tmp_path / "base")
+        run_import.run_import("bert_qformer", tmp_path, tmp_path / "base")

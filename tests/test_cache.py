@@ -17,7 +17,8 @@ import small_cache
 from small_runs import make_world
 from small_stage import ROOT, curve
 
-from xllm_jax import build, loop, train
+from xllm_jax import loop, train
+from xllm_jax.assembly import networks, parameters
 from xllm_jax.cache import check, describe, plan, write
 from xllm_jax.core import checkpoint, checksum, mesh, rules
 from xllm_jax.core.errors import UserError
@@ -98,7 +99,7 @@ def load(folder):
 def test_what_is_cached_is_neither_loaded_nor_compiled(speech):
     shapes = {}
     for name, stage in (("plain", speech[0]), ("cached", cached(*speech))):
-        model = build.model(stage)
+        model = networks.model(stage)
         state, optimizer, _ = train.abstract_state(stage, model, mesh.make({}))
         shapes[name] = rules.flatten(rules.join(state.trainable, state.frozen))
         batch, _ = next(pipeline.Pipeline(stage.data).iterate())
@@ -159,9 +160,9 @@ def test_stage_three_reads_everything_below_its_adapters(world, tmp_path):
     }
     found = []
     for made in (stage, cached(stage, folder)):
-        model = build.model(made)
+        model = networks.model(made)
         check.verified(made, model, mesh.make({}))
-        params = build.parameters(made, model, mesh.make({}))
+        params = parameters.parameters(made, model, mesh.make({}))
         trainable, frozen = rules.split(made.trainable, params)
         loss = train.objective(made, model)
         call = jax.jit(
@@ -183,14 +184,14 @@ def test_stage_three_reads_everything_below_its_adapters(world, tmp_path):
 def refusal(stage):
     """What the check of a stage's cache says."""
     with pytest.raises(UserError) as caught:
-        check.verified(stage, build.model(stage), mesh.make({}))
+        check.verified(stage, networks.model(stage), mesh.make({}))
     assert f"--config={CONFIG} --output={stage.data.cache} --again" in str(caught.value)
     return f"{caught.value.field}: {caught.value.what}"
 
 
 def test_a_changed_setting_is_named(speech):
     stage = cached(*speech)
-    assert check.verified(stage, build.model(stage), mesh.make({}))
+    assert check.verified(stage, networks.model(stage), mesh.make({}))
     told = refusal(small_cache.changed(stage, frames=(408,)))
     assert told == "data.frames: was [416] when the cache was written and is [408] now"
     told = refusal(small_cache.changed(stage, speech={"specaugment": True}))
@@ -217,13 +218,13 @@ def test_a_changed_source_or_shard_is_named(speech, tmp_path):
     fewer = {"utterances": stage.data.sources["utterances"]}
     stage = cached(stage, copy)
     subset = small_cache.changed(stage, sources=fewer)
-    assert check.verified(subset, build.model(subset), mesh.make({}))
+    assert check.verified(subset, networks.model(subset), mesh.make({}))
     shard = copy / features.shard_name("speech", 1, 3)
     shard.write_bytes(shard.read_bytes()[:-1])
     assert refusal(stage).startswith(f"{shard}: is missing or has not the ")
     shutil.rmtree(copy)
     with pytest.raises(UserError, match=r"data\.cache: no finished cache in .*launch/cache\.py"):
-        build.model(stage)
+        networks.model(stage)
 
 
 def test_a_changed_weight_is_named(speech, tmp_path):
@@ -238,7 +239,7 @@ def test_a_changed_weight_is_named(speech, tmp_path):
     assert "speech_interface/cif/weight/kernel" in told
     above = stage.init | {"speech_interface/c_former": str(tmp_path / "other")}
     allowed = dataclasses.replace(stage, init=above)
-    assert check.verified(allowed, build.model(allowed), mesh.make({}))
+    assert check.verified(allowed, networks.model(allowed), mesh.make({}))
 
 
 def test_checksums_on_disk_are_those_in_memory(tmp_path, monkeypatch):
@@ -347,13 +348,13 @@ def test_random_augmentation_is_refused_by_its_field(tmp_path, world):
             plan.make(stage, tmp_path / "cache", CONFIG, 5)
         assert caught.value.field == f"data.image.{list(options)[1]}"
     stage = small_cache.changed(small_cache.stage3(world), speech={"specaugment": True})
-    model = build.model(stage)
+    model = networks.model(stage)
     with pytest.raises(UserError, match=r"data\.speech\.specaugment.*--modality=image,video"):
         describe.depths(stage, model)
     assert describe.depths(stage, model, ["image"]) == {"image": 2}
     stage = dataclasses.replace(stage, trainable=(r"speech_.*",))
     with pytest.raises(UserError, match="nothing frozen for 'speech'"):
-        describe.depths(stage, build.model(stage), ["speech"])
+        describe.depths(stage, networks.model(stage), ["speech"])
 
 
 def test_a_loader_that_draws_without_saying_so_is_found_out(tmp_path, arithmetic, monkeypatch):

@@ -31,7 +31,7 @@ def die_at(number):
 
 def main():
     output, store = pathlib.Path({output!r}), hosts.store()
-    write.computation, write.parameters = small_cache.arithmetic, lambda made, device_mesh: {{}}
+    write.computation, write.computing = small_cache.arithmetic, lambda made, device_mesh: {{}}
     if INDEX == 0 and {dies!r}:
         die_at({dies!r})
     with watchdog.Watch(output, 0, store):

@@ -12,7 +12,8 @@ from small_cache import PARTS
 from small_stage import TOKENIZER
 
 from configs import networks
-from xllm_jax import build
+from xllm_jax.assembly.networks import model as assemble
+from xllm_jax.assembly.networks import shapes, uncached
 from xllm_jax.audit import audit, page
 from xllm_jax.core import rules
 from xllm_jax.core.errors import UserError
@@ -159,9 +160,9 @@ def test_what_made_the_features_is_no_part_of_the_stage(data):
         trainable=(r"speech_interface/(?!cif/).*",),
         data=data([]),
     )
-    model = build.model(stage)
-    assert model.cached == model.given == {"speech": 2} == build.uncached(model).cached
-    paths = rules.flatten(build.shapes(model)).keys()
+    model = assemble(stage)
+    assert model.cached == model.given == {"speech": 2} == uncached(model).cached
+    paths = rules.flatten(shapes(model)).keys()
     assert {path.split("/")[0] for path in paths} == {"speech_interface", "llm"}
     assert not any("cif" in path for path in paths)
     for changed, field in (
@@ -169,5 +170,5 @@ def test_what_made_the_features_is_no_part_of_the_stage(data):
         (dataclasses.replace(stage, data=data([], speech_width=512)), "data.speech_width"),
     ):
         with pytest.raises(UserError) as caught:
-            build.model(changed)
+            assemble(changed)
         assert caught.value.field == field

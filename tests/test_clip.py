@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers import CLIPTokenizer
 
 from xllm_jax.convert import clip as tables
-from xllm_jax.convert import export, export_tree, files, import_tree, stream
+from xllm_jax.convert import export_tree, files, import_tree, run_export, run_import
 from xllm_jax.core import checkpoint, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.models import clip, clip_text
@@ -86,8 +86,8 @@ def test_where_a_text_ends():
 
 def test_the_command_takes_a_folder_there_and_back(peer, tmp_path):
     _, folder = peer
-    done = stream.run_import("clip", folder, tmp_path / "base")
-    export.run_export("clip", tmp_path / "base", tmp_path / "back")
+    done = run_import.run_import("clip", folder, tmp_path / "base")
+    run_export.run_export("clip", tmp_path / "base", tmp_path / "back")
     old, back = (files.open_checkpoint(path) for path in (folder, tmp_path / "back"))
     assert set(back) == set(old) - {"logit_scale"} and list(done.dropped) == ["logit_scale"]
     assert all(back[name].tobytes() == old[name].tobytes() for name in back)
@@ -155,14 +155,14 @@ def test_other_files_and_sizes_are_refused_by_name(peer, tmp_path):
     save_file(state, str(tmp_path / "model.safetensors"))
     assert not tables.recognise(files.open_checkpoint(tmp_path))
     with pytest.raises(UserError, match="this looks like clip_vision, not clip"):
-        stream.run_import("clip", tmp_path, tmp_path / "base")
+        run_import.run_import("clip", tmp_path, tmp_path / "base")
     config = json.loads((folder / "config.json").read_text())
     config["text_config"]["hidden_act"] = "gelu"
     state["text_model.final_layer_norm.weight"] = torch.ones(32)
     save_file(state, str(tmp_path / "model.safetensors"))
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="text_config has the activation 'gelu'"):
-        stream.run_import("clip", tmp_path, tmp_path / "base")
+        run_import.run_import("clip", tmp_path, tmp_path / "base")
 
 
 def test_published_size():

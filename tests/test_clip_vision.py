@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import save_file
 
 from xllm_jax.convert import clip_vision as tables
-from xllm_jax.convert import export, export_tree, files, import_tree, stream
+from xllm_jax.convert import export_tree, files, import_tree, run_export, run_import
 from xllm_jax.convert.torchscript import TorchScriptFile
 from xllm_jax.core import rules
 from xllm_jax.core.errors import UserError
@@ -115,8 +115,8 @@ def test_the_whole_of_clip_gives_the_same_tower(peer, tmp_path):
 
 def test_the_command_takes_a_folder_there_and_back(peer, tmp_path):
     peer.save_pretrained(tmp_path / "clip")
-    stream.run_import("clip_vision", tmp_path / "clip", tmp_path / "base")
-    export.run_export("clip_vision", tmp_path / "base", tmp_path / "back")
+    run_import.run_import("clip_vision", tmp_path / "clip", tmp_path / "base")
+    run_export.run_export("clip_vision", tmp_path / "base", tmp_path / "back")
     back = files.open_checkpoint(tmp_path / "back")
     state = peer.state_dict()
     assert set(back) == state.keys()
@@ -213,10 +213,10 @@ def test_equals_the_original_archive(archive):
 @pytest.mark.parametrize("file", ["", "ViT-B-16.pt"])
 def test_the_command_takes_the_archive_there_and_back(archive, file, tmp_path):
     folder = archive[0]
-    done = stream.run_import("clip_vision", folder / file, tmp_path / "base")
+    done = run_import.run_import("clip_vision", folder / file, tmp_path / "base")
     assert done.options["sizes"] == SMALL and done.dropped.keys() == OTHERS
     assert [entry["name"] for entry in done.files] == ["ViT-B-16.pt"]
-    export.run_export("clip_vision", tmp_path / "base", tmp_path / "back")
+    run_export.run_export("clip_vision", tmp_path / "base", tmp_path / "back")
     back, source = (files.open_checkpoint(p) for p in (tmp_path / "back", folder))
     assert set(back) == source.keys() - OTHERS
     assert all(back[name].tobytes() == source[name].tobytes() for name in back)

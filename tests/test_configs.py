@@ -7,7 +7,7 @@ import importlib
 import jax
 import pytest
 
-from xllm_jax import build
+from xllm_jax.assembly import networks, parameters
 from xllm_jax.core import rules
 
 NAMES = (
@@ -43,8 +43,8 @@ def count(tree) -> int:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_config_builds(name, size):
     stage = config(name, size)
-    shapes = build.shapes(build.model(stage))
-    assert rules.flatten(build.specs(stage, shapes)).keys() == rules.flatten(shapes).keys()
+    shapes = networks.shapes(networks.model(stage))
+    assert rules.flatten(parameters.specs(stage, shapes)).keys() == rules.flatten(shapes).keys()
     trainable, frozen = rules.split(stage.trainable, shapes)
     assert count(trainable) > 0
     assert "llm" not in trainable
@@ -53,7 +53,7 @@ def test_a_config_builds(name, size):
 
 
 def test_parameter_counts_are_the_published_ones():
-    shapes = build.shapes(build.model(config("stage3_instruction", "real")))
+    shapes = networks.shapes(networks.model(config("stage3_instruction", "real")))
     width, blocks, hidden = 1408, 39, 6144
     attention = 4 * width * width + 3 * width  # no key bias
     block = attention + 2 * width * hidden + hidden + width + 4 * width
@@ -96,7 +96,7 @@ def test_stage_one_speech_follows_the_paper():
 
 def test_stage_three_trains_the_adapters_alone():
     stage = config("stage3_instruction", "real")
-    shapes = build.shapes(build.model(stage))
+    shapes = networks.shapes(networks.model(stage))
     paths = rules.flatten(rules.split(stage.trainable, shapes)[0])
     assert {path.split("/adapter/")[0] for path in paths} == {
         "image_interface",

@@ -12,11 +12,11 @@ from xllm_jax.convert import (
     Drop,
     blip2,
     eva_vit,
-    export,
     export_tree,
     files,
     import_tree,
-    stream,
+    run_export,
+    run_import,
 )
 from xllm_jax.convert.bert import linear
 from xllm_jax.core.errors import UserError
@@ -120,8 +120,8 @@ def test_every_tensor_is_used_once_and_comes_back(peer, tmp_path):
 
 def test_the_command_takes_a_folder_there_and_back(peer, tmp_path):
     peer.save_pretrained(tmp_path / "blip2")
-    stream.run_import("blip2", tmp_path / "blip2", tmp_path / "base")
-    export.run_export("blip2", tmp_path / "base", tmp_path / "back")
+    run_import.run_import("blip2", tmp_path / "blip2", tmp_path / "base")
+    run_export.run_export("blip2", tmp_path / "base", tmp_path / "back")
     source, back = (files.open_checkpoint(tmp_path / name) for name in ("blip2", "back"))
     assert set(back) == {name for name in source if not name.startswith("language_model.")}
     assert all(back[name].tobytes() == source[name].tobytes() for name in back)

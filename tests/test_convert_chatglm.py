@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from vision_models import to_torch
 
-from xllm_jax.convert import chatglm, export, export_tree, files, stream
+from xllm_jax.convert import chatglm, export_tree, files, run_export, run_import
 from xllm_jax.convert import chatglm_quantised as quantised
 from xllm_jax.core import rules
 from xllm_jax.core.errors import UserError
@@ -147,8 +147,8 @@ def test_quantised_releases(bits, embeddings, tmp_path):
 def test_the_command_takes_a_quantised_release_there_and_back(bits, tmp_path):
     tensors, _ = quantised_release(glm.ChatGLM(**SMALL), bits, embeddings=bits == 4)
     write_folder(tmp_path / "glm", glm.ChatGLM(**SMALL), tensors)
-    stream.run_import("chatglm", tmp_path / "glm", tmp_path / "base")
-    export.run_export("chatglm", tmp_path / "base", tmp_path / "back")
+    run_import.run_import("chatglm", tmp_path / "glm", tmp_path / "base")
+    run_export.run_export("chatglm", tmp_path / "base", tmp_path / "back")
     back = files.open_checkpoint(tmp_path / "back")
     assert set(back) == tensors.keys()
     assert all(same_bits(back[name], tensors[name]) for name in tensors)

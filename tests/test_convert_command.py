@@ -19,8 +19,8 @@ import pytest
 import torch
 
 from launch import convert as launcher
-from xllm_jax import build
-from xllm_jax.convert import export, files, sizes, stream
+from xllm_jax.assembly import parameters
+from xllm_jax.convert import files, run_export, run_import, sizes
 from xllm_jax.core import checkpoint, rules
 from xllm_jax.core.errors import UserError
 
@@ -66,7 +66,7 @@ def test_every_source_comes_in_and_goes_out_bit_by_bit(case, tmp_path):
         path = published.write_torch(tensors, tmp_path / "in.pth", "model")
     else:
         path = published.write_safetensors(tensors, tmp_path / "in.safetensors")
-    done = stream.run_import(source, path, tmp_path / "base")
+    done = run_import.run_import(source, path, tmp_path / "base")
     held = leaves_of(tmp_path / "base")
     assert held.keys() == leaves.keys()
     assert all(same(held[path], leaves[path]) for path in leaves)
@@ -75,7 +75,7 @@ def test_every_source_comes_in_and_goes_out_bit_by_bit(case, tmp_path):
     assert left <= done.dropped.keys() and all(
         done.dropped[name].startswith("rep") for name in tied
     )
-    names = export.run_export(source, tmp_path / "base", tmp_path / "out")
+    names = run_export.run_export(source, tmp_path / "base", tmp_path / "out")
     again = files.open_checkpoint(tmp_path / "out")
     assert names == ["model.safetensors"] and again.keys() == tensors.keys() - left
     assert all(same(again[name], tensors[name]) for name in again)
@@ -93,32 +93,32 @@ def test_every_source_comes_in_and_goes_out_bit_by_bit(case, tmp_path):
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float32])
 def test_other_dtypes_and_shards_of_safetensors(dtype, tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "SHARD", 3000)
-    monkeypatch.setattr(stream, "BLOCK", 600)  # several blocks in every leaf
+    monkeypatch.setattr(run_export, "SHARD", 3000)
+    monkeypatch.setattr(run_import, "BLOCK", 600)  # several blocks in every leaf
     tensors, leaves = published.tensors_of("chatglm", dtype)
     path = published.write_shards(tensors, tmp_path / "in", "safetensors")
-    stream.run_import("chatglm", path, tmp_path / "base")
+    run_import.run_import("chatglm", path, tmp_path / "base")
     held = leaves_of(tmp_path / "base")
     assert all(same(held[path], leaves[path]) for path in leaves)
-    names = export.run_export("chatglm", tmp_path / "base", tmp_path / "out")
+    names = run_export.run_export("chatglm", tmp_path / "base", tmp_path / "out")
     again = files.open_checkpoint(tmp_path / "out")
     assert len(names) > 3 and again.files == [tmp_path / "out" / name for name in names]
     assert all(same(again[name], tensors[name]) for name in tensors)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config == published.CONFIG  # the folder is whole again: it converts once more
-    assert stream.run_import("chatglm", tmp_path / "out", tmp_path / "twice").dropped
+    assert run_import.run_import("chatglm", tmp_path / "out", tmp_path / "twice").dropped
 
 
 def test_a_stage_loads_the_base_and_says_where_it_comes_from(tmp_path, capsys):
     tensors, leaves = published.tensors_of("eva_vit")
     path = published.write_safetensors(tensors, tmp_path / "eva.safetensors")
-    stream.run_import("eva_vit", path, tmp_path / "base")
+    run_import.run_import("eva_vit", path, tmp_path / "base")
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = {
         path: jax.ShapeDtypeStruct(leaf.shape, np.float32, sharding=here)
         for path, leaf in leaves.items()
     }
-    loaded = build.load(str(tmp_path / "base"), "vision_encoder", like)
+    loaded = parameters.load(str(tmp_path / "base"), "vision_encoder", like)
     assert loaded.keys() == leaves.keys()
     assert all(same(loaded[path], leaves[path].astype(np.float32)) for path in leaves)
     said = capsys.readouterr().err
@@ -227,7 +227,7 @@ def test_bad_input_is_refused_by_file_and_tensor(case, end, tmp_path):
     folder = tmp_path / "in"
     write(folder, end)
     with pytest.raises(UserError) as caught:
-        stream.run_import("chatglm", folder, tmp_path / "base")
+        run_import.run_import("chatglm", folder, tmp_path / "base")
     line = str(caught.value)
     assert "\n" not in line and str(folder) in line and caught.value.mend
     for word in told:
@@ -245,7 +245,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, capsys):
     bare.write_bytes(pickle.dumps({"cls_token": Evil()}))
     for file in (path, bare):
         with pytest.raises(UserError, match=f"{file.name}.*code"):
-            stream.run_import("eva_vit", file, tmp_path / "base")
+            run_import.run_import("eva_vit", file, tmp_path / "base")
     assert "code ran" not in capsys.readouterr().out
     assert not (tmp_path / "base").exists()
 
@@ -257,12 +257,12 @@ def test_another_kind_is_refused_by_its_name(tmp_path):
         )
         wrong = "bert" if source != "bert" else "eva_vit"
         with pytest.raises(UserError, match=rf"looks like .*{source}.*, not {wrong}"):
-            stream.run_import(wrong, path, tmp_path / "base")
+            run_import.run_import(wrong, path, tmp_path / "base")
     published.write_safetensors({"x": np.zeros(3, np.float32)}, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match="this is no bert"):
-        stream.run_import("bert", tmp_path / "x.safetensors", tmp_path / "base")
+        run_import.run_import("bert", tmp_path / "x.safetensors", tmp_path / "base")
     with pytest.raises(UserError, match=r"--source: unknown source 'brt'. .*bert"):
-        stream.run_import("brt", tmp_path / "x.safetensors", tmp_path / "base")
+        run_import.run_import("brt", tmp_path / "x.safetensors", tmp_path / "base")
 
 
 @pytest.mark.parametrize(("frequencies", "fits"), [(2, True), (4, False), (1, False)])
@@ -271,10 +271,10 @@ def test_a_wrong_number_of_heads_is_told_by_the_rotary_buffers(frequencies, fits
     tensors = good() | {name: np.ones(frequencies, np.float16)}
     opened = files.open_checkpoint(published.write_shards(tensors, tmp_path / "in", "safetensors"))
     if fits:  # width 16, two heads: 8 a head, 4 for each of two positions, 2 frequencies
-        assert stream.source_named("chatglm").options(opened, "")["heads"] == 2
+        assert run_import.source_named("chatglm").options(opened, "")["heads"] == 2
         return
     with pytest.raises(UserError, match=r"inv_freq: .*2 heads at width 16.*num_attention_heads"):
-        stream.source_named("chatglm").options(opened, "")
+        run_import.source_named("chatglm").options(opened, "")
 
 
 def test_what_stands_at_the_output_is_safe(tmp_path):
@@ -284,19 +284,19 @@ def test_what_stands_at_the_output_is_safe(tmp_path):
     for output in (tmp_path / "mine", path):
         before = sorted(output.iterdir())
         with pytest.raises(UserError, match="--output"):
-            stream.run_import("chatglm", path, output)
+            run_import.run_import("chatglm", path, output)
         assert sorted(output.iterdir()) == before
-    stream.run_import("chatglm", path, tmp_path / "base")
+    run_import.run_import("chatglm", path, tmp_path / "base")
     before = leaves_of(tmp_path / "base")
     (path / SECOND).unlink()
     with pytest.raises(UserError):
-        stream.run_import("chatglm", path, tmp_path / "base")
+        run_import.run_import("chatglm", path, tmp_path / "base")
     after = leaves_of(tmp_path / "base")
     assert all(same(after[name], before[name]) for name in before)
     with pytest.raises(UserError, match="is there already"):
-        export.run_export("chatglm", tmp_path / "base", tmp_path / "mine")
+        run_export.run_export("chatglm", tmp_path / "base", tmp_path / "mine")
     with pytest.raises(UserError, match="converted from chatglm, not bert"):
-        export.run_export("bert", tmp_path / "base", tmp_path / "out")
+        run_export.run_export("bert", tmp_path / "base", tmp_path / "out")
 
 
 @contextlib.contextmanager
@@ -313,12 +313,12 @@ def files_end_at(size: int):
 def test_a_disk_that_fills_up_leaves_nothing_behind(tmp_path, capfd):
     path = ROOT / "xllm_jax/data/world/backbones/vision_encoder"
     with files_end_at(100_000), pytest.raises(UserError, match="cannot be written") as caught:
-        stream.run_import("world", path, tmp_path / "base")
+        run_import.run_import("world", path, tmp_path / "base")
     assert str(caught.value).startswith("vision_encoder/")
     assert not list(tmp_path.iterdir())
-    stream.run_import("world", path, tmp_path / "base")
+    run_import.run_import("world", path, tmp_path / "base")
     with files_end_at(100_000), pytest.raises(UserError, match="cannot be written") as caught:
-        export.run_export("world", tmp_path / "base", tmp_path / "out")
+        run_export.run_export("world", tmp_path / "base", tmp_path / "out")
     assert str(caught.value).startswith("model.safetensors: ")
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
     assert "Traceback" not in capfd.readouterr().err
@@ -326,9 +326,9 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(tmp_path, capfd):
 
 def test_too_little_room_is_told_before_anything_is_written(tmp_path, monkeypatch):
     path = published.write_shards(good(), tmp_path / "in", "bin")
-    monkeypatch.setattr(stream.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
+    monkeypatch.setattr(run_import.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
     with pytest.raises(UserError, match=r"base: needs .* GB are free"):
-        stream.run_import("chatglm", path, tmp_path / "base")
+        run_import.run_import("chatglm", path, tmp_path / "base")
     assert not (tmp_path / "base").exists()
 
 
@@ -343,7 +343,7 @@ def test_a_base_that_we_trained_is_exported_without_a_record(tmp_path):
         for path, x in rules.flatten(plan.shapes).items()
     }
     checkpoint.save_base(tmp_path / "base", rules.unflatten(params), {})
-    export.run_export("eva_vit", tmp_path / "base", tmp_path / "out", "tiny")
+    run_export.run_export("eva_vit", tmp_path / "base", tmp_path / "out", "tiny")
     names = files.open_checkpoint(tmp_path / "out")
     up = params["vision_encoder/layers/feed_forward/up/kernel"]
     assert same(names["blocks.2.mlp.fc1.weight"], up[2].T)
@@ -355,7 +355,7 @@ def test_a_base_that_we_trained_is_exported_without_a_record(tmp_path):
     assert same(fused[:width], query.reshape(width, width).T)
     assert same(fused[width : 2 * width], key.reshape(width, width).T)
     with pytest.raises(UserError, match="the base lacks this parameter"):
-        export.run_export("chatglm", tmp_path / "base", tmp_path / "no", "tiny")
+        run_export.run_export("chatglm", tmp_path / "base", tmp_path / "no", "tiny")
 
 
 def test_the_command_line(tmp_path, monkeypatch, capsys):

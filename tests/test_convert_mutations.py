@@ -10,7 +10,7 @@ import numpy as np
 import published
 import pytest
 
-from xllm_jax.convert import chatglm, stream
+from xllm_jax.convert import chatglm, run_import
 from xllm_jax.core.errors import UserError
 
 MUTATIONS, CHUNK = 200, 25
@@ -116,8 +116,8 @@ FILES = (truncate, append, remove, repeat, misplace, flip)
 
 def converted(folder) -> dict[str, np.ndarray]:
     """All leaves, read as the command reads them, without the writing."""
-    leaves = stream.examine("chatglm", folder).leaves
-    read = {path: list(stream.as_blocks(path, leaf).blocks()) for path, leaf in leaves.items()}
+    leaves = run_import.examine("chatglm", folder).leaves
+    read = {path: list(run_import.as_blocks(path, leaf).blocks()) for path, leaf in leaves.items()}
     return {path: np.concatenate(blocks) for path, blocks in read.items()}
 
 

@@ -12,7 +12,7 @@ import pytest
 import vision_models
 from safetensors.torch import save_file
 
-from xllm_jax.convert import blip2, export, export_tree, files, import_tree, stream, xllm
+from xllm_jax.convert import blip2, export_tree, files, import_tree, run_export, run_import, xllm
 from xllm_jax.core import rules
 from xllm_jax.core.errors import UserError
 
@@ -163,8 +163,8 @@ def test_each_run_fills_what_it_trained_and_comes_back_bit_by_bit(run, state, tm
 def test_the_command_takes_a_merged_file_there_and_back(state, tmp_path):
     held = run_file(state, MERGED)
     write(held, tmp_path / "merged.safetensors")
-    stream.run_import("xllm", tmp_path / "merged.safetensors", tmp_path / "base")
-    export.run_export("xllm", tmp_path / "base", tmp_path / "back")
+    run_import.run_import("xllm", tmp_path / "merged.safetensors", tmp_path / "base")
+    run_export.run_export("xllm", tmp_path / "base", tmp_path / "back")
     back = files.open_checkpoint(tmp_path / "back")
     assert set(back) == held.keys() - UNUSED
     assert all(back[name].tobytes() == held[name].tobytes() for name in back)

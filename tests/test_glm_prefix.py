@@ -12,11 +12,11 @@ from xllm_jax import generate
 from xllm_jax.convert import (
     chatglm,
     chatglm_prefix,
-    export,
     export_tree,
     files,
     import_tree,
-    stream,
+    run_export,
+    run_import,
 )
 from xllm_jax.core import rules
 from xllm_jax.core.errors import UserError
@@ -223,8 +223,8 @@ def test_the_command_takes_a_prefix_there_and_back(llm, tmp_path):
     """With a projection, what comes back is the plain table that torch makes of it."""
     (tmp_path / "tuned").mkdir()
     past = prefix_file(llm[0], True, tmp_path / "tuned")
-    stream.run_import("chatglm_prefix", tmp_path / "tuned", tmp_path / "base")
-    export.run_export("chatglm_prefix", tmp_path / "base", tmp_path / "back")
+    run_import.run_import("chatglm_prefix", tmp_path / "tuned", tmp_path / "base")
+    run_export.run_export("chatglm_prefix", tmp_path / "base", tmp_path / "back")
     back = files.open_checkpoint(tmp_path / "back")
     assert set(back) == {chatglm_prefix.TABLE}
     expected = torch.stack([x for pair in past for x in pair], dim=1).reshape(5, -1)

@@ -17,7 +17,8 @@ import small_speech
 import small_stage
 from test_configs import NAMES
 
-from xllm_jax import build, held_out, loop, recogniser, restore, train
+from xllm_jax import held_out, loop, recogniser, restore, train
+from xllm_jax.assembly import networks, parameters
 from xllm_jax.core import hosts, mesh, rules, watchdog
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Best, HeldOut, Source
@@ -59,14 +60,14 @@ def lines(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def parameters(workdir):
+def trained_parameters(workdir):
     made = host_runs.stage(init={"llm": str(workdir)})
-    return build.parameters(made, build.model(made), mesh.make({}))
+    return parameters.parameters(made, networks.model(made), mesh.make({}))
 
 
 def test_training_is_the_same_with_and_without(runs):
     assert small_stage.curve(runs / "measured") == small_stage.curve(runs / "plain")
-    one, two = (rules.flatten(parameters(runs / name)) for name in ("plain", "measured"))
+    one, two = (rules.flatten(trained_parameters(runs / name)) for name in ("plain", "measured"))
     assert all(np.array_equal(one[path], two[path]) for path in one)
 
 
@@ -84,7 +85,8 @@ def test_the_mean_is_over_tokens(runs):
     data = dataclasses.replace(made.data, sources=made.held_out.sources, examples=4)
     batches = list(Pipeline(data, train=False, sample=EXAMPLES).iterate())
     assert [info["examples"] for _, info in batches] == [4, 4, 4, 4, 4, 1]
-    params, loss = parameters(runs / "measured"), train.objective(made, build.model(made), False)
+    params = trained_parameters(runs / "measured")
+    loss = train.objective(made, networks.model(made), False)
     found = [jax.jit(lambda p, b: loss(p, b, None)[1])(params, batch) for batch, _ in batches]
     counts, means = (np.array([f[n] for f in found], np.float64) for n in ("count", "loss"))
     last = lines(runs / "measured")[-1]
@@ -108,7 +110,7 @@ def test_character_errors_are_those_of_the_recogniser(tmp_path, monkeypatch):
     monkeypatch.setattr(stream, "read", lambda *_: examples[:7])
     source = Source("list", split="val")
     stage.held_out = HeldOut({"a": source}, examples=0, every=1, metrics=("cer",))
-    model, device_mesh, said = build.model(stage), mesh.make({}), []
+    model, device_mesh, said = networks.model(stage), mesh.make({}), []
     watch = types.SimpleNamespace(
         reading=list,
         moved=lambda *words: said.append(words),

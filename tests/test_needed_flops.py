@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from xllm_jax import build
+from xllm_jax.assembly import networks
 from xllm_jax.core.stage import Stage
 from xllm_jax.preflight import flops, plan, targets
 
@@ -196,7 +196,7 @@ FORMULAS = {
 @pytest.mark.parametrize("name", FORMULAS)
 def test_what_a_stage_needs(name):
     stage: Stage = importlib.import_module(f"configs.{name}").get_config("tiny")
-    formula = FORMULAS[name](Sizes(dict(build.model(stage).networks), stage))
+    formula = FORMULAS[name](Sizes(dict(networks.model(stage).networks), stage))
     made = plan.prepare(stage, targets.parse("h200:1"), compiles=False)
     needed = flops.useful(made.loss, made.state.trainable, made.state.frozen, made.batch)
     # Beyond the formula the program projects every token of a text, of which ITC compares the first

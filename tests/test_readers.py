@@ -18,7 +18,8 @@ import small_datasets
 from small_stage import TOKENIZER
 
 from configs import stage1_speech, stage3_instruction
-from xllm_jax import build, divergence, train
+from xllm_jax import divergence, train
+from xllm_jax.assembly import networks
 from xllm_jax.audit import audit
 from xllm_jax.core import find, mesh, rules
 from xllm_jax.core.errors import UserError
@@ -178,13 +179,13 @@ class Trainer:
 
     def __init__(self, stage):
         self.stage, self._mesh = stage, mesh.make(stage.mesh)
-        model = build.model(stage)
+        model = networks.model(stage)
         like, optimizer, _ = train.abstract_state(stage, model, self._mesh)
         # Drawn by NumPy: initialising for real would compile every network.
         rng = np.random.default_rng(0)
         drawn = {
             path: rng.normal(path.endswith(("scale", "variance")), 0.1, x.shape).astype(np.float32)
-            for path, x in rules.flatten(build.shapes(model)).items()
+            for path, x in rules.flatten(networks.shapes(model)).items()
         }
         trainable, frozen = rules.split(stage.trainable, rules.unflatten(drawn))
         moments, guard = optimizer.init(trainable), divergence.initial_guard(stage.divergence)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from configs import stage2_image
-from xllm_jax import build
+from xllm_jax.assembly import networks
 from xllm_jax.core import find
 from xllm_jax.core.errors import UserError
 from xllm_jax.preflight import flops
@@ -24,7 +24,7 @@ def done(name: str, remat: str, train: bool) -> float:
     """FLOPs of one network's forward pass, with its gradient where it trains."""
     file, kind = find.attribute("xllm_jax.models", name)
     network = kind(**{**file.SIZES["tiny"], **NETWORKS[name], "remat": remat})
-    params = jax.eval_shape(lambda: build.fresh(network, jax.random.key(0)))
+    params = jax.eval_shape(lambda: networks.fresh(network, jax.random.key(0)))
 
     def total(params):
         found = network.apply({"params": params}, *network.example())
@@ -45,4 +45,4 @@ def test_a_typo_is_told_the_choices():
     stage = stage2_image.get_config("tiny")
     stage.remat = "dots"
     with pytest.raises(UserError, match=r"remat.*'dots'.*none, products, all"):
-        build.model(stage)
+        networks.model(stage)

@@ -11,7 +11,7 @@ import small_clip
 from PIL import Image
 
 from xllm_jax.convert import clip as tables
-from xllm_jax.convert import stream
+from xllm_jax.convert import run_import
 from xllm_jax.core.errors import UserError
 from xllm_jax.data import image
 from xllm_jax.data.sources import selection
@@ -31,7 +31,7 @@ def peer(tmp_path_factory):
     """(transformers' model, its folder, our base of it)."""
     root = tmp_path_factory.mktemp("similar")
     model = small_clip.write(root / "clip")
-    stream.run_import("clip", root / "clip", root / "base")
+    run_import.run_import("clip", root / "clip", root / "base")
     return model, root / "clip", str(root / "base")
 
 

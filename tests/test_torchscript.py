@@ -8,7 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from xllm_jax.convert.files import Header
+from xllm_jax.convert.header import Header
 from xllm_jax.convert.torchscript import TorchScriptFile, is_torchscript
 from xllm_jax.core.errors import UserError
 

@@ -15,7 +15,8 @@ import pytest
 import restore_check
 import small_stage
 
-from xllm_jax import build, loop, train
+from xllm_jax import loop, train
+from xllm_jax.assembly import networks, parameters
 from xllm_jax.core import checkpoint, mesh, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.preflight import inputs
@@ -34,14 +35,14 @@ def whole(tmp_path_factory):
 def load(workdir) -> dict[str, np.ndarray]:
     """Final parameters of a run, flat."""
     made = small_stage.stage(init={"llm": str(workdir)})
-    params = build.parameters(made, build.model(made), mesh.make({}))
+    params = parameters.parameters(made, networks.model(made), mesh.make({}))
     return {path: np.asarray(leaf) for path, leaf in rules.flatten(params).items()}
 
 
 def fresh() -> dict[str, np.ndarray]:
     """The parameters that every small run starts from, flat."""
     made = small_stage.stage()
-    params = build.parameters(made, build.model(made), mesh.make({}))
+    params = parameters.parameters(made, networks.model(made), mesh.make({}))
     return {path: np.asarray(leaf) for path, leaf in rules.flatten(params).items()}
 
 
@@ -55,7 +56,7 @@ def test_only_the_allow_list_trains(whole):
 
 def test_the_optimizer_holds_nothing_for_frozen_leaves():
     made = small_stage.stage()
-    state, _, _ = train.initial_state(made, build.model(made), mesh.make({}))
+    state, _, _ = train.initial_state(made, networks.model(made), mesh.make({}))
     trainable = sum(leaf.size for leaf in jax.tree.leaves(state.trainable))
     moments = sum(leaf.size for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim)
     assert moments == 2 * trainable
@@ -64,7 +65,7 @@ def test_the_optimizer_holds_nothing_for_frozen_leaves():
 def test_compiler_options_are_those_of_the_platform():
     """The other tests' stage has an option for TPUs that no compiler knows."""
     made = small_stage.stage(compiler={"cpu": {"xla_no_such_option": 1}})
-    xllm, device_mesh = build.model(made), mesh.make({})
+    xllm, device_mesh = networks.model(made), mesh.make({})
     like, optimizer, _ = train.abstract_state(made, xllm, device_mesh)
     batch = inputs.sharded(made.data, device_mesh)
     step = train.jitted(made, xllm, optimizer, like)
@@ -141,20 +142,20 @@ def test_a_base_of_another_size_is_refused(whole):
     made = small_stage.stage(init={"llm": str(whole)})
     made.parts["llm"].fields["hidden"] = 96
     with pytest.raises(UserError, match=r"llm/layers/feed_forward.*shape"):
-        build.parameters(made, build.model(made), mesh.make({}))
+        parameters.parameters(made, networks.model(made), mesh.make({}))
 
 
 def test_heads_that_do_not_divide_the_width_are_refused():
     made = small_stage.stage()
     made.parts["llm"].fields |= {"width": 33}
     with pytest.raises(UserError, match="33 is no multiple of 2 heads") as refused:
-        build.model(made)
+        networks.model(made)
     assert refused.value.field == "parts.llm.fields"
 
 
 def test_a_subtree_can_come_from_a_run(whole):
     made = small_stage.stage(init={"llm/layers": str(whole)})
-    params = rules.flatten(build.parameters(made, build.model(made), mesh.make({})))
+    params = rules.flatten(parameters.parameters(made, networks.model(made), mesh.make({})))
     trained, drawn = load(whole), fresh()
     for path, leaf in params.items():
         expected = trained if path.startswith("llm/layers/") else drawn
@@ -165,7 +166,7 @@ def test_accumulation_equals_a_larger_batch(tmp_path):
     """Two micro-batches of one update: the update is the mean of their gradients."""
     made = small_stage.stage(steps=1)
     made.optimizer = dataclasses.replace(made.optimizer, accumulation=2, clip=0.0)
-    xllm, device_mesh = build.model(made), mesh.make({})
+    xllm, device_mesh = networks.model(made), mesh.make({})
     state, optimizer, _ = train.initial_state(made, xllm, device_mesh)
     loss = train.objective(made, xllm)
     batches = loop.Pipeline(made.data, made.seed).iterate()

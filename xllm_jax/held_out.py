@@ -19,7 +19,8 @@ from typing import Any, Protocol
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from xllm_jax import build, metrics, recogniser, scores, telemetry, train
+from xllm_jax import metrics, recogniser, scores, telemetry, train
+from xllm_jax.assembly import networks, parameters
 from xllm_jax.cache import check
 from xllm_jax.core import find, hosts, mesh, rules
 from xllm_jax.core.errors import UserError
@@ -253,7 +254,7 @@ def opened(
     if not stage.held_out.every:
         return None
     # Unrolled layers run faster on a CPU, but not by what compiling them takes longer.
-    xllm = build.uncached(build.model(dataclasses.replace(stage, unroll=1)))
+    xllm = networks.uncached(networks.model(dataclasses.replace(stage, unroll=1)))
     chosen = find_metrics(stage.held_out.metrics)
     task = {name: make(stage, xllm) for name, make in chosen.items()}
     pipeline = open_pipeline(stage, device_mesh, workdir)
@@ -261,7 +262,7 @@ def opened(
     others = watch.reading
     watch.reading = lambda: [*others(), *pipeline.activity.now()]
     known = rules.flatten(rules.join(state.trainable, state.frozen)).keys()
-    missing = rules.flatten(build.shapes(xllm)).keys() - known
+    missing = rules.flatten(networks.shapes(xllm)).keys() - known
     unread = check.loaded(stage, xllm, device_mesh, missing)
     call = jitted(stage, xllm, file, task, device_mesh)
     return Evaluation(stage, call, pipeline, task, unread, device_mesh, watch, say)
@@ -273,7 +274,7 @@ def jitted(
     """The step as it runs on devices: every host gets the sums and the small arrays whole."""
 
     def resident(outputs: Callable[..., Any], params: Any, batch: Any) -> Any:
-        return outputs(build.resident(stage, params) if stage.offload else params, batch)
+        return outputs(parameters.resident(stage, params) if stage.offload else params, batch)
 
     call = functools.partial(
         step,

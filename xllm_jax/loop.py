@@ -13,7 +13,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from xllm_jax import build, divergence, held_out, startup, telemetry, train
+from xllm_jax import divergence, held_out, startup, telemetry, train
+from xllm_jax.assembly import networks
 from xllm_jax.cache import check
 from xllm_jax.core import checkpoint, hosts, mesh, rules, watchdog
 from xllm_jax.core.errors import Diverged, UserError
@@ -45,7 +46,7 @@ def fit(stage: Stage, workdir: str | Path, stop_after: int | None = None) -> Pat
     held_out.check_settings(stage)
     with watchdog.Watch(workdir, stage.stall, store) as watch:
         device_mesh = mesh.make(stage.mesh, slices=stage.slices)
-        xllm = build.model(stage)
+        xllm = networks.model(stage)
         pipeline = startup.open_pipeline(stage, device_mesh, workdir)
         watch.reading = pipeline.activity.now
         startup.compare(stage, xllm, device_mesh, pipeline, store)

@@ -14,7 +14,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from xllm_jax import build, divergence, nonfinite, restore, startup, train
+from xllm_jax import divergence, nonfinite, restore, startup, train
+from xllm_jax.assembly import networks
 from xllm_jax.core import checkpoint, mesh, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Stage
@@ -152,7 +153,7 @@ def run(recording: Recording, workdir: str | Path) -> Result:
       UserError: the checkpoint is gone, or the stage's bases are.
     """
     stage = recording.stage
-    device_mesh, xllm = _mesh(recording), build.model(stage)
+    device_mesh, xllm = _mesh(recording), networks.model(stage)
     state, _, _ = train.initial_state(stage, xllm, device_mesh)
     if recording.checkpoint is not None:
         state = load(state, Path(workdir), recording)

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from xllm_jax import build
+from xllm_jax.assembly import networks, parameters
 from xllm_jax.core import checkpoint, checksum, mesh, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import (
@@ -57,8 +57,8 @@ def run(directory: str | Path, replaced: Mapping[str, str] | None = None) -> Res
         init[part] = str(final(directory))
     init |= {name: source for name, source in replaced.items() if source}
     stage = dataclasses.replace(stage, init=init, offload=())
-    model = build.model(stage)
-    params = build.parameters(stage, model, mesh.make(stage.mesh), dtypes(stage, model))
+    model = networks.model(stage)
+    params = parameters.parameters(stage, model, mesh.make(stage.mesh), dtypes(stage, model))
     frozen = rules.split(stage.trainable, params)[1]
     check_base(frozen, params.keys() - replaced.keys(), about.get("base", {}), directory)
     return Restored(model, params, stage)
@@ -108,7 +108,7 @@ def final(directory: str | Path) -> Path:
 
 def dtypes(stage: Stage, model: XLLM) -> dict[str, Any]:
     """Dtype of every parameter, as in training: what trains in float32, the rest as frozen."""
-    tree = build.shapes(model)
+    tree = networks.shapes(model)
     trains = rules.flatten(rules.split(stage.trainable, tree)[0])
     return rules.unflatten(
         {

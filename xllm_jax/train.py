@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from xllm_jax import build, divergence
+from xllm_jax import divergence
+from xllm_jax.assembly import networks, parameters
 from xllm_jax.core import find, hashed_keys, mesh, optim, rules
 from xllm_jax.core.stage import Divergence, Stage
 
@@ -102,7 +103,7 @@ def objective(stage: Stage, xllm: Any, train: bool = True) -> Loss:
     loss = functools.partial(file.loss, xllm, train=train, **stage.options)
     if not stage.offload:
         return loss
-    return lambda params, batch, key: loss(build.resident(stage, params), batch, key)
+    return lambda params, batch, key: loss(parameters.resident(stage, params), batch, key)
 
 
 def initial_state(stage: Stage, xllm: Any, device_mesh: Mesh) -> tuple[State, Any, Any]:
@@ -113,7 +114,7 @@ def initial_state(stage: Stage, xllm: Any, device_mesh: Mesh) -> tuple[State, An
     """
     like, optimizer, schedule = abstract_state(stage, xllm, device_mesh)
     dtypes = jax.tree.map(lambda x: x.dtype, rules.join(like.trainable, like.frozen))
-    params = build.parameters(stage, xllm, device_mesh, dtypes)
+    params = parameters.parameters(stage, xllm, device_mesh, dtypes)
     trainable, frozen = rules.split(stage.trainable, params)
     shardings = jax.tree.map(lambda x: x.sharding, like)
     with jax.set_mesh(device_mesh):
@@ -130,13 +131,13 @@ def abstract_state(stage: Stage, xllm: Any, device_mesh: Mesh) -> tuple[State, A
       (State of `jax.ShapeDtypeStruct`, optax chain, learning-rate function of the update number).
     """
     divergence.check(stage.divergence)
-    tree = build.shapes(xllm)
+    tree = networks.shapes(xllm)
     rules.split(stage.trainable, tree)  # a pattern that matches nothing fails before any work
     dtypes = {
         path: jnp.dtype(jnp.float32 if trains else stage.frozen)
         for path, trains in _trains(stage, tree).items()
     }
-    like = build.abstract_parameters(stage, xllm, device_mesh, rules.unflatten(dtypes))
+    like = parameters.abstract_parameters(stage, xllm, device_mesh, rules.unflatten(dtypes))
     trainable, frozen = rules.split(stage.trainable, rules.unflatten(like))
     optimizer, schedule = optim.make(stage.optimizer, trainable, total_steps=stage.steps)
     whole = NamedSharding(device_mesh, PartitionSpec())

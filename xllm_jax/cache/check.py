@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from xllm_jax import build
+from xllm_jax.assembly import networks, parameters
 from xllm_jax.cache import describe
 from xllm_jax.core import checkpoint, checksum, rules
 from xllm_jax.core.errors import UserError
@@ -112,9 +112,9 @@ def checksums(
     Raises:
       UserError: a base is missing.
     """
-    shapes = rules.flatten(build.shapes(build.uncached(xllm)))
+    shapes = rules.flatten(networks.shapes(networks.uncached(xllm)))
     paths = sorted(shapes.keys() & set(paths))
-    origins = build.origins(stage.init, paths)
+    origins = parameters.origins(stage.init, paths)
     folders = {folder for folder, _ in origins.values()}
     opened = {folder: checkpoint.open_leaves(folder) for folder in folders}
     found: dict[str, str] = {}
@@ -130,10 +130,10 @@ def loaded(stage: Stage, xllm: XLLM, device_mesh: Mesh, paths: Collection[str]) 
     """Some frozen parameters, whether the networks read them or their outcome is cached."""
     if not paths:
         return {}
-    whole = build.whole(xllm)
-    shapes = rules.flatten(build.shapes(whole))
+    whole = networks.whole(xllm)
+    shapes = rules.flatten(networks.shapes(whole))
     dtypes = rules.unflatten(dict.fromkeys(shapes, np.dtype(stage.frozen)))
-    return build.parameters(stage, whole, device_mesh, dtypes, set(paths))
+    return parameters.parameters(stage, whole, device_mesh, dtypes, set(paths))
 
 
 def base(frozen: Mapping[str, Any], cached: Mapping[str, str]) -> dict[str, str]:
@@ -189,10 +189,10 @@ def beside(stage: Stage, xllm: XLLM, known: Collection[str]) -> set[str]:
       known: parameters of these parts that are there already.
     """
     parts = {path.split("/")[0] for path in known}
-    shapes = rules.flatten(build.shapes(build.whole(xllm)))
+    shapes = rules.flatten(networks.shapes(networks.whole(xllm)))
     missing = {path for path in shapes.keys() - known if path.split("/")[0] in parts}
     try:
-        origins = build.origins(stage.init, missing)
+        origins = parameters.origins(stage.init, missing)
         held = {place: checkpoint.base_about(place)["shapes"] for place, _ in origins.values()}
     except UserError:
         return set()

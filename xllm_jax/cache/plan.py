@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from xllm_jax import build
+from xllm_jax.assembly import networks
 from xllm_jax.cache import describe
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Stage
@@ -124,7 +124,7 @@ def make(
       UserError: what `describe.depths` raises, or no medium.
     """
     stage = dataclasses.replace(stage, data=dataclasses.replace(stage.data, cache=""))
-    xllm = build.model(stage)
+    xllm = networks.model(stage)
     depths = describe.depths(stage, xllm, asked)
     names = stream.mixture(stage.data)
     sources = {n: stream.read(n, stage.data.sources[n], stage.data.root) for n in names}
@@ -197,7 +197,7 @@ def _job(
         *(jax.ShapeDtypeStruct((form.items,), jnp.int32) for _ in range(2)),
     )
     run = functools.partial(outcome, xllm, modality, steps)
-    made, _ = jax.eval_shape(run, build.shapes(xllm), *given)
+    made, _ = jax.eval_shape(run, networks.shapes(xllm), *given)
     fields = describe.fields(stage, xllm, modality, steps)
     through = str(chain[steps - 1])
     shape, dtype = tuple(made.shape[1:]), str(made.dtype)

@@ -24,7 +24,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from tqdm import tqdm
 
-from xllm_jax import build
+from xllm_jax.assembly import networks, parameters
 from xllm_jax.cache import describe
 from xllm_jax.cache import plan as planning
 from xllm_jax.cache.plan import Job, Plan
@@ -69,7 +69,7 @@ def run(
         are bad, or a loader draws at random without saying so.
     """
     device_mesh = mesh.make({"data": -1}, jax.local_devices())
-    params = parameters(plan, device_mesh)
+    params = computing(plan, device_mesh)
     base = checksum.of_tree(params)
     hosts.meet(store, "planned")  # reading the sources takes one longer than another
     hosts.agree(store, "cache", planning.items(plan, base))
@@ -91,13 +91,13 @@ def run(
     return hosts.share(store, "description", lambda: finish(plan, identity, base))
 
 
-def parameters(plan: Plan, device_mesh: Any) -> dict[str, Any]:
+def computing(plan: Plan, device_mesh: Any) -> dict[str, Any]:
     """What the jobs compute with, a copy on every device; nothing else is loaded."""
     steps = [step for job in plan.jobs for step in plan.xllm.chain(job.modality)[: job.steps]]
-    shapes = rules.flatten(build.shapes(plan.xllm))
+    shapes = rules.flatten(networks.shapes(plan.xllm))
     only = [path for path in shapes if any(step.owns(path) for step in steps)]
     dtypes = rules.unflatten(dict.fromkeys(shapes, np.dtype(plan.stage.frozen)))
-    return build.parameters(plan.stage, plan.xllm, device_mesh, dtypes, only)
+    return parameters.parameters(plan.stage, plan.xllm, device_mesh, dtypes, only)
 
 
 def computation(plan: Plan, job: Job, device_mesh: Any, params: Mapping[str, Any]) -> Compute:

@@ -85,11 +85,11 @@ def prepare(checkpoint: Checkpoint, options: Mapping[str, Any]) -> View:
     Raises:
       UserError: a tensor is missing, or the head's decoder is not the word table.
     """
-    from xllm_jax.convert import stream
+    from xllm_jax.convert import run_import
 
     for name, other in DECODER.items():
         if name in checkpoint and other in checkpoint:
-            stream.check_tied(checkpoint, name, other)
+            run_import.check_tied(checkpoint, name, other)
     derived = {}
     for query, words in _copies(options).items():
         if words not in checkpoint:

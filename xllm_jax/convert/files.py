@@ -18,6 +18,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from xllm_jax.convert.header import Header
 from xllm_jax.core.errors import UserError
 
 KEPT = 1 << 26
@@ -36,14 +37,6 @@ SAFETENSORS = {
     "BOOL": np.bool_,
 }
 """Names of dtypes in a safetensors header."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Header:
-    """Shape and dtype of a tensor that has not been read."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
 
 
 class TorchFile(Mapping):

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from xllm_jax.convert.files import Header
+from xllm_jax.convert.header import Header
 from xllm_jax.core.errors import UserError
 
 STORAGES = {

@@ -9,7 +9,8 @@ from typing import Any
 
 import jax
 
-from xllm_jax import build, train
+from xllm_jax import train
+from xllm_jax.assembly import networks
 from xllm_jax.core import hashed_keys
 from xllm_jax.core.stage import Stage
 from xllm_jax.preflight import (
@@ -121,7 +122,7 @@ def prepare(stage: Stage, target: Target, compiles: bool = True) -> Lowered:
       UserError: the stage, its mesh or its rows do not fit together.
     """
     device_mesh = targets.make_mesh(stage.mesh, stage.slices, target, compiles)
-    xllm = build.model(for_accelerators(stage, target))
+    xllm = networks.model(for_accelerators(stage, target))
     state, optimizer, _ = train.abstract_state(stage, xllm, device_mesh)
     batch = inputs.sharded(stage.data, device_mesh)
     loss = train.objective(stage, xllm)

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from xllm_jax.cache.write import ahead
 from xllm_jax.convert import clip as tables
-from xllm_jax.convert import record, sizes
+from xllm_jax.convert import conversion_record, sizes
 from xllm_jax.core import checkpoint, checksum, mesh, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
@@ -62,7 +62,7 @@ class Scorer:
     """
 
     def __init__(self, base: str, tokenizer: str = ""):
-        made = record.read(base) if checkpoint.base_exists(base) else None
+        made = conversion_record.read(base) if checkpoint.base_exists(base) else None
         if made is None or made.source != tables.PART:
             mend = "Make one: launch/convert.py --source=clip --input=clip-vit-base-patch16"
             raise UserError("is no base of CLIP", field=base, mend=mend)

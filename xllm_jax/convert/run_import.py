@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from xllm_jax.convert import Drop, Leaf, Plan, Report, arrange, files, place, record
+from xllm_jax.convert import Drop, Leaf, Plan, Report, arrange, conversion_record, files, place
 from xllm_jax.core import checkpoint, find, rules
 from xllm_jax.core.blocks import Blocks
 from xllm_jax.core.errors import UserError
@@ -82,7 +82,7 @@ def check_kind(name: str, opened: files.Checkpoint) -> None:
 
 def run_import(
     source: str, path: str | Path, output: str | Path, size: str = ""
-) -> record.Conversion:
+) -> conversion_record.Conversion:
     """Converts a published checkpoint into a base, with conversion.json beside it.
 
     Args:
@@ -99,7 +99,7 @@ def run_import(
     check_output(output, found.opened.path)
     sizes = [math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in found.leaves.values()]
     check_room(output, sum(sizes))
-    written = record.Conversion.of(
+    written = conversion_record.Conversion.of(
         source, found.options, found.plan, found.opened, found.tensors, found.report
     )
 

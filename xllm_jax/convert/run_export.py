@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from xllm_jax.convert import Plan, Row, check_table, record, stream
-from xllm_jax.convert.files import SAFETENSORS, Header
+from xllm_jax.convert import Plan, Row, check_table, conversion_record, run_import
+from xllm_jax.convert.files import SAFETENSORS
+from xllm_jax.convert.header import Header
 from xllm_jax.core import checkpoint
 from xllm_jax.core.errors import UserError
 
@@ -108,9 +109,9 @@ def run_export(source: str, path: str | Path, output: str | Path, size: str = ""
       UserError: the base is of another kind or incomplete, or the output cannot be written;
         nothing is left of it then.
     """
-    module, path, output = stream.source_named(source), Path(path), Path(output).absolute()
+    module, path, output = run_import.source_named(source), Path(path), Path(output).absolute()
     leaves = checkpoint.open_leaves(path)
-    made = record.read(path)
+    made = conversion_record.read(path)
     if made and made.source != source:
         raise UserError(
             f"was converted from {made.source}, not {source}",
@@ -124,13 +125,13 @@ def run_export(source: str, path: str | Path, output: str | Path, size: str = ""
     tensors = restore(tensors, options) if restore else tensors
     if output.exists() and (output.is_file() or any(output.iterdir())):
         raise UserError("is there already", field=str(output), mend="Choose another --output")
-    stream.check_room(output, sum(_bytes(header_of(tensors, name)) for name in tensors))
+    run_import.check_room(output, sum(_bytes(header_of(tensors, name)) for name in tensors))
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         names = write_shards(tensors, partial)
-        stream.copy_beside(plan, path, partial)
+        run_import.copy_beside(plan, path, partial)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

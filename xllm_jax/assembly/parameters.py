@@ -1,8 +1,7 @@
-"""A Stage becomes networks and parameters: fresh ones, converted bases, parts of earlier runs."""
+"""Parameters of a stage: drawn, converted bases, parts of earlier runs; where each of them lies."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import re
 import sys
@@ -11,164 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import logging
 from flax import linen as nn
 from jax.sharding import Mesh
 
+from xllm_jax.assembly.networks import MODELS, fresh, shapes, whole
 from xllm_jax.core import checkpoint, find, mesh, rules
 from xllm_jax.core.errors import UserError
-from xllm_jax.core.stage import Part, Stage
-from xllm_jax.data import features
-from xllm_jax.models import layers
+from xllm_jax.core.stage import Stage
 from xllm_jax.models.xllm import XLLM
-
-MODELS = "xllm_jax.models"
-
-
-def network(part: Part, stage: Stage, name: str) -> nn.Module:
-    """Builds one part's network from its SIZES row, the part's own fields and the stage's dtype.
-
-    Raises:
-      UserError: unknown network, size, field or choice of `remat`, or heads that do not divide.
-    """
-    file, kind = find.attribute(MODELS, part.network, f"parts.{name}.network")
-    if part.size not in file.SIZES:
-        raise UserError(
-            f"unknown size {part.size!r}",
-            field=f"parts.{name}.size",
-            mend=f"Choices: {', '.join(file.SIZES)}",
-        )
-    known = {field.name for field in dataclasses.fields(kind)}
-    unknown = set(part.fields) - known
-    if unknown:
-        raise UserError(
-            f"{part.network} has no field {sorted(unknown)[0]!r}",
-            field=f"parts.{name}.fields",
-            mend=f"Choices: {', '.join(sorted(known - {'parent', 'name'}))}",
-        )
-    if stage.remat not in layers.REMAT:
-        choices = ", ".join(layers.REMAT)
-        raise UserError(
-            f"unknown choice {stage.remat!r}", field="remat", mend=f"Choices: {choices}"
-        )
-    common = {"dtype": jnp.dtype(stage.compute), "remat": stage.remat, "unroll": stage.unroll}
-    common = {key: value for key, value in common.items() if key in known}
-    given = {**file.SIZES[part.size], **common, **part.fields}
-    width, heads = given.get("width"), given.get("heads")
-    if width and heads and width % heads:
-        raise UserError(
-            f"width {width} is no multiple of {heads} heads",
-            field=f"parts.{name}.fields",
-            mend="Change 'width' or 'heads'",
-        )
-    return kind(**given)
-
-
-def model(stage: Stage) -> XLLM:
-    """Composes the networks of a stage; holds no parameters.
-
-    Raises:
-      UserError: a modality names a part that the stage does not have, `data.cache` is not a
-        cache of features, or media files hold what the networks do not take.
-    """
-    networks = {name: network(part, stage, name) for name, part in stage.parts.items()}
-    rows = tuple((name, m.encoder, m.interface) for name, m in stage.modalities.items())
-    for name, *parts in rows:
-        for part in parts:
-            if part not in networks:
-                raise UserError(
-                    f"names the part {part!r}, which parts lacks",
-                    field=f"modalities.{name}",
-                    mend=f"Choices: {', '.join(networks)}",
-                )
-    made = XLLM(networks=networks, modalities=rows)
-    made = dataclasses.replace(made, frozen=frozen_steps(stage, made))
-    given = given_steps(stage, made)
-    cached = features.steps(stage.data.cache) if stage.data.cache else {}
-    return dataclasses.replace(made, cached=given | cached, given=given)
-
-
-def uncached(xllm: XLLM) -> XLLM:
-    """The same networks, fed with what media files hold."""
-    return dataclasses.replace(xllm, cached=xllm.given)
-
-
-def whole(xllm: XLLM) -> XLLM:
-    """The same networks with all their parameters, whether anything reads them or not."""
-    return dataclasses.replace(xllm, cached={})
-
-
-def given_steps(stage: Stage, xllm: XLLM) -> dict[str, int]:
-    """{modality: how many of its first steps its files hold the outcome of}.
-
-    Args:
-      stage: `data.speech_features` names the last of these steps.
-      xllm: its networks, with `frozen`.
-
-    Raises:
-      UserError: there is no such step, it trains, or it gives vectors of another width.
-    """
-    found = {}
-    for modality, _, interface in xllm.modalities:
-        field, chain = f"data.{modality}_features", xllm.chain(modality)
-        last = getattr(stage.data, f"{modality}_features", "")
-        if not last:
-            continue
-        ends = [n for n, step in enumerate(chain, 1) if step.names and step.names[-1] == last]
-        if not ends:
-            raise UserError(f"{interface} has no step {last!r}", field=field, mend="Leave it out")
-        if xllm.frozen[modality] < ends[0]:
-            what = f"{chain[xllm.frozen[modality]]} trains, and the files of {modality} hold"
-            raise UserError(f"{what} its outcome", field="trainable", mend=f"Or leave out {field}")
-        found[modality] = ends[0]
-        _check_width(stage, modality, xllm.networks[interface].encoder_width)
-    return found
-
-
-def _check_width(stage: Stage, modality: str, wanted: int) -> None:
-    """Raises UserError where the vectors of a modality's files are not as wide as wanted."""
-    width = getattr(stage.data, f"{modality}_width")
-    if width != wanted:
-        what = f"is {width}, and {stage.modalities[modality].interface} reads vectors of {wanted}"
-        mend = "Set it, or the encoder_width of the interface, to the width of the files"
-        raise UserError(what, field=f"data.{modality}_width", mend=mend)
-
-
-def frozen_steps(stage: Stage, xllm: XLLM) -> dict[str, int]:
-    """{modality: how many of its first steps hold nothing that `stage.trainable` names}."""
-    parts = {part for modality, *pair in xllm.modalities for part in pair}
-    key = jax.random.key(0)
-    tree = {n: jax.eval_shape(lambda n=n: fresh(xllm.networks[n], key)) for n in sorted(parts)}
-    patterns = tuple((pattern, None) for pattern in stage.trainable)
-    trains = [p for p in rules.flatten(tree) if rules.first_match(patterns, p) is not None]
-
-    def count(modality: str) -> int:
-        steps = xllm.chain(modality)
-        first = (n for n, step in enumerate(steps) if any(step.owns(path) for path in trains))
-        return next(first, len(steps))
-
-    return {modality: count(modality) for modality, *_ in xllm.modalities}
-
-
-def fresh(network: nn.Module, key: jax.Array) -> dict[str, Any]:
-    """Freshly drawn float32 parameters of one network."""
-    return network.init({"params": key}, *network.example())["params"]
-
-
-def shapes(xllm: XLLM) -> dict[str, Any]:
-    """Shapes of every parameter, `{part: tree}`, without allocating anything.
-
-    What works only on media whose outputs come cached is left out.
-    """
-    key, unread = jax.random.key(0), xllm.unread()
-    tree = {n: jax.eval_shape(lambda m=m: fresh(m, key)) for n, m in xllm.networks.items()}
-    if not unread:
-        return tree
-    flat = rules.flatten(tree)
-    return rules.unflatten(
-        {path: x for path, x in flat.items() if not any(step.owns(path) for step in unread)}
-    )
 
 
 def specs(stage: Stage, tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -374,8 +224,3 @@ def locate(directory: str | Path, part: str) -> Path:
     source = about["stage"]["init"].get(part, "").removesuffix("*")
     inner, _, other = source.partition(":")
     return locate(inner, other or part) if source else final
-
-
-def stage_of(directory: str | Path) -> dict[str, Any]:
-    """The stage that a finished run was trained with, as plain data."""
-    return checkpoint.base_about(Path(directory) / "final")["stage"]

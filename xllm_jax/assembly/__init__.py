@@ -1,0 +1,1 @@
+"""A Stage becomes networks and parameters."""
