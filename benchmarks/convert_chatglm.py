@@ -20,7 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from xllm_jax.convert import chatglm, files, header, run_export
+from xllm_jax.convert import files, header, run_export
+from xllm_jax.convert.sources import chatglm
 from xllm_jax.core import checkpoint
 
 SHARDS = 8

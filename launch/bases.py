@@ -21,7 +21,7 @@ from configs import networks, world_bert, world_llm, world_vision
 from launch import command
 from xllm_jax.assembly import parameters
 from xllm_jax.assembly.networks import model
-from xllm_jax.convert import world
+from xllm_jax.convert.sources import world
 from xllm_jax.core import mesh
 from xllm_jax.data.prompt import TEMPLATES
 from xllm_jax.data.tokenizer import train_tokenizer

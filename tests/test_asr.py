@@ -13,7 +13,7 @@ import pytest
 from recording import Recording
 
 from xllm_jax.convert import export_tree, import_tree
-from xllm_jax.convert.cif_asr import DROPPED, decoder_layer_rows, rows
+from xllm_jax.convert.sources.cif_asr import DROPPED, decoder_layer_rows, rows
 from xllm_jax.core import rules
 from xllm_jax.models import asr, asr_search
 from xllm_jax.models.cif import CIF

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xllm_jax.convert import bert as table
 from xllm_jax.convert import export_tree, import_tree
 from xllm_jax.convert.files import open_checkpoint
+from xllm_jax.convert.sources import bert as table
 from xllm_jax.core import rules
 from xllm_jax.models.bert import SHARDING, SIZES, BertEncoder
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from xllm_jax.assembly import parameters
-from xllm_jax.convert import bert_qformer, files, run_export, run_import
+from xllm_jax.convert import files, run_export, run_import
+from xllm_jax.convert.sources import bert_qformer
 from xllm_jax.core import checkpoint, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.models.contrast import SIZES, ContrastModel

@@ -12,7 +12,7 @@ import pytest
 from recording import Recording
 
 from xllm_jax.convert import export_tree, import_tree
-from xllm_jax.convert.cif_asr import cif_rows
+from xllm_jax.convert.sources.cif_asr import cif_rows
 from xllm_jax.models import cif
 
 

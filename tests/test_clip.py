@@ -11,8 +11,8 @@ import small_clip
 from safetensors.torch import save_file
 from transformers import CLIPTokenizer
 
-from xllm_jax.convert import clip as tables
 from xllm_jax.convert import export_tree, files, import_tree, run_export, run_import
+from xllm_jax.convert.sources import clip as tables
 from xllm_jax.core import checkpoint, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.models import clip, clip_text

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from safetensors.torch import save_file
 
-from xllm_jax.convert import clip_vision as tables
 from xllm_jax.convert import export_tree, files, import_tree, run_export, run_import
+from xllm_jax.convert.sources import clip_vision as tables
 from xllm_jax.convert.torchscript import TorchScriptFile
 from xllm_jax.core import rules
 from xllm_jax.core.errors import UserError

@@ -12,7 +12,7 @@ from flax import linen as nn
 from recording import Recording
 
 from xllm_jax.convert import export_tree, import_tree
-from xllm_jax.convert.cif_asr import DROPPED, conformer_layer_rows
+from xllm_jax.convert.sources.cif_asr import DROPPED, conformer_layer_rows
 from xllm_jax.models import conformer, depthwise
 from xllm_jax.models.layers import LayerNorm
 from xllm_jax.models.relative_attention import (

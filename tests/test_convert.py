@@ -12,18 +12,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from xllm_jax.convert import (
-    Drop,
-    Row,
-    bert,
-    blip2,
-    chatglm,
-    cif_asr,
-    eva_vit,
-    export_tree,
-    files,
-    import_tree,
-)
+from xllm_jax.convert import Drop, Row, export_tree, files, import_tree
+from xllm_jax.convert.sources import bert, blip2, chatglm, cif_asr, eva_vit
 from xllm_jax.core import rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.models import asr, conformer, contrast, glm, interfaces, speech_interface, vit

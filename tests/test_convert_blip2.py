@@ -8,17 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from xllm_jax.convert import (
-    Drop,
-    blip2,
-    eva_vit,
-    export_tree,
-    files,
-    import_tree,
-    run_export,
-    run_import,
-)
-from xllm_jax.convert.bert import linear
+from xllm_jax.convert import Drop, export_tree, files, import_tree, run_export, run_import
+from xllm_jax.convert.sources import blip2, eva_vit
+from xllm_jax.convert.sources.bert import linear
 from xllm_jax.core.errors import UserError
 from xllm_jax.models import interfaces, vit
 

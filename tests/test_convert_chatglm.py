@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from vision_models import to_torch
 
-from xllm_jax.convert import chatglm, export_tree, files, run_export, run_import
-from xllm_jax.convert import chatglm_quantised as quantised
+from xllm_jax.convert import export_tree, files, run_export, run_import
+from xllm_jax.convert.sources import chatglm
+from xllm_jax.convert.sources import chatglm_quantised as quantised
 from xllm_jax.core import rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.glm_layout import Specials

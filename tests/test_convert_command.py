@@ -334,7 +334,7 @@ def test_too_little_room_is_told_before_anything_is_written(tmp_path, monkeypatc
 
 def test_a_base_that_we_trained_is_exported_without_a_record(tmp_path):
     """A run has no conversion.json: the source's usual layout at the size that is named."""
-    from xllm_jax.convert import eva_vit
+    from xllm_jax.convert.sources import eva_vit
 
     plan = eva_vit.plan(eva_vit.options(None, "tiny"))
     generator = np.random.default_rng(1)

@@ -10,7 +10,8 @@ import numpy as np
 import published
 import pytest
 
-from xllm_jax.convert import chatglm, run_import
+from xllm_jax.convert import run_import
+from xllm_jax.convert.sources import chatglm
 from xllm_jax.core.errors import UserError
 
 MUTATIONS, CHUNK = 200, 25

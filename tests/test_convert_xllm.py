@@ -12,7 +12,8 @@ import pytest
 import vision_models
 from safetensors.torch import save_file
 
-from xllm_jax.convert import blip2, export_tree, files, import_tree, run_export, run_import, xllm
+from xllm_jax.convert import export_tree, files, import_tree, run_export, run_import
+from xllm_jax.convert.sources import blip2, xllm
 from xllm_jax.core import rules
 from xllm_jax.core.errors import UserError
 

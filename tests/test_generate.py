@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from recording import Recording
 
-from xllm_jax.convert import chatglm
+from xllm_jax.convert.sources import chatglm
 from xllm_jax.core.batch import zeros
 from xllm_jax.core.errors import UserError
 from xllm_jax.data import glm_layout

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from recording import Recording
 
-from xllm_jax.convert import chatglm, export_tree, files
+from xllm_jax.convert import export_tree, files
+from xllm_jax.convert.sources import chatglm
 from xllm_jax.core import rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.data import blank_infilling, glm_layout

@@ -9,15 +9,8 @@ import numpy as np
 import pytest
 
 from xllm_jax import generate
-from xllm_jax.convert import (
-    chatglm,
-    chatglm_prefix,
-    export_tree,
-    files,
-    import_tree,
-    run_export,
-    run_import,
-)
+from xllm_jax.convert import export_tree, files, import_tree, run_export, run_import
+from xllm_jax.convert.sources import chatglm, chatglm_prefix
 from xllm_jax.core import rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.data import glm_layout

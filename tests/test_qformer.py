@@ -27,8 +27,9 @@ from vision_models import (
     vision_transformer,
 )
 
-from xllm_jax.convert import blip2, eva_vit, export_tree, import_tree
+from xllm_jax.convert import export_tree, import_tree
 from xllm_jax.convert.files import open_checkpoint
+from xllm_jax.convert.sources import blip2, eva_vit
 from xllm_jax.core import rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.models import contrast, interfaces, layers

@@ -10,8 +10,8 @@ import pytest
 import small_clip
 from PIL import Image
 
-from xllm_jax.convert import clip as tables
 from xllm_jax.convert import run_import
+from xllm_jax.convert.sources import clip as tables
 from xllm_jax.core.errors import UserError
 from xllm_jax.data import image
 from xllm_jax.data.sources import selection

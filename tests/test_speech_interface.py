@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from recording import Recording
 
-from xllm_jax.convert import bert, export_tree, import_tree
-from xllm_jax.convert.cif_asr import interface_rows
+from xllm_jax.convert import export_tree, import_tree
+from xllm_jax.convert.sources import bert
+from xllm_jax.convert.sources.cif_asr import interface_rows
 from xllm_jax.core import rules
 from xllm_jax.models import speech_interface
 from xllm_jax.models.speech_interface import SpeechInterface

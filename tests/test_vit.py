@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from recording import Recording
 
-from xllm_jax.convert import eva_vit, export_tree, import_tree
+from xllm_jax.convert import export_tree, import_tree
 from xllm_jax.convert.files import open_checkpoint
+from xllm_jax.convert.sources import eva_vit
 from xllm_jax.core import rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.models import layers, vit

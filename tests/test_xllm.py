@@ -12,7 +12,7 @@ import pytest
 from flax import linen as nn
 from recording import Recording
 
-from xllm_jax.convert import chatglm
+from xllm_jax.convert.sources import chatglm
 from xllm_jax.core.batch import Batch, Media, zeros
 from xllm_jax.core.errors import UserError
 from xllm_jax.data import glm_layout

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from xllm_jax.convert import blip2, eva_vit, import_tree
+from xllm_jax.convert import import_tree
 from xllm_jax.convert.files import open_checkpoint
+from xllm_jax.convert.sources import blip2, eva_vit
 from xllm_jax.models.contrast import ContrastModel
 from xllm_jax.models.interfaces import QFormerInterface
 from xllm_jax.models.vit import VisionTransformer

@@ -1,6 +1,6 @@
 """Published checkpoints to bases and back, tensor by tensor: what launch/convert.py runs.
 
-A source is a module of this package that has `recognise`, `options` and `plan` (and `prepare`,
+A source is a module of `sources/` that has `recognise`, `options` and `plan` (and `prepare`,
 where its tensors are to be computed first, such as quantised ones):
 
     recognise(checkpoint) -> bool              from names, headers and config.json
@@ -30,7 +30,7 @@ from xllm_jax.core import checkpoint, find, rules
 from xllm_jax.core.blocks import Blocks
 from xllm_jax.core.errors import UserError
 
-PACKAGE = "xllm_jax.convert"
+PACKAGE = "xllm_jax.convert.sources"
 BLOCK = 1 << 26
 """Bytes that are written at once."""
 
@@ -41,11 +41,7 @@ EXPONENTS = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000}
 
 def sources() -> dict[str, ModuleType]:
     """The modules that describe a source, by name."""
-    modules = {
-        name: importlib.import_module(f"{PACKAGE}.{name}")
-        for name in find.choices(PACKAGE)
-        if (Path(__file__).parent / f"{name}.py").exists()
-    }
+    modules = {name: importlib.import_module(f"{PACKAGE}.{name}") for name in find.choices(PACKAGE)}
     return {name: module for name, module in modules.items() if hasattr(module, "recognise")}
 
 

@@ -26,8 +26,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from xllm_jax.cache.write import ahead
-from xllm_jax.convert import clip as tables
 from xllm_jax.convert import conversion_record, sizes
+from xllm_jax.convert.sources import clip as tables
 from xllm_jax.core import checkpoint, checksum, mesh, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source

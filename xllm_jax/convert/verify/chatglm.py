@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xllm_jax.convert import chatglm, export_tree
+from xllm_jax.convert import export_tree
+from xllm_jax.convert.sources import chatglm
 from xllm_jax.convert.verify import chatglm_decode, chatglm_media
 from xllm_jax.convert.verify.chatglm_model import Reference, forward, layout_of
 from xllm_jax.convert.verify.recording import Replay

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xllm_jax.convert import chatglm
+from xllm_jax.convert.sources import chatglm
 from xllm_jax.core.errors import UserError
 from xllm_jax.data import glm_layout
 from xllm_jax.data.glm_layout import Specials

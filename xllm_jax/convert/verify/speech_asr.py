@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xllm_jax.convert import export_tree, import_tree
-from xllm_jax.convert.cif_asr import DROPPED, decoder_layer_rows, rows
+from xllm_jax.convert.sources.cif_asr import DROPPED, decoder_layer_rows, rows
 from xllm_jax.convert.verify.recording import Replay
 from xllm_jax.convert.verify.speech_cif import durations
 from xllm_jax.core import rules

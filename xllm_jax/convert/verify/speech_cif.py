@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xllm_jax.convert import export_tree, import_tree
-from xllm_jax.convert.cif_asr import cif_rows
+from xllm_jax.convert.sources.cif_asr import cif_rows
 from xllm_jax.convert.verify.recording import Replay
 from xllm_jax.models import cif
 

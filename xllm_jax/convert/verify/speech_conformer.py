@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from xllm_jax.convert import export_tree, import_tree
-from xllm_jax.convert.cif_asr import DROPPED, conformer_layer_rows
+from xllm_jax.convert.sources.cif_asr import DROPPED, conformer_layer_rows
 from xllm_jax.convert.verify import speech_wenet
 from xllm_jax.convert.verify.recording import Replay
 from xllm_jax.models.conformer import ConformerBlock

@@ -5,8 +5,9 @@ from __future__ import annotations
 import jax
 import numpy as np
 
-from xllm_jax.convert import bert, export_tree, import_tree
-from xllm_jax.convert.cif_asr import interface_rows
+from xllm_jax.convert import export_tree, import_tree
+from xllm_jax.convert.sources import bert
+from xllm_jax.convert.sources.cif_asr import interface_rows
 from xllm_jax.convert.verify.recording import Replay
 from xllm_jax.core.errors import UserError
 from xllm_jax.models.speech_interface import SpeechInterface

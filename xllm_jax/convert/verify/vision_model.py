@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xllm_jax.convert import Report, blip2, eva_vit, import_tree
+from xllm_jax.convert import Report, import_tree
 from xllm_jax.convert.files import open_checkpoint
+from xllm_jax.convert.sources import blip2, eva_vit
 from xllm_jax.convert.verify.recording import Replay, read_json
 from xllm_jax.convert.verify.tolerances import Tolerances
 from xllm_jax.convert.verify.tolerances import read as read_tolerances

@@ -10,8 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from xllm_jax.convert import Drop, blip2, eva_vit, import_tree
+from xllm_jax.convert import Drop, import_tree
 from xllm_jax.convert.files import open_checkpoint
+from xllm_jax.convert.sources import blip2, eva_vit
 from xllm_jax.convert.verify.recording import Replay
 from xllm_jax.convert.verify.vision_model import (
     Reference,

@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from xllm_jax.convert import Drop, Plan, Row, blip2, cif_asr, mount, sizes, xllm_sizes
-from xllm_jax.convert.bert import linear
+from xllm_jax.convert import Drop, Plan, Row, mount, sizes
 from xllm_jax.convert.files import Checkpoint, Derived, View
+from xllm_jax.convert.sources import blip2, cif_asr, xllm_sizes
+from xllm_jax.convert.sources.bert import linear
 from xllm_jax.core.errors import UserError
 from xllm_jax.models.interfaces import QFormerInterface
 from xllm_jax.models.speech_interface import SpeechInterface

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from xllm_jax.convert import Drop, Plan, Report, Row, eva_vit, import_tree, mount, sizes
-from xllm_jax.convert.bert import attention_rows, feed_forward_rows, linear, named_as, norm
+from xllm_jax.convert import Drop, Plan, Report, Row, import_tree, mount, sizes
 from xllm_jax.convert.files import Checkpoint
+from xllm_jax.convert.sources import eva_vit
+from xllm_jax.convert.sources.bert import attention_rows, feed_forward_rows, linear, named_as, norm
 from xllm_jax.core import rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.models import contrast as contrast_model

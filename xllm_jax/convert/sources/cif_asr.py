@@ -13,9 +13,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from xllm_jax.convert import Drop, Plan, Row, bert, sizes
-from xllm_jax.convert.bert import Layers, linear, norm
+from xllm_jax.convert import Drop, Plan, Row, sizes
 from xllm_jax.convert.files import Checkpoint
+from xllm_jax.convert.sources import bert
+from xllm_jax.convert.sources.bert import Layers, linear, norm
 from xllm_jax.models import asr, cif, conformer
 
 DROPPED = (

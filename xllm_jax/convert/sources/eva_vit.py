@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from xllm_jax.convert import Drop, Plan, Row, sizes
-from xllm_jax.convert.bert import linear, norm
 from xllm_jax.convert.files import Checkpoint
+from xllm_jax.convert.sources.bert import linear, norm
 from xllm_jax.core.errors import UserError
 from xllm_jax.models.vit import SIZES, VisionTransformer
 

@@ -16,18 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xllm_jax.convert import (
-    Drop,
-    Plan,
-    Report,
-    Row,
-    chatglm_quantised,
-    export_tree,
-    files,
-    import_tree,
-    mount,
-    sizes,
-)
+from xllm_jax.convert import Drop, Plan, Report, Row, export_tree, files, import_tree, mount, sizes
+from xllm_jax.convert.sources import chatglm_quantised
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.glm_layout import Specials
 from xllm_jax.models.glm import SIZES, ChatGLM

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from xllm_jax.convert import Drop, Plan, Row, mount, sizes
-from xllm_jax.convert.bert import linear, norm
-from xllm_jax.convert.cif_asr import heads_in, heads_out
-from xllm_jax.convert.eva_vit import PATCHES
 from xllm_jax.convert.files import Checkpoint
+from xllm_jax.convert.sources.bert import linear, norm
+from xllm_jax.convert.sources.cif_asr import heads_in, heads_out
+from xllm_jax.convert.sources.eva_vit import PATCHES
 from xllm_jax.core.errors import UserError
 from xllm_jax.models.clip_vision import SIZES, ClipVision
 

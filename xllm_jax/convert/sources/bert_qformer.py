@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from xllm_jax.convert import Drop, Plan, Row, bert, blip2, sizes
+from xllm_jax.convert import Drop, Plan, Row, sizes
 from xllm_jax.convert.files import Checkpoint, Derived, View
+from xllm_jax.convert.sources import bert, blip2
 from xllm_jax.core import rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.models.contrast import SIZES, ContrastModel

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from xllm_jax.convert import Drop, Plan, Row, clip_vision, mount, sizes
-from xllm_jax.convert.bert import norm
+from xllm_jax.convert import Drop, Plan, Row, mount, sizes
 from xllm_jax.convert.files import Checkpoint
+from xllm_jax.convert.sources import clip_vision
+from xllm_jax.convert.sources.bert import norm
 from xllm_jax.core.errors import UserError
 from xllm_jax.models.clip import SIZES, Clip
 

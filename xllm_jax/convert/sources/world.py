@@ -15,7 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from xllm_jax.convert import Plan, bert, blip2, chatglm, eva_vit, export_tree, files, import_tree
+from xllm_jax.convert import Plan, export_tree, files, import_tree
+from xllm_jax.convert.sources import bert, blip2, chatglm, eva_vit
 from xllm_jax.core import checkpoint, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.tokenizer import ChatGLMTokenizer
