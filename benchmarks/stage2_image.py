@@ -7,7 +7,7 @@ PYTHONPATH=. python benchmarks/stage2_image.py [--size=real] [--rows=64] [--step
 ViT-g frozen and without gradients, Q-Former and adapter trained, ChatGLM-6B frozen with gradients
 through it, loss on the answer, AdamW; bfloat16, random weights, no data reading. The other side is
 `stage2_image_torch.py`. Each side has a process of its own, one after the other. MFU counts useful
-FLOPs (`preflight/flops.py`), the same number for both, against the chip's bfloat16 peak.
+FLOPs (`core/flops.py`), the same number for both, against the chip's bfloat16 peak.
 
 `--size=tiny` runs both sides in float32 on any CPU, on the same weights, and fails unless their
 losses agree over all steps: so the arithmetic, gradients and updates included, is the same. Where
@@ -32,6 +32,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from xllm_jax.core import chips
 
 RATE, BETAS, EPSILON = 1e-3, (0.9, 0.98), 1e-8
 # Largest relative difference of the two sides' losses. The updates of the run change the loss by
@@ -87,10 +89,10 @@ def stage_of(choice: argparse.Namespace, gpu: bool) -> Any:
 
 def sizes_of(stage: Any) -> dict[str, dict[str, Any]]:
     """{part: sizes of its network}, for the other side."""
-    from xllm_jax.core import find
+    from xllm_jax.core import lookup
 
     return {
-        name: find.attribute("xllm_jax.models", part.network)[0].SIZES[part.size] | part.fields
+        name: lookup.attribute("xllm_jax.models", part.network)[0].SIZES[part.size] | part.fields
         for name, part in stage.parts.items()
     }
 
@@ -130,8 +132,7 @@ def jax_side(choice: argparse.Namespace) -> dict[str, Any]:
 
     from xllm_jax import train
     from xllm_jax.assembly import networks
-    from xllm_jax.core import mesh, rules
-    from xllm_jax.preflight import flops, targets
+    from xllm_jax.core import flops, mesh, rules
 
     device = jax.devices()[0]
     stage = stage_of(choice, device.platform == "gpu")
@@ -156,7 +157,7 @@ def jax_side(choice: argparse.Namespace) -> dict[str, Any]:
 
         del state
         losses, seconds = timed(choice, advance, lambda x: jax.block_until_ready(x), float)
-    chip = targets.chip_of(device.device_kind)
+    chip = chips.chip_of(device.device_kind)
     return {
         "device": device.device_kind,
         "version": f"jax {jax.__version__}",

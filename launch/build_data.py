@@ -26,7 +26,7 @@ from absl import flags
 
 from configs import sources
 from launch import command
-from xllm_jax.core import find
+from xllm_jax.core import lookup
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
 
@@ -122,7 +122,7 @@ def read_sources(file: str) -> Mapping[str, Source]:
 
 
 def main(_: list[str]) -> None:
-    recipe = find.module("xllm_jax.prepare.recipes", RECIPE.value, "--recipe")
+    recipe = lookup.module("xllm_jax.prepare.recipes", RECIPE.value, "--recipe")
     found = recipe.build(**arguments(recipe))
     print("  ".join(f"{name}: {told(value)}" for name, value in found.items()))
 

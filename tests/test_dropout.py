@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xllm_jax.core import hashed_keys
+from xllm_jax.core import prng
 from xllm_jax.models.dropout import Dropout
 
-KEYS = {"hashed": hashed_keys.key, "threefry": jax.random.key, "raw": jax.random.PRNGKey}
+KEYS = {"hashed": prng.key, "threefry": jax.random.key, "raw": jax.random.PRNGKey}
 
 
 def drop(rate: float, x: jax.Array, key: jax.Array, train: bool = True) -> jax.Array:
@@ -27,7 +27,7 @@ def test_share_and_expected_value(rate, kind):
 
 
 def test_edges_leave_all_or_nothing():
-    x, key = jnp.arange(1.0, 5.0), hashed_keys.key(0)
+    x, key = jnp.arange(1.0, 5.0), prng.key(0)
     np.testing.assert_array_equal(drop(0.0, x, key), x)
     np.testing.assert_array_equal(drop(0.3, x, key, train=False), x)
     np.testing.assert_array_equal(drop(1.0, x, key), jnp.zeros(4))
@@ -35,13 +35,13 @@ def test_edges_leave_all_or_nothing():
 
 def test_kept_counts_of_rows_spread_as_a_binomial_does():
     """Neither rows nor columns know each other: the variance of their counts is that of coins."""
-    kept = np.asarray(drop(0.1, jnp.ones((512, 768)), hashed_keys.key(11))) != 0
+    kept = np.asarray(drop(0.1, jnp.ones((512, 768)), prng.key(11))) != 0
     for counts, size in ((kept.sum(0), 512), (kept.sum(1), 768)):
         ratio = counts.var(ddof=1) / (size * 0.09)
         assert ratio == pytest.approx(1, abs=5 * (2 / len(counts)) ** 0.5)
 
 
 def test_gradient_passes_where_values_do():
-    x, key = jnp.ones((8, 16)), hashed_keys.key(2)
+    x, key = jnp.ones((8, 16)), prng.key(2)
     gradient = jax.grad(lambda x: drop(0.4, x, key).sum())(x)
     np.testing.assert_array_equal(gradient, drop(0.4, x, key))

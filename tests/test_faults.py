@@ -17,7 +17,7 @@ import small_stage
 
 from launch import command
 from xllm_jax import loop, startup
-from xllm_jax.core import checkpoint, folders
+from xllm_jax.core import atomic, checkpoint
 from xllm_jax.core.errors import UserError
 
 # Calls a function of the host INDEX at a micro-batch; its own threads go on meanwhile.
@@ -302,7 +302,7 @@ def test_an_unknown_metric_is_refused():
 def test_readers_find_the_old_folder_while_the_new_one_takes_its_name(tmp_path):
     save = functools.partial(checkpoint.save_base, tmp_path / "base")
     save({"llm": {"a": np.zeros(2, np.float32)}}, {"number": 1})
-    (tmp_path / "base").rename(tmp_path / f"base{folders.REPLACED}")
+    (tmp_path / "base").rename(tmp_path / f"base{atomic.REPLACED}")
     assert checkpoint.base_exists(tmp_path / "base")
     assert checkpoint.base_about(tmp_path / "base")["number"] == 1
     save({"llm": {"a": np.ones(2, np.float32)}}, {"number": 2})

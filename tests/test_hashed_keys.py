@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from xllm_jax.core import hashed_keys
+from xllm_jax.core import prng
 
 
 def in_python(index: int, first: int, last: int) -> int:
@@ -23,7 +23,7 @@ def in_python(index: int, first: int, last: int) -> int:
 
 
 def test_words_are_the_hash_of_key_and_index():
-    key = jax.random.wrap_key_data(jnp.array([7, 2**31 + 5], jnp.uint32), impl=hashed_keys.HASHED)
+    key = jax.random.wrap_key_data(jnp.array([7, 2**31 + 5], jnp.uint32), impl=prng.HASHED)
     words = np.asarray(jax.random.bits(key, (3, 2, 5), jnp.uint32))
     expected = [in_python(index, 7, 2**31 + 5) for index in range(30)]
     np.testing.assert_array_equal(words.ravel(), np.array(expected, np.uint32))
@@ -31,9 +31,9 @@ def test_words_are_the_hash_of_key_and_index():
 
 def streams() -> dict[str, jax.Array]:
     """Four keys each, made in the ways that keys are made."""
-    key = hashed_keys.key(5)
+    key = prng.key(5)
     return {
-        "seeds": jnp.stack([hashed_keys.key(number) for number in range(4)]),
+        "seeds": jnp.stack([prng.key(number) for number in range(4)]),
         "split": jax.random.split(key, 4),
         "folded": jax.vmap(lambda number: jax.random.fold_in(key, number))(jnp.arange(4)),
         "parent and children": jnp.stack([key, *jax.random.split(key), jax.random.fold_in(key, 0)]),
@@ -62,18 +62,18 @@ def test_bits_are_fair_and_uncorrelated(made):
 
 
 def test_uniform_and_normal_numbers_have_their_moments():
-    x = np.asarray(jax.random.normal(hashed_keys.key(3), (200_000,)), np.float64)
+    x = np.asarray(jax.random.normal(prng.key(3), (200_000,)), np.float64)
     size = len(x)
     for power, expected, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
         assert np.mean(x**power) == pytest.approx(expected, abs=5.5 * (variance / size) ** 0.5)
-    counts = np.histogram(jax.random.uniform(hashed_keys.key(4), (size,)), 100, (0, 1))[0]
+    counts = np.histogram(jax.random.uniform(prng.key(4), (size,)), 100, (0, 1))[0]
     chi_square = np.sum(np.square(counts - size / 100) / (size / 100))
     assert abs(chi_square - 99) < 5.5 * (2 * 99) ** 0.5
 
 
 def test_a_thousand_derived_keys_are_all_different():
-    keys = jax.random.split(hashed_keys.key(0), 1000)
-    folded = jax.vmap(lambda n: jax.random.fold_in(hashed_keys.key(0), n))(jnp.arange(1000))
+    keys = jax.random.split(prng.key(0), 1000)
+    folded = jax.vmap(lambda n: jax.random.fold_in(prng.key(0), n))(jnp.arange(1000))
     data = np.concatenate([jax.random.key_data(keys), jax.random.key_data(folded)])
     assert len(np.unique(data, axis=0)) == 2000
 
@@ -84,6 +84,6 @@ def test_a_sharded_array_gets_the_numbers_of_the_whole():
     shape = (8 * jax.device_count(), 24)
 
     def draw() -> jax.Array:
-        return jax.random.bits(hashed_keys.key(4), shape, jnp.uint32)
+        return jax.random.bits(prng.key(4), shape, jnp.uint32)
 
     np.testing.assert_array_equal(jax.jit(draw, out_shardings=split)(), draw())

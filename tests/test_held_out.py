@@ -242,7 +242,7 @@ def test_the_miniatures_measure_the_validation_split(name, world, tmp_path):
         characters=stage.data.characters and str(world / "characters.txt"),
         vocabulary=stage.data.vocabulary and str(backbones / "bert/vocab.txt"),
     )
-    assert restore.parse_stage(dataclasses.asdict(stage)) == stage
+    assert stage.parse_stage(dataclasses.asdict(stage)) == stage
     held_out.check_settings(stage)
     made = list(held_out.open_pipeline(stage, mesh.make({}), tmp_path).iterate())
     assert sum(info["supervised"] for _, info in made) > 0

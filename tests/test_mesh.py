@@ -19,9 +19,9 @@ from small_stage import GLM, ROOT
 
 from xllm_jax import train
 from xllm_jax.assembly import networks
-from xllm_jax.core import mesh, rules
+from xllm_jax.core import flops, mesh, rules
 from xllm_jax.core.errors import UserError
-from xllm_jax.preflight import collectives, flops, inputs, memory
+from xllm_jax.preflight import collectives, inputs, memory
 
 DEPTH = GLM["depth"]
 

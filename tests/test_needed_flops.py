@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from xllm_jax.assembly import networks
+from xllm_jax.core import flops
 from xllm_jax.core.stage import Stage
-from xllm_jax.preflight import flops, plan, targets
+from xllm_jax.preflight import plan, targets
 
 FROZEN, THROUGH, FIRST, TRAINED = 2, 4, 4, 6  # FLOPs per multiply-add
 BINS = 80

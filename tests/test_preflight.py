@@ -14,18 +14,9 @@ import pytest
 from small_stage import ROOT
 
 from configs import stage2_image, stage3_instruction
+from xllm_jax.core import flops
 from xllm_jax.core.errors import UserError
-from xllm_jax.preflight import (
-    collectives,
-    flops,
-    hlo,
-    inputs,
-    memory,
-    plan,
-    report,
-    roofline,
-    targets,
-)
+from xllm_jax.preflight import collectives, hlo, inputs, memory, plan, report, roofline, targets
 
 PROGRAM = """\
 HloModule jit_step, is_scheduled=true

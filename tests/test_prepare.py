@@ -13,6 +13,7 @@ import soundfile
 from PIL import Image
 from test_video import write as write_video
 
+from xllm_jax.core import atomic
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
 from xllm_jax.data import files, image, video
@@ -92,7 +93,7 @@ def test_the_manifest_counts_and_names_the_rejects(written):
         assert reject["key"] == f"pictures[{number}]" and words in reject["reason"]
     for one in split["shards"]:
         file = Path(written.output) / one["file"]
-        assert file.stat().st_size == one["bytes"] and shard.checksum(file) == one["sha256"]
+        assert file.stat().st_size == one["bytes"] and atomic.sha256(file) == one["sha256"]
 
 
 def test_the_same_command_does_nothing_and_a_killed_one_continues(table, written, tmp_path):

@@ -21,7 +21,7 @@ from configs import stage1_speech, stage3_instruction
 from xllm_jax import divergence, train
 from xllm_jax.assembly import networks
 from xllm_jax.audit import audit
-from xllm_jax.core import find, mesh, rules
+from xllm_jax.core import lookup, mesh, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data, Optimizer, Part, Source
 from xllm_jax.data import cif_features, files, stream
@@ -89,7 +89,7 @@ LLM_WIDTH = 32
 
 
 def test_no_reader_is_forgotten():
-    known = set(find.choices(stream.READERS))
+    known = set(lookup.choices(stream.READERS))
     assert known == {case[0] for case in CASES.values()} | OTHERS.keys()
 
 

@@ -8,9 +8,8 @@ import pytest
 
 from configs import stage2_image
 from xllm_jax.assembly import networks
-from xllm_jax.core import find
+from xllm_jax.core import flops, lookup
 from xllm_jax.core.errors import UserError
-from xllm_jax.preflight import flops
 
 NETWORKS = {  # name: fields besides those of the miniature
     "speech_interface.SpeechInterface": {},
@@ -22,7 +21,7 @@ NETWORKS = {  # name: fields besides those of the miniature
 
 def done(name: str, remat: str, train: bool) -> float:
     """FLOPs of one network's forward pass, with its gradient where it trains."""
-    file, kind = find.attribute("xllm_jax.models", name)
+    file, kind = lookup.attribute("xllm_jax.models", name)
     network = kind(**{**file.SIZES["tiny"], **NETWORKS[name], "remat": remat})
     params = jax.eval_shape(lambda: networks.fresh(network, jax.random.key(0)))
 

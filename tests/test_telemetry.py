@@ -15,13 +15,13 @@ import pytest
 import small_speech
 
 from xllm_jax import loop, telemetry, train
+from xllm_jax.core import chips
 from xllm_jax.core.batch import zeros
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.log import Log
-from xllm_jax.core.tally import Tally
+from xllm_jax.core.weighted_mean import WeightedMean
 from xllm_jax.data import stream
 from xllm_jax.objectives.answer import answer_loss, carriers
-from xllm_jax.preflight import targets
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -80,9 +80,24 @@ def test_a_batch_that_can_hold_no_media_has_one_loss():
 
 def test_means_leave_out_what_is_no_number():
     rows = [
-        {"loss": np.float32(2), "part": Tally(6.0, 3.0), "none": Tally(0.0, 0.0), "odd": np.nan},
-        {"loss": np.float32(np.nan), "part": Tally(np.nan, 5.0), "none": Tally(0.0, 0.0), "odd": 1},
-        {"loss": np.float32(4), "part": Tally(1.0, 1.0), "none": Tally(0.0, 0.0), "odd": np.inf},
+        {
+            "loss": np.float32(2),
+            "part": WeightedMean(6.0, 3.0),
+            "none": WeightedMean(0.0, 0.0),
+            "odd": np.nan,
+        },
+        {
+            "loss": np.float32(np.nan),
+            "part": WeightedMean(np.nan, 5.0),
+            "none": WeightedMean(0.0, 0.0),
+            "odd": 1,
+        },
+        {
+            "loss": np.float32(4),
+            "part": WeightedMean(1.0, 1.0),
+            "none": WeightedMean(0.0, 0.0),
+            "odd": np.inf,
+        },
     ]
     assert telemetry.means(rows) == {"loss": 3.0, "part": 7 / 4, "odd": 1.0}
 
@@ -133,8 +148,8 @@ def test_no_peak_rather_than_a_wrong_one():
     def device(kind):
         return types.SimpleNamespace(device_kind=kind)
 
-    assert telemetry.peak([device("NVIDIA H200")] * 2) == 2 * targets.CHIPS["h200"].flops
-    assert telemetry.peak([device("TPU v5 lite")]) == targets.CHIPS["v5e"].flops
+    assert telemetry.peak([device("NVIDIA H200")] * 2) == 2 * chips.CHIPS["h200"].flops
+    assert telemetry.peak([device("TPU v5 lite")]) == chips.CHIPS["v5e"].flops
     for unknown in ("cpu", "NVIDIA H200 NVL", "NVIDIA H100 PCIe", "TPU v7"):
         assert telemetry.peak([device("NVIDIA H200"), device(unknown)]) == 0
     assert telemetry.peak(jax.devices()) == 0

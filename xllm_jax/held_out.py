@@ -22,11 +22,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from xllm_jax import metrics, recogniser, scores, telemetry, train
 from xllm_jax.assembly import networks, parameters
 from xllm_jax.cache import check
-from xllm_jax.core import find, hosts, mesh, rules
+from xllm_jax.core import hosts, lookup, mesh, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data, Stage
-from xllm_jax.core.tally import Tally
 from xllm_jax.core.watchdog import Watch
+from xllm_jax.core.weighted_mean import WeightedMean
 from xllm_jax.data import manifest
 from xllm_jax.data.characters import CharacterVocabulary
 from xllm_jax.data.example import Example
@@ -49,7 +49,7 @@ class Metric(Protocol):
     def outputs(self, params: Mapping[str, Any], batch: Any) -> Any:
         """Small arrays of a global batch; part of the compiled step."""
 
-    def tally(self, outputs: Any, planned: Planned) -> Tally:
+    def measured(self, outputs: Any, planned: Planned) -> WeightedMean:
         """What the examples of the batch add, on the host."""
 
 
@@ -75,7 +75,7 @@ class CharacterErrors:
         tokens = recogniser.decode(self.model, params, batch["features"], batch["lengths"])
         return tokens, batch["token_lengths"]
 
-    def tally(self, outputs: tuple[Any, Any], planned: Planned) -> Tally:
+    def measured(self, outputs: tuple[Any, Any], planned: Planned) -> WeightedMean:
         """Errors, and characters of the references."""
         errors = length = 0
         for row, example in planned:
@@ -83,7 +83,7 @@ class CharacterErrors:
                 heard = self.characters.decode(outputs[0][row])
                 wrong, said = metrics.character_errors(scores.reference(example), heard)
                 errors, length = errors + wrong, length + said
-        return Tally(errors, length)
+        return WeightedMean(errors, length)
 
 
 METRICS: dict[str, Callable[[Stage, XLLM], Metric]] = {"cer": CharacterErrors.of}
@@ -96,7 +96,7 @@ def step(
     loss: train.Loss,
     counts: Callable[..., Mapping[str, Any]],
     task: Mapping[str, Callable[..., Any]],
-) -> tuple[dict[str, Tally], dict[str, Any]]:
+) -> tuple[dict[str, WeightedMean], dict[str, Any]]:
     """One batch, without gradients.
 
     Args:
@@ -113,9 +113,9 @@ def step(
     params = rules.join(rules.join(state.trainable, state.frozen), unread)
     value, found = loss(params, batch, None)
     found = found | {"loss": value}
-    sums = {name: tally for name, tally in found.items() if isinstance(tally, Tally)}
+    sums = {name: part for name, part in found.items() if isinstance(part, WeightedMean)}
     for name, count in counts(batch, found).items():
-        sums[name] = Tally(found[name] * count, count)
+        sums[name] = WeightedMean(found[name] * count, count)
     return sums, {name: outputs(params, batch) for name, outputs in task.items()}
 
 
@@ -183,11 +183,11 @@ class Evaluation:
             self._met = True
         for batch, info in self._batches():
             self._watch.moved("measures held-out data", info["keys"])
-            for name, tally in self._sums(state, batch, info["planned"]).items():
-                before = sums.get(name, Tally(0.0, 0.0))
-                total = before.total + float(tally.total)
-                sums[name] = Tally(total, before.count + float(tally.count))
-        found = {name: tally.total / tally.count for name, tally in sums.items() if tally.count}
+            for name, part in self._sums(state, batch, info["planned"]).items():
+                before = sums.get(name, WeightedMean(0.0, 0.0))
+                total = before.total + float(part.total)
+                sums[name] = WeightedMean(total, before.count + float(part.count))
+        found = {name: part.total / part.count for name, part in sums.items() if part.count}
         self._check(found)
         found |= {"count": sums["loss"].count, "seconds": time.monotonic() - began}
         return {PREFIX + name: x for name, x in sorted(found.items()) if math.isfinite(x)}
@@ -199,10 +199,10 @@ class Evaluation:
             yield mesh.to_global(self._mesh, batch), info
         self._left_out = left_out
 
-    def _sums(self, state: State, batch: Any, planned: Planned) -> dict[str, Tally]:
+    def _sums(self, state: State, batch: Any, planned: Planned) -> dict[str, WeightedMean]:
         """Fetched: a batch at a time, so that a stall is told with its batch."""
         sums, outputs = jax.device_get(self._compiled((state, self._unread), batch))
-        return sums | {n: metric.tally(outputs[n], planned) for n, metric in self._task.items()}
+        return sums | {n: metric.measured(outputs[n], planned) for n, metric in self._task.items()}
 
     def _check(self, found: Mapping[str, float]) -> None:
         if "loss" not in found:
@@ -348,7 +348,7 @@ def check_settings(stage: Stage) -> ModuleType:
     Raises:
       UserError: they contradict each other.
     """
-    held, file = stage.held_out, find.module("xllm_jax.objectives", stage.objective, "objective")
+    held, file = stage.held_out, lookup.module("xllm_jax.objectives", stage.objective, "objective")
     for name in ("every", "examples"):
         if getattr(held, name) < 0:
             raise UserError("is negative", field=f"held_out.{name}", mend="Give 0 or more")

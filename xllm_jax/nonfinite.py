@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from xllm_jax.preflight import flops
+from xllm_jax.core import flops
 
 HERE = str(Path(__file__).parent)
 Test = Callable[[Any], bool]

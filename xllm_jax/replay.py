@@ -14,9 +14,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from xllm_jax import divergence, nonfinite, restore, startup, train
+from xllm_jax import divergence, nonfinite, startup, train
 from xllm_jax.assembly import networks
-from xllm_jax.core import checkpoint, mesh, rules
+from xllm_jax.core import checkpoint, mesh, rules, stage
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Stage
 
@@ -75,7 +75,7 @@ def read(file: str | Path) -> Recording:
         before += _height(arrays)
     return Recording(
         step=abouts[0]["step"],
-        stage=restore.parse_stage(abouts[0]["stage"]),
+        stage=stage.parse_stage(abouts[0]["stage"]),
         batch=divergence.unflat(joined),
         values=abouts[0]["values"],
         keys=tuple(key for about in abouts for key in about["keys"]),

@@ -13,15 +13,8 @@ from xllm_jax.assembly import networks, parameters
 from xllm_jax.core import checkpoint, checksum, mesh, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import (
-    Best,
-    Data,
-    Divergence,
-    HeldOut,
-    Modality,
-    Optimizer,
-    Part,
-    Source,
     Stage,
+    parse_stage,
 )
 from xllm_jax.models.xllm import XLLM
 
@@ -128,33 +121,6 @@ def stage_of(directory: str | Path) -> Stage:
         if getattr(data, name)
     }
     return dataclasses.replace(stage, data=dataclasses.replace(data, **files, cache=""))
-
-
-def parse_stage(record: Mapping[str, Any]) -> Stage:
-    """A Stage from the plain data of `dataclasses.asdict`."""
-    data = dict(record["data"])
-    data["sources"] = {name: Source(**source) for name, source in data["sources"].items()}
-    data["frames"] = tuple(data["frames"])
-    optimizer = dict(record["optimizer"])
-    optimizer["no_decay"] = tuple(optimizer["no_decay"])
-    changed = {
-        "parts": {name: Part(**part) for name, part in record["parts"].items()},
-        "modalities": {name: Modality(**row) for name, row in record["modalities"].items()},
-        "optimizer": Optimizer(**optimizer),
-        "data": Data(**data),
-        "best": Best(**record.get("best", {})),  # older runs have none
-        "held_out": _held_out(record.get("held_out", {})),
-        "trainable": tuple(record["trainable"]),
-        "divergence": Divergence(**record.get("divergence", {})),
-        "profile": tuple(record.get("profile", ())),
-    }
-    return Stage(**{**record, **changed})
-
-
-def _held_out(record: Mapping[str, Any]) -> HeldOut:
-    sources = {name: Source(**source) for name, source in record.get("sources", {}).items()}
-    metrics = tuple(record.get("metrics", ()))
-    return HeldOut(**{**record, "sources": sources, "metrics": metrics})
 
 
 def place(source: str, directory: str | Path) -> str:

@@ -16,10 +16,10 @@ import jax
 import numpy as np
 
 from xllm_jax import divergence
+from xllm_jax.core import chips, flops
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Stage
-from xllm_jax.core.tally import Tally
-from xllm_jax.preflight import flops, targets
+from xllm_jax.core.weighted_mean import WeightedMean
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 TOKENS = ("tokens", "characters", "word pieces")  # of `padding`, whichever a form has
@@ -109,7 +109,7 @@ def means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def mean(values: Sequence[Any]) -> float:
     """Mean of fetched scalars that are numbers; of `Tally`, the total over the count."""
-    if isinstance(values[0], Tally):
+    if isinstance(values[0], WeightedMean):
         kept = [v for v in values if np.isfinite(v.total)]
         count = sum(float(v.count) for v in kept)
         return sum(float(v.total) for v in kept) / count if count else float("nan")
@@ -219,7 +219,7 @@ def useful(loss: Callable[..., Any]) -> Callable[[Any, Any], float]:
 
 def peak(devices: Sequence[jax.Device]) -> float:
     """bfloat16 FLOP/s of all devices together; 0 where a kind is not in the table."""
-    chips = [targets.chip_of(device.device_kind) for device in devices]
+    chips = [chips.chip_of(device.device_kind) for device in devices]
     return sum(chip.flops for chip in chips) if all(chips) else 0.0
 
 

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from xllm_jax import divergence
 from xllm_jax.assembly import networks, parameters
-from xllm_jax.core import find, hashed_keys, mesh, optim, rules
+from xllm_jax.core import lookup, mesh, optim, prng, rules
 from xllm_jax.core.stage import Divergence, Stage
 
 Loss = Callable[..., tuple[jax.Array, dict[str, Any]]]
@@ -88,7 +88,7 @@ def step(
 
 def step_key(seed: int, number: int | jax.Array) -> jax.Array:
     """The random key of a run's micro-step, counted from 0."""
-    return jax.random.fold_in(hashed_keys.key(seed), number)
+    return jax.random.fold_in(prng.key(seed), number)
 
 
 def gradient_norms(gradients: Mapping[str, Any]) -> dict[str, jax.Array]:
@@ -99,7 +99,7 @@ def gradient_norms(gradients: Mapping[str, Any]) -> dict[str, jax.Array]:
 
 def objective(stage: Stage, xllm: Any, train: bool = True) -> Loss:
     """The stage's loss with its networks and options filled in; `train` is for dropout and such."""
-    file = find.module("xllm_jax.objectives", stage.objective, "objective")
+    file = lookup.module("xllm_jax.objectives", stage.objective, "objective")
     loss = functools.partial(file.loss, xllm, train=train, **stage.options)
     if not stage.offload:
         return loss

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from xllm_jax.core import find, rules
+from xllm_jax.core import lookup, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Part, Stage
 from xllm_jax.data import features
@@ -25,7 +25,7 @@ def network(part: Part, stage: Stage, name: str) -> nn.Module:
     Raises:
       UserError: unknown network, size, field or choice of `remat`, or heads that do not divide.
     """
-    file, kind = find.attribute(MODELS, part.network, f"parts.{name}.network")
+    file, kind = lookup.attribute(MODELS, part.network, f"parts.{name}.network")
     if part.size not in file.SIZES:
         raise UserError(
             f"unknown size {part.size!r}",

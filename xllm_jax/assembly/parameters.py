@@ -15,7 +15,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from xllm_jax.assembly.networks import MODELS, fresh, shapes, whole
-from xllm_jax.core import checkpoint, find, mesh, rules
+from xllm_jax.core import checkpoint, lookup, mesh, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Stage
 from xllm_jax.models.xllm import XLLM
@@ -25,7 +25,7 @@ def specs(stage: Stage, tree: Mapping[str, Any]) -> dict[str, Any]:
     """PartitionSpec of every parameter, from the SHARDING rows of each part's file."""
     return {
         name: rules.assign(
-            find.attribute(MODELS, part.network)[0].SHARDING,
+            lookup.attribute(MODELS, part.network)[0].SHARDING,
             tree[name],
             what=f"{part.network} SHARDING",
             total=False,
@@ -58,7 +58,7 @@ def resident(stage: Stage, params: Mapping[str, Any]) -> dict[str, Any]:
     Left out is what the networks fetch themselves, layer by layer (STREAMED of each part's file).
     """
     streamed = {
-        name: getattr(find.attribute(MODELS, part.network)[0], "STREAMED", ())
+        name: getattr(lookup.attribute(MODELS, part.network)[0], "STREAMED", ())
         for name, part in stage.parts.items()
     }
 

@@ -19,12 +19,12 @@ from tqdm import tqdm
 
 from xllm_jax.assembly import networks
 from xllm_jax.cache import describe
+from xllm_jax.core.atomic import write_json
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Stage
 from xllm_jax.data import features, media, stream
 from xllm_jax.data.record import Record
 from xllm_jax.models.xllm import XLLM
-from xllm_jax.prepare.plan import write
 
 PLAN = "plan.json"
 OURS = (PLAN, features.MANIFEST, "quarantine*.jsonl", "*.npy", "*.array_record-*", "shards")
@@ -295,7 +295,7 @@ def begin(plan: Plan, base: Mapping[str, str], again: bool = False) -> str:
             raise UserError(what, field=str(plan.output), mend=mend)
         empty(plan.output)
     plan.output.mkdir(parents=True, exist_ok=True)
-    write(file, {"identity": identity, **about})
+    write_json(file, {"identity": identity, **about})
     return identity
 
 

@@ -13,9 +13,9 @@ import functools
 import itertools
 import json
 import secrets
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,14 @@ from xllm_jax.cache import describe
 from xllm_jax.cache import plan as planning
 from xllm_jax.cache.plan import Job, Plan
 from xllm_jax.core import checksum, hosts, mesh, rules
+from xllm_jax.core.atomic import sha256 as file_checksum
+from xllm_jax.core.atomic import write_json
 from xllm_jax.core.errors import UserError
+from xllm_jax.core.parallel import ahead
 from xllm_jax.data import features, media
 from xllm_jax.data.decoder import Decoders
 from xllm_jax.data.quarantine import Quarantine
 from xllm_jax.data.record import DoesNotFit, Skipped
-from xllm_jax.prepare.plan import write as write_json
-from xllm_jax.prepare.shard import checksum as file_checksum
 
 Arrays = tuple[np.ndarray, np.ndarray, int]  # values, lengths, embeddings wanted
 LOOKED_AT = 100  # media among which one can be read
@@ -145,23 +146,6 @@ def _read(plan: Plan, job: Job, load: media.Load, row: int) -> Arrays | tuple[Us
         return values, lengths, features.wanted(job.modality, record, data)
     except UserError as error:
         return error, record.example.key
-
-
-def ahead(
-    pool: ThreadPoolExecutor, call: Callable[[int], Any], rows: Iterable[int], most: int
-) -> Iterator[Any]:
-    """Results of `call` in order, at most `most` of them started and not taken yet."""
-    rows, waiting = iter(rows), deque[Future]()
-    try:
-        while True:
-            for row in itertools.islice(rows, most - len(waiting)):
-                waiting.append(pool.submit(call, row))
-            if not waiting:
-                return
-            yield waiting.popleft().result()
-    finally:
-        for future in waiting:
-            future.cancel()
 
 
 def computed(

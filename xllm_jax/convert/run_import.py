@@ -26,9 +26,9 @@ from typing import Any
 import numpy as np
 
 from xllm_jax.convert import Drop, Leaf, Plan, Report, arrange, conversion_record, files, place
-from xllm_jax.core import checkpoint, find, rules
-from xllm_jax.core.blocks import Blocks
+from xllm_jax.core import checkpoint, lookup, rules
 from xllm_jax.core.errors import UserError
+from xllm_jax.core.streamed_leaf import Blocks
 
 PACKAGE = "xllm_jax.convert.sources"
 BLOCK = 1 << 26
@@ -41,7 +41,9 @@ EXPONENTS = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000}
 
 def sources() -> dict[str, ModuleType]:
     """The modules that describe a source, by name."""
-    modules = {name: importlib.import_module(f"{PACKAGE}.{name}") for name in find.choices(PACKAGE)}
+    modules = {
+        name: importlib.import_module(f"{PACKAGE}.{name}") for name in lookup.choices(PACKAGE)
+    }
     return {name: module for name, module in modules.items() if hasattr(module, "recognise")}
 
 

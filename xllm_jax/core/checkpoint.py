@@ -23,9 +23,9 @@ import tensorstore
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
-from xllm_jax.core import checksum, folders, rules
-from xllm_jax.core.blocks import Blocks, BlocksHandler, full
+from xllm_jax.core import atomic, checksum, rules
 from xllm_jax.core.errors import UserError
+from xllm_jax.core.streamed_leaf import Blocks, BlocksHandler, full
 
 FORMAT = 1
 CONVERSION = "conversion.json"
@@ -224,7 +224,7 @@ def save_base(
             shutil.rmtree(partial, ignore_errors=True)
         raise
     if main:
-        folders.replace(directory, partial)
+        atomic.replace_folder(directory, partial)
     if jax.process_count() > 1:  # no host goes on before the folder has its name
         multihost_utils.sync_global_devices("base written")
 
@@ -245,7 +245,7 @@ def _describe(
 
 def base_exists(directory: str | Path) -> bool:
     """Whether a base is there."""
-    return (folders.whole(directory) / "about.json").exists()
+    return (atomic.whole_folder(directory) / "about.json").exists()
 
 
 def _save_params(path: Path, params: Mapping[str, Any]) -> None:
@@ -277,7 +277,7 @@ def open_leaves(directory: str | Path) -> dict[str, Any]:
     Raises:
       UserError: no base there.
     """
-    return _stores(folders.whole(directory) / "params", base_about(directory)["shapes"])
+    return _stores(atomic.whole_folder(directory) / "params", base_about(directory)["shapes"])
 
 
 def _stores(folder: Path, paths: Iterable[str]) -> dict[str, Any]:
@@ -303,7 +303,7 @@ def base_about(directory: str | Path) -> dict[str, Any]:
     Raises:
       UserError: the folder is missing or is not a base.
     """
-    file = folders.whole(directory) / "about.json"
+    file = atomic.whole_folder(directory) / "about.json"
     if not file.exists():
         raise UserError(
             "no base or finished run here",
@@ -315,7 +315,7 @@ def base_about(directory: str | Path) -> dict[str, Any]:
 
 def base_origin(directory: str | Path) -> str:
     """One line on where a converted base comes from, by its conversion.json; '' without one."""
-    file = folders.whole(directory) / CONVERSION
+    file = atomic.whole_folder(directory) / CONVERSION
     if not file.exists():
         return ""
     done = json.loads(file.read_text("utf-8"))
@@ -357,7 +357,7 @@ def load_leaves(
     )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         found = checkpointer.restore(
-            folders.whole(directory) / "params",
+            atomic.whole_folder(directory) / "params",
             args=ocp.args.PyTreeRestore(
                 item=target, restore_args=restore_args, partial_restore=True
             ),

@@ -6,6 +6,7 @@ Every field can be overridden on the command line (``--config.optimizer.peak=1e-
 
 # No postponed annotations here: the command line reads the fields' types.
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -263,3 +264,30 @@ class Stage:
     best: Best = dataclasses.field(default_factory=Best)
     held_out: HeldOut = dataclasses.field(default_factory=HeldOut)
     stall: float = 600.0
+
+
+def parse_stage(record: Mapping[str, Any]) -> Stage:
+    """A Stage from the plain data of `dataclasses.asdict`."""
+    data = dict(record["data"])
+    data["sources"] = {name: Source(**source) for name, source in data["sources"].items()}
+    data["frames"] = tuple(data["frames"])
+    optimizer = dict(record["optimizer"])
+    optimizer["no_decay"] = tuple(optimizer["no_decay"])
+    changed = {
+        "parts": {name: Part(**part) for name, part in record["parts"].items()},
+        "modalities": {name: Modality(**row) for name, row in record["modalities"].items()},
+        "optimizer": Optimizer(**optimizer),
+        "data": Data(**data),
+        "best": Best(**record.get("best", {})),  # older runs have none
+        "held_out": _held_out(record.get("held_out", {})),
+        "trainable": tuple(record["trainable"]),
+        "divergence": Divergence(**record.get("divergence", {})),
+        "profile": tuple(record.get("profile", ())),
+    }
+    return Stage(**{**record, **changed})
+
+
+def _held_out(record: Mapping[str, Any]) -> HeldOut:
+    sources = {name: Source(**source) for name, source in record.get("sources", {}).items()}
+    metrics = tuple(record.get("metrics", ()))
+    return HeldOut(**{**record, "sources": sources, "metrics": metrics})

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import grain
 import numpy as np
 
-from xllm_jax.core import find
+from xllm_jax.core import lookup
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data, Source
 from xllm_jax.data.example import Example
@@ -31,7 +31,7 @@ def read(name: str, source: Source, root: str) -> Sequence[Example]:
       UserError: unknown reader or option, no files, or no records.
     """
     field = f"data.sources.{name}"
-    reader = find.module(READERS, source.reader, f"{field}.reader")
+    reader = lookup.module(READERS, source.reader, f"{field}.reader")
     known = list(inspect.signature(reader.examples).parameters)[2:]
     unknown = sorted(set(source.options) - set(known))
     if unknown:

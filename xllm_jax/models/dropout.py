@@ -1,4 +1,4 @@
-"""Dropout with one mask, drawn as whole words: cheap with the keys of `core/hashed_keys.py`."""
+"""Dropout with one mask, drawn as whole words: cheap with the keys of `core/prng.py`."""
 
 from __future__ import annotations
 

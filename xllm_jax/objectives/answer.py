@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from xllm_jax.core import mesh
 from xllm_jax.core.batch import Batch
-from xllm_jax.core.tally import Tally
+from xllm_jax.core.weighted_mean import WeightedMean
 
 Array = jax.Array
 
@@ -100,7 +100,7 @@ def answer_loss(
     metrics = {"loss": loss, "accuracy": (hits * weights).sum() / total, "count": count}
     for name, kind in (kinds or {}).items():
         own = weights * kind
-        metrics[f"loss/{name}"] = Tally((losses * own).sum(), own.sum())
+        metrics[f"loss/{name}"] = WeightedMean((losses * own).sum(), own.sum())
     return loss, metrics
 
 

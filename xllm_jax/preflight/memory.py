@@ -12,8 +12,7 @@ from typing import Any
 import jax
 from jax.extend import core
 
-from xllm_jax.core import mesh, rules
-from xllm_jax.preflight import flops
+from xllm_jax.core import flops, mesh, rules
 from xllm_jax.preflight.hlo import Program
 
 

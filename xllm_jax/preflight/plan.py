@@ -11,18 +11,9 @@ import jax
 
 from xllm_jax import train
 from xllm_jax.assembly import networks
-from xllm_jax.core import hashed_keys
+from xllm_jax.core import flops, prng
 from xllm_jax.core.stage import Stage
-from xllm_jax.preflight import (
-    collectives,
-    flops,
-    hlo,
-    inputs,
-    memory,
-    refusal,
-    roofline,
-    targets,
-)
+from xllm_jax.preflight import collectives, hlo, inputs, memory, refusal, roofline, targets
 from xllm_jax.preflight.collectives import Collective
 from xllm_jax.preflight.memory import Memory
 from xllm_jax.preflight.refusal import Refusal
@@ -246,7 +237,7 @@ def from_refusal(
 
 def _kept(lowered: Lowered) -> list[tuple[str, tuple[int, ...], Any]]:
     """What autodiff keeps of a step."""
-    key = jax.eval_shape(lambda: hashed_keys.key(0))
+    key = jax.eval_shape(lambda: prng.key(0))
     state = lowered.state
     return memory.kept(lowered.loss, state.trainable, state.frozen, lowered.batch, key)
 

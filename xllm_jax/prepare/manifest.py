@@ -7,9 +7,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from xllm_jax.core import atomic
 from xllm_jax.core.errors import UserError
 from xllm_jax.data import prepared
-from xllm_jax.prepare import plan as planning
 from xllm_jax.prepare.plan import Plan
 
 
@@ -27,7 +27,7 @@ def finish(plan: Plan) -> dict[str, Any]:
     if todo:
         what = f"{len(todo)} of {plan.shards} shards are not written"
         raise UserError(what, field=plan.output, mend="The same command continues")
-    planning.remove_partial(
+    atomic.remove_partial(
         Path(plan.output), {plan.file(shard).name for shard in range(plan.shards)}
     )
     notes = [json.loads(plan.note(s).read_text("utf-8")) for s in range(plan.shards)]
@@ -39,7 +39,7 @@ def finish(plan: Plan) -> dict[str, Any]:
     known = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     splits = known.get("splits", {}) | {plan.source.split: _split(plan, notes)}
     made = {"name": plan.name, "splits": splits}
-    planning.write(file, made)
+    atomic.write_json(file, made)
     shards = {
         name: ([shard["records"] for shard in split["shards"]], split["bytes"])
         for name, split in splits.items()

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from xllm_jax.core import atomic
 from xllm_jax.core.stage import Source
 from xllm_jax.data.sources import selection
-from xllm_jax.prepare import plan
 
 
 def write(
@@ -33,12 +33,12 @@ def write(
     save(root / f"{split}.npy", np.ascontiguousarray(picked, np.int64))
     described = selection.described(sources, root)
     about = {"sources": described, "instructions": list(instructions)}
-    plan.write(root / selection.FILE, about)
+    atomic.write_json(root / selection.FILE, about)
 
 
 def save(file: Path, values: np.ndarray) -> None:
     """Saves an array whole or not at all."""
-    partial = plan.partial_name(file)
+    partial = atomic.partial_name(file)
     with partial.open("wb") as opened:
         np.save(opened, values)
     partial.replace(file)

@@ -5,19 +5,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import uuid
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from xllm_jax.core import atomic
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
 from xllm_jax.data import prepared, stream
 from xllm_jax.data.example import Example
 
 PLAN = "plan.json"
-PARTIAL = ".partial"
 PER_SHARD = 1024  # records
 LOOKED_AT = 100  # records, spread over the source, that tell which media a set has
 
@@ -155,34 +154,8 @@ def _same_or_new(made: Plan) -> None:
             raise UserError(what, field=made.output, mend="Choose another --output, or empty it")
         return
     file.parent.mkdir(parents=True, exist_ok=True)
-    write(file, about)
+    atomic.write_json(file, about)
 
 
 def _plain(value: object) -> object:
     return json.loads(json.dumps(value))
-
-
-def partial_name(file: Path) -> Path:
-    """Where a file is written before it gets its name: nowhere twice, as process numbers would be
-    on two machines that share a folder."""
-    return file.with_name(f".{file.name}.{uuid.uuid4().hex}{PARTIAL}")
-
-
-def remove_partial(folder: Path, names: Collection[str] = ()) -> None:
-    """Removes what killed processes left half written; to be called when all is there.
-
-    Args:
-      folder: with its sub-folders.
-      names: of the files whose beginnings go, as others may be in the making; () is all files.
-    """
-    for left in folder.rglob(f".*{PARTIAL}"):
-        if not names or left.name[1:].rsplit(".", 2)[0] in names:
-            left.unlink(missing_ok=True)
-
-
-def write(file: Path, content: object) -> None:
-    """Writes JSON whole or not at all."""
-    partial = partial_name(file)
-    text = json.dumps(content, ensure_ascii=False, indent=1)
-    partial.write_text(text + "\n", "utf-8", "backslashreplace")
-    partial.replace(file)

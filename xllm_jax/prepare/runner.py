@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from xllm_jax.core import atomic
 from xllm_jax.core.errors import UserError
-from xllm_jax.prepare import plan
 
 # Local processes would tell their every step amid the progress bar; failures come as exceptions.
 QUIET = "--default_sdk_harness_log_level=ERROR"
@@ -78,4 +78,4 @@ class WriteJson:
         self._file = file
 
     def __call__(self, value: Any) -> None:
-        plan.write(self._file, value)
+        atomic.write_json(self._file, value)

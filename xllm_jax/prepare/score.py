@@ -25,11 +25,12 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from xllm_jax.cache.write import ahead
 from xllm_jax.convert import conversion_record, sizes
 from xllm_jax.convert.sources import clip as tables
-from xllm_jax.core import checkpoint, checksum, mesh, rules
+from xllm_jax.core import atomic, checkpoint, checksum, mesh, rules
+from xllm_jax.core.atomic import sha256 as file_checksum
 from xllm_jax.core.errors import UserError
+from xllm_jax.core.parallel import ahead
 from xllm_jax.core.stage import Source
 from xllm_jax.data import image, stream
 from xllm_jax.data.example import Example
@@ -37,7 +38,6 @@ from xllm_jax.data.tokenizer import ClipTokenizer
 from xllm_jax.models.clip import Clip
 from xllm_jax.prepare import plan as planning
 from xllm_jax.prepare.plan import Plan
-from xllm_jax.prepare.shard import checksum as file_checksum
 
 PER_SHARD = 4096  # records: what an interruption costs at most
 THREADS = 16
@@ -161,7 +161,7 @@ def pair(example: Example, side: int) -> Pair:
 def _same_or_new(plan: Plan, identity: str) -> None:
     file = Path(plan.output) / f"clip.{plan.source.split}.json"
     if not file.is_file():
-        planning.write(file, {"identity": identity})
+        atomic.write_json(file, {"identity": identity})
     elif json.loads(file.read_text("utf-8"))["identity"] != identity:
         what = "holds scores of another CLIP or tokenizer"
         raise UserError(what, field=plan.output, mend="Choose another --output, or remove them")
@@ -181,7 +181,7 @@ def _shards(plan: Plan, todo: Sequence[int], scorer: Scorer, batch: int) -> None
             found = list(_scores(itertools.islice(decoded, count), scorer, batch, bar))
             scores = [None if isinstance(one, dict) else one for one in found]
             rejects = [one for one in found if isinstance(one, dict)]
-            planning.write(plan.note(shard), {"similarities": scores, "rejects": rejects})
+            atomic.write_json(plan.note(shard), {"similarities": scores, "rejects": rejects})
 
 
 def _read(found: Sequence[Example], side: int, name: str, place: int) -> Pair | dict[str, str]:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from xllm_jax.core import atomic
 from xllm_jax.core.errors import UserError
 from xllm_jax.data import prepared, stream
 from xllm_jax.data.example import Example
 from xllm_jax.prepare import plan as planning
 from xllm_jax.prepare.plan import Plan
-
-BLOCK = 1 << 20
 
 
 def write(plan: Plan, shard: int, found: Sequence[Example]) -> dict[str, Any]:
@@ -32,7 +30,7 @@ def write(plan: Plan, shard: int, found: Sequence[Example]) -> dict[str, Any]:
     if planning.finished(plan, shard):
         return {}
     note.parent.mkdir(parents=True, exist_ok=True)
-    partial = planning.partial_name(file)
+    partial = atomic.partial_name(file)
     records, rejects = _records(plan, shard, found, partial)
     made = {
         "plan": plan.identity(),
@@ -40,11 +38,11 @@ def write(plan: Plan, shard: int, found: Sequence[Example]) -> dict[str, Any]:
         "file": file.name,
         "records": records,
         "bytes": partial.stat().st_size,
-        "sha256": checksum(partial),
+        "sha256": atomic.sha256(partial),
         "rejects": rejects,
     }
     partial.replace(file)
-    planning.write(note, made)
+    atomic.write_json(note, made)
     return made
 
 
@@ -70,12 +68,3 @@ def _records(
     finally:
         writer.close()
     return records, rejects
-
-
-def checksum(file: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        while block := opened.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()

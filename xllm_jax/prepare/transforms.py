@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from xllm_jax.core import atomic
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
 from xllm_jax.data import prepared, speech, stream
 from xllm_jax.data.sources import layout
 from xllm_jax.data.world import speak
-from xllm_jax.prepare import plan
 from xllm_jax.prepare.translate import TranslateBatch
 
 THRESHOLD = 0.45  # the paper's, of image and caption by CLIP
@@ -194,7 +194,7 @@ def _write(file: Path, samples: np.ndarray) -> None:
     import soundfile
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = plan.partial_name(file)
+    partial = atomic.partial_name(file)
     kind = "WAV" if file.suffix.lower() == ".wav" else "FLAC"
     soundfile.write(partial, samples, speech.RATE, format=kind, subtype="PCM_16")
     partial.replace(file)

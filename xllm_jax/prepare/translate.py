@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from xllm_jax.core import atomic
 from xllm_jax.core.errors import UserError
-from xllm_jax.prepare import plan
 
 MODEL_FILE = "sentencepiece.bpe.model"
 PAD, END, UNK, SHIFT = 1, 2, 3, 1  # <s> is 0; pieces stand one higher than in the model
@@ -147,7 +147,7 @@ class TranslateBatch:
         """(text, translation) of every text."""
         file = batch_file(self._folder, texts)
         if not file.is_file():
-            plan.write(file, dict(zip(texts, self._translator(texts))))
+            atomic.write_json(file, dict(zip(texts, self._translator(texts))))
         return list(json.loads(file.read_text("utf-8")).items())
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from xllm_jax.core import atomic
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
 from xllm_jax.data import stream
@@ -118,7 +119,7 @@ def build(
     reasons = dict(Counter(one["reason"] for one in rejects).most_common())
     told = {"records": stored, "sources": {name: wanted[name] for name in whole}}
     told |= {"rejected": len(rejects), "reasons": reasons}
-    plan.write(Path(output) / "instructions.json", told | {"seed": seed, "rejects": rejects})
+    atomic.write_json(Path(output) / "instructions.json", told | {"seed": seed, "rejects": rejects})
     return told
 
 

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from xllm_jax.core import atomic
 from xllm_jax.data.sources import layout
-from xllm_jax.prepare import plan, runner, transforms
+from xllm_jax.prepare import runner, transforms
 
 
 def build(
@@ -67,5 +68,5 @@ def collect(
     """The texts without doubles; writes them, too."""
     file = Path(output) / f"{split}_texts.json"
     once = runner.collected(found, transforms.deduplicated, file, beam, workers)
-    plan.write(file, dict.fromkeys(sorted(once), ""))
+    atomic.write_json(file, dict.fromkeys(sorted(once), ""))
     return sorted(once)

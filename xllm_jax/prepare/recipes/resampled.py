@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from xllm_jax.core import atomic
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.sources import layout
-from xllm_jax.prepare import engine, plan, runner, transforms
+from xllm_jax.prepare import engine, runner, transforms
 
 
 def build(input: str, output: str, beam: Sequence[str] = (), workers: int = 0) -> dict[str, Any]:
@@ -43,14 +44,14 @@ def build(input: str, output: str, beam: Sequence[str] = (), workers: int = 0) -
         raise UserError(f"no file can be used; {why['file']}: {why['reason']}", field=input)
     for path in others:
         copy(path, Path(output) / path.relative_to(input))
-    plan.remove_partial(Path(output))
+    atomic.remove_partial(Path(output))
     counts = {
         "files": len(sounds) - len(rejects),
         "copied": len(others),
         "rejected": len(rejects),
         "reasons": dict(Counter(one["reason"] for one in rejects).most_common()),
     }
-    plan.write(Path(output) / "resampled.json", counts | {"rejects": rejects})
+    atomic.write_json(Path(output) / "resampled.json", counts | {"rejects": rejects})
     return counts
 
 
@@ -92,6 +93,6 @@ def copy(path: Path, target: Path) -> None:
         if (old.st_size, old.st_mtime_ns) == (new.st_size, new.st_mtime_ns):
             return
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = plan.partial_name(target)
+    partial = atomic.partial_name(target)
     shutil.copy2(path, partial)
     partial.replace(target)

@@ -21,12 +21,13 @@ from typing import Any
 
 import numpy as np
 
+from xllm_jax.core import atomic
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
 from xllm_jax.data import stream
 from xllm_jax.data.lazy import Lines, Rows
 from xllm_jax.data.sources import layout
-from xllm_jax.prepare import pick, plan, runner, transforms
+from xllm_jax.prepare import pick, runner, transforms
 
 CHUNK = 1 << 16  # records that a worker of Beam looks at together
 
@@ -101,7 +102,7 @@ def write(output: str, source: Source, kept: np.ndarray, counts: dict[str, Any])
     """Writes the list of what is kept, and the counts."""
     rows = np.stack([np.zeros_like(kept), kept, np.full_like(kept, -1)], axis=1)
     pick.write(output, source.split, {source.reader: source}, rows)
-    plan.write(Path(output) / f"{source.split}_similar.json", counts)
+    atomic.write_json(Path(output) / f"{source.split}_similar.json", counts)
 
 
 def alike(file: Path, threshold: float, beam: Sequence[str] = (), workers: int = 0) -> np.ndarray:

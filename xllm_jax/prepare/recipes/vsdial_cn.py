@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from xllm_jax.core import atomic
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
 from xllm_jax.data.sources import layout
@@ -78,13 +79,13 @@ def build(
     asked = {data["questions"][r["question"]] for d in data["dialogs"] for r in d["dialog"]}
     folder = Path(output) / "audio"
     speak(sorted(asked), table, folder, say, beam, workers)
-    plan.remove_partial(folder)
+    atomic.remove_partial(folder)
     files = {transforms.same(text): name for text, name in spoken(folder).items()}
     made, counts = in_chinese(data, table, files)
     if not counts["rounds"]:
         raise UserError("translates no round", field=translations or translator)
     file = Path(output) / f"visdial_1.0_{split}.json"
-    plan.write(file, {"split": split, "version": "1.0", "data": made})
+    atomic.write_json(file, {"split": split, "version": "1.0", "data": made})
     pick_once(made, output, split)
     kinds = ("asr", "spoken") if images else ("asr",)
     shards = {kind: prepare(output, split, kind, images, beam, workers) for kind in kinds}
@@ -183,7 +184,7 @@ def speak(
 def note(said: tuple[str, str]) -> None:
     """Notes beside a file what it says."""
     text, file = said
-    plan.write(Path(file).with_suffix(".json"), {"text": text})
+    atomic.write_json(Path(file).with_suffix(".json"), {"text": text})
 
 
 def spoken(folder: Path) -> dict[str, str]:

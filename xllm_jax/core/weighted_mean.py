@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 
-class Tally(NamedTuple):
+class WeightedMean(NamedTuple):
     """What an objective reports where rows differ in how much they count.
 
     The mean over several steps is the sum of totals over the sum of counts: a step with three

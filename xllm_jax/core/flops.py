@@ -14,7 +14,7 @@ import jax
 from jax.extend import core
 from jax.interpreters import partial_eval
 
-from xllm_jax.core import hashed_keys, rules
+from xllm_jax.core import prng, rules
 
 PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot")
 
@@ -84,7 +84,7 @@ def useful(loss: Callable[..., Any], trainable: Any, frozen: Any, batch: Any) ->
     def value(trainable: Any, frozen: Any, batch: Any, key: Any) -> jax.Array:
         return loss(rules.join(trainable, frozen), batch, key)[0]
 
-    key = jax.eval_shape(lambda: hashed_keys.key(0))
+    key = jax.eval_shape(lambda: prng.key(0))
     return minimum(value, trainable, frozen, batch, key)
 
 

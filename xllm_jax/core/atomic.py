@@ -1,0 +1,70 @@
+"""Files and folders that are there whole or not at all, whatever is killed while they are written.
+
+No file system exchanges two folders everywhere, so an old folder is renamed before the new one
+takes its name. Between these two moments readers find the old one under its other name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import uuid
+from collections.abc import Collection
+from pathlib import Path
+
+PARTIAL = ".partial"
+REPLACED = ".replaced"
+BLOCK = 1 << 20
+
+
+def partial_name(file: Path) -> Path:
+    """Where a file is written before it gets its name: nowhere twice, as process numbers would be
+    on two machines that share a folder."""
+    return file.with_name(f".{file.name}.{uuid.uuid4().hex}{PARTIAL}")
+
+
+def remove_partial(folder: Path, names: Collection[str] = ()) -> None:
+    """Removes what killed processes left half written; to be called when all is there.
+
+    Args:
+      folder: with its sub-folders.
+      names: of the files whose beginnings go, as others may be in the making; () is all files.
+    """
+    for left in folder.rglob(f".*{PARTIAL}"):
+        if not names or left.name[1:].rsplit(".", 2)[0] in names:
+            left.unlink(missing_ok=True)
+
+
+def write_json(file: Path, content: object) -> None:
+    """Writes JSON whole or not at all."""
+    partial = partial_name(file)
+    text = json.dumps(content, ensure_ascii=False, indent=1)
+    partial.write_text(text + "\n", "utf-8", "backslashreplace")
+    partial.replace(file)
+
+
+def sha256(file: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while block := opened.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def replace_folder(directory: Path, partial: Path) -> None:
+    """Gives the complete folder `partial` the name `directory`; what was there is removed."""
+    old = directory.with_name(directory.name + REPLACED)
+    if directory.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        directory.rename(old)
+    partial.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def whole_folder(directory: str | Path) -> Path:
+    """The folder of that name, or the one it was about to replace when the writer was killed."""
+    directory = Path(directory).absolute()
+    old = directory.with_name(directory.name + REPLACED)
+    return old if old.exists() and not directory.exists() else directory
