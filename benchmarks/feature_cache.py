@@ -35,12 +35,12 @@ from xllm_jax.core import batch, flops, mesh, rules
 from xllm_jax.core.stage import Stage
 from xllm_jax.data import media
 from xllm_jax.data.pipeline import Pipeline
-from xllm_jax.data.world import build as world
-from xllm_jax.data.world.plan import WorldSizes
+from xllm_jax.data.synthetic_world import build as world
+from xllm_jax.data.synthetic_world.plan import WorldSizes
 
 STAGES = ("stage2_speech", "stage3_instruction")
 REAL = ("stage2_speech", "stage2_image", "stage2_video", "stage3_instruction")
-TOKENIZER = "xllm_jax/data/world/backbones/llm"
+TOKENIZER = "xllm_jax/data/synthetic_world/backbones/llm"
 
 
 def miniature(name: str, folder: Path) -> Stage:

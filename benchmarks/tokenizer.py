@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from xllm_jax.data.synthetic_world.text_stream import text_examples
 from xllm_jax.data.tokenizer import LINE, LONGEST_BLANK, TAB, ChatGLMTokenizer, blank
-from xllm_jax.data.world.text_stream import text_examples
 
 ROUNDS = 7
 

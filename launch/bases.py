@@ -24,8 +24,8 @@ from xllm_jax.assembly.networks import model
 from xllm_jax.convert.sources import world
 from xllm_jax.core import mesh
 from xllm_jax.data.prompt import TEMPLATES
+from xllm_jax.data.synthetic_world.text_stream import text_examples
 from xllm_jax.data.tokenizer import train_tokenizer
-from xllm_jax.data.world.text_stream import text_examples
 from xllm_jax.models.bert import SIZES as BERT_SIZES
 from xllm_jax.models.bert import BertEncoder
 

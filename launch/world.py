@@ -16,7 +16,7 @@ from absl import flags
 from tqdm import tqdm
 
 from launch import command
-from xllm_jax.data.world import build
+from xllm_jax.data.synthetic_world import build
 
 OUTPUT = flags.DEFINE_string("output", "world", "Folder of the world; must not hold other files.")
 QUICK = flags.DEFINE_bool("quick", False, "A sixth of everything.")

@@ -18,7 +18,7 @@ from xllm_jax.cache import write
 from xllm_jax.cache.plan import Job, Plan
 from xllm_jax.core import checkpoint, rules
 from xllm_jax.core.stage import Data, Optimizer, Part, Source, Stage
-from xllm_jax.data import features
+from xllm_jax.data import cached_features
 
 SPEECH_ENCODER = {
     "width": 16, "hidden": 32, "heads": 2, "kernel": 3, "depth": 3, "pools": (1, 2), "channels": 4,
@@ -145,7 +145,7 @@ def draw(folder: Path, count: int) -> Path:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """{file: bytes} of the shards, tables and the description of a cache."""
-    patterns = ("*.array_record-*", "*.npy", features.MANIFEST)
+    patterns = ("*.array_record-*", "*.npy", cached_features.MANIFEST)
     files = [path for pattern in patterns for path in folder.glob(pattern)]
     return {path.name: path.read_bytes() for path in files}
 

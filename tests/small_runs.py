@@ -13,8 +13,8 @@ from xllm_jax.assembly import networks
 from xllm_jax.core import checkpoint, checksum
 from xllm_jax.core.stage import Stage
 from xllm_jax.data.characters import CharacterVocabulary
-from xllm_jax.data.world import build as world
-from xllm_jax.data.world.plan import WorldSizes
+from xllm_jax.data.synthetic_world import build as world
+from xllm_jax.data.synthetic_world.plan import WorldSizes
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = ROOT / "xllm_jax" / "data" / "world" / "backbones" / "llm"

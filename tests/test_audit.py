@@ -16,7 +16,7 @@ from test_video import write as write_video
 from xllm_jax.audit import audit, page, supervision
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data, Source, Stage
-from xllm_jax.data import padding, speech, stream
+from xllm_jax.data import mixture, padding, speech
 from xllm_jax.data.characters import CharacterVocabulary
 from xllm_jax.data.example import Example
 from xllm_jax.data.pipeline import Pipeline
@@ -59,7 +59,7 @@ def staged(folder, monkeypatch):
             threads=1,
             **(shapes | fields),
         )
-        monkeypatch.setattr(stream, "read", lambda name, source, root: sources[name])
+        monkeypatch.setattr(mixture, "read", lambda name, source, root: sources[name])
         return Stage(name="small", data=data)
 
     return make

@@ -19,7 +19,7 @@ from test_video import write as write_video
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data, Source
-from xllm_jax.data import decoder, image, speech, stream
+from xllm_jax.data import decoder, image, mixture, speech
 from xllm_jax.data.characters import CharacterVocabulary
 from xllm_jax.data.example import Example
 from xllm_jax.data.pipeline import Pipeline
@@ -136,7 +136,7 @@ def batches(folder, monkeypatch, tmp_path):
             threads=threads,
             **(SHAPES | {"max_bad_share": 1.0} | fields),
         )
-        monkeypatch.setattr(stream, "read", lambda name, source, root: examples)
+        monkeypatch.setattr(mixture, "read", lambda name, source, root: examples)
         listed = tmp_path / "quarantine.jsonl"
         batch, info = next(Pipeline(data, quarantine=listed).iterate())
         lines = listed.read_text("utf-8").splitlines() if listed.exists() else []

@@ -23,7 +23,7 @@ from xllm_jax.cache import check, describe, plan, write
 from xllm_jax.core import checkpoint, checksum, mesh, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import HeldOut
-from xllm_jax.data import features, media, pipeline, stream
+from xllm_jax.data import cached_features, media, mixture, pipeline
 from xllm_jax.data.example import Example
 from xllm_jax.data.record import DoesNotFit, Record
 
@@ -117,7 +117,7 @@ def test_files_of_features_give_the_losses_of_their_sounds(speech, plain, tmp_pa
     made = small_cache.changed(speech[0], speech_features="cif", speech_width=16)
     sources = as_files(speech[0], speech[1], tmp_path)
     kept = pipeline.Pipeline(cached(*speech).data).iterate()
-    monkeypatch.setattr(stream, "read", lambda name, source, root: sources[name])
+    monkeypatch.setattr(mixture, "read", lambda name, source, root: sources[name])
     given = pipeline.Pipeline(made.data).iterate()
     for _ in range(6):
         jax.tree.map(np.testing.assert_array_equal, next(kept)[0], next(given)[0])
@@ -133,12 +133,12 @@ def test_files_of_features_give_the_losses_of_their_sounds(speech, plain, tmp_pa
 
 def as_files(stage, folder, output):
     """{source: its examples, with a cache's features as `.npy` in the place of sounds}."""
-    load = features.Features(folder).loader(None)
+    load = cached_features.Features(folder).loader(None)
     found = {}
     for name in stage.data.sources:
         found[name] = []
         for number, example in enumerate(
-            stream.read(name, stage.data.sources[name], stage.data.root)
+            mixture.read(name, stage.data.sources[name], stage.data.root)
         ):
             ((_, path),) = example.media
             values, lengths = load("speech", path, stage.data, Record(example, name), 0, True)
@@ -152,7 +152,7 @@ def test_stage_three_reads_everything_below_its_adapters(world, tmp_path):
     """Three modalities, packed rows, videos of several frames: losses and gradients are equal."""
     stage = small_cache.based(small_cache.stage3(world), tmp_path)
     folder = written(stage, tmp_path / "cache")
-    about = features.manifest(folder)["modalities"]
+    about = cached_features.manifest(folder)["modalities"]
     assert {name: (kind["steps"], kind["through"]) for name, kind in about.items()} == {
         "image": (2, "image_interface/qformer"),
         "video": (2, "video_interface/qformer"),
@@ -219,7 +219,7 @@ def test_a_changed_source_or_shard_is_named(speech, tmp_path):
     stage = cached(stage, copy)
     subset = small_cache.changed(stage, sources=fewer)
     assert check.verified(subset, networks.model(subset), mesh.make({}))
-    shard = copy / features.shard_name("speech", 1, 3)
+    shard = copy / cached_features.shard_name("speech", 1, 3)
     shard.write_bytes(shard.read_bytes()[:-1])
     assert refusal(stage).startswith(f"{shard}: is missing or has not the ")
     shutil.rmtree(copy)
@@ -288,7 +288,7 @@ def test_hosts_share_the_work_and_a_killed_one_continues(tmp_path, arithmetic):
 def test_all_devices_compute(tmp_path):
     """Two devices, whose batch is rounded up, write what one writes."""
     stage = small_cache.pictures(small_cache.draw(tmp_path / "pictures", 5))
-    alone = features.Features(written(stage, tmp_path / "alone"))
+    alone = cached_features.Features(written(stage, tmp_path / "alone"))
     code = f"""
 import sys; sys.path[:0] = ['tests', '.']
 import jax, small_cache
@@ -308,7 +308,7 @@ print(len(jax.local_devices()))
         env=os.environ | flags,
     )
     assert done.stdout.strip() == "2", done.stderr
-    both = features.Features(tmp_path / "both")
+    both = cached_features.Features(tmp_path / "both")
     load = alone.loader(media.load), both.loader(media.load)
     for number in range(5):
         path = str(tmp_path / "pictures" / f"{number:02d}.png")
@@ -325,14 +325,16 @@ def test_another_cache_in_the_folder_is_refused_in_words(tmp_path, arithmetic):
     with pytest.raises(UserError, match=r"data\.image\.size was 32 when .* is 16 now.*--again"):
         write.run(smaller, 4)
     assert write.run(smaller, 4, again=True) is not None
-    assert features.manifest(folder)["modalities"]["image"]["fields"]["data.image.size"] == 16
+    assert (
+        cached_features.manifest(folder)["modalities"]["image"]["fields"]["data.image.size"] == 16
+    )
 
 
 def test_shared_media_are_kept_once(tmp_path, monkeypatch):
     small_cache.draw(tmp_path / "pictures", 2)
     paths = [str(tmp_path / "pictures" / f"{n:02d}.png") for n in range(2)]
     rows = [Example(f"e{n}", (("image", paths[n % 2]),), "问", "答") for n in range(6)]
-    monkeypatch.setattr(stream, "read", lambda name, source, root: rows)
+    monkeypatch.setattr(mixture, "read", lambda name, source, root: rows)
     made = plan.make(small_cache.pictures(tmp_path), tmp_path / "cache", CONFIG, 5)
     assert [plan.Plan.medium(made, made.jobs[0], n)[0] for n in range(2)] == paths
     assert len(made.jobs[0].places) == 2 and "2 media" in plan.told(made)
@@ -375,7 +377,7 @@ def test_bad_media_are_quarantined_as_without_a_cache(tmp_path, arithmetic):
     made = written(stage, tmp_path / "cache")
     lines = (made / "quarantine.jsonl").read_text().splitlines()
     (listed,) = map(json.loads, lines)
-    kinds = features.manifest(made)["modalities"]["image"]
+    kinds = cached_features.manifest(made)["modalities"]["image"]
     assert kinds["rejected"] == 1 and list(kinds["reasons"]) == [listed["reason"]]
     found = []
     for data in (stage.data, cached(stage, made).data):
@@ -401,11 +403,11 @@ def test_a_new_modality_needs_nothing_here(tmp_path, arithmetic, monkeypatch):
         Example(f"e{n}", (("depth", str(tmp_path / "pictures" / f"{n:02d}.png")),), "问", "答")
         for n in range(3)
     ]
-    monkeypatch.setattr(stream, "read", lambda name, source, root: rows)
+    monkeypatch.setattr(mixture, "read", lambda name, source, root: rows)
     stage = small_cache.pictures(tmp_path, items={"depth": 1}, embeddings={"depth": 4})
     stage.modalities = {"depth": stage.modalities["image"]}
     folder = written(stage, tmp_path / "cache")
-    (kind,) = features.manifest(folder)["modalities"].items()
+    (kind,) = cached_features.manifest(folder)["modalities"].items()
     assert kind[0] == "depth" and kind[1]["through"] == "vision_encoder"
     batch, _ = next(pipeline.Pipeline(cached(stage, folder).data).iterate())
     assert batch.media["depth"].values.shape == (4, 1, 5, 16)  # 2 x 2 patches and the class token
@@ -418,17 +420,19 @@ def test_records_keep_every_bit():
         values = rng.normal(size=(2, 6, 3)).astype(dtype)
         values[:, 4:] = 0
         lengths = np.array([3, 4], np.int32)
-        content = features.packed(values, lengths)
-        assert len(content) == features.HEAD.size + 8 + values[:, :4].nbytes
-        back = features.unpacked(content, (6, 3), np.dtype(dtype))
+        content = cached_features.packed(values, lengths)
+        assert len(content) == cached_features.HEAD.size + 8 + values[:, :4].nbytes
+        back = cached_features.unpacked(content, (6, 3), np.dtype(dtype))
         np.testing.assert_array_equal(back[0].view(np.uint8), values.view(np.uint8))
         np.testing.assert_array_equal(back[1], lengths)
-    empty = features.unpacked(features.packed(values * 0, lengths), (6, 3), values.dtype)
+    empty = cached_features.unpacked(
+        cached_features.packed(values * 0, lengths), (6, 3), values.dtype
+    )
     assert not empty[0].any()
     for kind in (UserError, DoesNotFit):
         error = kind("is odd", field="a\udc80.wav", mend="Look")
         with pytest.raises(kind) as caught:
-            features.unpacked(features.rejected(error), (1,), np.dtype("f4"))
+            cached_features.unpacked(cached_features.rejected(error), (1,), np.dtype("f4"))
         told = caught.value
         assert (type(told), str(told), told.field) == (kind, str(error), error.field)
 
@@ -436,9 +440,9 @@ def test_records_keep_every_bit():
 def test_spoken_media_are_known_by_their_length_too(world):
     data = small_cache.stage2_speech(world).data
     record = Record(Example("a", transcript="红色的圆"))
-    count = features.wanted("speech", record, data)
-    assert 0 < count <= 24 and features.wanted("image", record, data) == 0
+    count = cached_features.wanted("speech", record, data)
+    assert 0 < count <= 24 and cached_features.wanted("image", record, data) == 0
     path = f"{world}/aishell/a.wav"
-    known = features.digest("speech", path, count, str(world))
-    assert known == features.digest("speech", "/moved/aishell/a.wav", count, "/moved")
-    assert known != features.digest("speech", path, count + 1, str(world))
+    known = cached_features.digest("speech", path, count, str(world))
+    assert known == cached_features.digest("speech", "/moved/aishell/a.wav", count, "/moved")
+    assert known != cached_features.digest("speech", path, count + 1, str(world))

@@ -18,7 +18,7 @@ from xllm_jax.audit import audit, page
 from xllm_jax.core import rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data, Source, Stage
-from xllm_jax.data import files, stream
+from xllm_jax.data import files, mixture
 from xllm_jax.data.example import Example
 from xllm_jax.data.pipeline import Pipeline
 
@@ -50,7 +50,7 @@ def data(monkeypatch):
     """Settings whose one source has these examples."""
 
     def make(examples, **fields):
-        monkeypatch.setattr(stream, "read", lambda name, source, root: examples)
+        monkeypatch.setattr(mixture, "read", lambda name, source, root: examples)
         settings = {
             "sources": {"a": Source("list")},
             "tokenizer": str(TOKENIZER),

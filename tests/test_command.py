@@ -11,7 +11,7 @@ import pytest
 from configs import stage2_image, stage2_speech
 from launch import open_fields
 from xllm_jax.core.errors import UserError
-from xllm_jax.data import stream
+from xllm_jax.data import mixture
 
 ROOT = Path(__file__).parents[1]
 CONFIG = "--config=configs/stage2_image.py:tiny"
@@ -62,8 +62,8 @@ def given(module, *tokens, size="real"):
 def test_sources_are_left_out_where_no_weights_are_given():
     config, rest = given(stage2_image, "--config.data.mix.cc3m=0", "--config.steps=3")
     assert rest == ["--config.steps=3"]
-    everything = stream.mixture(stage2_image.get_config().data)
-    assert stream.mixture(config.data) == {n: w for n, w in everything.items() if n != "cc3m"}
+    everything = mixture.mixture(stage2_image.get_config().data)
+    assert mixture.mixture(config.data) == {n: w for n, w in everything.items() if n != "cc3m"}
 
 
 def test_options_and_subtrees_get_names_that_the_configuration_lacks():

@@ -311,7 +311,7 @@ def files_end_at(size: int):
 
 
 def test_a_disk_that_fills_up_leaves_nothing_behind(tmp_path, capfd):
-    path = ROOT / "xllm_jax/data/world/backbones/vision_encoder"
+    path = ROOT / "xllm_jax/data/synthetic_world/backbones/vision_encoder"
     with files_end_at(100_000), pytest.raises(UserError, match="cannot be written") as caught:
         run_import.run_import("world", path, tmp_path / "base")
     assert str(caught.value).startswith("vision_encoder/")

@@ -22,7 +22,7 @@ from xllm_jax.assembly import networks, parameters
 from xllm_jax.core import hosts, mesh, rules, watchdog
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Best, HeldOut, Source
-from xllm_jax.data import stream
+from xllm_jax.data import mixture
 from xllm_jax.data.pipeline import Pipeline
 from xllm_jax.data.record import DoesNotFit
 from xllm_jax.metrics import character_error_rate
@@ -107,7 +107,7 @@ def test_character_errors_are_those_of_the_recogniser(tmp_path, monkeypatch):
     after another, and the losses against one batch of all."""
     stage, examples = small_speech.make(tmp_path)
     (tmp_path / "3.flac").unlink()
-    monkeypatch.setattr(stream, "read", lambda *_: examples[:7])
+    monkeypatch.setattr(mixture, "read", lambda *_: examples[:7])
     source = Source("list", split="val")
     stage.held_out = HeldOut({"a": source}, examples=0, every=1, metrics=("cer",))
     model, device_mesh, said = networks.model(stage), mesh.make({}), []
@@ -163,8 +163,8 @@ def test_a_sample_takes_each_record_once_and_spreads(count):
     sources["b"] = [small_speech.Example(f"b{i}") for i in range(10)]
     del sources["c"]
     weights = {"a": None, "b": None} if count != 30 else {"a": 1.0, "b": 1.0}
-    drawn = stream.sample(sources, weights, count)
-    assert drawn == stream.sample(sources, weights, count)
+    drawn = mixture.sample(sources, weights, count)
+    assert drawn == mixture.sample(sources, weights, count)
     keys = [record.example.key for record in drawn]
     assert len(set(keys)) == len(keys)
     shares = {0: (40, 10), 5: (4, 1), 30: (15, 10), 500: (40, 10)}[count]
@@ -248,7 +248,7 @@ def test_the_miniatures_measure_the_validation_split(name, world, tmp_path):
     assert sum(info["supervised"] for _, info in made) > 0
     assert not any(info["skipped"] for _, info in made)
     sources = [dataclasses.replace(s, split="train") for s in stage.held_out.sources.values()]
-    trained = [example for s in sources for example in stream.read("", s, str(world))]
+    trained = [example for s in sources for example in mixture.read("", s, str(world))]
     planned = [example for _, info in made for _, example in info["planned"]]
     files, others = ({file for e in found for file in e.media} for found in (planned, trained))
     assert files and not files & others

@@ -10,7 +10,7 @@ from PIL import Image
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
-from xllm_jax.data import image, json_spans, lazy, stream
+from xllm_jax.data import image, json_spans, lazy, mixture
 from xllm_jax.data.record import Skipped
 from xllm_jax.data.sources import cc3m, sbu, table, webdataset, wukong
 
@@ -108,8 +108,8 @@ def test_broken_samples_of_a_tar_cost_one_record(tmp_path):
     for number, (text, end) in enumerate(zip(texts, ends)):
         members += [(f"{number}.jpg", picture(0)), (f"{number}.{end}", text)]
     pack(tmp_path / "set/0.tar", members)
-    found = {"set": stream.read("set", Source("webdataset", "set"), str(tmp_path))}
-    drawn = stream.in_order(found, {"set": None})
+    found = {"set": mixture.read("set", Source("webdataset", "set"), str(tmp_path))}
+    drawn = mixture.in_order(found, {"set": None})
     reasons = [one.reason for one in drawn if isinstance(one, Skipped)]
     assert len(drawn) == 5 and all(one.bad for one in drawn[1:])
     wanted = ("empty caption", "not UTF-8", "broken JSON", "missing key")
@@ -260,7 +260,7 @@ def test_broken_json_lists(tmp_path):
 def test_a_large_table_takes_few_bytes_a_row(tmp_path):
     count = 200_000
     (tmp_path / "train.tsv").write_text("filepath\ttitle\n" + "a/1.jpg\t猫\n" * count, "utf-8")
-    found = stream.read("big", Source("table", "train.tsv"), str(tmp_path))
+    found = mixture.read("big", Source("table", "train.tsv"), str(tmp_path))
     assert len(found) == count
     held = vars(lazy.Lines(tmp_path / "train.tsv")).values()
     assert sum(one.nbytes for one in held if isinstance(one, np.ndarray)) < 20 * count

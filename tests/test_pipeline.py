@@ -15,7 +15,7 @@ from PIL import Image
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data, Source
-from xllm_jax.data import conversation, stream
+from xllm_jax.data import conversation, mixture
 from xllm_jax.data.characters import CharacterVocabulary
 from xllm_jax.data.example import Example
 from xllm_jax.data.pipeline import Pipeline
@@ -55,7 +55,7 @@ def pipeline(golden, folder, monkeypatch):
             vocabulary=str(golden / "vision" / "weights" / "bert-base-uncased"),
             **(SHAPES | fields),
         )
-        monkeypatch.setattr(stream, "read", lambda name, source, root: sources[name])
+        monkeypatch.setattr(mixture, "read", lambda name, source, root: sources[name])
         return Pipeline(data, seed, *process, train, answers, quarantine)
 
     return make
@@ -550,7 +550,7 @@ def test_the_text_form_fills_blanks_and_answers_questions(pipeline):
 
 def test_readers_and_their_options_are_checked():
     with pytest.raises(UserError, match="Did you mean 'world_text'"):
-        stream.read("a", Source("world_txt"), "")
+        mixture.read("a", Source("world_txt"), "")
     with pytest.raises(UserError, match="no option 'cout'"):
-        stream.read("a", Source("world_text", options={"cout": 3}), "")
-    assert len(stream.read("a", Source("world_text", options={"count": 3}), "")) == 3
+        mixture.read("a", Source("world_text", options={"cout": 3}), "")
+    assert len(mixture.read("a", Source("world_text", options={"count": 3}), "")) == 3

@@ -24,7 +24,7 @@ from xllm_jax.audit import audit
 from xllm_jax.core import lookup, mesh, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data, Optimizer, Part, Source
-from xllm_jax.data import cif_features, files, stream
+from xllm_jax.data import cif_features, files, mixture
 from xllm_jax.data.characters import CharacterVocabulary
 from xllm_jax.data.pipeline import Pipeline
 from xllm_jax.prepare import engine, manifest, plan, shard
@@ -89,7 +89,7 @@ LLM_WIDTH = 32
 
 
 def test_no_reader_is_forgotten():
-    known = set(lookup.choices(stream.READERS))
+    known = set(lookup.choices(mixture.READERS))
     assert known == {case[0] for case in CASES.values()} | OTHERS.keys()
 
 
@@ -261,7 +261,7 @@ def without_network(monkeypatch, tmp_path):
 @pytest.mark.parametrize("case", CASES)
 def test_a_reader_is_prepared_inspected_and_trained_on(case, tmp_path, trainers):
     source = source_of(case, tmp_path)
-    originals = stream.read(case, source, "")
+    originals = mixture.read(case, source, "")
     split = prepared(source, tmp_path / "out")
     assert (split["records"], split["rejected"]) == (len(originals), 0), split["reasons"]
     trainer = trainers(CASES[case][-1])
@@ -269,7 +269,7 @@ def test_a_reader_is_prepared_inspected_and_trained_on(case, tmp_path, trainers)
     data = dataclasses.replace(trainer.stage.data, sources={"one": ready})
     found = audit(dataclasses.replace(trainer.stage, data=data), samples=4)
     assert found.sources["one"].silent == 0 and not found.counts.skipped
-    back = stream.read(case, ready, "")
+    back = mixture.read(case, ready, "")
     keys = {(one.key, one.answer) for one in back}
     assert keys == {(one.key, one.answer) for one in originals}
     batches, before = Pipeline(data).iterate(), trainer.trained()
@@ -285,10 +285,10 @@ def test_a_prepared_set_takes_the_place_of_a_source_of_its_kind_only(tmp_path):
     fixtures.visual_genome(tmp_path)
     prepared(Source("visual_genome", str(tmp_path)), tmp_path / "out")
     out = str(tmp_path / "out")
-    found = stream.read("a", Source("prepared", out, "train", {"kind": "regions"}), "")
+    found = mixture.read("a", Source("prepared", out, "train", {"kind": "regions"}), "")
     assert len(found) == fixtures.COUNT
     with pytest.raises(UserError, match="of the kind 'regions', not 'questions'"):
-        stream.read("a", Source("prepared", out, "train", {"kind": "questions"}), "")
+        mixture.read("a", Source("prepared", out, "train", {"kind": "questions"}), "")
 
 
 def test_features_of_the_reference_repository_are_prepared(tmp_path):
@@ -297,7 +297,7 @@ def test_features_of_the_reference_repository_are_prepared(tmp_path):
     options = {"features": f"{tmp_path}/features", "images": f"{tmp_path}/images"}
     source = Source("reference", str(tmp_path / "vsd.json"), "train", options)
     assert prepared(source, tmp_path / "out")["records"] == fixtures.COUNT
-    back = stream.read("a", Source("prepared", str(tmp_path / "out")), "")
+    back = mixture.read("a", Source("prepared", str(tmp_path / "out")), "")
     assert [name for name, _ in back[0].media] == ["image", "cif"]
     assert back[0].history == (("有吗？", "有"),)
     expected = np.load(tmp_path / "features/1.npy")

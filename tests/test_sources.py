@@ -19,7 +19,7 @@ from xllm_jax.data.sources import (
     visdial,
     visual_genome,
 )
-from xllm_jax.data.world import annotations, build, language, plan
+from xllm_jax.data.synthetic_world import annotations, build, language, plan
 
 SIZES = plan.WorldSizes(12, 6, 8, 9, 10, 4, 2, 2, 2, 10, 16, 8, 8, 9, 10)
 SPLITS = plan.SPLITS

@@ -20,7 +20,7 @@ from xllm_jax.core.batch import zeros
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.log import Log
 from xllm_jax.core.weighted_mean import WeightedMean
-from xllm_jax.data import stream
+from xllm_jax.data import mixture
 from xllm_jax.objectives.answer import answer_loss, carriers
 
 
@@ -206,7 +206,7 @@ def test_scalars_reach_weights_and_biases(tmp_path, monkeypatch):
 
 def test_a_run_compiles_once_for_every_length_bucket(tmp_path, monkeypatch, capsys):
     stage, examples = small_speech.make(tmp_path)
-    monkeypatch.setattr(stream, "read", lambda *_: examples)
+    monkeypatch.setattr(mixture, "read", lambda *_: examples)
     shapes, noted = set(), telemetry.Interval.work
     monkeypatch.setattr(
         telemetry.Interval,

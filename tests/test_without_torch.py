@@ -48,7 +48,7 @@ print("torch" in sys.modules)
 
 
 def test_everything_but_pytorch_files_works_without_torch(tmp_path):
-    shipped = ROOT / "xllm_jax/data/world/backbones/llm"
+    shipped = ROOT / "xllm_jax/data/synthetic_world/backbones/llm"
     done = subprocess.run(
         [sys.executable, "-c", CODE, tmp_path, shipped], capture_output=True, text=True, cwd=ROOT
     )

@@ -14,8 +14,8 @@ import soundfile
 from PIL import Image
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.data.world import build, language, motion, plan, render, speak
-from xllm_jax.data.world import scene as world
+from xllm_jax.data.synthetic_world import build, language, motion, plan, render, speak
+from xllm_jax.data.synthetic_world import scene as world
 
 SIZES = plan.WorldSizes(12, 6, 8, 9, 10, 2, 1, 2, 2, 10, 16, 8, 8, 9, 10)
 

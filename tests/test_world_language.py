@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from xllm_jax.data import instructions
-from xllm_jax.data.world import language, motion, plan, questions
-from xllm_jax.data.world import scene as world
-from xllm_jax.data.world.text_stream import spoken_characters, text_example, text_examples
+from xllm_jax.data.synthetic_world import language, motion, plan, questions
+from xllm_jax.data.synthetic_world import scene as world
+from xllm_jax.data.synthetic_world.text_stream import spoken_characters, text_example, text_examples
 
 
 @pytest.fixture(scope="module")

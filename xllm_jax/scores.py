@@ -14,7 +14,7 @@ import numpy as np
 
 from xllm_jax import captions, metrics, statistics
 from xllm_jax.data.example import Example
-from xllm_jax.data.world import language
+from xllm_jax.data.synthetic_world import language
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ import numpy as np
 from xllm_jax import evaluate, scores
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
-from xllm_jax.data import stream
+from xllm_jax.data import mixture
 from xllm_jax.data.example import Example
 
 Progress = Callable[[str], None]
@@ -84,7 +84,7 @@ def tasks(data: str | Path, limit: int = 0) -> dict[str, evaluate.Task]:
     if not Path(data).is_dir():
         raise UserError("no such folder", field=str(data), mend="launch/world.py builds one")
     found = {
-        name: spread(stream.read(name, source, str(data)), limit or MOST.get(name, 300))
+        name: spread(mixture.read(name, source, str(data)), limit or MOST.get(name, 300))
         for name, source in SOURCES.items()
         if (Path(data) / source.path).is_dir()
     }

@@ -12,7 +12,7 @@ from flax import linen as nn
 from xllm_jax.core import lookup, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Part, Stage
-from xllm_jax.data import features
+from xllm_jax.data import cached_features
 from xllm_jax.models import layers
 from xllm_jax.models.xllm import XLLM
 
@@ -78,7 +78,7 @@ def model(stage: Stage) -> XLLM:
     made = XLLM(networks=networks, modalities=rows)
     made = dataclasses.replace(made, frozen=frozen_steps(stage, made))
     given = given_steps(stage, made)
-    cached = features.steps(stage.data.cache) if stage.data.cache else {}
+    cached = cached_features.steps(stage.data.cache) if stage.data.cache else {}
     return dataclasses.replace(made, cached=given | cached, given=given)
 
 

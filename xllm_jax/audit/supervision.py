@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.data import stream
+from xllm_jax.data import mixture
 from xllm_jax.data.pipeline import Pipeline
 from xllm_jax.data.record import Record, Skipped
 
@@ -45,14 +45,14 @@ def _of_source(pipeline: Pipeline, name: str, records: int) -> Supervision:
     places = np.unique(np.linspace(0, size - 1, min(records, size)).astype(int))
     taught, reasons = [], Counter()
     for place in places:
-        drawn = stream.draw(pipeline.sources, name, 0, int(place), pipeline.seed, 0)
+        drawn = mixture.draw(pipeline.sources, name, 0, int(place), pipeline.seed, 0)
         tokens, skipped = _planned(pipeline, drawn)
         taught.append(tokens)
         reasons.update(skip.reason for skip in skipped)
     return Supervision(size, len(places), taught.count(0), sum(taught), dict(reasons))
 
 
-def _planned(pipeline: Pipeline, drawn: stream.Drawn) -> tuple[int, tuple[Skipped, ...]]:
+def _planned(pipeline: Pipeline, drawn: mixture.Drawn) -> tuple[int, tuple[Skipped, ...]]:
     """Supervised tokens of one record alone in a batch, and why it was left out."""
     if not isinstance(drawn, Record):
         return 0, (drawn,)

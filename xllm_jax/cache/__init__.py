@@ -6,5 +6,5 @@
     check.py        is the cache of this very stage? And what training must know of what it skips
 
 What is cached follows from the Stage alone: the steps of a modality (`models/steps.py`) below the
-first one that something trains in. `data/features.py` reads a finished cache.
+first one that something trains in. `data/cached_features.py` reads a finished cache.
 """

@@ -20,7 +20,7 @@ from xllm_jax.cache import describe
 from xllm_jax.core import checkpoint, checksum, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Stage
-from xllm_jax.data import features, stream
+from xllm_jax.data import cached_features, mixture
 from xllm_jax.models.xllm import XLLM
 
 
@@ -41,8 +41,8 @@ def verified(stage: Stage, xllm: XLLM, device_mesh: Mesh) -> dict[str, str]:
     """
     if not stage.data.cache:
         return {}
-    about = features.manifest(stage.data.cache)
-    mend = features.again(stage.data.cache, about["config"])
+    about = cached_features.manifest(stage.data.cache)
+    mend = cached_features.again(stage.data.cache, about["config"])
     for check in (_steps, _settings, _sources, _shards):
         field, what = check(stage, xllm, about)
         if what:
@@ -83,7 +83,8 @@ def _settings(stage: Stage, xllm: XLLM, about: Mapping[str, Any]) -> tuple[str, 
 def _sources(stage: Stage, xllm: XLLM, about: Mapping[str, Any]) -> tuple[str, str]:
     data = stage.data
     sizes = {
-        name: len(stream.read(name, data.sources[name], data.root)) for name in stream.mixture(data)
+        name: len(mixture.read(name, data.sources[name], data.root))
+        for name in mixture.mixture(data)
     }
     for name, now in describe.sources(data, sizes).items():
         if name not in about["sources"]:
@@ -97,7 +98,7 @@ def _sources(stage: Stage, xllm: XLLM, about: Mapping[str, Any]) -> tuple[str, s
 def _shards(stage: Stage, xllm: XLLM, about: Mapping[str, Any]) -> tuple[str, str]:
     for name, kind in about["modalities"].items():
         for number, size in enumerate(kind["bytes"]):
-            shard = features.shard_name(name, number, kind["shards"])
+            shard = cached_features.shard_name(name, number, kind["shards"])
             file = Path(stage.data.cache) / shard
             if not file.is_file() or file.stat().st_size != size:
                 return str(file), f"is missing or has not the {size:,} bytes that were written"

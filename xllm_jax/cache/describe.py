@@ -9,7 +9,7 @@ from typing import Any
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data, Stage
-from xllm_jax.data import media, stream
+from xllm_jax.data import media, mixture
 from xllm_jax.models.xllm import XLLM
 
 FORMS = ("conversation", "text")  # of Data; the others' batches hold no Media
@@ -103,6 +103,6 @@ def sources(data: Data, sizes: Mapping[str, int]) -> dict[str, dict[str, Any]]:
     """{name: reader, path, split, options and records} of the sources that take part."""
     about = {
         name: dataclasses.asdict(data.sources[name]) | {"records": sizes[name]}
-        for name in stream.mixture(data)
+        for name in mixture.mixture(data)
     }
     return json.loads(json.dumps(about))

@@ -22,12 +22,12 @@ from xllm_jax.cache import describe
 from xllm_jax.core.atomic import write_json
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Stage
-from xllm_jax.data import features, media, stream
+from xllm_jax.data import cached_features, media, mixture
 from xllm_jax.data.record import Record
 from xllm_jax.models.xllm import XLLM
 
 PLAN = "plan.json"
-OURS = (PLAN, features.MANIFEST, "quarantine*.jsonl", "*.npy", "*.array_record-*", "shards")
+OURS = (PLAN, cached_features.MANIFEST, "quarantine*.jsonl", "*.npy", "*.array_record-*", "shards")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Job:
     def bytes_each(self) -> int:
         """Bytes of a medium at most; zeros at its end are not kept."""
         steps = self.items * int(np.prod(self.shape)) * jnp.dtype(self.dtype).itemsize
-        return features.HEAD.size + 4 * self.items + steps
+        return cached_features.HEAD.size + 4 * self.items + steps
 
     def rows(self, shard: int) -> range:
         """Which media a shard takes."""
@@ -96,12 +96,12 @@ class Plan:
     xllm: XLLM
     output: Path
     config: str
-    sources: stream.Sources
+    sources: mixture.Sources
     jobs: tuple[Job, ...]
 
     def path(self, job: Job, shard: int) -> Path:
         """File of a shard."""
-        return self.output / features.shard_name(job.modality, shard, job.shards)
+        return self.output / cached_features.shard_name(job.modality, shard, job.shards)
 
     def note(self, job: Job, shard: int) -> Path:
         """Beside the shard: what it holds. Written last, so it says that the shard is whole."""
@@ -126,8 +126,8 @@ def make(
     stage = dataclasses.replace(stage, data=dataclasses.replace(stage.data, cache=""))
     xllm = networks.model(stage)
     depths = describe.depths(stage, xllm, asked)
-    names = stream.mixture(stage.data)
-    sources = {n: stream.read(n, stage.data.sources[n], stage.data.root) for n in names}
+    names = mixture.mixture(stage.data)
+    sources = {n: mixture.read(n, stage.data.sources[n], stage.data.root) for n in names}
     found = scan(stage, sources, list(depths))
     jobs = tuple(
         _job(stage, xllm, name, depths[name], *distinct(*found[name]), per_shard)
@@ -140,7 +140,7 @@ def make(
 
 
 def scan(
-    stage: Stage, sources: stream.Sources, names: Sequence[str]
+    stage: Stage, sources: mixture.Sources, names: Sequence[str]
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """{modality: digests `[m]` uint64 and places `[m, 3]` int64 of every medium}."""
     digests = {name: array("Q") for name in names}
@@ -151,10 +151,10 @@ def scan(
             if modality not in digests:
                 continue
             try:
-                count = features.wanted(modality, record, stage.data)
+                count = cached_features.wanted(modality, record, stage.data)
             except UserError:
                 continue  # training leaves this example out, too
-            digests[modality].append(features.digest(modality, path, count, stage.data.root))
+            digests[modality].append(cached_features.digest(modality, path, count, stage.data.root))
             places[modality].extend((number, index, part))
     return {
         name: (
@@ -165,10 +165,10 @@ def scan(
     }
 
 
-def _records(stage: Stage, sources: stream.Sources) -> Iterator[tuple[int, int, Record | None]]:
+def _records(stage: Stage, sources: mixture.Sources) -> Iterator[tuple[int, int, Record | None]]:
     for number, name in enumerate(sources):
         for index in range(len(sources[name])):
-            drawn = stream.draw(sources, name, 0, index, stage.seed, 0)
+            drawn = mixture.draw(sources, name, 0, index, stage.seed, 0)
             yield number, index, drawn if isinstance(drawn, Record) else None
 
 
@@ -176,7 +176,7 @@ def distinct(digests: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.nd
     """(places of the distinct media in order, their `features.TABLE`)."""
     values, first = np.unique(digests, return_index=True)
     order = np.argsort(first, kind="stable")
-    table = np.zeros(len(values), features.TABLE)
+    table = np.zeros(len(values), cached_features.TABLE)
     table["digest"] = values
     table["record"][order] = np.arange(len(order))
     return places[first[order]], table

@@ -33,7 +33,7 @@ from xllm_jax.core.atomic import sha256 as file_checksum
 from xllm_jax.core.atomic import write_json
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.parallel import ahead
-from xllm_jax.data import features, media
+from xllm_jax.data import cached_features, media
 from xllm_jax.data.decoder import Decoders
 from xllm_jax.data.quarantine import Quarantine
 from xllm_jax.data.record import DoesNotFit, Skipped
@@ -143,7 +143,7 @@ def _read(plan: Plan, job: Job, load: media.Load, row: int) -> Arrays | tuple[Us
     data = plan.stage.data
     try:
         values, lengths = load(job.modality, path, data, record, 0, True)
-        return values, lengths, features.wanted(job.modality, record, data)
+        return values, lengths, cached_features.wanted(job.modality, record, data)
     except UserError as error:
         return error, record.example.key
 
@@ -188,7 +188,7 @@ def _records(
     values, lengths = (array.reshape(-1, items, *array.shape[1:]) for array in (values, lengths))
     for row, entry in enumerate(entries):
         bad = isinstance(entry[0], UserError)
-        yield entry if bad else features.packed(values[row], lengths[row])
+        yield entry if bad else cached_features.packed(values[row], lengths[row])
 
 
 def write_shard(
@@ -221,7 +221,7 @@ def write_shard(
                 error, key = record
                 bad = not isinstance(error, DoesNotFit)
                 rejects.append(Skipped(key, error.what, bad, str(error.field)))
-                record = features.rejected(error)
+                record = cached_features.rejected(error)
             writer.write(record)
             told(1)
     finally:
@@ -281,14 +281,14 @@ def finish(plan: Plan, identity: str, base: Mapping[str, str]) -> dict[str, Any]
         kinds[job.modality] = job.about() | counted | {"shards": len(notes), "bytes": sizes}
         _save(plan.output / f"{job.modality}.npy", job.table)
     about = {
-        "format": features.FORMAT,
+        "format": cached_features.FORMAT,
         "stage": plan.stage.name,
         "config": plan.config,
         "modalities": kinds,
         "base": dict(base),
         "sources": describe.sources(plan.stage.data, {n: len(s) for n, s in plan.sources.items()}),
     }
-    write_json(plan.output / features.MANIFEST, about)
+    write_json(plan.output / cached_features.MANIFEST, about)
     for left in plan.output.glob(".*.array_record-*.partial"):  # by writers that were killed
         left.unlink(missing_ok=True)
     return about

@@ -24,8 +24,8 @@ class Media:
 
     Attributes:
       values: `[B, M, ...]` float32, items as the encoder reads them (images, video frames,
-        filterbanks), or what frozen networks made of them (`data/features.py`) in its own dtype.
-        M may differ between modalities, and may be 0.
+        filterbanks), or what frozen networks made of them (`data/cached_features.py`) in its
+        own dtype. M may differ between modalities, and may be 0.
       lengths: `[B, M]` int32, valid steps of each item; 0 marks an empty slot.
       counts: `[B, M]` int32, embeddings wanted from each item (the token count of a speech slot);
         None lets the interface predict them.

@@ -14,8 +14,8 @@ import numpy as np
 from xllm_jax.core.stage import Data
 from xllm_jax.data import image
 from xllm_jax.data.record import Mode, Record, Skipped
-from xllm_jax.data.world.render import PIXELS, object_boxes, render_scene
-from xllm_jax.data.world.scene import (
+from xllm_jax.data.synthetic_world.render import PIXELS, object_boxes, render_scene
+from xllm_jax.data.synthetic_world.scene import (
     COLOURS,
     PLACES,
     SHAPES,

@@ -17,8 +17,8 @@ from xllm_jax.core.batch import Batch, Media, zeros
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data
 from xllm_jax.data import media, prompt
+from xllm_jax.data.cached_features import Features
 from xllm_jax.data.example import Example
-from xllm_jax.data.features import Features
 from xllm_jax.data.record import PROMPT, DoesNotFit, Mode, Record, Skipped
 from xllm_jax.data.tokenizer import ChatGLMTokenizer
 

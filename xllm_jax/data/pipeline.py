@@ -20,13 +20,13 @@ import numpy as np
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data
 from xllm_jax.data import (
-    activity,
     attributes,
     conversation,
     media,
+    mixture,
     pairs,
+    reads_in_flight,
     sentences,
-    stream,
     transcription,
 )
 from xllm_jax.data.decoder import Decoders
@@ -80,10 +80,10 @@ class Pipeline:
         self.mode = Mode(train, answers, cut=sample is not None)
         self.rows = host_rows(data, self.form, process_index, process_count)
         self.process_count, self.quarantine = process_count, own_list(quarantine, process_index)
-        self.weights = stream.mixture(data)
-        self.activity = activity.Activity()
+        self.weights = mixture.mixture(data)
+        self.activity = reads_in_flight.Activity()
         self.sources = {
-            name: self.activity.watched(name, stream.read(name, data.sources[name], data.root))
+            name: self.activity.watched(name, mixture.read(name, data.sources[name], data.root))
             for name in self.weights
         }
         self.kit = self.form.tools(data)
@@ -144,14 +144,14 @@ class Pipeline:
     def _drawn(self) -> grain.MapDataset:
         """The records of every global batch of the endless stream."""
         examples, buckets = self.data.examples, self._buckets()
-        return stream.batches(self.sources, self.weights, self.seed, examples, buckets)
+        return mixture.batches(self.sources, self.weights, self.seed, examples, buckets)
 
     def _planned(self, limit: int | None, sample: int | None) -> grain.MapDataset:
         """The plans of one pass."""
         if sample is None:
-            drawn = stream.in_order(self.sources, self.weights, self._buckets())[:limit]
+            drawn = mixture.in_order(self.sources, self.weights, self._buckets())[:limit]
         else:
-            drawn = stream.sample(self.sources, self.weights, sample, len(self.data.frames) - 1)
+            drawn = mixture.sample(self.sources, self.weights, sample, len(self.data.frames) - 1)
         records = [record for record in drawn if isinstance(record, Record)]
         plans = self.form.batches(records, self.kit, self.data, self.mode)
         if not plans:
@@ -159,7 +159,7 @@ class Pipeline:
         plans[-1] = _with_skipped(plans[-1], drawn)
         return grain.MapDataset.source(plans)
 
-    def _plan(self, drawn: tuple[stream.Drawn, ...]) -> Any:
+    def _plan(self, drawn: tuple[mixture.Drawn, ...]) -> Any:
         records = [record for record in drawn if isinstance(record, Record)]
         return _with_skipped(self.form.plan(records, self.kit, self.data, self.mode), drawn)
 
@@ -196,12 +196,12 @@ class Pipeline:
         spoken = self.form is transcription or sounds
         return spoken and len(self.data.frames) > 1 and self.form in (transcription, conversation)
 
-    def _buckets(self) -> stream.Buckets | None:
+    def _buckets(self) -> mixture.Buckets | None:
         """Length bucket of every record, read once from the audio files' headers."""
         if not self._bucketed():
             return None
 
-        def bucket(record: stream.Drawn) -> int:
+        def bucket(record: mixture.Drawn) -> int:
             last = len(self.data.frames) - 1
             known = isinstance(record, Record)
             return self.form.bucket(record.example, self.data) if known else last
@@ -209,7 +209,7 @@ class Pipeline:
         found = {}
         with ThreadPoolExecutor(max(self.data.threads, 1)) as pool:
             for name in self.weights:
-                drawn = stream.in_order(self.sources, {name: None})
+                drawn = mixture.in_order(self.sources, {name: None})
                 found[name] = np.fromiter(pool.map(bucket, drawn), np.int32, len(drawn))
         return found
 

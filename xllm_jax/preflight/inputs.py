@@ -13,7 +13,7 @@ from xllm_jax.core import batch, mesh
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data, Stage
 from xllm_jax.data import conversation, media
-from xllm_jax.data.features import Features
+from xllm_jax.data.cached_features import Features
 
 
 def shapes(data: Data) -> Any:

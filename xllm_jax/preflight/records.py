@@ -8,7 +8,7 @@ from typing import Any
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data
-from xllm_jax.data import stream
+from xllm_jax.data import mixture
 from xllm_jax.data.pipeline import form_of
 from xllm_jax.data.record import Mode, Record, Skipped
 from xllm_jax.preflight import inputs
@@ -42,8 +42,8 @@ def scan(data: Data, count: int) -> Look:
     """
     try:
         kit = form_of(data).tools(data)
-        names = stream.mixture(data)
-        sources = {name: stream.read(name, data.sources[name], data.root) for name in names}
+        names = mixture.mixture(data)
+        sources = {name: mixture.read(name, data.sources[name], data.root) for name in names}
     except UserError as error:
         return Look(absent=str(error))
     each = max(count // max(len(sources), 1), 1)
@@ -51,15 +51,15 @@ def scan(data: Data, count: int) -> Look:
     return _through(drawn, kit, data)
 
 
-def _first(sources: Any, name: str, each: int, data: Data) -> list[stream.Drawn]:
+def _first(sources: Any, name: str, each: int, data: Data) -> list[mixture.Drawn]:
     last = len(data.frames) - 1  # the longest bucket holds every utterance
-    taken = stream.in_order(sources, {name: None})[:each]
+    taken = mixture.in_order(sources, {name: None})[:each]
     return [
         dataclasses.replace(one, bucket=last) if isinstance(one, Record) else one for one in taken
     ]
 
 
-def _through(drawn: list[stream.Drawn], kit: Any, data: Data) -> Look:
+def _through(drawn: list[mixture.Drawn], kit: Any, data: Data) -> Look:
     """Plans and fills batches of these records and counts what became of them."""
     form, mode = form_of(data), Mode(train=True)
     reasons = Counter(one.reason for one in drawn if isinstance(one, Skipped))

@@ -13,7 +13,7 @@ import numpy as np
 from xllm_jax.core import atomic
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
-from xllm_jax.data import prepared, stream
+from xllm_jax.data import mixture, prepared
 from xllm_jax.data.example import Example
 
 PLAN = "plan.json"
@@ -86,7 +86,7 @@ def finished(plan: Plan, shard: int) -> bool:
 
 def examples(plan: Plan) -> Sequence[Example]:
     """The source of a plan."""
-    return stream.read(plan.name, plan.source, "")
+    return mixture.read(plan.name, plan.source, "")
 
 
 def make(
@@ -109,7 +109,7 @@ def make(
     if not name.isidentifier() or not name.islower():
         mend = "Lower-case letters, digits and underscores"
         raise UserError(f"{name!r} is no name for a data set", field="--name", mend=mend)
-    found = stream.read(name, source, "")
+    found = mixture.read(name, source, "")
     seen = _seen(found, name)
     media = {prepared.modalities(one) for one in seen}
     mixed = len(media) > 1 or any(len(set(one)) < len(one) for one in media)

@@ -32,7 +32,7 @@ from xllm_jax.core.atomic import sha256 as file_checksum
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.parallel import ahead
 from xllm_jax.core.stage import Source
-from xllm_jax.data import image, stream
+from xllm_jax.data import image, mixture
 from xllm_jax.data.example import Example
 from xllm_jax.data.tokenizer import ClipTokenizer
 from xllm_jax.models.clip import Clip
@@ -144,7 +144,7 @@ def pair(example: Example, side: int) -> Pair:
     Raises:
       UserError: not one image and one caption, or the image cannot be read.
     """
-    example = stream.checked(example)
+    example = mixture.checked(example)
     paths = [path for modality, path in example.media if modality == "image"]
     if len(paths) != 1 or not example.answer.strip():
         what = f"is no pair ({len(paths)} images, {len(example.answer)} letters of a caption)"

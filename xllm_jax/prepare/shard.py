@@ -8,7 +8,7 @@ from typing import Any
 
 from xllm_jax.core import atomic
 from xllm_jax.core.errors import UserError
-from xllm_jax.data import prepared, stream
+from xllm_jax.data import mixture, prepared
 from xllm_jax.data.example import Example
 from xllm_jax.prepare import plan as planning
 from xllm_jax.prepare.plan import Plan
@@ -57,7 +57,7 @@ def _records(
     try:
         for place in plan.places(shard):
             try:
-                example = stream.checked(found[place])
+                example = mixture.checked(found[place])
                 row = prepared.row(example, plan.modalities, plan.check, plan.several)
             except UserError as error:
                 key = f"{plan.name}[{place}]"

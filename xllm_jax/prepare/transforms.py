@@ -18,9 +18,9 @@ import numpy as np
 from xllm_jax.core import atomic
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
-from xllm_jax.data import prepared, speech, stream
+from xllm_jax.data import mixture, prepared, speech
 from xllm_jax.data.sources import layout
-from xllm_jax.data.world import speak
+from xllm_jax.data.synthetic_world import speak
 from xllm_jax.prepare.translate import TranslateBatch
 
 THRESHOLD = 0.45  # the paper's, of image and caption by CLIP
@@ -140,9 +140,9 @@ class Usable:
     def __call__(self, place: int) -> tuple[int, dict[str, str] | None]:
         """The place, and {'key', 'file', 'reason'} if it cannot be used."""
         if self._found is None:
-            self._found = stream.read(self._name, self._source, "")
+            self._found = mixture.read(self._name, self._source, "")
         try:
-            example = stream.checked(self._found[place])
+            example = mixture.checked(self._found[place])
             for modality, path in example.media:
                 prepared.decodable(modality, path)
         except UserError as error:

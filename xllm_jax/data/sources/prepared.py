@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from xllm_jax.core import lookup
 from xllm_jax.core.errors import UserError
-from xllm_jax.data import prepared, stream
+from xllm_jax.data import mixture, prepared
 from xllm_jax.data.example import Example
 from xllm_jax.data.lazy import Lazy
 from xllm_jax.data.sources import layout, tfds
@@ -47,7 +47,7 @@ def _check_kind(plan: pathlib.Path, kind: str) -> None:
     if not plan.is_file():
         return
     source = layout.read_json(plan)["source"]
-    reader = lookup.module(stream.READERS, source["reader"], str(plan)).examples
+    reader = lookup.module(mixture.READERS, source["reader"], str(plan)).examples
     parameter = inspect.signature(reader).parameters.get("kind")
     default = parameter.default if parameter else ""
     held = source["options"].get("kind", default)

@@ -19,7 +19,7 @@ import numpy as np
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
-from xllm_jax.data import stream
+from xllm_jax.data import mixture
 from xllm_jax.data.example import Example
 from xllm_jax.data.lazy import Lazy
 from xllm_jax.data.sources import layout
@@ -44,7 +44,7 @@ def examples(path: str, split: str = "train") -> Sequence[Example]:
     named = sources(about, root, where)
     texts = layout.get(about, "instructions", list, where)
     picked = _picked(root / f"{split}.npy")
-    opened = [stream.read(name, source, "") for name, source in named.items()]
+    opened = [mixture.read(name, source, "") for name, source in named.items()]
     _check(picked, [len(one) for one in opened], len(texts), str(root / f"{split}.npy"))
     names = list(named)
 

@@ -1,4 +1,6 @@
-"""The embedded world's text stream (`data/world/text_stream.py`): no files, any number of examples.
+"""The embedded world's text stream (`data/synthetic_world/text_stream.py`).
+
+There are no files, and any number of examples.
 
 Examples are made when they are read, so a long stream costs no memory.
 """
@@ -9,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
-from xllm_jax.data.world.text_stream import SHARES, text_example
+from xllm_jax.data.synthetic_world.text_stream import SHARES, text_example
 
 
 class Stream(Sequence):

@@ -22,7 +22,7 @@ import numpy as np
 from xllm_jax.core import atomic
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
-from xllm_jax.data import stream
+from xllm_jax.data import mixture
 from xllm_jax.data.sources import layout
 from xllm_jax.prepare import engine, pick, plan, runner, transforms
 
@@ -108,7 +108,7 @@ def build(
 
     rows, rejects = [], []
     for number, (name, source) in enumerate(whole.items()):
-        found = stream.read(name, source, "")
+        found = mixture.read(name, source, "")
         order = np.random.default_rng([seed, zlib.crc32(name.encode())])
         drawn, bad = draw(name, source, len(found), wanted[name], order, checked)
         rejects += bad

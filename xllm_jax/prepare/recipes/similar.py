@@ -24,7 +24,7 @@ import numpy as np
 from xllm_jax.core import atomic
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
-from xllm_jax.data import stream
+from xllm_jax.data import mixture
 from xllm_jax.data.lazy import Lines, Rows
 from xllm_jax.data.sources import layout
 from xllm_jax.prepare import pick, runner, transforms
@@ -77,7 +77,7 @@ def build(
     if clip:
         known, about = computed(source, output, clip, tokenizer, batch)
     else:
-        known = read(scores, stream.read(reader, source, ""))
+        known = read(scores, mixture.read(reader, source, ""))
     file = Path(output) / f"{split}_scores.npy"
     file.parent.mkdir(parents=True, exist_ok=True)
     pick.save(file, known)

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from xllm_jax.data.world import motion
-from xllm_jax.data.world.language import NUMBERS, motion_words
-from xllm_jax.data.world.scene import (
+from xllm_jax.data.synthetic_world import motion
+from xllm_jax.data.synthetic_world.language import NUMBERS, motion_words
+from xllm_jax.data.synthetic_world.scene import (
     ALL_PAIRS,
     COLOURS,
     PLACES,

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 import av
 import numpy as np
 
-from xllm_jax.data.world import render
-from xllm_jax.data.world.scene import (
+from xllm_jax.data.synthetic_world import render
+from xllm_jax.data.synthetic_world.scene import (
     BACKGROUNDS,
     COLOURS,
     HELD_OUT,

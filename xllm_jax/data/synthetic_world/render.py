@@ -8,7 +8,7 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw
 
-from xllm_jax.data.world.scene import PLACES, Object, Scene, generator
+from xllm_jax.data.synthetic_world.scene import PLACES, Object, Scene, generator
 
 PIXELS = 128
 RGB = {

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from xllm_jax.data.world import language, motion, questions, speak
-from xllm_jax.data.world.scene import Scene, generator, sample_scene
-from xllm_jax.data.world.text_stream import sentence
+from xllm_jax.data.synthetic_world import language, motion, questions, speak
+from xllm_jax.data.synthetic_world.scene import Scene, generator, sample_scene
+from xllm_jax.data.synthetic_world.text_stream import sentence
 
 SPLITS = ("train", "val", "test")
 FIRST_ID = {"train": 1, "val": 500001, "test": 900001}

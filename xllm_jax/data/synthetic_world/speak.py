@@ -12,7 +12,7 @@ import scipy.fft
 import soundfile
 import soxr
 
-from xllm_jax.data.world.scene import choose
+from xllm_jax.data.synthetic_world.scene import choose
 
 RATE = 16000
 VARIANTS = ("m1", "m2", "m3", "m4", "m5", "m6", "m7", "f1", "f3", "f4")

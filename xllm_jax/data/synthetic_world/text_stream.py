@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from xllm_jax.data.example import Example
-from xllm_jax.data.world import language, motion, questions
-from xllm_jax.data.world.scene import (
+from xllm_jax.data.synthetic_world import language, motion, questions
+from xllm_jax.data.synthetic_world.scene import (
     COLOURS,
     PLACES,
     SHAPES,

@@ -23,10 +23,10 @@ from collections.abc import Callable, Iterator
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.characters import CharacterVocabulary
-from xllm_jax.data.world import annotations, motion, plan, render, speak
-from xllm_jax.data.world.plan import SPLITS, Split, WorldSizes
-from xllm_jax.data.world.scene import HELD_OUT
-from xllm_jax.data.world.text_stream import spoken_characters
+from xllm_jax.data.synthetic_world import annotations, motion, plan, render, speak
+from xllm_jax.data.synthetic_world.plan import SPLITS, Split, WorldSizes
+from xllm_jax.data.synthetic_world.scene import HELD_OUT
+from xllm_jax.data.synthetic_world.text_stream import spoken_characters
 
 VERSION = 3
 CHUNK = 40
@@ -217,7 +217,7 @@ def _write_annotations(root, splits: list[Split], sizes: WorldSizes, seed: int) 
 
 def _document() -> dict:
     return {
-        "about": "A small world with exactly known ground truth, made by xllm_jax.data.world.",
+        "about": "A small world with exactly known ground truth, made by xllm_jax.",
         "layouts": {
             "coco": "COCO captions",
             "visual_genome": "Visual Genome regions and questions, one folder per split",

@@ -10,8 +10,8 @@ import re
 
 import numpy as np
 
-from xllm_jax.data.world import motion
-from xllm_jax.data.world.scene import (
+from xllm_jax.data.synthetic_world import motion
+from xllm_jax.data.synthetic_world.scene import (
     COLOURS,
     PLACES,
     SHAPES,
