@@ -37,7 +37,7 @@ TOKENIZER = flags.DEFINE_bool(
     "Only what pre-training needs: the LLM's tokenizer, learnt anew, and BERT's vocabulary.",
 )
 
-SHIPPED = Path(xllm_jax.__file__).parent / "data" / "world" / "backbones"
+SHIPPED = Path(xllm_jax.__file__).parent / "data" / "synthetic_world" / "backbones"
 
 
 def main(_: list[str]) -> None:

@@ -16,7 +16,8 @@ from test_video import write as write_video
 from xllm_jax.audit import audit, page, supervision
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data, Source, Stage
-from xllm_jax.data import mixture, padding, speech
+from xllm_jax.data import mixture, speech
+from xllm_jax.data.batching import padding
 from xllm_jax.data.characters import CharacterVocabulary
 from xllm_jax.data.example import Example
 from xllm_jax.data.pipeline import Pipeline

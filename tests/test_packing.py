@@ -11,7 +11,7 @@ import pytest
 import reading
 from flax import linen as nn
 
-from xllm_jax.data import conversation
+from xllm_jax.data.batching import conversation
 from xllm_jax.data.record import Mode
 from xllm_jax.models import glm
 from xllm_jax.models.xllm import XLLM

@@ -15,12 +15,13 @@ from PIL import Image
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data, Source
-from xllm_jax.data import conversation, mixture
+from xllm_jax.data import mixture
+from xllm_jax.data.batching import conversation
+from xllm_jax.data.batching.settle import settle
 from xllm_jax.data.characters import CharacterVocabulary
 from xllm_jax.data.example import Example
 from xllm_jax.data.pipeline import Pipeline
 from xllm_jax.data.record import Mode, Record, Skipped
-from xllm_jax.data.settle import settle
 
 SIZE = 32
 SAID = ("红色的圆", "蓝色的方块在左边", "有几个物体", "对", "图中有一个很大的绿色三角形吗")

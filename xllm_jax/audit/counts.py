@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from xllm_jax.audit.samples import Sample
-from xllm_jax.data.padding import Waste
+from xllm_jax.data.batching.padding import Waste
 
 
 class Counts:

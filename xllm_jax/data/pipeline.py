@@ -19,14 +19,12 @@ import numpy as np
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data
-from xllm_jax.data import (
-    attributes,
+from xllm_jax.data import media, mixture, reads_in_flight
+from xllm_jax.data.batching import (
     conversation,
-    media,
-    mixture,
-    pairs,
-    reads_in_flight,
-    sentences,
+    image_text_pairs,
+    scene_attributes,
+    text_pairs,
     transcription,
 )
 from xllm_jax.data.decoder import Decoders
@@ -37,9 +35,9 @@ FORMS: dict[str, ModuleType] = {
     "conversation": conversation,
     "text": conversation,
     "transcription": transcription,
-    "pairs": pairs,
-    "sentences": sentences,
-    "attributes": attributes,
+    "pairs": image_text_pairs,
+    "sentences": text_pairs,
+    "attributes": scene_attributes,
 }
 SILENT = 10  # batches in a row without anything to learn before training gives up
 

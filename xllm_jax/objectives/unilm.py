@@ -45,7 +45,7 @@ def loss(
     Args:
       model: `models.xllm.XLLM` whose part `part` is a `ContrastModel`.
       params: {part: parameters}.
-      batch: of `data/sentences.py`.
+      batch: of `data/batching/text_pairs.py`.
       key, train: dropout's key, and whether there is dropout.
       part: name of the network.
 

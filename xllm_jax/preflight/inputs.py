@@ -12,7 +12,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from xllm_jax.core import batch, mesh
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data, Stage
-from xllm_jax.data import conversation, media
+from xllm_jax.data import media
+from xllm_jax.data.batching import conversation
 from xllm_jax.data.cached_features import Features
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from xllm_jax.core.stage import Data
 from xllm_jax.data import media, text
-from xllm_jax.data.pairs import Plan
+from xllm_jax.data.batching.image_text_pairs import Plan
 from xllm_jax.data.prompt import WRITTEN
 from xllm_jax.data.record import MEDIA, Mode, Record, Skipped
 from xllm_jax.data.wordpiece import WordPiece
