@@ -204,7 +204,7 @@ def tensorflow_speech(path: Any, train: bool = True) -> Any:
     """`[frames, 80]` by Kaldi's rules, normalised, with SpecAugment in training."""
     import tensorflow as tf
 
-    from xllm_jax.data import speech
+    from xllm_jax.data.media import speech
 
     samples = tf.audio.decode_wav(tf.io.read_file(path)).audio[:, 0] * 32768
     frames = tf.signal.frame(samples, speech.WINDOW, speech.HOP)

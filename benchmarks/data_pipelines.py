@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from xllm_jax.core.stage import Data, Source
-from xllm_jax.data import image, speech, video
+from xllm_jax.data.media import image, speech, video
 from xllm_jax.data.pipeline import Pipeline
 
 TOKENIZER = Path(__file__).parents[1] / "xllm_jax" / "data" / "world" / "backbones" / "llm"

@@ -33,7 +33,7 @@ from xllm_jax.assembly import networks
 from xllm_jax.cache import check, describe, plan, write
 from xllm_jax.core import batch, flops, mesh, rules
 from xllm_jax.core.stage import Stage
-from xllm_jax.data import media
+from xllm_jax.data.media import modalities
 from xllm_jax.data.pipeline import Pipeline
 from xllm_jax.data.synthetic_world import build as world
 from xllm_jax.data.synthetic_world.plan import WorldSizes
@@ -98,7 +98,7 @@ def arithmetic(name: str) -> None:
     depths = describe.depths(stage, model)
     shapes, items = networks.shapes(model), {}
     for modality, depth in depths.items():
-        form = media.form(modality, stage.data)
+        form = modalities.form(modality, stage.data)
         given = (
             jax.ShapeDtypeStruct((form.items, *form.shape), jnp.float32),
             *(jax.ShapeDtypeStruct((form.items,), jnp.int32) for _ in range(2)),
@@ -109,7 +109,9 @@ def arithmetic(name: str) -> None:
         size, work = made.size * made.dtype.itemsize, flops.measured(run, shapes, *given)
         through = model.chain(modality)[depth - 1]
         print(f"{name}, {modality}: {size:,} bytes, {work / 1e9:,.1f} GFLOP through {through}")
-    read = {n: (count, media.form(n, stage.data).shape) for n, count in stage.data.items.items()}
+    read = {
+        n: (count, modalities.form(n, stage.data).shape) for n, count in stage.data.items.items()
+    }
     cached = dataclasses.replace(model, cached=depths)
     work = [total(stage, model, read), total(stage, cached, items)]
     without, having = (one / stage.data.rows / 1e9 for one in work)

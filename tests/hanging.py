@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 
-from xllm_jax.data.files import Carried
+from xllm_jax.data.media.paths import Carried
 
 
 class Hanging(Carried):

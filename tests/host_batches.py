@@ -14,7 +14,7 @@ from xllm_jax.assembly import networks
 from xllm_jax.core import mesh, rules
 from xllm_jax.core.batch import Batch, zeros
 from xllm_jax.core.stage import Optimizer
-from xllm_jax.data import media
+from xllm_jax.data.media import modalities
 
 ROWS, LENGTH, ANSWERS = 2, 64, 8
 SHALLOW = {
@@ -45,7 +45,7 @@ def batch(made) -> Batch:
     """Two rows: the first text alone, the second a video of two frames and a spoken sentence."""
     rng = np.random.default_rng(0)
     data = made.data
-    shapes = {n: (count, media.form(n, data).shape) for n, count in data.items.items()}
+    shapes = {n: (count, modalities.form(n, data).shape) for n, count in data.items.items()}
     found = jax.tree.map(np.array, zeros(ROWS, LENGTH, ANSWERS, shapes))
     found.ids[:] = rng.integers(20, 400, found.ids.shape)
     found.positions[..., 0] = np.arange(LENGTH)

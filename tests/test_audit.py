@@ -16,10 +16,11 @@ from test_video import write as write_video
 from xllm_jax.audit import audit, page, supervision
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data, Source, Stage
-from xllm_jax.data import mixture, speech
+from xllm_jax.data import mixture
 from xllm_jax.data.batching import padding
 from xllm_jax.data.characters import CharacterVocabulary
 from xllm_jax.data.example import Example
+from xllm_jax.data.media import speech
 from xllm_jax.data.pipeline import Pipeline
 
 SAID = "红色的圆在左边"

@@ -19,9 +19,10 @@ from test_video import write as write_video
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data, Source
-from xllm_jax.data import decoder, image, mixture, speech
+from xllm_jax.data import mixture
 from xllm_jax.data.characters import CharacterVocabulary
 from xllm_jax.data.example import Example
+from xllm_jax.data.media import decode_workers, image, speech
 from xllm_jax.data.pipeline import Pipeline
 from xllm_jax.data.record import Record
 from xllm_jax.data.sources import captions_folder
@@ -235,16 +236,16 @@ def test_a_hanging_and_a_dying_decoder_cost_one_record_each(folder, batches, imp
 
 def test_a_worker_gives_what_a_thread_gives(folder, batches):
     data = Data(deadline=60.0, threads=1, **SHAPES)
-    decoders = decoder.Decoders(data)
+    decoders = decode_workers.Decoders(data)
     record = Record(example(folder, "good.png"), "a", 2, 5, 7)
     augmented = Data(**(SHAPES | {"image": {"size": 32, "scale": (0.5, 1.0), "flip": True}}))
     for name in ("good.png", "good.flac", "good.mp4"):
         modality, path = example(folder, name).media[0]
         arguments = (modality, path, augmented, record, 0, True)
-        for one, other in zip(decoders.load(*arguments), decoder.media.load(*arguments)):
+        for one, other in zip(decoders.load(*arguments), decode_workers.media.load(*arguments)):
             np.testing.assert_array_equal(one, other)
     with pytest.raises(UserError) as here:
-        decoder.media.load("image", str(folder / "cut.png"), augmented, record, 0, True)
+        decode_workers.media.load("image", str(folder / "cut.png"), augmented, record, 0, True)
     with pytest.raises(UserError) as there:
         decoders.load("image", str(folder / "cut.png"), augmented, record, 0, True)
     assert str(here.value) == str(there.value) and here.value.field == there.value.field
@@ -256,22 +257,28 @@ def test_a_file_that_takes_too_much_memory_costs_one_record(folder, tmp_path):
     large, small = tmp_path / "large.png", str(folder / "good.png")
     Image.new("L", (9000, 9000)).save(large)
     data = Data(deadline=60.0, memory=0.1, threads=1, **SHAPES)
-    decoders, record = decoder.Decoders(data), Record(example(folder, "good.png"), "a", 2, 5, 7)
+    decoders, record = (
+        decode_workers.Decoders(data),
+        Record(example(folder, "good.png"), "a", 2, 5, 7),
+    )
     for path in (small, str(large), small):
         arguments = ("image", path, data, record, 0, True)
         if path == small:
             values, _ = decoders.load(*arguments)
-            np.testing.assert_array_equal(values, decoder.media.load(*arguments)[0])
+            np.testing.assert_array_equal(values, decode_workers.media.load(*arguments)[0])
         else:
             with pytest.raises(UserError, match=r"large.png: .*(MemoryError|ended its decoder)"):
                 decoders.load(*arguments)
-    assert decoder.media.load("image", str(large), data, record, 0, True)[0].any()
+    assert decode_workers.media.load("image", str(large), data, record, 0, True)[0].any()
     decoders.close()
 
 
 def test_a_worker_that_keeps_too_much_is_replaced(folder, monkeypatch):
     data = Data(deadline=60.0, threads=1, **SHAPES)
-    decoders, record = decoder.Decoders(data), Record(example(folder, "good.png"), "a", 2, 5, 7)
+    decoders, record = (
+        decode_workers.Decoders(data),
+        Record(example(folder, "good.png"), "a", 2, 5, 7),
+    )
     arguments = ("image", str(folder / "good.png"), data, record, 0, True)
     decoders.load(*arguments)
     worker = decoders._idle.get()

@@ -16,7 +16,7 @@ from test_video import write as write_video
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
-from xllm_jax.data import image, speech
+from xllm_jax.data.media import image, speech
 from xllm_jax.data.sources import aishell, prepared, selection, vsdial_cn
 from xllm_jax.prepare import translate
 from xllm_jax.prepare.recipes import instructions, questions, resampled, similar

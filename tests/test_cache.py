@@ -23,8 +23,9 @@ from xllm_jax.cache import check, describe, plan, write
 from xllm_jax.core import checkpoint, checksum, mesh, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import HeldOut
-from xllm_jax.data import cached_features, media, mixture, pipeline
+from xllm_jax.data import cached_features, mixture, pipeline
 from xllm_jax.data.example import Example
+from xllm_jax.data.media import modalities
 from xllm_jax.data.record import DoesNotFit, Record
 
 CONFIG = "configs/small.py"
@@ -309,7 +310,7 @@ print(len(jax.local_devices()))
     )
     assert done.stdout.strip() == "2", done.stderr
     both = cached_features.Features(tmp_path / "both")
-    load = alone.loader(media.load), both.loader(media.load)
+    load = alone.loader(modalities.load), both.loader(modalities.load)
     for number in range(5):
         path = str(tmp_path / "pictures" / f"{number:02d}.png")
         record = Record(Example("a", (("image", path),)))
@@ -363,8 +364,8 @@ def test_a_loader_that_draws_without_saying_so_is_found_out(tmp_path, arithmetic
     stage = small_cache.pictures(
         small_cache.draw(tmp_path / "pictures", 1), image={"size": 32, "flip": True}
     )
-    form = dataclasses.replace(media.form("image", stage.data), random=())
-    monkeypatch.setitem(media.FORMS, "image", lambda data: form)
+    form = dataclasses.replace(modalities.form("image", stage.data), random=())
+    monkeypatch.setitem(modalities.FORMS, "image", lambda data: form)
     made = plan.make(stage, tmp_path / "cache", CONFIG, 5)
     with pytest.raises(UserError, match="loaded differently in every epoch"):
         write.run(made, 4)
@@ -396,9 +397,9 @@ def test_bad_media_are_quarantined_as_without_a_cache(tmp_path, arithmetic):
 def test_a_new_modality_needs_nothing_here(tmp_path, arithmetic, monkeypatch):
     """A modality of the tests' own: one entry per table of media.py, and parts of the model."""
     small_cache.draw(tmp_path / "pictures", 3)
-    form = media.Form(1, (32, 32, 3), ("image",))
-    monkeypatch.setitem(media.FORMS, "depth", lambda data: form)
-    monkeypatch.setitem(media.LOADERS, "depth", media.LOADERS["image"])
+    form = modalities.Form(1, (32, 32, 3), ("image",))
+    monkeypatch.setitem(modalities.FORMS, "depth", lambda data: form)
+    monkeypatch.setitem(modalities.LOADERS, "depth", modalities.LOADERS["image"])
     rows = [
         Example(f"e{n}", (("depth", str(tmp_path / "pictures" / f"{n:02d}.png")),), "问", "答")
         for n in range(3)

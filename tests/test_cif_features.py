@@ -18,8 +18,9 @@ from xllm_jax.audit import audit, page
 from xllm_jax.core import rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data, Source, Stage
-from xllm_jax.data import files, mixture
+from xllm_jax.data import mixture
 from xllm_jax.data.example import Example
+from xllm_jax.data.media import paths
 from xllm_jax.data.pipeline import Pipeline
 
 WIDTH, MOST = 16, 6
@@ -85,7 +86,7 @@ def test_features_fill_the_slots_of_speech(tmp_path, data):
     """As many places as there are vectors, in any float; what CIF has no room for is cut."""
     counts = {"a": (3, np.float32), "b": (5, np.float16), "c": (MOST + 2, np.float64)}
     made = {name: save(tmp_path / f"{name}.npy", drawn(*how)) for name, how in counts.items()}
-    carried = files.Carried("shards/d.npy", made["a"].read_bytes())
+    carried = paths.Carried("shards/d.npy", made["a"].read_bytes())
     rows = [*map(example, made.values()), dataclasses.replace(example(made["a"]), key="d")]
     rows[-1] = dataclasses.replace(rows[-1], media=(("cif", carried),))
     batch, info = next(Pipeline(data(rows, frames=(64, 128))).iterate())
@@ -162,9 +163,9 @@ def test_what_made_the_features_is_no_part_of_the_stage(data):
     )
     model = assemble(stage)
     assert model.cached == model.given == {"speech": 2} == uncached(model).cached
-    paths = rules.flatten(shapes(model)).keys()
-    assert {path.split("/")[0] for path in paths} == {"speech_interface", "llm"}
-    assert not any("cif" in path for path in paths)
+    leaves = rules.flatten(shapes(model)).keys()
+    assert {path.split("/")[0] for path in leaves} == {"speech_interface", "llm"}
+    assert not any("cif" in path for path in leaves)
     for changed, field in (
         (dataclasses.replace(stage, trainable=(r"speech_interface/.*",)), "trainable"),
         (dataclasses.replace(stage, data=data([], speech_width=512)), "data.speech_width"),

@@ -10,7 +10,7 @@ import soundfile
 from PIL import Image
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.data import files, image, speech, video
+from xllm_jax.data.media import image, paths, speech, video
 
 RATE = 10
 
@@ -39,11 +39,11 @@ def numbers(frames):
 
 
 def test_paths_are_taken_apart():
-    assert files.place("a::b.jpg") == files.Place("a::b.jpg")
-    assert files.place(files.part("x.tar", 512, 7)) == files.Place("x.tar", (512, 7))
-    assert files.place(files.span("v.mp4", 1, 2.5)) == files.Place("v.mp4", None, (1.0, 2.5))
-    both = files.span(files.part("x.tar", 3, 4), 0, 1)
-    assert files.place(both) == files.Place("x.tar", (3, 4), (0.0, 1.0))
+    assert paths.place("a::b.jpg") == paths.Place("a::b.jpg")
+    assert paths.place(paths.part("x.tar", 512, 7)) == paths.Place("x.tar", (512, 7))
+    assert paths.place(paths.span("v.mp4", 1, 2.5)) == paths.Place("v.mp4", None, (1.0, 2.5))
+    both = paths.span(paths.part("x.tar", 3, 4), 0, 1)
+    assert paths.place(both) == paths.Place("x.tar", (3, 4), (0.0, 1.0))
 
 
 def test_every_medium_is_read_from_an_archive_and_from_a_row(clip, tmp_path):
@@ -57,14 +57,14 @@ def test_every_medium_is_read_from_an_archive_and_from_a_row(clip, tmp_path):
             archive.write(b"between")
             start = archive.tell()
             archive.write(path.read_bytes())
-            places[path] = files.part(tmp_path / "all.bin", start, path.stat().st_size)
+            places[path] = paths.part(tmp_path / "all.bin", start, path.stat().st_size)
     loaders = {picture: image.load, sound: speech.load, clip: video.load}
     for path, load in loaders.items():
-        carried = pickle.loads(pickle.dumps(files.Carried(f"rows/{path}", path.read_bytes())))
+        carried = pickle.loads(pickle.dumps(paths.Carried(f"rows/{path}", path.read_bytes())))
         for place in (places[path], carried):
             np.testing.assert_array_equal(load(place, {"size": 32}), load(path, {"size": 32}))
     assert speech.count_frames(places[sound]) == speech.count_frames(sound)
-    inside = video.load(files.span(places[clip], 1, 3), {"frames": 4, "size": 32})
+    inside = video.load(paths.span(places[clip], 1, 3), {"frames": 4, "size": 32})
     assert numbers(inside) == [12, 17, 22, 27]
 
 
@@ -78,7 +78,7 @@ def test_every_medium_is_read_from_an_archive_and_from_a_row(clip, tmp_path):
     ],
 )
 def test_spans_of_a_video(clip, start, end, sampling, wanted):
-    path = files.span(clip, start, end)
+    path = paths.span(clip, start, end)
     frames = video.load(path, {"frames": 5, "size": 32, "sampling": sampling})
     assert numbers(frames[: len(wanted)]) == wanted
     assert not frames[len(wanted) :].any()
@@ -87,16 +87,16 @@ def test_spans_of_a_video(clip, start, end, sampling, wanted):
 def test_mistakes_are_told(clip, tmp_path):
     (tmp_path / "short.tar").write_bytes(b"12345")
     wrong = {
-        "ends 5 bytes before": lambda: image.load(files.part(tmp_path / "short.tar", 3, 7), {}),
-        "no such image file": lambda: image.load(files.part(tmp_path / "no.tar", 3, 7), {}),
-        "cannot be read as an image": lambda: image.load(files.Carried("row 3", b"not one"), {}),
-        "only videos have spans": lambda: speech.load(files.span(tmp_path / "a.wav", 1, 2)),
-        "has no frame at 9.": lambda: video.load(files.span(clip, 9, 10), {}),
-        "has no length": lambda: video.load(files.span(clip, 3, 3), {}),
-        "unknown sampling": lambda: video.load(files.span(clip, 1, 3), {"sampling": "x"}),
-        "no such video file": lambda: video.load(files.span(tmp_path / "no.mp4", 1, 3), {}),
+        "ends 5 bytes before": lambda: image.load(paths.part(tmp_path / "short.tar", 3, 7), {}),
+        "no such image file": lambda: image.load(paths.part(tmp_path / "no.tar", 3, 7), {}),
+        "cannot be read as an image": lambda: image.load(paths.Carried("row 3", b"not one"), {}),
+        "only videos have spans": lambda: speech.load(paths.span(tmp_path / "a.wav", 1, 2)),
+        "has no frame at 9.": lambda: video.load(paths.span(clip, 9, 10), {}),
+        "has no length": lambda: video.load(paths.span(clip, 3, 3), {}),
+        "unknown sampling": lambda: video.load(paths.span(clip, 1, 3), {"sampling": "x"}),
+        "no such video file": lambda: video.load(paths.span(tmp_path / "no.mp4", 1, 3), {}),
     }
     for message, load in wrong.items():
         with pytest.raises(UserError, match=message):
             load()
-    assert isinstance(files.source(files.Carried("a", b"b")), io.BytesIO)
+    assert isinstance(paths.source(paths.Carried("a", b"b")), io.BytesIO)

@@ -10,7 +10,8 @@ from PIL import Image
 from recording import Recording
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.data import image, text, video
+from xllm_jax.data import text
+from xllm_jax.data.media import image, video
 
 
 @pytest.mark.golden

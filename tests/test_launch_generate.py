@@ -101,13 +101,13 @@ def test_prompts_hold_every_file_once_and_in_order(restored, examples, files):
 def test_the_same_states_as_the_training_path(restored, examples, files):
     """Embeddings computed once and spliced equal those of `XLLM.encode` on the media."""
     from xllm_jax.core.batch import Media
-    from xllm_jax.data import media
+    from xllm_jax.data.media import modalities
     from xllm_jax.data.record import Record
 
     model = assistant.Assistant(restored, rows=1, max_tokens=6)
     model.encode(examples[:1])
     record = Record(Example("x"))
-    values, lengths = media.load("image", files["image"], model.data, record, 0, False)
+    values, lengths = modalities.load("image", files["image"], model.data, record, 0, False)
     item = Media(values[None], lengths[None], None, np.zeros((1, 0), np.int32))
     wanted, _ = model.model.encode(model.params, "image", item)
     found = model._encoded["image", files["image"]].embeddings

@@ -16,7 +16,7 @@ from test_video import write as write_video
 from xllm_jax.core import atomic
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
-from xllm_jax.data import files, image, video
+from xllm_jax.data.media import image, paths, video
 from xllm_jax.data.sources import instructions, prepared, tfds
 from xllm_jax.prepare import engine, manifest, plan, shard
 
@@ -74,7 +74,7 @@ def test_what_the_reader_gave_comes_back(table, written):
         other = originals[number]
         assert (one.key, one.answer, one.task) == (other.key, other.answer, other.task)
         assert one.references == other.references
-        assert files.read(one.media[0][1]) == (table / f"{number}.png").read_bytes()
+        assert paths.read(one.media[0][1]) == (table / f"{number}.png").read_bytes()
 
 
 def test_tfds_reads_it(written):
@@ -240,8 +240,8 @@ def test_several_files_of_a_modality_and_records_of_several_kinds(table, tmp_pat
     assert len(back) == 3  # the last picture is broken
     for one, other in zip(back, originals):
         assert (one.key, one.instruction, one.media) == (other.key, other.instruction, other.media)
-        assert [files.read(path) for _, path in one.media] == [
-            files.read(path) for _, path in other.media
+        assert [paths.read(path) for _, path in one.media] == [
+            paths.read(path) for _, path in other.media
         ]
     assert [name for name, _ in back[1].media] == ["speech", "image"]
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.data import image, video
+from xllm_jax.data.media import image, video
 from xllm_jax.data.sources import activitynet, ai_challenger, flickr30k, llava_test
 
 

@@ -24,8 +24,9 @@ from xllm_jax.audit import audit
 from xllm_jax.core import lookup, mesh, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data, Optimizer, Part, Source
-from xllm_jax.data import cif_features, files, mixture
+from xllm_jax.data import mixture
 from xllm_jax.data.characters import CharacterVocabulary
+from xllm_jax.data.media import cif_features, paths
 from xllm_jax.data.pipeline import Pipeline
 from xllm_jax.prepare import engine, manifest, plan, shard
 
@@ -302,5 +303,5 @@ def test_features_of_the_reference_repository_are_prepared(tmp_path):
     assert back[0].history == (("有吗？", "有"),)
     expected = np.load(tmp_path / "features/1.npy")
     np.testing.assert_array_equal(cif_features.load(back[0].media[1][1]), expected)
-    assert files.read(back[0].media[0][1]) == fixtures.picture()
+    assert paths.read(back[0].media[0][1]) == fixtures.picture()
     assert json.loads((tmp_path / "out/manifest.json").read_text("utf-8"))["name"] == "set"

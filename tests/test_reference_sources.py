@@ -11,7 +11,7 @@ import soundfile
 from PIL import Image
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.data import cif_features, image, speech
+from xllm_jax.data.media import cif_features, image, speech
 from xllm_jax.data.sources import reference, vsdial_cn
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from xllm_jax.convert import run_import
 from xllm_jax.convert.sources import clip as tables
 from xllm_jax.core.errors import UserError
-from xllm_jax.data import image
+from xllm_jax.data.media import image
 from xllm_jax.data.sources import selection
 from xllm_jax.data.tokenizer import ClipTokenizer
 from xllm_jax.prepare import score

@@ -9,7 +9,7 @@ import pytest
 import soundfile
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.data import speech
+from xllm_jax.data.media import speech
 from xllm_jax.data.sources import (
     aishell,
     captions_folder,

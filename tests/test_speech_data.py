@@ -10,7 +10,7 @@ import soundfile
 from recording import Recording
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.data import speech, wav
+from xllm_jax.data.media import speech, wav
 
 
 @pytest.fixture(scope="module")

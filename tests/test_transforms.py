@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from xllm_jax.data import speech
+from xllm_jax.data.media import speech
 from xllm_jax.prepare import transforms
 
 WORDS = {

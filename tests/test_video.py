@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.data import image, packets, video
+from xllm_jax.data.media import image, video, video_packets
 
 
 def write(path, count: int, rate: int = 10, size: tuple[int, int] = (96, 64)) -> None:
@@ -99,8 +99,8 @@ def test_frames_decoded_alone_are_those_of_the_whole_clip(moving, numbers):
     path, frames = moving
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
-        found = packets.collect(container.demux(stream))
-        pictures = packets.pictures(stream.codec_context, found, numbers)
+        found = video_packets.collect(container.demux(stream))
+        pictures = video_packets.pictures(stream.codec_context, found, numbers)
     assert sorted(pictures) == list(numbers)
     for number, picture in pictures.items():
         np.testing.assert_array_equal(np.asarray(picture), frames[number])
@@ -119,9 +119,9 @@ def test_pictures_at_some_times_are_those_of_decoding_through(moving, times):
 
 def test_only_stretches_behind_key_frames_are_decoded():
     times = [0, 3, 1, 2, 6, 4, 5, 7, 8]  # key frames 0 and 4; 5 and 6 are shown before the latter
-    assert packets.spans(times, [0, 4], {2}) == [(0, 2)]
-    assert packets.spans(times, [0, 4], {4, 7}) == [(4, 7)]
-    assert packets.spans(times, [0, 4], {1, 5, 8}) == [(0, 5), (4, 8)]
+    assert video_packets.spans(times, [0, 4], {2}) == [(0, 2)]
+    assert video_packets.spans(times, [0, 4], {4, 7}) == [(4, 7)]
+    assert video_packets.spans(times, [0, 4], {1, 5, 8}) == [(0, 5), (4, 8)]
 
 
 def test_short_videos_repeat_frames(tmp_path):
@@ -133,7 +133,7 @@ def test_short_videos_repeat_frames(tmp_path):
 def test_a_header_that_promises_too_much(tmp_path, monkeypatch):
     path = tmp_path / "clip.mp4"
     write(path, 10)
-    monkeypatch.setattr(packets, "collect", lambda found: None)
+    monkeypatch.setattr(video_packets, "collect", lambda found: None)
     monkeypatch.setattr(video, "describe", lambda path: (1000, 10.0))
     assert levels(video.load(path, {"frames": 5, "size": 16})) == [1, 3, 5, 7, 9]
 

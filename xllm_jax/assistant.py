@@ -19,8 +19,9 @@ import numpy as np
 
 from xllm_jax import generate, restore
 from xllm_jax.core.batch import Batch, Media
-from xllm_jax.data import glm_layout, media, prompt
+from xllm_jax.data import glm_layout, prompt
 from xllm_jax.data.example import Example
+from xllm_jax.data.media import modalities
 from xllm_jax.data.record import Record
 from xllm_jax.data.tokenizer import ChatGLMTokenizer
 from xllm_jax.models.xllm import LLM, XLLM, splice
@@ -72,7 +73,7 @@ class Assistant:
           UserError: a file cannot be read, a modality is unknown to the model, or a prompt is
             longer than the longest bucket.
         """
-        examples = [media.heard(example, self.data) for example in examples]
+        examples = [modalities.heard(example, self.data) for example in examples]
         self.encode(examples)
         prompts = [self.prompt(example) for example in examples]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
@@ -93,7 +94,7 @@ class Assistant:
 
         def slot(modality: str, path: str) -> prompt.Slot:
             stride = self.data.embeddings[modality]
-            items = media.form(modality, self.data).items
+            items = modalities.form(modality, self.data).items
             size = self._encoded[modality, path].size
             return prompt.Slot(modality, path, items, size, stride)
 
@@ -113,18 +114,18 @@ class Assistant:
                 self.model.parts(modality)
                 wanted.setdefault(modality, {})[path] = example
         for modality, files in wanted.items():
-            each = max(1, min(ITEMS, self.rows) // media.form(modality, self.data).items)
+            each = max(1, min(ITEMS, self.rows) // modalities.form(modality, self.data).items)
             paths = list(files)
             for start in range(0, len(paths), each):
                 self._encode_batch(modality, paths[start : start + each], each)
 
     def _encode_batch(self, modality: str, paths: Sequence[str], rows: int) -> None:
-        form = media.form(modality, self.data)
+        form = modalities.form(modality, self.data)
         values = np.zeros((rows, form.items, *form.shape), np.float32)
         lengths = np.zeros((rows, form.items), np.int32)
         for row, path in enumerate(paths):
             record = Record(Example(path))
-            values[row], lengths[row] = media.load(modality, path, self.data, record, 0, False)
+            values[row], lengths[row] = modalities.load(modality, path, self.data, record, 0, False)
         item = Media(values, lengths, None, np.zeros((rows, 0), np.int32))
         found = _encode(self.model, modality, self.params, item)
         embeddings, counts = map(np.asarray, found)

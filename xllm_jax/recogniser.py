@@ -10,9 +10,9 @@ import numpy as np
 
 from xllm_jax import restore
 from xllm_jax.core.errors import UserError
-from xllm_jax.data import media
 from xllm_jax.data.characters import CharacterVocabulary
 from xllm_jax.data.example import Example
+from xllm_jax.data.media import modalities
 from xllm_jax.data.record import Record
 from xllm_jax.models import asr_search
 from xllm_jax.models.xllm import XLLM
@@ -57,7 +57,7 @@ class Recogniser:
         paths = [path for modality, path in example.media if modality == "speech"]
         if not paths:
             raise UserError("has no speech file", field=example.key)
-        values, lengths = media.load("speech", paths[-1], self.data, Record(example), 0, False)
+        values, lengths = modalities.load("speech", paths[-1], self.data, Record(example), 0, False)
         return values[0, : lengths[0]]
 
     def _transcribe(self, group: Sequence[np.ndarray]) -> list[str]:

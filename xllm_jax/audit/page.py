@@ -13,8 +13,8 @@ from PIL import Image
 from xllm_jax.audit import Audit
 from xllm_jax.audit.samples import Medium, Sample
 from xllm_jax.core.errors import UserError
-from xllm_jax.data import speech
 from xllm_jax.data.batching.padding import MOST
+from xllm_jax.data.media import speech
 from xllm_jax.report import media, page, plots, text
 from xllm_jax.report.tables import Cell, Table
 

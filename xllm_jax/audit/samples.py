@@ -10,9 +10,9 @@ import numpy as np
 
 from xllm_jax.core.batch import Batch
 from xllm_jax.core.stage import Data
-from xllm_jax.data import image
-from xllm_jax.data import media as data_media
 from xllm_jax.data.example import Example
+from xllm_jax.data.media import image
+from xllm_jax.data.media import modalities as data_media
 
 WORDS, SLOT, SPECIAL, LEARNT = "words", "slot", "special", "learnt"
 

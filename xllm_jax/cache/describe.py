@@ -9,7 +9,8 @@ from typing import Any
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data, Stage
-from xllm_jax.data import media, mixture
+from xllm_jax.data import mixture
+from xllm_jax.data.media import modalities
 from xllm_jax.models.xllm import XLLM
 
 FORMS = ("conversation", "text")  # of Data; the others' batches hold no Media
@@ -48,7 +49,7 @@ def depths(stage: Stage, xllm: XLLM, asked: Sequence[str] = ()) -> dict[str, int
 
 def steady(modality: str, data: Data, chosen: Sequence[str] = ()) -> None:
     """Raises UserError where the media of a modality are augmented at random."""
-    for field in media.form(modality, data).random:
+    for field in modalities.form(modality, data).random:
         others = [name for name in chosen if name != modality]
         leave = f", or cache the others: --modality={','.join(others)}" if others else ""
         raise UserError(
@@ -69,7 +70,7 @@ def _off(field: str, data: Data) -> str:
 
 def fields(stage: Stage, xllm: XLLM, modality: str, count: int) -> dict[str, Any]:
     """{name of a setting: value} of all that decides the outcome of a modality's first steps."""
-    form = media.form(modality, stage.data)
+    form = modalities.form(modality, stage.data)
     found: dict[str, Any] = {"compute": stage.compute, "frozen": stage.frozen}
     found |= _flat(f"modalities.{modality}", dataclasses.asdict(stage.modalities[modality]))
     for part in dict.fromkeys(step.part for step in xllm.chain(modality)[:count]):

@@ -22,7 +22,8 @@ from xllm_jax.cache import describe
 from xllm_jax.core.atomic import write_json
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Stage
-from xllm_jax.data import cached_features, media, mixture
+from xllm_jax.data import cached_features, mixture
+from xllm_jax.data.media import modalities
 from xllm_jax.data.record import Record
 from xllm_jax.models.xllm import XLLM
 
@@ -191,7 +192,7 @@ def _job(
     table: np.ndarray,
     per_shard: int,
 ) -> Job:
-    form, chain = media.form(modality, stage.data), xllm.chain(modality)
+    form, chain = modalities.form(modality, stage.data), xllm.chain(modality)
     given = (
         jax.ShapeDtypeStruct((form.items, *form.shape), jnp.float32),
         *(jax.ShapeDtypeStruct((form.items,), jnp.int32) for _ in range(2)),

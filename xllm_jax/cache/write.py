@@ -33,8 +33,9 @@ from xllm_jax.core.atomic import sha256 as file_checksum
 from xllm_jax.core.atomic import write_json
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.parallel import ahead
-from xllm_jax.data import cached_features, media
-from xllm_jax.data.decoder import Decoders
+from xllm_jax.data import cached_features
+from xllm_jax.data.media import modalities
+from xllm_jax.data.media.decode_workers import Decoders
 from xllm_jax.data.quarantine import Quarantine
 from xllm_jax.data.record import DoesNotFit, Skipped
 
@@ -77,7 +78,7 @@ def run(
     identity = hosts.share(store, "cache", lambda: planning.begin(plan, base, again))
     name = f"quarantine-{host}.jsonl" if count > 1 else "quarantine.jsonl"
     quarantine = Quarantine(plan.output / name, plan.stage.data.max_bad_share)
-    load = Decoders(plan.stage.data).load if plan.stage.data.deadline else media.load
+    load = Decoders(plan.stage.data).load if plan.stage.data.deadline else modalities.load
     for job in plan.jobs:
         mine = range(host, job.shards, count)
         todo = [s for s in mine if not planning.finished(plan, job, s, identity)]
@@ -117,7 +118,7 @@ def _shards(
     plan: Plan,
     job: Job,
     todo: list[int],
-    load: media.Load,
+    load: modalities.Load,
     compute: Compute,
     batch: int,
     identity: str,
@@ -125,7 +126,7 @@ def _shards(
     told: Callable[[int], Any],
 ) -> None:
     batch = -(-batch // jax.local_device_count()) * jax.local_device_count()
-    form = media.form(job.modality, plan.stage.data)
+    form = modalities.form(job.modality, plan.stage.data)
     room = (batch, form.items, *form.shape)
     rows = itertools.chain.from_iterable(job.rows(shard) for shard in todo)
     with ThreadPoolExecutor(max(plan.stage.data.threads, 1)) as pool:
@@ -137,7 +138,7 @@ def _shards(
             write_shard(plan, job, shard, made, identity, quarantine, told)
 
 
-def _read(plan: Plan, job: Job, load: media.Load, row: int) -> Arrays | tuple[UserError, str]:
+def _read(plan: Plan, job: Job, load: modalities.Load, row: int) -> Arrays | tuple[UserError, str]:
     """A decoded medium, or why it cannot be, with the key of its example."""
     path, record = plan.medium(job, row)
     data = plan.stage.data
@@ -238,7 +239,7 @@ def write_shard(
     write_json(note, made)
 
 
-def steady(plan: Plan, job: Job, load: media.Load) -> None:
+def steady(plan: Plan, job: Job, load: modalities.Load) -> None:
     """Loads one medium for several epochs.
 
     Raises:
@@ -254,7 +255,7 @@ def steady(plan: Plan, job: Job, load: media.Load) -> None:
             continue
         if any(not np.array_equal(first, other) for other in others):
             what = f"{job.modality} is loaded differently in every epoch, and no option says so"
-            mend = "Name the option in its Form.random (xllm_jax/data/media.py), and turn it off"
+            mend = "Name it in its Form.random (data/media/modalities.py), and turn it off"
             raise UserError(what, field=path, mend=mend)
         return
 

@@ -27,7 +27,7 @@ import numpy as np
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data
-from xllm_jax.data import media
+from xllm_jax.data.media import modalities
 from xllm_jax.data.record import DoesNotFit, Record
 
 MANIFEST = "cache.json"
@@ -75,9 +75,9 @@ def wanted(modality: str, record: Record, data: Data) -> int:
     Raises:
       UserError: speech without a transcript.
     """
-    if not media.form(modality, data).spoken:
+    if not modalities.form(modality, data).spoken:
         return 0
-    return min(media.spoken_tokens(record.example), data.embeddings[modality])
+    return min(modalities.spoken_tokens(record.example), data.embeddings[modality])
 
 
 def digest(modality: str, path: str, count: int, root: str) -> int:
@@ -175,13 +175,13 @@ class Features:
         kind = self._kinds.get(modality)
         return (kind.shape, kind.dtype) if kind else None
 
-    def loader(self, otherwise: media.Load) -> media.Load:
+    def loader(self, otherwise: modalities.Load) -> modalities.Load:
         """What takes cached media from here, and the others from `otherwise`."""
         return functools.partial(self._load, otherwise)
 
     def _load(
         self,
-        otherwise: media.Load,
+        otherwise: modalities.Load,
         modality: str,
         path: str,
         data: Data,

@@ -15,7 +15,7 @@ import numpy as np
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
-from xllm_jax.data.files import Carried
+from xllm_jax.data.media.paths import Carried
 
 MODALITIES = ("image", "video", "speech")
 TASKS = {"image": ("caption", "vqa"), "video": ("video_caption", "vqa"), "": ("text", "text")}

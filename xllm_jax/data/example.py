@@ -12,7 +12,7 @@ class Example:
     Attributes:
       key: unique name inside its source, used in logs and quarantine lists.
       media: ordered (modality, path) pairs, e.g. ``(('image', 'a.jpg'), ('speech', 'q.flac'))``.
-        One pair is one slot of the prompt. `data/files.py` says what a path may be.
+        One pair is one slot of the prompt. `data/media/paths.py` says what a path may be.
       instruction: the question or instruction; empty means that the prompt picks one of the task's
         named instructions.
       answer: the text to be learnt, or the reference answer in evaluation.

@@ -19,7 +19,7 @@ import numpy as np
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data
-from xllm_jax.data import media, mixture, reads_in_flight
+from xllm_jax.data import mixture, reads_in_flight
 from xllm_jax.data.batching import (
     conversation,
     image_text_pairs,
@@ -27,7 +27,8 @@ from xllm_jax.data.batching import (
     text_pairs,
     transcription,
 )
-from xllm_jax.data.decoder import Decoders
+from xllm_jax.data.media import modalities
+from xllm_jax.data.media.decode_workers import Decoders
 from xllm_jax.data.quarantine import Quarantine
 from xllm_jax.data.record import Mode, Record, Skipped
 
@@ -85,7 +86,9 @@ class Pipeline:
             for name in self.weights
         }
         self.kit = self.form.tools(data)
-        self._load = self.activity.loading(Decoders(data).load if data.deadline else media.load)
+        self._load = self.activity.loading(
+            Decoders(data).load if data.deadline else modalities.load
+        )
         self._steps = self._drawn() if train else self._planned(limit, sample)
 
     def records(self) -> int:
@@ -119,7 +122,9 @@ class Pipeline:
         threads, rows = self.data.threads, self.rows.stop - self.rows.start
         each = {transcription: {"speech": 1}, conversation: self.data.items}
         items = each.get(self.form, {"image": 1})
-        size = rows * sum(media.form(n, self.data).bytes() * count for n, count in items.items())
+        size = rows * sum(
+            modalities.form(n, self.data).bytes() * count for n, count in items.items()
+        )
         most = max(int(self.data.waiting * 1e9 / max(size, 1)), 1)
         # Grain counts the batches being decoded among those that wait.
         waiting = min(2 * threads, most)
@@ -190,7 +195,7 @@ class Pipeline:
 
     def _bucketed(self) -> bool:
         """Whether batches differ in the length of their speech."""
-        sounds = "speech" in self.data.items and not media.featured(self.data)
+        sounds = "speech" in self.data.items and not modalities.featured(self.data)
         spoken = self.form is transcription or sounds
         return spoken and len(self.data.frames) > 1 and self.form in (transcription, conversation)
 

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.data import cif_features, files, image, speech, video
 from xllm_jax.data.example import Example
+from xllm_jax.data.media import cif_features, image, paths, speech, video
 
 TEXTS = ("key", "task", "question", "answer", "transcript", "history", "tags")
 MODALITIES = ("image", "video", "speech", "cif")
@@ -85,17 +85,17 @@ def row(
         "slots": json.dumps(has),
     }
     for name in wanted:
-        paths = [path for modality, path in example.media if modality == name]
-        contents = [_content(name, path, check) for path in paths]
+        places = [path for modality, path in example.media if modality == name]
+        contents = [_content(name, path, check) for path in places]
         made[name] = contents if several else _single(name, contents[0])
-        made[f"{name}_name"] = [str(path) for path in paths] if several else str(paths[0])
+        made[f"{name}_name"] = [str(path) for path in places] if several else str(places[0])
     return made
 
 
 def _content(modality: str, path: str, check: bool) -> bytes:
     if check:
         decodable(modality, path)
-    return files.read(path)
+    return paths.read(path)
 
 
 def _single(modality: str, content: bytes) -> Any:
@@ -175,7 +175,7 @@ def _media(stored: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     found = []
     for name in slots:
         path, content = next(rest[name])
-        found.append((name, files.Carried(_text(path), bytes(content))))
+        found.append((name, paths.Carried(_text(path), bytes(content))))
     return tuple(found)
 
 

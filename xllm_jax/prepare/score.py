@@ -32,8 +32,9 @@ from xllm_jax.core.atomic import sha256 as file_checksum
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.parallel import ahead
 from xllm_jax.core.stage import Source
-from xllm_jax.data import image, mixture
+from xllm_jax.data import mixture
 from xllm_jax.data.example import Example
+from xllm_jax.data.media import image
 from xllm_jax.data.tokenizer import ClipTokenizer
 from xllm_jax.models.clip import Clip
 from xllm_jax.prepare import plan as planning

@@ -45,7 +45,7 @@ def frames(path: str | Path) -> list[str]:
 
 def spectrogram(path: str | Path) -> str:
     """Log-mel filterbanks of a speech file, time to the right, low frequencies below."""
-    from xllm_jax.data import speech
+    from xllm_jax.data.media import speech
 
     return shade(speech.filterbank(speech.read(path), 80))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from xllm_jax.convert.verify.recording import Replay
-from xllm_jax.data import speech
+from xllm_jax.data.media import speech
 
 INTEGERS = 32768  # samples of the files are integers of 16 bits
 

@@ -16,9 +16,10 @@ import numpy as np
 from xllm_jax.core.batch import Batch, Media, zeros
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data
-from xllm_jax.data import media, prompt
+from xllm_jax.data import prompt
 from xllm_jax.data.cached_features import Features
 from xllm_jax.data.example import Example
+from xllm_jax.data.media import modalities
 from xllm_jax.data.record import PROMPT, DoesNotFit, Mode, Record, Skipped
 from xllm_jax.data.tokenizer import ChatGLMTokenizer
 
@@ -81,14 +82,14 @@ def tools(data: Data) -> Tools:
                 f"does not say how many embeddings an item of {modality!r} takes",
                 field="data.embeddings",
             )
-        media.form(modality, data)
+        modalities.form(modality, data)
     cached = Features(data.cache) if data.cache else None
     return Tools(ChatGLMTokenizer(data.tokenizer), prompt.template(data.template), cached)
 
 
 def bucket(example: Example, data: Data) -> int:
     """Length bucket of an example by the headers of its speech files; the first without any."""
-    return media.bucket(example, data, 0)
+    return modalities.bucket(example, data, 0)
 
 
 def plan(records: Sequence[Record], kit: Tools, data: Data, mode: Mode) -> Plan:
@@ -122,7 +123,7 @@ def prepare(
     for record in records:
         key = record.example.key
         try:
-            record = dataclasses.replace(record, example=media.heard(record.example, data))
+            record = dataclasses.replace(record, example=modalities.heard(record.example, data))
             placed.append(Placed(record, sequence(record, kit, data, mode)))
         except DoesNotFit as error:
             if mode.strict:
@@ -142,12 +143,12 @@ def sequence(record: Record, kit: Tools, data: Data, mode: Mode) -> prompt.Promp
         return prompt.infilled(example, kit.tokenizer, limits, record.generator(PROMPT))
 
     def slot(modality: str, path: str) -> prompt.Slot:
-        form = media.form(modality, data)
+        form = modalities.form(modality, data)
         if modality not in data.items:
             raise DoesNotFit(f"data.items gives {modality!r} no place", field=example.key)
         size = stride = data.embeddings[modality]
         if form.spoken and mode.answers:
-            size = min(media.spoken_size(path, example, data), stride)
+            size = min(modalities.spoken_size(path, example, data), stride)
         return prompt.Slot(modality, path, form.items, size, stride)
 
     return prompt.build(
@@ -300,13 +301,18 @@ def shapes(data: Data, features: Features | None) -> dict[str, tuple[Any, ...]]:
 
     def item(name: str) -> tuple[Any, ...]:
         known = features and features.item(name)
-        return known or (media.form(name, data).shape, np.float32)
+        return known or (modalities.form(name, data).shape, np.float32)
 
     return {name: (items, *item(name)) for name, items in data.items.items()}
 
 
 def fill(
-    made: Plan, rows: slice, kit: Tools, data: Data, mode: Mode, load: media.Load = media.load
+    made: Plan,
+    rows: slice,
+    kit: Tools,
+    data: Data,
+    mode: Mode,
+    load: modalities.Load = modalities.load,
 ) -> tuple[Batch, list[Skipped]]:
     """Opens the media of one host's rows and writes its arrays.
 
@@ -389,7 +395,9 @@ def _without_counts(batch: Batch, data: Data, mode: Mode) -> Batch:
     if mode.answers:
         return batch
     found: dict[str, Media] = {
-        name: dataclasses.replace(entry, counts=None) if media.form(name, data).spoken else entry
+        name: dataclasses.replace(entry, counts=None)
+        if modalities.form(name, data).spoken
+        else entry
         for name, entry in batch.media.items()
     }
     return dataclasses.replace(batch, media=found)

@@ -9,7 +9,8 @@ import numpy as np
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data
-from xllm_jax.data import media, text
+from xllm_jax.data import text
+from xllm_jax.data.media import modalities
 from xllm_jax.data.record import Mode, Record, Skipped
 from xllm_jax.data.wordpiece import WordPiece
 
@@ -72,7 +73,12 @@ def batches(records: Sequence[Record], kit: WordPiece, data: Data, mode: Mode) -
 
 
 def fill(
-    made: Plan, rows: slice, kit: WordPiece, data: Data, mode: Mode, load: media.Load = media.load
+    made: Plan,
+    rows: slice,
+    kit: WordPiece,
+    data: Data,
+    mode: Mode,
+    load: modalities.Load = modalities.load,
 ) -> tuple[dict[str, np.ndarray], list[Skipped]]:
     """Opens the images of one host's rows.
 
@@ -82,7 +88,7 @@ def fill(
       and an empty caption}, the records that could not be read).
     """
     mine = list(made.rows[rows])
-    images = np.zeros((len(mine), *media.form(IMAGE, data).shape), np.float32)
+    images = np.zeros((len(mine), *modalities.form(IMAGE, data).shape), np.float32)
     skipped: list[Skipped] = []
     for number, row in enumerate(mine):
         if row is None:

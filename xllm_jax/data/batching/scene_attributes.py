@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from xllm_jax.core.stage import Data
-from xllm_jax.data import image
+from xllm_jax.data.media import image
 from xllm_jax.data.record import Mode, Record, Skipped
 from xllm_jax.data.synthetic_world.render import PIXELS, object_boxes, render_scene
 from xllm_jax.data.synthetic_world.scene import (

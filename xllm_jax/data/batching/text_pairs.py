@@ -13,8 +13,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from xllm_jax.core.stage import Data
-from xllm_jax.data import media, text
+from xllm_jax.data import text
 from xllm_jax.data.batching.image_text_pairs import Plan
+from xllm_jax.data.media import modalities
 from xllm_jax.data.prompt import WRITTEN
 from xllm_jax.data.record import MEDIA, Mode, Record, Skipped
 from xllm_jax.data.wordpiece import WordPiece
@@ -61,7 +62,12 @@ def batches(records: Sequence[Record], kit: WordPiece, data: Data, mode: Mode) -
 
 
 def fill(
-    made: Plan, rows: slice, kit: WordPiece, data: Data, mode: Mode, load: media.Load = media.load
+    made: Plan,
+    rows: slice,
+    kit: WordPiece,
+    data: Data,
+    mode: Mode,
+    load: modalities.Load = modalities.load,
 ) -> tuple[dict[str, np.ndarray], list[Skipped]]:
     """Tokenises one host's rows; nothing is opened, so `load` stays unused.
 

@@ -9,9 +9,9 @@ import numpy as np
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data
-from xllm_jax.data import media
 from xllm_jax.data.characters import PAD, CharacterVocabulary
 from xllm_jax.data.example import Example
+from xllm_jax.data.media import modalities
 from xllm_jax.data.record import DoesNotFit, Mode, Record, Skipped
 
 SPEECH = "speech"
@@ -51,7 +51,7 @@ def tools(data: Data) -> CharacterVocabulary:
     Raises:
       UserError: no such file, or speech comes as what this form's model is to learn to make.
     """
-    if media.featured(data):
+    if modalities.featured(data):
         what = "recognition trains the speech encoder and CIF, so it needs sounds"
         raise UserError(what, field="data.speech_features", mend="Leave it out")
     return CharacterVocabulary.load(data.characters)
@@ -59,7 +59,7 @@ def tools(data: Data) -> CharacterVocabulary:
 
 def bucket(example: Example, data: Data) -> int:
     """Length bucket of an utterance by its file's header; the last one where that tells nothing."""
-    return media.bucket(example, data, len(data.frames) - 1)
+    return modalities.bucket(example, data, len(data.frames) - 1)
 
 
 def plan(records: Sequence[Record], kit: CharacterVocabulary, data: Data, mode: Mode) -> Plan:
@@ -117,7 +117,7 @@ def fill(
     kit: CharacterVocabulary,
     data: Data,
     mode: Mode,
-    load: media.Load = media.load,
+    load: modalities.Load = modalities.load,
 ) -> tuple[dict[str, np.ndarray], list[Skipped]]:
     """Opens the utterances of one host's rows.
 
@@ -127,7 +127,7 @@ def fill(
       without an utterance has both lengths 0.
     """
     mine = made.rows[rows]
-    shape = (made.frames, *media.form(SPEECH, data).shape[1:])
+    shape = (made.frames, *modalities.form(SPEECH, data).shape[1:])
     batch = {
         "features": np.zeros((len(mine), *shape), np.float32),
         "lengths": np.zeros(len(mine), np.int32),

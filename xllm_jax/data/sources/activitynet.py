@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.data import files
 from xllm_jax.data.example import Example
 from xllm_jax.data.lazy import Lazy
+from xllm_jax.data.media import paths
 from xllm_jax.data.sources import layout
 
 NAMES = {"train": "train.json", "val": "val_1.json", "test": "val_2.json"}
@@ -67,7 +67,7 @@ def examples(
             media = (("video", there[name]),)
             return Example(name, media, answer=said, task="video_caption", references=(said,))
         start, end = _span(data[name], number, where)
-        media = (("video", files.span(there[name], start, end)),)
+        media = (("video", paths.span(there[name], start, end)),)
         said = sentences[number]
         key = f"{name}#{number}"
         return Example(key, media, answer=said, task="video_caption", references=(said,))

@@ -11,8 +11,8 @@
 
 The repository links the files and the media they need; licences are those of the sets they were
 made from. Paths in them are its authors', so name your folders: files are found there by their last
-part. "speech_feats_path" is a `.npy` of features that CIF has made (`data/cif_features.py`): it
-becomes a medium 'cif', which `data.speech_features='cif'` reads, or, with the option `audio`, the
+part. "speech_feats_path" is a `.npy` of features that CIF has made (`data/media/cif_features.py`):
+it becomes a medium 'cif', which `data.speech_features='cif'` reads, or, with the option `audio`, the
 utterance's own sound file.
 """
 
@@ -27,9 +27,9 @@ import re
 from collections.abc import Sequence
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.data import files
 from xllm_jax.data.example import Example
 from xllm_jax.data.lazy import Lazy, Rows
+from xllm_jax.data.media import paths
 from xllm_jax.data.sources import layout
 
 KINDS = ("", "masr")
@@ -169,8 +169,8 @@ def _image(path: str, folders: Folders) -> str:
     return found[0] if found else places[-1]
 
 
-def _packed(image: str, where: str) -> files.Carried:
+def _packed(image: str, where: str) -> paths.Carried:
     try:
-        return files.Carried(where, base64.b64decode(image, altchars=b"-_", validate=True))
+        return paths.Carried(where, base64.b64decode(image, altchars=b"-_", validate=True))
     except (binascii.Error, ValueError) as error:
         raise UserError(f"is not base64 ({error})", field=f"{where}.image") from None

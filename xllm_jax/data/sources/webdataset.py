@@ -22,9 +22,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.data import files
 from xllm_jax.data.example import Example
 from xllm_jax.data.lazy import Chain, Lazy
+from xllm_jax.data.media import paths
 from xllm_jax.data.sources import layout
 
 COLUMNS = 5  # image offset and length, caption offset and length, whether the caption is JSON
@@ -125,8 +125,8 @@ def _read(tar: pathlib.Path, root: pathlib.Path) -> Lazy:
         offset, length, text, size, is_json = places[number].tolist()
         key = f"{name}/{number}"
         where = f"{tar}: sample {number}"
-        caption = _caption(files.read(files.part(tar, text, size)), bool(is_json), where)
-        return layout.captioned_image(key, files.part(tar, offset, length), caption, where)
+        caption = _caption(paths.read(paths.part(tar, text, size)), bool(is_json), where)
+        return layout.captioned_image(key, paths.part(tar, offset, length), caption, where)
 
     return Lazy(len(places), example)
 

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.data import files, image, packets
+from xllm_jax.data.media import image, paths, video_packets
 
 REFERENCE_SECONDS = 60  # the repository reads at most this many seconds after the first frame
 END_SECONDS = 2.0  # annotated clips may start so much behind the last frame
@@ -45,7 +45,7 @@ def load(
     """
     wanted, size = options.get("frames", 5), options.get("size", 224)
     sampling = options.get("sampling", "uniform")
-    span = files.place(path).span
+    span = paths.place(path).span
     if span:
         pictures = decode_times(path, span_times(*span, wanted, sampling))
         return _stacked([image.normalise(centre(one, size)) for one in pictures], wanted, size)
@@ -60,13 +60,13 @@ def _straight(
     """Numbers and frames, decoding only what they refer to; None where packets do not tell."""
     with _opened(path) as container:
         stream = _stream(container, path)
-        found = packets.collect(container.demux(stream))
+        found = video_packets.collect(container.demux(stream))
         if not found:
             return None
         indices = choose(stream.frames or len(found), _rate(stream), wanted, sampling)
         if max(indices) >= len(found):
             return None
-        frames = packets.pictures(stream.codec_context, found, indices)
+        frames = video_packets.pictures(stream.codec_context, found, indices)
     return (indices, frames) if len(frames) == len(set(indices)) else None
 
 
@@ -168,7 +168,7 @@ def _straight_times(path: str | Path, times: Sequence[float]) -> list[Image.Imag
             return float(stamp * stream.time_base) - origin
 
         # No frame is shown before it is decoded, so what is decoded later is shown later.
-        found = packets.collect(
+        found = video_packets.collect(
             itertools.takewhile(
                 lambda packet: packet.dts is None or second(packet.dts) <= times[-1],
                 container.demux(stream),
@@ -180,7 +180,7 @@ def _straight_times(path: str | Path, times: Sequence[float]) -> list[Image.Imag
         if times[0] > shown[-1]:  # perhaps beyond the end
             return None
         numbers = [max(bisect.bisect_right(shown, time) - 1, 0) for time in times]
-        frames = packets.pictures(stream.codec_context, found, numbers)
+        frames = video_packets.pictures(stream.codec_context, found, numbers)
     return [frames[n] for n in numbers] if len(frames) == len(set(numbers)) else None
 
 
@@ -270,7 +270,7 @@ class _opened:
     def __enter__(self):
         import av
 
-        source = files.source(self.path, "video", spans=True)
+        source = paths.source(self.path, "video", spans=True)
         self.errors = (av.error.FFmpegError, ValueError, EOFError)
         try:
             self.container = av.open(source)

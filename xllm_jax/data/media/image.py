@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.data import files
+from xllm_jax.data.media import paths
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -60,7 +60,7 @@ def read(path: str | Path, most_pixels: int = MOST_PIXELS) -> Image.Image:
       UserError: the file is missing, not an image, damaged or larger than `most_pixels`.
     """
     try:
-        with Image.open(files.whole(path, "image")) as picture:
+        with Image.open(paths.whole(path, "image")) as picture:
             if picture.width * picture.height > most_pixels:
                 raise UserError(
                     f"has {picture.width} x {picture.height} pixels, more than {most_pixels:,}",

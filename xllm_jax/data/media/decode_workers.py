@@ -5,7 +5,7 @@ a thread can be neither stopped nor replaced. So each decoding thread has a work
 that does not answer by the deadline is killed, and the next file starts a new one. The kernel also
 bounds the memory that one file may take, and a worker that has kept too much of it is replaced.
 
-    python -m xllm_jax.data.decoder DESCRIPTOR BYTES      a worker, at the other end of a socket
+    python -m xllm_jax.data.media.decode_workers DESCRIPTOR BYTES    a worker, reached by a socket
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ import numpy as np
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data
-from xllm_jax.data import media
+from xllm_jax.data.media import modalities
 from xllm_jax.data.record import DoesNotFit, Record
 
 START_SECONDS = 120.0  # a worker may take to start on a busy machine
 GRACE_SECONDS = 30.0  # after the deadline a worker ends by itself, should its owner be gone
-ROOT = str(Path(__file__).parents[2])
+ROOT = str(Path(__file__).parents[3])  # where the package lies, for the worker to import it
 
 
 class Lost(Exception):
@@ -52,7 +52,13 @@ class Worker:
         paths = [ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "xllm_jax.data.decoder", str(theirs.fileno()), str(memory)],
+                [
+                    sys.executable,
+                    "-m",
+                    "xllm_jax.data.media.decode_workers",
+                    str(theirs.fileno()),
+                    str(memory),
+                ],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
@@ -164,7 +170,7 @@ def answer(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
       arguments: of `media.load`.
     """
     try:
-        return ("arrays", *media.load(*arguments))
+        return ("arrays", *modalities.load(*arguments))
     except UserError as error:
         kind = "does not fit" if isinstance(error, DoesNotFit) else "cannot be read"
         return kind, error.what, error.field, str(error)

@@ -19,7 +19,7 @@ import numpy as np
 import scipy.fft
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.data import files, wav
+from xllm_jax.data.media import paths, wav
 
 RATE = 16_000
 WINDOW, HOP, FFT = 400, 160, 512
@@ -87,7 +87,7 @@ def read(path: str | Path) -> np.ndarray:
 
 def _plain(path: str | Path) -> tuple[np.ndarray, int] | None:
     """Samples `[samples, channels]` and rate of an ordinary WAV file, None for all others."""
-    source = files.source(path)
+    source = paths.source(path)
     with open(source, "rb") if isinstance(source, str) else source as file:
         head = file.read(12)
         found = wav.samples(head + file.read()) if head[8:] == b"WAVE" else None
@@ -105,7 +105,7 @@ def _decoded(path: str | Path) -> tuple[np.ndarray, int]:
     import soundfile
 
     try:
-        with soundfile.SoundFile(files.source(path)) as sound:
+        with soundfile.SoundFile(paths.source(path)) as sound:
             _check_header(sound.samplerate, sound.frames * sound.channels, path)
             rate, samples = sound.samplerate, sound.read(dtype="float32", always_2d=True)
             waved = sound.format.startswith("WAV")
@@ -129,7 +129,7 @@ def _check_header(rate: int, samples: int, path: str | Path) -> None:
 
 def _check_whole(path: str | Path, read: int) -> None:
     """Raises UserError for a WAV file that was cut off; libsndfile says nothing about it."""
-    content = files.read(path)
+    content = paths.read(path)
     for name, start, size in wav.chunks(content):
         missing = start + size - len(content)
         if name == b"data" and 0 < size < wav.STREAMED and missing > 0:
@@ -147,7 +147,7 @@ def count_frames(path: str | Path) -> int:
     """
     import soundfile
 
-    source = files.source(path)
+    source = paths.source(path)
     try:
         info = soundfile.info(source)
     except (soundfile.SoundFileError, RuntimeError) as error:

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.data import files
+from xllm_jax.data.media import paths
 
 WIDTH = 512  # of the speech encoder and CIF
 MEND = "Give .npy files of CIF features, or sounds without data.speech_features"
@@ -58,7 +58,7 @@ def _opened(path: str | os.PathLike, read: Callable[[BinaryIO], Any]) -> Any:
     Raises:
       UserError: the file is missing, or not `.npy`.
     """
-    source = files.source(path)
+    source = paths.source(path)
     try:
         with open(source, "rb") if isinstance(source, str) else source as file:
             return read(file)

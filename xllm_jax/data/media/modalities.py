@@ -16,9 +16,9 @@ import numpy as np
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data
-from xllm_jax.data import cif_features, image, speech, video
 from xllm_jax.data.characters import token_count
 from xllm_jax.data.example import Example
+from xllm_jax.data.media import cif_features, image, speech, video
 from xllm_jax.data.record import MEDIA, DoesNotFit, Record
 
 CIF = "cif"  # a reader's name of features, and the step of the speech interface that makes them

@@ -1,0 +1,1 @@
+"""Media files become arrays, one modality a file."""
