@@ -33,7 +33,9 @@ from xllm_jax.core.stage import Data, Source
 from xllm_jax.data.media import image, speech, video
 from xllm_jax.data.pipeline import Pipeline
 
-TOKENIZER = Path(__file__).parents[1] / "xllm_jax" / "data" / "world" / "backbones" / "llm"
+TOKENIZER = (
+    Path(__file__).parents[1] / "xllm_jax" / "data" / "synthetic_world" / "backbones" / "llm"
+)
 IMAGE = {"size": data_peers.SIZE, "scale": (0.5, 1.0), "flip": True}
 # Stage 3 as the paper mixes it: instructions about images, utterances, clips, spoken questions.
 MIXED = {"image": 3.5, "speech": 2.0, "video": 1.0, "spoken": 3.5}

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from xllm_jax.data.synthetic_world.text_stream import text_examples
-from xllm_jax.data.tokenizer import LINE, LONGEST_BLANK, TAB, ChatGLMTokenizer, blank
+from xllm_jax.data.text.chatglm_tokenizer import LINE, LONGEST_BLANK, TAB, ChatGLMTokenizer, blank
 
 ROUNDS = 7
 

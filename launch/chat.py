@@ -19,7 +19,7 @@ from launch import command
 from xllm_jax import assistant, restore
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
-from xllm_jax.data.instructions import instructions
+from xllm_jax.data.text.instructions import instructions
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a finished run.", required=True)
 ROUNDS = flags.DEFINE_integer("rounds", 4, "Earlier rounds that the model is shown.", 0)

@@ -18,7 +18,7 @@ from absl import flags
 from launch import command
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
-from xllm_jax.data.instructions import instructions
+from xllm_jax.data.text.instructions import instructions
 
 if TYPE_CHECKING:
     from xllm_jax import assistant

@@ -12,12 +12,12 @@ from configs import stage1_speech, stage3_instruction
 from xllm_jax.assembly import networks
 from xllm_jax.core import checkpoint, checksum
 from xllm_jax.core.stage import Stage
-from xllm_jax.data.characters import CharacterVocabulary
 from xllm_jax.data.synthetic_world import build as world
 from xllm_jax.data.synthetic_world.plan import WorldSizes
+from xllm_jax.data.text.characters import CharacterVocabulary
 
 ROOT = Path(__file__).parents[1]
-TOKENIZER = ROOT / "xllm_jax" / "data" / "world" / "backbones" / "llm"
+TOKENIZER = ROOT / "xllm_jax" / "data" / "synthetic_world" / "backbones" / "llm"
 
 
 def make_world(folder: Path, items: int = 8) -> Path:

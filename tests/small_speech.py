@@ -8,8 +8,8 @@ import numpy as np
 import soundfile
 
 from xllm_jax.core.stage import Data, Optimizer, Part, Source, Stage
-from xllm_jax.data.characters import CharacterVocabulary
 from xllm_jax.data.example import Example
+from xllm_jax.data.text.characters import CharacterVocabulary
 
 SAID = ("红色的圆", "蓝色的方块", "有几个物体", "对")
 

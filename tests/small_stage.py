@@ -11,7 +11,7 @@ from pathlib import Path
 from xllm_jax.core.stage import Data, Optimizer, Part, Source, Stage
 
 ROOT = Path(__file__).parents[1]
-TOKENIZER = ROOT / "xllm_jax" / "data" / "world" / "backbones" / "llm"
+TOKENIZER = ROOT / "xllm_jax" / "data" / "synthetic_world" / "backbones" / "llm"
 GLM = {"vocab": 576, "width": 32, "depth": 2, "heads": 2, "hidden": 64, "alpha": 2.0}
 
 

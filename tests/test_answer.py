@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.data import blank_infilling, glm_layout
-from xllm_jax.data.glm_layout import Specials
+from xllm_jax.data.text import blank_infilling, glm_layout
+from xllm_jax.data.text.glm_layout import Specials
 from xllm_jax.objectives.answer import answer_loss
 
 SPECIALS = Specials(mask=90, gmask=91, sop=92, eop=93, pad=3)

@@ -18,10 +18,10 @@ from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data, Source, Stage
 from xllm_jax.data import mixture
 from xllm_jax.data.batching import padding
-from xllm_jax.data.characters import CharacterVocabulary
 from xllm_jax.data.example import Example
 from xllm_jax.data.media import speech
 from xllm_jax.data.pipeline import Pipeline
+from xllm_jax.data.text.characters import CharacterVocabulary
 
 SAID = "红色的圆在左边"
 

@@ -20,12 +20,12 @@ from test_video import write as write_video
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data, Source
 from xllm_jax.data import mixture
-from xllm_jax.data.characters import CharacterVocabulary
 from xllm_jax.data.example import Example
 from xllm_jax.data.media import decode_workers, image, speech
 from xllm_jax.data.pipeline import Pipeline
 from xllm_jax.data.record import Record
 from xllm_jax.data.sources import captions_folder
+from xllm_jax.data.text.characters import CharacterVocabulary
 
 SAID = "红色的圆"
 SHAPES = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.data.characters import CharacterVocabulary, token_count
+from xllm_jax.data.text.characters import CharacterVocabulary, token_count
 
 
 def test_round_trip_with_special_ids():

@@ -14,7 +14,7 @@ from xllm_jax.convert.sources import chatglm
 from xllm_jax.convert.sources import chatglm_quantised as quantised
 from xllm_jax.core import rules
 from xllm_jax.core.errors import UserError
-from xllm_jax.data.glm_layout import Specials
+from xllm_jax.data.text.glm_layout import Specials
 from xllm_jax.models import glm
 
 torch = pytest.importorskip("torch")

@@ -15,9 +15,9 @@ from recording import Recording
 from xllm_jax.convert.sources import chatglm
 from xllm_jax.core.batch import zeros
 from xllm_jax.core.errors import UserError
-from xllm_jax.data import glm_layout
-from xllm_jax.data.glm_layout import Specials
-from xllm_jax.data.tokenizer import ChatGLMTokenizer
+from xllm_jax.data.text import glm_layout
+from xllm_jax.data.text.chatglm_tokenizer import ChatGLMTokenizer
+from xllm_jax.data.text.glm_layout import Specials
 from xllm_jax.generate import (
     XLLM_NAMES,
     Decoding,

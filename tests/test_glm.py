@@ -12,8 +12,8 @@ from xllm_jax.convert import export_tree, files
 from xllm_jax.convert.sources import chatglm
 from xllm_jax.core import rules
 from xllm_jax.core.errors import UserError
-from xllm_jax.data import blank_infilling, glm_layout
-from xllm_jax.data.glm_layout import Specials
+from xllm_jax.data.text import blank_infilling, glm_layout
+from xllm_jax.data.text.glm_layout import Specials
 from xllm_jax.models import glm, layers
 from xllm_jax.objectives.answer import answer_loss, cross_entropy
 

@@ -13,8 +13,8 @@ from xllm_jax.convert import export_tree, files, import_tree, run_export, run_im
 from xllm_jax.convert.sources import chatglm, chatglm_prefix
 from xllm_jax.core import rules
 from xllm_jax.core.errors import UserError
-from xllm_jax.data import glm_layout
-from xllm_jax.data.glm_layout import Specials
+from xllm_jax.data.text import glm_layout
+from xllm_jax.data.text.glm_layout import Specials
 from xllm_jax.models import glm, glm_prefix
 from xllm_jax.models.xllm import XLLM
 

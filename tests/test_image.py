@@ -10,8 +10,8 @@ from PIL import Image
 from recording import Recording
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.data import text
 from xllm_jax.data.media import image, video
+from xllm_jax.data.text import blip_captions
 
 
 @pytest.mark.golden
@@ -43,8 +43,8 @@ def test_processors_are_the_recorded_ones(golden):
 def test_text_processors_are_the_recorded_ones(golden):
     cases = json.loads((golden / "vision/cases_text_processors.json").read_text())
     for case in cases:
-        assert text.caption(case["input"]) == case["blip_caption"]
-        assert text.question(case["input"]) == case["blip_question"]
+        assert blip_captions.caption(case["input"]) == case["blip_caption"]
+        assert blip_captions.question(case["input"]) == case["blip_question"]
 
 
 def test_crop_boxes_have_uniform_areas_log_uniform_aspects_and_uniform_places():

@@ -10,9 +10,10 @@ from PIL import Image
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
-from xllm_jax.data import json_spans, lazy, mixture
+from xllm_jax.data import mixture
 from xllm_jax.data.media import image
 from xllm_jax.data.record import Skipped
+from xllm_jax.data.rows import json_spans, lazy
 from xllm_jax.data.sources import cc3m, sbu, table, webdataset, wukong
 
 

@@ -16,8 +16,8 @@ from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.data import columns
 from xllm_jax.data.media import image, speech
+from xllm_jax.data.rows import columns
 from xllm_jax.data.sources import hugging_face, tfds
 
 

@@ -9,7 +9,7 @@ import pytest
 from transformers import BertTokenizer
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.data.wordpiece import WordPiece
+from xllm_jax.data.text.wordpiece import WordPiece
 
 TEXTS = (
     "A man, riding a horse!",

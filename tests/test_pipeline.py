@@ -18,10 +18,10 @@ from xllm_jax.core.stage import Data, Source
 from xllm_jax.data import mixture
 from xllm_jax.data.batching import conversation
 from xllm_jax.data.batching.settle import settle
-from xllm_jax.data.characters import CharacterVocabulary
 from xllm_jax.data.example import Example
 from xllm_jax.data.pipeline import Pipeline
 from xllm_jax.data.record import Mode, Record, Skipped
+from xllm_jax.data.text.characters import CharacterVocabulary
 
 SIZE = 32
 SAID = ("红色的圆", "蓝色的方块在左边", "有几个物体", "对", "图中有一个很大的绿色三角形吗")

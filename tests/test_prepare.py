@@ -267,7 +267,7 @@ def test_reading_and_training_never_import_beam_or_tensorflow(written, tmp_path)
     for name in ("tensorflow", "apache_beam"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("import os; os._exit(9)")
-    tokenizer = ROOT / "xllm_jax" / "data" / "world" / "backbones" / "llm"
+    tokenizer = ROOT / "xllm_jax" / "data" / "synthetic_world" / "backbones" / "llm"
     code = f"""
 import sys
 sys.path.insert(0, {str(tmp_path)!r})

@@ -8,9 +8,9 @@ import torch
 from recording import Recording
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.data import prompt
 from xllm_jax.data.example import Example
-from xllm_jax.data.tokenizer import ChatGLMTokenizer
+from xllm_jax.data.text import prompt
+from xllm_jax.data.text.chatglm_tokenizer import ChatGLMTokenizer
 
 IGNORED = -100
 

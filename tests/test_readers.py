@@ -25,9 +25,9 @@ from xllm_jax.core import lookup, mesh, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data, Optimizer, Part, Source
 from xllm_jax.data import mixture
-from xllm_jax.data.characters import CharacterVocabulary
 from xllm_jax.data.media import cif_features, paths
 from xllm_jax.data.pipeline import Pipeline
+from xllm_jax.data.text.characters import CharacterVocabulary
 from xllm_jax.prepare import engine, manifest, plan, shard
 
 pytestmark = pytest.mark.filterwarnings("default")

@@ -10,7 +10,7 @@ from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data, Source
 from xllm_jax.data.pipeline import Pipeline
 from xllm_jax.data.sources import world_text
-from xllm_jax.data.wordpiece import WordPiece
+from xllm_jax.data.text.wordpiece import WordPiece
 from xllm_jax.models.contrast import ContrastModel
 from xllm_jax.objectives import unilm
 

@@ -14,7 +14,7 @@ from configs import sources
 from xllm_jax.core.stage import Data
 from xllm_jax.data.pipeline import Pipeline
 
-BACKBONES = resources.files("xllm_jax") / "data" / "world" / "backbones"
+BACKBONES = resources.files("xllm_jax") / "data" / "synthetic_world" / "backbones"
 
 
 def jpeg(path=None):

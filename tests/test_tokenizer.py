@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.data import glm_layout
-from xllm_jax.data.tokenizer import ChatGLMTokenizer, train_tokenizer
+from xllm_jax.data.text import glm_layout
+from xllm_jax.data.text.chatglm_tokenizer import ChatGLMTokenizer, train_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,10 @@ import re
 import numpy as np
 import pytest
 
-from xllm_jax.data import instructions
 from xllm_jax.data.synthetic_world import language, motion, plan, questions
 from xllm_jax.data.synthetic_world import scene as world
 from xllm_jax.data.synthetic_world.text_stream import spoken_characters, text_example, text_examples
+from xllm_jax.data.text import instructions
 
 
 @pytest.fixture(scope="module")

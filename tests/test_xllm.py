@@ -15,8 +15,8 @@ from recording import Recording
 from xllm_jax.convert.sources import chatglm
 from xllm_jax.core.batch import Batch, Media, zeros
 from xllm_jax.core.errors import UserError
-from xllm_jax.data import glm_layout
-from xllm_jax.data.tokenizer import ChatGLMTokenizer
+from xllm_jax.data.text import glm_layout
+from xllm_jax.data.text.chatglm_tokenizer import ChatGLMTokenizer
 from xllm_jax.models import glm
 from xllm_jax.models.xllm import XLLM
 from xllm_jax.objectives import answer

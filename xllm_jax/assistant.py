@@ -19,11 +19,11 @@ import numpy as np
 
 from xllm_jax import generate, restore
 from xllm_jax.core.batch import Batch, Media
-from xllm_jax.data import glm_layout, prompt
 from xllm_jax.data.example import Example
 from xllm_jax.data.media import modalities
 from xllm_jax.data.record import Record
-from xllm_jax.data.tokenizer import ChatGLMTokenizer
+from xllm_jax.data.text import glm_layout, prompt
+from xllm_jax.data.text.chatglm_tokenizer import ChatGLMTokenizer
 from xllm_jax.models.xllm import LLM, XLLM, splice
 
 Array = Any

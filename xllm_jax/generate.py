@@ -19,7 +19,7 @@ import numpy as np
 
 from xllm_jax.core.batch import Batch
 from xllm_jax.core.errors import UserError
-from xllm_jax.data import glm_layout
+from xllm_jax.data.text import glm_layout
 from xllm_jax.models.xllm import LLM, XLLM
 
 Array = jax.Array

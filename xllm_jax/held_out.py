@@ -28,10 +28,10 @@ from xllm_jax.core.stage import Data, Stage
 from xllm_jax.core.watchdog import Watch
 from xllm_jax.core.weighted_mean import WeightedMean
 from xllm_jax.data import manifest
-from xllm_jax.data.characters import CharacterVocabulary
 from xllm_jax.data.example import Example
 from xllm_jax.data.pipeline import Pipeline
 from xllm_jax.data.record import Skipped
+from xllm_jax.data.text.characters import CharacterVocabulary
 from xllm_jax.models.xllm import XLLM
 from xllm_jax.train import State
 

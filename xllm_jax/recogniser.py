@@ -10,10 +10,10 @@ import numpy as np
 
 from xllm_jax import restore
 from xllm_jax.core.errors import UserError
-from xllm_jax.data.characters import CharacterVocabulary
 from xllm_jax.data.example import Example
 from xllm_jax.data.media import modalities
 from xllm_jax.data.record import Record
+from xllm_jax.data.text.characters import CharacterVocabulary
 from xllm_jax.models import asr_search
 from xllm_jax.models.xllm import XLLM
 

@@ -85,7 +85,7 @@ class Data:
         none is given, every other source takes part by its size.
       form: what a batch looks like: 'conversation', 'transcription', 'pairs',
         'sentences', 'text' or 'attributes'.
-      template: named prompt template of `data/prompt.py`.
+      template: named prompt template of `data/text/prompt.py`.
       tokenizer: folder of the LLM's tokenizer.
       characters: file of the ASR model's character vocabulary, one a line.
       vocabulary: WordPiece vocab.txt of the Q-Former's text branch.

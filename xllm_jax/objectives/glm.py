@@ -1,7 +1,7 @@
 """GLM's blank infilling (arXiv 2103.10360, section 2.1): text pre-training of the LLM.
 
-The data side (`data/blank_infilling.py`) cuts the spans and writes them behind the context, so the
-loss is the answer loss, and differs only in what is reported.
+The data side (`data/text/blank_infilling.py`) cuts the spans and writes them behind the context, so
+the loss is the answer loss, and differs only in what is reported.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import Any
 
 from xllm_jax.core import atomic
 from xllm_jax.core.errors import UserError
-from xllm_jax.data import prepared
+from xllm_jax.data.rows import prepared
 from xllm_jax.prepare.plan import Plan
 
 

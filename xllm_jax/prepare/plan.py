@@ -13,8 +13,9 @@ import numpy as np
 from xllm_jax.core import atomic
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
-from xllm_jax.data import mixture, prepared
+from xllm_jax.data import mixture
 from xllm_jax.data.example import Example
+from xllm_jax.data.rows import prepared
 
 PLAN = "plan.json"
 PER_SHARD = 1024  # records
@@ -33,7 +34,7 @@ class Plan:
       per_shard: records in each shard but the last.
       modalities: of its examples.
       check: whether every medium is decoded before it is stored.
-      several: records have any number of files of each modality (`data/prepared.py`).
+      several: records have any number of files of each modality (`data/rows/prepared.py`).
       content: hash of some records' texts, so that a source that has changed is another plan.
     """
 

@@ -35,7 +35,7 @@ from xllm_jax.core.stage import Source
 from xllm_jax.data import mixture
 from xllm_jax.data.example import Example
 from xllm_jax.data.media import image
-from xllm_jax.data.tokenizer import ClipTokenizer
+from xllm_jax.data.text.chatglm_tokenizer import ClipTokenizer
 from xllm_jax.models.clip import Clip
 from xllm_jax.prepare import plan as planning
 from xllm_jax.prepare.plan import Plan

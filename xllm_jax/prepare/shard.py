@@ -8,8 +8,9 @@ from typing import Any
 
 from xllm_jax.core import atomic
 from xllm_jax.core.errors import UserError
-from xllm_jax.data import mixture, prepared
+from xllm_jax.data import mixture
 from xllm_jax.data.example import Example
+from xllm_jax.data.rows import prepared
 from xllm_jax.prepare import plan as planning
 from xllm_jax.prepare.plan import Plan
 

@@ -18,8 +18,9 @@ import numpy as np
 from xllm_jax.core import atomic
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
-from xllm_jax.data import mixture, prepared
+from xllm_jax.data import mixture
 from xllm_jax.data.media import speech
+from xllm_jax.data.rows import prepared
 from xllm_jax.data.sources import layout
 from xllm_jax.data.synthetic_world import speak
 from xllm_jax.prepare.translate import TranslateBatch

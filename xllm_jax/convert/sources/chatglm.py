@@ -19,7 +19,7 @@ import numpy as np
 from xllm_jax.convert import Drop, Plan, Report, Row, export_tree, files, import_tree, mount, sizes
 from xllm_jax.convert.sources import chatglm_quantised
 from xllm_jax.core.errors import UserError
-from xllm_jax.data.glm_layout import Specials
+from xllm_jax.data.text.glm_layout import Specials
 from xllm_jax.models.glm import SIZES, ChatGLM
 
 HEAD = "lm_head.weight"

@@ -19,7 +19,7 @@ from xllm_jax.convert import Plan, export_tree, files, import_tree
 from xllm_jax.convert.sources import bert, blip2, chatglm, eva_vit
 from xllm_jax.core import checkpoint, rules
 from xllm_jax.core.errors import UserError
-from xllm_jax.data.tokenizer import ChatGLMTokenizer
+from xllm_jax.data.text.chatglm_tokenizer import ChatGLMTokenizer
 from xllm_jax.models.bert import BertEncoder
 from xllm_jax.models.contrast import ContrastModel
 from xllm_jax.models.glm import ChatGLM

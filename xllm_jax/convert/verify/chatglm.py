@@ -18,7 +18,7 @@ from xllm_jax.convert.verify.chatglm_model import Reference, forward, layout_of
 from xllm_jax.convert.verify.recording import Replay
 from xllm_jax.convert.verify.tolerances import Stated
 from xllm_jax.core import rules
-from xllm_jax.data import glm_layout
+from xllm_jax.data.text import glm_layout
 from xllm_jax.models import glm, layers
 from xllm_jax.objectives.answer import answer_loss
 

@@ -12,7 +12,7 @@ import numpy as np
 from xllm_jax.convert.verify.chatglm_model import Reference, layout_of
 from xllm_jax.convert.verify.recording import Replay, read_json
 from xllm_jax.core.batch import zeros
-from xllm_jax.data import glm_layout
+from xllm_jax.data.text import glm_layout
 from xllm_jax.generate import (
     Decoding,
     beam_search,

@@ -14,8 +14,8 @@ from xllm_jax.convert.verify import chatglm_decode
 from xllm_jax.convert.verify.chatglm_model import Reference
 from xllm_jax.convert.verify.recording import Replay
 from xllm_jax.core.batch import Batch, Media
-from xllm_jax.data import glm_layout
-from xllm_jax.data.tokenizer import ChatGLMTokenizer
+from xllm_jax.data.text import glm_layout
+from xllm_jax.data.text.chatglm_tokenizer import ChatGLMTokenizer
 from xllm_jax.models import glm
 from xllm_jax.models.xllm import XLLM
 from xllm_jax.objectives import answer

@@ -12,9 +12,9 @@ import numpy as np
 
 from xllm_jax.convert.sources import chatglm
 from xllm_jax.core.errors import UserError
-from xllm_jax.data import glm_layout
-from xllm_jax.data.glm_layout import Specials
-from xllm_jax.data.tokenizer import ChatGLMTokenizer
+from xllm_jax.data.text import glm_layout
+from xllm_jax.data.text.chatglm_tokenizer import ChatGLMTokenizer
+from xllm_jax.data.text.glm_layout import Specials
 from xllm_jax.models.glm import ChatGLM
 from xllm_jax.models.xllm import XLLM
 

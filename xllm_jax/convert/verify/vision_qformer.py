@@ -11,7 +11,7 @@ import numpy as np
 
 from xllm_jax.convert.verify.recording import Replay
 from xllm_jax.convert.verify.vision_model import Reference
-from xllm_jax.data.wordpiece import WordPiece
+from xllm_jax.data.text.wordpiece import WordPiece
 from xllm_jax.models.contrast import ContrastModel
 from xllm_jax.models.qformer import visible
 from xllm_jax.objectives.contrast import captioning, smoothed_cross_entropy

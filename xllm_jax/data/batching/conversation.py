@@ -16,12 +16,12 @@ import numpy as np
 from xllm_jax.core.batch import Batch, Media, zeros
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data
-from xllm_jax.data import prompt
 from xllm_jax.data.cached_features import Features
 from xllm_jax.data.example import Example
 from xllm_jax.data.media import modalities
 from xllm_jax.data.record import PROMPT, DoesNotFit, Mode, Record, Skipped
-from xllm_jax.data.tokenizer import ChatGLMTokenizer
+from xllm_jax.data.text import prompt
+from xllm_jax.data.text.chatglm_tokenizer import ChatGLMTokenizer
 
 
 @dataclasses.dataclass(frozen=True)

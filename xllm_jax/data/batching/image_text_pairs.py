@@ -9,10 +9,10 @@ import numpy as np
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data
-from xllm_jax.data import text
 from xllm_jax.data.media import modalities
 from xllm_jax.data.record import Mode, Record, Skipped
-from xllm_jax.data.wordpiece import WordPiece
+from xllm_jax.data.text import blip_captions
+from xllm_jax.data.text.wordpiece import WordPiece
 
 IMAGE = "image"
 
@@ -56,7 +56,7 @@ def plan(records: Sequence[Record], kit: WordPiece, data: Data, mode: Mode) -> P
         example = record.example
         paths = [path for modality, path in example.media if modality == IMAGE]
         caption = example.answer or next(iter(example.references), "")
-        caption = text.caption(caption)
+        caption = blip_captions.caption(caption)
         if len(paths) == 1 and caption:
             rows.append(Pair(record, paths[0], caption))
         else:

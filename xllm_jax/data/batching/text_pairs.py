@@ -13,12 +13,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from xllm_jax.core.stage import Data
-from xllm_jax.data import text
 from xllm_jax.data.batching.image_text_pairs import Plan
 from xllm_jax.data.media import modalities
-from xllm_jax.data.prompt import WRITTEN
 from xllm_jax.data.record import MEDIA, Mode, Record, Skipped
-from xllm_jax.data.wordpiece import WordPiece
+from xllm_jax.data.text import blip_captions
+from xllm_jax.data.text.prompt import WRITTEN
+from xllm_jax.data.text.wordpiece import WordPiece
 
 HIDDEN_SHARE = 0.15  # of the joined pieces, as in BERT (arXiv 1810.04805, section 3.1)
 MASK = "[MASK]"
@@ -48,7 +48,7 @@ def plan(records: Sequence[Record], kit: WordPiece, data: Data, mode: Mode) -> P
         first = "".join(written) or example.instruction
         second = (example.instruction if written else "") + example.answer
         if first and second:
-            rows.append(Pair(record, text.caption(first), text.caption(second)))
+            rows.append(Pair(record, blip_captions.caption(first), blip_captions.caption(second)))
         else:
             skipped.append(Skipped(example.key, "has no two texts", bad=True))
     rows += [None] * (data.examples - len(rows))

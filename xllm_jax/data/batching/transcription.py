@@ -9,10 +9,10 @@ import numpy as np
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data
-from xllm_jax.data.characters import PAD, CharacterVocabulary
 from xllm_jax.data.example import Example
 from xllm_jax.data.media import modalities
 from xllm_jax.data.record import DoesNotFit, Mode, Record, Skipped
+from xllm_jax.data.text.characters import PAD, CharacterVocabulary
 
 SPEECH = "speech"
 

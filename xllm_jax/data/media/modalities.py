@@ -16,10 +16,10 @@ import numpy as np
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data
-from xllm_jax.data.characters import token_count
 from xllm_jax.data.example import Example
 from xllm_jax.data.media import cif_features, image, speech, video
 from xllm_jax.data.record import MEDIA, DoesNotFit, Record
+from xllm_jax.data.text.characters import token_count
 
 CIF = "cif"  # a reader's name of features, and the step of the speech interface that makes them
 

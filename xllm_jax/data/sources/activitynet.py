@@ -19,8 +19,8 @@ from typing import Any
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
-from xllm_jax.data.lazy import Lazy
 from xllm_jax.data.media import paths
+from xllm_jax.data.rows.lazy import Lazy
 from xllm_jax.data.sources import layout
 
 NAMES = {"train": "train.json", "val": "val_1.json", "test": "val_2.json"}

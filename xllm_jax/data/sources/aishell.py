@@ -22,7 +22,7 @@ from collections.abc import Sequence
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
-from xllm_jax.data.lazy import Lazy
+from xllm_jax.data.rows.lazy import Lazy
 from xllm_jax.data.sources import layout
 
 FOLDERS = {"val": "dev"}

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
-from xllm_jax.data.groups import Groups
-from xllm_jax.data.lazy import Lazy
+from xllm_jax.data.rows.joined_lists import Groups
+from xllm_jax.data.rows.lazy import Lazy
 from xllm_jax.data.sources import layout
 
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
-from xllm_jax.data.lazy import Lazy, Lines
+from xllm_jax.data.rows.lazy import Lazy, Lines
 from xllm_jax.data.sources import layout
 
 FOLDERS = ("flickr30k-images", "flickr30k_images", "images")

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.data import columns
 from xllm_jax.data.example import Example
-from xllm_jax.data.lazy import Lazy
+from xllm_jax.data.rows import columns
+from xllm_jax.data.rows.lazy import Lazy
 from xllm_jax.data.sources import layout
 
 SPLITS = {"val": "validation"}
@@ -45,7 +45,7 @@ def examples(
       split: 'train', 'val' (the hub's 'validation', where there is no 'val') or 'test'.
       name: of a data set of the hub, such as 'nlphuji/flickr30k'; PATH is its cache.
       config: of the data set, where it has several.
-      image, video, speech, answer, question, transcript, task: see `data/columns.py`.
+      image, video, speech, answer, question, transcript, task: see `data/rows/columns.py`.
 
     Raises:
       UserError: `datasets` is not installed, no such data set, split or column; on access, a

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
-from xllm_jax.data.lazy import Lazy, Rows
+from xllm_jax.data.rows.lazy import Lazy, Rows
 from xllm_jax.data.sources import layout
 
 QUESTIONS, ANSWERS = "qa90_questions.jsonl", "qa90_gpt4_answer.jsonl"

@@ -15,9 +15,10 @@ from collections.abc import Sequence
 
 from xllm_jax.core import lookup
 from xllm_jax.core.errors import UserError
-from xllm_jax.data import mixture, prepared
+from xllm_jax.data import mixture
 from xllm_jax.data.example import Example
-from xllm_jax.data.lazy import Lazy
+from xllm_jax.data.rows import prepared
+from xllm_jax.data.rows.lazy import Lazy
 from xllm_jax.data.sources import layout, tfds
 
 

@@ -12,8 +12,8 @@
 The repository links the files and the media they need; licences are those of the sets they were
 made from. Paths in them are its authors', so name your folders: files are found there by their last
 part. "speech_feats_path" is a `.npy` of features that CIF has made (`data/media/cif_features.py`):
-it becomes a medium 'cif', which `data.speech_features='cif'` reads, or, with the option `audio`, the
-utterance's own sound file.
+it becomes a medium 'cif', which `data.speech_features='cif'` reads, or, with the option `audio`,
+the utterance's own sound file.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from collections.abc import Sequence
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
-from xllm_jax.data.lazy import Lazy, Rows
 from xllm_jax.data.media import paths
+from xllm_jax.data.rows.lazy import Lazy, Rows
 from xllm_jax.data.sources import layout
 
 KINDS = ("", "masr")

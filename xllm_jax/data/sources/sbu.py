@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
-from xllm_jax.data.lazy import Lines
+from xllm_jax.data.rows.lazy import Lines
 from xllm_jax.data.sources import cc3m, layout, webdataset
 
 JSON = "sbu-captions-all.json"

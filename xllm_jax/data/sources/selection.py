@@ -21,7 +21,7 @@ from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
 from xllm_jax.data import mixture
 from xllm_jax.data.example import Example
-from xllm_jax.data.lazy import Lazy
+from xllm_jax.data.rows.lazy import Lazy
 from xllm_jax.data.sources import layout
 
 FILE, COLUMNS = "selection.json", 3

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
-from xllm_jax.data.lazy import Lazy, Table
+from xllm_jax.data.rows.lazy import Lazy, Table
 from xllm_jax.data.sources import layout
 
 

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.data import columns
 from xllm_jax.data.example import Example
-from xllm_jax.data.lazy import Lazy
+from xllm_jax.data.rows import columns
+from xllm_jax.data.rows.lazy import Lazy
 from xllm_jax.data.sources import layout
 
 SPLITS = {"val": "validation"}
@@ -44,7 +44,7 @@ def examples(
       path: as above.
       split: 'train', 'val' (TFDS's 'validation', where there is no 'val'), 'test', or a slice.
       name: of the data set, with a config and version perhaps; '' where PATH is its own folder.
-      image, video, speech, answer, question, transcript, task: see `data/columns.py`.
+      image, video, speech, answer, question, transcript, task: see `data/rows/columns.py`.
       rate: samples a second of audio that is stored as numbers.
 
     Raises:

@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.data import json_spans
 from xllm_jax.data.example import Example
-from xllm_jax.data.lazy import Lazy, Names, Spans
+from xllm_jax.data.rows import json_spans
+from xllm_jax.data.rows.lazy import Lazy, Names, Spans
 from xllm_jax.data.sources import layout
 
 KINDS = ("dialogue", "spoken", "asr")

@@ -23,8 +23,8 @@ import numpy as np
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
-from xllm_jax.data.lazy import Chain, Lazy
 from xllm_jax.data.media import paths
+from xllm_jax.data.rows.lazy import Chain, Lazy
 from xllm_jax.data.sources import layout
 
 COLUMNS = 5  # image offset and length, caption offset and length, whether the caption is JSON

@@ -6,10 +6,10 @@ not have: `tags` everywhere, `speech` and `speech_tags` in dialogue rounds.
 
 from __future__ import annotations
 
-from xllm_jax.data.instructions import instructions
 from xllm_jax.data.synthetic_world import language, motion, questions, render
 from xllm_jax.data.synthetic_world.plan import Dialogue, Picture, Split, Video, question_tags
 from xllm_jax.data.synthetic_world.scene import choose, generator
+from xllm_jax.data.text.instructions import instructions
 
 AISHELL_SPLIT = {"train": "train", "val": "dev", "test": "test"}
 MSRVTT_SPLIT = {"train": "train", "val": "validate", "test": "test"}

@@ -22,11 +22,11 @@ import shutil
 from collections.abc import Callable, Iterator
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.data.characters import CharacterVocabulary
 from xllm_jax.data.synthetic_world import annotations, motion, plan, render, speak
 from xllm_jax.data.synthetic_world.plan import SPLITS, Split, WorldSizes
 from xllm_jax.data.synthetic_world.scene import HELD_OUT
 from xllm_jax.data.synthetic_world.text_stream import spoken_characters
+from xllm_jax.data.text.characters import CharacterVocabulary
 
 VERSION = 3
 CHUNK = 40

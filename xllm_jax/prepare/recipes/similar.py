@@ -25,7 +25,7 @@ from xllm_jax.core import atomic
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
 from xllm_jax.data import mixture
-from xllm_jax.data.lazy import Lines, Rows
+from xllm_jax.data.rows.lazy import Lines, Rows
 from xllm_jax.data.sources import layout
 from xllm_jax.prepare import pick, runner, transforms
 

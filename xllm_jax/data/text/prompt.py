@@ -15,11 +15,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.data import blank_infilling
 from xllm_jax.data.example import Example
-from xllm_jax.data.glm_layout import positions_of
-from xllm_jax.data.instructions import instructions
 from xllm_jax.data.record import DoesNotFit
+from xllm_jax.data.text import blank_infilling
+from xllm_jax.data.text.glm_layout import positions_of
+from xllm_jax.data.text.instructions import instructions
 
 WRITTEN = "text:"  # prefix of media that are written out instead of shown
 PLACEHOLDER = 0  # token id under a media embedding; the model ignores it
@@ -165,7 +165,7 @@ def question(example: Example, generator: np.random.Generator) -> str:
         raise UserError(
             f"no instruction, and the task {example.task!r} has none of its own",
             field=example.key,
-            mend="Give the example an instruction or add the task to data/instructions.py",
+            mend="Give the example an instruction or add the task to data/text/instructions.py",
         )
     return known[int(generator.integers(len(known)))]
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.data import json_spans
+from xllm_jax.data.rows import json_spans
 
 CHUNK = 1 << 24  # bytes of a file looked at at once
 MEND = json_spans.MEND

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from xllm_jax.data import json_spans
-from xllm_jax.data.lazy import Spans
+from xllm_jax.data.rows import json_spans
+from xllm_jax.data.rows.lazy import Spans
 
 Key = int | str | None
 

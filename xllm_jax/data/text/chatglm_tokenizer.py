@@ -16,7 +16,7 @@ import numpy as np
 import sentencepiece
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.data.glm_layout import Specials
+from xllm_jax.data.text.glm_layout import Specials
 
 MODEL_FILE = "ice_text.model"
 CONTROLS = ("[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>")
@@ -58,7 +58,7 @@ class ChatGLMTokenizer:
         `num_image_tokens`, whose default is 20000 as in the reference.
 
     Attributes:
-      specials: ids for `data/glm_layout.py`. unk: id of <unk>.
+      specials: ids for `data/text/glm_layout.py`. unk: id of <unk>.
       pieces: ids with a meaning; vocab: rows of the LLM's embedding (config.json), at least that.
 
     Raises:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.data.glm_layout import Row, Specials, positions_of
+from xllm_jax.data.text.glm_layout import Row, Specials, positions_of
 
 Span = tuple[int, int]  # first token, one past the last
 

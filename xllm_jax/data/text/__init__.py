@@ -1,0 +1,1 @@
+"""Words become ids and positions: tokenizers, prompts, what an LLM family wants."""
