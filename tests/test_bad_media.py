@@ -242,10 +242,10 @@ def test_a_worker_gives_what_a_thread_gives(folder, batches):
     for name in ("good.png", "good.flac", "good.mp4"):
         modality, path = example(folder, name).media[0]
         arguments = (modality, path, augmented, record, 0, True)
-        for one, other in zip(decoders.load(*arguments), decode_workers.media.load(*arguments)):
+        for one, other in zip(decoders.load(*arguments), decode_workers.modalities.load(*arguments)):
             np.testing.assert_array_equal(one, other)
     with pytest.raises(UserError) as here:
-        decode_workers.media.load("image", str(folder / "cut.png"), augmented, record, 0, True)
+        decode_workers.modalities.load("image", str(folder / "cut.png"), augmented, record, 0, True)
     with pytest.raises(UserError) as there:
         decoders.load("image", str(folder / "cut.png"), augmented, record, 0, True)
     assert str(here.value) == str(there.value) and here.value.field == there.value.field
@@ -265,11 +265,11 @@ def test_a_file_that_takes_too_much_memory_costs_one_record(folder, tmp_path):
         arguments = ("image", path, data, record, 0, True)
         if path == small:
             values, _ = decoders.load(*arguments)
-            np.testing.assert_array_equal(values, decode_workers.media.load(*arguments)[0])
+            np.testing.assert_array_equal(values, decode_workers.modalities.load(*arguments)[0])
         else:
             with pytest.raises(UserError, match=r"large.png: .*(MemoryError|ended its decoder)"):
                 decoders.load(*arguments)
-    assert decode_workers.media.load("image", str(large), data, record, 0, True)[0].any()
+    assert decode_workers.modalities.load("image", str(large), data, record, 0, True)[0].any()
     decoders.close()
 
 
