@@ -86,7 +86,7 @@ def jobs() -> list[Job]:
         stage("stage3", "stage3_instruction", ("stage2_image", "stage2_video", "stage2_speech")),
         Job(
             "evaluate",
-            "evaluate.py",
+            "evaluation/measure.py",
             ("--runs=runs", "--data=world", "--output=.", *limit),
             ("stage3", "stage2_image_no_init"),
             alone=True,

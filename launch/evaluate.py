@@ -17,8 +17,9 @@ from pathlib import Path
 from absl import flags
 
 from launch import command
-from xllm_jax import assistant, evaluate, recogniser, report, restore, suite
+from xllm_jax import assistant, recogniser, report, restore
 from xllm_jax.core.errors import UserError
+from xllm_jax.evaluation import demo_suite, measure
 
 RUNS = flags.DEFINE_string("runs", "runs", "Folder that holds the runs of all stages.")
 DATA = flags.DEFINE_string("data", "world", "Folder of the held-out data, in the world's layout.")
@@ -31,9 +32,9 @@ ASR, NO_INIT, STAGE3 = "stage1_speech", "stage2_image_no_init", "stage3"
 
 def main(_: list[str]) -> None:
     began = time.monotonic()
-    todo = suite.tasks(DATA.value, LIMIT.value)
-    results = suite.run(todo, models(Path(RUNS.value)))
-    results["curves"] = suite.curves(RUNS.value)
+    todo = demo_suite.tasks(DATA.value, LIMIT.value)
+    results = demo_suite.run(todo, models(Path(RUNS.value)))
+    results["curves"] = demo_suite.curves(RUNS.value)
     results["timings"] = timings(time.monotonic() - began)
     results["settings"] = {"runs": RUNS.value, "data": DATA.value, "limit": LIMIT.value or "none"}
     print()
@@ -41,13 +42,13 @@ def main(_: list[str]) -> None:
     print(f"\nWith pictures: {Path(OUTPUT.value) / 'report.html'}")
 
 
-def models(runs: Path) -> dict[str, Callable[[], evaluate.Answer]]:
+def models(runs: Path) -> dict[str, Callable[[], measure.Answer]]:
     """Loaders of the models whose runs have ended.
 
     Raises:
       UserError: none has.
     """
-    found: dict[str, Callable[[], evaluate.Answer]] = {}
+    found: dict[str, Callable[[], measure.Answer]] = {}
     if ended(runs / ASR):
         found["asr"] = lambda: recogniser.Recogniser(restore.run(runs / ASR), 16).transcribe
     if ended(runs / STAGE3):
@@ -59,11 +60,11 @@ def models(runs: Path) -> dict[str, Callable[[], evaluate.Answer]]:
     return found
 
 
-def stage3_models(runs: Path) -> dict[str, Callable[[], evaluate.Answer]]:
+def stage3_models(runs: Path) -> dict[str, Callable[[], measure.Answer]]:
     """X-LLM with the image interface that had no initialisation, before and after stage 3."""
     first: list[restore.Restored] = []
 
-    def load(replaced: dict[str, str]) -> evaluate.Answer:
+    def load(replaced: dict[str, str]) -> measure.Answer:
         restored = restore.run(runs / STAGE3, replaced)
         # The same networks for all, so that nothing compiles twice.
         first[:] = first or [restored]

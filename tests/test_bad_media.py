@@ -242,7 +242,9 @@ def test_a_worker_gives_what_a_thread_gives(folder, batches):
     for name in ("good.png", "good.flac", "good.mp4"):
         modality, path = example(folder, name).media[0]
         arguments = (modality, path, augmented, record, 0, True)
-        for one, other in zip(decoders.load(*arguments), decode_workers.modalities.load(*arguments)):
+        for one, other in zip(
+            decoders.load(*arguments), decode_workers.modalities.load(*arguments)
+        ):
             np.testing.assert_array_equal(one, other)
     with pytest.raises(UserError) as here:
         decode_workers.modalities.load("image", str(folder / "cut.png"), augmented, record, 0, True)

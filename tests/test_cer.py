@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from xllm_jax import metrics
 from xllm_jax.core.errors import UserError
+from xllm_jax.evaluation import error_rate
 
 
 @pytest.fixture(scope="module")
@@ -19,11 +19,11 @@ def recorded(golden):
 @pytest.mark.parametrize("form", ["raw", "xllm", "normalised"])
 def test_recorded_integers(recorded, form):
     for case in recorded["cases"]:
-        errors, length = metrics.character_errors(case["ref"], case["hyp"], form)
+        errors, length = error_rate.character_errors(case["ref"], case["hyp"], form)
         assert (errors, length) == (case[form]["errors"], case[form]["ref_len"]), case
         assert errors / length == case[form]["cer"]
         if form != "raw":
-            assert metrics.FORMS[form](case["ref"], case["hyp"]) == (
+            assert error_rate.FORMS[form](case["ref"], case["hyp"]) == (
                 case[form]["ref"],
                 case[form]["hyp"],
             )
@@ -35,7 +35,9 @@ def test_recorded_integers(recorded, form):
 @pytest.mark.parametrize("form", ["raw", "xllm", "normalised"])
 def test_recorded_corpus_rate(recorded, form):
     cases = recorded["cases"]
-    rate = metrics.character_error_rate([c["ref"] for c in cases], [c["hyp"] for c in cases], form)
+    rate = error_rate.character_error_rate(
+        [c["ref"] for c in cases], [c["hyp"] for c in cases], form
+    )
     assert rate == recorded[f"{form}_corpus_cer"]
     assert {c["hyp"] for c in cases if c["xllm"]["skipped"]} == {"Error"}
 
@@ -45,15 +47,15 @@ def test_recorded_corpus_rate(recorded, form):
     [("", "", 0), ("", "abc", 3), ("abc", "", 3), ("kitten", "sitting", 3), ("ab", "ba", 2)],
 )
 def test_edit_distance(first, second, distance):
-    assert metrics.edit_distance(first, second) == distance
+    assert error_rate.edit_distance(first, second) == distance
 
 
 def test_failed_decoding_counts_by_default():
-    assert metrics.character_error_rate(["甲乙", "丙丁"], ["甲乙", ""]) == 0.5
+    assert error_rate.character_error_rate(["甲乙", "丙丁"], ["甲乙", ""]) == 0.5
 
 
 def test_long_references_are_not_cut():
-    assert metrics.character_errors("一" * 30, "一" * 20) == (10, 30)
+    assert error_rate.character_errors("一" * 30, "一" * 20) == (10, 30)
 
 
 @pytest.mark.parametrize(
@@ -61,9 +63,9 @@ def test_long_references_are_not_cut():
 )
 def test_nothing_to_compare_is_an_error(references, hypotheses):
     with pytest.raises(UserError):
-        metrics.character_error_rate(references, hypotheses)
+        error_rate.character_error_rate(references, hypotheses)
 
 
 def test_unknown_form_names_the_choices():
     with pytest.raises(UserError, match="normalised"):
-        metrics.character_errors("甲", "甲", "words")
+        error_rate.character_errors("甲", "甲", "words")

@@ -25,7 +25,7 @@ from xllm_jax.core.stage import Best, HeldOut, Source
 from xllm_jax.data import mixture
 from xllm_jax.data.pipeline import Pipeline
 from xllm_jax.data.record import DoesNotFit
-from xllm_jax.metrics import character_error_rate
+from xllm_jax.evaluation.error_rate import character_error_rate
 from xllm_jax.objectives import contrast
 
 EXAMPLES, EVERY = 21, 2  # three batches, the last one of few examples

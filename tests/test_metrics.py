@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from xllm_jax import captions, statistics
 from xllm_jax.core.errors import UserError
+from xllm_jax.evaluation import bootstrap, caption_metrics
 
 LETTERS = list("红绿蓝圆方左右有一个")
 
@@ -55,21 +55,24 @@ def dense_cider(hypotheses, references):
 @pytest.mark.parametrize("seed", range(4))
 def test_cider_equals_a_dense_rewrite(seed):
     hypotheses, references = random_corpus(seed)
-    found = captions.cider(hypotheses, references)
+    found = caption_metrics.cider(hypotheses, references)
     np.testing.assert_allclose(found, dense_cider(hypotheses, references), rtol=1e-12, atol=1e-12)
     assert found.max() > 0
 
 
 def test_cider_of_a_copied_only_reference_is_ten():
     references = [["红色圆形在左边"], ["蓝色方形在右边"], ["一个绿色星形"]]
-    found = captions.cider([row[0] for row in references], references)
+    found = caption_metrics.cider([row[0] for row in references], references)
     np.testing.assert_allclose(found, 10.0, rtol=1e-12)
-    assert captions.cider(["。", "蓝色方形在右边", ""], references)[[0, 2]].tolist() == [0, 0]
+    assert caption_metrics.cider(["。", "蓝色方形在右边", ""], references)[[0, 2]].tolist() == [
+        0,
+        0,
+    ]
 
 
 def test_cider_ignores_runs_that_every_sample_has():
     # 图 is in all references: a caption that says nothing else is worth nothing.
-    assert captions.cider(["图", "图"], [["图红"], ["图蓝"]]).tolist() == [0, 0]
+    assert caption_metrics.cider(["图", "图"], [["图红"], ["图蓝"]]).tolist() == [0, 0]
 
 
 def bleu_by_hand(hypotheses, references):
@@ -97,18 +100,20 @@ def bleu_by_hand(hypotheses, references):
 @pytest.mark.parametrize("seed", range(4))
 def test_bleu_equals_a_rewrite(seed):
     hypotheses, references = random_corpus(seed, samples=20)
-    found = captions.bleu(hypotheses, references)
+    found = caption_metrics.bleu(hypotheses, references)
     assert found == pytest.approx(bleu_by_hand(hypotheses, references), rel=1e-12)
     assert found > 0
 
 
 def test_bleu_of_published_example():
     # Papineni et al., section 2.1: seven times the same word, two of which a reference has.
-    sums = captions.bleu_statistics(["的的的的的的的"], [["的猫在的毯子上", "有一只猫在毯子上"]])
+    sums = caption_metrics.bleu_statistics(
+        ["的的的的的的的"], [["的猫在的毯子上", "有一只猫在毯子上"]]
+    )
     assert sums[0, 0] == 2 and sums[0, 4] == 7
     # One missing character of five: precisions are 1, only brevity counts.
-    assert captions.bleu(["一二三四"], [["一二三四五"]]) == pytest.approx(np.exp(1 - 5 / 4))
-    assert captions.bleu(["一二三"], [["一二三"]]) == 0.0  # no run of four
+    assert caption_metrics.bleu(["一二三四"], [["一二三四五"]]) == pytest.approx(np.exp(1 - 5 / 4))
+    assert caption_metrics.bleu(["一二三"], [["一二三"]]) == 0.0  # no run of four
 
 
 @pytest.mark.parametrize(
@@ -123,19 +128,19 @@ def test_bleu_of_published_example():
     ],
 )
 def test_answers(hypothesis, reference, right):
-    assert captions.same_answer(hypothesis, reference) is right
+    assert caption_metrics.same_answer(hypothesis, reference) is right
 
 
 def test_unequal_numbers_are_refused():
     with pytest.raises(UserError, match="2 captions"):
-        captions.cider(["a", "b"], [["a"]])
+        caption_metrics.cider(["a", "b"], [["a"]])
     with pytest.raises(UserError, match="no reference"):
-        captions.bleu(["a"], [[]])
+        caption_metrics.bleu(["a"], [[]])
 
 
 def test_interval_of_a_mean_is_the_normal_one():
     values = np.random.default_rng(0).random(400) < 0.3
-    found = statistics.mean(values)
+    found = bootstrap.mean(values)
     error = 1.96 * np.sqrt(values.mean() * (1 - values.mean()) / 400)
     assert found.value == values.mean() and found.samples == 400
     assert found.low == pytest.approx(found.value - error, abs=0.006)
@@ -146,14 +151,14 @@ def test_interval_covers_the_truth_as_often_as_it_says():
     rng = np.random.default_rng(1)
     hits = 0
     for trial in range(200):
-        found = statistics.mean(rng.random(100) < 0.4, seed=trial, resamples=400)
+        found = bootstrap.mean(rng.random(100) < 0.4, seed=trial, resamples=400)
         hits += found.low <= 0.4 <= found.high
     assert 0.89 <= hits / 200 <= 0.99
 
 
 def test_rate_weighs_samples_by_their_length():
     errors, lengths = np.array([1, 0, 5]), np.array([10, 10, 5])
-    found = statistics.ratio(errors, lengths)
+    found = bootstrap.ratio(errors, lengths)
     assert found.value == 6 / 25
     # All resamples of three samples, by enumeration.
     every = [i for i in itertools.product(range(3), repeat=3)]
@@ -166,16 +171,16 @@ def test_paired_difference_is_narrower_than_two_intervals():
     rng = np.random.default_rng(2)
     hard = rng.random(300)
     first, second = hard < 0.5, hard < 0.6  # the same samples are easy for both
-    found = statistics.mean_difference(first, second)
+    found = bootstrap.mean_difference(first, second)
     assert found.value == pytest.approx(second.mean() - first.mean())
-    single = statistics.mean(first)
+    single = bootstrap.mean(first)
     assert found.high - found.low < single.high - single.low
     lengths = np.full(300, 4)
-    rate = statistics.ratio_difference(4 * first, 4 * second, lengths)
+    rate = bootstrap.ratio_difference(4 * first, 4 * second, lengths)
     np.testing.assert_allclose(rate[:3], found[:3])
 
 
 def test_same_seed_same_interval():
     values = np.arange(30.0)
-    assert statistics.mean(values, seed=3) == statistics.mean(values, seed=3)
-    assert statistics.mean(values, seed=3) != statistics.mean(values, seed=4)
+    assert bootstrap.mean(values, seed=3) == bootstrap.mean(values, seed=3)
+    assert bootstrap.mean(values, seed=3) != bootstrap.mean(values, seed=4)

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import small_runs
 
-from xllm_jax import evaluate, report, scores, suite
+from xllm_jax import report
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
+from xllm_jax.evaluation import demo_suite, measure, scorers
 from xllm_jax.report import plots, tables, text
 
 
@@ -24,7 +25,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tasks(world):
-    return suite.tasks(world)
+    return demo_suite.tasks(world)
 
 
 def knows(tasks):
@@ -32,7 +33,7 @@ def knows(tasks):
     truth = {}
     for task in tasks.values():
         for example in task.examples:
-            said = scores.reference(example) if example.task == "asr" else example.answer
+            said = scorers.reference(example) if example.task == "asr" else example.answer
             truth[example.media, example.instruction, example.task] = said
 
     def answer(examples):
@@ -45,7 +46,7 @@ def knows(tasks):
 def results(tasks):
     answer = knows(tasks)
     said = []
-    found = suite.run(tasks, {name: lambda: answer for name in suite.PLAN}, said.append)
+    found = demo_suite.run(tasks, {name: lambda: answer for name in demo_suite.PLAN}, said.append)
     assert len(said) == len(found["measures"])
     found["curves"] = {"stage2": [[step, 5.0 / (step + 1)] for step in range(40)]}
     found["timings"] = {"world": 3.2, "evaluate": 61.0}
@@ -65,36 +66,36 @@ def test_controls_hide_or_exchange_every_file():
         Example("s", (("image", "a.jpg"), ("speech", "a.flac")), answer="是"),
         Example("t", (("image", "b.jpg"), ("speech", "b.flac")), answer="是"),
     ]
-    assert all(example.media == () for example in evaluate.blind(examples))
-    changed = evaluate.shuffled(examples)
-    assert changed == evaluate.shuffled(examples)
+    assert all(example.media == () for example in measure.blind(examples))
+    changed = measure.shuffled(examples)
+    assert changed == measure.shuffled(examples)
     for before, after in zip(examples, changed):
         assert before.media != after.media
         assert [m for m, _ in before.media] == [m for m, _ in after.media]
         assert dataclasses.replace(after, media=before.media) == before
     assert sorted(e.media for e in changed) == sorted(e.media for e in examples)
-    images = evaluate.shuffled(examples, only=("image",))
+    images = measure.shuffled(examples, only=("image",))
     assert images[-1].media == (("image", "a.jpg"), ("speech", "b.flac"))
 
 
 def test_exchange_never_gives_a_file_back_that_several_questions_share():
     examples = [dataclasses.replace(e, media=(("image", f"{i // 3}.jpg"),))
                 for i, e in enumerate(questions(9))]  # fmt: skip
-    for before, after in zip(examples, evaluate.shuffled(examples)):
+    for before, after in zip(examples, measure.shuffled(examples)):
         assert before.media != after.media
-    assert evaluate.shuffled(examples[:3]) is None
+    assert measure.shuffled(examples[:3]) is None
 
 
 def test_measure_counts_by_tag_and_keeps_controls_apart():
     examples = questions(10) + questions(20, "shape")
     examples += [dataclasses.replace(e, tags=("shape", "unseen_pair")) for e in questions(6)]
-    task = evaluate.Task("vqa", "Questions", tuple(examples), scores.short_answer)
+    task = measure.Task("vqa", "Questions", tuple(examples), scorers.short_answer)
 
     def answer(asked):
         # Right about colours if it sees anything, never right about shapes.
         return ["红色。" if e.media and "colour" in e.tags else "蓝色" for e in asked]
 
-    found = evaluate.measure(task, answer, controls=True)
+    found = measure.measure(task, answer, controls=True)
     metric = found["metrics"]["accuracy"]
     assert metric["value"] == pytest.approx(10 / 36, abs=1e-6) and metric["samples"] == 36
     assert metric["low"] < metric["value"] < metric["high"]
@@ -113,20 +114,20 @@ def test_error_rates_improve_downwards():
     examples = tuple(
         Example(str(i), (("speech", f"{i}.flac"),), answer="红色圆形", task="asr") for i in range(6)
     )
-    task = evaluate.Task("sentences", "Speech", examples, scores.transcription)
+    task = measure.Task("sentences", "Speech", examples, scorers.transcription)
 
     def answer(asked):
         return ["红色圆" if e.media else "黑" for e in asked]
 
-    found = evaluate.measure(task, answer, controls=True)
+    found = measure.measure(task, answer, controls=True)
     metric = found["metrics"]["cer"]
     assert metric["value"] == 0.25 and metric["blind"]["value"] == 1.0
     assert metric["shuffled"]["value"] == 0.25
     # All say the same here, so that a constant is the best control.
     assert metric["margin"]["value"] == -0.25 and metric["margin"]["over"] == "chance"
-    better = evaluate.measure(task, lambda asked: ["红色圆形"] * len(asked))
-    assert evaluate.compare(found, better, "cer")["value"] == 0.25
-    assert evaluate.compare(found, found | {"keys": []}, "cer") is None
+    better = measure.measure(task, lambda asked: ["红色圆形"] * len(asked))
+    assert measure.compare(found, better, "cer")["value"] == 0.25
+    assert measure.compare(found, found | {"keys": []}, "cer") is None
 
 
 def test_video_captions_need_object_and_motion():
@@ -139,18 +140,18 @@ def test_video_captions_need_object_and_motion():
         "蓝色圆形向左移动",
         "",
     ]
-    found = scores.video_caption(said, [example] * 5)["accuracy"]
+    found = scorers.video_caption(said, [example] * 5)["accuracy"]
     assert found.samples.tolist() == [1, 0, 0, 0, 0]
     example = dataclasses.replace(example, references=("圆形从红色变成蓝色。",))
     said = ["一个圆形从红色变成蓝色。", "一个圆形从蓝色变成红色。", "红色圆形向左移动。"]
-    assert scores.video_caption(said, [example] * 3)["accuracy"].samples.tolist() == [1, 0, 0]
+    assert scorers.video_caption(said, [example] * 3)["accuracy"].samples.tolist() == [1, 0, 0]
 
 
 def test_captions_name_objects():
     truth = ("图中左上有一个大的红色圆形，右下有一个小的蓝色方形。",)
     example = Example("i", (("image", "i.jpg"),), answer=truth[0], references=truth)
     said = ["左上是大的红色圆形。", truth[0], "没有"]
-    found = scores.caption(said, [example] * 3)["objects"]
+    found = scorers.caption(said, [example] * 3)["objects"]
     assert found.samples == pytest.approx([2 / 3, 1, 0])
 
 
@@ -239,8 +240,8 @@ def test_page_stands_alone_and_shows_the_files(results, tmp_path):
 
 
 def test_page_escapes_what_a_model_says(tmp_path):
-    task = evaluate.Task("vqa", "<b>", tuple(questions(6)), scores.short_answer)
-    found = evaluate.measure(task, lambda asked: ["<script>alert(1)</script>"] * len(asked))
+    task = measure.Task("vqa", "<b>", tuple(questions(6)), scorers.short_answer)
+    found = measure.measure(task, lambda asked: ["<script>alert(1)</script>"] * len(asked))
     report.write({"measures": {"vqa@after": found}}, tmp_path)
     written = (tmp_path / "report.html").read_text("utf-8")
     assert "<script" not in written and "&lt;script&gt;" in written
@@ -262,13 +263,13 @@ def test_curves_of_runs_are_thinned_out(tmp_path):
     log.parent.mkdir()
     rows = [{"step": step, "loss": 1.0 / step} for step in range(1, 1001)]
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = suite.curves(tmp_path, points=100)["stage1"]
+    found = demo_suite.curves(tmp_path, points=100)["stage1"]
     assert len(found) == 100 and found[0] == [1, 1.0]
 
 
 def test_tasks_are_spread_and_complete(world, tasks):
-    assert set(tasks) == set(suite.TITLES)
-    limited = suite.tasks(world, limit=5)
+    assert set(tasks) == set(demo_suite.TITLES)
+    limited = demo_suite.tasks(world, limit=5)
     assert all(len(task.examples) == 5 for task in limited.values())
     keys = [example.key for example in tasks["caption"].examples]
     some = [example.key for example in limited["caption"].examples]
@@ -276,15 +277,15 @@ def test_tasks_are_spread_and_complete(world, tasks):
     both = tasks["questions_image"].examples[0]
     assert sorted(m for m, _ in both.media) == ["image", "speech"] and both.task == "asr"
     with pytest.raises(UserError, match="no such folder"):
-        suite.tasks(world / "nowhere")
+        demo_suite.tasks(world / "nowhere")
     with pytest.raises(UserError, match="holds none of"):
-        suite.tasks(world / "coco" / "test")
+        demo_suite.tasks(world / "coco" / "test")
 
 
 def test_chance_is_the_best_constant_of_each_kind():
     examples = questions(4) + [dataclasses.replace(e, answer="蓝色") for e in questions(2)]
     examples += [dataclasses.replace(e, tags=("yesno",), answer="是") for e in questions(3)]
-    constant = scores.best_constant(scores.short_answer, examples)
+    constant = scorers.best_constant(scorers.short_answer, examples)
     assert constant == ["红色"] * 6 + ["是"] * 3
-    right = scores.short_answer(constant, examples)["accuracy"]
+    right = scorers.short_answer(constant, examples)["accuracy"]
     assert np.mean(right.samples) == pytest.approx(7 / 9)

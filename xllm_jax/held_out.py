@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from xllm_jax import metrics, recogniser, scores, telemetry, train
+from xllm_jax import recogniser, telemetry, train
 from xllm_jax.assembly import networks, parameters
 from xllm_jax.cache import check
 from xllm_jax.core import hosts, lookup, mesh, rules
@@ -32,6 +32,7 @@ from xllm_jax.data.example import Example
 from xllm_jax.data.pipeline import Pipeline
 from xllm_jax.data.record import Skipped
 from xllm_jax.data.text.characters import CharacterVocabulary
+from xllm_jax.evaluation import error_rate, scorers
 from xllm_jax.models.xllm import XLLM
 from xllm_jax.train import State
 
@@ -81,7 +82,7 @@ class CharacterErrors:
         for row, example in planned:
             if outputs[1][row]:
                 heard = self.characters.decode(outputs[0][row])
-                wrong, said = metrics.character_errors(scores.reference(example), heard)
+                wrong, said = error_rate.character_errors(scorers.reference(example), heard)
                 errors, length = errors + wrong, length + said
         return WeightedMean(errors, length)
 

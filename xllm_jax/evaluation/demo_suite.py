@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from xllm_jax import evaluate, scores
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
 from xllm_jax.data import mixture
 from xllm_jax.data.example import Example
+from xllm_jax.evaluation import measure, scorers
 
 Progress = Callable[[str], None]
 
@@ -41,13 +41,13 @@ TITLES = {
     "spoken": "Spoken visual question answering",
 }
 SCORERS = {
-    "caption": scores.caption,
-    "vqa": scores.short_answer,
-    "video": scores.video_caption,
-    "sentences": scores.transcription,
-    "questions": scores.transcription,
-    "questions_image": scores.transcription,
-    "spoken": scores.short_answer,
+    "caption": scorers.caption,
+    "vqa": scorers.short_answer,
+    "video": scorers.video_caption,
+    "sentences": scorers.transcription,
+    "questions": scorers.transcription,
+    "questions_image": scorers.transcription,
+    "spoken": scorers.short_answer,
 }
 # Most samples of a task; enough for intervals of a few percent.
 MOST = {"vqa": 450}
@@ -71,7 +71,7 @@ COMPARED = {
 }
 
 
-def tasks(data: str | Path, limit: int = 0) -> dict[str, evaluate.Task]:
+def tasks(data: str | Path, limit: int = 0) -> dict[str, measure.Task]:
     """The held-out tasks of a data folder in the world's layout; what it lacks is left out.
 
     Args:
@@ -94,7 +94,7 @@ def tasks(data: str | Path, limit: int = 0) -> dict[str, evaluate.Task]:
     if "spoken" in found:
         found["questions_image"] = [transcribing(example) for example in found["spoken"]]
     return {
-        name: evaluate.Task(name, TITLES[name], tuple(examples), SCORERS[name])
+        name: measure.Task(name, TITLES[name], tuple(examples), SCORERS[name])
         for name, examples in found.items()
     }
 
@@ -113,8 +113,8 @@ def spread(examples: Sequence[Example], most: int) -> list[Example]:
 
 
 def run(
-    todo: Mapping[str, evaluate.Task],
-    models: Mapping[str, Callable[[], evaluate.Answer]],
+    todo: Mapping[str, measure.Task],
+    models: Mapping[str, Callable[[], measure.Answer]],
     progress: Progress = print,
 ) -> dict[str, Any]:
     """Asks every model its tasks.
@@ -137,7 +137,7 @@ def run(
             suffix = f", {MODELS[model]}" if MODELS[model] else ""
             task = dataclasses.replace(todo[name], title=todo[name].title + suffix)
             controls = name in CONTROLLED.get(model, ())
-            found = measures[f"{name}@{model}"] = evaluate.measure(task, answer, controls)
+            found = measures[f"{name}@{model}"] = measure.measure(task, answer, controls)
             metric, score = next(iter(found["metrics"].items()))
             progress(f"{task.title}: {metric} {score['value']:.3f} ({found['seconds']:.0f} s)")
     return {"measures": measures, "comparisons": comparisons(measures)}
@@ -148,7 +148,7 @@ def comparisons(measures: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, (first, second, metric) in COMPARED.items():
         if first in measures and second in measures:
-            gain = evaluate.compare(measures[first], measures[second], metric)
+            gain = measure.compare(measures[first], measures[second], metric)
             if gain:
                 found[name] = gain | {"metric": metric}
     zero_shot = measures.get("spoken@before", {}).get("metrics", {}).get("accuracy", {})

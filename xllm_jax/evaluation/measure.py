@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from xllm_jax import scores, statistics
 from xllm_jax.data.example import Example
+from xllm_jax.evaluation import bootstrap, scorers
 
 Answer = Callable[[Sequence[Example]], list[str]]
 
@@ -36,7 +36,7 @@ class Task:
     name: str
     title: str
     examples: tuple[Example, ...]
-    scorer: scores.Scorer
+    scorer: scorers.Scorer
 
 
 def blind(examples: Sequence[Example]) -> list[Example]:
@@ -101,7 +101,7 @@ def measure(task: Task, answer: Answer, controls: bool = False) -> dict[str, Any
     examples, began = task.examples, time.monotonic()
     answers = answer(examples)
     scored = task.scorer(answers, examples)
-    asides = {"chance": scores.best_constant(task.scorer, examples)}
+    asides = {"chance": scorers.best_constant(task.scorer, examples)}
     if controls:
         asides["blind"] = answer(blind(examples))
         others = shuffled(examples)
@@ -121,7 +121,7 @@ def measure(task: Task, answer: Answer, controls: bool = False) -> dict[str, Any
     }
 
 
-def _metric(score: scores.Score, asides: dict[str, scores.Score], task: Task) -> dict[str, Any]:
+def _metric(score: scorers.Score, asides: dict[str, scorers.Score], task: Task) -> dict[str, Any]:
     """One metric as JSON: value, low, high, samples, higher, controls, groups, scores, margin."""
     found = _plain(score.estimate()) | {
         "higher": score.higher,
@@ -138,7 +138,7 @@ def _metric(score: scores.Score, asides: dict[str, scores.Score], task: Task) ->
     return found
 
 
-def difference(first: scores.Score, second: scores.Score) -> dict[str, Any]:
+def difference(first: scorers.Score, second: scorers.Score) -> dict[str, Any]:
     """How much better the second is on the same samples, as JSON with its interval.
 
     Positive is better, also for error rates.
@@ -150,7 +150,7 @@ def difference(first: scores.Score, second: scores.Score) -> dict[str, Any]:
     def value(sums: np.ndarray) -> np.ndarray:
         return sign * (second.value(sums[..., size:]) - first.value(sums[..., :size]))
 
-    return _plain(statistics.estimate(pairs, value))
+    return _plain(bootstrap.estimate(pairs, value))
 
 
 def compare(first: dict[str, Any], second: dict[str, Any], metric: str) -> dict[str, Any] | None:
@@ -163,7 +163,7 @@ def compare(first: dict[str, Any], second: dict[str, Any], metric: str) -> dict[
         return None
     before, after = (np.asarray(one["metrics"][metric]["scores"]) for one in (first, second))
     sign = 1.0 if first["metrics"][metric]["higher"] else -1.0
-    return _plain(statistics.mean_difference(sign * before, sign * after))
+    return _plain(bootstrap.mean_difference(sign * before, sign * after))
 
 
 def groups(examples: Sequence[Example]) -> dict[str, list[int]]:
@@ -178,7 +178,7 @@ def groups(examples: Sequence[Example]) -> dict[str, list[int]]:
 
 
 def show(
-    task: Task, answers: Sequence[str], scored: dict[str, scores.Score]
+    task: Task, answers: Sequence[str], scored: dict[str, scorers.Score]
 ) -> list[dict[str, Any]]:
     """Samples spread over the task: files, question, answer, reference, how good it was."""
     main = next(iter(scored.values()))
@@ -190,7 +190,7 @@ def show(
             "question": example.instruction,
             "said": example.transcript if any(m == "speech" for m, _ in example.media) else "",
             "answer": answers[number],
-            "reference": scores.reference(example) if not main.higher else example.answer,
+            "reference": scorers.reference(example) if not main.higher else example.answer,
             "scores": {
                 name: round(float(score.samples[number]), 4) for name, score in scored.items()
             },
@@ -201,7 +201,7 @@ def show(
     ]
 
 
-def _right(scored: dict[str, scores.Score], number: int) -> bool | None:
+def _right(scored: dict[str, scorers.Score], number: int) -> bool | None:
     """Whether a sample is wholly right, by the first metric that can tell; else None."""
     for name, score in scored.items():
         if name in ("accuracy", "objects"):
@@ -211,5 +211,5 @@ def _right(scored: dict[str, scores.Score], number: int) -> bool | None:
     return None
 
 
-def _plain(estimate: statistics.Estimate) -> dict[str, Any]:
+def _plain(estimate: bootstrap.Estimate) -> dict[str, Any]:
     return {name: round(value, 6) for name, value in estimate._asdict().items()}

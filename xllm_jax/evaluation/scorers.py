@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from xllm_jax import captions, metrics, statistics
 from xllm_jax.data.example import Example
 from xllm_jax.data.synthetic_world import language
+from xllm_jax.evaluation import bootstrap, caption_metrics, error_rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,14 +29,14 @@ class Score:
     """
 
     sums: np.ndarray
-    value: statistics.Value
+    value: bootstrap.Value
     samples: np.ndarray
     higher: bool = True
 
-    def estimate(self, chosen: Sequence[int] | None = None) -> statistics.Estimate:
+    def estimate(self, chosen: Sequence[int] | None = None) -> bootstrap.Estimate:
         """The score with its interval, of all samples or of the chosen ones."""
         sums = self.sums if chosen is None else self.sums[list(chosen)]
-        return statistics.estimate(sums, self.value)
+        return bootstrap.estimate(sums, self.value)
 
 
 Scorer = Callable[[Sequence[str], Sequence[Example]], dict[str, Score]]
@@ -55,7 +55,7 @@ def _ratio(sums: np.ndarray) -> np.ndarray:
 
 def transcription(answers: Sequence[str], examples: Sequence[Example]) -> dict[str, Score]:
     """Character error rate of the corpus."""
-    counts = [metrics.character_errors(reference(e), a) for a, e in zip(answers, examples)]
+    counts = [error_rate.character_errors(reference(e), a) for a, e in zip(answers, examples)]
     sums = np.asarray(counts, np.float64)
     alone = sums[:, 0] / np.maximum(sums[:, 1], 1)
     return {"cer": Score(sums, _ratio, alone, higher=False)}
@@ -63,17 +63,17 @@ def transcription(answers: Sequence[str], examples: Sequence[Example]) -> dict[s
 
 def short_answer(answers: Sequence[str], examples: Sequence[Example]) -> dict[str, Score]:
     """Share of right answers."""
-    right = [captions.same_answer(a, e.answer) for a, e in zip(answers, examples)]
+    right = [caption_metrics.same_answer(a, e.answer) for a, e in zip(answers, examples)]
     return {"accuracy": average(right)}
 
 
 def caption(answers: Sequence[str], examples: Sequence[Example]) -> dict[str, Score]:
     """CIDEr, BLEU-4, and how well the named objects are those of the picture (F1)."""
     accepted = [references(example) for example in examples]
-    bleu = captions.bleu_statistics(answers, accepted)
+    bleu = caption_metrics.bleu_statistics(answers, accepted)
     found = {
-        "cider": average(captions.cider(answers, accepted)),
-        "bleu4": Score(bleu, captions.bleu_value, captions.bleu_value(bleu)),
+        "cider": average(caption_metrics.cider(answers, accepted)),
+        "bleu4": Score(bleu, caption_metrics.bleu_value, caption_metrics.bleu_value(bleu)),
     }
     true = [language.parse_objects(texts[0]) for texts in accepted]
     if any(true):
@@ -91,7 +91,7 @@ def _agreement(claimed: frozenset, true: frozenset) -> float:
 def video_caption(answers: Sequence[str], examples: Sequence[Example]) -> dict[str, Score]:
     """Share of captions with the right object (colour and shape) and the right motion; CIDEr."""
     accepted = [references(example) for example in examples]
-    found = {"cider": average(captions.cider(answers, accepted))}
+    found = {"cider": average(caption_metrics.cider(answers, accepted))}
     true = [language.parse_motion(texts[0]) for texts in accepted]
     if any(true):
         claimed = [language.parse_motion(answer) for answer in answers]

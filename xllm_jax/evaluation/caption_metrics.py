@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from xllm_jax import metrics
 from xllm_jax.core.errors import UserError
+from xllm_jax.evaluation import error_rate
 
 ORDERS = (1, 2, 3, 4)
 SIGMA = 6.0  # width of CIDEr-D's penalty on a difference in length
@@ -24,7 +24,7 @@ Vector = dict[str, float]
 
 def clean(text: str) -> str:
     """The characters that scores compare: no spaces, punctuation or letter case."""
-    return metrics.normalised(text, "")[0]
+    return error_rate.normalised(text, "")[0]
 
 
 def same_answer(hypothesis: str, reference: str) -> bool:
