@@ -30,13 +30,13 @@ import numpy as np
 
 from xllm_jax import train
 from xllm_jax.assembly import networks
-from xllm_jax.cache import check, describe, plan, write
 from xllm_jax.core import batch, flops, mesh, rules
 from xllm_jax.core.stage import Stage
 from xllm_jax.data.media import modalities
 from xllm_jax.data.pipeline import Pipeline
 from xllm_jax.data.synthetic_world import build as world
 from xllm_jax.data.synthetic_world.plan import WorldSizes
+from xllm_jax.feature_cache import check, describe, plan, write
 
 STAGES = ("stage2_speech", "stage3_instruction")
 REAL = ("stage2_speech", "stage2_image", "stage2_video", "stage3_instruction")

@@ -24,8 +24,8 @@ from ml_collections import config_flags
 
 from launch import command
 from launch import hosts as host_flags
-from xllm_jax.cache import plan, write
 from xllm_jax.core import hosts, watchdog
+from xllm_jax.feature_cache import plan, write
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Stage file: configs/NAME.py[:tiny].")
 OUTPUT = flags.DEFINE_string("output", None, "Folder of the cache.")

@@ -14,11 +14,11 @@ from small_stage import GLM
 
 from configs import networks, sources
 from xllm_jax.assembly import networks as assembled
-from xllm_jax.cache import write
-from xllm_jax.cache.plan import Job, Plan
 from xllm_jax.core import checkpoint, rules
 from xllm_jax.core.stage import Data, Optimizer, Part, Source, Stage
 from xllm_jax.data import cached_features
+from xllm_jax.feature_cache import write
+from xllm_jax.feature_cache.plan import Job, Plan
 
 SPEECH_ENCODER = {
     "width": 16, "hidden": 32, "heads": 2, "kernel": 3, "depth": 3, "pools": (1, 2), "channels": 4,

@@ -19,7 +19,6 @@ from small_stage import ROOT, curve
 
 from xllm_jax import loop, train
 from xllm_jax.assembly import networks, parameters
-from xllm_jax.cache import check, describe, plan, write
 from xllm_jax.core import checkpoint, checksum, mesh, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import HeldOut
@@ -27,6 +26,7 @@ from xllm_jax.data import cached_features, mixture, pipeline
 from xllm_jax.data.example import Example
 from xllm_jax.data.media import modalities
 from xllm_jax.data.record import DoesNotFit, Record
+from xllm_jax.feature_cache import check, describe, plan, write
 
 CONFIG = "configs/small.py"
 
@@ -294,7 +294,7 @@ def test_all_devices_compute(tmp_path):
 import sys; sys.path[:0] = ['tests', '.']
 import jax, small_cache
 from pathlib import Path
-from xllm_jax.cache import plan, write
+from xllm_jax.feature_cache import plan, write
 made = plan.make(small_cache.pictures(Path({str(tmp_path / "pictures")!r})),
                  {str(tmp_path / "both")!r}, '', 5)
 write.run(made, 3)

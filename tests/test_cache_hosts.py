@@ -10,14 +10,14 @@ import small_cache
 
 from launch import command
 from launch import hosts as host_flags
-from xllm_jax.cache import plan, write
 from xllm_jax.core.errors import UserError
+from xllm_jax.feature_cache import plan, write
 
 SHARD = 2  # media
 WRITE = """
 import pathlib
 import small_cache
-from xllm_jax.cache import plan, write
+from xllm_jax.feature_cache import plan, write
 from xllm_jax.data.record import Record
 
 def die_at(number):

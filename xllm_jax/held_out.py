@@ -21,7 +21,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from xllm_jax import recogniser, telemetry, train
 from xllm_jax.assembly import networks, parameters
-from xllm_jax.cache import check
 from xllm_jax.core import hosts, lookup, mesh, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data, Stage
@@ -33,6 +32,7 @@ from xllm_jax.data.pipeline import Pipeline
 from xllm_jax.data.record import Skipped
 from xllm_jax.data.text.characters import CharacterVocabulary
 from xllm_jax.evaluation import error_rate, scorers
+from xllm_jax.feature_cache import check
 from xllm_jax.models.xllm import XLLM
 from xllm_jax.train import State
 

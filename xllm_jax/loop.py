@@ -15,13 +15,13 @@ from jax.sharding import Mesh
 
 from xllm_jax import divergence, held_out, startup, telemetry, train
 from xllm_jax.assembly import networks
-from xllm_jax.cache import check
 from xllm_jax.core import checkpoint, hosts, mesh, rules, watchdog
 from xllm_jax.core.errors import Diverged, UserError
 from xllm_jax.core.log import Log
 from xllm_jax.core.stage import Stage
 from xllm_jax.data.batching import padding
 from xllm_jax.data.pipeline import Batches, Pipeline
+from xllm_jax.feature_cache import check
 from xllm_jax.prefetch import Prefetched
 from xllm_jax.train import State
 

@@ -18,13 +18,13 @@ import numpy as np
 from tqdm import tqdm
 
 from xllm_jax.assembly import networks
-from xllm_jax.cache import describe
 from xllm_jax.core.atomic import write_json
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Stage
 from xllm_jax.data import cached_features, mixture
 from xllm_jax.data.media import modalities
 from xllm_jax.data.record import Record
+from xllm_jax.feature_cache import describe
 from xllm_jax.models.xllm import XLLM
 
 PLAN = "plan.json"

@@ -16,11 +16,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from xllm_jax.assembly import networks, parameters
-from xllm_jax.cache import describe
 from xllm_jax.core import checkpoint, checksum, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Stage
 from xllm_jax.data import cached_features, mixture
+from xllm_jax.feature_cache import describe
 from xllm_jax.models.xllm import XLLM
 
 

@@ -25,9 +25,6 @@ from jax.sharding import NamedSharding
 from tqdm import tqdm
 
 from xllm_jax.assembly import networks, parameters
-from xllm_jax.cache import describe
-from xllm_jax.cache import plan as planning
-from xllm_jax.cache.plan import Job, Plan
 from xllm_jax.core import checksum, hosts, mesh, rules
 from xllm_jax.core.atomic import sha256 as file_checksum
 from xllm_jax.core.atomic import write_json
@@ -38,6 +35,9 @@ from xllm_jax.data.media import modalities
 from xllm_jax.data.media.decode_workers import Decoders
 from xllm_jax.data.quarantine import Quarantine
 from xllm_jax.data.record import DoesNotFit, Skipped
+from xllm_jax.feature_cache import describe
+from xllm_jax.feature_cache import plan as planning
+from xllm_jax.feature_cache.plan import Job, Plan
 
 Arrays = tuple[np.ndarray, np.ndarray, int]  # values, lengths, embeddings wanted
 LOOKED_AT = 100  # media among which one can be read
