@@ -16,10 +16,11 @@ from collections.abc import Callable, Iterator
 from absl import flags
 
 from launch import command
-from xllm_jax import assistant, restore
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
 from xllm_jax.data.text.instructions import instructions
+from xllm_jax.inference import assistant
+from xllm_jax.inference.load_run import load_run
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a finished run.", required=True)
 ROUNDS = flags.DEFINE_integer("rounds", 4, "Earlier rounds that the model is shown.", 0)
@@ -40,7 +41,7 @@ class Chat:
 
 
 def main(_: list[str]) -> None:
-    model = assistant.Assistant(restore.run(CHECKPOINT.value), max_tokens=MAX_TOKENS.value)
+    model = assistant.Assistant(load_run(CHECKPOINT.value), max_tokens=MAX_TOKENS.value)
     known = tuple(name for name, _, _ in model.model.modalities)
 
     def answer(example: Example) -> str:

@@ -17,9 +17,11 @@ from pathlib import Path
 from absl import flags
 
 from launch import command
-from xllm_jax import assistant, recogniser, report, restore
+from xllm_jax import report
 from xllm_jax.core.errors import UserError
 from xllm_jax.evaluation import demo_suite, measure
+from xllm_jax.inference import assistant, transcriber
+from xllm_jax.inference.load_run import Restored, load_run
 
 RUNS = flags.DEFINE_string("runs", "runs", "Folder that holds the runs of all stages.")
 DATA = flags.DEFINE_string("data", "world", "Folder of the held-out data, in the world's layout.")
@@ -50,7 +52,7 @@ def models(runs: Path) -> dict[str, Callable[[], measure.Answer]]:
     """
     found: dict[str, Callable[[], measure.Answer]] = {}
     if ended(runs / ASR):
-        found["asr"] = lambda: recogniser.Recogniser(restore.run(runs / ASR), 16).transcribe
+        found["asr"] = lambda: transcriber.Transcriber(load_run(runs / ASR), 16).transcribe
     if ended(runs / STAGE3):
         found |= stage3_models(runs)
     if not found:
@@ -62,10 +64,10 @@ def models(runs: Path) -> dict[str, Callable[[], measure.Answer]]:
 
 def stage3_models(runs: Path) -> dict[str, Callable[[], measure.Answer]]:
     """X-LLM with the image interface that had no initialisation, before and after stage 3."""
-    first: list[restore.Restored] = []
+    first: list[Restored] = []
 
     def load(replaced: dict[str, str]) -> measure.Answer:
-        restored = restore.run(runs / STAGE3, replaced)
+        restored = load_run(runs / STAGE3, replaced)
         # The same networks for all, so that nothing compiles twice.
         first[:] = first or [restored]
         restored = dataclasses.replace(restored, model=first[0].model)

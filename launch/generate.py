@@ -19,9 +19,10 @@ from launch import command
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
 from xllm_jax.data.text.instructions import instructions
+from xllm_jax.inference.load_run import load_run
 
 if TYPE_CHECKING:
-    from xllm_jax import assistant
+    from xllm_jax.inference import assistant
 
 MODALITIES = ("image", "video", "speech")
 
@@ -43,9 +44,9 @@ HEARD = flags.DEFINE_bool("heard", False, "Also print what the model hears in th
 
 def main(_: list[str]) -> None:
     example, options = question(files(), PROMPT.value), decoding()
-    from xllm_jax import assistant, restore  # takes seconds, which a mistake need not wait for
+    from xllm_jax.inference import assistant  # takes seconds, which a mistake need not wait for
 
-    model = assistant.Assistant(restore.run(CHECKPOINT.value), max_tokens=MAX_TOKENS.value)
+    model = assistant.Assistant(load_run(CHECKPOINT.value), max_tokens=MAX_TOKENS.value)
     if HEARD.value:
         for name, path in example.media:
             if name == "speech":

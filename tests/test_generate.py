@@ -18,7 +18,7 @@ from xllm_jax.core.errors import UserError
 from xllm_jax.data.text import glm_layout
 from xllm_jax.data.text.chatglm_tokenizer import ChatGLMTokenizer
 from xllm_jax.data.text.glm_layout import Specials
-from xllm_jax.generate import (
+from xllm_jax.inference.decoding import (
     XLLM_NAMES,
     Decoding,
     beam_search,

@@ -8,13 +8,13 @@ import jax
 import numpy as np
 import pytest
 
-from xllm_jax import generate
 from xllm_jax.convert import export_tree, files, import_tree, run_export, run_import
 from xllm_jax.convert.sources import chatglm, chatglm_prefix
 from xllm_jax.core import rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.text import glm_layout
 from xllm_jax.data.text.glm_layout import Specials
+from xllm_jax.inference import decoding
 from xllm_jax.models import glm, glm_prefix
 from xllm_jax.models.xllm import XLLM
 
@@ -182,10 +182,10 @@ def test_generation_behind_a_prefix(llm, tmp_path):
     past = prefix_file(model, False, tmp_path)
     network, states, _ = load_prefix(tmp_path)
     prompts = [[7, 8, 9, 12, 91, 92], [10, 11, 91, 92]]
-    batch = generate.text_prompts(prompts, SPECIALS, buckets=(8,))
+    batch = decoding.text_prompts(prompts, SPECIALS, buckets=(8,))
     xllm = XLLM({"llm": model, "llm_prefix": network})
-    decoding = generate.Decoding(eos=93, pad=3, max_new_tokens=4, beams=3)
-    made = generate.generate(xllm, {"llm": params, "llm_prefix": states}, batch, decoding)
+    options = decoding.Decoding(eos=93, pad=3, max_new_tokens=4, beams=3)
+    made = decoding.generate(xllm, {"llm": params, "llm_prefix": states}, batch, options)
     for number, prompt in enumerate(prompts):
         for answer, score in zip(made.tokens[number].tolist(), made.scores[number]):
             answer = answer[: answer.index(93) + 1] if 93 in answer else answer

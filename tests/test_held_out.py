@@ -17,7 +17,7 @@ import small_speech
 import small_stage
 from test_configs import NAMES
 
-from xllm_jax import held_out, loop, recogniser, restore, train
+from xllm_jax import held_out, loop, train
 from xllm_jax.assembly import networks, parameters
 from xllm_jax.core import hosts, mesh, rules, watchdog
 from xllm_jax.core.errors import UserError
@@ -26,6 +26,8 @@ from xllm_jax.data import mixture
 from xllm_jax.data.pipeline import Pipeline
 from xllm_jax.data.record import DoesNotFit
 from xllm_jax.evaluation.error_rate import character_error_rate
+from xllm_jax.inference import transcriber
+from xllm_jax.inference.load_run import Restored
 from xllm_jax.objectives import contrast
 
 EXAMPLES, EVERY = 21, 2  # three batches, the last one of few examples
@@ -134,7 +136,7 @@ def test_character_errors_are_those_of_the_recogniser(tmp_path, monkeypatch):
         wanted = pytest.approx(float(whole[name]), rel=1e-5)
         assert found[f"held_out/{name}"] == wanted, name
     left = [example for number, example in enumerate(examples[:7]) if number != 3]
-    heard = recogniser.Recogniser(restore.Restored(model, params, stage), 1).transcribe(left)
+    heard = transcriber.Transcriber(Restored(model, params, stage), 1).transcribe(left)
     errors = character_error_rate([example.transcript for example in left], heard)
     assert any(heard) and found["held_out/cer"] == pytest.approx(errors)
     assert found["held_out/count"] == sum(len(example.transcript) + 1 for example in left)

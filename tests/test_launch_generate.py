@@ -15,9 +15,10 @@ import small_runs
 import soundfile
 
 from launch import chat
-from xllm_jax import assistant, recogniser, restore
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
+from xllm_jax.inference import assistant, transcriber
+from xllm_jax.inference.load_run import load_run
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,7 +40,7 @@ def run(folder):
 
 @pytest.fixture(scope="module")
 def restored(run):
-    return restore.run(run)
+    return load_run(run)
 
 
 def first(world: Path, pattern: str) -> str:
@@ -116,7 +117,7 @@ def test_the_same_states_as_the_training_path(restored, examples, files):
 
 def test_recogniser(folder, world, files):
     run = small_runs.stage1(folder / "runs", world / "characters.txt")
-    model = recogniser.Recogniser(restore.run(run), rows=2)
+    model = transcriber.Transcriber(load_run(run), rows=2)
     spoken = [Example(str(i), (("speech", files["speech"]),)) for i in range(3)]
     texts = model.transcribe(spoken)
     assert len(texts) == 3 and len(set(texts)) == 1
@@ -126,12 +127,12 @@ def test_recogniser(folder, world, files):
 
 def test_a_run_of_another_kind_is_refused(restored):
     with pytest.raises(UserError, match="no asr_decoder"):
-        recogniser.Recogniser(restored)
+        transcriber.Transcriber(restored)
 
 
 def test_parts_can_come_from_another_run(run, folder, restored):
     other = small_runs.stage3(folder / "other")
-    mixed = restore.run(run, {"image_interface": str(other)})
+    mixed = load_run(run, {"image_interface": str(other)})
     assert mixed.stage.init["image_interface"] == str(other)
     assert mixed.stage.init["video_interface"].endswith("runs/stage3/final")
     assert restored.stage.init["llm"] == str(folder / "runs" / "bases" / "llm")
@@ -154,7 +155,7 @@ def test_a_checkpoint_of_another_size_is_refused(run):
         record["stage"]["parts"]["image_interface"]["fields"]["queries"] = 5
         write()
         with pytest.raises(UserError, match="another size") as raised:
-            restore.run(run)
+            load_run(run)
         assert "image_interface" in str(raised.value)
 
 
@@ -163,9 +164,9 @@ def test_a_run_on_another_llm_is_refused(run):
         record["base"]["llm"] = "0" * 16
         write()
         with pytest.raises(UserError, match="another llm"):
-            restore.run(run)
+            load_run(run)
         # Whoever names another part wants another part.
-        assert restore.run(run, {"llm": ""}).stage.name == "stage3_instruction"
+        assert load_run(run, {"llm": ""}).stage.name == "stage3_instruction"
 
 
 def script(name: str, *arguments: str, typed: str = "") -> subprocess.CompletedProcess:
@@ -188,7 +189,7 @@ def assert_one_line(done: subprocess.CompletedProcess, *words: str) -> None:
 
 def test_command_line_answers(run, files):
     done = script(
-        "generate.py",
+        "inference/decoding.py",
         f"--checkpoint={run}",
         f"--image={files['image']}",
         f"--speech={files['speech']}",
@@ -213,7 +214,7 @@ def test_command_line_answers(run, files):
     ],
 )
 def test_mistakes_on_the_command_line(arguments, words):
-    assert_one_line(script("generate.py", *arguments), *words)
+    assert_one_line(script("inference/decoding.py", *arguments), *words)
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +241,7 @@ def test_broken_files_are_named(restored, broken):
 
 def test_a_broken_file_ends_the_command_with_one_line(run, broken):
     modality, path = broken[2]
-    done = script("generate.py", f"--checkpoint={run}", f"--{modality}={path}")
+    done = script("inference/decoding.py", f"--checkpoint={run}", f"--{modality}={path}")
     assert_one_line(done, path.name)
 
 

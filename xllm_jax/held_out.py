@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from xllm_jax import recogniser, telemetry, train
+from xllm_jax import telemetry, train
 from xllm_jax.assembly import networks, parameters
 from xllm_jax.core import hosts, lookup, mesh, rules
 from xllm_jax.core.errors import UserError
@@ -33,6 +33,7 @@ from xllm_jax.data.record import Skipped
 from xllm_jax.data.text.characters import CharacterVocabulary
 from xllm_jax.evaluation import error_rate, scorers
 from xllm_jax.feature_cache import check
+from xllm_jax.inference import transcriber
 from xllm_jax.models.xllm import XLLM
 from xllm_jax.train import State
 
@@ -68,12 +69,12 @@ class CharacterErrors:
         Raises:
           UserError: it is not stage 1, speech.
         """
-        recogniser.require(stage.parts, "held_out.metrics")
+        transcriber.require(stage.parts, "held_out.metrics")
         return cls(model, CharacterVocabulary.load(stage.data.characters))
 
     def outputs(self, params: Mapping[str, Any], batch: Mapping[str, Any]) -> tuple[Any, Any]:
         """(tokens `[B, steps]`, target lengths `[B]`, 0 where a file could not be read)."""
-        tokens = recogniser.decode(self.model, params, batch["features"], batch["lengths"])
+        tokens = transcriber.decode(self.model, params, batch["features"], batch["lengths"])
         return tokens, batch["token_lengths"]
 
     def measured(self, outputs: tuple[Any, Any], planned: Planned) -> WeightedMean:

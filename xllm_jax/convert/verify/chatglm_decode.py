@@ -13,7 +13,7 @@ from xllm_jax.convert.verify.chatglm_model import Reference, layout_of
 from xllm_jax.convert.verify.recording import Replay, read_json
 from xllm_jax.core.batch import zeros
 from xllm_jax.data.text import glm_layout
-from xllm_jax.generate import (
+from xllm_jax.inference.decoding import (
     Decoding,
     beam_search,
     decode,

@@ -8,12 +8,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from xllm_jax import restore
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
 from xllm_jax.data.media import modalities
 from xllm_jax.data.record import Record
 from xllm_jax.data.text.characters import CharacterVocabulary
+from xllm_jax.inference.load_run import Restored
 from xllm_jax.models import asr_search
 from xllm_jax.models.xllm import XLLM
 
@@ -21,7 +21,7 @@ Array = Any
 ENCODER, INTERFACE, DECODER = "speech_encoder", "speech_interface", "asr_decoder"
 
 
-class Recogniser:
+class Transcriber:
     """Transcribes with the ASR model of stage 1.
 
     Args:
@@ -33,7 +33,7 @@ class Recogniser:
       UserError: the run is not one of stage 1.
     """
 
-    def __init__(self, restored: restore.Restored, rows: int = 16, beams: int = 1):
+    def __init__(self, restored: Restored, rows: int = 16, beams: int = 1):
         require(restored.model.networks, restored.stage.name)
         self.model, self.params, self.data = restored.model, restored.params, restored.stage.data
         self.characters = CharacterVocabulary.load(self.data.characters)

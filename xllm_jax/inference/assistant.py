@@ -17,17 +17,25 @@ from typing import Any
 import jax
 import numpy as np
 
-from xllm_jax import generate, restore
 from xllm_jax.core.batch import Batch, Media
 from xllm_jax.data.example import Example
 from xllm_jax.data.media import modalities
 from xllm_jax.data.record import Record
 from xllm_jax.data.text import glm_layout, prompt
 from xllm_jax.data.text.chatglm_tokenizer import ChatGLMTokenizer
+from xllm_jax.inference.decoding import (
+    Decoding,
+    Generated,
+    beam_search,
+    decode,
+    prefill,
+    process_response,
+)
+from xllm_jax.inference.decoding import texts as texts_of
+from xllm_jax.inference.load_run import Restored
 from xllm_jax.models.xllm import LLM, XLLM, splice
 
 Array = Any
-Decoding = generate.Decoding
 
 LENGTHS = (64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048)
 ITEMS = 32  # media items encoded at a time
@@ -50,7 +58,7 @@ class Assistant:
       max_tokens: tokens of an answer, the end token included.
     """
 
-    def __init__(self, restored: restore.Restored, rows: int = 1, max_tokens: int = 64):
+    def __init__(self, restored: Restored, rows: int = 1, max_tokens: int = 64):
         self.model, self.params = restored.model, restored.params
         self.data = restored.stage.data
         self.rows, self.max_tokens = rows, max_tokens
@@ -142,8 +150,8 @@ class Assistant:
         made = _respond(self.model, decoding, self.params[LLM], batch, embeddings, index, key)
         tokens = np.asarray(made.tokens)
         tokens = tokens[:, 0] if decoding.beams > 1 else tokens
-        texts = generate.texts(tokens[: len(prompts)], self.tokenizer)
-        return [generate.process_response(text) for text in texts]
+        texts = texts_of(tokens[: len(prompts)], self.tokenizer)
+        return [process_response(text) for text in texts]
 
     def _batch(self, prompts: Sequence[prompt.Prompt]) -> Batch:
         longest = max(len(one.ids) for one in prompts)
@@ -201,14 +209,14 @@ def _respond(
     embeddings: Array,
     index: Array,
     key: Array,
-) -> generate.Generated:
+) -> Generated:
     """Answers prompts whose media are encoded: `[B, N, D]` embeddings at `[B, T]` places."""
     llm = functools.partial(model.networks[LLM].apply, {"params": params})
     x = llm(batch.ids, method="embed")
     if embeddings.shape[1]:
         x = splice(x, embeddings, index)
     room = decoding.max_new_tokens
-    state = generate.prefill(llm, x, batch.segments, batch.context, batch.positions, room)
+    state = prefill(llm, x, batch.segments, batch.context, batch.positions, room)
     if decoding.beams > 1:
-        return generate.beam_search(llm, state, decoding, x.shape[1])
-    return generate.decode(llm, state, decoding, key)
+        return beam_search(llm, state, decoding, x.shape[1])
+    return decode(llm, state, decoding, key)

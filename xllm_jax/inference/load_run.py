@@ -28,7 +28,7 @@ class Restored:
     stage: Stage
 
 
-def run(directory: str | Path, replaced: Mapping[str, str] | None = None) -> Restored:
+def load_run(directory: str | Path, replaced: Mapping[str, str] | None = None) -> Restored:
     """Loads all networks of a finished run: what it trained, and what it was trained on.
 
     Args:

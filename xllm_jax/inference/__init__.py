@@ -1,0 +1,1 @@
+"""A trained run answers: it is loaded, prompted and decoded."""
