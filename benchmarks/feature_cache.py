@@ -22,13 +22,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from xllm_jax.training.step import initial_state, jit_train_step, stage_objective
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xllm_jax import train
 from xllm_jax.assembly import networks
 from xllm_jax.core import batch, flops, mesh, rules
 from xllm_jax.core.stage import Stage
@@ -55,8 +56,8 @@ def steps(stage: Stage) -> Iterator[tuple[float, float]]:
     device_mesh = mesh.make({}, jax.devices()[:1])
     model = networks.model(stage)
     check.verified(stage, model, device_mesh)
-    state, optimizer, _ = train.initial_state(stage, model, device_mesh)
-    compiled = train.jitted(stage, model, optimizer, state)
+    state, optimizer, _ = initial_state(stage, model, device_mesh)
+    compiled = jit_train_step(stage, model, optimizer, state)
     batches = Pipeline(stage.data, stage.seed).iterate()
     while True:
         began = time.process_time()
@@ -126,7 +127,7 @@ def total(stage: Stage, model: Any, items: dict[str, Any]) -> float:
         lambda: batch.zeros(stage.data.rows, stage.data.length, stage.data.answers, items)
     )
     trainable, frozen = rules.split(stage.trainable, networks.shapes(model))
-    loss: Callable[..., Any] = train.objective(stage, model)
+    loss: Callable[..., Any] = stage_objective(stage, model)
 
     def value(trainable: Any, frozen: Any, given: Any, key: Any) -> Any:
         return loss(rules.join(trainable, frozen), given, key)[0]

@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 
 from xllm_jax.core import chips
+from xllm_jax.training.step import initial_state, jit_train_step, stage_objective
 
 RATE, BETAS, EPSILON = 1e-3, (0.9, 0.98), 1e-8
 # Largest relative difference of the two sides' losses. The updates of the run change the loss by
@@ -130,24 +131,24 @@ def jax_side(choice: argparse.Namespace) -> dict[str, Any]:
     """Compiles and times our step; writes the weights for the other side where they are small."""
     import jax
 
-    from xllm_jax import train
+    pass
     from xllm_jax.assembly import networks
     from xllm_jax.core import flops, mesh, rules
 
     device = jax.devices()[0]
     stage = stage_of(choice, device.platform == "gpu")
     device_mesh, xllm = mesh.make(stage.mesh), networks.model(stage)
-    state, optimizer, _ = train.initial_state(stage, xllm, device_mesh)
+    state, optimizer, _ = initial_state(stage, xllm, device_mesh)
     if choice.size == "tiny":
         params = rules.flatten(rules.join(state.trainable, state.frozen))
         arrays = {path: np.asarray(leaf, np.float32) for path, leaf in params.items()}
         np.savez(Path(choice.folder) / "weights.npz", **arrays)
     with jax.set_mesh(device_mesh):
         batch = mesh.to_global(device_mesh, batch_of(stage))
-        loss = train.objective(stage, xllm)
+        loss = stage_objective(stage, xllm)
         useful = flops.useful(loss, state.trainable, state.frozen, batch)
         started = time.monotonic()
-        step = train.jitted(stage, xllm, optimizer, state).lower(state, batch).compile()
+        step = jit_train_step(stage, xllm, optimizer, state).lower(state, batch).compile()
         compiling = time.monotonic() - started
         holder = {"state": state}
 

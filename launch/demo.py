@@ -65,7 +65,7 @@ def stage(name: str, config: str, needs: tuple[str, ...], *more: str) -> Job:
     if QUICK.value and name in ("stage1_speech", "stage2_speech"):
         quick += (f"--config.data.frames=({networks.TINY_FRAMES[-1]},)",)
     arguments = (f"--config=configs/{config}.py:tiny", f"--workdir=runs/{name}", *more, *quick)
-    return Job(name, "train.py", arguments, needs)
+    return Job(name, "training/step.py", arguments, needs)
 
 
 def jobs() -> list[Job]:

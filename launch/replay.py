@@ -19,7 +19,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; two folders a
 
 
 def main(_: list[str]) -> None:
-    from xllm_jax import replay
+    from xllm_jax.training import replay
 
     recording = replay.read(FILE.value)
     workdir = WORKDIR.value or Path(FILE.value).absolute().parents[1]

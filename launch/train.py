@@ -16,8 +16,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from launch import command, hosts
-from xllm_jax import loop
 from xllm_jax.core import watchdog
+from xllm_jax.training import loop
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Stage file: configs/NAME.py[:tiny].")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, logs, result.")

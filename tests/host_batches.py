@@ -9,12 +9,13 @@ import jax
 import numpy as np
 
 from configs import stage3_instruction
-from xllm_jax import divergence, telemetry, train
 from xllm_jax.assembly import networks
 from xllm_jax.core import mesh, rules
 from xllm_jax.core.batch import Batch, zeros
 from xllm_jax.core.stage import Optimizer
 from xllm_jax.data.media import modalities
+from xllm_jax.training import divergence, telemetry
+from xllm_jax.training.step import TrainState, abstract_state, jit_train_step
 
 ROWS, LENGTH, ANSWERS = 2, 64, 8
 SHALLOW = {
@@ -64,7 +65,7 @@ def batch(made) -> Batch:
 
 def initial_state(made, xllm, device_mesh):
     """A state whose parameters NumPy draws: initialising would compile every network."""
-    like, optimizer, _ = train.abstract_state(made, xllm, device_mesh)
+    like, optimizer, _ = abstract_state(made, xllm, device_mesh)
 
     def draw(path, x):
         rng = np.random.default_rng(zlib.crc32(path.encode()))
@@ -79,14 +80,14 @@ def initial_state(made, xllm, device_mesh):
     moments = jax.jit(optimizer.init, out_shardings=shardings)(trainable)
     step = jax.device_put(np.zeros((), np.int32), like.step.sharding)
     guard = jax.device_put(divergence.initial_guard(made.divergence), step.sharding)
-    return train.State(step, trainable, frozen, moments, guard), optimizer
+    return TrainState(step, trainable, frozen, moments, guard), optimizer
 
 
 def train_steps(made, rows: slice, count: int) -> list[dict[str, float]]:
     """Metrics of `count` steps on this host's rows."""
     xllm, device_mesh = networks.model(made), mesh.make({"data": -1})
     state, optimizer = initial_state(made, xllm, device_mesh)
-    step = train.jitted(made, xllm, optimizer, state)
+    step = jit_train_step(made, xllm, optimizer, state)
     own, found = jax.tree.map(lambda x: x[rows], batch(made)), []
     with jax.set_mesh(device_mesh):
         for _ in range(count):

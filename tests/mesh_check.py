@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import small_stage
 
-from xllm_jax import train
 from xllm_jax.assembly import networks, parameters
 from xllm_jax.core import mesh, rules
 from xllm_jax.preflight import collectives, hlo, inputs, targets
+from xllm_jax.training.step import abstract_state, jit_train_step, stage_objective
 
 ROWS = 8
 STAGES = (
@@ -127,7 +127,7 @@ def gradients(made, xllm, axes, params, batch):
         shardings[path] = shardings[path].with_memory_kind(mesh.HOST)
     placed = jax.device_put(tree, rules.unflatten(shardings))
     trainable, frozen = rules.split(made.trainable, placed)
-    loss, key = train.objective(made, xllm), jax.random.key(0)
+    loss, key = stage_objective(made, xllm), jax.random.key(0)
 
     def objective(trainable, frozen, batch):
         return loss(rules.join(trainable, frozen), batch, key)[0]
@@ -159,10 +159,10 @@ def compiled_collectives(axes, slices):
     made = small_stage.stage(mesh=axes, unroll=1)
     device_mesh = mesh.make(axes, jax.devices()[:count], slices)
     xllm = networks.model(made)
-    like, optimizer, _ = train.abstract_state(made, xllm, device_mesh)
+    like, optimizer, _ = abstract_state(made, xllm, device_mesh)
     batch = inputs.sharded(made.data, device_mesh)
     with jax.set_mesh(device_mesh):
-        lowered = train.jitted(made, xllm, optimizer, like).lower(like, batch)
+        lowered = jit_train_step(made, xllm, optimizer, like).lower(like, batch)
     program = hlo.parse(lowered.compile(QUICKLY).as_text())
     found = collectives.find(program, count, targets.slices_of(device_mesh, slices))
     return [dataclasses.asdict(one) for one in found]

@@ -17,8 +17,8 @@ from unittest import mock
 import jax
 import small_stage
 
-from xllm_jax import loop
 from xllm_jax.core import mesh
+from xllm_jax.training import loop
 
 HALF = 3
 OTHERS = {

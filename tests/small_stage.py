@@ -56,7 +56,7 @@ def start(workdir: Path, code: str = "", devices: int = 1) -> subprocess.Popen:
     lines = (
         "import sys; sys.path[:0] = ['tests', '.']",
         "import jax; jax.config.update('jax_default_matmul_precision', 'highest')",
-        "import small_stage; from xllm_jax import loop; made = small_stage.stage()",
+        "import small_stage; from xllm_jax.training import loop; made = small_stage.stage()",
         code,
         f"loop.fit(made, {str(workdir)!r})",
     )

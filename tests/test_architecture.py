@@ -13,21 +13,28 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted(p for d in ("xllm_jax", "configs", "launch") for p in (ROOT / d).rglob("*.py"))
 TREES = {str(p.relative_to(ROOT)): ast.parse(p.read_text()) for p in FILES}
 
-# Longest matching prefix wins.
-FLOORS = {
-    "launch": 4,
-    "configs": 4,
-    "xllm_jax": 3,
-    "xllm_jax.convert": 3,
-    "xllm_jax.objectives": 2,
-    "xllm_jax.models.xllm": 2,
-    "xllm_jax.models": 1,
-    "xllm_jax.data": 1,
-    "xllm_jax.core": 0,
-}
+# Every folder of the package has a floor of its own, from the ground up; imports go down.
+FLOORS = (
+    "core",
+    "models",
+    "objectives",
+    "data",
+    "assembly",
+    "report",
+    "audit",
+    "inference",
+    "convert",
+    "evaluation",
+    "feature_cache",
+    "prepare",
+    "training",
+    "preflight",
+)
+# Where going down is not allowed either: networks know no files, and files no networks.
+STRANGERS = {"data": ("models", "objectives"), "report": ("models",), "audit": ("models",)}
 HOMES = {
     "flax": ("xllm_jax/models/", "xllm_jax/objectives/", "xllm_jax/assembly/"),
-    "optax": ("xllm_jax/core/optim.py", "xllm_jax/train.py"),
+    "optax": ("xllm_jax/core/optim.py", "xllm_jax/training/step.py"),
     "orbax": ("xllm_jax/core/checkpoint.py", "xllm_jax/core/streamed_leaf.py"),
     "grain": ("xllm_jax/data/",),
     "tensorflow_datasets": ("xllm_jax/data/",),
@@ -53,21 +60,74 @@ def imported(tree: ast.AST) -> list[str]:
     return names
 
 
-def floor(module: str) -> int | None:
-    """Floor of a module of ours, None for other packages."""
-    fits = [p for p in FLOORS if module == p or module.startswith(p + ".")]
-    return FLOORS[max(fits, key=len)] if fits else None
+def folder(module: str) -> str | None:
+    """'launch', 'configs' or the folder of xllm_jax that a module lies in; None for others."""
+    first, *rest = module.split(".")
+    if first in ("launch", "configs"):
+        return first
+    return rest[0] if first == "xllm_jax" and rest else None
 
 
-@pytest.mark.parametrize("name", TREES)
-def test_imports_go_down(name):
-    own = name.removesuffix(".py").replace("/", ".")
-    for module in imported(TREES[name]):
-        if floor(module) is not None:
-            assert floor(module) <= floor(own), f"{name} imports {module}"
-        for one, other in (("models", "data"), ("data", "models")):
-            if own.startswith(f"xllm_jax.{one}."):
-                assert not module.startswith(f"xllm_jax.{other}"), f"{name} imports {module}"
+def neighbours(trees: dict[str, ast.AST]) -> dict[str, dict[str, str]]:
+    """{folder: {folder it imports: one file that does}}."""
+    found: dict[str, dict[str, str]] = {}
+    for name, tree in trees.items():
+        own = folder(name.removesuffix(".py").replace("/", "."))
+        for module in imported(tree) if own else ():
+            other = folder(module)
+            if other and other != own:
+                found.setdefault(own, {})[other] = name
+    return found
+
+
+def climbing(edges: dict[str, dict[str, str]]) -> list[str]:
+    """Imports between folders that do not go down, or meet a stranger."""
+    order = {name: floor for floor, name in enumerate((*FLOORS, "configs", "launch"))}
+    return [
+        f"{file} imports {other}"
+        for own, others in edges.items()
+        for other, file in others.items()
+        if order[other] >= order[own] or other in STRANGERS.get(own, ())
+    ]
+
+
+def circle(edges: dict[str, dict[str, str]]) -> list[str]:
+    """Folders that reach themselves over others."""
+
+    def reached(start: str) -> set[str]:
+        seen, todo = set(), [start]
+        while todo:
+            fresh = set(edges.get(todo.pop(), ())) - seen
+            seen |= fresh
+            todo += fresh
+        return seen
+
+    return [name for name in edges if name in reached(name)]
+
+
+def test_every_folder_has_a_floor():
+    folders = {p.parent.name for p in (ROOT / "xllm_jax").glob("*/__init__.py")}
+    assert folders == set(FLOORS)
+    assert [p.name for p in (ROOT / "xllm_jax").glob("*.py")] == ["__init__.py"]
+
+
+def test_imports_between_folders_go_down():
+    assert climbing(neighbours(TREES)) == []
+
+
+def test_no_folder_reaches_itself():
+    assert circle(neighbours(TREES)) == []
+
+
+def test_a_mutual_import_is_seen():
+    """The feature cache and the preparation of data once imported each other unseen."""
+    trees = {
+        "xllm_jax/prepare/plan.py": ast.parse("from xllm_jax.feature_cache import write"),
+        "xllm_jax/feature_cache/write.py": ast.parse("def f():\n    import xllm_jax.prepare.plan"),
+    }
+    edges = neighbours(trees)
+    assert climbing(edges) == ["xllm_jax/feature_cache/write.py imports prepare"]
+    assert circle(edges) == ["prepare", "feature_cache"]
 
 
 @pytest.mark.parametrize("name", TREES)
@@ -98,7 +158,7 @@ def test_public_functions_say_what_they_do(name):
 def test_the_library_never_imports_torch_or_tensorflow():
     code = (
         "import sys\n"
-        "import xllm_jax.loop, xllm_jax.inference.decoding\n"
+        "import xllm_jax.training.loop, xllm_jax.inference.decoding\n"
         "import xllm_jax.evaluation.measure, xllm_jax.convert.files\n"
         "import xllm_jax.prepare.engine, xllm_jax.prepare.translate, xllm_jax.prepare.transforms\n"
         "print([m for m in ('torch', 'tensorflow', 'apache_beam') if m in sys.modules])"

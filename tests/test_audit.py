@@ -168,7 +168,7 @@ def test_a_run_is_told_once_about_padding():
 
 
 def test_training_prints_the_warning(tmp_path, capfd):
-    from xllm_jax import loop
+    from xllm_jax.training import loop
 
     made = stage(steps=2, save_every=2)
     made.data.length, made.data.examples = 512, 8

@@ -17,7 +17,6 @@ import small_cache
 from small_runs import make_world
 from small_stage import ROOT, curve
 
-from xllm_jax import loop, train
 from xllm_jax.assembly import networks, parameters
 from xllm_jax.core import checkpoint, checksum, mesh, rules
 from xllm_jax.core.errors import UserError
@@ -27,6 +26,8 @@ from xllm_jax.data.example import Example
 from xllm_jax.data.media import modalities
 from xllm_jax.data.record import DoesNotFit, Record
 from xllm_jax.feature_cache import check, describe, plan, write
+from xllm_jax.training import loop
+from xllm_jax.training.step import abstract_state, jit_train_step, stage_objective
 
 CONFIG = "configs/small.py"
 
@@ -101,10 +102,10 @@ def test_what_is_cached_is_neither_loaded_nor_compiled(speech):
     shapes = {}
     for name, stage in (("plain", speech[0]), ("cached", cached(*speech))):
         model = networks.model(stage)
-        state, optimizer, _ = train.abstract_state(stage, model, mesh.make({}))
+        state, optimizer, _ = abstract_state(stage, model, mesh.make({}))
         shapes[name] = rules.flatten(rules.join(state.trainable, state.frozen))
         batch, _ = next(pipeline.Pipeline(stage.data).iterate())
-        text = train.jitted(stage, model, optimizer, state).lower(state, batch).as_text()
+        text = jit_train_step(stage, model, optimizer, state).lower(state, batch).as_text()
         assert ("speech_encoder" in text) == (name == "plain")
         assert ("416x80" in text) == (name == "plain")  # the filterbanks
     gone = shapes["plain"].keys() - shapes["cached"].keys()
@@ -165,7 +166,7 @@ def test_stage_three_reads_everything_below_its_adapters(world, tmp_path):
         check.verified(made, model, mesh.make({}))
         params = parameters.parameters(made, model, mesh.make({}))
         trainable, frozen = rules.split(made.trainable, params)
-        loss = train.objective(made, model)
+        loss = stage_objective(made, model)
         call = jax.jit(
             jax.value_and_grad(lambda t, f, b, loss=loss: loss(rules.join(t, f), b, None)[0])
         )

@@ -12,12 +12,13 @@ import pytest
 import small_stage
 
 from launch import command
-from xllm_jax import divergence, loop, nonfinite, replay, startup, train
 from xllm_jax.assembly import networks
 from xllm_jax.core import checkpoint, mesh
 from xllm_jax.core.batch import zeros
 from xllm_jax.core.errors import Diverged, UserError
 from xllm_jax.core.stage import Divergence
+from xllm_jax.training import divergence, loop, nonfinite, replay, startup
+from xllm_jax.training.step import abstract_state
 
 POISONED = 3  # number of the micro-batch
 ROW = 5
@@ -69,7 +70,7 @@ def small(**policy):
 def saved(workdir, number):
     """Flat arrays of a checkpoint."""
     made = small()
-    state, _, _ = train.abstract_state(made, networks.model(made), mesh.make({}))
+    state, _, _ = abstract_state(made, networks.model(made), mesh.make({}))
     checkpoints = checkpoint.Checkpoints(workdir)
     arrays = checkpoints.restore(number, startup.saved_arrays(state))
     checkpoints.close()
@@ -186,7 +187,7 @@ def test_the_verdict_is_the_policy(policy):
 def test_an_unknown_policy_is_refused():
     made = small(nonfinite="hope")
     with pytest.raises(UserError, match=r"divergence\.nonfinite.*'hope'.*stop, skip"):
-        train.abstract_state(made, networks.model(made), mesh.make({}))
+        abstract_state(made, networks.model(made), mesh.make({}))
 
 
 def test_a_diverged_run_exits_with_its_own_code(capsys):

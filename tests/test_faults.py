@@ -16,9 +16,9 @@ import pytest
 import small_stage
 
 from launch import command
-from xllm_jax import loop, startup
 from xllm_jax.core import atomic, checkpoint
 from xllm_jax.core.errors import UserError
+from xllm_jax.training import loop, startup
 
 # Calls a function of the host INDEX at a micro-batch; its own threads go on meanwhile.
 AT = """

@@ -17,7 +17,6 @@ import small_speech
 import small_stage
 from test_configs import NAMES
 
-from xllm_jax import held_out, loop, train
 from xllm_jax.assembly import networks, parameters
 from xllm_jax.core import hosts, mesh, rules, watchdog
 from xllm_jax.core.errors import UserError
@@ -29,6 +28,8 @@ from xllm_jax.evaluation.error_rate import character_error_rate
 from xllm_jax.inference import transcriber
 from xllm_jax.inference.load_run import Restored
 from xllm_jax.objectives import contrast
+from xllm_jax.training import loop, validation
+from xllm_jax.training.step import initial_state, stage_objective
 
 EXAMPLES, EVERY = 21, 2  # three batches, the last one of few examples
 
@@ -88,7 +89,7 @@ def test_the_mean_is_over_tokens(runs):
     batches = list(Pipeline(data, train=False, sample=EXAMPLES).iterate())
     assert [info["examples"] for _, info in batches] == [4, 4, 4, 4, 4, 1]
     params = trained_parameters(runs / "measured")
-    loss = train.objective(made, networks.model(made), False)
+    loss = stage_objective(made, networks.model(made), False)
     found = [jax.jit(lambda p, b: loss(p, b, None)[1])(params, batch) for batch, _ in batches]
     counts, means = (np.array([f[n] for f in found], np.float64) for n in ("count", "loss"))
     last = lines(runs / "measured")[-1]
@@ -118,20 +119,20 @@ def test_character_errors_are_those_of_the_recogniser(tmp_path, monkeypatch):
         moved=lambda *words: said.append(words),
         compiles=lambda: said.append("compiles"),
     )
-    state, _, _ = train.initial_state(stage, model, device_mesh)
+    state, _, _ = initial_state(stage, model, device_mesh)
     params = rules.join(state.trainable, state.frozen)
-    evaluation = held_out.opened(stage, state, device_mesh, tmp_path, watch)
+    evaluation = validation.opened(stage, state, device_mesh, tmp_path, watch)
     found, again = (evaluation.measure(state) for _ in range(2))
     evaluation.close()
     timeless = found.keys() - {"held_out/seconds"}
     assert {name: found[name] for name in timeless} == {name: again[name] for name in timeless}
     assert said.count("compiles") == 1 and len(said) == 1 + 4 + 4
     assert "1 left out, the first " in evaluation.told(1, again)
-    assert "3.flac" in (tmp_path / f"{held_out.QUARANTINE}.jsonl").read_text()
+    assert "3.flac" in (tmp_path / f"{validation.QUARANTINE}.jsonl").read_text()
     stage.data.examples, stage.data.frames = 8, stage.data.frames[-1:]
     stage.data.max_bad_share = 1.0
     batch, _ = next(Pipeline(stage.data, train=False, sample=0).iterate())
-    _, whole = jax.jit(lambda p, b: train.objective(stage, model, False)(p, b, None))(params, batch)
+    _, whole = jax.jit(lambda p, b: stage_objective(stage, model, False)(p, b, None))(params, batch)
     for name in ("loss", "ctc", "quantity", "cross_entropy", "accuracy", "count"):
         wanted = pytest.approx(float(whole[name]), rel=1e-5)
         assert found[f"held_out/{name}"] == wanted, name
@@ -200,7 +201,7 @@ def test_settings_that_contradict_each_other_are_refused(words, tmp_path):
     made = measured(best=Best("held_out/loss"))
     made.held_out = dataclasses.replace(made.held_out, **REFUSED[words])
     with pytest.raises(UserError, match=words):
-        held_out.opened(made, None, mesh.make({}), tmp_path, None)
+        validation.opened(made, None, mesh.make({}), tmp_path, None)
 
 
 def test_an_unknown_metric_is_refused_before_the_first_step(tmp_path):
@@ -245,8 +246,8 @@ def test_the_miniatures_measure_the_validation_split(name, world, tmp_path):
         vocabulary=stage.data.vocabulary and str(backbones / "bert/vocab.txt"),
     )
     assert stage.parse_stage(dataclasses.asdict(stage)) == stage
-    held_out.check_settings(stage)
-    made = list(held_out.open_pipeline(stage, mesh.make({}), tmp_path).iterate())
+    validation.check_settings(stage)
+    made = list(validation.open_pipeline(stage, mesh.make({}), tmp_path).iterate())
     assert sum(info["supervised"] for _, info in made) > 0
     assert not any(info["skipped"] for _, info in made)
     sources = [dataclasses.replace(s, split="train") for s in stage.held_out.sources.values()]

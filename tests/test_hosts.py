@@ -14,8 +14,8 @@ import small_stage
 import test_divergence
 
 from launch import hosts as flags
-from xllm_jax import replay
 from xllm_jax.core import checkpoint, errors, fingerprint, hosts, watchdog
+from xllm_jax.training import replay
 
 # Two hosts train as two slices, then meet a NaN, then are killed.
 WHOLE = """
@@ -176,7 +176,7 @@ DIFFERENT = {
         "    sys.path.insert(0, {folder!r})\n"
         "    fingerprint = loop.startup.fingerprint.code\n"
         "    edited = loop.Path({folder!r}) / 'xllm_jax'\n"
-        "    loop.startup.fingerprint.code = lambda p: fingerprint(edited if INDEX else p)\n",
+        "    loop.startup.fingerprint.code = lambda package=None: fingerprint(edited if INDEX else package)\n",
         ["another code than host 0", "xllm_jax/core/optim.py is "],
     ),
     "data": (

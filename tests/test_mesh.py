@@ -17,11 +17,11 @@ import small_stage
 from mesh_check import COUNTED, MESHES, OFFLOADED, STAGES
 from small_stage import GLM, ROOT
 
-from xllm_jax import train
 from xllm_jax.assembly import networks
 from xllm_jax.core import flops, mesh, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.preflight import collectives, inputs, memory
+from xllm_jax.training.step import abstract_state, jit_train_step
 
 DEPTH = GLM["depth"]
 
@@ -68,8 +68,8 @@ def copied(jaxpr):
 def test_layers_in_the_hosts_memory_are_copied_one_by_one():
     made = small_stage.stage(trainable=(r"llm/embedding",))
     made.offload = (r"llm/(layers|final_norm)/.*",)
-    like, optimizer, _ = train.abstract_state(made, networks.model(made), mesh.make({}))
-    step = train.jitted(made, networks.model(made), optimizer, like)
+    like, optimizer, _ = abstract_state(made, networks.model(made), mesh.make({}))
+    step = jit_train_step(made, networks.model(made), optimizer, like)
     shapes = Counter(copied(jax.make_jaxpr(step)(like, inputs.shapes(made.data)).jaxpr))
     width, hidden = GLM["width"], GLM["hidden"]
     assert shapes[width, hidden] == shapes[hidden, width] == 2  # forward and back
@@ -80,7 +80,7 @@ def test_layers_in_the_hosts_memory_are_copied_one_by_one():
 
 def test_preflight_counts_what_lies_on_the_chip():
     made = small_stage.stage(trainable=(r"llm/final_norm/.*",), offload=(r"llm/layers/.*",))
-    like, _, _ = train.abstract_state(made, networks.model(made), mesh.make({}))
+    like, _, _ = abstract_state(made, networks.model(made), mesh.make({}))
     assert memory.held(like.frozen) == 4 * GLM["vocab"] * GLM["width"]  # the embedding
     assert memory.held(like.trainable) == 4 * 2 * GLM["width"]
 
@@ -88,7 +88,7 @@ def test_preflight_counts_what_lies_on_the_chip():
 def test_what_trains_stays_on_the_chip():
     made = small_stage.stage(offload=(r"llm/.*",))
     with pytest.raises(UserError, match="'llm/final_norm/bias' trains"):
-        train.abstract_state(made, networks.model(made), mesh.make({}))
+        abstract_state(made, networks.model(made), mesh.make({}))
 
 
 # By kind: in the loop over layers, outside of it. Splitting parameters gathers four kernels a layer

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.prefetch import Prefetched
+from xllm_jax.training.prefetch import Prefetched
 
 
 class Counting:

@@ -18,7 +18,6 @@ import small_datasets
 from small_stage import TOKENIZER
 
 from configs import stage1_speech, stage3_instruction
-from xllm_jax import divergence, train
 from xllm_jax.assembly import networks
 from xllm_jax.audit import audit
 from xllm_jax.core import lookup, mesh, rules
@@ -29,6 +28,8 @@ from xllm_jax.data.media import cif_features, paths
 from xllm_jax.data.pipeline import Pipeline
 from xllm_jax.data.text.characters import CharacterVocabulary
 from xllm_jax.prepare import engine, manifest, plan, shard
+from xllm_jax.training import divergence
+from xllm_jax.training.step import TrainState, abstract_state, jit_train_step
 
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -181,7 +182,7 @@ class Trainer:
     def __init__(self, stage):
         self.stage, self._mesh = stage, mesh.make(stage.mesh)
         model = networks.model(stage)
-        like, optimizer, _ = train.abstract_state(stage, model, self._mesh)
+        like, optimizer, _ = abstract_state(stage, model, self._mesh)
         # Drawn by NumPy: initialising for real would compile every network.
         rng = np.random.default_rng(0)
         drawn = {
@@ -190,9 +191,9 @@ class Trainer:
         }
         trainable, frozen = rules.split(stage.trainable, rules.unflatten(drawn))
         moments, guard = optimizer.init(trainable), divergence.initial_guard(stage.divergence)
-        state = train.State(np.zeros((), np.int32), trainable, frozen, moments, guard)
+        state = TrainState(np.zeros((), np.int32), trainable, frozen, moments, guard)
         self.state = jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), state, like)
-        self._step = train.jitted(stage, model, optimizer, like)
+        self._step = jit_train_step(stage, model, optimizer, like)
 
     def trained(self):
         """A copy of the trainable parameters."""

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import small_speech
 
-from xllm_jax import loop, telemetry, train
 from xllm_jax.core import chips
 from xllm_jax.core.batch import zeros
 from xllm_jax.core.errors import UserError
@@ -22,6 +21,8 @@ from xllm_jax.core.log import Log
 from xllm_jax.core.weighted_mean import WeightedMean
 from xllm_jax.data import mixture
 from xllm_jax.objectives.answer import answer_loss, carriers
+from xllm_jax.training import loop, telemetry
+from xllm_jax.training.step import gradient_norms
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -105,7 +106,7 @@ def test_means_leave_out_what_is_no_number():
 def test_gradient_norms_are_those_of_each_part():
     rng = np.random.default_rng(0)
     tree = {name: {"a": rng.normal(size=(3, 2)), "b": rng.normal(size=4)} for name in ("x", "y")}
-    norms = train.gradient_norms(jax.tree.map(jnp.asarray, tree))
+    norms = gradient_norms(jax.tree.map(jnp.asarray, tree))
     squares = {n: sum((leaf**2).sum() for leaf in part.values()) for n, part in tree.items()}
     expected = {f"gradient_norm/{n}": math.sqrt(s) for n, s in squares.items()}
     expected["gradient_norm"] = math.sqrt(sum(squares.values()))

@@ -15,11 +15,19 @@ import pytest
 import restore_check
 import small_stage
 
-from xllm_jax import loop, train
 from xllm_jax.assembly import networks, parameters
 from xllm_jax.core import checkpoint, mesh, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.preflight import inputs
+from xllm_jax.training import loop
+from xllm_jax.training.step import (
+    abstract_state,
+    initial_state,
+    jit_train_step,
+    stage_objective,
+    step_key,
+    train_step,
+)
 
 SECONDS = 240  # bound on one training process, far above what it takes
 
@@ -56,7 +64,7 @@ def test_only_the_allow_list_trains(whole):
 
 def test_the_optimizer_holds_nothing_for_frozen_leaves():
     made = small_stage.stage()
-    state, _, _ = train.initial_state(made, networks.model(made), mesh.make({}))
+    state, _, _ = initial_state(made, networks.model(made), mesh.make({}))
     trainable = sum(leaf.size for leaf in jax.tree.leaves(state.trainable))
     moments = sum(leaf.size for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim)
     assert moments == 2 * trainable
@@ -66,9 +74,9 @@ def test_compiler_options_are_those_of_the_platform():
     """The other tests' stage has an option for TPUs that no compiler knows."""
     made = small_stage.stage(compiler={"cpu": {"xla_no_such_option": 1}})
     xllm, device_mesh = networks.model(made), mesh.make({})
-    like, optimizer, _ = train.abstract_state(made, xllm, device_mesh)
+    like, optimizer, _ = abstract_state(made, xllm, device_mesh)
     batch = inputs.sharded(made.data, device_mesh)
-    step = train.jitted(made, xllm, optimizer, like)
+    step = jit_train_step(made, xllm, optimizer, like)
     with jax.set_mesh(device_mesh), pytest.raises(Exception, match="xla_no_such_option"):
         step.lower(like, batch).compile()
 
@@ -167,11 +175,11 @@ def test_accumulation_equals_a_larger_batch(tmp_path):
     made = small_stage.stage(steps=1)
     made.optimizer = dataclasses.replace(made.optimizer, accumulation=2, clip=0.0)
     xllm, device_mesh = networks.model(made), mesh.make({})
-    state, optimizer, _ = train.initial_state(made, xllm, device_mesh)
-    loss = train.objective(made, xllm)
+    state, optimizer, _ = initial_state(made, xllm, device_mesh)
+    loss = stage_objective(made, xllm)
     batches = loop.Pipeline(made.data, made.seed).iterate()
     two = [mesh.to_global(device_mesh, next(batches)[0]) for _ in range(2)]
-    keys = [train.step_key(made.seed, number) for number in range(2)]
+    keys = [step_key(made.seed, number) for number in range(2)]
 
     def both(trainable):
         params = rules.join(trainable, state.frozen)
@@ -180,11 +188,11 @@ def test_accumulation_equals_a_larger_batch(tmp_path):
     gradients = jax.jit(jax.grad(both))(state.trainable)
     single = dataclasses.replace(made, optimizer=dataclasses.replace(made.optimizer))
     single.optimizer.accumulation = 1
-    _, plain, _ = train.initial_state(single, xllm, device_mesh)
+    _, plain, _ = initial_state(single, xllm, device_mesh)
     updates, _ = plain.update(gradients, plain.init(state.trainable), state.trainable)
     expected = jax.tree.map(lambda p, u: p + u, state.trainable, updates)
     for batch in two:
-        state, _ = train.step(
+        state, _ = train_step(
             state, batch, loss=loss, optimizer=optimizer, policy=made.divergence, seed=made.seed
         )
     for path, leaf in rules.flatten(state.trainable).items():

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import platform
 from collections.abc import Mapping
-from importlib import metadata
+from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,13 @@ def configuration(stage: Any) -> dict[str, str]:
     return walk(dataclasses.asdict(stage), "")
 
 
-def code(package: Path) -> dict[str, str]:
-    """Hash of every source file of a package, and the versions of what it stands on."""
+def code(package: Path | None = None) -> dict[str, str]:
+    """Hash of every source file of a package, and the versions of what it stands on.
+
+    Args:
+      package: its folder; None is the whole of xllm_jax, wherever the caller lies in it.
+    """
+    package = package or Path(str(resources.files("xllm_jax")))
     found = {
         str(file.relative_to(package.parent)): digest(file.read_bytes())
         for file in sorted(package.rglob("*.py"))

@@ -1,4 +1,6 @@
-"""Stage: the typed schema of one training stage. Data only: configs/ fill it, train.py reads it.
+"""Stage: the typed schema of one training stage.
+
+Data only: configs/ fill it, training/step.py reads it.
 
 Every field can be overridden on the command line (``--config.optimizer.peak=1e-4``,
 ``--config.data.mix.wukong=0``); a name that does not exist is an error.

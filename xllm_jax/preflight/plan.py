@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 
-from xllm_jax import train
 from xllm_jax.assembly import networks
 from xllm_jax.core import flops, prng
 from xllm_jax.core.stage import Stage
@@ -19,6 +18,7 @@ from xllm_jax.preflight.memory import Memory
 from xllm_jax.preflight.refusal import Refusal
 from xllm_jax.preflight.roofline import Roofline
 from xllm_jax.preflight.targets import Target
+from xllm_jax.training.step import TrainState, abstract_state, jit_train_step, stage_objective
 
 LISTED = 8  # tensors named per table
 
@@ -95,7 +95,7 @@ class Lowered:
       device_mesh: where it shall run.
     """
 
-    state: train.State
+    state: TrainState
     batch: Any
     loss: Any
     step: Any
@@ -103,7 +103,7 @@ class Lowered:
 
 
 def prepare(stage: Stage, target: Target, compiles: bool = True) -> Lowered:
-    """The step of `train.py` and the shapes of its arguments; nothing is allocated.
+    """The step of `training/step.py` and the shapes of its arguments; nothing is allocated.
 
     Args:
       stage, target: what and where.
@@ -114,10 +114,10 @@ def prepare(stage: Stage, target: Target, compiles: bool = True) -> Lowered:
     """
     device_mesh = targets.make_mesh(stage.mesh, stage.slices, target, compiles)
     xllm = networks.model(for_accelerators(stage, target))
-    state, optimizer, _ = train.abstract_state(stage, xllm, device_mesh)
+    state, optimizer, _ = abstract_state(stage, xllm, device_mesh)
     batch = inputs.sharded(stage.data, device_mesh)
-    loss = train.objective(stage, xllm)
-    return Lowered(state, batch, loss, train.jitted(stage, xllm, optimizer, state), device_mesh)
+    loss = stage_objective(stage, xllm)
+    return Lowered(state, batch, loss, jit_train_step(stage, xllm, optimizer, state), device_mesh)
 
 
 def for_accelerators(stage: Stage, target: Target) -> Stage:

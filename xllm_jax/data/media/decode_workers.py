@@ -29,6 +29,7 @@ from xllm_jax.data.record import DoesNotFit, Record
 
 START_SECONDS = 120.0  # a worker may take to start on a busy machine
 GRACE_SECONDS = 30.0  # after the deadline a worker ends by itself, should its owner be gone
+MODULE = "xllm_jax.data.media.decode_workers"
 ROOT = str(Path(__file__).parents[3])  # where the package lies, for the worker to import it
 
 
@@ -52,13 +53,7 @@ class Worker:
         paths = [ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
         with theirs:
             self._process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "xllm_jax.data.media.decode_workers",
-                    str(theirs.fileno()),
-                    str(memory),
-                ],
+                [sys.executable, "-m", MODULE, str(theirs.fileno()), str(memory)],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},

@@ -14,11 +14,18 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from xllm_jax import divergence, nonfinite, startup, train
 from xllm_jax.assembly import networks
 from xllm_jax.core import checkpoint, mesh, rules, stage
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Stage
+from xllm_jax.training import divergence, nonfinite, startup
+from xllm_jax.training.step import (
+    TrainState,
+    gradient_norms,
+    initial_state,
+    stage_objective,
+    step_key,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,11 +161,11 @@ def run(recording: Recording, workdir: str | Path) -> Result:
     """
     stage = recording.stage
     device_mesh, xllm = _mesh(recording), networks.model(stage)
-    state, _, _ = train.initial_state(stage, xllm, device_mesh)
+    state, _, _ = initial_state(stage, xllm, device_mesh)
     if recording.checkpoint is not None:
         state = load(state, Path(workdir), recording)
-    loss = train.objective(stage, xllm)
-    key = train.step_key(stage.seed, recording.step - 1)
+    loss = stage_objective(stage, xllm)
+    key = step_key(stage.seed, recording.step - 1)
 
     def both(trainable: Any, frozen: Any, batch: Any, key: Any) -> tuple[Any, Any]:
         def objective(trainable: Any) -> Any:
@@ -170,7 +177,7 @@ def run(recording: Recording, workdir: str | Path) -> Result:
         batch = mesh.to_global(device_mesh, recording.batch)
         arguments = (state.trainable, state.frozen, batch, key)
         value, gradients = jax.jit(both)(*arguments)
-        norms = {n: float(v) for n, v in train.gradient_norms(gradients).items()}
+        norms = {n: float(v) for n, v in gradient_norms(gradients).items()}
         wrong = not np.isfinite([float(value), *norms.values()]).all()
         parameters = nonfinite.values((state.trainable, state.frozen))
         inputs = nonfinite.values(batch)
@@ -186,7 +193,7 @@ def _mesh(recording: Recording) -> Mesh:
         return mesh.make({"fsdp": -1}, jax.devices()[: math.gcd(rows, jax.device_count())])
 
 
-def load(state: train.State, workdir: Path, recording: Recording) -> train.State:
+def load(state: TrainState, workdir: Path, recording: Recording) -> TrainState:
     """The state with the recorded checkpoint's parameters.
 
     Raises:
@@ -200,7 +207,7 @@ def load(state: train.State, workdir: Path, recording: Recording) -> train.State
     checkpoints = checkpoint.Checkpoints(workdir)
     arrays = checkpoints.restore(recording.checkpoint, startup.saved_arrays(state))
     checkpoints.close()
-    return train.State(**arrays, frozen=state.frozen)
+    return TrainState(**arrays, frozen=state.frozen)
 
 
 def told(recording: Recording, result: Result) -> Iterator[str]:

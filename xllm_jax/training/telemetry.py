@@ -15,11 +15,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from xllm_jax import divergence
 from xllm_jax.core import chips, flops
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Stage
 from xllm_jax.core.weighted_mean import WeightedMean
+from xllm_jax.training import divergence
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 TOKENS = ("tokens", "characters", "word pieces")  # of `padding`, whichever a form has

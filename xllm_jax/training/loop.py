@@ -13,7 +13,6 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from xllm_jax import divergence, held_out, startup, telemetry, train
 from xllm_jax.assembly import networks
 from xllm_jax.core import checkpoint, hosts, mesh, rules, watchdog
 from xllm_jax.core.errors import Diverged, UserError
@@ -22,8 +21,9 @@ from xllm_jax.core.stage import Stage
 from xllm_jax.data.batching import padding
 from xllm_jax.data.pipeline import Batches, Pipeline
 from xllm_jax.feature_cache import check
-from xllm_jax.prefetch import Prefetched
-from xllm_jax.train import State
+from xllm_jax.training import divergence, startup, telemetry, validation
+from xllm_jax.training.prefetch import Prefetched
+from xllm_jax.training.step import Loss, TrainState, initial_state, jit_train_step, stage_objective
 
 
 def fit(stage: Stage, workdir: str | Path, stop_after: int | None = None) -> Path:
@@ -43,7 +43,7 @@ def fit(stage: Stage, workdir: str | Path, stop_after: int | None = None) -> Pat
       Preempted: SIGTERM came, and the run was saved.
     """
     workdir, store = Path(workdir), hosts.store()
-    held_out.check_settings(stage)
+    validation.check_settings(stage)
     with watchdog.Watch(workdir, stage.stall, store) as watch:
         device_mesh = mesh.make(stage.mesh, slices=stage.slices)
         xllm = networks.model(stage)
@@ -51,7 +51,7 @@ def fit(stage: Stage, workdir: str | Path, stop_after: int | None = None) -> Pat
         watch.reading = pipeline.activity.now
         startup.compare(stage, xllm, device_mesh, pipeline, store)
         cached = check.verified(stage, xllm, device_mesh)
-        state, optimizer, schedule = train.initial_state(stage, xllm, device_mesh)
+        state, optimizer, schedule = initial_state(stage, xllm, device_mesh)
         startup.describe(state)
         base = check.base(state.frozen, cached)
         hosts.agree(store, "frozen base", base)
@@ -59,7 +59,7 @@ def fit(stage: Stage, workdir: str | Path, stop_after: int | None = None) -> Pat
         checkpoints = checkpoint.Checkpoints(workdir, stage.keep, best.metric, best.lowest)
         state, position = startup.resume(state, checkpoints, base, store)
         loop = assemble(stage, xllm, optimizer, schedule, state, workdir, checkpoints, base, watch)
-        loop.evaluation = held_out.opened(
+        loop.evaluation = validation.opened(
             stage, state, device_mesh, workdir, watch, store, loop.log.say
         )
         batches = open_batches(pipeline, device_mesh, position)
@@ -80,7 +80,7 @@ def assemble(
     xllm: Any,
     optimizer: Any,
     schedule: Callable[[int], Any],
-    state: State,
+    state: TrainState,
     workdir: Path,
     checkpoints: checkpoint.Checkpoints,
     base: Mapping[str, str],
@@ -89,7 +89,7 @@ def assemble(
     """The loop of a run that starts from `state`, with its log opened there."""
     total, main = stage.steps * stage.optimizer.accumulation, jax.process_index() == 0
     log = Log(workdir, stage.name, total, int(state.step), main, stage.wandb)
-    step = train.jitted(stage, xllm, optimizer, state)
+    step = jit_train_step(stage, xllm, optimizer, state)
     share, _ = mesh.host_share(state.step.sharding.mesh)
     return Loop(
         stage=stage,
@@ -101,7 +101,7 @@ def assemble(
         watch=watch,
         profile=telemetry.Profile(stage.profile, workdir / "profile"),
         held=divergence.Held(stage, workdir, share),
-        loss=train.objective(stage, xllm),
+        loss=stage_objective(stage, xllm),
         store=hosts.store(),
     )
 
@@ -143,12 +143,12 @@ class Loop:
     watch: watchdog.Watch
     profile: telemetry.Profile
     held: divergence.Held
-    loss: train.Loss
+    loss: Loss
     store: hosts.Store | None = None
-    evaluation: held_out.Evaluation | None = None
+    evaluation: validation.Evaluation | None = None
     scores: list[Any] = dataclasses.field(default_factory=list)
 
-    def run(self, state: State, batches: Batches, device_mesh: Mesh, until: int) -> State:
+    def run(self, state: TrainState, batches: Batches, device_mesh: Mesh, until: int) -> TrainState:
         """Steps until micro-batch `until`, or until all hosts agree to stop after SIGTERM."""
         placed = Prefetched(batches, functools.partial(mesh.to_global, device_mesh))
         with contextlib.closing(placed), self.compiled:
@@ -162,7 +162,7 @@ class Loop:
                 self.profile.close()
                 self.log.close()
 
-    def steps(self, state: State, batches: Prefetched, until: int) -> State:
+    def steps(self, state: TrainState, batches: Prefetched, until: int) -> TrainState:
         """As `run`; between two log lines nothing waits for the device."""
         number, since = int(state.step), self.interval()
         saved, waste = number, padding.Watch(min(padding.ENOUGH, until))
@@ -210,7 +210,7 @@ class Loop:
         """(state, batch) -> FLOPs that the step cannot do without."""
         return telemetry.useful(self.loss)
 
-    def step(self, number: int, state: State, batch: Any, since: telemetry.Interval) -> Any:
+    def step(self, number: int, state: TrainState, batch: Any, since: telemetry.Interval) -> Any:
         """Micro-batch `number`: (state, metrics), not waited for."""
         since.work(state, batch)
         self.profile.before(number, state)
@@ -219,7 +219,7 @@ class Loop:
         self.log.say(self.profile.after(number, state))
         return state, metrics
 
-    def look(self, rows: Mapping[int, Mapping[str, Any]], state: State) -> None:
+    def look(self, rows: Mapping[int, Mapping[str, Any]], state: TrainState) -> None:
         """Deals with the micro-batches that the step found wrong, then lets all go.
 
         Raises:
@@ -239,14 +239,16 @@ class Loop:
             self.log.say(f"Skipped: {line}")
         self.held.clear()
 
-    def measure(self, number: int, state: State, since: telemetry.Interval) -> dict[str, float]:
+    def measure(
+        self, number: int, state: TrainState, since: telemetry.Interval
+    ) -> dict[str, float]:
         """Scalars of the held-out data, in time that does not count as training's."""
         jax.block_until_ready(state)
         began = time.monotonic()
         found = self.evaluation.measure(state)
         self.log.say(self.evaluation.told(number, found))
         since.leave_out(time.monotonic() - began)
-        if held_out.follows(self.stage) and self.stage.best.metric in found:
+        if validation.follows(self.stage) and self.stage.best.metric in found:
             self.scores = [found[self.stage.best.metric]]
         return found
 
@@ -260,7 +262,7 @@ class Loop:
             **telemetry.memory(),
         }
 
-    def save(self, number: int, state: State, position: Mapping[str, Any]) -> None:
+    def save(self, number: int, state: TrainState, position: Mapping[str, Any]) -> None:
         """Saves what trains, the optimizer, the data position, the stage and the base's hash."""
         about = {
             "data": self.everywhere(number, position),
@@ -285,7 +287,7 @@ class Loop:
           UserError: the step has no such metric.
         """
         name = self.stage.best.metric
-        if held_out.follows(self.stage):
+        if validation.follows(self.stage):
             self.scores = []  # a measurement is of the state that it met
             return
         if name and name not in metrics:
@@ -302,7 +304,7 @@ def write_result(
     stage: Stage,
     xllm: Any,
     device_mesh: Mesh,
-    state: State,
+    state: TrainState,
     base: Mapping[str, str],
     cached: Mapping[str, str],
     directory: Path,

@@ -19,7 +19,6 @@ from typing import Any, Protocol
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from xllm_jax import telemetry, train
 from xllm_jax.assembly import networks, parameters
 from xllm_jax.core import hosts, lookup, mesh, rules
 from xllm_jax.core.errors import UserError
@@ -35,7 +34,8 @@ from xllm_jax.evaluation import error_rate, scorers
 from xllm_jax.feature_cache import check
 from xllm_jax.inference import transcriber
 from xllm_jax.models.xllm import XLLM
-from xllm_jax.train import State
+from xllm_jax.training import telemetry
+from xllm_jax.training.step import Loss, TrainState, stage_objective
 
 PREFIX = "held_out/"
 QUARANTINE = "held_out_quarantine"
@@ -92,10 +92,10 @@ METRICS: dict[str, Callable[[Stage, XLLM], Metric]] = {"cer": CharacterErrors.of
 
 
 def step(
-    measured: tuple[State, dict[str, Any]],
+    measured: tuple[TrainState, dict[str, Any]],
     batch: Any,
     *,
-    loss: train.Loss,
+    loss: Loss,
     counts: Callable[..., Mapping[str, Any]],
     task: Mapping[str, Callable[..., Any]],
 ) -> tuple[dict[str, WeightedMean], dict[str, Any]]:
@@ -154,7 +154,7 @@ class Evaluation:
         self._left_out: tuple[Skipped, ...] = ()
         self._following = stage.best.metric.removeprefix(PREFIX) if follows(stage) else ""
 
-    def check_best(self, state: State) -> None:
+    def check_best(self, state: TrainState) -> None:
         """Looks, before the first micro-batch, whether there is the metric of the best checkpoint.
 
         Raises:
@@ -169,7 +169,7 @@ class Evaluation:
         """Whether the state behind micro-batch `number` is measured."""
         return number % self._every == 0 or number == self._total
 
-    def measure(self, state: State) -> dict[str, float]:
+    def measure(self, state: TrainState) -> dict[str, float]:
         """Scalars under their prefix; waits for the devices.
 
         Returns:
@@ -201,7 +201,7 @@ class Evaluation:
             yield mesh.to_global(self._mesh, batch), info
         self._left_out = left_out
 
-    def _sums(self, state: State, batch: Any, planned: Planned) -> dict[str, WeightedMean]:
+    def _sums(self, state: TrainState, batch: Any, planned: Planned) -> dict[str, WeightedMean]:
         """Fetched: a batch at a time, so that a stall is told with its batch."""
         sums, outputs = jax.device_get(self._compiled((state, self._unread), batch))
         return sums | {n: metric.measured(outputs[n], planned) for n, metric in self._task.items()}
@@ -240,7 +240,7 @@ class Evaluation:
 
 def opened(
     stage: Stage,
-    state: State,
+    state: TrainState,
     device_mesh: Mesh,
     workdir: Path,
     watch: Watch,
@@ -280,7 +280,7 @@ def jitted(
 
     call = functools.partial(
         step,
-        loss=train.objective(stage, xllm, train=False),
+        loss=stage_objective(stage, xllm, train=False),
         counts=file.counts,
         task={n: functools.partial(resident, metric.outputs) for n, metric in task.items()},
     )

@@ -11,13 +11,12 @@ import jax
 from clu import parameter_overview
 from jax.sharding import Mesh
 
-from xllm_jax import train
 from xllm_jax.core import checkpoint, fingerprint, hosts, mesh, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Stage
 from xllm_jax.data import manifest
 from xllm_jax.data.pipeline import Pipeline
-from xllm_jax.train import State
+from xllm_jax.training.step import TrainState, abstract_state
 
 
 def open_pipeline(stage: Stage, device_mesh: Mesh, workdir: Path) -> Pipeline:
@@ -39,9 +38,9 @@ def compare(
     if store is None:
         return
     hosts.agree(store, "configuration", fingerprint.configuration(stage))
-    hosts.agree(store, "code", fingerprint.code(Path(__file__).parent))
+    hosts.agree(store, "code", fingerprint.code())
     hosts.agree(store, "data", manifest.manifest(stage.data, pipeline.sources))
-    like, _, _ = train.abstract_state(stage, xllm, device_mesh)
+    like, _, _ = abstract_state(stage, xllm, device_mesh)
     hosts.agree(store, "parameter tree", fingerprint.tree(rules.join(like.trainable, like.frozen)))
 
 
@@ -80,18 +79,18 @@ def newest(checkpoints: checkpoint.Checkpoints) -> int | None:
     return None
 
 
-def saved_arrays(state: State) -> dict[str, Any]:
+def saved_arrays(state: TrainState) -> dict[str, Any]:
     """What a checkpoint holds of a state: everything but the frozen base."""
     names = ("step", "trainable", "optimizer", "guard")
     return {name: getattr(state, name) for name in names}
 
 
 def resume(
-    state: State,
+    state: TrainState,
     checkpoints: checkpoint.Checkpoints,
     base: Mapping[str, str],
     store: hosts.Store | None = None,
-) -> tuple[State, Any]:
+) -> tuple[TrainState, Any]:
     """Loads the newest checkpoint that is whole, if there is one.
 
     Returns:
@@ -114,10 +113,10 @@ def resume(
             )
     arrays = checkpoints.restore(latest, saved_arrays(state))
     print(f"Resumes at micro-batch {latest}", flush=True)
-    return State(**arrays, frozen=state.frozen), about["data"]
+    return TrainState(**arrays, frozen=state.frozen), about["data"]
 
 
-def describe(state: State) -> None:
+def describe(state: TrainState) -> None:
     """Prints what trains, leaf by leaf, and how much is frozen."""
     if jax.process_index():
         return

@@ -18,7 +18,7 @@ from jax.extend import core
 
 from xllm_jax.core import flops
 
-HERE = str(Path(__file__).parent)
+HERE = str(Path(__file__).parents[1])  # the package
 Test = Callable[[Any], bool]
 
 

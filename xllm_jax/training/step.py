@@ -1,4 +1,4 @@
-"""What every stage trains with: the initial state and one step. `loop.py` repeats the step.
+"""What every stage trains with: the initial state and one step, which `loop.py` repeats.
 
 Nothing here knows a modality, a loss or a data set: the Stage names them.
 """
@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from xllm_jax import divergence
 from xllm_jax.assembly import networks, parameters
 from xllm_jax.core import lookup, mesh, optim, prng, rules
 from xllm_jax.core.stage import Divergence, Stage
+from xllm_jax.training import divergence
 
 Loss = Callable[..., tuple[jax.Array, dict[str, Any]]]
 
@@ -29,7 +29,7 @@ Loss = Callable[..., tuple[jax.Array, dict[str, Any]]]
     meta_fields=(),
 )
 @dataclasses.dataclass
-class State:
+class TrainState:
     """What a step changes or reads: micro-batches seen, both parameter halves, AdamW's state, and
     what `divergence` remembers."""
 
@@ -40,15 +40,15 @@ class State:
     guard: divergence.Guard
 
 
-def step(
-    state: State,
+def train_step(
+    state: TrainState,
     batch: Any,
     *,
     loss: Loss,
     optimizer: optax.GradientTransformation,
     policy: Divergence,
     seed: int,
-) -> tuple[State, dict[str, Any]]:
+) -> tuple[TrainState, dict[str, Any]]:
     """One micro-batch: gradients of the trainable half only, one optimizer update.
 
     Args:
@@ -82,7 +82,7 @@ def step(
         (state.trainable, state.optimizer),
     )
     number = state.step + ~verdict.halted
-    after = State(number, trainable, state.frozen, optimizer_state, verdict.guard)
+    after = TrainState(number, trainable, state.frozen, optimizer_state, verdict.guard)
     return after, metrics | verdict.metrics
 
 
@@ -97,7 +97,7 @@ def gradient_norms(gradients: Mapping[str, Any]) -> dict[str, jax.Array]:
     return norms | {"gradient_norm": optax.tree.norm(gradients)}
 
 
-def objective(stage: Stage, xllm: Any, train: bool = True) -> Loss:
+def stage_objective(stage: Stage, xllm: Any, train: bool = True) -> Loss:
     """The stage's loss with its networks and options filled in; `train` is for dropout and such."""
     file = lookup.module("xllm_jax.objectives", stage.objective, "objective")
     loss = functools.partial(file.loss, xllm, train=train, **stage.options)
@@ -106,7 +106,7 @@ def objective(stage: Stage, xllm: Any, train: bool = True) -> Loss:
     return lambda params, batch, key: loss(parameters.resident(stage, params), batch, key)
 
 
-def initial_state(stage: Stage, xllm: Any, device_mesh: Mesh) -> tuple[State, Any, Any]:
+def initial_state(stage: Stage, xllm: Any, device_mesh: Mesh) -> tuple[TrainState, Any, Any]:
     """Parameters split by the allow-list, and the optimizer on the trainable half.
 
     Returns:
@@ -121,14 +121,15 @@ def initial_state(stage: Stage, xllm: Any, device_mesh: Mesh) -> tuple[State, An
         optimizer_state = jax.jit(optimizer.init, out_shardings=shardings.optimizer)(trainable)
     step = jax.device_put(jnp.zeros((), jnp.int32), shardings.step)
     guard = jax.device_put(divergence.initial_guard(stage.divergence), shardings.guard)
-    return State(step, trainable, frozen, optimizer_state, guard), optimizer, schedule
+    return TrainState(step, trainable, frozen, optimizer_state, guard), optimizer, schedule
 
 
-def abstract_state(stage: Stage, xllm: Any, device_mesh: Mesh) -> tuple[State, Any, Any]:
+def abstract_state(stage: Stage, xllm: Any, device_mesh: Mesh) -> tuple[TrainState, Any, Any]:
     """Shapes, dtypes and shardings of a stage's state, without allocating anything.
 
     Returns:
-      (State of `jax.ShapeDtypeStruct`, optax chain, learning-rate function of the update number).
+      (TrainState of `jax.ShapeDtypeStruct`, optax chain, learning-rate function of the update
+      number).
     """
     divergence.check(stage.divergence)
     tree = networks.shapes(xllm)
@@ -147,14 +148,16 @@ def abstract_state(stage: Stage, xllm: Any, device_mesh: Mesh) -> tuple[State, A
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
         jax.eval_shape(lambda: divergence.initial_guard(stage.divergence)),
     )
-    return State(step, trainable, frozen, state, guard), optimizer, schedule
+    return TrainState(step, trainable, frozen, state, guard), optimizer, schedule
 
 
-def jitted(stage: Stage, xllm: Any, optimizer: optax.GradientTransformation, like: State) -> Any:
+def jit_train_step(
+    stage: Stage, xllm: Any, optimizer: optax.GradientTransformation, like: TrainState
+) -> Any:
     """The step as it runs on devices: the state is donated and keeps the shardings of `like`."""
     call = functools.partial(
-        step,
-        loss=objective(stage, xllm),
+        train_step,
+        loss=stage_objective(stage, xllm),
         optimizer=optimizer,
         policy=stage.divergence,
         seed=stage.seed,

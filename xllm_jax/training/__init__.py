@@ -1,0 +1,1 @@
+"""A stage is trained: one step, the loop around it, and what watches over both."""
