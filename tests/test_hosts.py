@@ -176,7 +176,8 @@ DIFFERENT = {
         "    sys.path.insert(0, {folder!r})\n"
         "    fingerprint = loop.startup.fingerprint.code\n"
         "    edited = loop.Path({folder!r}) / 'xllm_jax'\n"
-        "    loop.startup.fingerprint.code = lambda package=None: fingerprint(edited if INDEX else package)\n",
+        "    compared = edited if INDEX else None\n"
+        "    loop.startup.fingerprint.code = lambda: fingerprint(compared)\n",
         ["another code than host 0", "xllm_jax/core/optim.py is "],
     ),
     "data": (

@@ -219,8 +219,8 @@ def useful(loss: Callable[..., Any]) -> Callable[[Any, Any], float]:
 
 def peak(devices: Sequence[jax.Device]) -> float:
     """bfloat16 FLOP/s of all devices together; 0 where a kind is not in the table."""
-    chips = [chips.chip_of(device.device_kind) for device in devices]
-    return sum(chip.flops for chip in chips) if all(chips) else 0.0
+    known = [chips.chip_of(device.device_kind) for device in devices]
+    return sum(chip.flops for chip in known if chip) if all(known) else 0.0
 
 
 def memory() -> dict[str, float]:
