@@ -33,11 +33,11 @@ lint: .venv/ready-test
 # Trains the shipped backbones of the embedded world again (about an hour on two cores).
 backbones: .venv/ready
 	mkdir -p backbones
-	cd backbones && ../$(BIN)/python ../launch/bases.py --output=bases --tokenizer
+	cd backbones && ../$(BIN)/python ../launch/build_backbones.py --output=bases --tokenizer
 	cd backbones && ../$(BIN)/python ../launch/train.py --config=../configs/world_llm.py --workdir=runs/world_llm
 	cd backbones && ../$(BIN)/python ../launch/train.py --config=../configs/world_vision.py --workdir=runs/world_vision
 	cd backbones && ../$(BIN)/python ../launch/train.py --config=../configs/world_bert.py --workdir=runs/world_bert
-	cd backbones && ../$(BIN)/python ../launch/bases.py --output=bases --export=runs
+	cd backbones && ../$(BIN)/python ../launch/build_backbones.py --output=bases --export=runs
 
 clean:
 	rm -rf .venv demo backbones

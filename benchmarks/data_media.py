@@ -22,7 +22,7 @@ SUFFIXES = {"image": "jpg", "video": "mp4", "speech": "wav"}
 
 
 def scene(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
-    """`[height, width, 3]` uint8: blurred colours, edges, a little noise: what photographs have."""
+    """`[height, width, 3]` uint8: blurred colors, edges, a little noise: what photographs have."""
     total = np.zeros((height, width, 3))
     for grain, strength in ((64, 1.0), (16, 0.5), (4, 0.2)):
         few = rng.integers(0, 255, (height // grain + 2, width // grain + 2, 3), np.uint8)

@@ -68,10 +68,10 @@ def load_video(path: str, train: bool) -> torch.Tensor:
                 shown.append(frame.to_image())
             if number >= wanted[-1]:
                 break
-    return torch.stack([to_tensor(centre(one)) for one in shown])
+    return torch.stack([to_tensor(center(one)) for one in shown])
 
 
-def centre(picture: Image.Image) -> Image.Image:
+def center(picture: Image.Image) -> Image.Image:
     """Resize of the short side, and CenterCrop."""
     width, height = picture.size
     short = min(width, height)
@@ -98,7 +98,7 @@ def kaldi_filterbank(samples: np.ndarray) -> np.ndarray:
 
 
 def load_speech(path: str, train: bool) -> torch.Tensor:
-    """`[frames, 80]`, normalised per utterance, with SpecAugment in training."""
+    """`[frames, 80]`, normalized per utterance, with SpecAugment in training."""
     samples, _ = soundfile.read(path, dtype="float32")
     features = torch.from_numpy(kaldi_filterbank(samples * 32768))
     features = (features - features.mean(0)) / features.std(0, unbiased=False)
@@ -167,7 +167,7 @@ def tensorflow_batches(kind: str, paths: list[str], examples: int) -> Iterator[A
     # Nothing ahead of its time: it would be charged to another contender.
     options.autotune.enabled, options.experimental_optimization.inject_prefetch = False, False
     options.threading.private_threadpool_size = 1
-    options.threading.max_intra_op_parallelism = 1
+    options.threading.max_intra_op_parallelizm = 1
     data = tf.data.Dataset.from_tensor_slices(paths).repeat().shuffle(len(paths))
     if kind == "image":
         data = data.map(tensorflow_image).batch(examples)
@@ -201,7 +201,7 @@ def tensorflow_image(path: Any, train: bool = True) -> Any:
 
 
 def tensorflow_speech(path: Any, train: bool = True) -> Any:
-    """`[frames, 80]` by Kaldi's rules, normalised, with SpecAugment in training."""
+    """`[frames, 80]` by Kaldi's rules, normalized, with SpecAugment in training."""
     import tensorflow as tf
 
     from xllm_jax.data.media import speech

@@ -40,7 +40,7 @@ def tables(positions: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.
 
 
 class Layer(nn.Module):
-    """One layer of ChatGLM: the residual is the normalised input times alpha."""
+    """One layer of ChatGLM: the residual is the normalized input times alpha."""
 
     def __init__(self, width: int, heads: int, hidden: int, alpha: float):
         super().__init__()

@@ -68,7 +68,9 @@ def _adapter(size: str) -> dict:
 
 def pretraining_interface(size: str) -> Part:
     """The image interface with the Q-Former's text branch and BLIP-2's stage-1 heads."""
-    return Part("contrast.ContrastModel", size, {"vocabulary": 128} if size == "tiny" else {})
+    return Part(
+        "blip2_pretraining.ContrastModel", size, {"vocabulary": 128} if size == "tiny" else {}
+    )
 
 
 def is_tiny(size: str) -> bool:
@@ -78,7 +80,7 @@ def is_tiny(size: str) -> bool:
       UserError: neither 'real' nor 'tiny'.
     """
     if size not in ("real", "tiny"):
-        raise UserError(f"unknown size {size!r}", field="--config=FILE:SIZE", mend="real or tiny")
+        raise UserError(f"unknown size {size!r}", field="--config=FILE:SIZE", hint="real or tiny")
     return size == "tiny"
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from xllm_jax.core.stage import HeldOut, Source
+from xllm_jax.core.stage import Source, Validation
 
 WORLD = {
     "captions": Source("coco", "coco"),
@@ -34,15 +34,16 @@ INSTRUCTIONS = {
 }
 
 
-def held_out(sources: dict[str, Source], examples: int, every: int, *metrics: str) -> HeldOut:
+def validation(sources: dict[str, Source], examples: int, every: int, *metrics: str) -> Validation:
     """The validation splits of some sources, measured every so many micro-batches.
 
     At the real size `every` is 0, since not everybody has these splits:
-    --config.held_out.every=2000 switches it on, --config.held_out.mix.NAME=0 leaves a source out.
+    --config.validation.every=2000 switches it on, --config.validation.mix.NAME=0 leaves a source
+    out.
     """
     splits = {name: dataclasses.replace(source, split="val") for name, source in sources.items()}
     sizes = dict.fromkeys(splits, 1.0)
-    return HeldOut(splits, sizes, examples, every, metrics)
+    return Validation(splits, sizes, examples, every, metrics)
 
 
 def image_text_pairs() -> dict[str, Source]:

@@ -8,7 +8,7 @@ and because Table 1 compares both. The vision encoder stays frozen.
 """
 
 from configs import networks, sources
-from xllm_jax.core.stage import Data, HeldOut, Optimizer, Stage
+from xllm_jax.core.stage import Data, Optimizer, Stage, Validation
 
 
 def get_config(size: str = "real") -> Stage:
@@ -26,14 +26,14 @@ def get_config(size: str = "real") -> Stage:
             "image_interface/language_head": "bases/bert_qformer:language_head*",
         },
         trainable=(r"image_interface/.*",),
-        objective="contrast",
+        objective="blip2_pretraining",
         options={"shares": _shares(tiny)},
         optimizer=Optimizer(peak=1e-3, minimum=1e-5, warmup_from=1e-5, warmup_steps=50, clip=1.0)
         if tiny
         else Optimizer(peak=1e-4, minimum=1e-5, warmup_from=1e-6, warmup_steps=5000),
         data=_tiny_data() if tiny else _data(),
         steps=300 if tiny else 250_000,
-        held_out=_tiny_held_out() if tiny else _held_out(),
+        validation=_tiny_validation() if tiny else _validation(),
         compiler=networks.whole_products(),
         **networks.numerics(size, remat="products"),
     )
@@ -71,11 +71,11 @@ def _tiny_data() -> Data:
     )
 
 
-def _held_out() -> HeldOut:
-    return sources.held_out(
+def _validation() -> Validation:
+    return sources.validation(
         {k: sources.image_text_pairs()[k] for k in ("coco", "flickr30k")}, 4640, 0
     )
 
 
-def _tiny_held_out() -> HeldOut:
-    return sources.held_out({"captions": sources.WORLD["captions"]}, 60, 100)
+def _tiny_validation() -> Validation:
+    return sources.validation({"captions": sources.WORLD["captions"]}, 60, 100)

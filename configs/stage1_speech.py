@@ -9,7 +9,7 @@ little padding and compiles once per bucket.
 """
 
 from configs import networks, sources
-from xllm_jax.core.stage import Data, HeldOut, Optimizer, Stage
+from xllm_jax.core.stage import Data, Optimizer, Stage, Validation
 
 
 def get_config(size: str = "real") -> Stage:
@@ -52,7 +52,7 @@ def get_config(size: str = "real") -> Stage:
         ),
         data=_tiny_data() if tiny else _data(),
         steps=600 if tiny else 180_000,
-        held_out=_tiny_held_out() if tiny else _held_out(),
+        validation=_tiny_validation() if tiny else _validation(),
         compiler=networks.whole_products(),
         **networks.numerics(size),
     )
@@ -84,13 +84,13 @@ def _tiny_data() -> Data:
     )
 
 
-def _held_out() -> HeldOut:
-    return sources.held_out(
+def _validation() -> Validation:
+    return sources.validation(
         {k: sources.SPEECH[k] for k in ("aishell1", "aishell2", "vsdial_cn")}, 1024, 0, "cer"
     )
 
 
-def _tiny_held_out() -> HeldOut:
-    return sources.held_out(
+def _tiny_validation() -> Validation:
+    return sources.validation(
         {k: sources.WORLD[k] for k in ("utterances", "spoken_questions")}, 64, 200, "cer"
     )

@@ -9,7 +9,7 @@ accumulates 32 micro-batches without dividing and uses beta2 0.999; the paper's 
 """
 
 from configs import networks, sources
-from xllm_jax.core.stage import Data, HeldOut, Optimizer, Stage
+from xllm_jax.core.stage import Data, Optimizer, Stage, Validation
 
 
 def get_config(size: str = "real") -> Stage:
@@ -36,7 +36,7 @@ def get_config(size: str = "real") -> Stage:
         ),
         data=_tiny_data() if tiny else _data(),
         steps=2100 if tiny else 136_700,  # 14M pairs x 5 epochs / (4 x 16 x 8)
-        held_out=_tiny_held_out() if tiny else _held_out(),
+        validation=_tiny_validation() if tiny else _validation(),
         **networks.numerics(size),
     )
 
@@ -74,11 +74,11 @@ def _tiny_data() -> Data:
     )
 
 
-def _held_out() -> HeldOut:
-    return sources.held_out(
+def _validation() -> Validation:
+    return sources.validation(
         {k: sources.image_text_pairs()[k] for k in ("coco", "flickr30k")}, 1024, 0
     )
 
 
-def _tiny_held_out() -> HeldOut:
-    return sources.held_out({k: sources.WORLD[k] for k in ("captions", "questions")}, 72, 300)
+def _tiny_validation() -> Validation:
+    return sources.validation({k: sources.WORLD[k] for k in ("captions", "questions")}, 72, 300)

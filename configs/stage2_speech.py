@@ -9,7 +9,7 @@ bert-base-chinese. The reference repository has a ReLU behind the adapter:
 """
 
 from configs import networks, sources
-from xllm_jax.core.stage import Data, HeldOut, Optimizer, Stage
+from xllm_jax.core.stage import Data, Optimizer, Stage, Validation
 
 
 def get_config(size: str = "real") -> Stage:
@@ -37,7 +37,7 @@ def get_config(size: str = "real") -> Stage:
         ),
         data=_tiny_data() if tiny else _data(),
         steps=240 if tiny else 80_000,  # 1.37M utterances x 30 epochs / (4 x 16 x 8)
-        held_out=_tiny_held_out() if tiny else _held_out(),
+        validation=_tiny_validation() if tiny else _validation(),
         **networks.numerics(size),
     )
 
@@ -75,11 +75,11 @@ def _tiny_data() -> Data:
     )
 
 
-def _held_out() -> HeldOut:
-    return sources.held_out({k: sources.SPEECH[k] for k in ("aishell2", "vsdial_cn")}, 1024, 0)
+def _validation() -> Validation:
+    return sources.validation({k: sources.SPEECH[k] for k in ("aishell2", "vsdial_cn")}, 1024, 0)
 
 
-def _tiny_held_out() -> HeldOut:
-    return sources.held_out(
+def _tiny_validation() -> Validation:
+    return sources.validation(
         {k: sources.WORLD[k] for k in ("utterances", "spoken_questions")}, 64, 80
     )

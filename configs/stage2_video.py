@@ -9,7 +9,7 @@ projection: --config.trainable="('video_interface/(queries|adapter/.*)',)".
 """
 
 from configs import networks, sources
-from xllm_jax.core.stage import Data, HeldOut, Optimizer, Stage
+from xllm_jax.core.stage import Data, Optimizer, Stage, Validation
 
 
 def get_config(size: str = "real") -> Stage:
@@ -34,7 +34,7 @@ def get_config(size: str = "real") -> Stage:
         else Optimizer(peak=1e-5, minimum=1e-8, warmup_from=1e-6, warmup_steps=200, accumulation=4),
         data=_tiny_data() if tiny else _data(),
         steps=450 if tiny else 600,  # 7.7k clips x 5 epochs / (2 x 16 x 2)
-        held_out=_tiny_held_out() if tiny else _held_out(),
+        validation=_tiny_validation() if tiny else _validation(),
         **networks.numerics(size),
     )
 
@@ -59,7 +59,7 @@ def _data() -> Data:
 def _tiny_data() -> Data:
     return Data(
         root="world",
-        # Captions alone teach a known pair of shape and colour as one word; questions part them.
+        # Captions alone teach a known pair of shape and color as one word; questions part them.
         sources={k: sources.WORLD[k] for k in ("clips", "clip_questions")},
         mix={"clips": 0.6, "clip_questions": 0.4},
         tokenizer="bases/llm",
@@ -74,9 +74,9 @@ def _tiny_data() -> Data:
     )
 
 
-def _held_out() -> HeldOut:
-    return sources.held_out({"msrvtt": sources.MSRVTT}, 496, 0)
+def _validation() -> Validation:
+    return sources.validation({"msrvtt": sources.MSRVTT}, 496, 0)
 
 
-def _tiny_held_out() -> HeldOut:
-    return sources.held_out({"clips": sources.WORLD["clips"]}, 30, 150)
+def _tiny_validation() -> Validation:
+    return sources.validation({"clips": sources.WORLD["clips"]}, 30, 150)

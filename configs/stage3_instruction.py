@@ -8,7 +8,7 @@ the paper; two epochs at a constant 1e-6 (paper section 3.4, Table 7).
 """
 
 from configs import networks, sources
-from xllm_jax.core.stage import Data, HeldOut, Optimizer, Stage
+from xllm_jax.core.stage import Data, Optimizer, Stage, Validation
 
 
 def get_config(size: str = "real") -> Stage:
@@ -41,7 +41,7 @@ def get_config(size: str = "real") -> Stage:
         else Optimizer(schedule="constant", peak=1e-6, accumulation=4),
         data=_tiny_data() if tiny else _data(),
         steps=220 if tiny else 312,  # 10k instructions x 2 epochs / (2 x 16 x 2)
-        held_out=_tiny_held_out() if tiny else _held_out(),
+        validation=_tiny_validation() if tiny else _validation(),
         **networks.numerics(size),
     )
 
@@ -94,11 +94,11 @@ def _tiny_data() -> Data:
     )
 
 
-def _held_out() -> HeldOut:
-    return sources.held_out(
+def _validation() -> Validation:
+    return sources.validation(
         {k: sources.INSTRUCTIONS[k] for k in ("aishell2", "activitynet", "vsdial_cn")}, 512, 0
     )
 
 
-def _tiny_held_out() -> HeldOut:
-    return sources.held_out({"instructions": sources.WORLD["instructions"]}, 30, 110)
+def _tiny_validation() -> Validation:
+    return sources.validation({"instructions": sources.WORLD["instructions"]}, 30, 110)

@@ -2,8 +2,8 @@
 
     python launch/train.py --config=configs/world_vision.py --workdir=runs/world_vision
 
-The miniature of EVA-CLIP: the encoder learns to tell shape, colour, size and place by classifying
-patches and cells; held-out pairs of shape and colour are never drawn. Only the encoder of the
+The miniature of EVA-CLIP: the encoder learns to tell shape, color, size and place by classifying
+patches and cells; held-out pairs of shape and color are never drawn. Only the encoder of the
 result is kept and shipped. `make backbones` runs this file again.
 """
 

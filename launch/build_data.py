@@ -25,7 +25,7 @@ from typing import Any
 from absl import flags
 
 from configs import sources
-from launch import command
+from launch import cli
 from xllm_jax.core import lookup
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
@@ -72,9 +72,9 @@ def arguments(recipe: ModuleType) -> dict[str, Any]:
     given = {flag.name: flag.value for flag in OWN if flag.value is not None}
     for name in given:
         if name not in known:
-            mend = f"It knows: {', '.join('--' + n for n in known if n not in ('beam', 'workers'))}"
+            hint = f"It knows: {', '.join('--' + n for n in known if n not in ('beam', 'workers'))}"
             what = f"the recipe {RECIPE.value} has no such flag"
-            raise UserError(what, field=f"--{name}", mend=mend)
+            raise UserError(what, field=f"--{name}", hint=hint)
     if "sources" in known:
         file = given.get("sources")
         given["sources"] = read_sources(file) if file else sources.INSTRUCTIONS
@@ -95,7 +95,7 @@ def count(text: str) -> tuple[str, int]:
     """'aishell2=2000' as name and number."""
     name, _, number = text.partition("=")
     if not number.isdecimal():
-        raise UserError(f"{text!r} is no count", field="--counts", mend="NAME=RECORDS")
+        raise UserError(f"{text!r} is no count", field="--counts", hint="NAME=RECORDS")
     return name, int(number)
 
 
@@ -117,8 +117,8 @@ def read_sources(file: str) -> Mapping[str, Source]:
             found = read_object(opened.read(), file)
         return {name: Source(**one) for name, one in found.items()}
     except (OSError, TypeError) as error:
-        mend = '{"NAME": {"reader": "…", "path": "…", "split": "train", "options": {}}}'
-        raise UserError(f"cannot be read ({error})", field=file, mend=mend) from None
+        hint = '{"NAME": {"reader": "…", "path": "…", "split": "train", "options": {}}}'
+        raise UserError(f"cannot be read ({error})", field=file, hint=hint) from None
 
 
 def main(_: list[str]) -> None:
@@ -136,4 +136,4 @@ def told(value: Any) -> str:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["recipe", "input", "output"])
-    command.run(main)
+    cli.run(main)

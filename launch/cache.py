@@ -11,7 +11,7 @@ after an interruption and does nothing when all is done. Several hosts write one
 each with the flags of launch/hosts.py, as for training; or, on machines that share nothing but
 DIR, with --host_count=4 --host_index=0 and so on alone. Media that cannot be used are listed in
 DIR/quarantine.jsonl, and training leaves them out as it does without a cache. Exit codes:
-launch/command.py.
+launch/cli.py.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from launch import command
+from launch import cli
 from launch import hosts as host_flags
 from xllm_jax.core import hosts, watchdog
 from xllm_jax.feature_cache import plan, write
@@ -46,7 +46,7 @@ def main(_: list[str]) -> None:
 
 def compute(host: int, count: int, store: hosts.Store | None) -> None:
     """Writes this host's share, and says what became of the cache."""
-    config = command.config_files(sys.argv)["config"]
+    config = cli.config_files(sys.argv)["config"]
     made = plan.make(CONFIG.value, OUTPUT.value, config, SHARD.value, MODALITY.value)
     print(plan.told(made), flush=True)
     plan.room(made, MOST.value)
@@ -62,4 +62,4 @@ def compute(host: int, count: int, store: hosts.Store | None) -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "output"])
-    command.run(main)
+    cli.run(main)

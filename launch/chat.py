@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 
 from absl import flags
 
-from launch import command
+from launch import cli
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
 from xllm_jax.data.text.instructions import instructions
@@ -99,10 +99,10 @@ def turn(chat: Chat, line: str, answer: Answer, say: Callable[[str], None], roun
         say(HELP)
         return chat
     if name not in MODALITIES:
-        near = command.nearest(name, [*MODALITIES, "reset", "help", "quit"], "/")
-        raise UserError("unknown command", field=f"/{name}", mend=near)
+        near = cli.nearest(name, [*MODALITIES, "reset", "help", "quit"], "/")
+        raise UserError("unknown command", field=f"/{name}", hint=near)
     if not rest.strip():
-        raise UserError("names no file", field=line, mend=f"/{name} PATH")
+        raise UserError("names no file", field=line, hint=f"/{name} PATH")
     return show(chat, name, rest.strip(), answer, say, rounds)
 
 
@@ -130,4 +130,4 @@ def ask(chat: Chat, text: str, answer: Answer, say: Callable[[str], None], round
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from absl import flags
 
-from launch import command
+from launch import cli
 from xllm_jax.convert import run_export, run_import, verify
 from xllm_jax.core.errors import UserError
 
@@ -37,7 +37,7 @@ def main(_: list[str]) -> int:
     for flag in (SOURCE, INPUT, OUTPUT):
         if not flag.value:
             choices = f"Choices: {', '.join(run_import.sources())}" if flag is SOURCE else flag.help
-            raise UserError("this flag is required", field=f"--{flag.name}", mend=choices)
+            raise UserError("this flag is required", field=f"--{flag.name}", hint=choices)
     if DIRECTION.value == "export":
         files = run_export.run_export(SOURCE.value, INPUT.value, OUTPUT.value, SIZE.value)
         print(f"{SOURCE.value}: {', '.join(files)} in {OUTPUT.value}")
@@ -55,4 +55,4 @@ def replay(recording: Path) -> int:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

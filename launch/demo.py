@@ -25,7 +25,7 @@ from absl import flags
 from tqdm import tqdm
 
 from configs import networks
-from launch import command
+from launch import cli
 
 OUTPUT = flags.DEFINE_string("output", "demo", "Folder for the world, the runs and the report.")
 QUICK = flags.DEFINE_bool("quick", False, "Everything in about three minutes, at lower quality.")
@@ -61,7 +61,7 @@ def stage(name: str, config: str, needs: tuple[str, ...], *more: str) -> Job:
     quick: tuple[str, ...] = ()
     if QUICK.value:
         quick = (f"--config.steps={QUICK_STEPS[name]}", "--config.unroll=1")
-        quick += ("--config.held_out.every=0",)
+        quick += ("--config.validation.every=0",)
     if QUICK.value and name in ("stage1_speech", "stage2_speech"):
         quick += (f"--config.data.frames=({networks.TINY_FRAMES[-1]},)",)
     arguments = (f"--config=configs/{config}.py:tiny", f"--workdir=runs/{name}", *more, *quick)
@@ -75,7 +75,7 @@ def jobs() -> list[Job]:
     start = ("world", "bases")
     return [
         Job("world", "world.py", ("--output=world", *size)),
-        Job("bases", "bases.py", ("--output=bases",)),
+        Job("bases", "build_backbones.py", ("--output=bases",)),
         stage("stage1_image", "stage1_image", start),
         stage("stage1_speech", "stage1_speech", start),
         stage("stage2_image", "stage2_image", ("stage1_image",)),
@@ -202,4 +202,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

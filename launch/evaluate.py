@@ -16,7 +16,7 @@ from pathlib import Path
 
 from absl import flags
 
-from launch import command
+from launch import cli
 from xllm_jax import report
 from xllm_jax.core.errors import UserError
 from xllm_jax.evaluation import demo_suite, measure
@@ -57,13 +57,13 @@ def models(runs: Path) -> dict[str, Callable[[], measure.Answer]]:
         found |= stage3_models(runs)
     if not found:
         raise UserError(
-            f"no finished run {ASR} or {STAGE3} here", field=f"--runs={runs}", mend="Train first"
+            f"no finished run {ASR} or {STAGE3} here", field=f"--runs={runs}", hint="Train first"
         )
     return found
 
 
 def stage3_models(runs: Path) -> dict[str, Callable[[], measure.Answer]]:
-    """X-LLM with the image interface that had no initialisation, before and after stage 3."""
+    """X-LLM with the image interface that had no initialization, before and after stage 3."""
     first: list[Restored] = []
 
     def load(replaced: dict[str, str]) -> measure.Answer:
@@ -95,4 +95,4 @@ def timings(seconds: float) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from launch import command
+from launch import cli
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
 from xllm_jax.data.text.instructions import instructions
@@ -69,7 +69,7 @@ def files() -> tuple[tuple[str, str], ...]:
 def check_file(path: str, field: str) -> str:
     """Raises `UserError` for a path that is no file; returns it."""
     if not Path(path).is_file():
-        raise UserError(f"no such file: {path}", field=field, mend="Check the path")
+        raise UserError(f"no such file: {path}", field=field, hint="Check the path")
     return path
 
 
@@ -82,7 +82,7 @@ def question(media: tuple[tuple[str, str], ...], prompt: str) -> Example:
     if prompt.strip():
         return Example("prompt", media, prompt.strip())
     if prompt or not media:
-        raise UserError("nothing to ask", field="--prompt", mend="Give a prompt or a file")
+        raise UserError("nothing to ask", field="--prompt", hint="Give a prompt or a file")
     task = task_of({name for name, _ in media})
     return Example("prompt", media, instructions(task)[0], task=task)
 
@@ -115,11 +115,11 @@ def decoding() -> dict[str, Any]:
             raise UserError(
                 f"has no effect with --decode={DECODE.value}",
                 field=f"--{given[0]}",
-                mend=f"Add --decode={way}",
+                hint=f"Add --decode={way}",
             )
     chosen = {name: flag.value for name, flag in ways.get(DECODE.value, {}).items()}
     return chosen | ({"sample": True} if DECODE.value == "sample" else {})
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax
 from absl import flags
 
-from launch import command
+from launch import cli
 from xllm_jax.core import hosts
 from xllm_jax.core.errors import UserError
 
@@ -38,7 +38,7 @@ def join() -> None:
         try:
             hosts.join(address, COUNT.value, INDEX.value)
         except hosts.Apart as error:
-            command.fail(str(error), command.LOST)
+            cli.fail(str(error), cli.LOST)
 
 
 def share() -> tuple[int, int]:
@@ -63,7 +63,7 @@ def check(address: str, count: int | None, index: int | None) -> None:
         for name, value in (("host_count", count), ("host_index", index)):
             if value is not None:
                 raise UserError(
-                    "goes with an address only", field=f"--{name}", mend="Give --hosts=ADDRESS:PORT"
+                    "goes with an address only", field=f"--{name}", hint="Give --hosts=ADDRESS:PORT"
                 )
         return
     host, _, port = address.rpartition(":")
@@ -71,7 +71,7 @@ def check(address: str, count: int | None, index: int | None) -> None:
         raise UserError(
             f"{address!r} is no address with a port",
             field="--hosts",
-            mend="Give ADDRESS:PORT such as 10.0.0.1:1234, 'auto', or nothing",
+            hint="Give ADDRESS:PORT such as 10.0.0.1:1234, 'auto', or nothing",
         )
     check_numbers(count, index)
 
@@ -80,13 +80,13 @@ def check_numbers(count: int | None, index: int | None) -> None:
     """Raises `UserError` unless `index` is one of `count` hosts."""
     for name, value in (("host_count", count), ("host_index", index)):
         if value is None:
-            mend = "--host_count and --host_index go together"
-            raise UserError("is missing", field=f"--{name}", mend=mend)
+            hint = "--host_count and --host_index go together"
+            raise UserError("is missing", field=f"--{name}", hint=hint)
     if count < 1:
-        raise UserError(f"{count} hosts", field="--host_count", mend="Give 1 or more")
+        raise UserError(f"{count} hosts", field="--host_count", hint="Give 1 or more")
     if not 0 <= index < count:
         raise UserError(
             f"{index} is not one of {count} hosts",
             field="--host_index",
-            mend=f"Give 0 to {count - 1}",
+            hint=f"Give 0 to {count - 1}",
         )

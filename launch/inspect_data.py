@@ -13,7 +13,7 @@ from __future__ import annotations
 from absl import flags
 from ml_collections import config_flags
 
-from launch import command
+from launch import cli
 from xllm_jax.audit import audit, page
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Stage file: configs/NAME.py[:tiny].")
@@ -29,4 +29,4 @@ def main(_: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config"])
-    command.run(main)
+    cli.run(main)

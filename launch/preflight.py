@@ -16,7 +16,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from launch import command
+from launch import cli
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Stage file: configs/NAME.py[:tiny].")
 TOPOLOGY = flags.DEFINE_string(
@@ -54,4 +54,4 @@ def prepare_compiler() -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "topology"])
-    command.run(main)
+    cli.run(main)

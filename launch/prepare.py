@@ -17,7 +17,7 @@ from typing import Any
 
 from absl import flags
 
-from launch import command
+from launch import cli
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
 from xllm_jax.prepare import engine, plan
@@ -47,7 +47,7 @@ def options() -> dict[str, Any]:
     else:
         told = f"is {type(found).__name__}"
     if not isinstance(found, dict):
-        raise UserError(f"no JSON object ({told})", field="--options", mend='{"kind": "asr"}')
+        raise UserError(f"no JSON object ({told})", field="--options", hint='{"kind": "asr"}')
     return found
 
 
@@ -64,4 +64,4 @@ def main(_: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["source", "input", "output"])
-    command.run(main)
+    cli.run(main)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from absl import flags
 
-from launch import command
+from launch import cli
 
 FILE = flags.DEFINE_string("file", None, "Recording of the micro-batch: WORKDIR/replay/STEP.npz.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; two folders above the file.")
@@ -29,4 +29,4 @@ def main(_: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["file"])
-    command.run(main)
+    cli.run(main)

@@ -3,7 +3,7 @@
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-source "$ROOT/launch/verdict.sh"
+source "$ROOT/launch/exit_codes.sh"
 
 usage() {
   cat <<'TEXT'

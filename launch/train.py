@@ -5,7 +5,7 @@
 
 The same command continues a run that was stopped. On several hosts it runs on each of them, with
 --hosts=auto or --hosts=ADDRESS:PORT --host_count=N --host_index=I (launch/hosts.py). Exit codes:
-launch/command.py.
+launch/cli.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from launch import command, hosts
+from launch import cli, hosts
 from xllm_jax.core import watchdog
 from xllm_jax.training import loop
 
@@ -35,4 +35,4 @@ def main(_: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    command.run(main)
+    cli.run(main)

@@ -50,7 +50,7 @@ start() {
   rm -f "$RUN/exit" "$RUN/exit.pid"
   cd "$CODE"
   echo "--- $(date -u '+%F %T') $NAME: launch/train.py --hosts=auto $*" >>"$RUN/log"
-  setsid bash launch/attend.sh "$RUN/exit" .venv/bin/python launch/train.py --hosts=auto "$@" \
+  setsid bash launch/run_with_exit_code.sh "$RUN/exit" .venv/bin/python launch/train.py --hosts=auto "$@" \
     >>"$RUN/log" 2>&1 </dev/null &
   echo $! >"$RUN/pid"
 }

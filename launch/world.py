@@ -15,7 +15,7 @@ from pathlib import Path
 from absl import flags
 from tqdm import tqdm
 
-from launch import command
+from launch import cli
 from xllm_jax.data.synthetic_world import build
 
 OUTPUT = flags.DEFINE_string("output", "world", "Folder of the world; must not hold other files.")
@@ -51,4 +51,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

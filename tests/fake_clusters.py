@@ -126,7 +126,7 @@ def _program(path: Path, text: str) -> None:
 
 
 def _checkout(folder: Path) -> Path:
-    names = ("attend.sh", "slurm.sbatch", "tpu_pod.sh", "verdict.sh", "worker.sh")
+    names = ("run_with_exit_code.sh", "slurm.sbatch", "tpu_pod.sh", "exit_codes.sh", "worker.sh")
     (folder / "launch").mkdir(parents=True)
     for name in names:
         shutil.copy(ROOT / "launch" / name, folder / "launch")

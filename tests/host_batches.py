@@ -64,7 +64,7 @@ def batch(made) -> Batch:
 
 
 def initial_state(made, xllm, device_mesh):
-    """A state whose parameters NumPy draws: initialising would compile every network."""
+    """A state whose parameters NumPy draws: initializing would compile every network."""
     like, optimizer, _ = abstract_state(made, xllm, device_mesh)
 
     def draw(path, x):

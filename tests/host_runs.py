@@ -11,7 +11,7 @@ from pathlib import Path
 
 import small_stage
 
-from xllm_jax.core.stage import HeldOut, Source, Stage
+from xllm_jax.core.stage import Source, Stage, Validation
 
 ROOT = small_stage.ROOT
 SECONDS = 300  # bound on one process, far above what it takes
@@ -49,10 +49,10 @@ def stage(**changes) -> Stage:
     return made
 
 
-def held_out() -> HeldOut:
+def validation() -> Validation:
     """Three batches of other text, the last one of few examples, after every third step."""
     source = Source("world_text", split="val", options={"count": 50})
-    return HeldOut({"text": source}, examples=19, every=3)
+    return Validation({"text": source}, examples=19, every=3)
 
 
 def start(count: int, code: str, folder: Path) -> list[subprocess.Popen]:

@@ -39,7 +39,7 @@ MESHES = {
 SHALLOW = {
     "vit.VisionTransformer": {"depth": 1},
     "interfaces.QFormerInterface": {"depth": 2},
-    "contrast.ContrastModel": {"depth": 1, "cross_attention_frequency": 1, "dropout": 0.0},
+    "blip2_pretraining.ContrastModel": {"depth": 1, "cross_attention_frequency": 1, "dropout": 0.0},
     "glm.ChatGLM": {"depth": 2},
     "conformer.SpeechEncoder": {"depth": 2, "pools": (1,), "dropout": 0.0},
     "speech_interface.SpeechInterface": {"depth": 1},

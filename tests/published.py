@@ -13,7 +13,7 @@ import torch
 
 from xllm_jax.convert import export_tree, header, run_export, run_import
 from xllm_jax.core import rules
-from xllm_jax.models import bert, contrast, interfaces, vit
+from xllm_jax.models import bert, blip2_pretraining, interfaces, vit
 
 LLM = dict(vocab=40, width=16, depth=3, heads=2, hidden=24, norm_epsilon=1e-5, alpha=None)
 CONFIG = {
@@ -25,7 +25,7 @@ CONFIG = {
 }
 SEEN = dict(vit.SIZES["tiny"])
 QUERIES = dict(interfaces.SIZES["tiny"])
-STAGE1 = dict(contrast.SIZES["tiny"])
+STAGE1 = dict(blip2_pretraining.SIZES["tiny"])
 BERT = dict(bert.SIZES["tiny"])
 
 

@@ -32,7 +32,7 @@ def write_run(stage: Stage, folder: Path, trained: tuple[str, ...]) -> Path:
     """A finished run with random parameters; parts that did not train become bases it names."""
     stage = dataclasses.replace(stage, init={}, compute="float32", frozen="float32", unroll=1)
     model = networks.model(stage)
-    # Drawn by NumPy: initialising for real would compile every network. Positive, since running
+    # Drawn by NumPy: initializing for real would compile every network. Positive, since running
     # variances are among them.
     rng = np.random.default_rng(0)
     params = jax.tree.map(

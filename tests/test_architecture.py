@@ -68,7 +68,7 @@ def folder(module: str) -> str | None:
     return rest[0] if first == "xllm_jax" and rest else None
 
 
-def neighbours(trees: dict[str, ast.AST]) -> dict[str, dict[str, str]]:
+def neighbors(trees: dict[str, ast.AST]) -> dict[str, dict[str, str]]:
     """{folder: {folder it imports: one file that does}}."""
     found: dict[str, dict[str, str]] = {}
     for name, tree in trees.items():
@@ -112,11 +112,11 @@ def test_every_folder_has_a_floor():
 
 
 def test_imports_between_folders_go_down():
-    assert climbing(neighbours(TREES)) == []
+    assert climbing(neighbors(TREES)) == []
 
 
 def test_no_folder_reaches_itself():
-    assert circle(neighbours(TREES)) == []
+    assert circle(neighbors(TREES)) == []
 
 
 def test_a_mutual_import_is_seen():
@@ -125,7 +125,7 @@ def test_a_mutual_import_is_seen():
         "xllm_jax/prepare/plan.py": ast.parse("from xllm_jax.feature_cache import write"),
         "xllm_jax/feature_cache/write.py": ast.parse("def f():\n    import xllm_jax.prepare.plan"),
     }
-    edges = neighbours(trees)
+    edges = neighbors(trees)
     assert climbing(edges) == ["xllm_jax/feature_cache/write.py imports prepare"]
     assert circle(edges) == ["prepare", "feature_cache"]
 

@@ -28,7 +28,7 @@ SAID = "红色的圆在左边"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """One file of each modality; the picture is of one colour."""
+    """One file of each modality; the picture is of one color."""
     path = tmp_path_factory.mktemp("files")
     Image.new("RGB", (40, 30), (200, 30, 60)).save(path / "a.png")
     sound = np.sin(np.arange(24000) / 7).astype(np.float32) / 3

@@ -11,7 +11,7 @@ from xllm_jax.convert import files, run_export, run_import
 from xllm_jax.convert.sources import bert_qformer
 from xllm_jax.core import checkpoint, rules
 from xllm_jax.core.errors import UserError
-from xllm_jax.models.contrast import SIZES, ContrastModel
+from xllm_jax.models.blip2_pretraining import SIZES, ContrastModel
 
 torch = pytest.importorskip("torch")
 FIELDS = SIZES["tiny"]
@@ -126,7 +126,7 @@ def test_room_behind_the_vocabulary_and_an_untied_head(folder, tmp_path):
     write()
     (tmp_path / "vocab.txt").write_text("\n".join(f"w{n}" for n in range(WORDS - 5)))
     opened = files.open_checkpoint(tmp_path)
-    assert bert_qformer.recognise(opened)
+    assert bert_qformer.recognize(opened)
     assert bert_qformer.options(opened, "")["added"] == 0
     tensors["cls.predictions.decoder.weight"] = tensors[bert_qformer.WORDS] + 1
     write()

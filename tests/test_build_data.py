@@ -39,9 +39,9 @@ def write(path, value):
     return str(path)
 
 
-def picture(path, grey=90):
+def picture(path, gray=90):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (8, 8), (grey,) * 3).save(path)
+    Image.new("RGB", (8, 8), (gray,) * 3).save(path)
 
 
 def sound(path, rate=16000):

@@ -20,7 +20,7 @@ from small_stage import ROOT, curve
 from xllm_jax.assembly import networks, parameters
 from xllm_jax.core import checkpoint, checksum, mesh, rules
 from xllm_jax.core.errors import UserError
-from xllm_jax.core.stage import HeldOut
+from xllm_jax.core.stage import Validation
 from xllm_jax.data import cached_features, mixture, pipeline
 from xllm_jax.data.example import Example
 from xllm_jax.data.media import modalities
@@ -63,7 +63,7 @@ def plain(speech):
     assert speech[0].parts["speech_interface"].fields["dropout"] > 0
     # Held-out speech is no part of the cache: what it needs is loaded beside.
     sources = {"said": dataclasses.replace(speech[0].data.sources["utterances"], split="val")}
-    stage = dataclasses.replace(speech[0], held_out=HeldOut(sources, every=6))
+    stage = dataclasses.replace(speech[0], validation=Validation(sources, every=6))
     loop.fit(stage, speech[1].parent / "plain")
     return stage, speech[1].parent / "plain"
 
@@ -79,7 +79,7 @@ def test_a_run_continues_with_a_cache_as_if_without(speech, plain, tmp_path):
     losses, others = curve(plain), curve(copy)
     assert list(losses) == list(others) == [1, 2, 3, 4, 5, 6]
     np.testing.assert_allclose(list(others.values()), list(losses.values()), rtol=2e-6)
-    held = [curve(run, "held_out/loss/speech") for run in (plain, copy)]
+    held = [curve(run, "validation/loss/speech") for run in (plain, copy)]
     assert list(held[0]) == list(held[1]) == [6]
     np.testing.assert_allclose(held[1][6], held[0][6], rtol=2e-6)
     bases = [checkpoint.base_about(run / "final")["base"] for run in (plain, copy)]
@@ -432,7 +432,7 @@ def test_records_keep_every_bit():
     )
     assert not empty[0].any()
     for kind in (UserError, DoesNotFit):
-        error = kind("is odd", field="a\udc80.wav", mend="Look")
+        error = kind("is odd", field="a\udc80.wav", hint="Look")
         with pytest.raises(kind) as caught:
             cached_features.unpacked(cached_features.rejected(error), (1,), np.dtype("f4"))
         told = caught.value

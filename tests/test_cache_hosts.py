@@ -8,7 +8,7 @@ import host_runs
 import pytest
 import small_cache
 
-from launch import command
+from launch import cli
 from launch import hosts as host_flags
 from xllm_jax.core.errors import UserError
 from xllm_jax.feature_cache import plan, write
@@ -58,7 +58,7 @@ def test_a_writer_is_killed_and_the_same_command_finishes(tmp_path, monkeypatch)
     write.run(plan.make(stage, tmp_path / "whole", "configs/small.py", SHARD), 4)
     # One medium is looked at before, and two batches are read ahead.
     codes, said = start(tmp_path, "killed", dies=1 + 2 * SHARD + 4)
-    assert codes == [-9, command.LOST], said
+    assert codes == [-9, cli.LOST], said
     shared = tmp_path / "shared"
     before = {f: f.stat().st_mtime_ns for f in (shared / "shards").iterdir()}
     assert len(before) >= 2 and not (shared / "cache.json").exists()

@@ -32,7 +32,7 @@ def peer(request, tmp_path_factory):
 def load(path):
     """(network, parameters, plan, report) of a folder."""
     opened = files.open_checkpoint(path)
-    assert tables.recognise(opened)
+    assert tables.recognize(opened)
     options = json.loads(json.dumps(tables.options(opened, "")))
     plan = tables.plan(options)
     tree, report = import_tree(plan.table, opened, plan.shapes, drop=plan.drop)
@@ -153,7 +153,7 @@ def test_other_files_and_sizes_are_refused_by_name(peer, tmp_path):
     state = {name: torch.tensor(opened[name]) for name in opened}
     del state["text_model.final_layer_norm.weight"]
     save_file(state, str(tmp_path / "model.safetensors"))
-    assert not tables.recognise(files.open_checkpoint(tmp_path))
+    assert not tables.recognize(files.open_checkpoint(tmp_path))
     with pytest.raises(UserError, match="this looks like clip_vision, not clip"):
         run_import.run_import("clip", tmp_path, tmp_path / "base")
     config = json.loads((folder / "config.json").read_text())

@@ -56,7 +56,7 @@ def peer():
 def load(path, **fields):
     """(network, parameters, plan, report) of a folder, or a file, which does not tell heads."""
     checkpoint = files.open_checkpoint(path)
-    assert tables.recognise(checkpoint)
+    assert tables.recognize(checkpoint)
     options = json.loads(json.dumps(tables.options(checkpoint, "")))
     assert options["sizes"] == SMALL | ({} if path.is_dir() else {"heads": 1})
     plan = tables.plan(options | {"sizes": SMALL})
@@ -237,7 +237,7 @@ def test_other_files_and_sizes_are_refused_by_name(peer, tmp_path):
     assert caught.value.field.endswith(name)
     eva = {"vision_model.embeddings.class_embedding": torch.zeros(1, 1, 3)}  # BLIP-2's is another
     checkpoint = files.open_checkpoint(write(eva, tmp_path / "eva.safetensors"))
-    assert not tables.recognise(checkpoint)
+    assert not tables.recognize(checkpoint)
     with pytest.raises(UserError, match="found 0"):
         tables.options(checkpoint, "")
     ours = tables.plan(tables.options(None, ""))

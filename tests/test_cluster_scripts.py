@@ -90,7 +90,7 @@ def test_scripts_are_clean():
     ],
 )
 def test_verdict_over_all_hosts(codes, word):
-    script = f"source {LAUNCH}/verdict.sh; printf '%s\\n' {codes} | verdict"
+    script = f"source {LAUNCH}/exit_codes.sh; printf '%s\\n' {codes} | verdict"
     assert subprocess.check_output(["bash", "-c", script], text=True).strip() == word
 
 
@@ -244,7 +244,7 @@ def test_hosts_that_do_not_come_are_lost_rather_than_a_mistake(monkeypatch, caps
 
 @pytest.mark.parametrize("slurm", [True, False])
 def test_one_sigterm_reaches_the_command_and_its_code_is_kept(tmp_path, slurm):
-    """SLURM signals attend.sh alone; a machine that goes down, it and the command."""
+    """SLURM signals run_with_exit_code.sh alone; a machine that goes down, it and the command."""
     reader, writer = os.pipe()
     saves = f"""
 import os, signal, sys
@@ -255,7 +255,14 @@ sys.exit(75)
 """
     code = tmp_path / "exit"
     environment = os.environ | ({"SLURM_PROCID": "1"} if slurm else {})
-    command = ["bash", LAUNCH / "attend.sh", tmp_path / "exit", sys.executable, "-c", saves]
+    command = [
+        "bash",
+        LAUNCH / "run_with_exit_code.sh",
+        tmp_path / "exit",
+        sys.executable,
+        "-c",
+        saves,
+    ]
     options = {"pass_fds": (reader,), "stdout": subprocess.PIPE, "text": True, "env": environment}
     with subprocess.Popen(command, **options) as process:
         assert process.stdout.readline() == "ready\n"

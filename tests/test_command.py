@@ -1,4 +1,4 @@
-"""Mistakes on the command line of training: one line that names the mend, exit code 2."""
+"""Mistakes on the command line of training: one line that names the hint, exit code 2."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from configs import stage2_image, stage2_speech
-from launch import open_fields
+from launch import dict_overrides
 from xllm_jax.core.errors import UserError
 from xllm_jax.data import mixture
 
@@ -53,7 +53,7 @@ def test_a_mistake_is_one_line(arguments, words, tmp_path):
 def given(module, *tokens, size="real"):
     """(the configuration with the settings that were taken, the tokens that were left)."""
     config = module.get_config(size)
-    rest, settings = open_fields.take(tokens, {"config": config})
+    rest, settings = dict_overrides.take(tokens, {"config": config})
     for setting in settings:
         setting.apply(config)
     return config, rest

@@ -17,8 +17,8 @@ from xllm_jax.convert import export_tree
 from xllm_jax.core import optim
 from xllm_jax.core.stage import Optimizer
 from xllm_jax.models import layers
-from xllm_jax.models.contrast import SIZES, ContrastModel
-from xllm_jax.objectives import contrast
+from xllm_jax.models.blip2_pretraining import SIZES, ContrastModel
+from xllm_jax.objectives import blip2_pretraining
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +37,11 @@ def everything(model, params, features, ids, mask, start, negatives) -> dict:
     @jax.jit
     def run(features, ids, mask, start_ids, negatives):
         variables = {"params": params}
-        image = model.apply(variables, features, method="normalise")
+        image = model.apply(variables, features, method="normalize")
         states, units, cache = model.apply(variables, image, method="image")
         text, text_units = model.apply(variables, ids, mask, method="text")
-        similar = contrast.similarities(units, text_units[:, 0], params["temperature"])
-        rows = contrast.matching_rows(image, ids, mask, *negatives)
+        similar = blip2_pretraining.similarities(units, text_units[:, 0], params["temperature"])
+        rows = blip2_pretraining.matching_rows(image, ids, mask, *negatives)
         matched, per_query = model.apply(variables, *rows, method="match")
         captioned, logits = model.apply(variables, start_ids, mask, cache, method="caption")
         return {
@@ -88,7 +88,7 @@ def test_values(case, rule):
     start_ids[:, 0] = start
     labels = np.where(mask, start_ids, -100)[:, 1:].reshape(-1)
     recording.equal(f"{rule}_itg_labels_shifted", labels)
-    run = jax.jit(functools.partial(contrast.pair_loss, model))
+    run = jax.jit(functools.partial(blip2_pretraining.pair_loss, model))
     total, metrics = run(params, features, ids, mask, start=start, negatives=negatives)
     recording.close(f"{rule}_loss", total)
     for name, ours in (("itc", "itc"), ("itm", "itm"), ("lm", "itg")):
@@ -109,7 +109,7 @@ def _projections(recording, rule, params, states, text):
 def _similarities(recording, rule, similar):
     for name, value in zip(("i2t", "t2i"), similar):
         recording.close(f"{rule}_sim_{name}", value)
-        recording.close(f"{rule}_weights_{name}", contrast.negative_weights(value, rule))
+        recording.close(f"{rule}_weights_{name}", blip2_pretraining.negative_weights(value, rule))
     recording.equal(f"{rule}_itc_targets", np.arange(similar[0].shape[0]))
 
 
@@ -140,7 +140,7 @@ def test_gradients(case):
         """{loss name: gradient of that loss}."""
 
         def terms(params):
-            total, metrics = contrast.pair_loss(
+            total, metrics = blip2_pretraining.pair_loss(
                 model, params, features, ids, mask, start=start, negatives=negatives, detach=detach
             )
             return jnp.stack([total, metrics["itc"], metrics["itm"], metrics["itg"]])
@@ -176,12 +176,12 @@ def test_two_ranks_are_one_global_batch(case):
     features = encode(images(recording.input("pixels")))
     found = everything(model, params, features, ids, mask, start, negatives)
     similar, captions = found["similar"], found["logits"]
-    weights = [contrast.negative_weights(value, "xllm") for value in similar]
+    weights = [blip2_pretraining.negative_weights(value, "xllm") for value in similar]
     size, logits = ids.shape[0] // 2, found["per_query"].mean(1)
 
     @jax.jit
     def loss(params):
-        return contrast.pair_loss(
+        return blip2_pretraining.pair_loss(
             model, params, features, ids, mask, start=start, negatives=negatives, shards=2
         )
 
@@ -210,9 +210,15 @@ def test_two_ranks_are_one_global_batch(case):
 def _rank_losses(recording, rank, own, similar, logits, captions, ids, mask):
     """Each rank's own losses, from the rows that it owns."""
     targets = np.arange(own.start, own.stop)
-    parts = [contrast.smoothed_cross_entropy(value[own], targets, 0.1).mean() for value in similar]
-    itc, (itm, _) = sum(parts) / 2, contrast.matching(logits[:, None], np.ones(len(targets)))
-    itg, _ = contrast.captioning(captions, ids[own], mask[own], 0.1)
+    parts = [
+        blip2_pretraining.smoothed_cross_entropy(value[own], targets, 0.1).mean()
+        for value in similar
+    ]
+    itc, (itm, _) = (
+        sum(parts) / 2,
+        blip2_pretraining.matching(logits[:, None], np.ones(len(targets))),
+    )
+    itg, _ = blip2_pretraining.captioning(captions, ids[own], mask[own], 0.1)
     for name, value in (("_itc", itc), ("_itm", itm), ("_lm", itg), ("", itc + itm + itg)):
         recording.close(f"rank{rank}_loss{name}", value)
 
@@ -228,7 +234,7 @@ def test_adamw_steps(case):
 
     @jax.jit
     def differentiate(params, negatives):
-        run = functools.partial(contrast.pair_loss, start=start, negatives=negatives)
+        run = functools.partial(blip2_pretraining.pair_loss, start=start, negatives=negatives)
         return jax.value_and_grad(lambda p: run(model, p, features, ids, mask), has_aux=True)(
             params
         )
@@ -287,26 +293,26 @@ def tiny():
 def test_negatives_follow_the_weights_and_never_hit_the_own_pair():
     similar = jnp.array([[9.0, 1.0, -50.0], [0.0, 9.0, 2.0], [3.0, 3.0, 9.0]])
     draw = jax.jit(
-        jax.vmap(lambda key: contrast.sample_negatives(key, similar, similar, "xllm")[0])
+        jax.vmap(lambda key: blip2_pretraining.sample_negatives(key, similar, similar, "xllm")[0])
     )
     drawn = np.asarray(draw(jax.random.split(jax.random.key(0), 4000)))
-    weights = np.asarray(contrast.negative_weights(similar, "xllm"))
+    weights = np.asarray(blip2_pretraining.negative_weights(similar, "xllm"))
     shares = weights / weights.sum(-1, keepdims=True)
     assert np.all(drawn != np.arange(3))
     for row in range(3):
         counts = np.bincount(drawn[:, row], minlength=3) / len(drawn)
         np.testing.assert_allclose(counts, shares[row], atol=0.04)
-    lavis = np.asarray(contrast.negative_weights(similar, "lavis"))
+    lavis = np.asarray(blip2_pretraining.negative_weights(similar, "lavis"))
     np.testing.assert_allclose(lavis.sum(-1), 1, rtol=1e-6)
     assert np.all(np.diag(lavis) == 0)
     with pytest.raises(ValueError, match="negative rule"):
-        contrast.negative_weights(similar, "blip")
+        blip2_pretraining.negative_weights(similar, "blip")
 
 
 def test_detached_itc_trains_one_side_per_direction():
     key = jax.random.split(jax.random.key(0))
     image, text = jax.random.normal(key[0], (4, 3, 8)), jax.random.normal(key[1], (4, 8))
-    to_text = lambda i, t: contrast.similarities(i, t, 0.07)[0].sum()  # noqa: E731
+    to_text = lambda i, t: blip2_pretraining.similarities(i, t, 0.07)[0].sum()  # noqa: E731
     image_gradient, text_gradient = jax.grad(to_text, (0, 1))(image, text)
     assert np.abs(image_gradient).max() > 0 and not np.any(text_gradient)
 
@@ -317,11 +323,11 @@ def test_itg_shards_are_means_of_means():
     ids = random.integers(0, 11, (4, 6))
     mask = np.arange(6) < np.array([[6], [5], [2], [3]])
     halves = [
-        contrast.captioning(logits[part], ids[part], mask[part], 0.1)[0]
+        blip2_pretraining.captioning(logits[part], ids[part], mask[part], 0.1)[0]
         for part in (slice(0, 2), slice(2, 4))
     ]
-    whole, _ = contrast.captioning(logits, ids, mask, 0.1)
-    sharded, _ = contrast.captioning(logits, ids, mask, 0.1, shards=2)
+    whole, _ = blip2_pretraining.captioning(logits, ids, mask, 0.1)
+    sharded, _ = blip2_pretraining.captioning(logits, ids, mask, 0.1, shards=2)
     np.testing.assert_allclose(sharded, np.mean(halves), rtol=1e-6)
     assert abs(whole - sharded) > 1e-3
 
@@ -333,7 +339,7 @@ def test_training_lowers_every_loss_and_reaches_every_parameter(tiny):
 
     @jax.jit
     def step(params, state, key):
-        run = lambda p: contrast.pair_loss(  # noqa: E731
+        run = lambda p: blip2_pretraining.pair_loss(  # noqa: E731
             model, p, features, ids, mask, key, start=3, train=True
         )
         (_, metrics), gradient = jax.value_and_grad(run, has_aux=True)(params)
@@ -355,15 +361,15 @@ def test_rows_without_a_pair_count_nowhere():
     random = np.random.default_rng(2)
     weights = np.array([1, 1, 1, 1, 1, 0, 0, 0], np.float32)
     to_text, to_image = random.normal(size=(2, 8, 8)).astype(np.float32)
-    whole = contrast.contrastive(to_text, to_image, 0.1, weights)
-    alone = contrast.contrastive(to_text[:5, :5], to_image[:5, :5], 0.1, weights[:5])
+    whole = blip2_pretraining.contrastive(to_text, to_image, 0.1, weights)
+    alone = blip2_pretraining.contrastive(to_text[:5, :5], to_image[:5, :5], 0.1, weights[:5])
     np.testing.assert_allclose(whole, alone, rtol=1e-6)
     per_query = random.normal(size=(24, 3, 2)).astype(np.float32)
     kept = np.concatenate([part[:5] for part in np.split(per_query, 3)])
-    whole = contrast.matching(per_query, weights)
-    np.testing.assert_allclose(whole, contrast.matching(kept, weights[:5]), rtol=1e-6)
+    whole = blip2_pretraining.matching(per_query, weights)
+    np.testing.assert_allclose(whole, blip2_pretraining.matching(kept, weights[:5]), rtol=1e-6)
     for rule in ("xllm", "lavis"):
-        draw = lambda key, rule=rule: contrast.sample_negatives(  # noqa: E731
+        draw = lambda key, rule=rule: blip2_pretraining.sample_negatives(  # noqa: E731
             key, to_text, to_image, rule, weights
         )
         images_, texts = jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(0), 2000))

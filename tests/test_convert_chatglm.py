@@ -11,7 +11,7 @@ from vision_models import to_torch
 
 from xllm_jax.convert import export_tree, files, run_export, run_import
 from xllm_jax.convert.sources import chatglm
-from xllm_jax.convert.sources import chatglm_quantised as quantised
+from xllm_jax.convert.sources import chatglm_quantized as quantized
 from xllm_jax.core import rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.text.glm_layout import Specials
@@ -90,7 +90,7 @@ def test_every_release_comes_back_bit_by_bit(vocab, dtype, form, tmp_path):
     assert all(same_bits(back[name], tensors[name]) for name in tensors)
 
 
-def published_quantisation(weight: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+def published_quantization(weight: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     """What the release's QuantizedLinear stores of a half-precision weight, byte by byte."""
     weight = torch.from_numpy(weight.copy())
     scale = (weight.abs().max(dim=-1).values / (2 ** (bits - 1) - 1)).half()
@@ -104,20 +104,20 @@ def published_quantisation(weight: np.ndarray, bits: int) -> tuple[np.ndarray, n
     return integers, scale.numpy()
 
 
-def quantised_release(model, bits, embeddings=False):
-    """(ordinary tensors with the quantised ones replaced, the names of the weights)."""
+def quantized_release(model, bits, embeddings=False):
+    """(ordinary tensors with the quantized ones replaced, the names of the weights)."""
     tensors = tensors_of(model)
     tensors[chatglm.HEAD] = tensors[chatglm.WORDS]
     weights = [f"transformer.layers.{n}.{k}.weight" for n in range(model.depth) for k in QUANTISED]
     weights += [chatglm.WORDS, chatglm.HEAD] if embeddings else []
     for name in weights:
-        integers, scale = published_quantisation(tensors[name], bits)
+        integers, scale = published_quantization(tensors[name], bits)
         tensors |= {name: integers, name.replace(".weight", ".weight_scale"): scale}
     return tensors, weights
 
 
 def products(tensor: np.ndarray, scale: np.ndarray, bits: int) -> np.ndarray:
-    """Dequantised one number at a time, rounded to half as the CUDA kernel does."""
+    """Dequantized one number at a time, rounded to half as the CUDA kernel does."""
     rows = []
     for row, factor in zip(tensor.astype(int) % 256, scale):
         values = [b for byte in row for b in ((byte // 16, byte % 16) if bits == 4 else (byte,))]
@@ -128,10 +128,10 @@ def products(tensor: np.ndarray, scale: np.ndarray, bits: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("bits", "embeddings"), [(4, False), (8, False), (4, True)])
-def test_quantised_releases(bits, embeddings, tmp_path):
-    """The int4, int8 and int4-qe releases, the last with quantised embeddings and head."""
+def test_quantized_releases(bits, embeddings, tmp_path):
+    """The int4, int8 and int4-qe releases, the last with quantized embeddings and head."""
     model = glm.ChatGLM(**SMALL)
-    tensors, weights = quantised_release(model, bits, embeddings)
+    tensors, weights = quantized_release(model, bits, embeddings)
     write_folder(tmp_path / "glm", model, tensors)
     loaded, params, report = chatglm.load(tmp_path / "glm")
     assert report.dropped.keys() == {chatglm.HEAD} and not report.fresh
@@ -139,14 +139,14 @@ def test_quantised_releases(bits, embeddings, tmp_path):
     for name in weights:
         expected = products(tensors[name], tensors[name.replace("weight", "weight_scale")], bits)
         assert same_bits(ordinary[name], expected), name
-    back = quantised.restore(ordinary, dict.fromkeys(weights, bits))
+    back = quantized.restore(ordinary, dict.fromkeys(weights, bits))
     assert back.keys() == tensors.keys()
     assert all(same_bits(back[name], tensors[name]) for name in tensors)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_the_command_takes_a_quantised_release_there_and_back(bits, tmp_path):
-    tensors, _ = quantised_release(glm.ChatGLM(**SMALL), bits, embeddings=bits == 4)
+def test_the_command_takes_a_quantized_release_there_and_back(bits, tmp_path):
+    tensors, _ = quantized_release(glm.ChatGLM(**SMALL), bits, embeddings=bits == 4)
     write_folder(tmp_path / "glm", glm.ChatGLM(**SMALL), tensors)
     run_import.run_import("chatglm", tmp_path / "glm", tmp_path / "base")
     run_export.run_export("chatglm", tmp_path / "base", tmp_path / "back")
@@ -158,7 +158,7 @@ def test_the_command_takes_a_quantised_release_there_and_back(bits, tmp_path):
 def test_integers_of_every_size_come_back():
     """Scales from the smallest subnormal half to the largest whose products are finite."""
     generator = np.random.default_rng(3)
-    for bits, limit in quantised.LIMITS.items():
+    for bits, limit in quantized.LIMITS.items():
         scale = np.arange(1, 0x7BFF // (12 if bits == 4 else 3), 37).astype(np.uint16)
         scale = scale.view(np.float16)
         integers = generator.integers(-limit, limit + 1, (len(scale), 64)).astype(np.int8)
@@ -167,8 +167,8 @@ def test_integers_of_every_size_come_back():
         scale[7] = 0
         weight = integers.astype(np.float16) * scale[:, None]
         assert np.isfinite(weight).all()
-        back = quantised.restore({"x.weight": weight}, {"x.weight": bits})
-        expected = integers if bits == 8 else quantised.pack(integers)
+        back = quantized.restore({"x.weight": weight}, {"x.weight": bits})
+        expected = integers if bits == 8 else quantized.pack(integers)
         assert same_bits(back["x.weight"], expected)
         assert same_bits(back["x.weight_scale"], scale)
 
@@ -187,9 +187,9 @@ QKV = "transformer.layers.0.attention.query_key_value.weight"
         (lambda t: t.pop(f"{QKV}_scale"), "shape"),
     ],
 )
-def test_a_wrong_quantised_release_is_refused_by_name(change, told, tmp_path):
+def test_a_wrong_quantized_release_is_refused_by_name(change, told, tmp_path):
     model = glm.ChatGLM(**SMALL)
-    tensors, _ = quantised_release(model, 4)
+    tensors, _ = quantized_release(model, 4)
     change(tensors)
     write_folder(tmp_path / "glm", model, tensors)
     with pytest.raises(UserError, match=told) as caught:
@@ -201,5 +201,5 @@ def test_weights_that_were_never_integers_do_not_become_some():
     model = glm.ChatGLM(**SMALL)
     tensors = tensors_of(model)
     with pytest.raises(UserError, match="row 0") as caught:
-        quantised.restore(tensors, {QKV: 8})[QKV]
+        quantized.restore(tensors, {QKV: 8})[QKV]
     assert caught.value.field == QKV

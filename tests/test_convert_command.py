@@ -229,7 +229,7 @@ def test_bad_input_is_refused_by_file_and_tensor(case, end, tmp_path):
     with pytest.raises(UserError) as caught:
         run_import.run_import("chatglm", folder, tmp_path / "base")
     line = str(caught.value)
-    assert "\n" not in line and str(folder) in line and caught.value.mend
+    assert "\n" not in line and str(folder) in line and caught.value.hint
     for word in told:
         if word == "SHARD":
             assert "model-0000" in line, line

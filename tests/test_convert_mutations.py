@@ -146,7 +146,7 @@ def test_damage_is_refused_by_name_or_harmless(start, tmp_path, monkeypatch):
         try:
             held = converted(folder)
         except UserError as error:
-            assert str(folder) in str(error) and "\n" not in str(error) and error.mend, what
+            assert str(folder) in str(error) and "\n" not in str(error) and error.hint, what
             refused += 1
             continue
         assert held.keys() == leaves.keys(), what

@@ -150,7 +150,7 @@ def test_each_run_fills_what_it_trained_and_comes_back_bit_by_bit(run, state, tm
     form = ".pth" if run == "video" else ".safetensors"
     held = run_file(state, starts)
     checkpoint = write(held, tmp_path / f"checkpoint_4{form}")
-    assert xllm.recognise(checkpoint)
+    assert xllm.recognize(checkpoint)
     options, tree, report = load(checkpoint)
     assert tree.keys() == fresh.keys()
     left = {tuple(path.split("/")[:2]) for path in report.fresh}
@@ -247,7 +247,7 @@ def test_recorded_files(run, golden):
 
 def test_other_files_and_sizes_are_refused(state, tmp_path):
     checkpoint = write({"query_tokens": np.zeros(3)}, tmp_path / "other.safetensors")
-    assert not xllm.recognise(checkpoint)
+    assert not xllm.recognize(checkpoint)
     with pytest.raises(UserError, match="no adapter of X-LLM"):
         xllm.options(checkpoint, "")
     checkpoint = write(run_file(state, IMAGE_RUN), tmp_path / "image.safetensors")

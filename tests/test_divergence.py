@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import small_stage
 
-from launch import command
+from launch import cli
 from xllm_jax.assembly import networks
 from xllm_jax.core import checkpoint, mesh
 from xllm_jax.core.batch import zeros
@@ -194,10 +194,10 @@ def test_a_diverged_run_exits_with_its_own_code(capsys):
     def main(_):
         raise Diverged("The run diverged: at 7")
 
-    command.flags.FLAGS.mark_as_parsed()
+    cli.flags.FLAGS.mark_as_parsed()
     with pytest.raises(SystemExit) as raised:
-        command.guard(main, [])
-    assert raised.value.code == command.DIVERGED == 3
+        cli.guard(main, [])
+    assert raised.value.code == cli.DIVERGED == 3
     assert capsys.readouterr().err == "The run diverged: at 7\n"
 
 

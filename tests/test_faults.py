@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import small_stage
 
-from launch import command
+from launch import cli
 from xllm_jax.core import atomic, checkpoint
 from xllm_jax.core.errors import UserError
 from xllm_jax.training import loop, startup
@@ -76,7 +76,7 @@ def check_continues(workdir: Path, whole: dict[int, float]) -> None:
 def test_sigterm_to_one_host_saves_on_all(whole, tmp_path, count):
     codes = fit(count, tmp_path, f"at(3, {count - 1}, terminate)\n")
     said = host_runs.said(tmp_path, count)
-    assert codes == [command.SAVED] * count, said
+    assert codes == [cli.SAVED] * count, said
     assert "SIGTERM again" in said
     saved = [int(folder.name) for folder in (tmp_path / "run" / "checkpoints").iterdir()]
     assert max(saved) in (3, 4)  # the other host may have begun one more
@@ -86,14 +86,14 @@ def test_sigterm_to_one_host_saves_on_all(whole, tmp_path, count):
 
 def test_a_killed_host_ends_the_others(whole, tmp_path):
     codes = fit(2, tmp_path, "at(5, 1, kill)\n", stall=15)
-    assert codes == [command.LOST, -9], host_runs.said(tmp_path, 2)
+    assert codes == [cli.LOST, -9], host_runs.said(tmp_path, 2)
     assert "host 1 gave no sign of life" in host_runs.said(tmp_path, 2)
     check_continues(tmp_path, whole)
 
 
 def test_the_loss_of_host_0_ends_the_others(tmp_path):
     codes = fit(2, tmp_path, "at(3, 0, kill)\n")
-    assert codes == [-9, command.LOST], host_runs.said(tmp_path, 2)
+    assert codes == [-9, cli.LOST], host_runs.said(tmp_path, 2)
     assert "ost 0 was lost" in (tmp_path / "host-1.txt").read_text()
 
 
@@ -112,7 +112,7 @@ def test_a_source_that_hangs_is_told_with_its_host_and_record(tmp_path):
         "stream.read = lambda *a: Hanging(read(*a)) if INDEX else read(*a)\n"
     )
     codes = fit(2, tmp_path, hang, stall=15)
-    assert codes == [command.LOST] * 2, host_runs.said(tmp_path, 2)
+    assert codes == [cli.LOST] * 2, host_runs.said(tmp_path, 2)
     slow, other = ((tmp_path / "run" / f"stall-{index}.txt").read_text() for index in (1, 0))
     for text in (slow, other, *(host_runs.said(tmp_path, 1), host_runs.said(tmp_path, 2))):
         assert "host 1 waits for input" in text, text
@@ -131,7 +131,7 @@ def main():
 
 def test_one_host_that_stalls_ends(tmp_path):
     code = WATCH.format(folder=str(tmp_path), stall=0.5)
-    assert host_runs.codes(host_runs.start(1, code, tmp_path)) == [command.LOST]
+    assert host_runs.codes(host_runs.start(1, code, tmp_path)) == [cli.LOST]
     assert "wait" in (tmp_path / "stall-0.txt").read_text()
 
 
@@ -151,7 +151,7 @@ def test_sigterm_to_a_host_that_still_loads_ends_all(tmp_path):
     """The other one waits in its first step, which cannot end."""
     code = EARLY.format(folder=str(tmp_path))
     codes = host_runs.codes(host_runs.start(2, code, tmp_path))
-    assert codes == [command.SAVED] * 2, host_runs.said(tmp_path, 2)
+    assert codes == [cli.SAVED] * 2, host_runs.said(tmp_path, 2)
     assert "nothing to save" in host_runs.said(tmp_path, 2)
 
 

@@ -17,15 +17,15 @@ RATE = 10
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    """Six seconds of ten frames each, whose grey is 4 x their number; one key frame in 12."""
+    """Six seconds of ten frames each, whose gray is 4 x their number; one key frame in 12."""
     path = tmp_path_factory.mktemp("video") / "clip.mp4"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=RATE)
         stream.width = stream.height = 32
         stream.pix_fmt, stream.bit_rate, stream.gop_size = "yuv420p", 4_000_000, 12
         for number in range(6 * RATE):
-            grey = np.full((32, 32, 3), 4 * number, np.uint8)
-            for packet in stream.encode(av.VideoFrame.from_ndarray(grey)):
+            gray = np.full((32, 32, 3), 4 * number, np.uint8)
+            for packet in stream.encode(av.VideoFrame.from_ndarray(gray)):
                 container.mux(packet)
         for packet in stream.encode():
             container.mux(packet)
@@ -33,9 +33,9 @@ def clip(tmp_path_factory):
 
 
 def numbers(frames):
-    """Frame numbers by their grey."""
-    grey = frames[..., 0].mean(axis=(1, 2)) * image.STD[0] + image.MEAN[0]
-    return np.round(grey * 255 / 4).astype(int).tolist()
+    """Frame numbers by their gray."""
+    gray = frames[..., 0].mean(axis=(1, 2)) * image.STD[0] + image.MEAN[0]
+    return np.round(gray * 255 / 4).astype(int).tolist()
 
 
 def test_paths_are_taken_apart():

@@ -124,7 +124,7 @@ def prefix_file(model, projection, folder):
 def load_prefix(folder):
     """(network, parameters, plan)."""
     checkpoint = files.open_checkpoint(folder)
-    assert chatglm_prefix.recognise(checkpoint)
+    assert chatglm_prefix.recognize(checkpoint)
     options = json.loads(json.dumps(chatglm_prefix.options(checkpoint, "")))
     plan = chatglm_prefix.plan(options)
     source = chatglm_prefix.prepare(checkpoint, options)

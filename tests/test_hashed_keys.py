@@ -47,7 +47,7 @@ def streams() -> dict[str, jax.Array]:
     "made", ["seeds", "split", "folded", "parent and children", "folded twice"]
 )
 def test_bits_are_fair_and_uncorrelated(made):
-    """Each bit, each pair of bits of a word, each bit against neighbours and other streams."""
+    """Each bit, each pair of bits of a word, each bit against neighbors and other streams."""
     words = np.stack([jax.random.bits(key, (128, 512), jnp.uint32) for key in streams()[made]])
     words = words.reshape(4, -1)
     bits = (words[..., None] >> np.arange(32, dtype=np.uint32) & 1).astype(np.float32) * 2 - 1

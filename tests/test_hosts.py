@@ -27,7 +27,7 @@ def main():
     made.best.metric = 'loss'
     if COUNT == 2:
         made.mesh, made.slices = {{'fsdp': -1}}, {{'data': COUNT}}
-    made.held_out = host_runs.held_out()
+    made.validation = host_runs.validation()
     loop.fit(made, {whole!r})
     if COUNT == 2:
         diverge()
@@ -103,9 +103,9 @@ def test_two_hosts_train_what_one_does(runs):
 def test_two_hosts_measure_what_one_does(runs):
     texts = [(runs / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two")]
     for one, two in zip(*(map(json.loads, lines) for lines in texts), strict=True):
-        assert ("held_out/loss" in one) == (one["step"] in (3, 6))
-        assert one.get("held_out/count") == two.get("held_out/count")
-        loss = [line.get("held_out/loss", 0.0) for line in (one, two)]
+        assert ("validation/loss" in one) == (one["step"] in (3, 6))
+        assert one.get("validation/count") == two.get("validation/count")
+        loss = [line.get("validation/loss", 0.0) for line in (one, two)]
         np.testing.assert_allclose(*loss, rtol=1e-6)
 
 

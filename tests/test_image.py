@@ -24,7 +24,7 @@ def test_processors_are_the_recorded_ones(golden):
         for kind in recording.names(f"eval_{number}_*"):
             size = int(kind.split("_")[-1])
             pixels = image.resize(photo, size)
-            recording.close(kind, channels_first(image.normalise(pixels)))
+            recording.close(kind, channels_first(image.normalize(pixels)))
             if f"eval_resized_uint8_{number}_{size}" in recording.arrays:
                 recording.equal(f"eval_resized_uint8_{number}_{size}", pixels)
         for kind in recording.names(f"train_{number}_*"):
@@ -32,10 +32,10 @@ def test_processors_are_the_recorded_ones(golden):
             box = recording.input(f"train_box_ijhw_{case}")
             flip = bool(recording.input(f"train_flip_{case}"))
             pixels = image.augment(photo, int(case.split("_")[1]), tuple(box), flip)
-            recording.close(kind, channels_first(image.normalise(pixels)))
+            recording.close(kind, channels_first(image.normalize(pixels)))
         for kind in recording.names(f"videoframe_{number}"):
-            pixels = video.centre(photo, recording.arrays[kind].shape[-1])
-            recording.close(kind, channels_first(image.normalise(pixels)))
+            pixels = video.center(photo, recording.arrays[kind].shape[-1])
+            recording.close(kind, channels_first(image.normalize(pixels)))
     recording.assert_all_used()
 
 
@@ -69,27 +69,27 @@ def test_crop_boxes_stay_inside_and_keep_area_and_aspect():
             top, left, h, w = image.crop_box(height, width, (0.5, 1.0), rng)
             assert 0 <= top <= height - h and 0 <= left <= width - w
             assert 0.4 <= h * w / (height * width) <= 1
-    assert image.crop_box(10, 1000, (0.5, 1.0), rng) == (0, 493, 10, 13)  # nothing fits: centre
+    assert image.crop_box(10, 1000, (0.5, 1.0), rng) == (0, 493, 10, 13)  # nothing fits: center
     assert image.crop_box(1000, 10, (0.5, 1.0), rng) == (493, 0, 13, 10)
 
 
 def test_every_mode_becomes_rgb(tmp_path):
-    grey = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+    gray = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
     modes = {
-        "L": Image.fromarray(grey),
-        "RGBA": Image.fromarray(np.dstack([grey, grey, grey, grey // 2])),
-        "CMYK": Image.fromarray(grey).convert("RGB").convert("CMYK"),
-        "P": Image.fromarray(grey).convert("P"),
-        "LA": Image.fromarray(grey).convert("LA"),
-        "I;16": Image.fromarray(grey.astype(np.uint16) * 257),
-        "1": Image.fromarray(grey > 128),
+        "L": Image.fromarray(gray),
+        "RGBA": Image.fromarray(np.dstack([gray, gray, gray, gray // 2])),
+        "CMYK": Image.fromarray(gray).convert("RGB").convert("CMYK"),
+        "P": Image.fromarray(gray).convert("P"),
+        "LA": Image.fromarray(gray).convert("LA"),
+        "I;16": Image.fromarray(gray.astype(np.uint16) * 257),
+        "1": Image.fromarray(gray > 128),
     }
     for mode, picture in modes.items():
         path = tmp_path / f"{mode.replace(';', '')}.{'tiff' if mode == 'CMYK' else 'png'}"
         picture.save(path)
         pixels = np.asarray(image.read(path))
         assert pixels.shape == (8, 8, 3) and pixels.dtype == np.uint8
-        expected = np.where(grey > 128, 255, 0) if mode == "1" else grey
+        expected = np.where(gray > 128, 255, 0) if mode == "1" else gray
         np.testing.assert_allclose(pixels[..., 0], expected, atol=1, err_msg=mode)
 
 

@@ -18,7 +18,7 @@ from xllm_jax.data.sources import cc3m, sbu, table, webdataset, wukong
 
 
 def picture(shade, path=None):
-    """A JPEG of one grey; its bytes, or a file."""
+    """A JPEG of one gray; its bytes, or a file."""
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), (shade,) * 3).save(buffer, "JPEG")
     if path is not None:
@@ -28,7 +28,7 @@ def picture(shade, path=None):
 
 
 def shades(examples):
-    """The grey of each example's image, read through its path."""
+    """The gray of each example's image, read through its path."""
     found = []
     for example in examples:
         ((modality, path),) = example.media

@@ -115,7 +115,7 @@ def test_the_same_states_as_the_training_path(restored, examples, files):
     np.testing.assert_allclose(found, np.asarray(wanted)[0], rtol=1e-4, atol=1e-5)
 
 
-def test_recogniser(folder, world, files):
+def test_recognizer(folder, world, files):
     run = small_runs.stage1(folder / "runs", world / "characters.txt")
     model = transcriber.Transcriber(load_run(run), rows=2)
     spoken = [Example(str(i), (("speech", files["speech"]),)) for i in range(3)]

@@ -33,7 +33,7 @@ def sound():
     return buffer.getvalue()
 
 
-def grey(example):
+def gray(example):
     return round(np.asarray(image.read(example.media[0][1])).mean())
 
 
@@ -76,7 +76,7 @@ def prepared(tmp_path_factory):
 def test_tfds_images(prepared):
     for path, name in ((prepared, "tiny_set"), (prepared / "tiny_set/1.0.0", "")):
         found = tfds.examples(str(path), name=name, image="image", answer="captions.text")
-        assert [grey(example) for example in found] == [0, 40, 80]
+        assert [gray(example) for example in found] == [0, 40, 80]
         assert found[2].references == ("第2只猫", "two") and found[2].answer == "第2只猫"
         assert found[1].media[0][1] == "tiny_set/1.0.0/train[1].image"
         assert {example.task for example in found} == {"caption"}
@@ -94,7 +94,7 @@ def test_tfds_reads_a_set_of_the_catalogue_without_its_code(prepared, tmp_path, 
     (folder / "dataset_info.json").write_text(json.dumps(about))
     for name in ("coco_captions", "coco_captions/2014:1.1.0"):
         found = tfds.examples(str(tmp_path), name=name, image="image", answer="captions.text")
-        assert [grey(example) for example in found] == [0, 40, 80]
+        assert [gray(example) for example in found] == [0, 40, 80]
     with pytest.raises(UserError, match=r"is not prepared.*tfds build coco_captions/2017"):
         tfds.examples(str(tmp_path), name="coco_captions/2017", image="image")
 
@@ -165,7 +165,7 @@ def test_hugging_face_by_name(library, tmp_path):
         str(tmp_path), "val", name="a/b", config="zh", image="image", answer="caption"
     )
     assert library.asked == [("a/b", "zh", str(tmp_path))]
-    assert [grey(example) for example in found] == [20, 70]
+    assert [gray(example) for example in found] == [20, 70]
     assert [example.references for example in found] == [("猫",), ("狗", "犬")]
     assert found[0].media[0][1] == "a/b/val[0].image"
     asked = hugging_face.examples(
@@ -240,7 +240,7 @@ def test_hugging_face_with_its_own_package(hub, tmp_path, form):
         file.write_text("\n".join(json.dumps(line) for line in lines))
     found = hugging_face.examples(str(folder), split, **options)
     assert [example.references for example in found] == [("猫", "喵"), ("狗",)]
-    assert [grey(example) for example in found] == [20, 70]
+    assert [gray(example) for example in found] == [20, 70]
     with pytest.raises(UserError, match=r"no column 'text'.*caption, image"):
         hugging_face.examples(str(folder), split, image="image", answer="text")
 

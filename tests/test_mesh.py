@@ -182,7 +182,7 @@ ALIKE = [Device(number, 0) for number in range(8)]
         ({"data": 2}, {"data": 2, "fsdp": 2}, ALIKE, [[0, 2], [1, 3], [4, 6], [5, 7]]),
     ],
 )
-def test_neighbours_lie_in_one_slice(axes, slices, devices, wanted):
+def test_neighbors_lie_in_one_slice(axes, slices, devices, wanted):
     assert numbers(axes, slices, devices) == wanted
 
 

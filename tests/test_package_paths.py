@@ -69,5 +69,5 @@ def test_sources_are_tables_and_no_engine_files():
     engine = {p.stem for p in (PACKAGE / "convert").glob("[!_]*.py")}
     found = run_import.sources().keys()
     assert found and found <= files and not found & engine
-    helpers = {"chatglm_quantised", "xllm_sizes"}
+    helpers = {"chatglm_quantized", "xllm_sizes"}
     assert files - found == helpers

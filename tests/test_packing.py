@@ -1,4 +1,4 @@
-"""Packed rows teach what separate rows do: losses of every example, with and without neighbours."""
+"""Packed rows teach what separate rows do: losses of every example, with and without neighbors."""
 
 from __future__ import annotations
 

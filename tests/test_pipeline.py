@@ -296,7 +296,7 @@ def test_epochs_are_whole_and_shuffled_anew(pipeline):
     assert epochs[0] != epochs[1]
 
 
-def test_mixture_weights_are_honoured(pipeline):
+def test_mixture_weights_are_honored(pipeline):
     sources = {"a": texts(30, "a"), "b": texts(50, "b"), "c": texts(9, "c")}
     batches = pipeline(sources, rows=8, mix={"a": 3.0, "b": 1.0, "c": 0}).iterate()
     keys = [key for _, info in take(batches, 20) for key in info["keys"]]

@@ -109,15 +109,15 @@ def test_ai_challenger(tmp_path):
 
 
 def film(path, seconds=4):
-    """Ten frames a second, 6 greys apart."""
+    """Ten frames a second, 6 grays apart."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=10)
         stream.width = stream.height = 32
         stream.pix_fmt, stream.bit_rate = "yuv420p", 4_000_000
         for number in range(10 * seconds):
-            grey = np.full((32, 32, 3), 6 * number, np.uint8)
-            for packet in stream.encode(av.VideoFrame.from_ndarray(grey)):
+            gray = np.full((32, 32, 3), 6 * number, np.uint8)
+            for packet in stream.encode(av.VideoFrame.from_ndarray(gray)):
                 container.mux(packet)
         for packet in stream.encode():
             container.mux(packet)
@@ -125,8 +125,8 @@ def film(path, seconds=4):
 
 def brightness(example):
     frames = video.load(example.media[0][1], {"frames": 2, "size": 16})
-    grey = frames[..., 0].mean(axis=(1, 2)) * image.STD[0] + image.MEAN[0]
-    return np.round(grey * 255 / 6).astype(int).tolist()
+    gray = frames[..., 0].mean(axis=(1, 2)) * image.STD[0] + image.MEAN[0]
+    return np.round(gray * 255 / 6).astype(int).tolist()
 
 
 def test_activitynet(tmp_path):

@@ -32,11 +32,11 @@ from xllm_jax.convert.files import open_checkpoint
 from xllm_jax.convert.sources import blip2, eva_vit
 from xllm_jax.core import rules
 from xllm_jax.core.errors import UserError
-from xllm_jax.models import contrast, interfaces, layers
-from xllm_jax.models.contrast import ContrastModel
+from xllm_jax.models import blip2_pretraining, interfaces, layers
+from xllm_jax.models.blip2_pretraining import ContrastModel
 from xllm_jax.models.interfaces import QFormerInterface
 from xllm_jax.models.qformer import QFormer, visible
-from xllm_jax.objectives.contrast import captioning, similarities, smoothed_cross_entropy
+from xllm_jax.objectives.blip2_pretraining import captioning, similarities, smoothed_cross_entropy
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_every_mode_layer_by_layer(golden, stage1):
     model, params, encode, run = stage1
     recording = Recording(golden / "vision/cases_qformer.npz")
     features = encode(recording.input("pixels"))
-    image, _ = run("normalise", features)
+    image, _ = run("normalize", features)
     recording.close("image_embeds", image)
     recording.close("query_tokens", params["queries"][None])
     layers_of = functools.partial(
@@ -148,7 +148,7 @@ def test_features_for_retrieval(golden, stage1):
     model, _, encode, run = stage1
     recording = Recording(golden / "vision/cases_features.npz")
     pairs = Recording(golden / "vision/cases_stage1.npz")
-    image, _ = run("normalise", encode(pairs.input("pixels")))
+    image, _ = run("normalize", encode(pairs.input("pixels")))
     (states, units, _), _ = run("image", image)
     recording.close("forward_image_hidden", states)
     recording.close("extract_image_image_embeds", states)
@@ -158,7 +158,7 @@ def test_features_for_retrieval(golden, stage1):
     recording.close("forward_text_cls", text[:, 0])
     (_, per_query), _ = run("match", image, ids, mask)
     recording.close("compute_itm", per_query[..., 1].mean(1))
-    long_ids, long_mask = _tokenise(golden, info_of(golden)["features"]["captions"])
+    long_ids, long_mask = _tokenize(golden, info_of(golden)["features"]["captions"])
     (text, units), _ = run("text", long_ids, long_mask)
     recording.close("extract_text_text_embeds", text)
     recording.close("extract_text_text_embeds_proj", units)
@@ -167,7 +167,7 @@ def test_features_for_retrieval(golden, stage1):
     recording.assert_all_used()
 
 
-def _tokenise(golden, captions):
+def _tokenize(golden, captions):
     """Word pieces padded to the longest caption, not cut (`extract_features` does that)."""
     transformers = pytest.importorskip("transformers")
     tokenizer = transformers.BertTokenizer.from_pretrained(
@@ -324,7 +324,7 @@ def _pairs(model, params, features, ids, mask):
     @jax.jit
     def run(params):
         variables = {"params": params | {"temperature": jnp.float32(0.07)}}
-        image = model.apply(variables, features, method="normalise")
+        image = model.apply(variables, features, method="normalize")
         _, units, _ = model.apply(variables, image, method="image")
         _, text_units = model.apply(variables, ids, mask, method="text")
         _, per_query = model.apply(variables, image, ids, mask, method="match")
@@ -360,12 +360,12 @@ def test_files_come_back_as_they_were(golden):
         np.testing.assert_array_equal(tensor, source[name], err_msg=name)
     _, start, report = load_interface(golden, "blip2_pretrained.pth")
     assert report.fresh == ("adapter/bias", "adapter/kernel")
-    kept = contrast.without_text(load_contrast(golden)[1])
+    kept = blip2_pretraining.without_text(load_contrast(golden)[1])
     jax.tree.map(np.testing.assert_array_equal, start, kept)
 
 
 @pytest.mark.golden
-def test_initialisation_from_bert(golden):
+def test_initialization_from_bert(golden):
     expected = json.loads((golden / "vision/cases_bert_init.json").read_text())
     source = open_checkpoint(golden / "vision/weights/bert-base-uncased")
     model = contrast_model(config_of(golden), expected["tokenizer_len"])
@@ -407,7 +407,7 @@ def test_wrong_files_are_told(golden):
         blip2.contrast(source, model, shapes_of(model))
     with pytest.raises(UserError, match="not a BLIP-2"):
         blip2.kind_of({"x": 0})
-    other = ContrastModel(**contrast.SIZES["tiny"])
+    other = ContrastModel(**blip2_pretraining.SIZES["tiny"])
     good = open_checkpoint(golden / "vision/weights/blip2_pretrained.pth")
     with pytest.raises(UserError, match=r"another size|no such tensor"):
         blip2.contrast(good, other, shapes_of(other))
@@ -466,7 +466,7 @@ def test_equals_transformers_with_random_weights():
 
 
 def test_cached_captions_equal_joint_ones_and_do_not_look_ahead():
-    model = ContrastModel(**contrast.SIZES["tiny"] | {"depth": 3})
+    model = ContrastModel(**blip2_pretraining.SIZES["tiny"] | {"depth": 3})
     variables = jax.jit(model.init)(jax.random.key(0), *model.example())
     image = jax.random.normal(jax.random.key(1), (2, 5, model.encoder_width))
     ids = np.arange(14).reshape(2, 7)
@@ -515,7 +515,7 @@ def test_interface_masks_scan_dropout_and_half_precision():
 
 def test_every_leaf_has_a_sharding_row_and_the_real_sizes_are_published_ones():
     for module, model in (
-        (contrast, ContrastModel(**contrast.SIZES["tiny"] | {"depth": 3})),
+        (blip2_pretraining, ContrastModel(**blip2_pretraining.SIZES["tiny"] | {"depth": 3})),
         (interfaces, QFormerInterface(**interfaces.SIZES["tiny"])),
     ):
         shapes = shapes_of(model)

@@ -183,7 +183,7 @@ class Trainer:
         self.stage, self._mesh = stage, mesh.make(stage.mesh)
         model = networks.model(stage)
         like, optimizer, _ = abstract_state(stage, model, self._mesh)
-        # Drawn by NumPy: initialising for real would compile every network.
+        # Drawn by NumPy: initializing for real would compile every network.
         rng = np.random.default_rng(0)
         drawn = {
             path: rng.normal(path.endswith(("scale", "variance")), 0.1, x.shape).astype(np.float32)

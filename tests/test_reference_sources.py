@@ -53,8 +53,8 @@ def test_captions(tmp_path):
     found = reference.examples(write(tmp_path / "a.json", rows), images=f"{tmp_path}/all")
     assert [found[i].answer for i in range(3)] == ["一只猫", "狗", "一只很大的猫"]
     assert found[1].references == ("狗", "犬")
-    greys = [round(np.asarray(image.read(found[i].media[0][1])).mean()) for i in range(3)]
-    assert greys == [90, 30, 90]
+    grays = [round(np.asarray(image.read(found[i].media[0][1])).mean()) for i in range(3)]
+    assert grays == [90, 30, 90]
     reasons = ("an empty caption", "is not base64", r"image: missing key", "not an object")
     for place, reason in enumerate(reasons, start=3):
         with pytest.raises(UserError, match=reason):

@@ -53,7 +53,7 @@ def results(tasks):
     return found
 
 
-def questions(count: int, tag: str = "colour") -> list[Example]:
+def questions(count: int, tag: str = "color") -> list[Example]:
     """Questions about images of their own."""
     return [
         Example(str(i), (("image", f"{i}.jpg"),), f"{i}？", "红色", "vqa", tags=(tag,))
@@ -92,15 +92,15 @@ def test_measure_counts_by_tag_and_keeps_controls_apart():
     task = measure.Task("vqa", "Questions", tuple(examples), scorers.short_answer)
 
     def answer(asked):
-        # Right about colours if it sees anything, never right about shapes.
-        return ["红色。" if e.media and "colour" in e.tags else "蓝色" for e in asked]
+        # Right about colors if it sees anything, never right about shapes.
+        return ["红色。" if e.media and "color" in e.tags else "蓝色" for e in asked]
 
     found = measure.measure(task, answer, controls=True)
     metric = found["metrics"]["accuracy"]
     assert metric["value"] == pytest.approx(10 / 36, abs=1e-6) and metric["samples"] == 36
     assert metric["low"] < metric["value"] < metric["high"]
     groups = {tag: (entry["value"], entry["samples"]) for tag, entry in metric["groups"].items()}
-    assert groups["colour"] == (1.0, 10) and groups["shape"] == (0.0, 26)
+    assert groups["color"] == (1.0, 10) and groups["shape"] == (0.0, 26)
     assert groups["unseen_pair"] == (0.0, 6) and groups["seen"][1] == 30
     assert metric["blind"]["value"] == 0 and metric["shuffled"]["value"] == metric["value"]
     assert metric["chance"]["value"] == 1.0  # the answer is always the same
@@ -167,7 +167,7 @@ def test_a_model_that_sees_meets_every_goal(results):
     assert verdict["Spoken questions before stage 3 above their best control"] == "met"
     spoken = results["measures"]["spoken@before"]["metrics"]["accuracy"]
     assert spoken["value"] == 1 and spoken["blind"]["value"] == spoken["shuffled"]["value"] == 0
-    assert len(made["Table 1: initialising the image interface"].rows) == 3
+    assert len(made["Table 1: initializing the image interface"].rows) == 3
     assert len(made["Table 4: multimodal speech recognition"].rows) == 3
 
 

@@ -11,7 +11,7 @@ from xllm_jax.core.stage import Data, Source
 from xllm_jax.data.pipeline import Pipeline
 from xllm_jax.data.sources import world_text
 from xllm_jax.data.text.wordpiece import WordPiece
-from xllm_jax.models.contrast import ContrastModel
+from xllm_jax.models.blip2_pretraining import ContrastModel
 from xllm_jax.objectives import unilm
 
 PIECES = [

@@ -76,7 +76,7 @@ def test_images_are_prepared_as_transformers_does(peer, pairs):
     for number in range(BROKEN):
         picture = Image.open(pairs / f"{number}.png")
         wanted = prepare(picture, return_tensors="np")["pixel_values"][0]
-        ours = image.normalise(image.centre(image.read(pairs / f"{number}.png"), small_clip.SIDE))
+        ours = image.normalize(image.center(image.read(pairs / f"{number}.png"), small_clip.SIDE))
         np.testing.assert_allclose(np.moveaxis(ours, -1, 0), wanted, rtol=0, atol=1e-6)
 
 

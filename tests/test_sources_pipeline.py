@@ -98,8 +98,8 @@ def test_clips_and_dialogues_reach_a_batch(tmp_path):
         stream = container.add_stream("mpeg4", rate=10)
         stream.width = stream.height = 32
         for _ in range(30):
-            grey = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 99, np.uint8))
-            for packet in stream.encode(grey):
+            gray = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 99, np.uint8))
+            for packet in stream.encode(gray):
                 container.mux(packet)
         for packet in stream.encode():
             container.mux(packet)

@@ -1,4 +1,4 @@
-"""Filterbanks, normalisation and SpecAugment against recordings; audio files, good and bad."""
+"""Filterbanks, normalization and SpecAugment against recordings; audio files, good and bad."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_recorded_features(recording, golden):
     for number in range(len(about["utterances"])):
         wave = recording.input(f"wave{number}").astype(np.float32)
         check_filterbank(recording, f"fbank{number}", speech.filterbank(wave))
-        features = speech.normalise(recording.arrays[f"fbank{number}"])
+        features = speech.normalize(recording.arrays[f"fbank{number}"])
         recording.close(f"utt_cmvn{number}", features, atol=1e-4)
         if f"specaug{number}" in recording.arrays:
             check_augmentation(recording, number, options)
@@ -68,8 +68,8 @@ def check_corpus(recording):
     mean, deviation = speech.corpus_statistics(features)
     recording.close("gcmvn_mean", mean, atol=1e-4)
     recording.close("gcmvn_std", deviation, atol=1e-4)
-    normalised = speech.normalise(features[0], mean, deviation)
-    recording.close("global_cmvn0", normalised, atol=1e-4)
+    normalized = speech.normalize(features[0], mean, deviation)
+    recording.close("global_cmvn0", normalized, atol=1e-4)
 
 
 @pytest.fixture(scope="module")

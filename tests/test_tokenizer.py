@@ -126,9 +126,9 @@ def test_config_of_another_release_is_refused(folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    shapes, colours = ("圆形", "方块", "三角形"), ("红色", "蓝色", "绿色")
-    texts = [f"图片里有一个{c}的{s}。" for s in shapes for c in colours]
-    texts += [f"问：{s}是什么颜色？\n答：{c}" for s in shapes for c in colours]
+    shapes, colors = ("圆形", "方块", "三角形"), ("红色", "蓝色", "绿色")
+    texts = [f"图片里有一个{c}的{s}。" for s in shapes for c in colors]
+    texts += [f"问：{s}是什么颜色？\n答：{c}" for s in shapes for c in colors]
     return texts, train_tokenizer(texts, tmp_path_factory.mktemp("tokenizer"), learned=80)
 
 

@@ -13,7 +13,7 @@ from xllm_jax.data.media import image, video, video_packets
 
 
 def write(path, count: int, rate: int = 10, size: tuple[int, int] = (96, 64)) -> None:
-    """A video whose frame n has the grey level 8 n."""
+    """A video whose frame n has the gray level 8 n."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=rate)
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
@@ -28,8 +28,8 @@ def write(path, count: int, rate: int = 10, size: tuple[int, int] = (96, 64)) ->
 
 def levels(values: np.ndarray) -> list[int]:
     """Which frame each loaded frame is."""
-    grey = (values * image.STD + image.MEAN).mean((1, 2, 3)) * 255
-    return [round(level / 8) for level in grey]
+    gray = (values * image.STD + image.MEAN).mean((1, 2, 3)) * 255
+    return [round(level / 8) for level in gray]
 
 
 @pytest.mark.golden
@@ -45,7 +45,7 @@ def test_reference_sampling_is_the_recorded_one(golden):
         assert mask == [1] * len(ours) + [0] * (len(kept) - len(ours))
 
 
-def test_uniform_frames_are_centres_and_repeat_in_short_videos():
+def test_uniform_frames_are_centers_and_repeat_in_short_videos():
     assert video.uniform_frames(100, 5) == [10, 30, 50, 70, 90]
     assert video.uniform_frames(8, 4) == [1, 3, 5, 7]
     assert video.uniform_frames(2, 5) == [0, 0, 1, 1, 1]
@@ -165,10 +165,10 @@ def test_unreadable_files_are_told_by_name(tmp_path):
         video.load(good, {"sampling": "random"})
 
 
-def test_frames_are_cropped_to_the_centre():
+def test_frames_are_cropped_to_the_center():
     from PIL import Image
 
     pixels = np.zeros((64, 128, 3), np.uint8)
     pixels[:, 32:96] = 200
-    assert np.all(video.centre(Image.fromarray(pixels), 64) == 200)
-    assert video.centre(Image.fromarray(pixels.swapaxes(0, 1)), 32).shape == (32, 32, 3)
+    assert np.all(video.center(Image.fromarray(pixels), 64) == 200)
+    assert video.center(Image.fromarray(pixels.swapaxes(0, 1)), 32).shape == (32, 32, 3)

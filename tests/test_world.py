@@ -45,9 +45,9 @@ def test_scenes_obey_their_rules():
 
 
 def test_held_out_pairs_have_parts_that_are_seen():
-    shapes, colours = zip(*world.SEEN_PAIRS)
+    shapes, colors = zip(*world.SEEN_PAIRS)
     assert len(world.HELD_OUT) == 5 and len(world.SEEN_PAIRS) == 25
-    assert set(shapes) == set(world.SHAPES) and set(colours) == set(world.COLOURS)
+    assert set(shapes) == set(world.SHAPES) and set(colors) == set(world.COLORS)
 
 
 def test_training_never_sees_held_out_pairs():
@@ -77,7 +77,7 @@ def test_the_test_split_is_composed_as_promised():
 
 
 @pytest.mark.parametrize("background", world.BACKGROUNDS)
-def test_object_centres_have_the_object_colour(background, tmp_path):
+def test_object_centers_have_the_object_color(background, tmp_path):
     for index in range(12):
         rng = world.generator(2, background, index)
         drawn = world.sample_scene(rng, "all")
@@ -91,7 +91,7 @@ def test_object_centres_have_the_object_colour(background, tmp_path):
             assert world.PLACES[row * 3 // 128 * 3 + column * 3 // 128] == item.place
             seen = pixels[row - 1 : row + 2, column - 1 : column + 2].mean((0, 1))
             distance = {name: np.linalg.norm(seen - rgb) for name, rgb in render.RGB.items()}
-            assert min(distance, key=distance.get) == item.colour
+            assert min(distance, key=distance.get) == item.color
 
 
 def test_large_and_small_differ_at_64_pixels():
@@ -100,7 +100,7 @@ def test_large_and_small_differ_at_64_pixels():
         scene = world.sample_scene(world.generator(3, index), count=1)
         item = scene.objects[0]
         picture = np.asarray(render.render_scene(scene).resize((64, 64)), np.float32)
-        near = np.linalg.norm(picture - render.RGB[item.colour], axis=-1) < 70
+        near = np.linalg.norm(picture - render.RGB[item.color], axis=-1) < 70
         areas[item.shape, item.size].append(near.sum())
     for shape in world.SHAPES:
         assert min(areas[shape, "大"]) > 1.5 * max(areas[shape, "小"])
@@ -119,16 +119,16 @@ def test_decoded_clips_show_their_motion(name, tmp_path):
     assert len(frames) == motion.FRAMES and frames[0].shape == (128, 128, 3)
     four = [frames[index].astype(np.float32) for index in (3, 9, 15, 21)]
 
-    def where(colour):
-        masks = [np.linalg.norm(f - render.RGB[colour], axis=-1) < 80 for f in four]
+    def where(color):
+        masks = [np.linalg.norm(f - render.RGB[color], axis=-1) < 80 for f in four]
         spots = [np.argwhere(mask) for mask in masks]
         return [(spot.mean(0) if len(spot) else None, len(spot)) for spot in spots]
 
-    seen = where(clip.colour)
+    seen = where(clip.color)
     sizes = [size for _, size in seen]
     if name in motion.DIRECTIONS:
         across, down = motion.DIRECTIONS[name]
-        steps = np.diff([centre[::-1] for centre, _ in seen], axis=0)
+        steps = np.diff([center[::-1] for center, _ in seen], axis=0)
         assert (steps @ (across, down) > 8).all() and (abs(steps @ (down, across)) < 3).all()
     elif name in ("变大", "变小"):
         assert (np.diff(sizes) * (1 if name == "变大" else -1) > 10).all()
@@ -136,7 +136,7 @@ def test_decoded_clips_show_their_motion(name, tmp_path):
         shown = {"闪烁": [1, 0, 1, 0], "消失": [1, 1, 0, 0], "变色": [1, 1, 0, 0]}[name]
         assert [size > 40 for size in sizes] == shown
         if name == "变色":
-            assert [size > 40 for _, size in where(clip.to_colour)] == [0, 0, 1, 1]
+            assert [size > 40 for _, size in where(clip.to_color)] == [0, 0, 1, 1]
 
 
 def test_written_frames_and_captions_tell_the_clip():
@@ -145,7 +145,7 @@ def test_written_frames_and_captions_tell_the_clip():
         clip = motion.sample_clip(rng, ("seen", "unseen")[index % 2])
         for unseen in (False, True):
             for text in language.video_captions(clip, unseen):
-                truth = (clip.shape, clip.colour, clip.to_colour, clip.motion)
+                truth = (clip.shape, clip.color, clip.to_color, clip.motion)
                 assert language.parse_motion(text) == truth
         frames = language.written_frames(clip, rng)
         for index, sentence in enumerate(frames):
@@ -168,7 +168,7 @@ def test_speech_is_the_same_whatever_was_said_before():
 
 
 @pytest.mark.parametrize("kind", ("white", "pink", "babble"))
-def test_noise_has_the_asked_level_and_colour(kind):
+def test_noise_has_the_asked_level_and_color(kind):
     base = dict(variant="m1", pitch=50, rate=250, gain=0.3, snr=10.0, seed=1)
     clean = speak.speak("红色圆形在左上", speak.Voice(noise="none", **base))
     noisy = speak.speak("红色圆形在左上", speak.Voice(noise=kind, **base))

@@ -44,7 +44,7 @@ def named(scene, phrase):
     fits = scene.objects
     for name, values in (
         ("place", world.PLACES),
-        ("colour", world.COLOURS),
+        ("color", world.COLORS),
         ("shape", world.SHAPES),
     ):
         for value in words_in(phrase, values):
@@ -67,7 +67,7 @@ def answer(scene, text):
         first, second = (getattr(only(scene, p), name) for p in words_in(text, world.PLACES))
         return "一样" if first == second else "不一样"
     if "更大" in text:
-        phrases = words_in(text, world.SHAPES) or words_in(text, world.COLOURS)
+        phrases = words_in(text, world.SHAPES) or words_in(text, world.COLORS)
         first, second = (only(scene, phrase) for phrase in phrases)
         assert first.size != second.size
         return phrases[0] if first.size == "大" else phrases[1]
@@ -75,7 +75,7 @@ def answer(scene, text):
         return "有" if named(scene, text) else "没有"
     if "什么" in text or "哪" in text:
         item = only(scene, text)
-        for word, name in (("颜色", "colour"), ("形状", "shape"), ("大小", "size")):
+        for word, name in (("颜色", "color"), ("形状", "shape"), ("大小", "size")):
             if word in text:
                 return item.size + "的" if name == "size" else getattr(item, name)
         return item.place
@@ -83,7 +83,7 @@ def answer(scene, text):
         return only(scene, text).size + "的"
     subject, value = re.fullmatch("(?:请问)?(.+?)是(?:不是)?(.+?)吗?？", text).groups()
     item = only(scene, subject)
-    truth = value.rstrip("的") in (item.colour, item.shape, item.size)
+    truth = value.rstrip("的") in (item.color, item.shape, item.size)
     return "是" if truth else "不是"
 
 
@@ -111,7 +111,7 @@ def test_dialogues_refer_back_and_stay_right():
                 back += 1
                 assert former.subject == question.subject
                 item = scene.objects[former.subject]
-                text = text.replace("它", item.colour + item.shape)
+                text = text.replace("它", item.color + item.shape)
                 if question.kind == "place":
                     assert question.answer == item.place
                 elif question.kind == "size":
@@ -133,7 +133,7 @@ def test_blind_guesses_are_poor(asked):
     for kind in ("size", "existence", "yesno"):
         counter = kinds[kind]
         assert max(counter.values()) / sum(counter.values()) < 0.56
-    for kind in ("colour", "shape", "place", "count", "comparison"):
+    for kind in ("color", "shape", "place", "count", "comparison"):
         assert max(kinds[kind].values()) / sum(kinds[kind].values()) < 0.48
     known = collections.defaultdict(collections.Counter)
     for _, question in asked[:5000]:
@@ -238,6 +238,6 @@ def test_clip_facts_score_captions():
         clip = motion.sample_clip(rng, motion=motion.MOTIONS[index % len(motion.MOTIONS)])
         for text in language.video_captions(clip, unseen=bool(index % 2)):
             facts = language.clip_facts(*language.parse_motion(text))
-            assert facts[:2] == (f"object:{clip.colour}{clip.shape}", f"motion:{clip.motion}")
-            changed = (f"becomes:{clip.to_colour}",) if clip.motion == "变色" else ()
+            assert facts[:2] == (f"object:{clip.color}{clip.shape}", f"motion:{clip.motion}")
+            changed = (f"becomes:{clip.to_color}",) if clip.motion == "变色" else ()
             assert facts[2:] == changed

@@ -13,7 +13,7 @@ import numpy as np
 from xllm_jax.convert import import_tree
 from xllm_jax.convert.files import open_checkpoint
 from xllm_jax.convert.sources import blip2, eva_vit
-from xllm_jax.models.contrast import ContrastModel
+from xllm_jax.models.blip2_pretraining import ContrastModel
 from xllm_jax.models.interfaces import QFormerInterface
 from xllm_jax.models.vit import VisionTransformer
 

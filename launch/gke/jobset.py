@@ -82,7 +82,7 @@ class Run:
             raise UserError(
                 f"{self.target.chips} chips do not fill hosts of {self.chips}",
                 field="--topology",
-                mend="Choose whole hosts, or give --chips_per_host",
+                hint="Choose whole hosts, or give --chips_per_host",
             )
         return self.target.chips // self.chips
 
@@ -96,15 +96,15 @@ def arguments(text: str) -> tuple[str, ...]:
     try:
         found = shlex.split(text)
     except ValueError as error:
-        raise UserError(str(error), field="--train", mend="Quote it as for a shell") from error
+        raise UserError(str(error), field="--train", hint="Quote it as for a shell") from error
     for flag in found:
         name, _, value = flag.partition("=")
         if value.startswith("gs://"):
             raise UserError(
-                f"{value} is no folder", field=name, mend="Write runs/…, data/… or bases/…"
+                f"{value} is no folder", field=name, hint="Write runs/…, data/… or bases/…"
             )
         if name.startswith("--host"):
-            raise UserError("the manifest sets it", field=name, mend="Leave it out of --train")
+            raise UserError("the manifest sets it", field=name, hint="Leave it out of --train")
     return tuple(found)
 
 
@@ -115,21 +115,21 @@ def check(run: Run) -> None:
         raise UserError(
             f"{run.name!r} is no name",
             field="--name",
-            mend="Use at most 40 small letters, digits and -, a letter first",
+            hint="Use at most 40 small letters, digits and -, a letter first",
         )
     if run.target.kind not in ACCELERATORS:
-        raise UserError("GKE has no such nodes", field="--topology", mend="As in v5e:4x4, h100:8")
+        raise UserError("GKE has no such nodes", field="--topology", hint="As in v5e:4x4, h100:8")
     if bool(run.bucket) == bool(run.claim):
         raise UserError(
             "give one of --bucket and --claim",
             field="--bucket",
-            mend="Checkpoints must outlive the pods",
+            hint="Checkpoints must outlive the pods",
         )
     if run.hosts == 1 < run.slices or (run.slices > 1 and not run.tpu):
         raise UserError(
             "several slices are for TPU slices of several hosts",
             field="--slices",
-            mend="For GPUs name all of them in --topology",
+            hint="For GPUs name all of them in --topology",
         )
 
 
@@ -177,7 +177,7 @@ def job(run: Run) -> dict[str, Any]:
     return {
         "completionMode": "Indexed",
         "completions": run.hosts,
-        "parallelism": run.hosts,
+        "parallelizm": run.hosts,
         "backoffLimit": 0,
         "podFailurePolicy": {
             "rules": [

@@ -14,7 +14,7 @@ import sys
 import yaml
 from absl import flags
 
-from launch import command
+from launch import cli
 from launch.gke import jobset
 from xllm_jax.preflight import targets
 
@@ -53,4 +53,4 @@ def main(_: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["topology", "image", "train"])
-    command.run(main)
+    cli.run(main)

@@ -30,7 +30,7 @@ def network(part: Part, stage: Stage, name: str) -> nn.Module:
         raise UserError(
             f"unknown size {part.size!r}",
             field=f"parts.{name}.size",
-            mend=f"Choices: {', '.join(file.SIZES)}",
+            hint=f"Choices: {', '.join(file.SIZES)}",
         )
     known = {field.name for field in dataclasses.fields(kind)}
     unknown = set(part.fields) - known
@@ -38,12 +38,12 @@ def network(part: Part, stage: Stage, name: str) -> nn.Module:
         raise UserError(
             f"{part.network} has no field {sorted(unknown)[0]!r}",
             field=f"parts.{name}.fields",
-            mend=f"Choices: {', '.join(sorted(known - {'parent', 'name'}))}",
+            hint=f"Choices: {', '.join(sorted(known - {'parent', 'name'}))}",
         )
     if stage.remat not in layers.REMAT:
         choices = ", ".join(layers.REMAT)
         raise UserError(
-            f"unknown choice {stage.remat!r}", field="remat", mend=f"Choices: {choices}"
+            f"unknown choice {stage.remat!r}", field="remat", hint=f"Choices: {choices}"
         )
     common = {"dtype": jnp.dtype(stage.compute), "remat": stage.remat, "unroll": stage.unroll}
     common = {key: value for key, value in common.items() if key in known}
@@ -53,7 +53,7 @@ def network(part: Part, stage: Stage, name: str) -> nn.Module:
         raise UserError(
             f"width {width} is no multiple of {heads} heads",
             field=f"parts.{name}.fields",
-            mend="Change 'width' or 'heads'",
+            hint="Change 'width' or 'heads'",
         )
     return kind(**given)
 
@@ -73,11 +73,11 @@ def model(stage: Stage) -> XLLM:
                 raise UserError(
                     f"names the part {part!r}, which parts lacks",
                     field=f"modalities.{name}",
-                    mend=f"Choices: {', '.join(networks)}",
+                    hint=f"Choices: {', '.join(networks)}",
                 )
     made = XLLM(networks=networks, modalities=rows)
-    made = dataclasses.replace(made, frozen=frozen_steps(stage, made))
-    given = given_steps(stage, made)
+    made = dataclasses.replace(made, frozen=frozen_sections(stage, made))
+    given = given_sections(stage, made)
     cached = cached_features.steps(stage.data.cache) if stage.data.cache else {}
     return dataclasses.replace(made, cached=given | cached, given=given)
 
@@ -92,15 +92,15 @@ def whole(xllm: XLLM) -> XLLM:
     return dataclasses.replace(xllm, cached={})
 
 
-def given_steps(stage: Stage, xllm: XLLM) -> dict[str, int]:
-    """{modality: how many of its first steps its files hold the outcome of}.
+def given_sections(stage: Stage, xllm: XLLM) -> dict[str, int]:
+    """{modality: how many of its first sections its files hold the outcome of}.
 
     Args:
-      stage: `data.speech_features` names the last of these steps.
+      stage: `data.speech_features` names the last of these sections.
       xllm: its networks, with `frozen`.
 
     Raises:
-      UserError: there is no such step, it trains, or it gives vectors of another width.
+      UserError: there is no such section, it trains, or it gives vectors of another width.
     """
     found = {}
     for modality, _, interface in xllm.modalities:
@@ -108,12 +108,16 @@ def given_steps(stage: Stage, xllm: XLLM) -> dict[str, int]:
         last = getattr(stage.data, f"{modality}_features", "")
         if not last:
             continue
-        ends = [n for n, step in enumerate(chain, 1) if step.names and step.names[-1] == last]
+        ends = [
+            n for n, section in enumerate(chain, 1) if section.names and section.names[-1] == last
+        ]
         if not ends:
-            raise UserError(f"{interface} has no step {last!r}", field=field, mend="Leave it out")
+            raise UserError(
+                f"{interface} has no section {last!r}", field=field, hint="Leave it out"
+            )
         if xllm.frozen[modality] < ends[0]:
             what = f"{chain[xllm.frozen[modality]]} trains, and the files of {modality} hold"
-            raise UserError(f"{what} its outcome", field="trainable", mend=f"Or leave out {field}")
+            raise UserError(f"{what} its outcome", field="trainable", hint=f"Or leave out {field}")
         found[modality] = ends[0]
         _check_width(stage, modality, xllm.networks[interface].encoder_width)
     return found
@@ -124,12 +128,12 @@ def _check_width(stage: Stage, modality: str, wanted: int) -> None:
     width = getattr(stage.data, f"{modality}_width")
     if width != wanted:
         what = f"is {width}, and {stage.modalities[modality].interface} reads vectors of {wanted}"
-        mend = "Set it, or the encoder_width of the interface, to the width of the files"
-        raise UserError(what, field=f"data.{modality}_width", mend=mend)
+        hint = "Set it, or the encoder_width of the interface, to the width of the files"
+        raise UserError(what, field=f"data.{modality}_width", hint=hint)
 
 
-def frozen_steps(stage: Stage, xllm: XLLM) -> dict[str, int]:
-    """{modality: how many of its first steps hold nothing that `stage.trainable` names}."""
+def frozen_sections(stage: Stage, xllm: XLLM) -> dict[str, int]:
+    """{modality: how many of its first sections hold nothing that `stage.trainable` names}."""
     parts = {part for modality, *pair in xllm.modalities for part in pair}
     key = jax.random.key(0)
     tree = {n: jax.eval_shape(lambda n=n: fresh(xllm.networks[n], key)) for n in sorted(parts)}
@@ -137,9 +141,11 @@ def frozen_steps(stage: Stage, xllm: XLLM) -> dict[str, int]:
     trains = [p for p in rules.flatten(tree) if rules.first_match(patterns, p) is not None]
 
     def count(modality: str) -> int:
-        steps = xllm.chain(modality)
-        first = (n for n, step in enumerate(steps) if any(step.owns(path) for path in trains))
-        return next(first, len(steps))
+        sections = xllm.chain(modality)
+        first = (
+            n for n, section in enumerate(sections) if any(section.owns(path) for path in trains)
+        )
+        return next(first, len(sections))
 
     return {modality: count(modality) for modality, *_ in xllm.modalities}
 
@@ -160,5 +166,5 @@ def shapes(xllm: XLLM) -> dict[str, Any]:
         return tree
     flat = rules.flatten(tree)
     return rules.unflatten(
-        {path: x for path, x in flat.items() if not any(step.owns(path) for step in unread)}
+        {path: x for path, x in flat.items() if not any(section.owns(path) for section in unread)}
     )

@@ -47,7 +47,7 @@ def offloaded(stage: Stage, tree: Mapping[str, Any]) -> set[str]:
     both = far & rules.flatten(rules.split(stage.trainable, tree)[0]).keys()
     if both:
         raise UserError(
-            f"{min(both)!r} trains", field="offload", mend="Only frozen parameters can stay away"
+            f"{min(both)!r} trains", field="offload", hint="Only frozen parameters can stay away"
         )
     return set(far)
 
@@ -116,7 +116,7 @@ def parameters(
     for prefix, source in ordered(stage.init):
         wanted, others = below(prefix, like), below(prefix, unread)
         if not wanted and not others:
-            raise UserError("no part has this subtree", field=f"init.{prefix}", mend="See parts")
+            raise UserError("no part has this subtree", field=f"init.{prefix}", hint="See parts")
         if source and wanted:
             params |= load(source, prefix, wanted, others)
     for name, net in xllm.networks.items():

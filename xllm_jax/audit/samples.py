@@ -102,12 +102,12 @@ def _items(
 
 
 def pixels(values: np.ndarray) -> np.ndarray:
-    """`[H, W, 3]` normalised float32 back to uint8."""
+    """`[H, W, 3]` normalized float32 back to uint8."""
     return np.clip((values * image.STD + image.MEAN) * 255 + 0.5, 0, 255).astype(np.uint8)
 
 
 def _runs(ids: np.ndarray, owners: np.ndarray, tokenizer: Any) -> list[tuple[str, str]]:
-    """Neighbouring tokens of one kind as one piece each; a slot tells how many it takes."""
+    """Neighboring tokens of one kind as one piece each; a slot tells how many it takes."""
     pieces: list[tuple[str, str]] = []
     specials = set(dataclasses.astuple(tokenizer.specials))
     start = 0

@@ -72,5 +72,5 @@ def refuse_silent(found: Mapping[str, Supervision]) -> None:
             raise UserError(
                 f"0 % of its tokens are supervised in {one.looked_at} records ({why})",
                 field=f"data.sources.{name}",
-                mend=f"Mend its answers, or leave it out with --config.data.mix.{name}=0",
+                hint=f"Mend its answers, or leave it out with --config.data.mix.{name}=0",
             )

@@ -71,7 +71,7 @@ class Row:
             raise UserError(
                 f"first axis of {tensor.shape} does not divide into {count}",
                 field=name,
-                mend="The checkpoint is of another architecture or size",
+                hint="The checkpoint is of another architecture or size",
             )
         pieces = np.split(tensor, count)
         for zero in self.zero_pieces:
@@ -79,7 +79,7 @@ class Row:
                 raise UserError(
                     f"piece {zero} of {count} must be zero and is not",
                     field=name,
-                    mend="This is not the architecture that the table describes",
+                    hint="This is not the architecture that the table describes",
                 )
         return pieces[number]
 
@@ -184,7 +184,7 @@ def arrange(
             raise UserError(
                 "no tensor of the checkpoint fills this parameter",
                 field=path,
-                mend="Check that the checkpoint is of the kind and size you named",
+                hint="Check that the checkpoint is of the kind and size you named",
             )
     return leaves, Report(used, dropped, left)
 
@@ -211,7 +211,7 @@ def import_tree(
 
     Raises:
       UserError: a tensor that is missing, unknown, misshapen or of another dtype than its layer's
-        neighbours; a leaf that nothing fills.
+        neighbors; a leaf that nothing fills.
       ValueError: the table itself is wrong: a leaf is filled twice, or a source is used twice
         without being split, or some of its pieces are used by nobody.
     """
@@ -274,7 +274,7 @@ def _find(
             raise UserError(
                 "the checkpoint has no such tensor",
                 field=place(source, name),
-                mend="Check the file, and that its kind and size are the ones you named",
+                hint="Check the file, and that its kind and size are the ones you named",
             )
         layer = _convert(row, place(source, name), _outline(source, name))
         whole = layer.shape if row.layers is None else (len(row.layers), *layer.shape)
@@ -282,13 +282,13 @@ def _find(
             raise UserError(
                 f"shape {whole} in our layout, but {row.target} needs {wanted}",
                 field=place(source, name),
-                mend="The checkpoint is of another size; choose the size that fits it",
+                hint="The checkpoint is of another size; choose the size that fits it",
             )
         if dtype is not None and layer.dtype != dtype:
             raise UserError(
                 f"is {layer.dtype}, but {row.names()[0]} is {dtype}",
                 field=place(source, name),
-                mend="Store all layers in one dtype",
+                hint="Store all layers in one dtype",
             )
         dtype = layer.dtype
     return Leaf(row, source, wanted, dtype)
@@ -311,7 +311,7 @@ def _convert(row: Row, name: str, tensor: np.ndarray) -> np.ndarray:
         raise UserError(
             f"shape {tensor.shape} does not fit the pattern {row.pattern!r}",
             field=name,
-            mend="The checkpoint is of another architecture or size",
+            hint="The checkpoint is of another architecture or size",
         ) from error
 
 
@@ -322,5 +322,5 @@ def _reason(source: Mapping[str, Any], name: str, drop: Iterable[Drop]) -> str:
     raise UserError(
         "the checkpoint holds a tensor that no row of the table uses",
         field=place(source, name),
-        mend="Check that the checkpoint is of the kind you named",
+        hint="Check that the checkpoint is of the kind you named",
     )

@@ -104,7 +104,7 @@ def read(folder: str | Path) -> Conversion | None:
         return Conversion(**json.loads(file.read_text("utf-8")))
     except (ValueError, TypeError) as error:
         raise UserError(
-            "is not a record of a conversion", field=str(file), mend="Convert again"
+            "is not a record of a conversion", field=str(file), hint="Convert again"
         ) from error
 
 

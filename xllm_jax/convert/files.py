@@ -56,7 +56,7 @@ class TorchFile(Mapping):
     def __init__(self, path: str | Path, key: str | None = None):
         self.path, self._key = Path(path), key
         if not self.path.exists():
-            raise UserError("no such file", field=str(path), mend="Give the checkpoint's path")
+            raise UserError("no such file", field=str(path), hint="Give the checkpoint's path")
         self._mapped = zipfile.is_zipfile(self.path)
         self._state, self._handed_out = self._load(), 0
         self._headers = {name: _torch_header(tensor) for name, tensor in self._state.items()}
@@ -90,7 +90,7 @@ class TorchFile(Mapping):
             raise UserError(
                 f"not a PyTorch file of plain tensors ({type(error).__name__})",
                 field=str(self.path),
-                mend="Download it again; files that carry code are refused",
+                hint="Download it again; files that carry code are refused",
             ) from error
         state = _state_dict(state, self._key, self.path)
         return {str(k): v for k, v in state.items() if isinstance(v, torch.Tensor)}
@@ -108,7 +108,7 @@ class SafetensorsFile(Mapping):
 
         self.path = Path(path)
         if not self.path.exists():
-            raise UserError("no such file", field=str(path), mend="Give the checkpoint's path")
+            raise UserError("no such file", field=str(path), hint="Give the checkpoint's path")
         try:
             with self.path.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")
@@ -124,7 +124,7 @@ class SafetensorsFile(Mapping):
             raise UserError(
                 f"not a safetensors file ({type(error).__name__})",
                 field=str(path),
-                mend="Download it again",
+                hint="Download it again",
             ) from error
         self._entries = entries
 
@@ -156,7 +156,7 @@ class SafetensorsFile(Mapping):
                 raise UserError(
                     f"the file ends {entry['data_offsets'][1] - end} bytes before this tensor does",
                     field=f"{self.path}: {name}",
-                    mend="Download it again",
+                    hint="Download it again",
                 )
 
 
@@ -177,7 +177,7 @@ class Checkpoint(Mapping):
                     raise UserError(
                         f"the tensor stands in {self._home[name][0].name} too",
                         field=f"{where}: {name}",
-                        mend="Keep one set of shards in the folder",
+                        hint="Keep one set of shards in the folder",
                     )
                 self._home[name] = where, file
 
@@ -202,7 +202,7 @@ class Checkpoint(Mapping):
         try:
             config = json.loads(file.read_text("utf-8"))
         except ValueError as error:
-            raise UserError("is not JSON", field=str(file), mend="Download it again") from error
+            raise UserError("is not JSON", field=str(file), hint="Download it again") from error
         return config if isinstance(config, dict) else {}
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -217,7 +217,7 @@ class Checkpoint(Mapping):
 
 @dataclasses.dataclass(frozen=True)
 class Derived:
-    """A tensor that is computed from others of the file, such as a dequantised weight.
+    """A tensor that is computed from others of the file, such as a dequantized weight.
 
     Attributes:
       inputs: names of the tensors it is made of.
@@ -242,7 +242,7 @@ class View(Mapping):
             raise UserError(
                 "the checkpoint has no such tensor",
                 field=checkpoint.where(missing[0]),
-                mend="Check the file, and that its kind and size are the ones you named",
+                hint="Check the file, and that its kind and size are the ones you named",
             )
         self._names = [n for n in checkpoint if n not in inputs and n not in self.derived]
 
@@ -289,7 +289,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise UserError(
             f"no checkpoint here ({', '.join(f'.{end}' for end in ends)})",
             field=str(path),
-            mend="Give the folder or file of the published checkpoint",
+            hint="Give the folder or file of the published checkpoint",
         )
     return Checkpoint(path, {file: _open_file(file) for file in found})
 
@@ -308,7 +308,7 @@ def _open_shards(path: Path, index: Path) -> Checkpoint:
             raise UserError(
                 "this shard of the index is missing",
                 field=f"{shard}: {tensor}",
-                mend="Download it again",
+                hint="Download it again",
             )
         shards[shard] = _open_file(shard)
     for name, file in names.items():
@@ -316,7 +316,7 @@ def _open_shards(path: Path, index: Path) -> Checkpoint:
             raise UserError(
                 f"{index.name} promises this tensor, the shard lacks it",
                 field=f"{path / file}: {name}",
-                mend="Download the shard again",
+                hint="Download the shard again",
             )
     return Checkpoint(path, shards)
 
@@ -338,7 +338,7 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise UserError(
             f"not an index of shards ({type(error).__name__})",
             field=str(index),
-            mend="Download it again",
+            hint="Download it again",
         ) from error
 
 
@@ -354,7 +354,7 @@ def _state_dict(content: Any, key: str | None, path: Path) -> Mapping[str, Any]:
     raise UserError(
         "holds no state dict" + (f" under {key!r}" if key else ""),
         field=str(path),
-        mend="Give the file of the model's weights",
+        hint="Give the file of the model's weights",
     )
 
 
@@ -363,13 +363,13 @@ def _known(header: Header | None, path: Path, name: str) -> Header:
         raise UserError(
             "is of a dtype that NumPy cannot hold",
             field=f"{path}: {name}",
-            mend="Store the weights as float16, bfloat16 or float32",
+            hint="Store the weights as float16, bfloat16 or float32",
         )
     return header
 
 
 def _torch_header(tensor) -> Header | None:
-    """Shape and dtype, None for what NumPy cannot hold (sparse, quantised, eight-bit floats)."""
+    """Shape and dtype, None for what NumPy cannot hold (sparse, quantized, eight-bit floats)."""
     try:
         return Header(tuple(tensor.shape), _to_numpy(tensor[:0] if tensor.dim() else tensor).dtype)
     except (TypeError, RuntimeError, NotImplementedError):

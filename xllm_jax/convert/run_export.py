@@ -43,7 +43,7 @@ class Exported(Mapping):
                 raise UserError(
                     "the base lacks this parameter",
                     field=f"{base}: {row.target}",
-                    mend="Check that --source and --size are what the base was made from",
+                    hint="Check that --source and --size are what the base was made from",
                 )
             for number, name in enumerate(row.names()):
                 layer = None if row.layers is None else number
@@ -116,7 +116,7 @@ def run_export(source: str, path: str | Path, output: str | Path, size: str = ""
         raise UserError(
             f"was converted from {made.source}, not {source}",
             field=str(path),
-            mend=f"Say --source={made.source}",
+            hint=f"Say --source={made.source}",
         )
     options = made.options if made else module.options(None, size)
     plan = module.plan(options)
@@ -124,7 +124,7 @@ def run_export(source: str, path: str | Path, output: str | Path, size: str = ""
     restore = getattr(module, "restore", None)
     tensors = restore(tensors, options) if restore else tensors
     if output.exists() and (output.is_file() or any(output.iterdir())):
-        raise UserError("is there already", field=str(output), mend="Choose another --output")
+        raise UserError("is there already", field=str(output), hint="Choose another --output")
     run_import.check_room(output, sum(_bytes(header_of(tensors, name)) for name in tensors))
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -204,7 +204,7 @@ def write_file(
         raise UserError(
             f"cannot be written ({error.strerror})",
             field=f"{path.name}: {name}",
-            mend="Make room on the disk, or choose another --output; nothing was left behind",
+            hint="Make room on the disk, or choose another --output; nothing was left behind",
         ) from error
 
 

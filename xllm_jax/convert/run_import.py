@@ -1,9 +1,9 @@
 """Published checkpoints to bases and back, tensor by tensor: what launch/convert.py runs.
 
-A source is a module of `sources/` that has `recognise`, `options` and `plan` (and `prepare`,
-where its tensors are to be computed first, such as quantised ones):
+A source is a module of `sources/` that has `recognize`, `options` and `plan` (and `prepare`,
+where its tensors are to be computed first, such as quantized ones):
 
-    recognise(checkpoint) -> bool              from names, headers and config.json
+    recognize(checkpoint) -> bool              from names, headers and config.json
     options(checkpoint | None, size) -> dict   all that the table depends on, as JSON
     plan(options) -> Plan                      table, shapes, what may be dropped or fresh
     prepare(checkpoint, options) -> Mapping    a view of the tensors that the table names
@@ -44,7 +44,7 @@ def sources() -> dict[str, ModuleType]:
     modules = {
         name: importlib.import_module(f"{PACKAGE}.{name}") for name in lookup.choices(PACKAGE)
     }
-    return {name: module for name, module in modules.items() if hasattr(module, "recognise")}
+    return {name: module for name, module in modules.items() if hasattr(module, "recognize")}
 
 
 def source_named(name: str) -> ModuleType:
@@ -56,7 +56,7 @@ def source_named(name: str) -> ModuleType:
     known = sources()
     if name not in known:
         raise UserError(
-            f"unknown source {name!r}", field="--source", mend=f"Choices: {', '.join(known)}"
+            f"unknown source {name!r}", field="--source", hint=f"Choices: {', '.join(known)}"
         )
     return known[name]
 
@@ -68,13 +68,13 @@ def check_kind(name: str, opened: files.Checkpoint) -> None:
       UserError: tells what the checkpoint looks like.
     """
     known = sources()
-    if known[name].recognise(opened):
+    if known[name].recognize(opened):
         return
-    like = [other for other, module in known.items() if module.recognise(opened)]
+    like = [other for other, module in known.items() if module.recognize(opened)]
     raise UserError(
         f"this looks like {' or '.join(like)}, not {name}" if like else f"this is no {name}",
         field=str(opened.path),
-        mend=f"Say --source={like[0]}" if like else "None of the sources knows these tensor names",
+        hint=f"Say --source={like[0]}" if like else "None of the sources knows these tensor names",
     )
 
 
@@ -156,7 +156,7 @@ def laid_out(plan: Plan, tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, L
             raise UserError(
                 f"is {tensors.header(name).dtype}, weights are {', '.join(FLOATS)}",
                 field=place(tensors, name),
-                mend="Give the published file",
+                hint="Give the published file",
             )
     for name, other in tied.items():
         check_tied(tensors, name, other)
@@ -178,7 +178,7 @@ def check_tied(tensors: Mapping[str, np.ndarray], name: str, other: str) -> None
         raise UserError(
             f"differs from {other}, to which it is tied",
             field=place(tensors, name),
-            mend="The model's code overwrites one by the other, so this file is damaged or not it",
+            hint="The model's code overwrites one by the other, so this file is damaged or not it",
         )
 
 
@@ -232,7 +232,7 @@ def check_finite(tensor: np.ndarray, name: str) -> None:
             raise UserError(
                 "holds NaN or infinite values",
                 field=name,
-                mend="The file is damaged, or the model had diverged; download it again",
+                hint="The file is damaged, or the model had diverged; download it again",
             )
 
 
@@ -244,13 +244,13 @@ def check_output(output: str | Path, source: Path) -> None:
     """
     output = Path(output)
     if output.resolve() == source.resolve():
-        raise UserError("is the input", field=str(output), mend="Choose another --output")
+        raise UserError("is the input", field=str(output), hint="Choose another --output")
     filled = output.is_file() or (output.is_dir() and any(output.iterdir()))
     if filled and not (output / "about.json").exists():
         raise UserError(
             "is there already and is no base of ours",
             field=str(output),
-            mend="Choose another --output",
+            hint="Choose another --output",
         )
 
 
@@ -268,7 +268,7 @@ def check_room(output: str | Path, needed: int) -> None:
         raise UserError(
             f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
             field=str(output),
-            mend="Make room on the disk, or choose another --output",
+            hint="Make room on the disk, or choose another --output",
         )
 
 

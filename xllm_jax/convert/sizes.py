@@ -25,7 +25,7 @@ def row(sizes: Mapping[str, Mapping[str, Any]], size: str, **known: Any) -> dict
     """
     if size and size not in sizes:
         raise UserError(
-            f"unknown size {size!r}", field="--size", mend=f"Choices: {', '.join(sizes)}"
+            f"unknown size {size!r}", field="--size", hint=f"Choices: {', '.join(sizes)}"
         )
     if size:
         return dict(sizes[size])
@@ -43,14 +43,14 @@ def axis(checkpoint: Checkpoint, name: str, number: int) -> int:
         raise UserError(
             "the checkpoint has no such tensor",
             field=checkpoint.where(name),
-            mend="Check the file, and that its kind is the one you named",
+            hint="Check the file, and that its kind is the one you named",
         )
     shape = checkpoint.header(name).shape
     if not -len(shape) <= number < len(shape):
         raise UserError(
             f"has shape {shape}, which is not that of this weight",
             field=checkpoint.where(name),
-            mend="The checkpoint is of another architecture",
+            hint="The checkpoint is of another architecture",
         )
     return shape[number]
 

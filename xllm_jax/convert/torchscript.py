@@ -66,7 +66,7 @@ class TorchScriptFile(Mapping):
             raise UserError(
                 f"not a TorchScript archive ({type(error).__name__})",
                 field=str(path),
-                mend="Download it again",
+                hint="Download it again",
             ) from error
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -83,7 +83,7 @@ class TorchScriptFile(Mapping):
             raise UserError(
                 f"cannot be read ({type(error).__name__})",
                 field=f"{self.path}: {name}",
-                mend="Download it again",
+                hint="Download it again",
             ) from error
 
     def header(self, name: str) -> Header:
@@ -130,7 +130,7 @@ class _Reader(pickle.Unpickler):
         if (module, name) not in known:
             raise UserError(
                 f"its data names {module}.{name}, which is neither module nor tensor",
-                mend="Only archives of parameters are read; nothing of them is run",
+                hint="Only archives of parameters are read; nothing of them is run",
             )
         return known[module, name]
 

@@ -25,6 +25,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
 from xllm_jax.core import atomic, checksum, rules
 from xllm_jax.core.errors import UserError
+from xllm_jax.core.stage import metric_names
 from xllm_jax.core.streamed_leaf import Blocks, BlocksHandler, full
 
 FORMAT = 1
@@ -128,7 +129,7 @@ class Checkpoints:
             raise UserError(
                 f"does not fit this stage: {self._difference(step, like) or error}",
                 field=str(self.directory / str(step)),
-                mend="Resume with the configuration that wrote it, or choose a new --workdir",
+                hint="Resume with the configuration that wrote it, or choose a new --workdir",
             ) from error
 
     def _difference(self, step: int, like: Mapping[str, Any]) -> str:
@@ -173,7 +174,8 @@ def _value(metric: str, lowest: bool) -> Callable[[Mapping[str, float]], float]:
     worst = math.inf if lowest else -math.inf
 
     def value(found: Mapping[str, float]) -> float:
-        known = float(found.get(metric, worst))
+        names = [name for name in metric_names(metric) if name in found]
+        known = float(found[names[0]]) if names else worst
         return worst if math.isnan(known) else known
 
     return value
@@ -308,7 +310,7 @@ def base_about(directory: str | Path) -> dict[str, Any]:
         raise UserError(
             "no base or finished run here",
             field=str(directory),
-            mend="Run the stage that writes it, or launch/convert.py",
+            hint="Run the stage that writes it, or launch/convert.py",
         )
     return json.loads(file.read_text())
 
@@ -374,19 +376,19 @@ def _check_leaves(
         raise UserError(
             f"holds no {prefix!r}, only {parts}",
             field=str(directory),
-            mend="Name the part after a colon: DIR:part",
+            hint="Name the part after a colon: DIR:part",
         )
     for path in sorted(stored.keys() ^ like.keys() if exact else like.keys() - stored.keys()):
         where = "lacks" if path in like else "has, but the model does not,"
         raise UserError(
             f"the checkpoint {where} {path}",
             field=str(directory),
-            mend="It belongs to another architecture; check parts.*.size and fields",
+            hint="It belongs to another architecture; check parts.*.size and fields",
         )
     for path, leaf in like.items():
         if tuple(stored[path][0]) != tuple(leaf.shape):
             raise UserError(
                 f"{path} has shape {tuple(stored[path][0])}, the model {tuple(leaf.shape)}",
                 field=str(directory),
-                mend="The checkpoint is of another size; check parts.*.size and fields",
+                hint="The checkpoint is of another size; check parts.*.size and fields",
             )

@@ -16,7 +16,7 @@ class Chip:
       link: bytes/s that one link sends one way (of a GPU: all its links together).
       axes: dimensions of the torus it is built into; 0 = a switch connects all.
       cores: how many cores a rented slice's name counts per chip.
-      network: bytes/s that the data centre's network carries for one chip, between slices; 0 = the
+      network: bytes/s that the data center's network carries for one chip, between slices; 0 = the
         data sheet does not say.
     """
 

@@ -10,10 +10,10 @@ class UserError(Exception):
     is a defect of ours and keeps its traceback.
     """
 
-    def __init__(self, what: str, *, field: str = "", mend: str = ""):
-        self.what, self.field, self.mend = what, field, mend
+    def __init__(self, what: str, *, field: str = "", hint: str = ""):
+        self.what, self.field, self.hint = what, field, hint
         line = f"{field}: {what}" if field else what
-        super().__init__(f"{line}. {mend}" if mend else line)
+        super().__init__(f"{line}. {hint}" if hint else line)
 
 
 class Diverged(Exception):

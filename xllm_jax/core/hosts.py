@@ -87,7 +87,7 @@ def _join_at(address: str, count: int | None, index: int | None, seconds: int) -
         raise Apart(
             f"the {count} hosts did not come together ({_line(error)})",
             field="--hosts",
-            mend="Start the same command on every host, each with its own --host_index",
+            hint="Start the same command on every host, each with its own --host_index",
         ) from error
 
 
@@ -98,14 +98,14 @@ def _join_cluster(seconds: int) -> None:
         raise UserError(
             f"no cluster found in the environment ({_line(error)})",
             field="--hosts",
-            mend="'auto' reads that of a TPU pod, SLURM, Kubernetes or Open MPI; elsewhere give "
+            hint="'auto' reads that of a TPU pod, SLURM, Kubernetes or Open MPI; elsewhere give "
             "--hosts=ADDRESS:PORT --host_count=N --host_index=I",
         ) from error
     except RuntimeError as error:
         raise Apart(
             f"the hosts of the cluster did not come together ({_line(error)})",
             field="--hosts",
-            mend="Start the same command on every host",
+            hint="Start the same command on every host",
         ) from error
 
 
@@ -121,7 +121,7 @@ def _await_host(host: str, port: int, seconds: int) -> None:
                 raise Apart(
                     f"host 0 does not answer at {host}:{port} ({_line(error)})",
                     field="--hosts",
-                    mend="Start it with --host_index=0, and let the port through",
+                    hint="Start it with --host_index=0, and let the port through",
                 ) from error
             time.sleep(0.2)
 
@@ -135,7 +135,7 @@ def _check_free(port: int) -> None:
         raise UserError(
             f"port {port} cannot be opened here ({_line(error)})",
             field="--hosts",
-            mend="Choose another port, or give this host another --host_index",
+            hint="Choose another port, or give this host another --host_index",
         ) from error
 
 
@@ -276,7 +276,7 @@ def agree(store: Store | None, what: str, items: Mapping[str, str]) -> None:
         raise UserError(
             f"{'; '.join(told[:SHOWN])}{more}",
             field=f"host {store.index} has another {what} than host 0",
-            mend="Start every host with the same files, flags and packages",
+            hint="Start every host with the same files, flags and packages",
         )
 
 

@@ -79,7 +79,7 @@ class Log:
         )
         self._bar.update(step - self._bar.n)
 
-    def say(self, words: str) -> None:
+    def log(self, words: str) -> None:
         """Prints a line above the bar; nothing for no words."""
         if self._main and words:
             self._bar.write(words, file=sys.stderr)
@@ -143,7 +143,7 @@ class WeightsAndBiases:
             raise UserError(
                 "Weights & Biases is not installed",
                 field="wandb",
-                mend="pip install -e '.[wandb]', or leave the field empty",
+                hint="pip install -e '.[wandb]', or leave the field empty",
             ) from error
         file = directory / "wandb_id"
         if not file.exists():

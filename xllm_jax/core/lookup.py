@@ -28,7 +28,7 @@ def module(package: str, name: str, field: str = "") -> ModuleType:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"Did you mean {near[0]!r}? " if near else ""
         raise UserError(
-            f"unknown name {name!r}", field=field, mend=f"{hint}Choices: {', '.join(known)}"
+            f"unknown name {name!r}", field=field, hint=f"{hint}Choices: {', '.join(known)}"
         )
     return importlib.import_module(f"{package}.{name}")
 
@@ -39,6 +39,6 @@ def attribute(package: str, name: str, field: str = "") -> tuple[ModuleType, Any
     found = module(package, file, field)
     if not hasattr(found, attribute_name):
         raise UserError(
-            f"{file}.py has no {attribute_name!r}", field=field, mend="Write it as 'file.Class'"
+            f"{file}.py has no {attribute_name!r}", field=field, hint="Write it as 'file.Class'"
         )
     return found, getattr(found, attribute_name)

@@ -36,7 +36,7 @@ def make(
         axes that are not named have size 1.
       devices: all devices when None.
       slices: {axis: over how many slices it reaches}, its size grows by that factor. Inside a slice
-        the interconnect is fast, between slices there is the data centre's network: neighbours
+        the interconnect is fast, between slices there is the data center's network: neighbors
         along an axis lie in one slice as long as they can. Where the devices do not say which slice
         they belong to (CPUs, GPUs of one kind), equal runs of them are the slices.
 
@@ -76,13 +76,13 @@ def _outer(slices: Mapping[str, int], devices: list[Any]) -> tuple[int, ...]:
         raise UserError(
             f"the devices lie in {found} slices, and the axes reach over {asked}",
             field="slices",
-            mend=f"Set --config.slices.data={found}",
+            hint=f"Set --config.slices.data={found}",
         )
     if len(devices) % asked:
         raise UserError(
             f"{len(devices)} devices do not make {asked} equal slices",
             field="slices",
-            mend="Choose a divisor of the number of devices",
+            hint="Choose a divisor of the number of devices",
         )
     return outer
 
@@ -94,7 +94,7 @@ def over_slices(slices: Mapping[str, int]) -> tuple[int, ...]:
         raise UserError(
             f"{wrong[0]!r} over {slices[wrong[0]]} slices",
             field="slices",
-            mend=f"Give a positive count for {' or '.join(ROWS)}: no other axis may cross slices",
+            hint=f"Give a positive count for {' or '.join(ROWS)}: no other axis may cross slices",
         )
     return tuple(slices.get(axis, 1) for axis in AXES)
 
@@ -103,13 +103,13 @@ def sizes(axes: Mapping[str, int], count: int) -> tuple[int, ...]:
     """Sizes of AXES on `count` devices; arguments and errors as in `make`."""
     unknown = set(axes) - set(AXES)
     if unknown:
-        raise UserError(f"unknown axis {sorted(unknown)[0]!r}", field="mesh", mend=f"Use {AXES}")
+        raise UserError(f"unknown axis {sorted(unknown)[0]!r}", field="mesh", hint=f"Use {AXES}")
     wrong = [axis for axis, size in axes.items() if size < 1 and size != -1]
     if wrong:
         raise UserError(
             f"{wrong[0]!r} has the size {axes[wrong[0]]}",
             field="mesh",
-            mend="Give a positive size, or -1 for the devices that are left",
+            hint="Give a positive size, or -1 for the devices that are left",
         )
     asked = [axes.get(axis, 1) for axis in AXES]
     known = math.prod(size for size in asked if size != -1)
@@ -118,7 +118,7 @@ def sizes(axes: Mapping[str, int], count: int) -> tuple[int, ...]:
         raise UserError(
             f"{dict(zip(AXES, made))} needs {math.prod(made)} devices, there are {count}",
             field="mesh",
-            mend="Give one axis the size -1",
+            hint="Give one axis the size -1",
         )
     return made
 
@@ -219,7 +219,7 @@ def host_share(mesh: Mesh) -> tuple[int, int]:
         raise UserError(
             "the hosts' shares of a batch overlap",
             field="mesh",
-            mend="Let 'tensor' fit into one host, or span whole hosts",
+            hint="Let 'tensor' fit into one host, or span whole hosts",
         )
     return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
 
@@ -243,7 +243,7 @@ def to_global(mesh: Mesh, batch: Any) -> Any:
             raise UserError(
                 f"{rows} rows do not split over {count} devices",
                 field="data.rows",
-                mend="Choose a multiple of the data and fsdp axes' product",
+                hint="Choose a multiple of the data and fsdp axes' product",
             )
         return jax.make_array_from_process_local_data(sharding, x, (rows, *x.shape[1:]))
 

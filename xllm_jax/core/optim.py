@@ -51,7 +51,7 @@ def epoch_cosine(
     whole epoch, so that the rate is a staircase and an unfinished warm-up is skipped.
     """
     if steps_per_epoch < 1:
-        raise UserError("needs steps_per_epoch", field="optimizer.schedule", mend="Set it to 1 up")
+        raise UserError("needs steps_per_epoch", field="optimizer.schedule", hint="Set it to 1 up")
     epochs = total_steps / steps_per_epoch
 
     def schedule(step: Any) -> jax.Array:
@@ -115,7 +115,7 @@ def make_schedule(settings: Any, total_steps: int) -> Schedule:
     raise UserError(
         f"unknown schedule {settings.schedule!r}",
         field="optimizer.schedule",
-        mend="Use 'cosine', 'epoch_cosine', 'tri_stage' or 'constant'",
+        hint="Use 'cosine', 'epoch_cosine', 'tri_stage' or 'constant'",
     )
 
 

@@ -66,7 +66,7 @@ def assign(rules: Rules, tree: Tree, *, what: str = "rules", total: bool = True)
         raise UserError(
             f"no row matches parameter {missing[0]!r} ({len(missing)} without a row)",
             field=what,
-            mend="Add a row whose pattern matches the whole path",
+            hint="Add a row whose pattern matches the whole path",
         )
     if total:
         check_used([pattern for pattern, _ in rules], rows, what=what)
@@ -82,7 +82,7 @@ def check_used(patterns: Iterable[str], paths: Iterable[str], *, what: str) -> N
             raise UserError(
                 f"pattern {pattern!r} matches no parameter",
                 field=what,
-                mend=f"Nearest parameter: {near[0]!r}" if near else "Remove the row",
+                hint=f"Nearest parameter: {near[0]!r}" if near else "Remove the row",
             )
 
 

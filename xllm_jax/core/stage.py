@@ -172,7 +172,7 @@ class Best:
 
     Attributes:
       metric: scalar of the training step, its mean since the checkpoint before, or one of the
-        held-out data such as 'held_out/cer', of checkpoints that were measured; '' keeps none.
+        held-out data such as 'validation/cer', of checkpoints that were measured; '' keeps none.
       lowest: the lowest value is the best one (loss, CER); False keeps the highest (accuracy).
     """
 
@@ -181,7 +181,7 @@ class Best:
 
 
 @dataclasses.dataclass
-class HeldOut:
+class Validation:
     """What a run measures now and then and never learns from (docs/telemetry.md).
 
     Attributes:
@@ -231,7 +231,7 @@ class Stage:
       wandb: project of Weights & Biases that the scalars also go to; '' = none.
       log_every, save_every: micro-batches between two log lines, two checkpoints.
       keep: how many of the last checkpoints are kept; `best`: which one beside them.
-      held_out: data that is measured while the stage trains.
+      validation: data that is measured while the stage trains.
       stall: seconds without a finished step after which the run ends, to be started again; five
         times as long before the first one, which compiles. 0 waits for ever.
     """
@@ -264,12 +264,43 @@ class Stage:
     profile: tuple[int, ...] = ()
     wandb: str = ""
     best: Best = dataclasses.field(default_factory=Best)
-    held_out: HeldOut = dataclasses.field(default_factory=HeldOut)
+    validation: Validation = dataclasses.field(default_factory=Validation)
     stall: float = 600.0
 
 
+# How fields and values were called before; checkpoints of that time are still read.
+_OLDER_FIELDS = {"held_out": "validation"}
+_OLDER_METRICS = {"held_out/": "validation/"}
+_OLDER_OBJECTIVES = {"contrast": "blip2_pretraining"}
+_OLDER_NETWORKS = {"contrast.ContrastModel": "blip2_pretraining.ContrastModel"}
+
+
+def metric_names(name: str) -> tuple[str, ...]:
+    """Names under which checkpoints may hold a metric: today's, and the one of older runs."""
+    older = [
+        old + name.removeprefix(new) for old, new in _OLDER_METRICS.items() if name.startswith(new)
+    ]
+    return (name, *older)
+
+
+def _todays(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of a stage in today's names."""
+    made = {_OLDER_FIELDS.get(name, name): value for name, value in record.items()}
+    made["objective"] = _OLDER_OBJECTIVES.get(made["objective"], made["objective"])
+    made["parts"] = {
+        name: part | {"network": _OLDER_NETWORKS.get(part["network"], part["network"])}
+        for name, part in made["parts"].items()
+    }
+    best = dict(made.get("best", {}))  # older runs have none
+    for old, new in _OLDER_METRICS.items():
+        if best.get("metric", "").startswith(old):
+            best["metric"] = new + best["metric"].removeprefix(old)
+    return made | {"best": best}
+
+
 def parse_stage(record: Mapping[str, Any]) -> Stage:
-    """A Stage from the plain data of `dataclasses.asdict`."""
+    """A Stage from the plain data of `dataclasses.asdict`, of this version or an older one."""
+    record = _todays(record)
     data = dict(record["data"])
     data["sources"] = {name: Source(**source) for name, source in data["sources"].items()}
     data["frames"] = tuple(data["frames"])
@@ -280,8 +311,8 @@ def parse_stage(record: Mapping[str, Any]) -> Stage:
         "modalities": {name: Modality(**row) for name, row in record["modalities"].items()},
         "optimizer": Optimizer(**optimizer),
         "data": Data(**data),
-        "best": Best(**record.get("best", {})),  # older runs have none
-        "held_out": _held_out(record.get("held_out", {})),
+        "best": Best(**record["best"]),
+        "validation": _validation(record.get("validation", {})),
         "trainable": tuple(record["trainable"]),
         "divergence": Divergence(**record.get("divergence", {})),
         "profile": tuple(record.get("profile", ())),
@@ -289,7 +320,7 @@ def parse_stage(record: Mapping[str, Any]) -> Stage:
     return Stage(**{**record, **changed})
 
 
-def _held_out(record: Mapping[str, Any]) -> HeldOut:
+def _validation(record: Mapping[str, Any]) -> Validation:
     sources = {name: Source(**source) for name, source in record.get("sources", {}).items()}
     metrics = tuple(record.get("metrics", ()))
-    return HeldOut(**{**record, "sources": sources, "metrics": metrics})
+    return Validation(**{**record, "sources": sources, "metrics": metrics})

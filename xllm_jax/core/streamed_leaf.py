@@ -85,5 +85,5 @@ def full(path: str, error: Exception) -> UserError:
     return UserError(
         f"cannot be written ({' '.join(str(error).split())[:200]})",
         field=path,
-        mend="Make room on the disk, or choose another --output; nothing was left behind",
+        hint="Make room on the disk, or choose another --output; nothing was left behind",
     )

@@ -45,12 +45,12 @@ def manifest(directory: str | Path) -> dict[str, Any]:
     """
     file = Path(directory) / MANIFEST
     if not file.is_file():
-        mend = f"Write it: python launch/cache.py --config=FILE --output={directory}"
-        raise UserError(f"no finished cache in {directory}", field="data.cache", mend=mend)
+        hint = f"Write it: python launch/cache.py --config=FILE --output={directory}"
+        raise UserError(f"no finished cache in {directory}", field="data.cache", hint=hint)
     found = json.loads(file.read_text("utf-8"))
     if found["format"] != FORMAT:
         what = f"{directory} is of format {found['format']}, this version reads {FORMAT}"
-        raise UserError(what, field="data.cache", mend=again(directory, found["config"]))
+        raise UserError(what, field="data.cache", hint=again(directory, found["config"]))
     return found
 
 
@@ -195,7 +195,7 @@ class Features:
         content = kind.content(digest(modality, path, wanted(modality, record, data), data.root))
         if content is None:
             what = f"is not in the cache {self.directory}"
-            raise UserError(what, field=path, mend=again(self.directory, self._config))
+            raise UserError(what, field=path, hint=again(self.directory, self._config))
         return unpacked(content, kind.shape, kind.dtype)
 
 

@@ -20,7 +20,7 @@ class Example:
       history: earlier rounds of a dialogue as (question, answer) pairs, oldest first.
       references: every acceptable caption of the same media, for CIDEr and BLEU.
       transcript: what the last speech file says; its token count sizes the speech slot in training.
-      tags: properties that reports group by, e.g. 'unseen_pair' or 'colour'.
+      tags: properties that reports group by, e.g. 'unseen_pair' or 'color'.
     """
 
     key: str

@@ -38,13 +38,13 @@ def read(name: str, source: Source, root: str) -> Sequence[Example]:
         raise UserError(
             f"{source.reader} has no option {unknown[0]!r}",
             field=f"{field}.options",
-            mend=f"Choices: {', '.join(known) or 'none'}",
+            hint=f"Choices: {', '.join(known) or 'none'}",
         )
     path = os.path.join(root, source.path)
     found = reader.examples(path, source.split, **source.options)
     found = found if hasattr(found, "__getitem__") and hasattr(found, "__len__") else list(found)
     if not len(found):
-        raise UserError("has no records", field=field, mend=f"Look at {path} ({source.split})")
+        raise UserError("has no records", field=field, hint=f"Look at {path} ({source.split})")
     return found
 
 
@@ -63,7 +63,7 @@ def mixture(data: Data) -> dict[str, float | None]:
             raise UserError(
                 f"{odd[0]!r} is not in both data.mix and data.sources",
                 field="data.mix",
-                mend="Give every source a weight; 0 leaves it out",
+                hint="Give every source a weight; 0 leaves it out",
             )
         weights = {name: weight for name, weight in data.mix.items() if weight}
     if not weights:
@@ -94,7 +94,7 @@ def checked(example: Example) -> Example:
     except UnicodeEncodeError:
         paths = [path for _, path in example.media]
         file = ascii(next(iter(paths), example.key))[1:-1]
-        raise UserError("its text is not UTF-8", field=file, mend="Save it as UTF-8") from None
+        raise UserError("its text is not UTF-8", field=file, hint="Save it as UTF-8") from None
     return example
 
 

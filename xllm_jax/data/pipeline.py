@@ -141,7 +141,7 @@ class Pipeline:
         raise UserError(
             f"cannot continue a run of {before} examples a batch with {now}: {reason}",
             field="data.examples",
-            mend=f"Keep {before}, or start anew from the result of the run",
+            hint=f"Keep {before}, or start anew from the result of the run",
         )
 
     def _drawn(self) -> grain.MapDataset:
@@ -277,7 +277,7 @@ class Batches:
             raise UserError(
                 f"{SILENT} batches in a row have nothing to learn",
                 field="data",
-                mend="Look at the answers of the sources and at data.answers",
+                hint="Look at the answers of the sources and at data.answers",
             )
 
 
@@ -289,7 +289,7 @@ def form_of(data: Data) -> ModuleType:
     """
     if data.form not in FORMS:
         raise UserError(
-            f"unknown form {data.form!r}", field="data.form", mend=f"Choices: {', '.join(FORMS)}"
+            f"unknown form {data.form!r}", field="data.form", hint=f"Choices: {', '.join(FORMS)}"
         )
     return FORMS[data.form]
 

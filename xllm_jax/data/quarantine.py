@@ -65,7 +65,7 @@ class Quarantine:
             raise UserError(
                 f"{self.bad} of {self.seen} records could not be read{told}",
                 field="data.max_bad_share",
-                mend=f"Mend the files{f' listed in {self.path}' if self.path else ''}",
+                hint=f"Mend the files{f' listed in {self.path}' if self.path else ''}",
             )
 
     def state(self) -> dict[str, int]:

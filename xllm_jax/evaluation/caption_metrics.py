@@ -24,7 +24,7 @@ Vector = dict[str, float]
 
 def clean(text: str) -> str:
     """The characters that scores compare: no spaces, punctuation or letter case."""
-    return error_rate.normalised(text, "")[0]
+    return error_rate.normalized(text, "")[0]
 
 
 def same_answer(hypothesis: str, reference: str) -> bool:
@@ -145,4 +145,4 @@ def _check(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> No
     if len(hypotheses) != len(references):
         raise UserError(f"{len(hypotheses)} captions, but references of {len(references)} samples")
     if not all(references):
-        raise UserError("a sample has no reference", mend="Leave it out")
+        raise UserError("a sample has no reference", hint="Leave it out")

@@ -82,7 +82,7 @@ def tasks(data: str | Path, limit: int = 0) -> dict[str, measure.Task]:
       UserError: the folder has none of them, or one is broken.
     """
     if not Path(data).is_dir():
-        raise UserError("no such folder", field=str(data), mend="launch/world.py builds one")
+        raise UserError("no such folder", field=str(data), hint="launch/world.py builds one")
     found = {
         name: spread(mixture.read(name, source, str(data)), limit or MOST.get(name, 300))
         for name, source in SOURCES.items()
@@ -90,7 +90,7 @@ def tasks(data: str | Path, limit: int = 0) -> dict[str, measure.Task]:
     }
     if not found:
         known = ", ".join(sorted({source.path for source in SOURCES.values()}))
-        raise UserError(f"holds none of {known}", field=str(data), mend="Give the world's folder")
+        raise UserError(f"holds none of {known}", field=str(data), hint="Give the world's folder")
     if "spoken" in found:
         found["questions_image"] = [transcribing(example) for example in found["spoken"]]
     return {

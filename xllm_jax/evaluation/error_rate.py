@@ -25,7 +25,7 @@ def edit_distance(first: Sequence, second: Sequence) -> int:
     return int(row[-1])
 
 
-def normalised(reference: str, hypothesis: str) -> Pair:
+def normalized(reference: str, hypothesis: str) -> Pair:
     """What was said, whatever its spelling: NFKC, lower case, no spaces, punctuation or symbols."""
 
     def clean(text: str) -> str:
@@ -51,10 +51,10 @@ def xllm(reference: str, hypothesis: str) -> Pair:
     return reference, hypothesis.strip().replace("[[训练时间]]", "2023年")
 
 
-FORMS: dict[str, Callable[[str, str], Pair]] = {"normalised": normalised, "raw": raw, "xllm": xllm}
+FORMS: dict[str, Callable[[str, str], Pair]] = {"normalized": normalized, "raw": raw, "xllm": xllm}
 
 
-def character_errors(reference: str, hypothesis: str, form: str = "normalised") -> tuple[int, int]:
+def character_errors(reference: str, hypothesis: str, form: str = "normalized") -> tuple[int, int]:
     """Edit distance in characters, and the length of the reference.
 
     Args:
@@ -62,13 +62,13 @@ def character_errors(reference: str, hypothesis: str, form: str = "normalised") 
       form: which form of both is compared, a name of FORMS.
     """
     if form not in FORMS:
-        raise UserError(f"unknown form {form!r}", mend=f"Choices: {', '.join(FORMS)}")
+        raise UserError(f"unknown form {form!r}", hint=f"Choices: {', '.join(FORMS)}")
     reference, hypothesis = FORMS[form](reference, hypothesis)
     return edit_distance(reference, hypothesis), len(reference)
 
 
 def character_error_rate(
-    references: Sequence[str], hypotheses: Sequence[str], form: str = "normalised"
+    references: Sequence[str], hypotheses: Sequence[str], form: str = "normalized"
 ) -> float:
     """Errors of the whole corpus over its reference characters; above 1 is possible.
 
@@ -96,5 +96,5 @@ def rate(counts: Iterable[tuple[int, int]]) -> float:
     for one, many in counts:
         errors, length = errors + one, length + many
     if not length:
-        raise UserError("the references hold no character", mend="Check the transcripts")
+        raise UserError("the references hold no character", hint="Check the transcripts")
     return errors / length

@@ -89,7 +89,7 @@ def _agreement(claimed: frozenset, true: frozenset) -> float:
 
 
 def video_caption(answers: Sequence[str], examples: Sequence[Example]) -> dict[str, Score]:
-    """Share of captions with the right object (colour and shape) and the right motion; CIDEr."""
+    """Share of captions with the right object (color and shape) and the right motion; CIDEr."""
     accepted = [references(example) for example in examples]
     found = {"cider": average(caption_metrics.cider(answers, accepted))}
     true = [language.parse_motion(texts[0]) for texts in accepted]

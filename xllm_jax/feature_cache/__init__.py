@@ -1,10 +1,10 @@
 """Computing what is frozen only once: its outputs become a cache that training reads.
 
-    describe.py     which steps a stage's cache can hold, and all that its values depend on
+    describe.py     which sections a stage's cache can hold, and all that its values depend on
     plan.py         every medium once, cut into shards; what the folder holds already
     write.py        shards: decode, compute, write whole or not at all
     check.py        is the cache of this very stage? And what training must know of what it skips
 
-What is cached follows from the Stage alone: the steps of a modality (`models/steps.py`) below the
-first one that something trains in. `data/cached_features.py` reads a finished cache.
+What is cached follows from the Stage alone: the sections of a modality (`models/sections.py`) below
+the first one that something trains in. `data/cached_features.py` reads a finished cache.
 """

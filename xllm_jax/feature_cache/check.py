@@ -42,18 +42,18 @@ def verified(stage: Stage, xllm: XLLM, device_mesh: Mesh) -> dict[str, str]:
     if not stage.data.cache:
         return {}
     about = cached_features.manifest(stage.data.cache)
-    mend = cached_features.again(stage.data.cache, about["config"])
+    hint = cached_features.again(stage.data.cache, about["config"])
     for check in (_steps, _settings, _sources, _shards):
         field, what = check(stage, xllm, about)
         if what:
-            raise UserError(what, field=field, mend=mend)
+            raise UserError(what, field=field, hint=hint)
     known = about["base"]
     found = checksums(stage, xllm, device_mesh, known)
     changed = [path for path in sorted(known) if found.get(path) != known[path]]
     if changed:
         part = changed[0].split("/")[0]
         what = f"another {part} than the cache was computed with ({changed[0]} differs)"
-        raise UserError(what, field=f"init.{part}", mend=mend)
+        raise UserError(what, field=f"init.{part}", hint=hint)
     return found
 
 
@@ -174,7 +174,7 @@ def completed(
     for path, text in checksum.of_tree(rules.unflatten(added)).items():
         if text != cached[path]:
             what = f"{path} is another one than at the start of the run"
-            raise UserError(what, field="init", mend="Bring it back; the same command continues")
+            raise UserError(what, field="init", hint="Bring it back; the same command continues")
     flat |= added
     missing = beside(stage, xllm, set(flat)) if xllm.given else set()
     return rules.unflatten(flat | rules.flatten(loaded(stage, xllm, device_mesh, missing)))

@@ -30,7 +30,7 @@ def depths(stage: Stage, xllm: XLLM, asked: Sequence[str] = ()) -> dict[str, int
     """
     if stage.data.form not in FORMS:
         what = f"batches of the form {stage.data.form!r} take no cached features"
-        raise UserError(what, field="data.form", mend=f"Forms that do: {', '.join(FORMS)}")
+        raise UserError(what, field="data.form", hint=f"Forms that do: {', '.join(FORMS)}")
     known = {name: xllm.frozen[name] for name, *_ in xllm.modalities if name in stage.data.items}
     known |= dict.fromkeys(known.keys() & xllm.given.keys(), 0)  # small files already
     for name in asked:
@@ -38,7 +38,7 @@ def depths(stage: Stage, xllm: XLLM, asked: Sequence[str] = ()) -> dict[str, int
             what = f"the stage has nothing frozen for {name!r}" if name in known else "is not there"
             what = f"the files of {name!r} hold features" if name in xllm.given else what
             choices = [name for name, count in known.items() if count]
-            raise UserError(what, field=f"modalities.{name}", mend=f"Choices: {choices}")
+            raise UserError(what, field=f"modalities.{name}", hint=f"Choices: {choices}")
     chosen = {n: count for n, count in known.items() if count and (not asked or n in asked)}
     if not chosen:
         raise UserError("nothing that reads media is frozen", field="trainable")
@@ -55,7 +55,7 @@ def steady(modality: str, data: Data, chosen: Sequence[str] = ()) -> None:
         raise UserError(
             f"augments every {modality} anew in each epoch, and a cache holds one outcome",
             field=field,
-            mend=f"Turn it off ({_off(field, data)}){leave}, or train without a cache",
+            hint=f"Turn it off ({_off(field, data)}){leave}, or train without a cache",
         )
 
 

@@ -207,7 +207,7 @@ def _job(
 
 def outcome(xllm: XLLM, modality: str, steps: int, params: Any, *given: Any) -> Any:
     """What a modality's first steps give; `given` are values, lengths and counts of items."""
-    return xllm.run_steps(params, modality, slice(0, steps), *given)
+    return xllm.run_sections(params, modality, slice(0, steps), *given)
 
 
 def told(plan: Plan) -> str:
@@ -231,8 +231,8 @@ def room(plan: Plan, most: float) -> None:
     """
     total = sum(map(_bytes, plan.jobs))
     if total > most * 2**30:
-        mend = f"--most_gib={-(-total // 2**30)} writes it"
-        raise UserError(f"the cache may take {_size(total)}", field="--most_gib", mend=mend)
+        hint = f"--most_gib={-(-total // 2**30)} writes it"
+        raise UserError(f"the cache may take {_size(total)}", field="--most_gib", hint=hint)
     free = shutil.disk_usage(_existing(plan.output)).free
     left = sum(
         job.bytes_each * len(job.rows(shard))
@@ -242,7 +242,7 @@ def room(plan: Plan, most: float) -> None:
     )
     if left > free:
         what = f"the cache may take {_size(left)}, {_size(free)} are free"
-        raise UserError(what, field=str(plan.output), mend="Choose another --output")
+        raise UserError(what, field=str(plan.output), hint="Choose another --output")
 
 
 def _existing(folder: Path) -> Path:
@@ -292,8 +292,8 @@ def begin(plan: Plan, base: Mapping[str, str], again: bool = False) -> str:
     if known and known["identity"] != identity:
         if not again:
             what = f"holds another cache: {_odd(known, about)}"
-            mend = "Add --again to write it anew, or choose another --output"
-            raise UserError(what, field=str(plan.output), mend=mend)
+            hint = "Add --again to write it anew, or choose another --output"
+            raise UserError(what, field=str(plan.output), hint=hint)
         empty(plan.output)
     plan.output.mkdir(parents=True, exist_ok=True)
     write_json(file, {"identity": identity, **about})

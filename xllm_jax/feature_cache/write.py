@@ -255,8 +255,8 @@ def steady(plan: Plan, job: Job, load: modalities.Load) -> None:
             continue
         if any(not np.array_equal(first, other) for other in others):
             what = f"{job.modality} is loaded differently in every epoch, and no option says so"
-            mend = "Name it in its Form.random (data/media/modalities.py), and turn it off"
-            raise UserError(what, field=path, mend=mend)
+            hint = "Name it in its Form.random (data/media/modalities.py), and turn it off"
+            raise UserError(what, field=path, hint=hint)
         return
 
 

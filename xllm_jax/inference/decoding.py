@@ -99,7 +99,7 @@ def text_prompts(
     longest = max(len(ids) for ids in sequences)
     length = next((bucket for bucket in buckets if bucket >= longest), None)
     if length is None:
-        raise UserError(f"a prompt of {longest} tokens", field="prompt", mend="Shorten it")
+        raise UserError(f"a prompt of {longest} tokens", field="prompt", hint="Shorten it")
     rows = [[glm_layout.sequence(ids, specials)] for ids in sequences]
     answers = max(len(row[0].targets) for row in rows)
     return glm_layout.pack(rows, length, answers, specials.pad)

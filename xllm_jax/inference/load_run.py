@@ -79,7 +79,7 @@ def check_base(
             raise UserError(
                 f"was trained on another {part} (its frozen parameters differ)",
                 field=str(directory),
-                mend=f"Bring the {part} back that it was trained on, or train again",
+                hint=f"Bring the {part} back that it was trained on, or train again",
             )
 
 
@@ -94,7 +94,7 @@ def final(directory: str | Path) -> Path:
         raise UserError(
             "no finished run here (no folder 'final')",
             field=str(directory),
-            mend="Give the --workdir of a run of launch/train.py that has ended",
+            hint="Give the --workdir of a run of launch/train.py that has ended",
         )
     return found
 

@@ -1,4 +1,4 @@
-"""The stage-1 ASR model as a recogniser: speech files become text."""
+"""The stage-1 ASR model as a recognizer: speech files become text."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def require(parts: Collection[str], field: str) -> None:
         raise UserError(
             f"the run has no {sorted(missing)[0]}",
             field=field,
-            mend="Give a run of configs/stage1_speech.py",
+            hint="Give a run of configs/stage1_speech.py",
         )
 
 

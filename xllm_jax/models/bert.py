@@ -73,7 +73,7 @@ class Attention(nn.Module):
 
 
 class Residual(nn.Module):
-    """Dropout, residual sum, normalisation: how every sub-layer of BERT ends."""
+    """Dropout, residual sum, normalization: how every sub-layer of BERT ends."""
 
     epsilon: float
     dropout: float

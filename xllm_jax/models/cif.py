@@ -61,7 +61,7 @@ class Firing:
       tail_threshold: at inference a rest above it fires as the last token, divided by its weight.
       tail: whether to look at the rest at all.
       closing_frame: end every row with one zero frame of its own, so that the result depends on
-        nothing behind the row's length. False is the recorded behaviour: that frame exists only
+        nothing behind the row's length. False is the recorded behavior: that frame exists only
         where the batch is padded (no padding, no tail), and holds whatever the encoder left there.
       accidents: also follow two accidents of the reference: a token that is exactly zero does not
         count, and a backlog at the tail is cut to what the frame behind the end would leave of it.
@@ -209,7 +209,7 @@ def drop_zero_tokens(fired: Fired) -> Fired:
 
 
 def windows(x: Array, width: int) -> Array:
-    """Neighbourhoods of every frame, zero outside: `[batch, frames, width, dim]`."""
+    """Neighborhoods of every frame, zero outside: `[batch, frames, width, dim]`."""
     before = (width - 1) // 2
     padded = jnp.pad(x, ((0, 0), (before, width - 1 - before), (0, 0)))
     return jnp.stack([padded[:, i : i + x.shape[1]] for i in range(width)], axis=2)
@@ -220,7 +220,7 @@ class CIF(nn.Module):
 
     Attributes:
       max_tokens: static number of embeddings per utterance.
-      kernel: width of the convolution over a frame's neighbours; 0 for a dense layer with ReLU.
+      kernel: width of the convolution over a frame's neighbors; 0 for a dense layer with ReLU.
       output_width: width of a final projection; None for none.
       threshold, tail_threshold, tail, closing_frame: see `Firing`.
       mask_padding: zero the frames behind each length before the convolution sees them; the

@@ -58,7 +58,7 @@ class Clip(nn.Module):
         """Cosine of every image and its caption.
 
         Args:
-          values: `[batch, height, width, 3]` float, normalised by CLIP's mean and deviation.
+          values: `[batch, height, width, 3]` float, normalized by CLIP's mean and deviation.
           ids: `[batch, tokens]` int32.
 
         Returns:

@@ -57,7 +57,7 @@ class ClipVision(nn.Module):
         """Encodes images.
 
         Args:
-          values: `[batch, height, width, 3]` float, normalised by CLIP's mean and deviation; sides
+          values: `[batch, height, width, 3]` float, normalized by CLIP's mean and deviation; sides
             are multiples of `patch`. At another size than `image_size` the position table is
             interpolated.
           lengths: ignored; every image has all its patches.

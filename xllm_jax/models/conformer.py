@@ -5,11 +5,11 @@ conventions of MingLunHan/CIF-HieraDist): macaron half steps, Transformer-XL rel
 a convolution module with BatchNorm, no norm after the last block.
 
 BatchNorm without a mutable collection: the running statistics are the parameters `mean` and
-`variance`. In training the batch's own statistics normalise, so that these two get no gradient;
+`variance`. In training the batch's own statistics normalize, so that these two get no gradient;
 their next values are an extra result, which the training step writes into the parameters.
 
 Padding: by default an utterance's features depend on nothing behind its end, in every batch alike.
-`mask_padding=False` is the recorded behaviour, where padded frames leak through the convolution,
+`mask_padding=False` is the recorded behavior, where padded frames leak through the convolution,
 the batch statistics and the pools.
 """
 
@@ -64,7 +64,7 @@ class ConformerFeedForward(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation over batch and frames, computed in float32.
+    """Batch normalization over batch and frames, computed in float32.
 
     `mean` and `variance` are parameters without gradient in training; see the file's docstring.
     """
@@ -76,14 +76,14 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, valid: Array | None = None) -> tuple[Array, dict[str, Array]]:
-        """Normalises `x` `[batch, frames, width]`.
+        """Normalizes `x` `[batch, frames, width]`.
 
         Args:
           x: the values.
           valid: `[batch, frames]` bool, frames that the batch statistics count; None for all.
 
         Returns:
-          (normalised values, next running statistics {'mean', 'variance'} `[width]`).
+          (normalized values, next running statistics {'mean', 'variance'} `[width]`).
         """
         width = x.shape[-1:]
         zeros, ones = nn.initializers.zeros_init(), nn.initializers.ones_init()
@@ -227,7 +227,7 @@ def strided_patches(values: Array, size: int = 3, stride: int = 2) -> Array:
 
 
 def conv_init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
-    """Uniform by fan-in, as PyTorch initialises convolutions."""
+    """Uniform by fan-in, as PyTorch initializes convolutions."""
     return nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")(key, shape, dtype)
 
 
@@ -295,7 +295,7 @@ class SpeechEncoder(nn.Module):
         """Encodes `values` `[batch, frames, bins]` float32 with `lengths` `[batch]` frames.
 
         Args:
-          values: normalised log-mel filterbanks, zero behind each length.
+          values: normalized log-mel filterbanks, zero behind each length.
           lengths: valid frames.
           train: dropout, and BatchNorm by the batch.
           statistics: also return the next running statistics, a tree with the paths that the

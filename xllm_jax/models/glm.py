@@ -165,7 +165,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer. Its residual is the *normalised* input times alpha, not the input itself."""
+    """One layer. Its residual is the *normalized* input times alpha, not the input itself."""
 
     heads: int
     hidden: int

@@ -44,7 +44,7 @@ class QFormerInterface(nn.Module):
     remat: str = "none"
     unroll: int = 1
 
-    STEPS: ClassVar = (("norm", "queries", "qformer"), ("adapter",))
+    SECTIONS: ClassVar = (("norm", "queries", "qformer"), ("adapter",))
 
     @nn.compact
     def __call__(
@@ -53,7 +53,7 @@ class QFormerInterface(nn.Module):
         lengths: Array,
         counts: Array | None = None,
         train: bool = False,
-        steps: tuple[int, int] = (0, 2),
+        sections: tuple[int, int] = (0, 2),
     ) -> tuple[Array, Array]:
         """Reads features into a fixed number of embeddings.
 
@@ -63,17 +63,17 @@ class QFormerInterface(nn.Module):
             finite and mean nothing.
           counts: ignored; the number of embeddings is `queries`.
           train: switches dropout on.
-          steps: which of STEPS, first and behind the last.
+          sections: which of SECTIONS, first and behind the last.
 
         Returns:
           embeddings `[batch, queries, llm_width]` in `dtype`, or before the adapter `[batch,
           queries, width]`; counts `[batch]` int32, `queries`, or 0 where there is no image.
         """
         x, counts = features, lengths
-        if steps[0] == 0:
+        if sections[0] == 0:
             x = self._read(features, lengths, train)
             counts = jnp.where(lengths > 0, self.queries, 0).astype(jnp.int32)
-        if steps[1] == 2:
+        if sections[1] == 2:
             x = layers.Dense(self.llm_width, dtype=self.dtype, name="adapter")(x)
         return x, counts
 

@@ -74,7 +74,7 @@ class Dense(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation over the last axis, computed in float32, returned in `dtype`."""
+    """Layer normalization over the last axis, computed in float32, returned in `dtype`."""
 
     epsilon: float = 1e-5
     dtype: Any = jnp.float32
@@ -84,9 +84,9 @@ class LayerNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones_init(), x.shape[-1:], jnp.float32)
         bias = self.param("bias", nn.initializers.zeros_init(), x.shape[-1:], jnp.float32)
         x = x.astype(jnp.float32)
-        centred = x - x.mean(-1, keepdims=True)
-        variance = jnp.square(centred).mean(-1, keepdims=True)
-        y = centred * jax.lax.rsqrt(variance + self.epsilon) * scale.astype(jnp.float32)
+        centered = x - x.mean(-1, keepdims=True)
+        variance = jnp.square(centered).mean(-1, keepdims=True)
+        y = centered * jax.lax.rsqrt(variance + self.epsilon) * scale.astype(jnp.float32)
         return (y + bias.astype(jnp.float32)).astype(self.dtype)
 
 

@@ -96,7 +96,7 @@ class SpeechInterface(nn.Module):
     remat: str = "none"
     unroll: int = 1
 
-    STEPS: ClassVar = (("cif",), ("c_former",), ("adapter",))
+    SECTIONS: ClassVar = (("cif",), ("c_former",), ("adapter",))
 
     def setup(self) -> None:
         self.cif = cif.CIF(
@@ -132,7 +132,7 @@ class SpeechInterface(nn.Module):
         lengths: Array,
         counts: Array | None = None,
         train: bool = False,
-        steps: tuple[int, int] = (0, 3),
+        sections: tuple[int, int] = (0, 3),
     ) -> tuple[Array, Array]:
         """Reads features into embeddings.
 
@@ -141,13 +141,13 @@ class SpeechInterface(nn.Module):
           lengths: `[batch]` valid frames; 0 = no utterance. Before a later step, tokens.
           counts: `[batch]` tokens wanted (the transcript's, end token included); None predicts.
           train: switches dropout on.
-          steps: which of STEPS, first and behind the last.
+          sections: which of SECTIONS, first and behind the last.
 
         Returns:
           (embeddings `[batch, max_tokens, llm_width]` in `dtype`, or what the last step gives;
           counts `[batch]` int32 of those that exist).
         """
-        first, last = steps
+        first, last = sections
         x, fired = features, lengths
         if first == 0:
             x, fired, *_ = self.fire(features, lengths, counts, train)

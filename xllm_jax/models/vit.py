@@ -115,7 +115,7 @@ class VisionTransformer(nn.Module):
         """Encodes images.
 
         Args:
-          values: `[batch, height, width, 3]` float, normalised; sides are multiples of `patch`. At
+          values: `[batch, height, width, 3]` float, normalized; sides are multiples of `patch`. At
             another size than `image_size` the position table is interpolated.
           lengths: ignored; every image has all its patches.
           train: switches drop path on.
@@ -208,11 +208,11 @@ def bicubic_matrix(old: int, new: int) -> np.ndarray:
 
     `jax.image.resize` uses a = -0.5 and antialiasing, which moves a table by 4-13 %.
     """
-    centre = (np.arange(new) + 0.5) * (old / new) - 0.5
-    first = np.floor(centre)
+    center = (np.arange(new) + 0.5) * (old / new) - 0.5
+    first = np.floor(center)
     matrix = np.zeros((new, old))
     for tap in range(-1, 3):
-        distance = np.abs(centre - first - tap)
+        distance = np.abs(center - first - tap)
         index = np.clip(first + tap, 0, old - 1).astype(int)
         np.add.at(matrix, (np.arange(new), index), _cubic(distance))
     return matrix.astype(np.float32)

@@ -18,7 +18,7 @@ from flax import linen as nn
 from xllm_jax.core import mesh
 from xllm_jax.core.batch import Batch, Media
 from xllm_jax.core.errors import UserError
-from xllm_jax.models.steps import Step, of, parted
+from xllm_jax.models.sections import Section, parted, sections_of
 
 Array = jax.Array
 Params = Mapping[str, Any]
@@ -37,9 +37,9 @@ class XLLM:
         'llm' has the four methods of `models/glm.py`. Stage 1 may hold other parts.
       modalities: (modality, encoder part, interface part) in any number; modalities may share an
         encoder.
-      frozen: {modality: how many of its first steps (`chain`) nothing trains in}. They run as in
+      frozen: {modality: how many of its first sections (`chain`) nothing trains in}. They run as in
         evaluation, and no gradient reaches them. A modality without an entry has a frozen encoder.
-      cached: {modality: how many of its first steps are done}: batches hold their outputs.
+      cached: {modality: how many of its first sections are done}: batches hold their outputs.
       given: those of `cached` that the media files themselves hold, with or without a cache.
     """
 
@@ -59,11 +59,13 @@ class XLLM:
             if name == modality:
                 return encoder, interface
         known = ", ".join(row[0] for row in self.modalities) or "none"
-        raise UserError(f"unknown modality {modality!r}", field="media", mend=f"Known: {known}")
+        raise UserError(f"unknown modality {modality!r}", field="media", hint=f"Known: {known}")
 
-    def chain(self, modality: str) -> tuple[Step, ...]:
-        """The steps from a medium's values to its embeddings, in order."""
-        return tuple(s for part in self.parts(modality) for s in of(part, self.networks[part]))
+    def chain(self, modality: str) -> tuple[Section, ...]:
+        """The sections from a medium's values to its embeddings, in order."""
+        return tuple(
+            s for part in self.parts(modality) for s in sections_of(part, self.networks[part])
+        )
 
     def encode(
         self,
@@ -88,18 +90,18 @@ class XLLM:
         rows, items = media.values.shape[:2]
         x, lengths, counts = (_merge_items(x) for x in (media.values, media.lengths, media.counts))
         done = self.cached.get(modality, 0)
-        frozen = max(done, self.frozen.get(modality, len(of("", self._encoder(modality)))))
-        x, lengths = self.run_steps(params, modality, slice(done, frozen), x, lengths, counts)
+        frozen = max(done, self.frozen.get(modality, len(sections_of("", self._encoder(modality)))))
+        x, lengths = self.run_sections(params, modality, slice(done, frozen), x, lengths, counts)
         x = jax.lax.stop_gradient(x) if frozen else x
         rest = slice(frozen, None)
-        x, lengths = self.run_steps(params, modality, rest, x, lengths, counts, train, key)
+        x, lengths = self.run_sections(params, modality, rest, x, lengths, counts, train, key)
         x = mesh.constrain_rows(x.reshape(rows, -1, x.shape[-1]))
         return x, lengths.reshape(rows, items)
 
     def _encoder(self, modality: str) -> nn.Module:
         return self.networks[self.parts(modality)[0]]
 
-    def run_steps(
+    def run_sections(
         self,
         params: Params,
         modality: str,
@@ -110,24 +112,24 @@ class XLLM:
         train: bool = False,
         key: Array | None = None,
     ) -> tuple[Array, Array]:
-        """Some neighbouring steps of a modality's chain.
+        """Some neighboring sections of a modality's chain.
 
         Args:
           params, modality, train, key: as in `encode`.
           which: of the chain.
-          x: `[N, ...]`, the items' values, or what the step before gave.
+          x: `[N, ...]`, the items' values, or what the section before gave.
           lengths, counts: `[N]`, valid entries of `x`, and embeddings wanted (or None).
 
         Returns:
           (what the last of them gives `[N, n, width]`, its valid entries `[N]` int32).
         """
         encoder, _ = self.parts(modality)
-        steps = self.chain(modality)[which]
-        for part, group in itertools.groupby(steps, key=lambda step: step.part):
-            numbers = [step.number for step in group]
+        sections = self.chain(modality)[which]
+        for part, group in itertools.groupby(sections, key=lambda section: section.part):
+            numbers = [section.number for section in group]
             network, first = self.networks[part], part == encoder
             given = (x, lengths) if first else (x, lengths, counts)
-            options = {"steps": (numbers[0], numbers[-1] + 1)} if parted(network) else {}
+            options = {"sections": (numbers[0], numbers[-1] + 1)} if parted(network) else {}
             x, lengths = network.apply(
                 {"params": params[part]},
                 *given,
@@ -137,14 +139,14 @@ class XLLM:
             )
         return x, lengths
 
-    def unread(self) -> tuple[Step, ...]:
+    def unread(self) -> tuple[Section, ...]:
         """Steps whose parameters nobody reads, since all of their outputs come cached."""
         done, asked = [], []
         for modality, _, _ in self.modalities:
-            steps, count = self.chain(modality), self.cached.get(modality, 0)
-            done += steps[:count]
-            asked += steps[count:]
-        return tuple(dict.fromkeys(step for step in done if step not in asked))
+            sections, count = self.chain(modality), self.cached.get(modality, 0)
+            done += sections[:count]
+            asked += sections[count:]
+        return tuple(dict.fromkeys(section for section in done if section not in asked))
 
     def embed(
         self, params: Params, batch: Batch, train: bool = False, key: Array | None = None

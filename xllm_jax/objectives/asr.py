@@ -43,7 +43,7 @@ def smoothed_cross_entropy(
 
 
 def ctc_losses(logits: Array, lengths: Array, targets: Array, target_lengths: Array) -> Array:
-    """Connectionist temporal classification, vectorised over batch and labels.
+    """Connectionist temporal classification, vectorized over batch and labels.
 
     Args:
       logits: `[batch, frames, vocab]`.

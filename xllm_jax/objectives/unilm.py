@@ -1,6 +1,6 @@
 """Text pre-training of the Q-Former's BERT: hidden pieces and text behind text.
 
-BERT's masked language modelling (arXiv 1810.04805) plus UniLM's sequence to sequence form (arXiv
+BERT's masked language modeling (arXiv 1810.04805) plus UniLM's sequence to sequence form (arXiv
 1905.03197): the second text is written behind the first with the very mask under which ITG later
 writes a caption behind the queries. It makes the miniature's BERT; the real size starts from a
 published one.
@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from xllm_jax.models.contrast import ContrastModel
+from xllm_jax.models.blip2_pretraining import ContrastModel
 from xllm_jax.objectives.answer import cross_entropy
 
 Array = jax.Array

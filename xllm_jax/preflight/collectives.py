@@ -1,7 +1,7 @@
 """What devices send each other in one step: count and bytes of every kind of collective.
 
 Between slices the TPU compiler writes no collectives: each slice has a program of its own, whose
-collectives stay inside, and hands arrays to its hosts, which send them over the data centre's
+collectives stay inside, and hands arrays to its hosts, which send them over the data center's
 network. Elsewhere a collective leaves a slice when its groups do.
 """
 
@@ -38,7 +38,7 @@ class Collective:
       in_loop: whether it stands in the body of a loop.
       source: name of the operation in the model.
       groups: numbers of the devices that take part together; empty between a TPU's slices.
-      between: whether it goes from slice to slice, over the data centre's network.
+      between: whether it goes from slice to slice, over the data center's network.
     """
 
     kind: str

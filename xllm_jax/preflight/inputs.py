@@ -71,7 +71,7 @@ def sharded(data: Data, device_mesh: Any) -> Any:
         raise UserError(
             f"{rows} rows do not split over {count} devices",
             field=f"data.{'rows' if packs(data) else 'examples'}",
-            mend="Choose a multiple of the data and fsdp axes' product",
+            hint="Choose a multiple of the data and fsdp axes' product",
         )
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(

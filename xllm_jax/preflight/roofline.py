@@ -21,7 +21,7 @@ class Roofline:
       arithmetic: the FLOPs that the step does, at the chip's peak.
       memory: bytes read and written, at the memory's bandwidth.
       links: bytes sent inside a slice, over all links.
-      network: bytes sent to other slices, over the data centre's network.
+      network: bytes sent to other slices, over the data center's network.
     """
 
     arithmetic: float

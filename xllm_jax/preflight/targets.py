@@ -79,7 +79,7 @@ def parse(text: str) -> Target:
         raise UserError(
             f"unknown slice {text!r}",
             field="--topology",
-            mend=f"Write local, v5e:4x4, v5p-8 or h200:8; kinds: {', '.join(CHIPS)}",
+            hint=f"Write local, v5e:4x4, v5p-8 or h200:8; kinds: {', '.join(CHIPS)}",
         )
     kind, sizes, rented = found.groups()
     chip = CHIPS[kind]
@@ -88,7 +88,7 @@ def parse(text: str) -> Target:
         raise UserError(
             f"{text!r} has not {chip.axes} axes",
             field="--topology",
-            mend=f"As in {kind}:{'x'.join('2' * max(chip.axes, 1))}",
+            hint=f"As in {kind}:{'x'.join('2' * max(chip.axes, 1))}",
         )
     return Target(f"{kind}:{'x'.join(map(str, shape))}", kind, shape, chip)
 
@@ -110,7 +110,7 @@ def _rented(kind: str, count: int) -> tuple[int, ...]:
     if not chip.axes:
         return (chips,)
     if chips < 1 or chips & (chips - 1):
-        raise UserError(f"{kind}-{count} is no slice", field="--topology", mend="Use powers of two")
+        raise UserError(f"{kind}-{count} is no slice", field="--topology", hint="Use powers of two")
     shape = [1] * chip.axes
     axis = 0
     while math.prod(shape) < chips:  # 2x2x1 first, then the last axes grow
@@ -136,7 +136,7 @@ def devices(target: Target) -> list[jax.Device]:
         raise UserError(
             f"cannot compile for {target.name}: {str(error).splitlines()[0]}",
             field="--topology",
-            mend="pip install -e '.[preflight]' brings the TPU compiler",
+            hint="pip install -e '.[preflight]' brings the TPU compiler",
         ) from error
     return list(described.devices)
 

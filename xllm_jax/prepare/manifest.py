@@ -26,7 +26,7 @@ def finish(plan: Plan) -> dict[str, Any]:
     todo = plan.todo()
     if todo:
         what = f"{len(todo)} of {plan.shards} shards are not written"
-        raise UserError(what, field=plan.output, mend="The same command continues")
+        raise UserError(what, field=plan.output, hint="The same command continues")
     atomic.remove_partial(
         Path(plan.output), {plan.file(shard).name for shard in range(plan.shards)}
     )

@@ -108,8 +108,8 @@ def make(
       UserError: nothing to read, no record whose media can be told, or another plan's folder.
     """
     if not name.isidentifier() or not name.islower():
-        mend = "Lower-case letters, digits and underscores"
-        raise UserError(f"{name!r} is no name for a data set", field="--name", mend=mend)
+        hint = "Lower-case letters, digits and underscores"
+        raise UserError(f"{name!r} is no name for a data set", field="--name", hint=hint)
     found = mixture.read(name, source, "")
     seen = _seen(found, name)
     media = {prepared.modalities(one) for one in seen}
@@ -152,7 +152,7 @@ def _same_or_new(made: Plan) -> None:
         if known["identity"] != made.identity():
             odd = [k for k in about if k != "identity" and _plain(about[k]) != known.get(k)]
             what = f"holds a set prepared with another {', '.join(odd) or 'plan'}"
-            raise UserError(what, field=made.output, mend="Choose another --output, or empty it")
+            raise UserError(what, field=made.output, hint="Choose another --output, or empty it")
         return
     file.parent.mkdir(parents=True, exist_ok=True)
     atomic.write_json(file, about)

@@ -41,8 +41,8 @@ def pipeline(arguments: Sequence[str] = (), workers: int = 0) -> Any:
         import apache_beam as beam
         from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError as error:
-        mend = "pip install -e '.[prepare]'"
-        raise UserError("Apache Beam is not installed", field="prepare", mend=mend) from error
+        hint = "pip install -e '.[prepare]'"
+        raise UserError("Apache Beam is not installed", field="prepare", hint=hint) from error
     return beam.Pipeline(options=PipelineOptions(options(arguments, workers)))
 
 

@@ -65,8 +65,8 @@ class Scorer:
     def __init__(self, base: str, tokenizer: str = ""):
         made = conversion_record.read(base) if checkpoint.base_exists(base) else None
         if made is None or made.source != tables.PART:
-            mend = "Make one: launch/convert.py --source=clip --input=clip-vit-base-patch16"
-            raise UserError("is no base of CLIP", field=base, mend=mend)
+            hint = "Make one: launch/convert.py --source=clip --input=clip-vit-base-patch16"
+            raise UserError("is no base of CLIP", field=base, hint=hint)
         folder = tokenizer or base
         self._model, self._tokenizer = Clip(**made.options["sizes"]), ClipTokenizer(folder)
         self._check_tokenizer(folder)
@@ -82,7 +82,7 @@ class Scorer:
         """Starts computing cosines `[pairs]` float32; the devices divide their number.
 
         Args:
-          values: `[pairs, side, side, 3]` float32, normalised.
+          values: `[pairs, side, side, 3]` float32, normalized.
           captions: of them.
         """
         ids = self._tokenizer.encode(captions, self._model.text_fields["positions"])
@@ -107,8 +107,8 @@ class Scorer:
                 f"its ids reach {has.largest} and {has.end} ends a text, CLIP has "
                 f"{text['vocabulary']} and {end} ends one"
             )
-            mend = "Give the tokenizer that the model was published with"
-            raise UserError(what, field=folder, mend=mend)
+            hint = "Give the tokenizer that the model was published with"
+            raise UserError(what, field=folder, hint=hint)
 
 
 def run(source: Source, output: str, scorer: Scorer, batch: int) -> tuple[np.ndarray, Counter[str]]:
@@ -151,7 +151,7 @@ def pair(example: Example, side: int) -> Pair:
         what = f"is no pair ({len(paths)} images, {len(example.answer)} letters of a caption)"
         raise UserError(what, field=example.key)
     try:
-        return image.normalise(image.centre(image.read(paths[0]), side)), example.answer
+        return image.normalize(image.center(image.read(paths[0]), side)), example.answer
     except UserError:
         raise
     except Exception as error:  # what foreign decoders raise on damaged files has no bounds
@@ -165,7 +165,7 @@ def _same_or_new(plan: Plan, identity: str) -> None:
         atomic.write_json(file, {"identity": identity})
     elif json.loads(file.read_text("utf-8"))["identity"] != identity:
         what = "holds scores of another CLIP or tokenizer"
-        raise UserError(what, field=plan.output, mend="Choose another --output, or remove them")
+        raise UserError(what, field=plan.output, hint="Choose another --output, or remove them")
 
 
 def _shards(plan: Plan, todo: Sequence[int], scorer: Scorer, batch: int) -> None:

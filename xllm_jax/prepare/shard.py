@@ -1,4 +1,4 @@
-"""One shard: its records are read, checked, serialised and written whole or not at all."""
+"""One shard: its records are read, checked, serialized and written whole or not at all."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _records(
                 key = f"{plan.name}[{place}]"
                 rejects.append({"key": key, "file": error.field, "reason": error.what})
                 continue
-            writer.write(prepared.serialised(row, kinds))
+            writer.write(prepared.serialized(row, kinds))
             records += 1
     finally:
         writer.close()

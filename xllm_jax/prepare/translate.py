@@ -106,8 +106,8 @@ class Vocabulary:
           UserError: mBART-50 does not know it.
         """
         if code not in self._languages:
-            mend = f"Choices: {', '.join(self._languages)}"
-            raise UserError(f"knows no language {code!r}", field=self._folder, mend=mend)
+            hint = f"Choices: {', '.join(self._languages)}"
+            raise UserError(f"knows no language {code!r}", field=self._folder, hint=hint)
         return self._pieces + SHIFT + self._languages.index(code)
 
     def encode(self, text: str, language: str, most: int) -> list[int]:
@@ -130,11 +130,11 @@ def check(folder: str) -> None:
     """
     for name in ("config.json", MODEL_FILE):
         if not (Path(folder) / name).is_file():
-            mend = "A folder of facebook/mbart-large-50-many-to-many-mmt, or give --translations"
-            raise UserError(f"has no {name}", field=folder, mend=mend)
+            hint = "A folder of facebook/mbart-large-50-many-to-many-mmt, or give --translations"
+            raise UserError(f"has no {name}", field=folder, hint=hint)
     if importlib.util.find_spec("torch") is None:
-        mend = "pip install -e '.[prepare,convert]', or give --translations"
-        raise UserError("PyTorch is not installed", field="--translator", mend=mend)
+        hint = "pip install -e '.[prepare,convert]', or give --translations"
+        raise UserError("PyTorch is not installed", field="--translator", hint=hint)
 
 
 class TranslateBatch:

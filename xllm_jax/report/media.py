@@ -34,7 +34,7 @@ def image(path: str | Path) -> str:
 
 
 def frames(path: str | Path) -> list[str]:
-    """Frames at the centres of FRAMES equal parts of a video."""
+    """Frames at the centers of FRAMES equal parts of a video."""
     import av
 
     with av.open(str(path)) as container:

@@ -94,7 +94,7 @@ def table(made: Table) -> str:
 
 
 def cell(one: Cell) -> str:
-    """One cell, coloured if it is good or bad news."""
+    """One cell, colored if it is good or bad news."""
     return f"<td{_class(one.good)}>{html.escape(one.text)}</td>"
 
 

@@ -64,13 +64,13 @@ GOALS = (
 )
 # (name in 'comparisons', claim): the difference must lie above 0.
 CLAIMS = (
-    ("init_cider", "Initialised above “no init”, captions (CIDEr-D)"),
-    ("init_vqa", "Initialised above “no init”, visual questions"),
+    ("init_cider", "Initialized above “no init”, captions (CIDEr-D)"),
+    ("init_vqa", "Initialized above “no init”, visual questions"),
     ("stage3_spoken", "Stage 3 improves spoken visual question answering"),
     ("zero_shot", "Spoken questions before stage 3 above their best control"),
 )
 TABLE1 = (
-    ("image interface initialised (stage 1)", "before"),
+    ("image interface initialized (stage 1)", "before"),
     ("no init", "no_init"),
 )
 TABLE1_COLUMNS = (
@@ -179,7 +179,7 @@ def goal_row(goal: Goal, found: Mapping[str, Any] | None) -> tuple[Cell, ...]:
 
 
 def table1(measures: Mapping[str, Any], comparisons: Mapping[str, Any]) -> Table:
-    """Effect of the interface's initialisation, as the paper's Table 1."""
+    """Effect of the interface's initialization, as the paper's Table 1."""
     rows = []
     for title, model in TABLE1:
         found = [(m, find(measures, f"{task}@{model}", m)) for task, m in TABLE1_COLUMNS]
@@ -196,7 +196,7 @@ def table1(measures: Mapping[str, Any], comparisons: Mapping[str, Any]) -> Table
         rows.append((Cell("difference, same samples"), *cells))
     head = ("", *(f"{task} {METRICS[metric][0]}" for task, metric in TABLE1_COLUMNS))
     note = "After stage 2 with equal steps. 95 % intervals in brackets."
-    return Table("Table 1: initialising the image interface", note, head, tuple(rows))
+    return Table("Table 1: initializing the image interface", note, head, tuple(rows))
 
 
 def table4(measures: Mapping[str, Any]) -> Table:

@@ -43,7 +43,7 @@ def check(policy: Divergence) -> None:
             raise UserError(
                 f"unknown policy {value!r}",
                 field=f"divergence.{name}",
-                mend=f"Choices: {', '.join(known)}",
+                hint=f"Choices: {', '.join(known)}",
             )
     if policy.spike != "ignore" and (policy.window < 1 or policy.factor <= 1):
         raise UserError("a spike needs a factor above 1 and a window", field="divergence")

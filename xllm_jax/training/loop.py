@@ -60,7 +60,7 @@ def fit(stage: Stage, workdir: str | Path, stop_after: int | None = None) -> Pat
         state, position = startup.resume(state, checkpoints, base, store)
         loop = assemble(stage, xllm, optimizer, schedule, state, workdir, checkpoints, base, watch)
         loop.evaluation = validation.opened(
-            stage, state, device_mesh, workdir, watch, store, loop.log.say
+            stage, state, device_mesh, workdir, watch, store, loop.log.log
         )
         batches = open_batches(pipeline, device_mesh, position)
         total = stage.steps * stage.optimizer.accumulation
@@ -93,7 +93,7 @@ def assemble(
     share, _ = mesh.host_share(state.step.sharding.mesh)
     return Loop(
         stage=stage,
-        compiled=telemetry.Compilations(step, telemetry.programs(stage), log.say),
+        compiled=telemetry.Compilations(step, telemetry.programs(stage), log.log),
         schedule=schedule,
         checkpoints=checkpoints,
         log=log,
@@ -178,7 +178,7 @@ class Loop:
             state, metrics = self.step(number, state, batch, since)
             since.add(number, metrics, info)
             self.score(metrics)
-            self.log.say(waste.add(info["padding"]))
+            self.log.log(waste.add(info["padding"]))
             logs = number % self.stage.log_every == 0 or number == until
             saves = number % self.stage.save_every == 0
             measures = self.evaluation is not None and self.evaluation.due(number)
@@ -216,7 +216,7 @@ class Loop:
         self.profile.before(number, state)
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
             state, metrics = self.compiled(state, batch)
-        self.log.say(self.profile.after(number, state))
+        self.log.log(self.profile.after(number, state))
         return state, metrics
 
     def look(self, rows: Mapping[int, Mapping[str, Any]], state: TrainState) -> None:
@@ -236,7 +236,7 @@ class Loop:
             line = divergence.wording(entry, values, file)
             if stops:
                 raise Diverged(f"The run diverged: {line}")
-            self.log.say(f"Skipped: {line}")
+            self.log.log(f"Skipped: {line}")
         self.held.clear()
 
     def measure(
@@ -246,7 +246,7 @@ class Loop:
         jax.block_until_ready(state)
         began = time.monotonic()
         found = self.evaluation.measure(state)
-        self.log.say(self.evaluation.told(number, found))
+        self.log.log(self.evaluation.told(number, found))
         since.leave_out(time.monotonic() - began)
         if validation.follows(self.stage) and self.stage.best.metric in found:
             self.scores = [found[self.stage.best.metric]]
@@ -294,7 +294,7 @@ class Loop:
             raise UserError(
                 f"no metric {name!r} in training",
                 field="best.metric",
-                mend=f"Choices: {', '.join(sorted(metrics))}",
+                hint=f"Choices: {', '.join(sorted(metrics))}",
             )
         if name:
             self.scores.append(metrics[name])

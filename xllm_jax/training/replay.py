@@ -65,7 +65,7 @@ def read(file: str | Path) -> Recording:
     file = Path(file)
     if not file.exists():
         known = ", ".join(sorted(path.name for path in file.parent.glob("*.npz"))) or "none"
-        raise UserError("no such file", field=str(file), mend=f"There are: {known}")
+        raise UserError("no such file", field=str(file), hint=f"There are: {known}")
     shares = _shares(file)
     abouts, parts = [about for about, _ in shares], [arrays for _, arrays in shares]
     joined = {

@@ -74,7 +74,7 @@ def newest(checkpoints: checkpoint.Checkpoints) -> int | None:
         raise UserError(
             "no checkpoint is whole",
             field=str(checkpoints.directory),
-            mend="Bring one back from a copy, or start anew with another --workdir",
+            hint="Bring one back from a copy, or start anew with another --workdir",
         )
     return None
 
@@ -109,7 +109,7 @@ def resume(
             raise UserError(
                 f"the checkpoint was trained on another {part} (frozen parameters differ)",
                 field=str(checkpoints.directory),
-                mend=f"Give init.{part} the base it was trained on, or choose a new --workdir",
+                hint=f"Give init.{part} the base it was trained on, or choose a new --workdir",
             )
     arrays = checkpoints.restore(latest, saved_arrays(state))
     print(f"Resumes at micro-batch {latest}", flush=True)

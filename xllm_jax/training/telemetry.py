@@ -254,7 +254,7 @@ class Profile:
             raise UserError(
                 f"{tuple(steps)} is no range of micro-batches",
                 field="profile",
-                mend="Write --config.profile='(10,12)'",
+                hint="Write --config.profile='(10,12)'",
             )
         self._first, self._last = steps or (0, 0)
         self._directory, self._running = directory, False

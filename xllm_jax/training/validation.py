@@ -1,4 +1,4 @@
-"""Held-out data, measured while a stage trains: `Stage.held_out` (docs/telemetry.md).
+"""Held-out data, measured while a stage trains: `Stage.validation` (docs/telemetry.md).
 
 A measurement reads the same examples each time and changes nothing: it has its own pipeline, takes
 no gradient, draws no random number, and its sums go over tokens or pairs of all batches, so that
@@ -37,8 +37,8 @@ from xllm_jax.models.xllm import XLLM
 from xllm_jax.training import telemetry
 from xllm_jax.training.step import Loss, TrainState, stage_objective
 
-PREFIX = "held_out/"
-QUARANTINE = "held_out_quarantine"
+PREFIX = "validation/"
+QUARANTINE = "validation_quarantine"
 THREADS = 4  # that read; a measurement comes seldom
 SHOWN = ("loss", "accuracy", "cer")  # on the terminal
 
@@ -69,7 +69,7 @@ class CharacterErrors:
         Raises:
           UserError: it is not stage 1, speech.
         """
-        transcriber.require(stage.parts, "held_out.metrics")
+        transcriber.require(stage.parts, "validation.metrics")
         return cls(model, CharacterVocabulary.load(stage.data.characters))
 
     def outputs(self, params: Mapping[str, Any], batch: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -125,7 +125,7 @@ class Evaluation:
     """Measures a stage's held-out data.
 
     Args:
-      stage: with `held_out`.
+      stage: with `validation`.
       jitted: the `step`.
       pipeline: one pass over the examples, of this host's rows.
       task: {metric: Metric}.
@@ -146,7 +146,10 @@ class Evaluation:
         watch: Watch,
         say: Callable[[str], None] = print,
     ):
-        self._every, self._total = stage.held_out.every, stage.steps * stage.optimizer.accumulation
+        self._every, self._total = (
+            stage.validation.every,
+            stage.steps * stage.optimizer.accumulation,
+        )
         self._pipeline, self._task, self._unread = pipeline, task, unread
         self._jitted, self._met = jitted, False
         self._compiled = telemetry.Compilations(jitted, 1, say, "The held-out step")
@@ -210,7 +213,7 @@ class Evaluation:
         if "loss" not in found:
             raise UserError(
                 f"none of {len(self._left_out)} examples can be used{self._first()}",
-                field="held_out.sources",
+                field="validation.sources",
             )
         self._check_name(found.keys())
 
@@ -219,7 +222,7 @@ class Evaluation:
             raise UserError(
                 f"no metric {PREFIX + self._following!r} in the held-out data",
                 field="best.metric",
-                mend=f"Choices: {', '.join(PREFIX + name for name in sorted(found))}",
+                hint=f"Choices: {', '.join(PREFIX + name for name in sorted(found))}",
             )
 
     def told(self, number: int, found: Mapping[str, float]) -> str:
@@ -253,11 +256,11 @@ def opened(
       UserError: the settings contradict each other, the data cannot be read, or hosts differ.
     """
     file = check_settings(stage)
-    if not stage.held_out.every:
+    if not stage.validation.every:
         return None
     # Unrolled layers run faster on a CPU, but not by what compiling them takes longer.
     xllm = networks.uncached(networks.model(dataclasses.replace(stage, unroll=1)))
-    chosen = find_metrics(stage.held_out.metrics)
+    chosen = find_metrics(stage.validation.metrics)
     task = {name: make(stage, xllm) for name, make in chosen.items()}
     pipeline = open_pipeline(stage, device_mesh, workdir)
     hosts.agree(store, "held-out data", manifest.manifest(pipeline.data, pipeline.sources))
@@ -290,7 +293,7 @@ def jitted(
 def data_of(stage: Stage) -> Data:
     """The stage's data with the held-out sources, read themselves where training reads a cache, and
     all speech in the longest bucket: one program."""
-    held, data = stage.held_out, stage.data
+    held, data = stage.validation, stage.data
     return dataclasses.replace(
         data,
         sources=held.sources,
@@ -312,15 +315,15 @@ def open_pipeline(stage: Stage, device_mesh: Mesh, workdir: Path) -> Pipeline:
             *(data_of(stage), 0, share, shares),
             train=False,
             quarantine=workdir / name,
-            sample=stage.held_out.examples,
+            sample=stage.validation.examples,
         )
     except UserError as error:
         if not error.field.startswith("data."):
-            mend = f"{error.mend}; or measure nothing held out, --config.held_out.every=0"
-            raise UserError(error.what, field=error.field, mend=mend.lstrip("; ")) from error
-        field = error.field.replace("data.sources", "held_out.sources")
-        field = field.replace("data.mix", "held_out.mix")
-        raise UserError(error.what, field=field, mend=error.mend) from error
+            hint = f"{error.hint}; or measure nothing held out, --config.validation.every=0"
+            raise UserError(error.what, field=error.field, hint=hint.lstrip("; ")) from error
+        field = error.field.replace("data.sources", "validation.sources")
+        field = field.replace("data.mix", "validation.mix")
+        raise UserError(error.what, field=field, hint=error.hint) from error
 
 
 def follows(stage: Stage) -> bool:
@@ -338,8 +341,8 @@ def find_metrics(names: Sequence[str]) -> dict[str, Callable[[Stage, XLLM], Metr
     if unknown:
         raise UserError(
             f"unknown metric {unknown[0]!r}",
-            field="held_out.metrics",
-            mend=f"Choices: {', '.join(METRICS)}",
+            field="validation.metrics",
+            hint=f"Choices: {', '.join(METRICS)}",
         )
     return {name: METRICS[name] for name in names}
 
@@ -350,10 +353,13 @@ def check_settings(stage: Stage) -> ModuleType:
     Raises:
       UserError: they contradict each other.
     """
-    held, file = stage.held_out, lookup.module("xllm_jax.objectives", stage.objective, "objective")
+    held, file = (
+        stage.validation,
+        lookup.module("xllm_jax.objectives", stage.objective, "objective"),
+    )
     for name in ("every", "examples"):
         if getattr(held, name) < 0:
-            raise UserError("is negative", field=f"held_out.{name}", mend="Give 0 or more")
+            raise UserError("is negative", field=f"validation.{name}", hint="Give 0 or more")
     find_metrics(held.metrics)
     for problem in _problems(stage, file):
         raise problem
@@ -361,26 +367,28 @@ def check_settings(stage: Stage) -> ModuleType:
 
 
 def _problems(stage: Stage, file: ModuleType) -> Iterator[UserError]:
-    held, every, saves = stage.held_out, stage.held_out.every, stage.save_every
+    held, every, saves = stage.validation, stage.validation.every, stage.save_every
     if not every:
         if follows(stage):
-            mend = "Set --config.held_out.every"
-            yield UserError("no held-out data is measured", field="best.metric", mend=mend)
+            hint = "Set --config.validation.every"
+            yield UserError("no held-out data is measured", field="best.metric", hint=hint)
         return
     if not held.sources:
-        yield UserError("names nothing", field="held_out.sources", mend="Or set held_out.every=0")
+        yield UserError(
+            "names nothing", field="validation.sources", hint="Or set validation.every=0"
+        )
     for name, source in held.sources.items():
         same = [other for other in stage.data.sources if stage.data.sources[other] == source]
         if same and held.mix.get(name, 1) and stage.data.mix.get(same[0], 1):
-            where = f"held_out.sources.{name}"
+            where = f"validation.sources.{name}"
             what = f"is data.sources.{same[0]}, which is trained on"
-            yield UserError(what, field=where, mend="Give it another split")
+            yield UserError(what, field=where, hint="Give it another split")
     if not hasattr(file, "counts"):
         what = f"the objective {stage.objective!r} has no means to add up"
-        yield UserError(what, field="held_out.every", mend="Set it to 0")
+        yield UserError(what, field="validation.every", hint="Set it to 0")
     if follows(stage) and every % saves and saves % every:
         what = (
             f"checkpoints every {saves} and measurements every {every} micro-batches miss another"
         )
-        mend = "Let one be a multiple of the other"
-        yield UserError(what, field="held_out.every", mend=mend)
+        hint = "Let one be a multiple of the other"
+        yield UserError(what, field="validation.every", hint=hint)

@@ -145,7 +145,7 @@ def prefix_of(names: Iterable[str]) -> str:
     if len(found) != 1:
         raise UserError(
             f"expected one BERT encoder, found {len(found)}",
-            mend="Give the folder of a published BERT (pytorch_model.bin or model.safetensors)",
+            hint="Give the folder of a published BERT (pytorch_model.bin or model.safetensors)",
         )
     return found.pop()
 
@@ -159,7 +159,7 @@ DROP = (
 """What a plain encoder may leave out; a table that fills the pooler or words uses them first."""
 
 
-def recognise(checkpoint: Checkpoint) -> bool:
+def recognize(checkpoint: Checkpoint) -> bool:
     """Whether the tensors are those of a plain BERT, with or without heads."""
     return any(
         f"{prefix}embeddings.word_embeddings.weight" in checkpoint

@@ -18,7 +18,7 @@ from xllm_jax.convert.files import Checkpoint, Derived, View
 from xllm_jax.convert.sources import bert, blip2
 from xllm_jax.core import rules
 from xllm_jax.core.errors import UserError
-from xllm_jax.models.contrast import SIZES, ContrastModel
+from xllm_jax.models.blip2_pretraining import SIZES, ContrastModel
 
 HEAD = "cls.predictions"
 WORDS, BIAS = "bert.embeddings.word_embeddings.weight", f"{HEAD}.bias"
@@ -36,7 +36,7 @@ DROP = (
 )
 
 
-def recognise(checkpoint: Checkpoint) -> bool:
+def recognize(checkpoint: Checkpoint) -> bool:
     """Whether the tensors are those of a BERT with its language head."""
     marks = (WORDS, BIAS, f"{HEAD}.transform.dense.weight", QUERY)
     return all(mark in checkpoint for mark in marks)
@@ -170,6 +170,6 @@ def _same(tensor: np.ndarray, copy: np.ndarray, name: str) -> np.ndarray:
         raise UserError(
             "differs from the words' feed-forward, and a BERT has no place for it",
             field=name,
-            mend="Export a trained Q-Former with --source=blip2",
+            hint="Export a trained Q-Former with --source=blip2",
         )
     return tensor

@@ -2,7 +2,7 @@
 
 Four layouts hold the same network: LAVIS stage 1 (with heads, with or without the ViT), LAVIS stage
 2 (the image interface), X-LLM's own image and video runs, and Hugging Face folders. `interface` and
-`contrast` recognise them by their tensor names.
+`contrast` recognize them by their tensor names.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from xllm_jax.convert.sources import eva_vit
 from xllm_jax.convert.sources.bert import attention_rows, feed_forward_rows, linear, named_as, norm
 from xllm_jax.core import rules
 from xllm_jax.core.errors import UserError
-from xllm_jax.models import contrast as contrast_model
+from xllm_jax.models import blip2_pretraining as contrast_model
 from xllm_jax.models import interfaces, vit
-from xllm_jax.models.contrast import ContrastModel
+from xllm_jax.models.blip2_pretraining import ContrastModel
 from xllm_jax.models.interfaces import QFormerInterface
 
 LAVIS = "Qformer.bert."
@@ -158,7 +158,7 @@ def kind_of(source: Mapping[str, Any]) -> str:
         return "stage2" if "opt_proj.weight" in source else "stage1"
     raise UserError(
         "not a BLIP-2 or X-LLM image or video checkpoint",
-        mend="Give LAVIS's blip2_pretrained*.pth, an X-LLM run, or a Hugging Face BLIP-2 folder",
+        hint="Give LAVIS's blip2_pretrained*.pth, an X-LLM run, or a Hugging Face BLIP-2 folder",
     )
 
 
@@ -206,7 +206,7 @@ def contrast(
     """
     kind = kind_of(source)
     if kind not in ("stage1", "hf"):
-        raise UserError("holds no stage-1 heads", mend="Give a file of BLIP-2's first stage")
+        raise UserError("holds no stage-1 heads", hint="Give a file of BLIP-2's first stage")
     family = "hf" if kind == "hf" else "lavis"
     if family == "lavis":
         _check_tied(source)
@@ -291,7 +291,7 @@ def _check_tied(source: Mapping[str, np.ndarray]) -> None:
             raise UserError(f"differs from {tied}, to which it is tied", field=decoder)
 
 
-def recognise(checkpoint: Checkpoint) -> bool:
+def recognize(checkpoint: Checkpoint) -> bool:
     """Whether the tensors are those of BLIP-2: LAVIS stage 1 or 2, or Hugging Face."""
     marks = ("qformer.layernorm.weight", f"{LAVIS}embeddings.LayerNorm.weight")
     return "video_query_tokens" not in checkpoint and any(mark in checkpoint for mark in marks)

@@ -1,7 +1,7 @@
 """THUDM/chatglm-6b (sharded `pytorch_model-*.bin`, config.json) to `models/glm.py` and back.
 
-Also its safetensors form, both vocabularies, and the INT8 and INT4 releases, which are dequantised
-(`chatglm_quantised.py`). P-Tuning prefixes have a table of their own (`chatglm_prefix.py`).
+Also its safetensors form, both vocabularies, and the INT8 and INT4 releases, which are dequantized
+(`chatglm_quantized.py`). P-Tuning prefixes have a table of their own (`chatglm_prefix.py`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xllm_jax.convert import Drop, Plan, Report, Row, export_tree, files, import_tree, mount, sizes
-from xllm_jax.convert.sources import chatglm_quantised
+from xllm_jax.convert.sources import chatglm_quantized
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.text.glm_layout import Specials
 from xllm_jax.models.glm import SIZES, ChatGLM
@@ -31,6 +31,7 @@ DROP = (
     Drop(r"transformer\.prefix_encoder\..*", "a P-Tuning prefix, converted by itself"),
     Drop(r"transformer\.(layers\.\d+\.attention\.)?rotary_emb.*\.inv_freq", "computed, not read"),
 )
+BITS = ("quantized", "quantised")  # the option's name, and as older conversion.json spell it
 
 
 def rows(depth: int, heads: int) -> tuple[Row, ...]:
@@ -80,14 +81,14 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / "config.json"
     if not path.exists():
-        raise UserError("no such file", field=str(path), mend="Give the checkpoint's folder")
+        raise UserError("no such file", field=str(path), hint="Give the checkpoint's folder")
     config = json.loads(path.read_text())
     missing = {"vocab_size", "hidden_size", "num_layers", "num_attention_heads"} - config.keys()
     if missing:
         raise UserError(
             f"no {sorted(missing)[0]!r} in it",
             field=str(path),
-            mend="This is not the configuration of ChatGLM-6B",
+            hint="This is not the configuration of ChatGLM-6B",
         )
     if not config.get("position_encoding_2d", True):
         raise UserError("one-dimensional positions are not supported", field=str(path))
@@ -152,12 +153,12 @@ def load(folder: str | Path, tie: bool = False) -> tuple[ChatGLM, dict[str, Any]
     """
     config = read_config(folder)
     model = ChatGLM(**fields(config))
-    source = chatglm_quantised.view(files.open_checkpoint(folder), model.width, model.hidden)
+    source = chatglm_quantized.view(files.open_checkpoint(folder), model.width, model.hidden)
     if not tie and HEAD in source and not np.array_equal(source[HEAD], source[WORDS]):
         raise UserError(
             "the head differs from the word embeddings",
             field=HEAD,
-            mend="The reference overwrites it by them; tie=True does the same",
+            hint="The reference overwrites it by them; tie=True does the same",
         )
     table = rows(model.depth, model.heads)
     params, report = import_tree(table, source, shapes(model), drop=DROP)
@@ -182,7 +183,7 @@ def export(model: ChatGLM, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return tensors | {HEAD: tensors[WORDS]}
 
 
-def recognise(checkpoint: files.Checkpoint) -> bool:
+def recognize(checkpoint: files.Checkpoint) -> bool:
     """Whether the tensors are those of ChatGLM-6B."""
     return WORDS in checkpoint
 
@@ -190,7 +191,7 @@ def recognise(checkpoint: files.Checkpoint) -> bool:
 def options(checkpoint: files.Checkpoint | None, size: str) -> dict[str, Any]:
     """Fields of `ChatGLM`, from config.json, a SIZES row or the shapes.
 
-    A quantised release also has `quantised`, the bits of each weight.
+    A quantized release also has `quantized`, the bits of each weight.
 
     Raises:
       UserError: unknown size, or a config.json of another model.
@@ -199,13 +200,13 @@ def options(checkpoint: files.Checkpoint | None, size: str) -> dict[str, Any]:
         return sizes.row(SIZES, size)
     model = _fields_of(checkpoint, size)
     _check_heads(checkpoint, model["width"], model["heads"])
-    bits = chatglm_quantised.bits_of(checkpoint, model["width"], model["hidden"])
-    return model | ({"quantised": bits} if bits else {})
+    bits = chatglm_quantized.bits_of(checkpoint, model["width"], model["hidden"])
+    return model | ({BITS[0]: bits} if bits else {})
 
 
 def plan(options: Mapping[str, Any]) -> Plan:
     """The whole source as part 'llm'; configuration and tokenizer go beside it."""
-    model = ChatGLM(**{key: value for key, value in options.items() if key != "quantised"})
+    model = ChatGLM(**{key: value for key, value in options.items() if key not in BITS})
     return Plan(
         table=mount("llm", rows(model.depth, model.heads)),
         shapes={"llm": shapes(model)},
@@ -217,13 +218,13 @@ def plan(options: Mapping[str, Any]) -> Plan:
 
 def prepare(checkpoint: files.Checkpoint, options: Mapping[str, Any]) -> Mapping:
     """The checkpoint with integer weights as floats."""
-    return chatglm_quantised.view(checkpoint, options["width"], options["hidden"])
+    return chatglm_quantized.view(checkpoint, options["width"], options["hidden"])
 
 
 def restore(tensors: Mapping[str, np.ndarray], options: Mapping[str, Any]) -> Mapping:
-    """Exported tensors with the weights of a quantised release back in their integers."""
-    bits = options.get("quantised")
-    return chatglm_quantised.restore(tensors, bits) if bits else tensors
+    """Exported tensors with the weights of a quantized release back in their integers."""
+    bits = next((options[name] for name in BITS if options.get(name)), 0)
+    return chatglm_quantized.restore(tensors, bits) if bits else tensors
 
 
 def _check_heads(checkpoint: files.Checkpoint, width: int, heads: int) -> None:
@@ -236,7 +237,7 @@ def _check_heads(checkpoint: files.Checkpoint, width: int, heads: int) -> None:
             raise UserError(
                 f"its frequencies are not those of {heads} heads at width {width}",
                 field=checkpoint.where(name),
-                mend="Correct num_attention_heads in config.json",
+                hint="Correct num_attention_heads in config.json",
             )
 
 

@@ -37,7 +37,7 @@ def rows(depth: int, heads: int) -> tuple[Row, ...]:
     return (Row(TABLE, "states", "p (l c h k) -> l c p h k", sizes=axes),)
 
 
-def recognise(checkpoint: Checkpoint) -> bool:
+def recognize(checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint holds a prefix encoder of ChatGLM."""
     return TABLE in checkpoint
 
@@ -114,13 +114,13 @@ def _check(checkpoint: Checkpoint, row: Mapping[str, int], projected: bool) -> i
     for name, shape in wanted.items():
         if name not in checkpoint:
             raise UserError(
-                "the checkpoint has no such tensor", field=name, mend="A projected prefix has five"
+                "the checkpoint has no such tensor", field=name, hint="A projected prefix has five"
             )
         found = checkpoint.header(name).shape
         if found[name == TABLE :] != shape:
             raise UserError(
                 f"shape {found} does not fit an LLM of {row['depth']} layers and width {width}",
                 field=checkpoint.where(name),
-                mend="Put the LLM's config.json beside the file, or give its --size",
+                hint="Put the LLM's config.json beside the file, or give its --size",
             )
     return checkpoint.header(TABLE).shape[0]

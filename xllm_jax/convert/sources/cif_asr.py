@@ -201,7 +201,7 @@ def interface_rows(depth: int, heads: int, source: str = "", target: str = "") -
     )
 
 
-def recognise(checkpoint: Checkpoint) -> bool:
+def recognize(checkpoint: Checkpoint) -> bool:
     """Whether the tensors are those of a CIF ASR model of fairseq."""
     return {"encoder.cif.weight_proj.weight", "encoder.ctc_proj.weight"} <= checkpoint.keys()
 

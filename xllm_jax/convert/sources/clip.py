@@ -76,7 +76,7 @@ def table(mark: str, size: Mapping[str, Any]) -> tuple[Row, ...]:
     return chosen(size["vision_fields"], size["text_fields"])
 
 
-def recognise(checkpoint: Checkpoint) -> bool:
+def recognize(checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint holds both towers of CLIP."""
     return any(vision in checkpoint and text in checkpoint for vision, text in TEXT.items())
 
@@ -98,8 +98,8 @@ def options(checkpoint: Checkpoint | None, size: str) -> dict[str, Any]:
         found = checkpoint.config().get(kind, {}).get("hidden_act", ACTIVATION)
         if found != ACTIVATION:
             what = f"{kind} has the activation {found!r}, this network {ACTIVATION!r}"
-            mend = "Give one of OpenAI's models, such as openai/clip-vit-base-patch16"
-            raise UserError(what, field=str(checkpoint.path), mend=mend)
+            hint = "Give one of OpenAI's models, such as openai/clip-vit-base-patch16"
+            raise UserError(what, field=str(checkpoint.path), hint=hint)
     row = sizes.row(SIZES, size) if size else _sizes(checkpoint, mark)
     return {"mark": mark, "sizes": row}
 

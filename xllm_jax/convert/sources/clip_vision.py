@@ -129,7 +129,7 @@ def table(mark: str, depth: int, heads: int) -> tuple[Row, ...]:
     return rows(depth, heads, source=mark.removesuffix("pre_layrnorm.weight"))
 
 
-def recognise(checkpoint: Checkpoint) -> bool:
+def recognize(checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint holds CLIP's vision tower."""
     return any(name in checkpoint for name in MARKS)
 
@@ -151,7 +151,7 @@ def options(checkpoint: Checkpoint | None, size: str) -> dict[str, Any]:
         raise UserError(
             f"expected one vision tower of CLIP, found {len(found)}",
             field=str(checkpoint.path),
-            mend="Give a folder of openai/clip-vit-base-patch16, or OpenAI's ViT-B-16.pt",
+            hint="Give a folder of openai/clip-vit-base-patch16, or OpenAI's ViT-B-16.pt",
         )
     first_layer = table(found[0], 1, 1)
     row = sizes.row(SIZES, size) if size else _sizes(checkpoint, first_layer)

@@ -102,7 +102,7 @@ def check_depth(names: Iterable[str], depth: int, source: str = "") -> None:
     if found not in (depth, depth + 1):
         raise UserError(
             f"the file has {found} blocks, a model of {depth} needs {depth} or {depth + 1}",
-            mend="Choose the size that fits the checkpoint",
+            hint="Choose the size that fits the checkpoint",
         )
 
 
@@ -117,7 +117,7 @@ def _out(source: str, target: str, layers: tuple[int, ...], sizes) -> Row:
     return Row(source, f"{target}/out/kernel", "d (h k) -> h k d", layers, sizes)
 
 
-def recognise(checkpoint: Checkpoint) -> bool:
+def recognize(checkpoint: Checkpoint) -> bool:
     """Whether the tensors are those of `eva_vit_g.pth`."""
     return {"cls_token", "blocks.0.attn.q_bias", "blocks.0.attn.qkv.weight"} <= checkpoint.keys()
 

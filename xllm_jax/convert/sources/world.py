@@ -21,7 +21,7 @@ from xllm_jax.core import checkpoint, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.text.chatglm_tokenizer import ChatGLMTokenizer
 from xllm_jax.models.bert import BertEncoder
-from xllm_jax.models.contrast import ContrastModel
+from xllm_jax.models.blip2_pretraining import ContrastModel
 from xllm_jax.models.glm import ChatGLM
 from xllm_jax.models.vit import VisionTransformer
 
@@ -117,7 +117,7 @@ def _save(tensors: Mapping[str, np.ndarray], path: Path) -> None:
     save_file({name: np.asarray(x, np.float16) for name, x in tensors.items()}, str(path))
 
 
-def recognise(checkpoint: files.Checkpoint) -> bool:
+def recognize(checkpoint: files.Checkpoint) -> bool:
     """Whether the tensors are those of the world's mini LLM or mini ViT."""
     return any(_is(kind, checkpoint) for kind in KINDS)
 
@@ -132,7 +132,7 @@ def options(checkpoint: files.Checkpoint | None, size: str) -> dict[str, Any]:
         raise UserError(
             "an export needs the base's conversion.json",
             field="--source=world",
-            mend="Say --source=chatglm or --source=eva_vit",
+            hint="Say --source=chatglm or --source=eva_vit",
         )
     kind = next(kind for kind in KINDS if _is(kind, checkpoint))
     return {"kind": kind, **KINDS[kind].options(checkpoint, size)}
@@ -145,7 +145,7 @@ def plan(options: Mapping[str, Any]) -> Plan:
 
 
 def _is(kind: str, checkpoint: files.Checkpoint) -> bool:
-    if not KINDS[kind].recognise(checkpoint):
+    if not KINDS[kind].recognize(checkpoint):
         return False
     name = {"chatglm": chatglm.WORDS, "eva_vit": "cls_token"}[kind]
     return checkpoint.header(name).shape[-1:] < (LARGEST,)

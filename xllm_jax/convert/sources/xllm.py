@@ -51,7 +51,7 @@ UNUSED = Drop(r"query_tokens|ln_vision\..*", "a speech run saves it, and does no
 FC = "speech_feat_proj.weight"
 
 
-def recognise(checkpoint: Checkpoint) -> bool:
+def recognize(checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint holds an adapter under X-LLM's names."""
     return any(re.fullmatch(mark, name) for mark in MARKS.values() for name in checkpoint)
 
@@ -76,14 +76,14 @@ def options(checkpoint: Checkpoint | None, size: str) -> dict[str, Any]:
         raise UserError(
             "a speech adapter of the kind 'fc', without a C-Former, is not supported",
             field=checkpoint.where(FC),
-            mend="Give a run with speech_adaptor_type: bert",
+            hint="Give a run with speech_adaptor_type: bert",
         )
     pieces = {part: _held(part, checkpoint) for part in PIECES if _marked(part, checkpoint)}
     if not pieces:
         raise UserError(
             "the file holds no adapter of X-LLM",
             field=str(checkpoint.path),
-            mend="Give an image, video, speech or merged checkpoint of its runs",
+            hint="Give an image, video, speech or merged checkpoint of its runs",
         )
     fields = {part: xllm_sizes.read(part, checkpoint, size) for part in pieces}
     return {"pieces": pieces, "sizes": fields}
@@ -139,7 +139,7 @@ def _merge(name: str, image: np.ndarray, video: np.ndarray) -> np.ndarray:
         raise UserError(
             "differs between the image and the video interface, which share it in X-LLM",
             field=name,
-            mend="Such interfaces cannot stand in one file of X-LLM's",
+            hint="Such interfaces cannot stand in one file of X-LLM's",
         )
     return image
 

@@ -1,7 +1,7 @@
 """Replays recordings of PyTorch code: the same weights and inputs through our networks.
 
 A recording is a folder of `.npz` files with settings and tolerances beside them;
-`docs/recording.md` tells how to make one. Its family is recognised by what the folder holds,
+`docs/recording.md` tells how to make one. Its family is recognized by what the folder holds,
 wherever it lies; `chatglm`, `vision` and `speech` each replay one family.
 """
 
@@ -41,7 +41,7 @@ def replay(folder: str | Path, progress: Callable[[str], None] = print) -> list[
         raise UserError(
             "not a recording that we know",
             field=str(folder),
-            mend=f"A recording holds .npz files of {', '.join(map(_name, FAMILIES))}; "
+            hint=f"A recording holds .npz files of {', '.join(map(_name, FAMILIES))}; "
             "docs/recording.md tells how to make one",
         )
     rows: list[Comparison] = []
@@ -94,7 +94,7 @@ def _name(family: ModuleType) -> str:
 def _recordings(folder: Path) -> list[tuple[Path, ModuleType]]:
     """(folder, family) of the recording here, or of those directly below."""
     for homes in ([folder], sorted(path for path in folder.glob("*") if path.is_dir())):
-        found = [(home, f) for home in homes for f in FAMILIES if f.recognised(home)]
+        found = [(home, f) for home in homes for f in FAMILIES if f.recognized(home)]
         if found:
             return found
     return []

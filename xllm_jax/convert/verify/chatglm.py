@@ -42,7 +42,7 @@ TOLERANCES = (
 )
 
 
-def recognised(folder: Path) -> bool:
+def recognized(folder: Path) -> bool:
     """Whether the folder holds a ChatGLM checkpoint and cases, or rotary tables."""
     files = {path.name for path in folder.glob("*.npz")}
     return (folder / "weights" / "config.json").exists() and bool(files & STEPS.keys())

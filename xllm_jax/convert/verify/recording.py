@@ -77,7 +77,7 @@ class Replay:
             raise UserError(
                 f"not a readable .npz file ({type(error).__name__})",
                 field=str(path),
-                mend="Record it again",
+                hint="Record it again",
             ) from error
         self.rows: list[Comparison] = []
         self._inputs: set[str] = set()
@@ -226,5 +226,5 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(
             f"not a readable JSON file ({type(error).__name__})",
             field=str(path),
-            mend="The replay needs the settings in it",
+            hint="The replay needs the settings in it",
         ) from error

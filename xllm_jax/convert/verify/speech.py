@@ -55,7 +55,7 @@ STEPS: dict[str, Callable[[Replay], None]] = {
 }
 
 
-def recognised(folder: Path) -> bool:
+def recognized(folder: Path) -> bool:
     """Whether the folder holds a known file of arrays with its settings beside it."""
     return any(
         (folder / name).exists() and (folder / name).with_suffix(".json").exists() for name in STEPS

@@ -1,4 +1,4 @@
-"""Recorded filterbanks of waveforms, their normalisation and SpecAugment."""
+"""Recorded filterbanks of waveforms, their normalization and SpecAugment."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def _utterance(replay: Replay, number: str) -> None:
     _features(replay, f"fbank{number}", wave)
     _features(replay, f"fbank{number}_unit_scale", wave / INTEGERS)
     recorded = replay.recorded(f"fbank{number}")
-    replay.compare(f"utt_cmvn{number}", speech.normalise(recorded))
+    replay.compare(f"utt_cmvn{number}", speech.normalize(recorded))
     if f"specaug{number}" in replay:
         masks = replay.input(f"specaug{number}_mask")
-        normalised = replay.recorded(f"utt_cmvn{number}")
-        replay.compare(f"specaug{number}", speech.mask(normalised, masks))
+        normalized = replay.recorded(f"utt_cmvn{number}")
+        replay.compare(f"specaug{number}", speech.mask(normalized, masks))
 
 
 def _features(replay: Replay, name: str, wave: np.ndarray) -> None:
@@ -52,4 +52,4 @@ def _corpus(replay: Replay) -> None:
     replay.compare("gcmvn_mean", mean)
     replay.compare("gcmvn_std", deviation)
     first = replay.recorded(names[0])
-    replay.compare("global_cmvn0", speech.normalise(first, mean, deviation))
+    replay.compare("global_cmvn0", speech.normalize(first, mean, deviation))

@@ -93,7 +93,7 @@ class Tolerances:
         raise UserError(
             f"no number {rule.number + 1} in the row of tolerances that starts {rule.row!r}",
             field=README,
-            mend=f"Add the row, or state the tolerance in {FILE}",
+            hint=f"Add the row, or state the tolerance in {FILE}",
         )
 
 
@@ -112,7 +112,7 @@ def read(folder: Path, rules: Sequence[Stated] = ()) -> Tolerances:
             raise UserError(
                 f"not a list of tolerances ({error})",
                 field=str(path),
-                mend='It is {"arrays": {FILE: {ARRAY: {"atol": number}}}}',
+                hint='It is {"arrays": {FILE: {ARRAY: {"atol": number}}}}',
             ) from error
     rows = _tolerance_rows(readme.read_text("utf-8")) if readme.exists() else {}
     return Tolerances(listed, rows, rules)

@@ -30,7 +30,7 @@ STEPS = {
 }
 
 
-def recognised(folder: Path) -> bool:
+def recognized(folder: Path) -> bool:
     """Whether the folder holds the sizes of a vision encoder and known cases."""
     path = folder / CONFIG
     named = path.exists() and '"vit"' in path.read_text("utf-8")

@@ -17,7 +17,7 @@ from xllm_jax.convert.sources import blip2, eva_vit
 from xllm_jax.convert.verify.recording import Replay, read_json
 from xllm_jax.convert.verify.tolerances import Tolerances
 from xllm_jax.convert.verify.tolerances import read as read_tolerances
-from xllm_jax.models.contrast import ContrastModel
+from xllm_jax.models.blip2_pretraining import ContrastModel
 from xllm_jax.models.interfaces import QFormerInterface
 from xllm_jax.models.vit import VisionTransformer
 

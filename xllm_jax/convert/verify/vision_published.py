@@ -25,7 +25,7 @@ from xllm_jax.convert.verify.vision_model import (
 )
 from xllm_jax.models import layers
 from xllm_jax.models.vit import VisionTransformer
-from xllm_jax.objectives.contrast import similarities
+from xllm_jax.objectives.blip2_pretraining import similarities
 
 STAGE1, STAGE2 = "hf_blip2_itm_stage1", "hf_blip2_stage2"
 WORDS = "embeddings.word_embeddings.weight"
@@ -83,7 +83,7 @@ def _first(replay: Replay, reference: Reference) -> None:
     def run(tree: Any, params: Any, pixels: jax.Array):
         variables = {"params": params | {"temperature": jnp.ones(())}}
         features, _ = vision.apply({"params": tree}, images(pixels))
-        image = model.apply(variables, features, method="normalise")
+        image = model.apply(variables, features, method="normalize")
         _, units, _ = model.apply(variables, image, method="image")
         _, text_units = model.apply(variables, ids, mask, method="text")
         _, per_query = model.apply(variables, image, ids, mask, method="match")

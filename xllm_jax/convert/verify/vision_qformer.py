@@ -12,9 +12,9 @@ import numpy as np
 from xllm_jax.convert.verify.recording import Replay
 from xllm_jax.convert.verify.vision_model import Reference
 from xllm_jax.data.text.wordpiece import WordPiece
-from xllm_jax.models.contrast import ContrastModel
+from xllm_jax.models.blip2_pretraining import ContrastModel
 from xllm_jax.models.qformer import visible
-from xllm_jax.objectives.contrast import captioning, smoothed_cross_entropy
+from xllm_jax.objectives.blip2_pretraining import captioning, smoothed_cross_entropy
 
 ENDS = {
     "self_attention": "attention_end",
@@ -62,7 +62,7 @@ def modes(replay: Replay, reference: Reference) -> None:
     """Queries alone, text alone, both for matching, and captions behind cached queries."""
     model, params = reference.contrast
     run = _runner(reference)
-    image, _ = run("normalise", reference.encode(replay.input("pixels"))[0])
+    image, _ = run("normalize", reference.encode(replay.input("pixels"))[0])
     replay.compare("image_embeds", image)
     replay.compare("query_tokens", params["queries"][None])
     (states, _, cache), state = run("image", image)
@@ -127,7 +127,7 @@ def features(replay: Replay, reference: Reference) -> None:
     """Features of images, of texts, and of pairs, by the images of the first stage."""
     model, _ = reference.contrast
     run, pairs = _runner(reference), reference.other("cases_stage1.npz")
-    image, _ = run("normalise", reference.encode(pairs.input("pixels"))[0])
+    image, _ = run("normalize", reference.encode(pairs.input("pixels"))[0])
     (states, units, _), _ = run("image", image)
     replay.compare("forward_image_hidden", states)
     replay.compare("extract_image_image_embeds", states)

@@ -14,7 +14,7 @@ from xllm_jax.convert.verify.recording import Replay
 from xllm_jax.convert.verify.vision_model import Reference, contrast_table, norms
 from xllm_jax.convert.verify.vision_qformer import smoothing_of
 from xllm_jax.models import layers
-from xllm_jax.objectives import contrast
+from xllm_jax.objectives import blip2_pretraining
 
 RULES = ("xllm", "lavis")  # how negatives are drawn; each has its own recorded run
 LOSSES = (("itc", "itc"), ("itm", "itm"), ("lm", "itg"))  # recorded and our names
@@ -37,11 +37,11 @@ def _everything(reference: Reference, features, ids, mask, negatives) -> dict[st
     @jax.jit
     def run(params, features, ids, mask, start_ids, negatives):
         variables = {"params": params}
-        image = model.apply(variables, features, method="normalise")
+        image = model.apply(variables, features, method="normalize")
         states, units, cache = model.apply(variables, image, method="image")
         text, text_units = model.apply(variables, ids, mask, method="text")
-        similar = contrast.similarities(units, text_units[:, 0], params["temperature"])
-        rows = contrast.matching_rows(image, ids, mask, *negatives)
+        similar = blip2_pretraining.similarities(units, text_units[:, 0], params["temperature"])
+        rows = blip2_pretraining.matching_rows(image, ids, mask, *negatives)
         matched, per_query = model.apply(variables, *rows, method="match")
         captioned, logits = model.apply(variables, start_ids, mask, cache, method="caption")
         return {
@@ -85,7 +85,7 @@ def _values(replay: Replay, reference: Reference, rule: str) -> None:
         replay.compare(f"{rule}_{name}_proj", dense.apply({"params": params[part]}, value))
     for name, value in zip(("i2t", "t2i"), found["similar"]):
         replay.compare(f"{rule}_sim_{name}", value)
-        replay.compare(f"{rule}_weights_{name}", contrast.negative_weights(value, rule))
+        replay.compare(f"{rule}_weights_{name}", blip2_pretraining.negative_weights(value, rule))
     replay.compare(f"{rule}_itc_targets", np.arange(len(ids)))
     _matching(replay, rule, model.queries, found)
     replay.compare(f"{rule}_itg_last_hidden_state", found["captioned"])
@@ -94,7 +94,7 @@ def _values(replay: Replay, reference: Reference, rule: str) -> None:
     start_ids[:, 0] = reference.start
     labels = np.where(mask, start_ids, -100)[:, 1:].reshape(-1)
     replay.compare(f"{rule}_itg_labels_shifted", labels)
-    run = jax.jit(functools.partial(contrast.pair_loss, model))
+    run = jax.jit(functools.partial(blip2_pretraining.pair_loss, model))
     total, metrics = run(params, features, ids, mask, start=reference.start, negatives=negatives)
     replay.compare(f"{rule}_loss", total)
     for theirs, ours in LOSSES:
@@ -125,7 +125,9 @@ def gradients(replay: Replay, reference: Reference) -> None:
     def compute(params, negatives, detach=True):
         def terms(params):
             options = dict(start=reference.start, negatives=negatives, detach=detach)
-            total, metrics = contrast.pair_loss(model, params, features, ids, mask, **options)
+            total, metrics = blip2_pretraining.pair_loss(
+                model, params, features, ids, mask, **options
+            )
             return jnp.stack([total, *(metrics[ours] for _, ours in LOSSES)])
 
         return jax.jacrev(terms)(params)
@@ -169,7 +171,7 @@ def ranks(replay: Replay, reference: Reference) -> None:
     @jax.jit
     def loss(params):
         options = dict(start=reference.start, negatives=negatives, shards=2)
-        return contrast.pair_loss(model, params, features, ids, mask, **options)[0]
+        return blip2_pretraining.pair_loss(model, params, features, ids, mask, **options)[0]
 
     tensors = export_tree(contrast_table(model), jax.grad(loss)(params))
     order = reference.info["world2"]["parameter_order_of_ddp_grad_norm"]
@@ -187,13 +189,13 @@ def _rank(replay: Replay, rank: int, found: dict, ids, mask, smoothing: float) -
     itc = 0.0
     for name, value in zip(("i2t", "t2i"), found["similar"]):
         replay.compare(f"rank{rank}_sim_{name}", value[own])
-        weights = contrast.negative_weights(value, RULES[0])
+        weights = blip2_pretraining.negative_weights(value, RULES[0])
         replay.compare(f"rank{rank}_weights_{name}", weights[own])
-        itc += contrast.smoothed_cross_entropy(value[own], targets, smoothing).mean() / 2
+        itc += blip2_pretraining.smoothed_cross_entropy(value[own], targets, smoothing).mean() / 2
     logits = found["per_query"].mean(1)
     logits = np.concatenate([logits[part * 2 * size :][own] for part in range(3)])
     replay.compare(f"rank{rank}_itm_logits", logits)
-    itm, _ = contrast.matching(logits[:, None], np.ones(size))
-    itg, _ = contrast.captioning(found["logits"][own], ids[own], mask[own], smoothing)
+    itm, _ = blip2_pretraining.matching(logits[:, None], np.ones(size))
+    itg, _ = blip2_pretraining.captioning(found["logits"][own], ids[own], mask[own], smoothing)
     for name, value in (("_itc", itc), ("_itm", itm), ("_lm", itg), ("", itc + itm + itg)):
         replay.compare(f"rank{rank}_loss{name}", value)

@@ -276,7 +276,7 @@ def batches(records: Sequence[Record], kit: Tools, data: Data, mode: Mode) -> li
             raise DoesNotFit(
                 f"takes {needs(window[0])}, a row has {room}",
                 field=window[0].record.example.key,
-                mend="Raise data.length, data.answers or data.items",
+                hint="Raise data.length, data.answers or data.items",
             )
         rows = [[p for p, at in zip(window[:end], places) if at == r] for r in range(data.rows)]
         cut = sum(sum(placed.prompt.cut) for placed in window[:end])

@@ -84,7 +84,7 @@ def fill(
 
     Returns:
       ({'images': `[B, H, W, 3]` float32, 'ids': `[B, L]` int32 as [CLS] … [SEP] [PAD]*, 'mask':
-      `[B, L]` bool, 'weights': `[B]` float32, 0 for a row without a pair, which is a grey image
+      `[B, L]` bool, 'weights': `[B]` float32, 0 for a row without a pair, which is a gray image
       and an empty caption}, the records that could not be read).
     """
     mine = list(made.rows[rows])

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 ENOUGH = 20  # batches that are looked at before a run is told
 MOST = 0.2  # share of the places that may be empty without a word
-MENDS = {
+HINTS = {
     "tokens": "lower data.length, or raise data.examples or lower data.rows to pack more per row",
     "answers": "lower data.answers",
     "image": "lower data.items.image, or raise data.examples",
@@ -39,9 +39,9 @@ class Waste:
         return {name: 1 - self.used[name] / room for name, room in self.room.items() if room}
 
     def warning(self, most: float = MOST) -> str:
-        """What is wasted and the mend in words, '' where every share is at most `most`."""
+        """What is wasted and the hint in words, '' where every share is at most `most`."""
         told = [
-            f"{share:.0%} of the places for {name} are padding: {MENDS.get(name, 'see the shapes')}"
+            f"{share:.0%} of the places for {name} are padding: {HINTS.get(name, 'see the shapes')}"
             for name, share in self.shares().items()
             if share > most
         ]

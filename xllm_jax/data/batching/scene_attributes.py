@@ -1,7 +1,7 @@
 """The attributes form: drawn scenes of the embedded world and what stands on every patch and cell.
 
-Attributes are shape, colour and size, counted from 1; 0 is nothing. Records come from
-`sources/world_scenes.py`; the held-out pairs of shape and colour are never drawn.
+Attributes are shape, color and size, counted from 1; 0 is nothing. Records come from
+`sources/world_scenes.py`; the held-out pairs of shape and color are never drawn.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from xllm_jax.data.media import image
 from xllm_jax.data.record import Mode, Record, Skipped
 from xllm_jax.data.synthetic_world.render import PIXELS, object_boxes, render_scene
 from xllm_jax.data.synthetic_world.scene import (
-    COLOURS,
+    COLORS,
     PLACES,
     SHAPES,
     SIZES,
@@ -69,7 +69,7 @@ def fill(
 
     Returns:
       ({'images': `[B, H, W, 3]` float32, 'patches': `[B, N, 3]` and 'cells': `[B, 9, 3]` int32
-      classes of shape, colour and size}, nothing skipped).
+      classes of shape, color and size}, nothing skipped).
     """
     size = data.image.get("size", 96)
     drawn = [draw(record.example.key, size, kit) for record in made.rows[rows]]
@@ -86,25 +86,25 @@ def draw(key: str, size: int, grid: int) -> tuple[np.ndarray, np.ndarray, np.nda
     """One picture with its labels, a function of the key alone."""
     seed, index = map(int, key.split("-"))
     scene = sample_scene(generator(seed, "attributes", index), "seen")
-    pixels = image.normalise(image.resize(render_scene(scene), size))
+    pixels = image.normalize(image.resize(render_scene(scene), size))
     return pixels, patch_labels(scene, grid), cell_labels(scene)
 
 
 def classes(item: Object) -> tuple[int, int, int]:
-    """Shape, colour and size of an object as classes."""
+    """Shape, color and size of an object as classes."""
     return (
         SHAPES.index(item.shape) + 1,
-        COLOURS.index(item.colour) + 1,
+        COLORS.index(item.color) + 1,
         SIZES.index(item.size) + 1,
     )
 
 
 def patch_labels(scene: Scene, grid: int) -> np.ndarray:
-    """`[grid * grid, 3]` int32: an object owns the patches whose centre its circle covers."""
-    centre = (np.arange(grid) + 0.5) * PIXELS / grid
+    """`[grid * grid, 3]` int32: an object owns the patches whose center its circle covers."""
+    center = (np.arange(grid) + 0.5) * PIXELS / grid
     labels = np.zeros((grid, grid, ATTRIBUTES), np.int32)
     for item, (x, y, width, height) in zip(scene.objects, object_boxes(scene)):
-        across = (centre[None] - x - width / 2) ** 2 + (centre[:, None] - y - height / 2) ** 2
+        across = (center[None] - x - width / 2) ** 2 + (center[:, None] - y - height / 2) ** 2
         labels[across < (width / 2) ** 2] = classes(item)
     return labels.reshape(-1, ATTRIBUTES)
 

@@ -2,7 +2,7 @@
 
 Before generation nobody knows how many tokens an utterance fires, so its slot has the largest size.
 Once the interface has counted, the unused places go, and the LLM sees the same sequence as in
-training. (The reference leaves them in, visible; not calling `settle` is that behaviour.)
+training. (The reference leaves them in, visible; not calling `settle` is that behavior.)
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def tools(data: Data) -> CharacterVocabulary:
     """
     if modalities.featured(data):
         what = "recognition trains the speech encoder and CIF, so it needs sounds"
-        raise UserError(what, field="data.speech_features", mend="Leave it out")
+        raise UserError(what, field="data.speech_features", hint="Leave it out")
     return CharacterVocabulary.load(data.characters)
 
 
@@ -168,6 +168,6 @@ def padding(batch: dict[str, np.ndarray]) -> dict[str, tuple[int, int]]:
 def _bounded(length: int, frames: int, path: str) -> int:
     if length > frames:
         raise DoesNotFit(
-            f"has {length} frames, its bucket holds {frames}", field=path, mend="Raise data.frames"
+            f"has {length} frames, its bucket holds {frames}", field=path, hint="Raise data.frames"
         )
     return length

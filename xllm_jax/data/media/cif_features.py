@@ -46,7 +46,7 @@ def load(path: str | os.PathLike, width: int = WIDTH) -> np.ndarray:
     if values.ndim != 2 or values.shape[1] != width:
         raise UserError(f"has the shape {values.shape}, not (tokens, {width})", field=str(path))
     if not len(values):
-        raise UserError("holds no token", field=str(path), mend="Leave it out")
+        raise UserError("holds no token", field=str(path), hint="Leave it out")
     if values.dtype.kind != "f" or not np.isfinite(values).all():
         raise UserError("holds values that are not finite numbers", field=str(path))
     return values.astype(np.float32)
@@ -64,4 +64,4 @@ def _opened(path: str | os.PathLike, read: Callable[[BinaryIO], Any]) -> Any:
             return read(file)
     except (OSError, ValueError, EOFError) as error:
         what = f"cannot be read as features ({error})"
-        raise UserError(what, field=str(path), mend=MEND) from error
+        raise UserError(what, field=str(path), hint=MEND) from error

@@ -128,8 +128,8 @@ class Decoders:
             worker = None
             if not isinstance(error, Lost):
                 raise
-            mend = "Leave it out, or raise data.deadline"
-            raise UserError(str(error), field=str(path), mend=mend) from None
+            hint = "Leave it out, or raise data.deadline"
+            raise UserError(str(error), field=str(path), hint=hint) from None
         finally:
             self._idle.put(worker)
         return _told(answer)

@@ -1,4 +1,4 @@
-"""Image files to normalised arrays, as BLIP-2's processors make them (`blip_processors.py`).
+"""Image files to normalized arrays, as BLIP-2's processors make them (`blip_processors.py`).
 
 Training crops a random box and may mirror it; evaluation squashes the whole image into a square;
 CLIP, whose mean and deviation these are, wants the central square. Pillow's bicubic filter with
@@ -36,18 +36,18 @@ def load(
       rng: randomness of training; None prepares the image as in evaluation.
 
     Returns:
-      `[size, size, 3]` float32, normalised by BLIP-2's mean and standard deviation.
+      `[size, size, 3]` float32, normalized by BLIP-2's mean and standard deviation.
 
     Raises:
       UserError: the file is missing, not an image, damaged or too large.
     """
     size, picture = options.get("size", 224), read(path)
     if rng is None:
-        return normalise(resize(picture, size))
+        return normalize(resize(picture, size))
     scale = options.get("scale")
     box = crop_box(picture.height, picture.width, scale, rng) if scale else None
     flip = bool(options.get("flip", False)) and rng.random() < 0.5
-    return normalise(augment(picture, size, box, flip))
+    return normalize(augment(picture, size, box, flip))
 
 
 def read(path: str | Path, most_pixels: int = MOST_PIXELS) -> Image.Image:
@@ -65,25 +65,25 @@ def read(path: str | Path, most_pixels: int = MOST_PIXELS) -> Image.Image:
                 raise UserError(
                     f"has {picture.width} x {picture.height} pixels, more than {most_pixels:,}",
                     field=str(path),
-                    mend="Shrink it",
+                    hint="Shrink it",
                 )
             picture.load()
             return _to_rgb(picture)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UserError("has too many pixels", field=str(path), mend="Shrink it") from error
+        raise UserError("has too many pixels", field=str(path), hint="Shrink it") from error
     except UnidentifiedImageError as error:
         what = "cannot be read as an image (of no known format)"
-        raise UserError(what, field=str(path), mend="Download it again") from error
+        raise UserError(what, field=str(path), hint="Download it again") from error
     except (OSError, ValueError, SyntaxError, EOFError) as error:  # what Pillow's decoders raise
         raise UserError(
-            f"cannot be read as an image ({error})", field=str(path), mend="Download it again"
+            f"cannot be read as an image ({error})", field=str(path), hint="Download it again"
         ) from error
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith("I;16") or picture.mode == "I":
-        grey = np.asarray(picture).astype(np.int64)
-        return Image.fromarray(np.clip(grey // 256, 0, 255).astype(np.uint8)).convert("RGB")
+        gray = np.asarray(picture).astype(np.int64)
+        return Image.fromarray(np.clip(gray // 256, 0, 255).astype(np.uint8)).convert("RGB")
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
@@ -92,10 +92,10 @@ def resize(picture: Image.Image, size: int) -> np.ndarray:
     return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC))
 
 
-def centre(picture: Image.Image, size: int) -> np.ndarray:
+def center(picture: Image.Image, size: int) -> np.ndarray:
     """Short side to `size`, then the central square, `[size, size, 3]` uint8: CLIP's preparation.
 
-    As `CLIPImageProcessor` of transformers cuts it. torchvision, and with it `video.centre`, starts
+    As `CLIPImageProcessor` of transformers cuts it. torchvision, and with it `video.center`, starts
     one pixel later where the margin is three more than a multiple of four.
     """
     short = min(picture.size)
@@ -150,7 +150,7 @@ def crop_box(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def normalise(pixels: np.ndarray) -> np.ndarray:
+def normalize(pixels: np.ndarray) -> np.ndarray:
     """`[..., 3]` uint8 to float32 with BLIP-2's (and CLIP's) mean and standard deviation."""
     width = pixels.shape[-2]
     # Over whole lines: NumPy is five times slower where it repeats three numbers for every pixel.

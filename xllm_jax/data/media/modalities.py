@@ -100,10 +100,10 @@ def featured(data: Data) -> bool:
     kind = data.speech_features
     if kind not in ("", CIF):
         what = f"unknown features {kind!r}"
-        raise UserError(what, field="data.speech_features", mend=f"Choices: '' and {CIF}")
+        raise UserError(what, field="data.speech_features", hint=f"Choices: '' and {CIF}")
     if kind and data.speech.get("specaugment"):
         what = "masks filterbanks, and speech comes as CIF features"
-        raise UserError(what, field="data.speech.specaugment", mend="Turn one of them off")
+        raise UserError(what, field="data.speech.specaugment", hint="Turn one of them off")
     return bool(kind)
 
 
@@ -117,8 +117,8 @@ def heard(example: Example, data: Data) -> Example:
     if not paths:
         return example
     if not featured(data):
-        mend = "Read them with --config.data.speech_features=cif, or the sounds themselves"
-        raise UserError("holds cif features, not a sound", field=paths[0], mend=mend)
+        hint = "Read them with --config.data.speech_features=cif, or the sounds themselves"
+        raise UserError("holds cif features, not a sound", field=paths[0], hint=hint)
     named = ((("speech" if name == CIF else name), path) for name, path in example.media)
     return dataclasses.replace(example, media=tuple(named))
 
@@ -130,7 +130,7 @@ def form(modality: str, data: Data) -> Form:
       UserError: unknown modality, or the data gives it no place in the prompt.
     """
     if modality not in FORMS:
-        raise UserError(f"unknown modality {modality!r}", mend=f"Choices: {', '.join(FORMS)}")
+        raise UserError(f"unknown modality {modality!r}", hint=f"Choices: {', '.join(FORMS)}")
     return FORMS[modality](data)
 
 
@@ -162,13 +162,13 @@ def load(
         raise
     except Exception as error:  # what foreign decoders raise on damaged files has no bounds
         what = f"its decoder failed ({type(error).__name__}: {error})"
-        raise UserError(what, field=str(path), mend="Look at the file") from error
+        raise UserError(what, field=str(path), hint="Look at the file") from error
     if not made.spoken:
         return values, np.ones(made.items, np.int32)
     count, most = values.shape[1], made.shape[0]
     if count > most:
         raise DoesNotFit(
-            f"has {count} frames, data.frames holds {most}", field=path, mend="Raise data.frames"
+            f"has {count} frames, data.frames holds {most}", field=path, hint="Raise data.frames"
         )
     padded = np.zeros((len(values), most, *values.shape[2:]), values.dtype)
     padded[:, :count] = values

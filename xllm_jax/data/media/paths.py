@@ -98,7 +98,7 @@ def source(path: str | os.PathLike, kind: str = "", spans: bool = False) -> str 
         what = f"no such {kind} file" if kind else "no such file"
         if os.path.isdir(found.file):
             what += ": a folder cannot be read"
-        raise UserError(what, field=str(path), mend="Check the path and data.root")
+        raise UserError(what, field=str(path), hint="Check the path and data.root")
     return io.BytesIO(read(path)) if found.part else found.file
 
 
@@ -130,5 +130,5 @@ def read(path: str | os.PathLike) -> bytes:
         raise UserError(f"cannot be read ({error.strerror})", field=str(path)) from error
     if found.part and len(content) < length:
         what = f"ends {length - len(content)} bytes before this part does"
-        raise UserError(what, field=str(path), mend="Download the archive again")
+        raise UserError(what, field=str(path), hint="Download the archive again")
     return content

@@ -1,9 +1,9 @@
-"""Audio files to normalised log-mel filterbanks, as Kaldi computes them.
+"""Audio files to normalized log-mel filterbanks, as Kaldi computes them.
 
 Samples are on the scale of 16-bit integers (not [-1, 1]); 25 ms frames every 10 ms, no frame that
 reaches over the end; per frame: mean removed, pre-emphasis 0.97, Povey window, power spectrum of a
 512-point FFT, 80 triangular mel filters from 20 Hz to 8 kHz, logarithm. Then per-utterance mean and
-variance normalisation and, in training, SpecAugment.
+variance normalization and, in training, SpecAugment.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def load(
         long, or states a rate that no recording has.
     """
     options = options or {}
-    features = normalise(filterbank(read(path), options.get("bins", 80)))
+    features = normalize(filterbank(read(path), options.get("bins", 80)))
     augment = options.get("specaugment", False)
     if rng is None or not augment:
         return features
@@ -65,7 +65,7 @@ def read(path: str | Path) -> np.ndarray:
     """
     samples, rate = _plain(path) or _decoded(path)
     if not samples.size:
-        raise UserError("holds no samples", field=str(path), mend="Leave it out or record it again")
+        raise UserError("holds no samples", field=str(path), hint="Leave it out or record it again")
     samples = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
     low, high = samples.min(), samples.max()
     if not np.isfinite(low + high):  # both carry a NaN on, and each an infinity of its side
@@ -80,7 +80,7 @@ def read(path: str | Path) -> np.ndarray:
         raise UserError(
             f"is too short: {len(samples) / RATE:.3f} s",
             field=str(path),
-            mend=f"At least {(WINDOW + (LEAST_FRAMES - 1) * HOP) / RATE:.3f} s are needed",
+            hint=f"At least {(WINDOW + (LEAST_FRAMES - 1) * HOP) / RATE:.3f} s are needed",
         )
     return samples * np.float32(32768)
 
@@ -121,10 +121,10 @@ def _check_header(rate: int, samples: int, path: str | Path) -> None:
     low, high = RATES
     if not low <= rate <= high:
         what = f"says {rate} samples a second, not between {low} and {high}"
-        raise UserError(what, field=str(path), mend="Record or convert it again")
+        raise UserError(what, field=str(path), hint="Record or convert it again")
     if samples > MOST_SAMPLES:
         what = f"holds {samples:,} samples, more than {MOST_SAMPLES:,}"
-        raise UserError(what, field=str(path), mend="Cut it into utterances")
+        raise UserError(what, field=str(path), hint="Cut it into utterances")
 
 
 def _check_whole(path: str | Path, read: int) -> None:
@@ -134,7 +134,7 @@ def _check_whole(path: str | Path, read: int) -> None:
         missing = start + size - len(content)
         if name == b"data" and 0 < size < wav.STREAMED and missing > 0:
             what = f"is cut off after {read} samples: {missing} bytes are missing"
-            raise UserError(what, field=str(path), mend="Download it again")
+            raise UserError(what, field=str(path), hint="Download it again")
         if name == b"data":
             return
 
@@ -225,7 +225,7 @@ def mel_filters(bins: int, low: float = 20.0, high: float = RATE / 2) -> np.ndar
 
 @dataclasses.dataclass(frozen=True)
 class Band:
-    """Neighbouring mel filters over the bins of the spectrum that any of them reads."""
+    """Neighboring mel filters over the bins of the spectrum that any of them reads."""
 
     start: int
     stop: int
@@ -245,10 +245,10 @@ def banded_filters(bins: int) -> tuple[tuple[int, int, Band], ...]:
     return tuple(found)
 
 
-def normalise(
+def normalize(
     features: np.ndarray, mean: np.ndarray | None = None, deviation: np.ndarray | None = None
 ) -> np.ndarray:
-    """Mean and variance normalisation of `[frames, bins]`.
+    """Mean and variance normalization of `[frames, bins]`.
 
     Args:
       features: filterbanks.

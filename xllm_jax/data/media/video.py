@@ -1,7 +1,7 @@
-"""Video files to a fixed number of normalised frames (X-LLM's `rawvideo_util.py`).
+"""Video files to a fixed number of normalized frames (X-LLM's `rawvideo_util.py`).
 
 Frames are spread evenly over the whole video; the repository's own rule, the first frames at one a
-second, is the option 'reference'. A frame is resized by its short side and cropped to the centre.
+second, is the option 'reference'. A frame is resized by its short side and cropped to the center.
 A path that ends in '#t=12.5,30' is read as those seconds of the video alone.
 """
 
@@ -37,7 +37,7 @@ def load(
       rng: ignored; frames are the same in training and evaluation.
 
     Returns:
-      `[frames, size, size, 3]` float32, normalised. A video with fewer frames than wanted repeats
+      `[frames, size, size, 3]` float32, normalized. A video with fewer frames than wanted repeats
       some of them in 'uniform' and ends with all-zero frames in 'reference'.
 
     Raises:
@@ -48,9 +48,9 @@ def load(
     span = paths.place(path).span
     if span:
         pictures = decode_times(path, span_times(*span, wanted, sampling))
-        return _stacked([image.normalise(centre(one, size)) for one in pictures], wanted, size)
+        return _stacked([image.normalize(center(one, size)) for one in pictures], wanted, size)
     indices, frames = _straight(path, wanted, sampling) or _through(path, wanted, sampling)
-    pixels = {number: image.normalise(centre(frame, size)) for number, frame in frames.items()}
+    pixels = {number: image.normalize(center(frame, size)) for number, frame in frames.items()}
     return _stacked([pixels[number] for number in indices], wanted, size)
 
 
@@ -85,7 +85,7 @@ def _through(
         if len(frames) == len(set(indices)):
             return indices, frames
         count = decoded  # the header promised more frames than there are
-    raise UserError("frames are missing", field=str(path), mend="Encode it again")
+    raise UserError("frames are missing", field=str(path), hint="Encode it again")
 
 
 def _rate(stream: Any) -> float:
@@ -115,12 +115,12 @@ def choose(count: int, rate: float, wanted: int, sampling: str = "uniform") -> l
     if sampling == "reference":
         return reference_frames(count, rate)[:wanted]
     raise UserError(
-        f"unknown sampling {sampling!r}", field="data.video.sampling", mend="uniform or reference"
+        f"unknown sampling {sampling!r}", field="data.video.sampling", hint="uniform or reference"
     )
 
 
 def uniform_frames(count: int, wanted: int) -> list[int]:
-    """Centres of `wanted` equal parts of the video; numbers repeat when it has fewer frames."""
+    """Centers of `wanted` equal parts of the video; numbers repeat when it has fewer frames."""
     return [(2 * part + 1) * count // (2 * wanted) for part in range(wanted)]
 
 
@@ -206,7 +206,7 @@ def _through_times(path: str | Path, times: Sequence[float]) -> list[Image.Image
                 break
         if before is None or times[0] > now + END_SECONDS:
             what = f"has no frame at {times[0]:.1f} s"
-            raise UserError(what, field=str(path), mend="The clip lies beyond the video's end")
+            raise UserError(what, field=str(path), hint="The clip lies beyond the video's end")
         shown += [before.to_image()] * (len(times) - len(shown))
     return shown
 
@@ -224,7 +224,7 @@ def describe(path: str | Path) -> tuple[int, float]:
             full = (packet for packet in container.demux(stream) if packet.size)
             count = sum(1 for _ in zip(range(MOST_FRAMES), full))
     if not count:
-        raise UserError("has no frame", field=str(path), mend="Remove it from the data")
+        raise UserError("has no frame", field=str(path), hint="Remove it from the data")
     return count, rate
 
 
@@ -247,11 +247,11 @@ def decode(path: str | Path, indices: Sequence[int]) -> tuple[dict[int, Image.Im
             if decoded > last:
                 break
     if not decoded:
-        raise UserError("has no frame", field=str(path), mend="Remove it from the data")
+        raise UserError("has no frame", field=str(path), hint="Remove it from the data")
     return frames, decoded
 
 
-def centre(picture: Image.Image, size: int) -> np.ndarray:
+def center(picture: Image.Image, size: int) -> np.ndarray:
     """Short side to `size`, then the central square: `[size, size, 3]` uint8."""
     width, height = picture.size
     short = min(width, height)
@@ -285,16 +285,16 @@ class _opened:
 
     def _told(self, error: Exception) -> UserError:
         what = f"cannot be read as a video ({error})"
-        return UserError(what, field=str(self.path), mend="Download it again")
+        return UserError(what, field=str(self.path), hint="Download it again")
 
 
 def _stream(container, path: str | Path):
     if not container.streams.video:
-        raise UserError("has no video stream", field=str(path), mend="Remove it from the data")
+        raise UserError("has no video stream", field=str(path), hint="Remove it from the data")
     stream = container.streams.video[0]
     stream.codec_context.thread_count = 1  # files are read in parallel, not parts of one
     pixels = (stream.codec_context.width or 0) * (stream.codec_context.height or 0)
     if pixels > image.MOST_PIXELS:
         what = f"has frames of {pixels:,} pixels, more than {image.MOST_PIXELS:,}"
-        raise UserError(what, field=str(path), mend="Shrink it")
+        raise UserError(what, field=str(path), hint="Shrink it")
     return stream

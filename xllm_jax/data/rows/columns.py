@@ -56,7 +56,7 @@ class Columns:
         for name in (*self.media().values(), self.answer, self.question, self.transcript):
             if name.partition(".")[0] not in ("", *known):
                 found = ", ".join(sorted(map(str, known)))
-                raise UserError(f"no column {name!r}", field=where, mend=f"Columns: {found}")
+                raise UserError(f"no column {name!r}", field=where, hint=f"Columns: {found}")
 
 
 def example(row: Mapping[str, Any], columns: Columns, key: str, where: str, rate: int) -> Example:

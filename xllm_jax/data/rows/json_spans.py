@@ -58,7 +58,7 @@ def find(path: pathlib.Path, wanted: Mapping[str, Note]) -> dict[str, Rows]:
         is broken.
     """
     if not path.is_file():
-        raise UserError("no such file", field=str(path), mend=MEND)
+        raise UserError("no such file", field=str(path), hint=MEND)
     found = {place: Rows(note) for place, note in wanted.items()}
     seen: set[str] = set()
     with open(path, encoding="latin-1", newline="") as file:
@@ -69,7 +69,7 @@ def find(path: pathlib.Path, wanted: Mapping[str, Note]) -> dict[str, Rows]:
             raise scanner.broken()
     for place in found.keys() - seen:
         where = f"{path}: {place}" if place else str(path)
-        raise UserError("is missing, or not a JSON list", field=where, mend="[{…}, {…}, …]")
+        raise UserError("is missing, or not a JSON list", field=where, hint="[{…}, {…}, …]")
     return {place: rows.close() for place, rows in found.items()}
 
 
@@ -164,7 +164,7 @@ class _Scanner:
     def broken(self) -> UserError:
         """What to raise here."""
         what = f"broken JSON at byte {self._base + self._at}"
-        return UserError(what, field=str(self._path), mend="Fetch or write the file again")
+        return UserError(what, field=str(self._path), hint="Fetch or write the file again")
 
     def _more(self) -> bool:
         """Reads on, and forgets what is passed."""

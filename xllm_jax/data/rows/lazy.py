@@ -72,7 +72,7 @@ class Lines(Sequence):
     def __init__(self, path: str | os.PathLike, quoted: bool = False):
         self.path = pathlib.Path(path)
         if not self.path.is_file():
-            raise UserError("no such file", field=str(path), mend=MEND)
+            raise UserError("no such file", field=str(path), hint=MEND)
         ends = _line_ends(self.path, quoted)
         starts = np.concatenate([[0], ends[:-1]]).astype(np.int64)
         kept = ends - starts > 2  # a line break has one or two bytes; shorter lines are looked into
@@ -182,8 +182,8 @@ class Table(Sequence):
         self.columns = self._split(self._lines[0]) if len(self._lines) else []
         for column in columns:
             if column not in self.columns:
-                mend = f"The first line names the columns; found: {', '.join(self.columns)[:200]}"
-                raise UserError(f"no column {column!r}", field=str(path), mend=mend)
+                hint = f"The first line names the columns; found: {', '.join(self.columns)[:200]}"
+                raise UserError(f"no column {column!r}", field=str(path), hint=hint)
 
     def __len__(self) -> int:
         return max(len(self._lines) - 1, 0)

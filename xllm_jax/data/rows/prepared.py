@@ -1,4 +1,4 @@
-"""Rows of a prepared data set: an Example with the bytes of its media, as TFDS serialises them.
+"""Rows of a prepared data set: an Example with the bytes of its media, as TFDS serializes them.
 
     key, task, question, answer, transcript        texts
     references                                     list of texts
@@ -124,7 +124,7 @@ def decodable(modality: str, path: str) -> None:
         raise UserError(what, field=str(path)) from error
 
 
-def serialised(made: Mapping[str, Any], kinds: Any) -> bytes:
+def serialized(made: Mapping[str, Any], kinds: Any) -> bytes:
     """A row as the bytes of one record, the same in every process."""
     from tensorflow_datasets.proto import tf_example_pb2
 

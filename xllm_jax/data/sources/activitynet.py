@@ -45,7 +45,7 @@ def examples(
         span without length, an empty sentence.
     """
     if kind not in KINDS:
-        raise UserError(f"unknown kind {kind!r}", field="kind", mend=f"Choices: {', '.join(KINDS)}")
+        raise UserError(f"unknown kind {kind!r}", field="kind", hint=f"Choices: {', '.join(KINDS)}")
     root = pathlib.Path(path)
     file = pathlib.Path(captions) if captions else root / NAMES[split]
     data = layout.read_json(file)

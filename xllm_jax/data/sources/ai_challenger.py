@@ -43,7 +43,7 @@ def examples(
     pattern = f"caption_{name}*_annotations_*.json"
     found = sorted(root.glob(pattern)) + sorted(root.glob(f"*/{pattern}"))
     if not found:
-        raise UserError("no such file", field=str(root / pattern), mend="Check the path and split")
+        raise UserError("no such file", field=str(root / pattern), hint="Check the path and split")
     file = found[0]
     folder = _images(file, images)
     each = split == "train" if per_caption is None else per_caption

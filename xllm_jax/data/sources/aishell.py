@@ -76,7 +76,7 @@ def _lines(file: pathlib.Path):
             name, *rest = line.split(maxsplit=1)
             if not rest:
                 what = f"line {number} has a name and nothing else"
-                raise UserError(what, field=str(file), mend="A name, a space, the text")
+                raise UserError(what, field=str(file), hint="A name, a space, the text")
             yield name, rest[0]
 
 

@@ -72,7 +72,7 @@ def _from_json(file: pathlib.Path) -> Pairs:
     for (name, said), where in zip(named, places):
         said = [said] if isinstance(said, str) else said
         if not isinstance(said, list) or not all(isinstance(one, str) for one in said):
-            raise UserError("has no caption", field=where, mend="A text, or a list of texts")
+            raise UserError("has no caption", field=where, hint="A text, or a list of texts")
         pairs += [(name, one) for one in said]
     return pairs
 
@@ -82,8 +82,8 @@ def _from_table(file: pathlib.Path, mark: str) -> Pairs:
     for column in ("image", "caption"):
         if column not in (table.fieldnames or ()):
             found = ", ".join(table.fieldnames or ()) or "none"
-            mend = f"The first line names the columns; found: {found}"
-            raise UserError(f"no column {column!r}", field=str(file), mend=mend)
+            hint = f"The first line names the columns; found: {found}"
+            raise UserError(f"no column {column!r}", field=str(file), hint=hint)
     pairs = []
     for row in table:
         if not row["image"] or row["caption"] is None:

@@ -45,14 +45,14 @@ def examples(
     if webdataset.has_tars(path, split):
         return webdataset.examples(path, split)
     if split not in FILES:
-        raise UserError(f"has no split {split!r}", field=path, mend="Choices: train, val")
+        raise UserError(f"has no split {split!r}", field=path, hint="Choices: train, val")
     root = pathlib.Path(path)
     found = sorted(root.glob(FILES[split]))
     lines = Lines(found[0] if found else root / FILES[split].replace("*", ""))
     said = Lines(captions) if captions else lines
     if len(said) != len(lines):
         what = f"has {len(said)} lines for {len(lines)} in {lines.path}"
-        raise UserError(what, field=captions, mend="One caption for each line")
+        raise UserError(what, field=captions, hint="One caption for each line")
 
     def caption(index: int) -> str:
         first, mark, _ = said[index].partition("\t")

@@ -84,6 +84,6 @@ def _captions_file(root: pathlib.Path, split: str) -> pathlib.Path:
     found = sorted(folder.glob(f"captions_{split}*.json"))
     if len(found) > 1:
         names = ", ".join(file.name for file in found)
-        mend = "Name one by the source's option 'annotations'"
-        raise UserError(f"holds {names}", field=str(folder), mend=mend)
+        hint = "Name one by the source's option 'annotations'"
+        raise UserError(f"holds {names}", field=str(folder), hint=hint)
     return found[0] if found else folder / f"captions_{split}.json"

@@ -104,6 +104,6 @@ def _split(root: pathlib.Path, split: str) -> set[str] | None:
         chosen = [one for one in rows if layout.get(one, "split", str, where) == split]
         return {layout.get(one, "filename", str, where).rsplit(".", 1)[0] for one in chosen}
     if split != "train":
-        mend = f"Put dataset_flickr30k.json or {split}.txt there"
-        raise UserError(f"does not say which images are {split!r}", field=str(root), mend=mend)
+        hint = f"Put dataset_flickr30k.json or {split}.txt there"
+        raise UserError(f"does not say which images are {split!r}", field=str(root), hint=hint)
     return None

@@ -5,7 +5,7 @@
       options={"image": "image", "answer": "caption"}     which column is what
 
 Needs `pip install datasets`; nothing else here does. Sets of the hub (huggingface.co/datasets)
-state their licences on their pages. Media stay as they are stored until they are used.
+state their licenses on their pages. Media stay as they are stored until they are used.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _library() -> Any:
         import datasets
     except ImportError as error:
         what = "the package `datasets` is missing"
-        raise UserError(what, field="reader hugging_face", mend="pip install datasets") from error
+        raise UserError(what, field="reader hugging_face", hint="pip install datasets") from error
     return datasets
 
 
@@ -84,8 +84,8 @@ def _open(library: Any, path: str, name: str, config: str) -> Any:
         if not name and any((pathlib.Path(path) / file).is_file() for file in saved):
             return library.load_from_disk(path)
         if not name and not os.path.isdir(path):
-            mend = "Check the path, or name a data set of the hub by the option 'name'"
-            raise UserError("no such folder", field=path, mend=mend)
+            hint = "Check the path, or name a data set of the hub by the option 'name'"
+            raise UserError("no such folder", field=path, hint=hint)
         return library.load_dataset(name or path, config or None, cache_dir=path if name else None)
     except (OSError, ValueError, library.exceptions.DatasetsError) as error:
         # Of a broken file the library says that something failed; the cause says what.
@@ -96,9 +96,9 @@ def _open(library: Any, path: str, name: str, config: str) -> Any:
 def _split(opened: Any, split: str, where: str) -> Any:
     if hasattr(opened, "column_names") and isinstance(opened.column_names, list):
         if split != "train":
-            raise UserError(f"has no splits, so no {split!r}", field=where, mend="Use 'train'")
+            raise UserError(f"has no splits, so no {split!r}", field=where, hint="Use 'train'")
         return opened
     for name in (split, SPLITS.get(split, split)):
         if name in opened:
             return opened[name]
-    raise UserError(f"has no split {split!r}", field=where, mend=f"Splits: {', '.join(opened)}")
+    raise UserError(f"has no split {split!r}", field=where, hint=f"Splits: {', '.join(opened)}")

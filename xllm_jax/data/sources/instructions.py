@@ -104,7 +104,7 @@ def _conversation(record, folder: pathlib.Path, where: str, name: str) -> list[E
     slots = slots or [name for name in MODALITIES for _ in files[name]]
     if sorted(slots) != sorted(name for name in MODALITIES for _ in files[name]):
         what = f"slots {slots} do not match the files of {[n for n in MODALITIES if files[n]]}"
-        raise UserError(what, field=where, mend="One slot for each file")
+        raise UserError(what, field=where, hint="One slot for each file")
     rest = {name: iter(paths) for name, paths in files.items()}
     media = tuple((slot, str(folder / next(rest[slot]))) for slot in slots)
     rounds = [(SLOT.sub("", q).strip(), a.strip()) for q, a in zip(texts[::2], texts[1::2])]
@@ -133,8 +133,8 @@ def _check_order(turns: list, where: str) -> None:
         who = layout.get(turn, "from", str, place)
         wanted = ("human", "user") if index % 2 == 0 else ("gpt", "assistant")
         if who not in wanted:
-            mend = "human and gpt take turns, human first"
-            raise UserError(f"is {who!r}, not {wanted[0]!r}", field=f"{place}.from", mend=mend)
+            hint = "human and gpt take turns, human first"
+            raise UserError(f"is {who!r}, not {wanted[0]!r}", field=f"{place}.from", hint=hint)
 
 
 def _task(files: dict[str, list[str]]) -> str:

@@ -33,13 +33,13 @@ def read_text(path: pathlib.Path, table: bool = True) -> str:
     try:
         text = path.read_text("utf-8-sig", "surrogateescape")
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        mend = "Check data.root and the source's path, or see the reader's docstring"
-        raise UserError("no such file", field=str(path), mend=mend) from None
+        hint = "Check data.root and the source's path, or see the reader's docstring"
+        raise UserError("no such file", field=str(path), hint=hint) from None
     lines = text.splitlines() if table and BROKEN.search(text) else []
     broken = [number for number, line in enumerate(lines, start=1) if BROKEN.search(line)]
     if len(broken) > len(lines) // FEW:
         what = f"is not UTF-8 text in {len(broken)} of {len(lines)} lines, first in {broken[0]}"
-        raise UserError(what, field=str(path), mend="Save the file as UTF-8")
+        raise UserError(what, field=str(path), hint="Save the file as UTF-8")
     return text
 
 
@@ -53,7 +53,7 @@ def read_json(path: pathlib.Path) -> Any:
         return json.loads(read_text(path))
     except json.JSONDecodeError as error:
         what = f"broken JSON at line {error.lineno}, column {error.colno}: {error.msg}"
-        raise UserError(what, field=str(path), mend="Fetch or write the file again") from None
+        raise UserError(what, field=str(path), hint="Fetch or write the file again") from None
 
 
 def read_json_lines(path: pathlib.Path) -> list:
@@ -68,7 +68,7 @@ def read_json_lines(path: pathlib.Path) -> list:
             found += [json.loads(line)] if line.strip() else []
         except json.JSONDecodeError as error:
             what = f"broken JSON at line {number}, column {error.colno}: {error.msg}"
-            raise UserError(what, field=str(path), mend="One JSON object a line") from None
+            raise UserError(what, field=str(path), hint="One JSON object a line") from None
     return found
 
 
@@ -88,8 +88,8 @@ def get(record: Any, name: str, kind: type | tuple[type, ...], where: str) -> An
         raise UserError(f"is {_kind(record)}, not an object", field=where)
     if name not in record:
         found = ", ".join(sorted(map(str, record))[:8]) or "none"
-        mend = f"Keys found: {found}"
-        raise UserError("missing key", field=f"{where}.{name}", mend=mend)
+        hint = f"Keys found: {found}"
+        raise UserError("missing key", field=f"{where}.{name}", hint=hint)
     value = record[name]
     if not isinstance(value, kind):
         kinds = kind if isinstance(kind, tuple) else (kind,)
@@ -130,8 +130,8 @@ def split_folder(root: pathlib.Path, split: str) -> pathlib.Path:
     if (root / split).is_dir():
         return root / split
     if split != "train":
-        mend = f"Make a folder {split} with the same layout, or leave this split out"
-        raise UserError("no such folder", field=str(root / split), mend=mend)
+        hint = f"Make a folder {split} with the same layout, or leave this split out"
+        raise UserError("no such folder", field=str(root / split), hint=hint)
     return root
 
 
@@ -146,8 +146,8 @@ def first_folder(candidates: Iterable[pathlib.Path]) -> pathlib.Path:
         if folder.is_dir():
             return folder
     others = ", ".join(map(str, candidates[1:]))
-    mend = f"Looked also for {others}" if others else ""
-    raise UserError("no such folder", field=str(candidates[0]), mend=mend)
+    hint = f"Looked also for {others}" if others else ""
+    raise UserError("no such folder", field=str(candidates[0]), hint=hint)
 
 
 def files(folders: Iterable[pathlib.Path], suffixes: Sequence[str]) -> dict[str, str]:
@@ -205,7 +205,7 @@ def not_empty(examples: Examples, place: pathlib.Path | str, what: str) -> Examp
       UserError: there are none.
     """
     if not len(examples):
-        raise UserError(f"has no {what}", field=str(place), mend="Check the path and the split")
+        raise UserError(f"has no {what}", field=str(place), hint="Check the path and the split")
     return examples
 
 

@@ -39,7 +39,7 @@ def examples(
       UserError: no such split, file or folder, broken answers; on access, a broken question.
     """
     if split != "test":
-        raise UserError(f"has no split {split!r}", field=path, mend="It is for evaluation: test")
+        raise UserError(f"has no split {split!r}", field=path, hint="It is for evaluation: test")
     root = pathlib.Path(path)
     asked = Rows(questions or root / QUESTIONS)
     said = _answers(root, answers)

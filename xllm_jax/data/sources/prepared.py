@@ -4,7 +4,7 @@
     PATH/NAME-SPLIT.array_record-00000-of-00012
 
 Examples come back as the original reader gave them, in its order, media as encoded bytes. The
-licence is that of the set it was made from.
+license is that of the set it was made from.
 """
 
 from __future__ import annotations
@@ -54,5 +54,5 @@ def _check_kind(plan: pathlib.Path, kind: str) -> None:
     held = source["options"].get("kind", default)
     if held != kind:
         what = f"holds examples of the kind {held!r}, not {kind!r}"
-        mend = f'Prepare another set with --options=\'{{"kind": "{kind}"}}\''
-        raise UserError(what, field=str(plan.parent), mend=mend)
+        hint = f'Prepare another set with --options=\'{{"kind": "{kind}"}}\''
+        raise UserError(what, field=str(plan.parent), hint=hint)

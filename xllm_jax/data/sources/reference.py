@@ -9,7 +9,7 @@
       {"speech_feats_path", "image_path", "question_text", "answer_text", "history_text"}
                                                                       VSD, and MASR by kind='masr'
 
-The repository links the files and the media they need; licences are those of the sets they were
+The repository links the files and the media they need; licenses are those of the sets they were
 made from. Paths in them are its authors', so name your folders: files are found there by their last
 part. "speech_feats_path" is a `.npy` of features that CIF has made (`data/media/cif_features.py`):
 it becomes a medium 'cif', which `data.speech_features='cif'` reads, or, with the option `audio`,
@@ -74,7 +74,7 @@ def examples(
         missing or empty text, no sound file.
     """
     if kind not in KINDS:
-        raise UserError(f"unknown kind {kind!r}", field="kind", mend="Choices: '' and masr")
+        raise UserError(f"unknown kind {kind!r}", field="kind", hint="Choices: '' and masr")
     root = pathlib.Path(path)
     rows = Rows(root if root.is_file() else root / f"{split}.json")
     sounds = _sounds(audio) if audio else None
@@ -154,8 +154,8 @@ def _speech(row: dict, where: str, folders: Folders) -> tuple[str, str]:
     for stem in (str(row.get("utterance_id", "")), os.path.splitext(name)[0]):
         if stem in folders.sounds:
             return "speech", folders.sounds[stem]
-    mend = "Name the folder of the sound files by the option 'audio'"
-    raise UserError(f"no sound file of {name}", field=where, mend=mend)
+    hint = "Name the folder of the sound files by the option 'audio'"
+    raise UserError(f"no sound file of {name}", field=where, hint=hint)
 
 
 def _image(path: str, folders: Folders) -> str:

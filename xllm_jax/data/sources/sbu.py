@@ -6,7 +6,7 @@
     PATH/images/                               the images, called as the last part of their link:
                                                4385058960_b0f291553e.jpg
 
-From www.cs.rice.edu/~vo9/sbucaptions; no licence is stated, the photographs keep their owners'.
+From www.cs.rice.edu/~vo9/sbucaptions; no license is stated, the photographs keep their owners'.
 Rows without an image are left out. The paper trains on Chinese translations: the option `captions`,
 a file with one line for each row of the list.
 """
@@ -44,13 +44,13 @@ def examples(
     if webdataset.has_tars(path, split):
         return webdataset.examples(path, split)
     if split != "train":
-        raise UserError(f"has no split {split!r}", field=path, mend="Choices: train")
+        raise UserError(f"has no split {split!r}", field=path, hint="Choices: train")
     root = pathlib.Path(path)
     links, said = _lists(root)
     said = Lines(captions) if captions else said
     if len(links) != len(said):
         what = f"has {len(said)} captions for {len(links)} links"
-        raise UserError(what, field=captions or str(root), mend="One caption for each link")
+        raise UserError(what, field=captions or str(root), hint="One caption for each link")
     names = [link.strip().rsplit("/", 1)[-1] for link in links]
     folder = layout.first_folder([pathlib.Path(images)] if images else [root / "images", root])
 

@@ -5,7 +5,7 @@
     PATH/SPLIT.npy          `[records, 3]` int64: which source, which of its records, which
                             instruction (-1 for the record's own)
 
-Nothing is copied: the sources stay where they are, under their licences.
+Nothing is copied: the sources stay where they are, under their licenses.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ def _picked(file: pathlib.Path) -> np.ndarray:
     try:
         found = np.load(file, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
-        mend = "Check the path and the split"
-        raise UserError("no such file", field=str(file), mend=mend) from None
+        hint = "Check the path and the split"
+        raise UserError("no such file", field=str(file), hint=hint) from None
     except (OSError, ValueError) as error:
         raise UserError(f"is no list of records ({error})", field=str(file)) from None
     if found.ndim != 2 or found.shape[1] != COLUMNS or found.dtype.kind != "i":
@@ -108,7 +108,7 @@ def _check(picked: np.ndarray, sizes: list[int], texts: int, where: str) -> None
     if ((source < 0) | (source >= len(sizes))).any():
         raise UserError("names a source that selection.json lacks", field=where)
     if (record < 0).any() or (record >= np.asarray(sizes, np.int64)[source]).any():
-        mend = "The source has changed: build the selection again"
-        raise UserError("names a record that its source lacks", field=where, mend=mend)
+        hint = "The source has changed: build the selection again"
+        raise UserError("names a record that its source lacks", field=where, hint=hint)
     if ((instruction < -1) | (instruction >= texts)).any():
         raise UserError("names an instruction that selection.json lacks", field=where)

@@ -5,7 +5,7 @@
       options={"name": "coco_captions", "image": "image", "answer": "captions.text"}
 
 Reading needs no TensorFlow (writing does, and so do TFDS's own Audio and Video features). The
-catalogue, www.tensorflow.org/datasets, states each set's licence. Images stay as they are stored
+catalogue, www.tensorflow.org/datasets, states each set's license. Images stay as they are stored
 until they are used.
 """
 
@@ -81,16 +81,16 @@ def _builder(path: str, name: str) -> Any:
     import tensorflow_datasets
 
     if not name and not (pathlib.Path(path) / "dataset_info.json").is_file():
-        mend = "Name the data set by the option 'name'"
-        raise UserError("has no dataset_info.json", field=path, mend=mend)
+        hint = "Name the data set by the option 'name'"
+        raise UserError("has no dataset_info.json", field=path, hint=hint)
     try:
         if not name:
             return tensorflow_datasets.builder_from_directory(path)
         return _builder_from_files(name, path)
     except ImportError as error:
         what = "has features that TFDS reads with TensorFlow alone, as its Audio and Video are"
-        mend = "Prepare the set again with encoded bytes, or as numbers in a Tensor feature"
-        raise UserError(what, field=name or path, mend=mend) from error
+        hint = "Prepare the set again with encoded bytes, or as numbers in a Tensor feature"
+        raise UserError(what, field=name or path, hint=hint) from error
     except (ValueError, OSError, AttributeError) as error:
         told = " ".join(str(error).split())[:120]
         raise UserError(f"no data set {name or path!r} ({told})", field=path) from error
@@ -107,7 +107,7 @@ def _builder_from_files(name: str, path: str) -> Any:
         known = re.split("[/:]", name)[0]
         tensorflow_datasets.builder_cls(known)  # raises, too, where the catalogue has no such set
     told = f"tfds build {name} --data_dir={path} --file_format=array_record"
-    raise UserError(f"{name!r} is not prepared", field=path, mend=told)
+    raise UserError(f"{name!r} is not prepared", field=path, hint=told)
 
 
 def _rows(builder: Any, split: str, where: str, image: str) -> Sequence:
@@ -116,13 +116,13 @@ def _rows(builder: Any, split: str, where: str, image: str) -> Sequence:
     known = list(builder.info.splits)
     if not known:
         told = f"tfds build {builder.name} --data_dir=… --file_format=array_record"
-        raise UserError("is not prepared", field=where, mend=told)
+        raise UserError("is not prepared", field=where, hint=told)
     name = split if split in known else SPLITS.get(split, split)
     if name.partition("[")[0] not in known:
-        raise UserError(f"has no split {split!r}", field=where, mend=f"Splits: {', '.join(known)}")
+        raise UserError(f"has no split {split!r}", field=where, hint=f"Splits: {', '.join(known)}")
     skipped = {image: decode.SkipDecoding()} if image and "." not in image else None
     try:
         return builder.as_data_source(split=name, decoders=skipped)
     except NotImplementedError as error:
-        mend = "Convert it: tfds convert_format --out_file_format=array_record"
-        raise UserError("is not kept as ArrayRecord", field=where, mend=mend) from error
+        hint = "Convert it: tfds convert_format --out_file_format=array_record"
+        raise UserError("is not kept as ArrayRecord", field=where, hint=hint) from error

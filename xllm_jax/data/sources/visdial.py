@@ -61,7 +61,7 @@ def examples(
         key, a number out of range, an image that is not there.
     """
     if kind not in KINDS:
-        raise UserError(f"unknown kind {kind!r}", field="kind", mend=f"Choices: {', '.join(KINDS)}")
+        raise UserError(f"unknown kind {kind!r}", field="kind", hint=f"Choices: {', '.join(KINDS)}")
     root = pathlib.Path(path)
     file = root / f"visdial_1.0_{split}.json"
     talks, pools, counts = _read(file, kind)
@@ -162,5 +162,5 @@ def _picture(pictures: Sequence[Names], number: int, where: str) -> str:
         (at,) = names.find([number])
         if at >= 0:
             return names.path(at)
-    mend = "Name the folder of the images by the option 'images'"
-    raise UserError(f"no image file of number {number}", field=where, mend=mend)
+    hint = "Name the folder of the images by the option 'images'"
+    raise UserError(f"no image file of number {number}", field=where, hint=hint)

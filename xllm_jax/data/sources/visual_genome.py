@@ -45,7 +45,7 @@ def examples(
       UserError: unknown kind, no such file or folder, broken JSON; on access, a missing key.
     """
     if kind not in FILES:
-        raise UserError(f"unknown kind {kind!r}", field="kind", mend="Choices: regions, questions")
+        raise UserError(f"unknown kind {kind!r}", field="kind", hint="Choices: regions, questions")
     root = layout.split_folder(pathlib.Path(path), split)
     folders = [pathlib.Path(images)] if images else [root / name for name in FOLDERS]
     first = layout.first_folder(folders)

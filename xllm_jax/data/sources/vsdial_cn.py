@@ -36,7 +36,7 @@ def examples(
       path: folder of one of the layouts above.
       split: 'train', 'val' or 'test'.
       kind: 'asr' (the spoken question alone), 'spoken' (image and spoken question) or 'masr' (the
-        spoken question recognised with its image, reference form only).
+        spoken question recognized with its image, reference form only).
       images, features, audio: folders of the media, if they lie elsewhere.
       history: give the earlier rounds of VisDial's form; the other form always has them.
 
@@ -44,15 +44,15 @@ def examples(
       UserError: unknown kind, no such file, and what the two readers raise.
     """
     if kind not in FILES:
-        raise UserError(f"unknown kind {kind!r}", field="kind", mend=f"Choices: {', '.join(FILES)}")
+        raise UserError(f"unknown kind {kind!r}", field="kind", hint=f"Choices: {', '.join(FILES)}")
     root = pathlib.Path(path)
     if (root / f"visdial_1.0_{split}.json").is_file() and kind != "masr":
         return visdial.examples(path, split, kind, images, history)
     pattern = f"{split}_{FILES[kind]}*.json"
     found = sorted(root.glob(pattern))
     if not found:
-        mend = f"Wanted: {pattern} or visdial_1.0_{split}.json"
-        raise UserError("no such file", field=str(root / pattern), mend=mend)
+        hint = f"Wanted: {pattern} or visdial_1.0_{split}.json"
+        raise UserError("no such file", field=str(root / pattern), hint=hint)
 
     def folder(given: str, name: str) -> str:
         return given or (str(root / name) if (root / name).is_dir() else "")

@@ -43,7 +43,7 @@ def examples(path: str, split: str = "train") -> Sequence[Example]:
     root = layout.split_folder(pathlib.Path(path), split)
     tars = _tars(root)
     if not tars:
-        raise UserError("has no tar files", field=str(root), mend="Check the path and the split")
+        raise UserError("has no tar files", field=str(root), hint="Check the path and the split")
     return layout.not_empty(Chain([_read(tar, root) for tar in tars]), root, "captioned images")
 
 
@@ -99,8 +99,8 @@ def _scan(tar: pathlib.Path) -> np.ndarray:
             if archive.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
                 raise tarfile.ReadError(f"no member at byte {archive.offset}")
     except (tarfile.TarError, EOFError, OSError) as error:
-        mend = "Download it again, or take it away"
-        raise UserError(f"is a damaged tar ({error})", field=str(tar), mend=mend) from error
+        hint = "Download it again, or take it away"
+        raise UserError(f"is a damaged tar ({error})", field=str(tar), hint=hint) from error
     whole = [row for row in samples.values() if row[0] and row[2]]
     return np.asarray(whole, np.int64).reshape(-1, COLUMNS)
 

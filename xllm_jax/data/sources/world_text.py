@@ -46,6 +46,6 @@ def examples(
         raise UserError(
             f"the text stream has no kind {unknown[0]!r}",
             field="options.shares",
-            mend=f"Choices: {', '.join(SHARES)}",
+            hint=f"Choices: {', '.join(SHARES)}",
         )
     return Stream(count, {"train": 1, "val": 2, "test": 3}[split] + 10 * seed, dict(shares))

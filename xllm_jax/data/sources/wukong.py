@@ -43,8 +43,8 @@ def examples(path: str, split: str = "train", images: str = "") -> Sequence[Exam
     root = pathlib.Path(path)
     found = sorted(root.glob(FILES[split])) or sorted(root.glob(f"wukong_release/{FILES[split]}"))
     if not found:
-        mend = f"Wanted: tars, or {FILES[split]}"
-        raise UserError("no such files", field=str(root), mend=mend)
+        hint = f"Wanted: tars, or {FILES[split]}"
+        raise UserError("no such files", field=str(root), hint=hint)
     places = [root / "images", root / "Data", root]
     folder = layout.first_folder([pathlib.Path(images)] if images else places)
     return layout.not_empty(Chain([_read(file, folder) for file in found]), root, "images")

@@ -112,7 +112,7 @@ def _is_built(directory: pathlib.Path, sizes: WorldSizes, seed: int) -> bool:
         raise UserError(
             "holds other files, and no world.json",
             field=str(directory),
-            mend="Name an empty or a new directory",
+            hint="Name an empty or a new directory",
         )
     found = json.loads(marker.read_text("utf-8"))
     wanted = identity(sizes, seed)
@@ -120,7 +120,7 @@ def _is_built(directory: pathlib.Path, sizes: WorldSizes, seed: int) -> bool:
         raise UserError(
             "holds a world of another seed, version or other sizes",
             field=str(directory),
-            mend="Remove it or name another directory",
+            hint="Remove it or name another directory",
         )
     return True
 

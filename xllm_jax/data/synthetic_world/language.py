@@ -12,7 +12,7 @@ import numpy as np
 
 from xllm_jax.data.synthetic_world import motion
 from xllm_jax.data.synthetic_world.scene import (
-    COLOURS,
+    COLORS,
     PLACES,
     SHAPES,
     SIZES,
@@ -54,7 +54,7 @@ VIDEO_CAPTIONS = ("一个{pair}{motion}。", "视频中有一个{pair}{motion}�
 UNSEEN_VIDEO_CAPTIONS = ("视频中一个{pair}在{motion}。", "这个视频中{pair}{motion}。")
 
 _OBJECT = (
-    f"(?P<size>[{''.join(SIZES)}])的(?P<colour>{'|'.join(COLOURS)})(?P<shape>{'|'.join(SHAPES)})"
+    f"(?P<size>[{''.join(SIZES)}])的(?P<color>{'|'.join(COLORS)})(?P<shape>{'|'.join(SHAPES)})"
 )
 _PLACE = f"(?P<place>{'|'.join(PLACES)})"
 _PHRASES = (
@@ -69,8 +69,8 @@ def spoken(text: str) -> str:
 
 
 def look(item: Object) -> str:
-    """Size, colour and shape, such as 大的红色圆形."""
-    return f"{item.size}的{item.colour}{item.shape}"
+    """Size, color and shape, such as 大的红色圆形."""
+    return f"{item.size}的{item.color}{item.shape}"
 
 
 def wordings(seen: tuple, unseen_only: tuple, unseen: bool) -> tuple:
@@ -102,15 +102,15 @@ def region(item: Object, rng: np.random.Generator, unseen: bool = False) -> str:
 def motion_words(clip: motion.Clip) -> str:
     """What happens in a clip: 向左移动, …, or 从红色变成蓝色."""
     if clip.motion == "变色":
-        return f"从{clip.colour}变成{clip.to_colour}"
+        return f"从{clip.color}变成{clip.to_color}"
     return clip.motion
 
 
 def video_captions(clip: motion.Clip, unseen: bool = False) -> list[str]:
     """Every caption of a clip, one per wording."""
     rows = wordings(VIDEO_CAPTIONS, UNSEEN_VIDEO_CAPTIONS, unseen)
-    # 从红色变成蓝色 already names the first colour.
-    pair = clip.shape if clip.motion == "变色" else clip.colour + clip.shape
+    # 从红色变成蓝色 already names the first color.
+    pair = clip.shape if clip.motion == "变色" else clip.color + clip.shape
     return [row.format(pair=pair, motion=motion_words(clip)) for row in rows]
 
 
@@ -120,7 +120,7 @@ def video_caption(clip: motion.Clip, rng: np.random.Generator, unseen: bool = Fa
 
 
 def written_frames(clip: motion.Clip, rng: np.random.Generator) -> list[str]:
-    """Four sentences that stand for the frames at the centres of four equal parts of a clip."""
+    """Four sentences that stand for the frames at the centers of four equal parts of a clip."""
     phrase = choose(rng, ("{place}有一个{look}", "{place}是一个{look}", "{place}有{look}"))
     sentences = []
     for index in range(4):
@@ -143,22 +143,22 @@ def parse_objects(text: str) -> frozenset[Object]:
     return frozenset(found)
 
 
-def clip_facts(shape: str, colour: str, to_colour: str, name: str) -> tuple[str, ...]:
+def clip_facts(shape: str, color: str, to_color: str, name: str) -> tuple[str, ...]:
     """A clip's facts as tags: object:红色圆形, motion:变色 and, if it changes, becomes:蓝色.
 
     Of a generated caption, `clip_facts(*parse_motion(caption))` compares with an example's tags.
     """
-    changed = (f"becomes:{to_colour}",) if name == "变色" else ()
-    return (f"object:{colour}{shape}", f"motion:{name}", *changed)
+    changed = (f"becomes:{to_color}",) if name == "变色" else ()
+    return (f"object:{color}{shape}", f"motion:{name}", *changed)
 
 
 def parse_motion(text: str) -> tuple[str, str, str, str] | None:
-    """(shape, colour, second colour, motion) that a video caption claims, None if unreadable."""
+    """(shape, color, second color, motion) that a video caption claims, None if unreadable."""
     shape = re.search("|".join(SHAPES), text)
-    colours = re.findall("|".join(COLOURS), text)
+    colors = re.findall("|".join(COLORS), text)
     named = [name for name in motion.MOTIONS if name in text]
-    if "变成" in text and len(colours) == 2:
+    if "变成" in text and len(colors) == 2:
         named = ["变色"]
-    if not shape or not colours or len(named) != 1:
+    if not shape or not colors or len(named) != 1:
         return None
-    return shape.group(), colours[0], colours[-1], named[0]
+    return shape.group(), colors[0], colors[-1], named[0]

@@ -1,4 +1,4 @@
-"""Clips: one object that moves, grows, shrinks, blinks, vanishes or changes colour, and its MP4."""
+"""Clips: one object that moves, grows, shrinks, blinks, vanishes or changes color, and its MP4."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from xllm_jax.data.synthetic_world import render
 from xllm_jax.data.synthetic_world.scene import (
     BACKGROUNDS,
-    COLOURS,
+    COLORS,
     HELD_OUT,
     PLACES,
     SEEN_PAIRS,
@@ -39,11 +39,11 @@ DIRECTIONS = {"向左移动": (-1, 0), "向右移动": (1, 0), "向上移动": (
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """One video's ground truth; `to_colour` is the second colour of 变色, else the first one."""
+    """One video's ground truth; `to_color` is the second color of 变色, else the first one."""
 
     shape: str
-    colour: str
-    to_colour: str
+    color: str
+    to_color: str
     motion: str
     size: str
     place: str
@@ -52,31 +52,31 @@ class Clip:
 
     @property
     def unseen(self) -> bool:
-        """Whether a held-out (shape, colour) pair is ever visible."""
-        return bool({(self.shape, self.colour), (self.shape, self.to_colour)} & HELD_OUT)
+        """Whether a held-out (shape, color) pair is ever visible."""
+        return bool({(self.shape, self.color), (self.shape, self.to_color)} & HELD_OUT)
 
 
 @dataclasses.dataclass(frozen=True)
 class Moment:
-    """What is visible at one time: centre and radius (shares of the side), colour, or nothing."""
+    """What is visible at one time: center and radius (shares of the side), color, or nothing."""
 
     visible: bool
     x: float
     y: float
     radius: float
-    colour: str
+    color: str
 
 
 def sample_clip(rng: np.random.Generator, pairs: str = "seen", motion: str = "") -> Clip:
     """Draws a clip; `pairs` is 'seen' or 'unseen' as for scenes, `motion` may be fixed."""
     pool = SEEN_PAIRS if pairs == "seen" else sorted(HELD_OUT)
-    shape, colour = choose(rng, pool)
+    shape, color = choose(rng, pool)
     motion = motion or choose(rng, MOTIONS)
-    others = [other for other in COLOURS if other != colour and (shape, other) not in HELD_OUT]
-    to_colour = choose(rng, others) if motion == "变色" else colour
+    others = [other for other in COLORS if other != color and (shape, other) not in HELD_OUT]
+    to_color = choose(rng, others) if motion == "变色" else color
     place, size = choose(rng, PLACES), choose(rng, SIZES)
     seed = int(rng.integers(2**31))
-    return Clip(shape, colour, to_colour, motion, size, place, choose(rng, BACKGROUNDS), seed)
+    return Clip(shape, color, to_color, motion, size, place, choose(rng, BACKGROUNDS), seed)
 
 
 def moments(clip: Clip, times: Iterable[float]) -> list[Moment]:
@@ -87,7 +87,7 @@ def moments(clip: Clip, times: Iterable[float]) -> list[Moment]:
 
 
 def _moment(clip: Clip, time: float, start: float, end: float) -> Moment:
-    x, y = render.cell_centre(clip.place)
+    x, y = render.cell_center(clip.place)
     radius = render.RADIUS[clip.size]
     if clip.motion in DIRECTIONS:
         across, down = DIRECTIONS[clip.motion]
@@ -99,8 +99,8 @@ def _moment(clip: Clip, time: float, start: float, end: float) -> Moment:
         grown = time if clip.motion == "变大" else 1 - time
         radius = small + (large - small) * grown
     visible = {"闪烁": int(time * 4) % 2 == 0, "消失": time < 0.5}.get(clip.motion, True)
-    colour = clip.to_colour if time >= 0.5 else clip.colour
-    return Moment(visible, float(x), float(y), float(radius), colour)
+    color = clip.to_color if time >= 0.5 else clip.color
+    return Moment(visible, float(x), float(y), float(radius), color)
 
 
 def seen_object(clip: Clip, time: float) -> Object | None:
@@ -111,7 +111,7 @@ def seen_object(clip: Clip, time: float) -> Object | None:
     column, row = min(2, int(now.x * 3)), min(2, int(now.y * 3))
     middle = (render.RADIUS["大"] + render.RADIUS["小"]) / 2
     size = "大" if now.radius > middle else "小"
-    return Object(clip.shape, now.colour, size, PLACES[3 * row + column])
+    return Object(clip.shape, now.color, size, PLACES[3 * row + column])
 
 
 def render_clip(clip: Clip, pixels: int = render.PIXELS) -> np.ndarray:
@@ -119,11 +119,11 @@ def render_clip(clip: Clip, pixels: int = render.PIXELS) -> np.ndarray:
     rng = generator(clip.seed, "render")
     base = render.background(clip.background, rng, pixels)
     turn = float(rng.uniform(-0.14, 0.14))
-    colours = {clip.colour: render.jitter_colour(clip.colour, rng)}
-    colours.setdefault(clip.to_colour, render.jitter_colour(clip.to_colour, rng))
+    colors = {clip.color: render.jitter_color(clip.color, rng)}
+    colors.setdefault(clip.to_color, render.jitter_color(clip.to_color, rng))
     frames = []
     for now in moments(clip, ((index + 0.5) / FRAMES for index in range(FRAMES))):
-        sprite = (clip.shape, now.x, now.y, now.radius, colours[now.colour], turn)
+        sprite = (clip.shape, now.x, now.y, now.radius, colors[now.color], turn)
         picture = render.draw(base, [sprite] if now.visible else [])
         frames.append(render.add_noise(picture, rng))
     return np.stack(frames)

@@ -1,7 +1,7 @@
 """What a world of given sizes holds, before any file is written.
 
 The composition of the test split is fixed here. Half of its scenes and clips contain a held-out
-(shape, colour) pair, half of its utterances have the unseen voice, a quarter has wordings that
+(shape, color) pair, half of its utterances have the unseen voice, a quarter has wordings that
 training never uses; the three are crossed, and each record's tags say what applies.
 """
 
@@ -196,6 +196,6 @@ def video(seed: int, split: str, index: int) -> Video:
     order = [captions[int(i)] for i in rng.permutation(len(captions))]
     if unseen:
         order = language.video_captions(clip, unseen=True) + order
-    facts = language.clip_facts(clip.shape, clip.colour, clip.to_colour, clip.motion)
+    facts = language.clip_facts(clip.shape, clip.color, clip.to_color, clip.motion)
     tags = facts + ("unseen_pair",) * clip.unseen + ("unseen_wording",) * unseen
     return Video(FIRST_ID[split] - 1 + index, clip, tuple(order), tags)

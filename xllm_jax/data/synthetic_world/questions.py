@@ -16,7 +16,7 @@ from xllm_jax.data.synthetic_world import motion
 from xllm_jax.data.synthetic_world.language import NUMBERS, motion_words
 from xllm_jax.data.synthetic_world.scene import (
     ALL_PAIRS,
-    COLOURS,
+    COLORS,
     PLACES,
     SEEN_PAIRS,
     SHAPES,
@@ -29,7 +29,7 @@ from xllm_jax.data.synthetic_world.scene import (
 # How often each kind is tried. Kinds with two answers stay rare: the blind guess must stay low.
 # Comparisons fit few scenes, so they are tried twice as often as they should come out.
 MIX = {
-    "colour": 0.22,
+    "color": 0.22,
     "shape": 0.20,
     "place": 0.20,
     "size": 0.08,
@@ -40,7 +40,7 @@ MIX = {
 }
 # {x} names one object, {a} and {b} two, {v} a value; the second tuple is for the test only.
 WORDINGS = {
-    "colour": (
+    "color": (
         (
             "{x}是什么颜色？",
             "{x}的颜色是什么？",
@@ -128,8 +128,8 @@ WORDINGS = {
         ("请问物体怎么了？",),
     ),
 }
-ANSWER_OF = {"colour": "颜色", "shape": "形状", "size": "大小"}
-VALUES = {"colour": COLOURS, "shape": SHAPES, "size": SIZES, "place": PLACES}
+ANSWER_OF = {"color": "颜色", "shape": "形状", "size": "大小"}
+VALUES = {"color": COLORS, "shape": SHAPES, "size": SIZES, "place": PLACES}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,10 +175,10 @@ def names(scene: Scene, index: int, hidden: str) -> list[tuple[str, frozenset[st
         found.append((f"{item.place}的物体", frozenset({"place"})))
     if hidden != "shape" and all(other.shape != item.shape for other in others):
         found.append((item.shape, frozenset({"shape"})))
-    if hidden != "colour" and all(other.colour != item.colour for other in others):
-        found.append((f"{item.colour}物体", frozenset({"colour"})))
-    if hidden not in ("shape", "colour"):
-        found.append((item.colour + item.shape, frozenset({"shape", "colour"})))
+    if hidden != "color" and all(other.color != item.color for other in others):
+        found.append((f"{item.color}物体", frozenset({"color"})))
+    if hidden not in ("shape", "color"):
+        found.append((item.color + item.shape, frozenset({"shape", "color"})))
     return found
 
 
@@ -192,7 +192,7 @@ def pick_subject(scene: Scene, rng, rule: Rule, hidden: str):
 
 
 def ask_attribute(kind: str):
-    """The maker of questions for one attribute of one object: colour, shape, place or size."""
+    """The maker of questions for one attribute of one object: color, shape, place or size."""
 
     def make(scene: Scene, rng, rule: Rule) -> Question | None:
         picked = pick_subject(scene, rng, rule, kind)
@@ -214,11 +214,11 @@ def ask_count(scene: Scene, rng, rule: Rule) -> Question | None:
 
 
 def ask_existence(scene: Scene, rng, rule: Rule) -> Question | None:
-    """Whether a shape, a colour or a coloured shape is there; half of them are."""
-    form, truth = choose(rng, ("pair", "colour", "shape")), bool(rng.integers(2))
+    """Whether a shape, a color or a colored shape is there; half of them are."""
+    form, truth = choose(rng, ("pair", "color", "shape")), bool(rng.integers(2))
     view = {
         "pair": (lambda pair: pair, "{1}{0}"),
-        "colour": (lambda pair: pair[1], "{0}物体"),
+        "color": (lambda pair: pair[1], "{0}物体"),
         "shape": (lambda pair: pair[0], "{0}"),
     }
     key, phrase = view[form]
@@ -237,10 +237,10 @@ def ask_comparison(scene: Scene, rng, rule: Rule) -> Question | None:
     first, second = (scene.objects[i] for i in rng.permutation(len(scene.objects))[:2])
     if rng.integers(2):
         return _ask_bigger(scene, rng, rule, first, second)
-    kind = choose(rng, ("colour", "shape", "size"))
+    kind = choose(rng, ("color", "shape", "size"))
     same = getattr(first, kind) == getattr(second, kind)
     # Different values are more common than equal ones: keep only some, so that halves are equal.
-    share = {"colour": 0.42, "shape": 0.62, "size": 1.0}[kind]
+    share = {"color": 0.42, "shape": 0.62, "size": 1.0}[kind]
     if not same and rng.random() > share:
         return None
     fields = {"a": first.place, "b": second.place, "v": ANSWER_OF[kind]}
@@ -251,7 +251,7 @@ def ask_comparison(scene: Scene, rng, rule: Rule) -> Question | None:
 def _ask_bigger(scene, rng, rule, first: Object, second: Object) -> Question | None:
     if first.size == second.size:
         return None
-    kind = choose(rng, ("shape", "colour"))
+    kind = choose(rng, ("shape", "color"))
     values = [getattr(item, kind) for item in scene.objects]
     pair = [getattr(item, kind) for item in (first, second)]
     if any(values.count(value) > 1 for value in pair):
@@ -263,7 +263,7 @@ def _ask_bigger(scene, rng, rule, first: Object, second: Object) -> Question | N
 
 def ask_yesno(scene: Scene, rng, rule: Rule) -> Question | None:
     """Whether one object has a value; half of them do."""
-    kind, truth = choose(rng, ("colour", "shape", "size")), bool(rng.integers(2))
+    kind, truth = choose(rng, ("color", "shape", "size")), bool(rng.integers(2))
     picked = pick_subject(scene, rng, rule, kind)
     if picked is None:
         return None
@@ -280,12 +280,12 @@ def ask_yesno(scene: Scene, rng, rule: Rule) -> Question | None:
 
 def _possible(rule: Rule, item: Object, kind: str, value: str) -> bool:
     # A pair that never occurs would give the answer away.
-    pair = {"shape": (value, item.colour), "colour": (item.shape, value)}.get(kind, item.pair)
+    pair = {"shape": (value, item.color), "color": (item.shape, value)}.get(kind, item.pair)
     return pair in rule.pairs
 
 
 MAKERS = {
-    "colour": ask_attribute("colour"),
+    "color": ask_attribute("color"),
     "shape": ask_attribute("shape"),
     "place": ask_attribute("place"),
     "size": ask_attribute("size"),
@@ -352,7 +352,7 @@ def dialogue(scene: Scene, rng, rounds: int = 4, unseen: bool = False) -> list[Q
 
 def follow_up(scene: Scene, rng, last: Question) -> Question | None:
     """A question about the last round's object, which it calls 它; nothing told already."""
-    kinds = [kind for kind in ("colour", "shape", "place", "size") if kind not in last.told]
+    kinds = [kind for kind in ("color", "shape", "place", "size") if kind not in last.told]
     if not kinds:
         return None
     rule = Rule(subject=last.subject, known=last.told)
@@ -360,10 +360,10 @@ def follow_up(scene: Scene, rng, last: Question) -> Question | None:
 
 
 def ask_clip(clip: motion.Clip, rng, unseen: bool = False) -> Question:
-    """One question about a video: what happens, or the object's shape or (constant) colour."""
-    kinds = ["motion", "shape"] + ["colour"] * (clip.motion != "变色")
+    """One question about a video: what happens, or the object's shape or (constant) color."""
+    kinds = ["motion", "shape"] + ["color"] * (clip.motion != "变色")
     kind = choose(rng, kinds)
     name = choose(rng, ("物体", "视频中的物体"))
     text = word(rng, kind, unseen, x=name)
-    answer = {"motion": motion_words(clip), "shape": clip.shape, "colour": clip.colour}[kind]
+    answer = {"motion": motion_words(clip), "shape": clip.shape, "color": clip.color}[kind]
     return Question(kind, text, answer, 0, frozenset({kind}), unseen)

@@ -23,8 +23,8 @@ RADIUS = {"大": 0.140, "小": 0.078}  # shares of the picture's side
 SUPERSAMPLING = 3
 
 
-def cell_centre(place: str) -> tuple[float, float]:
-    """(x, y) of a grid cell's centre as shares of the picture's side."""
+def cell_center(place: str) -> tuple[float, float]:
+    """(x, y) of a grid cell's center as shares of the picture's side."""
     row, column = divmod(PLACES.index(place), 3)
     return (2 * column + 1) / 6, (2 * row + 1) / 6
 
@@ -53,15 +53,15 @@ def object_boxes(scene: Scene, pixels: int = PIXELS) -> list[tuple[int, int, int
 
 def jitter(item: Object, rng: np.random.Generator):
     """(x, y, radius, rgb, turn): an object's look with small random changes."""
-    x, y = (centre + float(rng.uniform(-0.022, 0.022)) for centre in cell_centre(item.place))
+    x, y = (center + float(rng.uniform(-0.022, 0.022)) for center in cell_center(item.place))
     radius = RADIUS[item.size] * float(rng.uniform(0.93, 1.06))
     turn = float(rng.uniform(-0.14, 0.14))
-    return x, y, radius, jitter_colour(item.colour, rng), turn
+    return x, y, radius, jitter_color(item.color, rng), turn
 
 
-def jitter_colour(colour: str, rng: np.random.Generator) -> tuple[int, int, int]:
-    """The colour's RGB with hue, saturation and brightness moved a little."""
-    hue, saturation, value = colorsys.rgb_to_hsv(*(channel / 255 for channel in RGB[colour]))
+def jitter_color(color: str, rng: np.random.Generator) -> tuple[int, int, int]:
+    """The color's RGB with hue, saturation and brightness moved a little."""
+    hue, saturation, value = colorsys.rgb_to_hsv(*(channel / 255 for channel in RGB[color]))
     hue = (hue + float(rng.uniform(-0.015, 0.015))) % 1
     saturation = saturation * float(rng.uniform(0.9, 1.0))
     value = min(1.0, value * float(rng.uniform(0.92, 1.04)))
@@ -111,7 +111,7 @@ def add_noise(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def background(texture: str, rng: np.random.Generator, pixels: int = PIXELS) -> np.ndarray:
-    """A muted, dark texture, `[pixels, pixels, 3]` float32, on which all colours stand out."""
+    """A muted, dark texture, `[pixels, pixels, 3]` float32, on which all colors stand out."""
     hue, saturation = float(rng.random()), float(rng.uniform(0.02, 0.2))
     value = float(rng.uniform(0.2, 0.42))
     base = np.asarray(colorsys.hsv_to_rgb(hue, saturation, value), np.float32) * 255

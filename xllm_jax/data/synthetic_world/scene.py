@@ -12,12 +12,12 @@ import zlib
 
 import numpy as np
 
-COLOURS = ("红色", "绿色", "蓝色", "黄色", "紫色", "白色")
+COLORS = ("红色", "绿色", "蓝色", "黄色", "紫色", "白色")
 SHAPES = ("圆形", "方形", "三角形", "星形", "十字形")
 SIZES = ("大", "小")
 PLACES = ("左上", "上面", "右上", "左边", "中间", "右边", "左下", "下面", "右下")
 
-# One held-out colour for every shape: each of these colours and shapes is seen in other pairs.
+# One held-out color for every shape: each of these colors and shapes is seen in other pairs.
 HELD_OUT = frozenset(
     {
         ("圆形", "黄色"),
@@ -27,7 +27,7 @@ HELD_OUT = frozenset(
         ("十字形", "蓝色"),
     }
 )
-ALL_PAIRS = tuple((shape, colour) for shape in SHAPES for colour in COLOURS)
+ALL_PAIRS = tuple((shape, color) for shape in SHAPES for color in COLORS)
 SEEN_PAIRS = tuple(pair for pair in ALL_PAIRS if pair not in HELD_OUT)
 
 BACKGROUNDS = ("noise", "stripes", "checks", "gradient", "clouds", "weave")
@@ -36,17 +36,17 @@ COUNT_SHARES = (0.31, 0.36, 0.33)
 
 @dataclasses.dataclass(frozen=True)
 class Object:
-    """One object: shape, colour, size and place, each by its Chinese word."""
+    """One object: shape, color, size and place, each by its Chinese word."""
 
     shape: str
-    colour: str
+    color: str
     size: str
     place: str
 
     @property
     def pair(self) -> tuple[str, str]:
-        """(shape, colour), the part that held-out splits speak about."""
-        return self.shape, self.colour
+        """(shape, color), the part that held-out splits speak about."""
+        return self.shape, self.color
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Scene:
 
     @property
     def unseen(self) -> bool:
-        """Whether any object is a held-out (shape, colour) pair."""
+        """Whether any object is a held-out (shape, color) pair."""
         return any(item.pair in HELD_OUT for item in self.objects)
 
 
@@ -99,7 +99,7 @@ def sample_scene(rng: np.random.Generator, pairs: str = "seen", count: int = 0) 
 
 
 def _another_pair(rng, chosen, pool):
-    # Independent draws would share a colour too rarely for questions about "the same colour".
+    # Independent draws would share a color too rarely for questions about "the same color".
     free = [pair for pair in pool if pair not in chosen]
     if chosen and rng.random() < 0.35:
         side = int(rng.integers(2))

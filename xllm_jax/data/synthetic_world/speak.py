@@ -159,10 +159,10 @@ def noise(kind: str, count: int, rng: np.random.Generator) -> np.ndarray:
     # Babble: a few talkers, each a band of noise that swells at the pace of syllables.
     time, total = np.arange(length) / RATE, np.zeros(length)
     for _ in range(4):
-        centre, pace = rng.uniform(250, 1800), rng.uniform(3, 6)
+        center, pace = rng.uniform(250, 1800), rng.uniform(3, 6)
         # White noise is white in its spectrum too: no need to transform it first.
         spectrum = rng.standard_normal((len(frequency), 2), np.float32).view(np.complex64)[:, 0]
-        spectrum *= np.exp(-(((frequency - centre) / (0.5 * centre)) ** 2))
+        spectrum *= np.exp(-(((frequency - center) / (0.5 * center)) ** 2))
         swell = 0.55 + 0.45 * np.sin(2 * np.pi * (pace * time + rng.random()))
         total += swell * scipy.fft.irfft(spectrum, length)
     return total[:count].astype(np.float32)

@@ -16,7 +16,7 @@ import numpy as np
 from xllm_jax.data.example import Example
 from xllm_jax.data.synthetic_world import language, motion, questions
 from xllm_jax.data.synthetic_world.scene import (
-    COLOURS,
+    COLORS,
     PLACES,
     SHAPES,
     SIZES,
@@ -40,7 +40,7 @@ SHARES = {
 }
 # What the LLM is asked about a written scene: more of what is hard to read than people ask.
 KINDS = {
-    "colour": 0.16,
+    "color": 0.16,
     "shape": 0.16,
     "place": 0.24,
     "size": 0.07,
@@ -62,7 +62,7 @@ def text_example(
     Args:
       seed: seed of the stream; use another one for validation.
       index: position in the stream.
-      pairs: 'all' lets the language know every colour and shape together, as a real LLM does; the
+      pairs: 'all' lets the language know every color and shape together, as a real LLM does; the
         held-out pairs are held out from pictures. 'seen' holds them out of the text too.
       shares: {kind of example, a key of SHARES: how often, in relation to the others}.
     """
@@ -102,7 +102,7 @@ def spoken_characters() -> str:
     """
     rows = [text for kind, pair in questions.WORDINGS.items() if kind != "motion" for text in pair]
     texts = [text for row in (*rows, language.REGIONS, language.UNSEEN_REGIONS) for text in row]
-    values = [*PLACES, *SIZES, *COLOURS, *SHAPES, *questions.ANSWER_OF.values(), "的物体"]
+    values = [*PLACES, *SIZES, *COLORS, *SHAPES, *questions.ANSWER_OF.values(), "的物体"]
     letters = set(language.spoken("".join([*values, *(re.sub("{.*?}", "", t) for t in texts)])))
     return "".join(sorted(letters))
 

@@ -37,7 +37,7 @@ class CharacterVocabulary:
             raise UserError(f"lists {twice!r} twice", field=field)
         wrong = next((c for c in self.characters if len(c) != 1 or c.isspace()), None)
         if wrong is not None:
-            raise UserError(f"{wrong!r} is not one character", field=field, mend="One a line")
+            raise UserError(f"{wrong!r} is not one character", field=field, hint="One a line")
 
     @classmethod
     def load(cls, path: str | Path) -> CharacterVocabulary:
@@ -47,7 +47,7 @@ class CharacterVocabulary:
           UserError: no such file, or a bad line.
         """
         if not Path(path).is_file():
-            raise UserError("no such file", field=str(path), mend="data.characters names it")
+            raise UserError("no such file", field=str(path), hint="data.characters names it")
         lines = Path(path).read_text("utf-8").splitlines()
         return cls([line.split()[0] for line in lines if line.strip()], str(path))
 

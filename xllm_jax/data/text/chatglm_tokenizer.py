@@ -68,7 +68,7 @@ class ChatGLMTokenizer:
     def __init__(self, folder: str | Path, image_tokens: int | None = None):
         path = Path(folder) / MODEL_FILE
         if not path.exists():
-            raise UserError("no such file", field=str(path), mend="Give the tokenizer's folder")
+            raise UserError("no such file", field=str(path), hint="Give the tokenizer's folder")
         self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         self._options = DEFAULTS | _read_json(Path(folder) / "tokenizer_config.json")
         configured = self._options.get("num_image_tokens", 20000)
@@ -134,16 +134,16 @@ class ChatGLMTokenizer:
         """(special token, True) and (what stands between them, as the model reads it, False)."""
         start, after_special = 0, False
         for match in self._split.finditer(text):
-            yield self._normalised(text[start : match.start()], after_special, True), False
+            yield self._normalized(text[start : match.start()], after_special, True), False
             yield match.group(), True
             start, after_special = match.end(), True
-        yield self._normalised(text[start:], after_special, False), False
+        yield self._normalized(text[start:], after_special, False), False
 
     def _ids(self, text: str) -> list[int]:
         ids = self._model.encode(text)
         return [index + self.image_tokens for index in ids] if self.image_tokens else ids
 
-    def _normalised(self, text: str, left_cut: bool, right_cut: bool) -> str:
+    def _normalized(self, text: str, left_cut: bool, right_cut: bool) -> str:
         text = text.lstrip() if left_cut else text
         text = text.rstrip() if right_cut else text
         if self._options.get("remove_space"):
@@ -170,7 +170,7 @@ class ChatGLMTokenizer:
                 raise UserError(
                     f"{key} is {config[key]}, but the tokenizer says {expected}",
                     field=path,
-                    mend="Tokenizer and checkpoint are of different releases",
+                    hint="Tokenizer and checkpoint are of different releases",
                 )
 
 
@@ -190,16 +190,16 @@ class ClipTokenizer:
     def __init__(self, folder: str | Path):
         there = {file.name for file in Path(folder).glob("*")}
         if "tokenizer.json" not in there and not {"vocab.json", "merges.txt"} <= there:
-            mend = "Give a folder of openai/clip-vit-base-patch16 as --tokenizer"
+            hint = "Give a folder of openai/clip-vit-base-patch16 as --tokenizer"
             what = "has no vocab.json and merges.txt, and no tokenizer.json"
-            raise UserError(what, field=str(folder), mend=mend)
+            raise UserError(what, field=str(folder), hint=hint)
         from transformers import CLIPTokenizer
 
         try:
             self._model = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
         except Exception as error:  # the parser below has no errors of its own
             what = f"is no tokenizer of CLIP ({' '.join(str(error).split())[:200]})"
-            raise UserError(what, field=str(folder), mend="Download its files again") from error
+            raise UserError(what, field=str(folder), hint="Download its files again") from error
         self.end: int = self._model.eos_token_id
         self.largest = max(self._model.get_vocab().values())
 

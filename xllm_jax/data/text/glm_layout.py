@@ -176,7 +176,7 @@ def pack(groups: Sequence[Sequence[Row]], length: int, answers: int, pad: int) -
             raise UserError(
                 f"{used} tokens, {supervised} supervised, in a row of {length} and {answers}",
                 field="data.length",
-                mend="Enlarge data.length or data.answers",
+                hint="Enlarge data.length or data.answers",
             )
         _fill(batch, row, group)
     return batch

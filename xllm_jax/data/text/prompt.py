@@ -3,7 +3,7 @@
 A prompt is a list of segments: text, or a slot that interface outputs fill. Slots stand where
 `<image>`, `<video>`, `<speech>` markers in the text say, or first, in the order of the example's
 media; any number of them, in any order. Each slot is wrapped in its tags, `<Image>` … `</Image>`,
-which are plain text tokenised on their own (paper section 3.3; repository `xllm.py: prompt_wrap`).
+which are plain text tokenized on their own (paper section 3.3; repository `xllm.py: prompt_wrap`).
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def template(name: str) -> Template:
         raise UserError(
             f"unknown template {name!r}",
             field="data.template",
-            mend=f"Choices: {', '.join(TEMPLATES)}",
+            hint=f"Choices: {', '.join(TEMPLATES)}",
         )
     return TEMPLATES[name]
 
@@ -165,7 +165,7 @@ def question(example: Example, generator: np.random.Generator) -> str:
         raise UserError(
             f"no instruction, and the task {example.task!r} has none of its own",
             field=example.key,
-            mend="Give the example an instruction or add the task to data/text/instructions.py",
+            hint="Give the example an instruction or add the task to data/text/instructions.py",
         )
     return known[int(generator.integers(len(known)))]
 
@@ -307,7 +307,7 @@ def _shorten(
         raise DoesNotFit(
             f"takes {fixed + total + supervised + 1} tokens, its bucket holds {limits.length}",
             field=key,
-            mend="Raise data.length, or shorten the text or the media",
+            hint="Raise data.length, or shorten the text or the media",
         )
     kept = []
     left = room

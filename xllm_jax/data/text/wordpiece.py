@@ -44,7 +44,7 @@ class WordPiece:
         path = Path(path)
         path = path / "vocab.txt" if path.is_dir() else path
         if not path.is_file():
-            raise UserError("no such file", field=str(path), mend="data.vocabulary names it")
+            raise UserError("no such file", field=str(path), hint="data.vocabulary names it")
         self._path = path
         self._ids = {p: i for i, p in enumerate(path.read_text("utf-8").splitlines())}
         self._pieces_by_id = {i: p for p, i in self._ids.items()}

@@ -92,8 +92,8 @@ def build(
     wanted = {name: COUNTS.get(name, 0) for name in sources} | dict(counts or {})
     odd = sorted(wanted.keys() - sources.keys())
     if odd:
-        mend = f"Sources: {', '.join(sources)}"
-        raise UserError(f"there is no source {odd[0]!r}", field="--counts", mend=mend)
+        hint = f"Sources: {', '.join(sources)}"
+        raise UserError(f"there is no source {odd[0]!r}", field="--counts", hint=hint)
     whole = {
         name: Source(one.reader, str(Path(input) / one.path), one.split, one.options)
         for name, one in sources.items()
@@ -139,7 +139,7 @@ def read_lists(file: str) -> dict[str, list[str]]:
     lists = layout.read_json(Path(file))
     good = isinstance(lists, dict) and all(isinstance(texts, list) for texts in lists.values())
     if not good or not all(isinstance(text, str) for texts in lists.values() for text in texts):
-        raise UserError("is no table of lists", field=file, mend='{"caption": ["…", "…"]}')
+        raise UserError("is no table of lists", field=file, hint='{"caption": ["…", "…"]}')
     return lists
 
 
@@ -175,7 +175,7 @@ def draw(
         tried += len(some)
     if len(drawn) < count:
         what = f"has {len(drawn)} usable records of {count} wanted"
-        raise UserError(what, field=source.path, mend=f"--counts={name}={len(drawn)}")
+        raise UserError(what, field=source.path, hint=f"--counts={name}={len(drawn)}")
     return drawn[:count], rejects
 
 
@@ -189,9 +189,9 @@ def asked(example: Any, lists: Mapping[str, Sequence[str]], texts: Sequence[str]
         return -1
     known = lists.get(example.task, ())
     if not known:
-        mend = "Add the task to the file of --instructions"
+        hint = "Add the task to the file of --instructions"
         raise UserError(
-            f"no instruction for the task {example.task!r}", field=example.key, mend=mend
+            f"no instruction for the task {example.task!r}", field=example.key, hint=hint
         )
     drawn = zlib.crc32(f"{seed} {example.key}".encode("utf-8", "backslashreplace"))
     return texts.index(known[drawn % len(known)])

@@ -35,9 +35,9 @@ def build(input: str, output: str, beam: Sequence[str] = (), workers: int = 0) -
     """
     sounds, others = found(Path(input))
     if not sounds:
-        raise UserError("has no audio files", field=input, mend="Check the path")
+        raise UserError("has no audio files", field=input, hint="Check the path")
     if Path(output).resolve() == Path(input).resolve():
-        raise UserError("is the folder of the input", field="--output", mend="Choose another")
+        raise UserError("is the folder of the input", field="--output", hint="Choose another")
     rejects = convert(sounds, input, output, beam, workers)
     if len(rejects) == len(sounds):
         why = rejects[0]

@@ -72,7 +72,7 @@ def build(
     """
     if bool(scores) == bool(clip):
         what = "one of --scores and --clip is needed" + (", not both" if clip else "")
-        raise UserError(what, field="--scores", mend="--clip=bases/clip computes scores")
+        raise UserError(what, field="--scores", hint="--clip=bases/clip computes scores")
     source, about = Source(reader, input, split, options or {}), {}
     if clip:
         known, about = computed(source, output, clip, tokenizer, batch)
@@ -124,7 +124,7 @@ def alike(file: Path, threshold: float, beam: Sequence[str] = (), workers: int =
         kept = np.flatnonzero(known >= least)
     if not len(kept):
         best = "no scores" if np.isnan(known).all() else f"the most is {np.nanmax(known):.3f}"
-        raise UserError(f"keeps nothing ({best})", field="--threshold", mend="Lower it")
+        raise UserError(f"keeps nothing ({best})", field="--threshold", hint="Lower it")
     return kept
 
 
@@ -166,7 +166,7 @@ def read(scores: str, found: Sequence[Any]) -> np.ndarray:
         known = _array(scores)
         if known.shape != (len(found),):
             what = f"has the shape {known.shape} for {len(found)} records"
-            raise UserError(what, field=scores, mend="One number for each record, in order")
+            raise UserError(what, field=scores, hint="One number for each record, in order")
         return known.astype(np.float32)
     table = _by_key(scores)
     known = (table.get(_key(found, place), np.nan) for place in range(len(found)))

@@ -6,7 +6,7 @@ Writes the layout that `sources/vsdial_cn.py` reads, and shards of it:
     OUTPUT/audio/….flac                 one file for all rounds that ask the same
     OUTPUT/shards/asr, spoken           prepared sets: questions alone, and with their images
     OUTPUT/once/                        every question once, for the reader 'selection' (the paper
-                                        aligns speech on these, and recognises all rounds before)
+                                        aligns speech on these, and recognizes all rounds before)
 
 Translations come from a table ({text: translation}, made by anything; the recipe 'questions' lists
 the texts) or from mBART-50; speech from espeak-ng or an engine of your own. Rounds whose question
@@ -66,8 +66,8 @@ def build(
         round that is translated.
     """
     if bool(translations) == bool(translator):
-        mend = "Give --translations=FILE, or --translator=FOLDER of an mBART-50 model"
-        raise UserError("one of the two is needed", field="--translations", mend=mend)
+        hint = "Give --translations=FILE, or --translator=FOLDER of an mBART-50 model"
+        raise UserError("one of the two is needed", field="--translations", hint=hint)
     say = engine_named(engine)
     data = questions.read(input, split)
     texts = questions.collect(questions.texts(data), output, split, beam, workers)
@@ -105,9 +105,9 @@ def engine_named(name: str) -> transforms.Engine:
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
-        mend = "Write it as module:function, importable from here"
+        hint = "Write it as module:function, importable from here"
         raise UserError(
-            f"no speech engine {name!r} ({error})", field="--engine", mend=mend
+            f"no speech engine {name!r} ({error})", field="--engine", hint=hint
         ) from None
 
 
@@ -119,7 +119,7 @@ def read_table(file: str) -> dict[str, str]:
     """
     table = layout.read_json(Path(file))
     if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
-        raise UserError("is no table of texts", field=file, mend='{"text": "translation"}')
+        raise UserError("is no table of texts", field=file, hint='{"text": "translation"}')
     return table
 
 

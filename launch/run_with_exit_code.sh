@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# launch/attend.sh FILE COMMAND…: runs COMMAND, leaves its process number in FILE.pid and its exit
+# launch/run_with_exit_code.sh FILE COMMAND…: runs COMMAND, leaves its process number in FILE.pid and its exit
 # code in FILE, %t in the name being the SLURM task. tpu_pod.sh and slurm.sbatch need each host's own
 # code: ssh and srun tell one for all.
 #

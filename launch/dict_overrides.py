@@ -17,9 +17,9 @@ from typing import Any
 
 from xllm_jax.core.errors import UserError
 
-MIX = re.compile(r"(data|held_out)\.mix")
+MIX = re.compile(r"(data|validation)\.mix")
 OPEN = re.compile(
-    r"init|(data|held_out)\.(mix|sources\.[^.]+\.options)|parts\.[^.]+\.fields|options"
+    r"init|(data|validation)\.(mix|sources\.[^.]+\.options)|parts\.[^.]+\.fields|options"
 )
 
 
@@ -97,9 +97,9 @@ def _weight(token: str, text: str, key: str, sources: dict[str, Any]) -> float:
     field = token.partition("=")[0]
     if key not in sources:
         near = difflib.get_close_matches(key, sources, n=1)
-        mend = f"Did you mean {near[0]}?" if near else f"Choices: {', '.join(sorted(sources))}"
-        raise UserError("no such source", field=field, mend=mend)
+        hint = f"Did you mean {near[0]}?" if near else f"Choices: {', '.join(sorted(sources))}"
+        raise UserError("no such source", field=field, hint=hint)
     try:
         return float(text)
     except ValueError:
-        raise UserError(f"{text!r} is no weight", field=field, mend="Give a number") from None
+        raise UserError(f"{text!r} is no weight", field=field, hint="Give a number") from None

@@ -1,6 +1,6 @@
 """BLIP-2's first stage: a Q-Former with text and the heads of ITC, ITM and ITG.
 
-The losses are in `objectives/contrast.py`; stage 2 keeps what `without_text` returns.
+The losses are in `objectives/blip2_pretraining.py`; stage 2 keeps what `without_text` returns.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class ContrastModel(nn.Module):
 
     def __call__(self, features: Array, ids: Array, mask: Array) -> tuple[Array, ...]:
         """Every head once, so that `init` makes every parameter; arguments as in the methods."""
-        image = self.normalise(features)
+        image = self.normalize(features)
         _, projected, cache = self.image(image)
         return (
             projected,
@@ -109,12 +109,12 @@ class ContrastModel(nn.Module):
             self.temperature,
         )
 
-    def normalise(self, features: Array) -> Array:
+    def normalize(self, features: Array) -> Array:
         """The norm behind the vision encoder, `[batch, patches, encoder width]`."""
         return self.norm(features)
 
     def image(self, image: Array, train: bool = False) -> tuple[Array, Array, Cache]:
-        """Queries over a normalised image.
+        """Queries over a normalized image.
 
         Returns:
           states `[batch, queries, width]`; their unit-length projections `[batch, queries, embed]`

@@ -20,14 +20,14 @@ from test_configs import NAMES
 from xllm_jax.assembly import networks, parameters
 from xllm_jax.core import hosts, mesh, rules, watchdog
 from xllm_jax.core.errors import UserError
-from xllm_jax.core.stage import Best, HeldOut, Source
+from xllm_jax.core.stage import Best, Source, Validation
 from xllm_jax.data import mixture
 from xllm_jax.data.pipeline import Pipeline
 from xllm_jax.data.record import DoesNotFit
 from xllm_jax.evaluation.error_rate import character_error_rate
 from xllm_jax.inference import transcriber
 from xllm_jax.inference.load_run import Restored
-from xllm_jax.objectives import contrast
+from xllm_jax.objectives import blip2_pretraining
 from xllm_jax.training import loop, validation
 from xllm_jax.training.step import initial_state, stage_objective
 
@@ -45,15 +45,15 @@ def quickly_compiled():
 def measured(**changes):
     """A small stage with held-out text."""
     source = Source("world_text", split="val", options={"count": 50})
-    return host_runs.stage(held_out=HeldOut({"text": source}, {}, EXAMPLES, EVERY), **changes)
+    return host_runs.stage(validation=Validation({"text": source}, {}, EXAMPLES, EVERY), **changes)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Folder with the runs `plain`, and `measured`, which stopped behind step 3 and went on."""
-    folder = tmp_path_factory.mktemp("held_out")
+    folder = tmp_path_factory.mktemp("validation")
     loop.fit(host_runs.stage(), folder / "plain")
-    made = measured(keep=1, best=Best("held_out/loss", lowest=False))
+    made = measured(keep=1, best=Best("validation/loss", lowest=False))
     loop.fit(made, folder / "measured", stop_after=3)
     loop.fit(made, folder / "measured")
     return folder
@@ -75,17 +75,17 @@ def test_training_is_the_same_with_and_without(runs):
 
 
 def test_a_resumed_run_measures_at_the_same_steps(runs):
-    found = {line["step"]: line for line in lines(runs / "measured") if "held_out/loss" in line}
+    found = {line["step"]: line for line in lines(runs / "measured") if "validation/loss" in line}
     assert list(found) == [2, 4, 6]
-    assert len({line["held_out/count"] for line in found.values()}) == 1
-    assert len({line["held_out/loss"] for line in found.values()}) == 3
-    assert not any("held_out" in name for line in lines(runs / "plain") for name in line)
+    assert len({line["validation/count"] for line in found.values()}) == 1
+    assert len({line["validation/loss"] for line in found.values()}) == 3
+    assert not any("validation" in name for line in lines(runs / "plain") for name in line)
 
 
 def test_the_mean_is_over_tokens(runs):
     """Against other batches of the same examples, added up in float64."""
     made = measured()
-    data = dataclasses.replace(made.data, sources=made.held_out.sources, examples=4)
+    data = dataclasses.replace(made.data, sources=made.validation.sources, examples=4)
     batches = list(Pipeline(data, train=False, sample=EXAMPLES).iterate())
     assert [info["examples"] for _, info in batches] == [4, 4, 4, 4, 4, 1]
     params = trained_parameters(runs / "measured")
@@ -93,26 +93,28 @@ def test_the_mean_is_over_tokens(runs):
     found = [jax.jit(lambda p, b: loss(p, b, None)[1])(params, batch) for batch, _ in batches]
     counts, means = (np.array([f[n] for f in found], np.float64) for n in ("count", "loss"))
     last = lines(runs / "measured")[-1]
-    assert last["held_out/count"] == counts.sum()
-    np.testing.assert_allclose(last["held_out/loss"], (counts * means).sum() / counts.sum(), 1e-6)
-    assert abs(means.mean() / last["held_out/loss"] - 1) > 1e-5, "batches differ in their tokens"
+    assert last["validation/count"] == counts.sum()
+    np.testing.assert_allclose(last["validation/loss"], (counts * means).sum() / counts.sum(), 1e-6)
+    assert abs(means.mean() / last["validation/loss"] - 1) > 1e-5, "batches differ in their tokens"
 
 
 def test_the_best_checkpoint_follows_the_measurement(runs):
     """The highest loss is the one before the restart."""
-    found = {r["step"]: r["held_out/loss"] for r in lines(runs / "measured") if r["step"] % 2 == 0}
+    found = {
+        r["step"]: r["validation/loss"] for r in lines(runs / "measured") if r["step"] % 2 == 0
+    }
     kept = {int(folder.name) for folder in (runs / "measured" / "checkpoints").iterdir()}
     assert max(found, key=found.get) == 2 and kept == {2, 6}
 
 
-def test_character_errors_are_those_of_the_recogniser(tmp_path, monkeypatch):
+def test_character_errors_are_those_of_the_recognizer(tmp_path, monkeypatch):
     """Batches of two with one at the end, a file that is gone, two lengths: against the files one
     after another, and the losses against one batch of all."""
     stage, examples = small_speech.make(tmp_path)
     (tmp_path / "3.flac").unlink()
     monkeypatch.setattr(mixture, "read", lambda *_: examples[:7])
     source = Source("list", split="val")
-    stage.held_out = HeldOut({"a": source}, examples=0, every=1, metrics=("cer",))
+    stage.validation = Validation({"a": source}, examples=0, every=1, metrics=("cer",))
     model, device_mesh, said = networks.model(stage), mesh.make({}), []
     watch = types.SimpleNamespace(
         reading=list,
@@ -124,7 +126,7 @@ def test_character_errors_are_those_of_the_recogniser(tmp_path, monkeypatch):
     evaluation = validation.opened(stage, state, device_mesh, tmp_path, watch)
     found, again = (evaluation.measure(state) for _ in range(2))
     evaluation.close()
-    timeless = found.keys() - {"held_out/seconds"}
+    timeless = found.keys() - {"validation/seconds"}
     assert {name: found[name] for name in timeless} == {name: again[name] for name in timeless}
     assert said.count("compiles") == 1 and len(said) == 1 + 4 + 4
     assert "1 left out, the first " in evaluation.told(1, again)
@@ -135,12 +137,12 @@ def test_character_errors_are_those_of_the_recogniser(tmp_path, monkeypatch):
     _, whole = jax.jit(lambda p, b: stage_objective(stage, model, False)(p, b, None))(params, batch)
     for name in ("loss", "ctc", "quantity", "cross_entropy", "accuracy", "count"):
         wanted = pytest.approx(float(whole[name]), rel=1e-5)
-        assert found[f"held_out/{name}"] == wanted, name
+        assert found[f"validation/{name}"] == wanted, name
     left = [example for number, example in enumerate(examples[:7]) if number != 3]
     heard = transcriber.Transcriber(Restored(model, params, stage), 1).transcribe(left)
     errors = character_error_rate([example.transcript for example in left], heard)
-    assert any(heard) and found["held_out/cer"] == pytest.approx(errors)
-    assert found["held_out/count"] == sum(len(example.transcript) + 1 for example in left)
+    assert any(heard) and found["validation/cer"] == pytest.approx(errors)
+    assert found["validation/count"] == sum(len(example.transcript) + 1 for example in left)
 
 
 def test_captions_add_up_over_batches_with_empty_rows():
@@ -152,11 +154,13 @@ def test_captions_add_up_over_batches_with_empty_rows():
     for rows in (slice(0, 3), slice(3, 6)):
         batch = {"mask": mask[rows], "weights": weights[rows]}
         real = jnp.asarray(mask[rows] & (weights[rows] > 0)[:, None])
-        mean, _ = contrast.captioning(jnp.asarray(logits[rows]), ids[rows], real, 0.1)
-        counts = contrast.counts(batch, {})
+        mean, _ = blip2_pretraining.captioning(jnp.asarray(logits[rows]), ids[rows], real, 0.1)
+        counts = blip2_pretraining.counts(batch, {})
         total, count = total + mean * counts["itg"], count + counts["itg"]
         assert counts["itc"] == counts["itm"] == counts["loss"] == weights[rows].sum()
-    whole, _ = contrast.captioning(jnp.asarray(logits[:4]), ids[:4], jnp.asarray(mask[:4]), 0.1)
+    whole, _ = blip2_pretraining.captioning(
+        jnp.asarray(logits[:4]), ids[:4], jnp.asarray(mask[:4]), 0.1
+    )
     np.testing.assert_allclose(total / count, whole, rtol=1e-5)
 
 
@@ -186,11 +190,11 @@ def test_what_is_too_long_is_cut_as_in_training():
 
 
 REFUSED = {
-    "held_out.sources: names nothing": {"sources": {}},
-    "held_out.every: is negative": {"every": -1},
-    "held_out.sources.text: is data.sources.text": {"sources": host_runs.stage().data.sources},
+    "validation.sources: names nothing": {"sources": {}},
+    "validation.every: is negative": {"every": -1},
+    "validation.sources.text: is data.sources.text": {"sources": host_runs.stage().data.sources},
     "unknown metric 'wer'": {"metrics": ("wer",)},
-    "held_out.metrics: the run has no ": {"metrics": ("cer",)},
+    "validation.metrics: the run has no ": {"metrics": ("cer",)},
     "miss another": {"every": 3},
     "no held-out data is measured": {"every": 0},
 }
@@ -198,15 +202,15 @@ REFUSED = {
 
 @pytest.mark.parametrize("words", REFUSED)
 def test_settings_that_contradict_each_other_are_refused(words, tmp_path):
-    made = measured(best=Best("held_out/loss"))
-    made.held_out = dataclasses.replace(made.held_out, **REFUSED[words])
+    made = measured(best=Best("validation/loss"))
+    made.validation = dataclasses.replace(made.validation, **REFUSED[words])
     with pytest.raises(UserError, match=words):
         validation.opened(made, None, mesh.make({}), tmp_path, None)
 
 
 def test_an_unknown_metric_is_refused_before_the_first_step(tmp_path):
-    with pytest.raises(UserError, match=r"no metric 'held_out/cer'.*held_out/accuracy"):
-        loop.fit(measured(best=Best("held_out/cer")), tmp_path)
+    with pytest.raises(UserError, match=r"no metric 'validation/cer'.*validation/accuracy"):
+        loop.fit(measured(best=Best("validation/cer")), tmp_path)
     assert lines(tmp_path) == []
 
 
@@ -250,7 +254,7 @@ def test_the_miniatures_measure_the_validation_split(name, world, tmp_path):
     made = list(validation.open_pipeline(stage, mesh.make({}), tmp_path).iterate())
     assert sum(info["supervised"] for _, info in made) > 0
     assert not any(info["skipped"] for _, info in made)
-    sources = [dataclasses.replace(s, split="train") for s in stage.held_out.sources.values()]
+    sources = [dataclasses.replace(s, split="train") for s in stage.validation.sources.values()]
     trained = [example for s in sources for example in mixture.read("", s, str(world))]
     planned = [example for _, info in made for _, example in info["planned"]]
     files, others = ({file for e in found for file in e.media} for found in (planned, trained))

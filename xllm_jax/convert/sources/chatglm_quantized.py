@@ -23,9 +23,9 @@ BLOCK = 512  # rows at a time on the way back, for which several float32 copies 
 
 
 def view(checkpoint: Checkpoint, width: int, hidden: int) -> Mapping:
-    """A quantised checkpoint under the names and shapes of the ordinary release.
+    """A quantized checkpoint under the names and shapes of the ordinary release.
 
-    Each weight is dequantised when it is read; the scales have no entry of their own. A checkpoint
+    Each weight is dequantized when it is read; the scales have no entry of their own. A checkpoint
     without scales is returned as it is.
 
     Args:
@@ -42,7 +42,7 @@ def view(checkpoint: Checkpoint, width: int, hidden: int) -> Mapping:
         name = scale.removesuffix(SCALE) + WEIGHT
         columns = _columns(name, width, hidden)
         rows, dtype = _check(checkpoint, name, scale, columns)
-        make = functools.partial(_dequantise, checkpoint.where(scale), columns)
+        make = functools.partial(_dequantize, checkpoint.where(scale), columns)
         derived[name] = Derived((name, scale), (rows, columns), dtype, make)
     return View(checkpoint, derived) if derived else checkpoint
 
@@ -52,10 +52,10 @@ def _columns(name: str, width: int, hidden: int) -> int:
 
 
 def _check(checkpoint: Checkpoint, name: str, scale: str, columns: int) -> tuple[int, np.dtype]:
-    """Rows and dtype of a dequantised weight."""
+    """Rows and dtype of a dequantized weight."""
     if name not in checkpoint:
         raise UserError(
-            f"the scales have no {name}", field=checkpoint.where(scale), mend="Download it again"
+            f"the scales have no {name}", field=checkpoint.where(scale), hint="Download it again"
         )
     header, scales = checkpoint.header(name), checkpoint.header(scale)
     shape, dtype = header.shape, header.dtype
@@ -63,21 +63,21 @@ def _check(checkpoint: Checkpoint, name: str, scale: str, columns: int) -> tuple
         raise UserError(
             f"is {dtype} with {len(shape)} axes beside scales, not an int8 matrix",
             field=checkpoint.where(name),
-            mend="Give an INT4 or INT8 release of ChatGLM-6B",
+            hint="Give an INT4 or INT8 release of ChatGLM-6B",
         )
     if scales.shape != shape[:1] or shape[1] not in (columns, columns // 2):
         raise UserError(
             f"shape {shape} with {scales.shape} scales is neither INT8 nor INT4 of "
             f"{columns} columns",
             field=checkpoint.where(name),
-            mend="The checkpoint is of another size; choose the size that fits it",
+            hint="The checkpoint is of another size; choose the size that fits it",
         )
     return shape[0], scales.dtype
 
 
-def _dequantise(where: str, columns: int, tensor: np.ndarray, scale: np.ndarray) -> np.ndarray:
+def _dequantize(where: str, columns: int, tensor: np.ndarray, scale: np.ndarray) -> np.ndarray:
     if not np.isfinite(scale.astype(np.float32)).all():
-        raise UserError("holds a scale that is not finite", field=where, mend="Download it again")
+        raise UserError("holds a scale that is not finite", field=where, hint="Download it again")
     integers = tensor if tensor.shape[1] == columns else unpack(tensor)
     return integers.astype(scale.dtype) * scale[:, None]
 
@@ -94,7 +94,7 @@ def pack(integers: np.ndarray) -> np.ndarray:
 
 
 def bits_of(checkpoint: Checkpoint, width: int, hidden: int) -> dict[str, int]:
-    """{weight: 8 or 4} of the quantised weights; empty for the ordinary release."""
+    """{weight: 8 or 4} of the quantized weights; empty for the ordinary release."""
     scales = [name for name in checkpoint if name.endswith(SCALE)]
     weights = sorted(name.removesuffix(SCALE) + WEIGHT for name in scales)
     return {
@@ -105,11 +105,11 @@ def bits_of(checkpoint: Checkpoint, width: int, hidden: int) -> dict[str, int]:
 
 
 def restore(tensors: Mapping[str, np.ndarray], bits: Mapping[str, int]) -> Mapping:
-    """Puts dequantised weights back into integers and scales, the inverse of `view`.
+    """Puts dequantized weights back into integers and scales, the inverse of `view`.
 
     Args:
       tensors: a ChatGLM checkpoint under the published names, in the scales' dtype.
-      bits: {weight: 8 or 4} of the weights that were quantised.
+      bits: {weight: 8 or 4} of the weights that were quantized.
 
     Returns:
       the tensors, with integers and scales that are computed when they are read. Reading raises
@@ -168,7 +168,7 @@ def _recover(
     raise UserError(
         f"row {start + left[0]} is no row of integers up to {limit} times one scale",
         field=name,
-        mend="Only weights that nobody changed since they were integers go back into them",
+        hint="Only weights that nobody changed since they were integers go back into them",
     )
 
 

@@ -1,8 +1,8 @@
 """Converts the embedded world's backbones, which ship with the package, into bases for `init`.
 
-python launch/bases.py --output=bases
-python launch/bases.py --output=bases --tokenizer     # maintainers: learn the tokenizer anew
-python launch/bases.py --output=bases --export=runs   # maintainers: ship newly trained ones
+python launch/build_backbones.py --output=bases
+python launch/build_backbones.py --output=bases --tokenizer   # maintainers: learn the tokenizer
+python launch/build_backbones.py --output=bases --export=runs # maintainers: ship what was trained
 
 `make backbones` runs all of it in order, with the three trainings in between.
 """
@@ -18,7 +18,7 @@ from absl import flags
 
 import xllm_jax
 from configs import networks, world_bert, world_llm, world_vision
-from launch import command
+from launch import cli
 from xllm_jax.assembly import parameters
 from xllm_jax.assembly.networks import model
 from xllm_jax.convert.sources import world
@@ -60,7 +60,7 @@ def main(_: list[str]) -> None:
 def learn_tokenizer(folder: Path) -> Path:
     """Learns pieces from the world's text.
 
-    Pieces have at most two characters: longer ones would swallow size, colour and shape together,
+    Pieces have at most two characters: longer ones would swallow size, color and shape together,
     and a pair never seen would be a word never seen. Each tag is one piece.
     """
     texts = []
@@ -98,4 +98,4 @@ def export(runs: Path, tokenizer: Path) -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections.config_flags import config_flags
 
-from launch import open_fields
+from launch import dict_overrides
 from xllm_jax.core import hosts
 from xllm_jax.core.errors import Diverged, UserError
 
@@ -30,7 +30,7 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
     """Parses the flags and calls `main` with what is left of the command line.
 
     Exits with 0, with what `main` returns, with 2 after a user's mistake (one line on stderr that
-    names file or field and the mend), with 3 when a run diverges, or with 130 after Ctrl-C. Other
+    names file or field and the hint), with 3 when a run diverges, or with 130 after Ctrl-C. Other
     exceptions keep their traceback: they are defects.
     """
     try:
@@ -58,12 +58,12 @@ def parse(argv: Sequence[str]) -> list[str]:
     """Parses absl flags; a wrong one ends the program with one line."""
     try:
         check_config_files(argv)
-        given, settings = open_fields.take(argv, configurations(argv))
+        given, settings = dict_overrides.take(argv, configurations(argv))
         rest = parsed(given)
         for setting in settings:
             setting.apply(flags.FLAGS[setting.flag].value)
         if len(rest) > 1:
-            raise UserError(f"unexpected argument {rest[1]!r}", mend="Flags start with --")
+            raise UserError(f"unexpected argument {rest[1]!r}", hint="Flags start with --")
         return rest
     except UserError as error:
         fail(str(error))
@@ -92,7 +92,7 @@ def fail(line: str, code: int = FAILED) -> NoReturn:
 
 
 def wording(error: flags.Error) -> str:
-    """absl's message with the nearest flag or the mend in our order."""
+    """absl's message with the nearest flag or the hint in our order."""
     if isinstance(error, flags.UnrecognizedFlagError):
         name = error.flagname
         known = sorted(flags.FLAGS.get_flags_for_module(sys.argv[0]), key=lambda f: f.name)
@@ -139,7 +139,7 @@ def check_config_files(argv: Sequence[str]) -> None:
             raise UserError(
                 f"no such file: {path}",
                 field=f"--{name}",
-                mend=nearest(str(path), known) if known else "Give the path of a stage file",
+                hint=nearest(str(path), known) if known else "Give the path of a stage file",
             )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from xllm_jax.models.contrast import ContrastModel
+from xllm_jax.models.blip2_pretraining import ContrastModel
 from xllm_jax.models.qformer import interleave
 
 Array = jax.Array
@@ -121,7 +121,7 @@ def pair_loss(
     key = jax.random.key(0) if key is None else key
     keys = dict(zip((*PASSES, "negatives"), jax.random.split(key, len(PASSES) + 1)))
     run = functools.partial(_run, model, params, keys if train else None)
-    image = model.apply({"params": params}, features, method="normalise")
+    image = model.apply({"params": params}, features, method="normalize")
     _, image_units, cache = run("image", image)
     _, text_units = run("text", ids, mask)
     similar = similarities(image_units, text_units[:, 0], params["temperature"], detach)
