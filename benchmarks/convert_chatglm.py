@@ -35,9 +35,9 @@ CONFIG = {
 }
 MEASURED = """
 import resource, sys, time
-from xllm_jax.convert import stream
+from xllm_jax.convert import run_import
 start = time.monotonic()
-print(stream.run_import("chatglm", sys.argv[1], sys.argv[2]).line())
+print(run_import.run_import("chatglm", sys.argv[1], sys.argv[2]).line())
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 print(f"{time.monotonic() - start:.0f} s, peak resident memory {peak / 1e9:.2f} GB")
 """

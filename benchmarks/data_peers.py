@@ -167,7 +167,7 @@ def tensorflow_batches(kind: str, paths: list[str], examples: int) -> Iterator[A
     # Nothing ahead of its time: it would be charged to another contender.
     options.autotune.enabled, options.experimental_optimization.inject_prefetch = False, False
     options.threading.private_threadpool_size = 1
-    options.threading.max_intra_op_parallelizm = 1
+    options.threading.max_intra_op_parallelism = 1
     data = tf.data.Dataset.from_tensor_slices(paths).repeat().shuffle(len(paths))
     if kind == "image":
         data = data.map(tensorflow_image).batch(examples)

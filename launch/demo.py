@@ -65,7 +65,7 @@ def stage(name: str, config: str, needs: tuple[str, ...], *more: str) -> Job:
     if QUICK.value and name in ("stage1_speech", "stage2_speech"):
         quick += (f"--config.data.frames=({networks.TINY_FRAMES[-1]},)",)
     arguments = (f"--config=configs/{config}.py:tiny", f"--workdir=runs/{name}", *more, *quick)
-    return Job(name, "training/step.py", arguments, needs)
+    return Job(name, "train.py", arguments, needs)
 
 
 def jobs() -> list[Job]:
@@ -86,7 +86,7 @@ def jobs() -> list[Job]:
         stage("stage3", "stage3_instruction", ("stage2_image", "stage2_video", "stage2_speech")),
         Job(
             "evaluate",
-            "evaluation/measure.py",
+            "evaluate.py",
             ("--runs=runs", "--data=world", "--output=.", *limit),
             ("stage3", "stage2_image_no_init"),
             alone=True,

@@ -130,7 +130,7 @@ def _checkout(folder: Path) -> Path:
     (folder / "launch").mkdir(parents=True)
     for name in names:
         shutil.copy(ROOT / "launch" / name, folder / "launch")
-    (folder / "launch" / "training/step.py").write_text(TRAIN)
+    (folder / "launch" / "train.py").write_text(TRAIN)
     git = ("git", "-c", "user.name=test", "-c", "user.email=test@localhost")
     for command in (("init", "-q"), ("add", "."), ("commit", "-q", "-m", "scripts")):
         subprocess.run([*git, *command], cwd=folder, check=True)

@@ -25,7 +25,7 @@ jax.config.update('jax_compilation_cache_dir', {cache!r})
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
 jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 import host_runs
-from xllm_jax import loop
+from xllm_jax.training import loop
 from xllm_jax.core import errors, hosts, watchdog
 INDEX, COUNT = {index}, {count}
 """

@@ -267,7 +267,7 @@ def test_checksums_on_disk_are_those_in_memory(tmp_path, monkeypatch):
 def arithmetic(monkeypatch):
     """Replaces the networks by arithmetic, so that nothing is compiled."""
     monkeypatch.setattr(write, "computation", small_cache.arithmetic)
-    monkeypatch.setattr(write, "parameters", lambda made, device_mesh: {})
+    monkeypatch.setattr(write, "computing", lambda made, device_mesh: {})
 
 
 def test_hosts_share_the_work_and_a_killed_one_continues(tmp_path, arithmetic):

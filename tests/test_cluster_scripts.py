@@ -37,7 +37,7 @@ def get_config():
 """
 REAL = f"""
 import runpy
-runpy.run_path({str(LAUNCH / "training/step.py")!r}, run_name="__main__")
+runpy.run_path({str(LAUNCH / "train.py")!r}, run_name="__main__")
 """
 # One compilation for both starts, and a cheap one.
 QUICK = {
@@ -179,7 +179,7 @@ def test_slurm_job_trains_on_after_its_time_limit(machine):
     """launch/train.py itself on two hosts: SIGTERM, saved, requeued, resumed, finished."""
     (machine.folder / "time-limit").write_text("loss=")
     (machine.checkout / "small.py").write_text(SMALL)
-    (machine.checkout / "launch" / "training/step.py").write_text(REAL)
+    (machine.checkout / "launch" / "train.py").write_text(REAL)
     machine.environment |= QUICK | {"JAX_COMPILATION_CACHE_DIR": str(machine.folder / "compiled")}
     done = slurm(machine, "--config=small.py", "--workdir=runs/x")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -100,8 +100,8 @@ def test_the_loss_of_host_0_ends_the_others(tmp_path):
 def test_a_source_that_hangs_is_told_with_its_host_and_record(tmp_path):
     hang = (
         "import threading\n"
-        "from xllm_jax.data import stream\n"
-        "read = stream.read\n"
+        "from xllm_jax.data import mixture\n"
+        "read = mixture.read\n"
         "class Hanging:\n"
         "    def __init__(self, examples): self.examples, self.reads = examples, 0\n"
         "    def __len__(self): return len(self.examples)\n"
@@ -109,7 +109,7 @@ def test_a_source_that_hangs_is_told_with_its_host_and_record(tmp_path):
         "        self.reads += 1\n"
         "        if self.reads > 40: threading.Event().wait()\n"
         "        return self.examples[index]\n"
-        "stream.read = lambda *a: Hanging(read(*a)) if INDEX else read(*a)\n"
+        "mixture.read = lambda *a: Hanging(read(*a)) if INDEX else read(*a)\n"
     )
     codes = fit(2, tmp_path, hang, stall=15)
     assert codes == [cli.LOST] * 2, host_runs.said(tmp_path, 2)

@@ -162,7 +162,7 @@ def test_hosts_chips_and_nodes(topology, fields, hosts, labels, resources, joins
     pod = job["template"]["spec"]
     (container,) = pod["containers"]
     assert manifest["spec"]["replicatedJobs"][0]["replicas"] == fields.get("slices", 1)
-    assert (job["completions"], job["parallelizm"]) == (hosts, hosts)
+    assert (job["completions"], job["parallelism"]) == (hosts, hosts)
     assert pod["nodeSelector"] == {f"cloud.google.com/{key}": labels[key] for key in labels}
     assert container["resources"]["limits"] == resources
     assert container["args"] == [*joins, "--workdir=runs/x"]

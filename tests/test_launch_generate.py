@@ -189,7 +189,7 @@ def assert_one_line(done: subprocess.CompletedProcess, *words: str) -> None:
 
 def test_command_line_answers(run, files):
     done = script(
-        "inference/decoding.py",
+        "generate.py",
         f"--checkpoint={run}",
         f"--image={files['image']}",
         f"--speech={files['speech']}",
@@ -214,7 +214,7 @@ def test_command_line_answers(run, files):
     ],
 )
 def test_mistakes_on_the_command_line(arguments, words):
-    assert_one_line(script("inference/decoding.py", *arguments), *words)
+    assert_one_line(script("generate.py", *arguments), *words)
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +241,7 @@ def test_broken_files_are_named(restored, broken):
 
 def test_a_broken_file_ends_the_command_with_one_line(run, broken):
     modality, path = broken[2]
-    done = script("inference/decoding.py", f"--checkpoint={run}", f"--{modality}={path}")
+    done = script("generate.py", f"--checkpoint={run}", f"--{modality}={path}")
     assert_one_line(done, path.name)
 
 

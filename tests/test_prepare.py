@@ -135,7 +135,7 @@ def test_the_command_tells_what_it_did_and_mistakes_in_a_line(table, written):
 KILLED = """
 import os, signal
 from xllm_jax.core.stage import Source
-from xllm_jax.data import prepared
+from xllm_jax.data.rows import prepared
 from xllm_jax.prepare import engine, plan, shard
 row, seen = prepared.row, []
 def killing(*given):
@@ -272,7 +272,7 @@ def test_reading_and_training_never_import_beam_or_tensorflow(written, tmp_path)
 import sys
 sys.path.insert(0, {str(tmp_path)!r})
 from xllm_jax.core.stage import Data, Source
-from xllm_jax import loop
+from xllm_jax.training import loop
 from xllm_jax.data.pipeline import Pipeline
 data = Data(sources={{"a": Source("prepared", {written.output!r})}}, tokenizer={str(tokenizer)!r},
             examples=2, rows=2, length=64, answers=24, items={{"image": 1}},

@@ -20,7 +20,7 @@ from test_configs import NAMES
 from xllm_jax.assembly import networks, parameters
 from xllm_jax.core import hosts, mesh, rules, watchdog
 from xllm_jax.core.errors import UserError
-from xllm_jax.core.stage import Best, Source, Validation
+from xllm_jax.core.stage import Best, Source, Validation, parse_stage
 from xllm_jax.data import mixture
 from xllm_jax.data.pipeline import Pipeline
 from xllm_jax.data.record import DoesNotFit
@@ -249,7 +249,7 @@ def test_the_miniatures_measure_the_validation_split(name, world, tmp_path):
         characters=stage.data.characters and str(world / "characters.txt"),
         vocabulary=stage.data.vocabulary and str(backbones / "bert/vocab.txt"),
     )
-    assert stage.parse_stage(dataclasses.asdict(stage)) == stage
+    assert parse_stage(dataclasses.asdict(stage)) == stage
     validation.check_settings(stage)
     made = list(validation.open_pipeline(stage, mesh.make({}), tmp_path).iterate())
     assert sum(info["supervised"] for _, info in made) > 0

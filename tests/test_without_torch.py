@@ -24,14 +24,14 @@ sys.meta_path.insert(0, Blocker())
 sys.path[:0] = ["tests", "."]
 folder, shipped = map(pathlib.Path, sys.argv[1:])
 
-from xllm_jax.convert import export, stream
+from xllm_jax.convert import run_export, run_import
 
-print(stream.run_import("world", shipped, folder / "base").line())
-print(export.run_export("world", folder / "base", folder / "out"))
+print(run_import.run_import("world", shipped, folder / "base").line())
+print(run_export.run_export("world", folder / "base", folder / "out"))
 
 import small_stage
 from configs import networks
-from xllm_jax import loop
+from xllm_jax.training import loop
 
 init = {"llm": str(folder / "base")}
 stage = small_stage.stage(steps=1, init=init, trainable=("llm/final_norm/.*",))

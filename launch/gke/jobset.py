@@ -177,7 +177,7 @@ def job(run: Run) -> dict[str, Any]:
     return {
         "completionMode": "Indexed",
         "completions": run.hosts,
-        "parallelizm": run.hosts,
+        "parallelism": run.hosts,
         "backoffLimit": 0,
         "podFailurePolicy": {
             "rules": [

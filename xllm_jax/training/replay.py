@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from xllm_jax.assembly import networks
 from xllm_jax.core import checkpoint, mesh, rules, stage
 from xllm_jax.core.errors import UserError
-from xllm_jax.core.stage import Stage
+from xllm_jax.core.stage import Stage, parse_stage
 from xllm_jax.training import divergence, nonfinite, startup
 from xllm_jax.training.step import (
     TrainState,
@@ -82,7 +82,7 @@ def read(file: str | Path) -> Recording:
         before += _height(arrays)
     return Recording(
         step=abouts[0]["step"],
-        stage=stage.parse_stage(abouts[0]["stage"]),
+        stage=parse_stage(abouts[0]["stage"]),
         batch=divergence.unflat(joined),
         values=abouts[0]["values"],
         keys=tuple(key for about in abouts for key in about["keys"]),
