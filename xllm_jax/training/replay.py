@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from xllm_jax.assembly import networks
-from xllm_jax.core import checkpoint, mesh, rules, stage
+from xllm_jax.core import checkpoint, mesh, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Stage, parse_stage
 from xllm_jax.training import divergence, nonfinite, startup
