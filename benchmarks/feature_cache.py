@@ -46,7 +46,7 @@ TOKENIZER = "xllm_jax/data/synthetic_world/backbones/llm"
 
 def miniature(name: str, folder: Path) -> Stage:
     """A stage of the embedded world below `folder`, from fresh parameters."""
-    stage = importlib.import_module(f"configs.{name}").get_config("tiny")
+    stage = importlib.import_module(f"xllm_jax.configs.{name}").get_config("tiny")
     data = dataclasses.replace(stage.data, root=str(folder), tokenizer=TOKENIZER, threads=1)
     return dataclasses.replace(stage, init={}, data=data)
 
@@ -92,7 +92,7 @@ def compare(name: str, folder: Path, count: int) -> None:
 
 def arithmetic(name: str) -> None:
     """Prints FLOPs per sample at the real size with and without a cache, and bytes per medium."""
-    stage = importlib.import_module(f"configs.{name}").get_config("real")
+    stage = importlib.import_module(f"xllm_jax.configs.{name}").get_config("real")
     image = {k: v for k, v in stage.data.image.items() if k not in ("scale", "flip")}
     stage = dataclasses.replace(stage, data=dataclasses.replace(stage.data, image=image))
     model = networks.model(stage)

@@ -48,7 +48,7 @@ def place(folder: Path, cell: tuple[str, str, str]) -> Path:
 def measure(cell: tuple[str, str, str], folder: Path) -> None:
     """Compiles one cell and writes its file."""
     name, slice_, batch = cell
-    stage: Stage = importlib.import_module(f"configs.{name}").get_config("real")
+    stage: Stage = importlib.import_module(f"xllm_jax.configs.{name}").get_config("real")
     count, one = re.fullmatch(r"(?:(\d+)x)?(.+)", slice_).groups()
     stage = dataclasses.replace(stage, slices={"data": int(count)} if count else {})
     found = MAKERS[batch](stage, targets.parse(one))

@@ -69,7 +69,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
 
 def stage_of(choice: argparse.Namespace, gpu: bool) -> Any:
     """The stage as configured, fresh parameters, one update per micro-batch, constant rate."""
-    from configs import stage2_image
+    from xllm_jax.configs import stage2_image
     from xllm_jax.core.stage import Optimizer
 
     stage = stage2_image.get_config(choice.size)

@@ -7,7 +7,7 @@ The paper skips this stage by loading BLIP-2's Q-Former; it is here for those wh
 and because Table 1 compares both. The vision encoder stays frozen.
 """
 
-from configs import networks, sources
+from xllm_jax.configs import networks, sources
 from xllm_jax.core.stage import Data, Optimizer, Stage, Validation
 
 

@@ -8,7 +8,7 @@ warm up 24k, hold 36k, decay 120k steps. Utterances come in length buckets, so t
 little padding and compiles once per bucket.
 """
 
-from configs import networks, sources
+from xllm_jax.configs import networks, sources
 from xllm_jax.core.stage import Data, Optimizer, Stage, Validation
 
 

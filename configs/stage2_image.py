@@ -8,7 +8,7 @@ row of Table 1 is --config.init.image_interface= (an empty value). The reference
 accumulates 32 micro-batches without dividing and uses beta2 0.999; the paper's values stand here.
 """
 
-from configs import networks, sources
+from xllm_jax.configs import networks, sources
 from xllm_jax.core.stage import Data, Optimizer, Stage, Validation
 
 

@@ -8,7 +8,7 @@ bert-base-chinese. The reference repository has a ReLU behind the adapter:
 --config.parts.speech_interface.fields.adapter_relu=True.
 """
 
-from configs import networks, sources
+from xllm_jax.configs import networks, sources
 from xllm_jax.core.stage import Data, Optimizer, Stage, Validation
 
 

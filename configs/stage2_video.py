@@ -8,7 +8,7 @@ embeddings, frames in time order. The reference repository trains only the queri
 projection: --config.trainable="('video_interface/(queries|adapter/.*)',)".
 """
 
-from configs import networks, sources
+from xllm_jax.configs import networks, sources
 from xllm_jax.core.stage import Data, Optimizer, Stage, Validation
 
 

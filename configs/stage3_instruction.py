@@ -7,7 +7,7 @@
 the paper; two epochs at a constant 1e-6 (paper section 3.4, Table 7).
 """
 
-from configs import networks, sources
+from xllm_jax.configs import networks, sources
 from xllm_jax.core.stage import Data, Optimizer, Stage, Validation
 
 

@@ -7,7 +7,7 @@ from it, as the real ones start from the published BERTs. Its result ships with 
 backbones` runs this file again.
 """
 
-from configs import networks
+from xllm_jax.configs import networks
 from xllm_jax.core.stage import Data, Optimizer, Source, Stage
 
 SHARES = {"caption_scene": 0.6, "region_scene": 0.1, "answer_scene": 0.3}

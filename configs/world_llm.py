@@ -7,7 +7,7 @@ later, so that the LLM can read and answer before it ever sees or hears. Its res
 package; `make backbones` runs this file again.
 """
 
-from configs import networks
+from xllm_jax.configs import networks
 from xllm_jax.core.stage import Data, Optimizer, Source, Stage
 
 

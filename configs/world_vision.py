@@ -7,7 +7,7 @@ patches and cells; held-out pairs of shape and color are never drawn. Only the e
 result is kept and shipped. `make backbones` runs this file again.
 """
 
-from configs import networks
+from xllm_jax.configs import networks
 from xllm_jax.core.stage import Data, Optimizer, Part, Source, Stage
 
 

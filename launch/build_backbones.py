@@ -17,15 +17,15 @@ import jax
 from absl import flags
 
 import xllm_jax
-from configs import networks, world_bert, world_llm, world_vision
-from launch import cli
 from xllm_jax.assembly import parameters
 from xllm_jax.assembly.networks import model
+from xllm_jax.configs import networks, world_bert, world_llm, world_vision
 from xllm_jax.convert.sources import world
 from xllm_jax.core import mesh
 from xllm_jax.data.synthetic_world.text_stream import text_examples
 from xllm_jax.data.text.chatglm_tokenizer import train_tokenizer
 from xllm_jax.data.text.prompt import TEMPLATES
+from xllm_jax.launch import cli
 from xllm_jax.models.bert import SIZES as BERT_SIZES
 from xllm_jax.models.bert import BertEncoder
 

@@ -24,11 +24,11 @@ from typing import Any
 
 from absl import flags
 
-from configs import sources
-from launch import cli
+from xllm_jax.configs import sources
 from xllm_jax.core import lookup
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
+from xllm_jax.launch import cli
 
 RECIPE = flags.DEFINE_string("recipe", None, "File of xllm_jax/prepare/recipes.")
 INPUT = flags.DEFINE_string("input", None, "Where the data lie.")

@@ -22,10 +22,10 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from launch import cli
-from launch import hosts as host_flags
 from xllm_jax.core import hosts, watchdog
 from xllm_jax.feature_cache import plan, write
+from xllm_jax.launch import cli
+from xllm_jax.launch import hosts as host_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Stage file: configs/NAME.py[:tiny].")
 OUTPUT = flags.DEFINE_string("output", None, "Folder of the cache.")

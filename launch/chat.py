@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterator
 
 from absl import flags
 
-from launch import cli
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
 from xllm_jax.data.text.instructions import instructions
 from xllm_jax.inference import assistant
 from xllm_jax.inference.load_run import load_run
+from xllm_jax.launch import cli
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a finished run.", required=True)
 ROUNDS = flags.DEFINE_integer("rounds", 4, "Earlier rounds that the model is shown.", 0)

@@ -13,9 +13,9 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections.config_flags import config_flags
 
-from launch import dict_overrides
 from xllm_jax.core import hosts
 from xllm_jax.core.errors import Diverged, UserError
+from xllm_jax.launch import dict_overrides
 
 # Exit codes. 0: done. After SAVED and LOST the same command continues the run; after FAILED and
 # DIVERGED it would fail again.

@@ -18,9 +18,9 @@ from pathlib import Path
 
 from absl import flags
 
-from launch import cli
 from xllm_jax.convert import run_export, run_import, verify
 from xllm_jax.core.errors import UserError
+from xllm_jax.launch import cli
 
 SOURCE = flags.DEFINE_string("source", "", "Kind of the checkpoint: a table of xllm_jax/convert.")
 INPUT = flags.DEFINE_string("input", "", "Published file or folder; with export, a base of ours.")

@@ -24,8 +24,8 @@ from typing import NoReturn
 from absl import flags
 from tqdm import tqdm
 
-from configs import networks
-from launch import cli
+from xllm_jax.configs import networks
+from xllm_jax.launch import cli
 
 OUTPUT = flags.DEFINE_string("output", "demo", "Folder for the world, the runs and the report.")
 QUICK = flags.DEFINE_bool("quick", False, "Everything in about three minutes, at lower quality.")

@@ -16,12 +16,12 @@ from pathlib import Path
 
 from absl import flags
 
-from launch import cli
 from xllm_jax import report
 from xllm_jax.core.errors import UserError
 from xllm_jax.evaluation import demo_suite, measure
 from xllm_jax.inference import assistant, transcriber
 from xllm_jax.inference.load_run import Restored, load_run
+from xllm_jax.launch import cli
 
 RUNS = flags.DEFINE_string("runs", "runs", "Folder that holds the runs of all stages.")
 DATA = flags.DEFINE_string("data", "world", "Folder of the held-out data, in the world's layout.")

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from launch import cli
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
 from xllm_jax.data.text.instructions import instructions
 from xllm_jax.inference.load_run import load_run
+from xllm_jax.launch import cli
 
 if TYPE_CHECKING:
     from xllm_jax.inference import assistant

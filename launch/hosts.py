@@ -10,9 +10,9 @@ from __future__ import annotations
 import jax
 from absl import flags
 
-from launch import cli
 from xllm_jax.core import hosts
 from xllm_jax.core.errors import UserError
+from xllm_jax.launch import cli
 
 HOSTS = flags.DEFINE_string(
     "hosts",

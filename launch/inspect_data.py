@@ -13,8 +13,8 @@ from __future__ import annotations
 from absl import flags
 from ml_collections import config_flags
 
-from launch import cli
 from xllm_jax.audit import audit, page
+from xllm_jax.launch import cli
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Stage file: configs/NAME.py[:tiny].")
 SAMPLES = flags.DEFINE_integer("samples", 24, "Samples on the page.", 1)

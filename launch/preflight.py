@@ -16,7 +16,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from launch import cli
+from xllm_jax.launch import cli
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Stage file: configs/NAME.py[:tiny].")
 TOPOLOGY = flags.DEFINE_string(

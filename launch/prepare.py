@@ -17,9 +17,9 @@ from typing import Any
 
 from absl import flags
 
-from launch import cli
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
+from xllm_jax.launch import cli
 from xllm_jax.prepare import engine, plan
 
 SOURCE = flags.DEFINE_string("source", None, "Reader: a file of xllm_jax/data/sources.")

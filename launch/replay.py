@@ -12,7 +12,7 @@ from pathlib import Path
 
 from absl import flags
 
-from launch import cli
+from xllm_jax.launch import cli
 
 FILE = flags.DEFINE_string("file", None, "Recording of the micro-batch: WORKDIR/replay/STEP.npz.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; two folders above the file.")

@@ -15,8 +15,8 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from launch import cli, hosts
 from xllm_jax.core import watchdog
+from xllm_jax.launch import cli, hosts
 from xllm_jax.training import loop
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Stage file: configs/NAME.py[:tiny].")

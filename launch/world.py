@@ -15,8 +15,8 @@ from pathlib import Path
 from absl import flags
 from tqdm import tqdm
 
-from launch import cli
 from xllm_jax.data.synthetic_world import build
+from xllm_jax.launch import cli
 
 OUTPUT = flags.DEFINE_string("output", "world", "Folder of the world; must not hold other files.")
 QUICK = flags.DEFINE_bool("quick", False, "A sixth of everything.")

@@ -8,8 +8,8 @@ import zlib
 import jax
 import numpy as np
 
-from configs import stage3_instruction
 from xllm_jax.assembly import networks
+from xllm_jax.configs import stage3_instruction
 from xllm_jax.core import mesh, rules
 from xllm_jax.core.batch import Batch, zeros
 from xllm_jax.core.stage import Optimizer

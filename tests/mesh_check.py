@@ -62,7 +62,7 @@ COUNTED = {  # mesh, slices
 
 def stage(name):
     """Shallow miniature of a config."""
-    made = importlib.import_module(f"configs.{name}").get_config("tiny")
+    made = importlib.import_module(f"xllm_jax.configs.{name}").get_config("tiny")
     made.unroll, made.compute = 1, "float32"
     for part in made.parts.values():
         part.fields |= SHALLOW.get(part.network, {})

@@ -12,8 +12,8 @@ from PIL import Image
 from small_runs import TOKENIZER
 from small_stage import GLM
 
-from configs import networks, sources
 from xllm_jax.assembly import networks as assembled
+from xllm_jax.configs import networks, sources
 from xllm_jax.core import checkpoint, rules
 from xllm_jax.core.stage import Data, Optimizer, Part, Source, Stage
 from xllm_jax.data import cached_features

@@ -8,8 +8,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from configs import stage1_speech, stage3_instruction
 from xllm_jax.assembly import networks
+from xllm_jax.configs import stage1_speech, stage3_instruction
 from xllm_jax.core import checkpoint, checksum
 from xllm_jax.core.stage import Stage
 from xllm_jax.data.synthetic_world import build as world

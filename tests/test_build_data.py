@@ -295,7 +295,7 @@ COUNTS = {"minigpt4_zh": 7, "aishell2": 4, "activitynet": 2, "vsdial_cn": 3}
 
 
 def test_the_instruction_set(beam, four, tmp_path):
-    from configs.sources import INSTRUCTIONS
+    from xllm_jax.configs.sources import INSTRUCTIONS
 
     def made(name, **options):
         counts = instructions.build(
@@ -325,7 +325,7 @@ def test_the_instruction_set(beam, four, tmp_path):
 
 def test_the_command(visdial, tmp_path):
     def run(*flags):
-        command = [sys.executable, "-m", "launch.build_data", f"--input={visdial}", *flags]
+        command = [sys.executable, "-m", "xllm_jax.launch.build_data", f"--input={visdial}", *flags]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
     out = f"--output={tmp_path / 'texts'}"

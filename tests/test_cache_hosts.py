@@ -8,10 +8,10 @@ import host_runs
 import pytest
 import small_cache
 
-from launch import cli
-from launch import hosts as host_flags
 from xllm_jax.core.errors import UserError
 from xllm_jax.feature_cache import plan, write
+from xllm_jax.launch import cli
+from xllm_jax.launch import hosts as host_flags
 
 SHARD = 2  # media
 WRITE = """

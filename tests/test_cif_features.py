@@ -11,10 +11,10 @@ import soundfile
 from small_cache import PARTS
 from small_stage import TOKENIZER
 
-from configs import networks
 from xllm_jax.assembly.networks import model as assemble
 from xllm_jax.assembly.networks import shapes, uncached
 from xllm_jax.audit import audit, page
+from xllm_jax.configs import networks
 from xllm_jax.core import rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data, Source, Stage

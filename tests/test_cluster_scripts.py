@@ -14,8 +14,8 @@ import fake_clusters
 import pytest
 import small_stage
 
-from launch import hosts as launch_hosts
 from xllm_jax.core import hosts
+from xllm_jax.launch import hosts as launch_hosts
 
 LAUNCH = fake_clusters.ROOT / "launch"
 SCRIPTS = [*sorted(LAUNCH.glob("*.sh")), LAUNCH / "slurm.sbatch"]
@@ -25,9 +25,6 @@ SMALL = f"""
 import sys
 sys.path.insert(0, {str(fake_clusters.TESTS)!r})
 import small_stage
-
-from launch import hosts as launch_hosts
-from xllm_jax.core import hosts
 
 def get_config():
     made = small_stage.stage(unroll=1, steps={STEPS}, save_every=1000)

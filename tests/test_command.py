@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from configs import stage2_image, stage2_speech
-from launch import dict_overrides
+from xllm_jax.configs import stage2_image, stage2_speech
 from xllm_jax.core.errors import UserError
 from xllm_jax.data import mixture
+from xllm_jax.launch import dict_overrides
 
 ROOT = Path(__file__).parents[1]
 CONFIG = "--config=configs/stage2_image.py:tiny"

@@ -31,7 +31,7 @@ EPOCHS = {"stage2_image": (14e6, 5), "stage2_video": (7.7e3, 5), "stage2_speech"
 
 def config(name: str, size: str):
     """The Stage of a config file."""
-    return importlib.import_module(f"configs.{name}").get_config(size)
+    return importlib.import_module(f"xllm_jax.configs.{name}").get_config(size)
 
 
 def count(tree) -> int:

@@ -18,11 +18,11 @@ import published
 import pytest
 import torch
 
-from launch import convert as launcher
 from xllm_jax.assembly import parameters
 from xllm_jax.convert import files, run_export, run_import, sizes
 from xllm_jax.core import checkpoint, rules
 from xllm_jax.core.errors import UserError
+from xllm_jax.launch import convert as launcher
 
 ROOT = Path(__file__).parents[1]
 

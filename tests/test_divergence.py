@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import small_stage
 
-from launch import cli
 from xllm_jax.assembly import networks
 from xllm_jax.core import checkpoint, mesh
 from xllm_jax.core.batch import zeros
 from xllm_jax.core.errors import Diverged, UserError
 from xllm_jax.core.stage import Divergence
+from xllm_jax.launch import cli
 from xllm_jax.training import divergence, loop, nonfinite, replay, startup
 from xllm_jax.training.step import abstract_state
 

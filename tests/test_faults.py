@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import small_stage
 
-from launch import cli
 from xllm_jax.core import atomic, checkpoint
 from xllm_jax.core.errors import UserError
+from xllm_jax.launch import cli
 from xllm_jax.training import loop, startup
 
 # Calls a function of the host INDEX at a micro-batch; its own threads go on meanwhile.

@@ -10,8 +10,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from launch.gke import jobset
 from xllm_jax.core.errors import UserError
+from xllm_jax.launch.gke import jobset
 from xllm_jax.preflight import targets
 
 # The oldest Kubernetes whose pod failure policy is stable, and a newer one.

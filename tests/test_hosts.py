@@ -13,14 +13,14 @@ import pytest
 import small_stage
 import test_divergence
 
-from launch import hosts as flags
 from xllm_jax.core import checkpoint, errors, fingerprint, hosts, watchdog
+from xllm_jax.launch import hosts as flags
 from xllm_jax.training import replay
 
 # Two hosts train as two slices, then meet a NaN, then are killed.
 WHOLE = """
 import test_divergence
-from launch import command
+from xllm_jax.launch import cli
 
 def main():
     made = host_runs.stage(keep=1)
@@ -38,10 +38,10 @@ def diverge():
     opened = loop.open_batches
     poisoned = lambda *a: test_divergence.Poisoned(opened(*a), a[-1], False, row=1)
     loop.open_batches = poisoned if INDEX else opened
-    command.flags.FLAGS.mark_as_parsed()
+    cli.flags.FLAGS.mark_as_parsed()
     made = host_runs.stage(log_every=4, save_every=100)
     try:
-        command.guard(lambda _: loop.fit(made, {diverged!r}), [])
+        cli.guard(lambda _: loop.fit(made, {diverged!r}), [])
     except SystemExit as ended:
         print('ENDED', ended.code)
     loop.open_batches = opened

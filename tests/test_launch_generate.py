@@ -14,11 +14,11 @@ import pytest
 import small_runs
 import soundfile
 
-from launch import chat
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
 from xllm_jax.inference import assistant, transcriber
 from xllm_jax.inference.load_run import load_run
+from xllm_jax.launch import chat
 
 ROOT = Path(__file__).parents[1]
 

@@ -196,7 +196,7 @@ FORMULAS = {
 
 @pytest.mark.parametrize("name", FORMULAS)
 def test_what_a_stage_needs(name):
-    stage: Stage = importlib.import_module(f"configs.{name}").get_config("tiny")
+    stage: Stage = importlib.import_module(f"xllm_jax.configs.{name}").get_config("tiny")
     formula = FORMULAS[name](Sizes(dict(networks.model(stage).networks), stage))
     made = plan.prepare(stage, targets.parse("h200:1"), compiles=False)
     needed = flops.useful(made.loss, made.state.trainable, made.state.frozen, made.batch)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 from small_stage import ROOT
 
-from configs import stage2_image, stage3_instruction
+from xllm_jax.configs import stage2_image, stage3_instruction
 from xllm_jax.core import flops
 from xllm_jax.core.errors import UserError
 from xllm_jax.preflight import collectives, hlo, inputs, memory, plan, report, roofline, targets

@@ -11,7 +11,7 @@ import pytest
 from small_stage import ROOT
 from test_preflight import PROGRAM
 
-from configs import stage2_image
+from xllm_jax.configs import stage2_image
 from xllm_jax.core.errors import UserError
 from xllm_jax.preflight import collectives, hlo, memory, plan, report, roofline, targets
 

@@ -121,7 +121,7 @@ def test_the_same_command_does_nothing_and_a_killed_one_continues(table, written
 def test_the_command_tells_what_it_did_and_mistakes_in_a_line(table, written):
     def run(*options):
         flags = ["--source=table", f"--input={table}", f"--output={written.output}", *options]
-        command = [sys.executable, "-m", "launch.prepare", "--name=pictures", *flags]
+        command = [sys.executable, "-m", "xllm_jax.launch.prepare", "--name=pictures", *flags]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
     done = run("--shard_records=4")

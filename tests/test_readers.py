@@ -17,9 +17,9 @@ import reader_fixtures as fixtures
 import small_datasets
 from small_stage import TOKENIZER
 
-from configs import stage1_speech, stage3_instruction
 from xllm_jax.assembly import networks
 from xllm_jax.audit import audit
+from xllm_jax.configs import stage1_speech, stage3_instruction
 from xllm_jax.core import lookup, mesh, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data, Optimizer, Part, Source

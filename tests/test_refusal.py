@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from configs import stage2_image
+from xllm_jax.configs import stage2_image
 from xllm_jax.preflight import memory, plan, refusal, report, targets
 
 GIB = 2**30

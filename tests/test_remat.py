@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from configs import stage2_image
 from xllm_jax.assembly import networks
+from xllm_jax.configs import stage2_image
 from xllm_jax.core import flops, lookup
 from xllm_jax.core.errors import UserError
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs import sources
+from xllm_jax.configs import sources
 from xllm_jax.core.stage import Data
 from xllm_jax.data.pipeline import Pipeline
 

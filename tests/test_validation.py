@@ -240,7 +240,7 @@ def world(tmp_path_factory):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_miniatures_measure_the_validation_split(name, world, tmp_path):
     """Every batch can be read, and none of its files is trained on."""
-    stage = importlib.import_module(f"configs.{name}").get_config("tiny")
+    stage = importlib.import_module(f"xllm_jax.configs.{name}").get_config("tiny")
     backbones = small_runs.TOKENIZER.parent
     stage.data = dataclasses.replace(
         stage.data,

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from launch import convert as launcher
 from xllm_jax.convert import verify
 from xllm_jax.convert.verify import tolerances
 from xllm_jax.convert.verify.recording import MISS, MISSING, PASS
 from xllm_jax.core.errors import UserError
+from xllm_jax.launch import convert as launcher
 
 ROOT = Path(__file__).parents[1]
 FILE = "decoder_cross_attn"

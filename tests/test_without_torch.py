@@ -30,7 +30,7 @@ print(run_import.run_import("world", shipped, folder / "base").line())
 print(run_export.run_export("world", folder / "base", folder / "out"))
 
 import small_stage
-from configs import networks
+from xllm_jax.configs import networks
 from xllm_jax.training import loop
 
 init = {"llm": str(folder / "base")}
@@ -39,7 +39,7 @@ stage.parts["llm"] = networks.llm("tiny")
 loop.fit(stage, str(folder / "run"))
 
 from absl import flags
-from launch import generate
+from xllm_jax.launch import generate
 
 flags.FLAGS(["x", f"--checkpoint={folder / 'run'}", "--prompt=红色的圆在哪里？"])
 generate.main([])

@@ -14,8 +14,8 @@ import sys
 import yaml
 from absl import flags
 
-from launch import cli
-from launch.gke import jobset
+from xllm_jax.launch import cli
+from xllm_jax.launch.gke import jobset
 from xllm_jax.preflight import targets
 
 NAME = flags.DEFINE_string("name", "xllm", "Name of the JobSet.")
