@@ -53,7 +53,7 @@ def start(folder, name: str, dies: int = 0) -> tuple[list[int], str]:
 def test_a_writer_is_killed_and_the_same_command_finishes(tmp_path, monkeypatch):
     """Host 0, and with it the store, at its third shard; then all ends as if one had written."""
     monkeypatch.setattr(write, "computation", small_cache.arithmetic)
-    monkeypatch.setattr(write, "parameters", lambda made, device_mesh: {})
+    monkeypatch.setattr(write, "computing", lambda made, device_mesh: {})
     stage = small_cache.pictures(small_cache.draw(tmp_path / "pictures", 14))
     write.run(plan.make(stage, tmp_path / "whole", "configs/small.py", SHARD), 4)
     # One medium is looked at before, and two batches are read ahead.
