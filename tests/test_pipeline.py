@@ -17,7 +17,6 @@ from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data, Source
 from xllm_jax.data import mixture
 from xllm_jax.data.batching import conversation
-from xllm_jax.data.batching.settle import settle
 from xllm_jax.data.example import Example
 from xllm_jax.data.pipeline import Pipeline
 from xllm_jax.data.record import Mode, Record, Skipped
@@ -47,7 +46,7 @@ def pipeline(golden, folder, monkeypatch):
     """Makes pipelines over lists of examples, {source: examples}."""
     CharacterVocabulary.build(SAID).save(folder / "characters.txt")
 
-    def make(sources, process=(0, 1), seed=3, train=True, answers=True, quarantine=None, **fields):
+    def make(sources, process=(0, 1), seed=3, train=True, quarantine=None, **fields):
         data = Data(
             sources={name: Source("list") for name in sources},
             template="chatglm_zh",
@@ -57,7 +56,7 @@ def pipeline(golden, folder, monkeypatch):
             **(SHAPES | fields),
         )
         monkeypatch.setattr(mixture, "read", lambda name, source, root: sources[name])
-        return Pipeline(data, seed, *process, train, answers, quarantine)
+        return Pipeline(data, seed, *process, train, quarantine)
 
     return make
 
@@ -317,20 +316,14 @@ def test_a_mixture_names_its_sources(pipeline):
 # Evaluation
 
 
-@pytest.mark.parametrize("answers", [True, False])
-def test_evaluation_reads_every_example_once_in_order(pipeline, folder, answers):
+def test_evaluation_reads_every_example_once_in_order(pipeline, folder):
     examples = mixed(folder, 21)
-    made = pipeline({"a": examples}, train=False, answers=answers)
+    made = pipeline({"a": examples}, train=False)
     seen = list(made.iterate())
     assert len(seen) == len(made)
     keys = [example.key for _, info in seen for _, _, example in info["members"]]
     assert Counter(keys) == Counter(e.key for e in examples)
-    order = [int(key[1:]) // made.data.examples for key in keys]
-    assert order == sorted(order) or answers
     assert len({tuple(x.shape for x in tree.leaves(batch)) for batch, _ in seen}) == 1
-    if not answers:
-        assert all(batch.weights.sum() == 0 and batch.segments.max() == 1 for batch, _ in seen)
-        assert all(batch.media["speech"].counts is None for batch, _ in seen)
 
 
 def test_evaluation_may_stop_early(pipeline):
@@ -418,35 +411,6 @@ def test_an_utterance_longer_than_every_bucket_is_skipped_in_training_only(pipel
     assert [s.key for s in info["skipped"]] == ["long"] and not info["bad"]
     with pytest.raises(UserError, match=r"has 148 frames, data\.frames holds 100"):
         list(pipeline(sources, train=False, **fields).iterate())
-
-
-# Slots that were counted
-
-
-def test_counted_slots_give_the_rows_of_training(pipeline, folder):
-    """Largest slots, shrunk to the tokens really said, are the rows that training sees."""
-    examples = [e for e in mixed(folder, 16) if e.media and e.media[-1][0] == "speech"]
-    made = pipeline({"a": examples}, items={"image": 2, "speech": 2})
-    plan = conversation.plan(records(examples), made.kit, made.data, Mode())
-    expected, _ = conversation.fill(plan, slice(None), made.kit, made.data, Mode())
-    widest = "好" * (made.data.embeddings["speech"] - 1)
-    wide = [dataclasses.replace(e, transcript=widest) for e in examples]
-    rows = [len(row) for row in plan.rows]
-    plan = conversation.plan(
-        records(wide), made.kit, dataclasses.replace(made.data, length=240), Mode()
-    )
-    assert [len(row) for row in plan.rows] == rows
-    data = dataclasses.replace(made.data, length=240)
-    batch, _ = conversation.fill(plan, slice(None), made.kit, data, Mode())
-    settled = settle(batch, {"speech": expected.media["speech"].counts}, data.embeddings)
-    length = made.data.length
-    for name in ("ids", "positions", "segments", "context"):
-        np.testing.assert_array_equal(getattr(settled, name)[:, :length], getattr(expected, name))
-    for name in ("answer_index", "targets", "weights"):
-        np.testing.assert_array_equal(getattr(settled, name), getattr(expected, name))
-    for name, entry in expected.media.items():
-        np.testing.assert_array_equal(settled.media[name].index[:, :length], entry.index)
-    assert not settled.segments[:, length:].any()
 
 
 # Bad records

@@ -51,7 +51,6 @@ class Pipeline:
       seed: of the run.
       process_index, process_count: which host this is, of how many.
       train: an endless shuffled stream with augmentation; False is one pass in order without.
-      answers: False leaves prompts open at <sop>, one example a row, ready to generate.
       quarantine: file that bad records are appended to; host 1, 2 … appends to its own beside it,
         `NAME.host1.jsonl`.
       limit: records of the one pass; None for all.
@@ -70,13 +69,12 @@ class Pipeline:
         process_index: int = 0,
         process_count: int = 1,
         train: bool = True,
-        answers: bool = True,
         quarantine: str | Path | None = None,
         limit: int | None = None,
         sample: int | None = None,
     ):
         self.data, self.seed, self.form = data, seed, form_of(data)
-        self.mode = Mode(train, answers, cut=sample is not None)
+        self.mode = Mode(train, cut=sample is not None)
         self.rows = host_rows(data, self.form, process_index, process_count)
         self.process_count, self.quarantine = process_count, own_list(quarantine, process_index)
         self.weights = mixture.mixture(data)

@@ -54,13 +54,10 @@ class Mode:
 
     Attributes:
       train: random augmentation, and long text is cut instead of refused.
-      answers: rows end with the answer to be learnt or scored; False leaves them open at <sop> and
-        gives every example a row of its own, ready to generate.
       cut: outside training, too, long text is cut and a record that does not fit is left out.
     """
 
     train: bool = True
-    answers: bool = True
     cut: bool = False
 
     @property

@@ -81,7 +81,7 @@ class Assistant:
           UserError: a file cannot be read, a modality is unknown to the model, or a prompt is
             longer than the longest bucket.
         """
-        examples = [modalities.heard(example, self.data) for example in examples]
+        examples = [modalities.rename_cif_media(example, self.data) for example in examples]
         self.encode(examples)
         prompts = [self.prompt(example) for example in examples]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))

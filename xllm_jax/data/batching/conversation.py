@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from xllm_jax.core.batch import Batch, Media, zeros
+from xllm_jax.core.batch import Batch, zeros
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data
 from xllm_jax.data.cached_features import Features
@@ -99,7 +99,7 @@ def plan(records: Sequence[Record], kit: Tools, data: Data, mode: Mode) -> Plan:
       DoesNotFit: outside training, a prompt is longer than a row.
     """
     prompts, skipped = prepare(records, kit, data, mode)
-    places = pack([needs(placed) for placed in prompts], capacity(data, mode), data.rows)
+    places = pack([needs(placed) for placed in prompts], capacity(data), data.rows)
     rows: list[list[Placed]] = [[] for _ in range(data.rows)]
     for placed, place in zip(prompts, places):
         if place is None:
@@ -123,7 +123,9 @@ def prepare(
     for record in records:
         key = record.example.key
         try:
-            record = dataclasses.replace(record, example=modalities.heard(record.example, data))
+            record = dataclasses.replace(
+                record, example=modalities.rename_cif_media(record.example, data)
+            )
             placed.append(Placed(record, sequence(record, kit, data, mode)))
         except DoesNotFit as error:
             if mode.strict:
@@ -139,7 +141,7 @@ def sequence(record: Record, kit: Tools, data: Data, mode: Mode) -> prompt.Promp
     example = record.example
     limits = prompt.Limits(data.length, data.answers, strict=mode.strict)
     plain = not (example.instruction or example.media or example.history)
-    if data.form == "text" and example.task == "text" and plain and mode.answers:
+    if data.form == "text" and example.task == "text" and plain:
         return prompt.infilled(example, kit.tokenizer, limits, record.generator(PROMPT))
 
     def slot(modality: str, path: str) -> prompt.Slot:
@@ -147,7 +149,7 @@ def sequence(record: Record, kit: Tools, data: Data, mode: Mode) -> prompt.Promp
         if modality not in data.items:
             raise DoesNotFit(f"data.items gives {modality!r} no place", field=example.key)
         size = stride = data.embeddings[modality]
-        if form.spoken and mode.answers:
+        if form.spoken:
             size = min(modalities.spoken_size(path, example, data), stride)
         return prompt.Slot(modality, path, form.items, size, stride)
 
@@ -158,28 +160,21 @@ def sequence(record: Record, kit: Tools, data: Data, mode: Mode) -> prompt.Promp
         slot,
         limits,
         record.generator(PROMPT),
-        mode.answers,
     )
 
 
 def needs(placed: Placed) -> Need:
-    """What an example takes of a row: tokens, supervised tokens, media items, one place."""
+    """What an example takes of a row: tokens, supervised tokens, media items."""
     made = placed.prompt
-    taken = {"tokens": len(made.ids), "answers": len(made.targets), "examples": 1}
+    taken = {"tokens": len(made.ids), "answers": len(made.targets)}
     for slot in made.slots:
         taken[slot.modality] = taken.get(slot.modality, 0) + slot.items
     return taken
 
 
-def capacity(data: Data, mode: Mode) -> Need:
-    """What a row has of each; a row that will be continued belongs to one example."""
-    examples = data.length if mode.answers else 1
-    return {
-        "tokens": data.length,
-        "answers": data.answers,
-        "examples": examples,
-        **data.items,
-    }
+def capacity(data: Data) -> Need:
+    """What a row has of each."""
+    return {"tokens": data.length, "answers": data.answers, **data.items}
 
 
 def pack(wanted: Sequence[Need], room: Need, rows: int) -> list[int | None]:
@@ -262,7 +257,7 @@ def batches(records: Sequence[Record], kit: Tools, data: Data, mode: Mode) -> li
       DoesNotFit: a prompt that no row can hold, where `mode` does not leave it out.
     """
     prompts, skipped = prepare(records, kit, data, mode)
-    room = capacity(data, mode)
+    room = capacity(data)
     if not mode.strict:
         prompts, large = _fitting(prompts, room)
         skipped += large
@@ -341,7 +336,7 @@ def fill(
                 skipped.append(Skipped(key, error.what, bad=not too_long, file=error.field))
                 continue
             _write(batch, number, segment, placed, loaded, used)
-    return _without_counts(batch, data, mode), skipped
+    return batch, skipped
 
 
 def _write(
@@ -388,16 +383,3 @@ def padding(batch: Batch) -> dict[str, tuple[int, int]]:
         steps = entry.values.shape[2] if entry.values.ndim == 4 else 1
         found[name] = (int(entry.lengths.sum()), entry.lengths.size * steps)
     return found
-
-
-def _without_counts(batch: Batch, data: Data, mode: Mode) -> Batch:
-    """Leaves spoken slots to the interface's own count when the rows will be continued."""
-    if mode.answers:
-        return batch
-    found: dict[str, Media] = {
-        name: dataclasses.replace(entry, counts=None)
-        if modalities.form(name, data).spoken
-        else entry
-        for name, entry in batch.media.items()
-    }
-    return dataclasses.replace(batch, media=found)

@@ -107,7 +107,7 @@ def featured(data: Data) -> bool:
     return bool(kind)
 
 
-def heard(example: Example, data: Data) -> Example:
+def rename_cif_media(example: Example, data: Data) -> Example:
     """The example with its CIF features under the name 'speech', as prompts and models have it.
 
     Raises:
