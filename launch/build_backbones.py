@@ -1,8 +1,8 @@
-"""Converts the embedded world's backbones, which ship with the package, into bases for `init`.
+"""Converts the shipped backbones of the synthetic world into bases for `init`.
 
-python launch/build_backbones.py --output=bases
-python launch/build_backbones.py --output=bases --tokenizer   # maintainers: learn the tokenizer
-python launch/build_backbones.py --output=bases --export=runs # maintainers: ship what was trained
+    xllm build-backbones --output=bases
+    xllm build-backbones --output=bases --tokenizer    # maintainers: learn the tokenizer
+    xllm build-backbones --output=bases --export=runs  # maintainers: ship what was trained
 
 `make backbones` runs all of it in order, with the three trainings in between.
 """
@@ -29,12 +29,14 @@ from xllm_jax.launch import cli
 from xllm_jax.models.bert import SIZES as BERT_SIZES
 from xllm_jax.models.bert import BertEncoder
 
-OUTPUT = flags.DEFINE_string("output", "bases", "Folder of the bases.")
-EXPORT = flags.DEFINE_string("export", "", "Folder of the runs whose results shall be shipped.")
+OUTPUT = flags.DEFINE_string("output", "bases", "Folder in which the bases are written.")
+EXPORT = flags.DEFINE_string(
+    "export", "", "Folder of runs whose results go into the package; without it, what ships stays."
+)
 TOKENIZER = flags.DEFINE_bool(
     "tokenizer",
     False,
-    "Only what pre-training needs: the LLM's tokenizer, learnt anew, and BERT's vocabulary.",
+    "Write only what pre-training needs: a newly learned tokenizer of the LLM, BERT's vocabulary.",
 )
 
 SHIPPED = Path(xllm_jax.__file__).parent / "data" / "synthetic_world" / "backbones"

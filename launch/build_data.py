@@ -1,13 +1,13 @@
-"""Builds the data that the paper made itself: one recipe of xllm_jax/prepare/recipes.
+r"""Builds the data that the paper made itself: one recipe of xllm_jax/prepare/recipes.
 
-    python launch/build_data.py --recipe=vsdial_cn --input=visdial --output=vsdial_cn \
+    xllm build-data --recipe=vsdial_cn --input=visdial --output=vsdial_cn \
         --translator=mbart-large-50-many-to-many-mmt [--images=coco]
-    python launch/build_data.py --recipe=similar --reader=wukong --input=wukong --output=alike \
+    xllm build-data --recipe=similar --reader=wukong --input=wukong --output=alike \
         (--clip=bases/clip [--tokenizer=FOLDER] | --scores=FILE) [--threshold=0.45]
-    python launch/build_data.py --recipe=instructions --input=data --output=data/instructions \
+    xllm build-data --recipe=instructions --input=data --output=data/instructions \
         [--counts=aishell2=2000] [--seed=0]
-    python launch/build_data.py --recipe=resampled --input=aishell2 --output=aishell2_16k
-    python launch/build_data.py --recipe=questions --input=visdial --output=texts
+    xllm build-data --recipe=resampled --input=aishell2 --output=aishell2_16k
+    xllm build-data --recipe=questions --input=visdial --output=texts
 
 The recipe's docstring says what it reads and writes. The same command continues after an
 interruption. Needs: pip install -e '.[prepare]', except similar without --beam and --workers;
@@ -30,35 +30,55 @@ from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
 from xllm_jax.launch import cli
 
-RECIPE = flags.DEFINE_string("recipe", None, "File of xllm_jax/prepare/recipes.")
-INPUT = flags.DEFINE_string("input", None, "Where the data lie.")
-OUTPUT = flags.DEFINE_string("output", None, "Folder of what is built.")
-WORKERS = flags.DEFINE_integer("workers", 0, "Local processes; 0 works in this one.", 0)
-BEAM = flags.DEFINE_multi_string("beam", [], "A pipeline option of Beam; may be repeated.")
+RECIPE = flags.DEFINE_string(
+    "recipe", None, "Recipe to run: the name of a file in xllm_jax/prepare/recipes."
+)
+INPUT = flags.DEFINE_string("input", None, "Folder of the data that the recipe reads.")
+OUTPUT = flags.DEFINE_string("output", None, "Folder in which the data set is written.")
+WORKERS = flags.DEFINE_integer(
+    "workers", 0, "Number of worker processes; 0 works in this process.", 0
+)
+BEAM = flags.DEFINE_multi_string("beam", [], "Pipeline option for Apache Beam")
 
 THRESHOLD_HELP = (
-    "similar: least similarity that is kept; the paper's 0.45 by default. In OpenAI's CLIP, "
-    "cosines of pairs that fit lie about 0.25 to 0.35: look at OUTPUT/SPLIT_scores.npy and choose."
+    "similar: least cosine similarity that is kept; 0.45 by default, as in the paper. In OpenAI's "
+    "CLIP, pairs that fit have about 0.25 to 0.35: look at OUTPUT/SPLIT_scores.npy and choose."
 )
 
 # Not given, they keep the recipe's defaults; given, the recipe must know them.
 OWN = (
-    flags.DEFINE_string("split", None, "Split of the source."),
-    flags.DEFINE_string("translations", None, "vsdial_cn: JSON file, {text: translation}."),
-    flags.DEFINE_string("translator", None, "vsdial_cn: folder of an mBART-50 model."),
-    flags.DEFINE_string("engine", None, "vsdial_cn: speech by module:function; else espeak-ng."),
+    flags.DEFINE_string("split", None, "Split of the data set to read."),
+    flags.DEFINE_string(
+        "translations", None, "vsdial_cn: JSON file of translations, {text: translation}."
+    ),
+    flags.DEFINE_string(
+        "translator", None, "vsdial_cn: folder of an mBART-50 model that translates."
+    ),
+    flags.DEFINE_string(
+        "engine", None, "vsdial_cn: module:function that speaks a text; without it, espeak-ng."
+    ),
     flags.DEFINE_string("images", None, "vsdial_cn: folder of the images."),
-    flags.DEFINE_string("reader", None, "similar: a file of xllm_jax/data/sources."),
-    flags.DEFINE_string("options", None, "similar: options of the reader, as JSON."),
-    flags.DEFINE_string("scores", None, "similar: file of similarities."),
-    flags.DEFINE_string("clip", None, "similar: base of CLIP that computes similarities."),
-    flags.DEFINE_string("tokenizer", None, "similar: folder of CLIP's; else the base has it."),
-    flags.DEFINE_integer("batch", None, "similar: pairs that CLIP looks at together.", 1),
+    flags.DEFINE_string(
+        "reader", None, "similar: reader of the pairs, the name of a file in xllm_jax/data/sources."
+    ),
+    flags.DEFINE_string("options", None, "similar: options of the reader, as a JSON object."),
+    flags.DEFINE_string("scores", None, "similar: file of similarities that were computed before."),
+    flags.DEFINE_string("clip", None, "similar: base of the CLIP that computes similarities."),
+    flags.DEFINE_string(
+        "tokenizer", None, "similar: folder of CLIP's tokenizer; without it, the base's."
+    ),
+    flags.DEFINE_integer(
+        "batch", None, "similar: number of pairs that CLIP computes at a time.", 1
+    ),
     flags.DEFINE_float("threshold", None, THRESHOLD_HELP),
-    flags.DEFINE_string("sources", None, "instructions: JSON file, {name: {reader, path, …}}."),
-    flags.DEFINE_multi_string("counts", None, "instructions: NAME=RECORDS; may be repeated."),
-    flags.DEFINE_string("instructions", None, "instructions: JSON file, {task: [text, …]}."),
-    flags.DEFINE_integer("seed", None, "instructions: of the draw.", 0),
+    flags.DEFINE_string(
+        "sources", None, "instructions: JSON file of sources, {name: {reader, path, …}}."
+    ),
+    flags.DEFINE_multi_string("counts", None, "instructions: NAME=RECORDS of a source"),
+    flags.DEFINE_string(
+        "instructions", None, "instructions: JSON file of instructions, {task: [text, …]}."
+    ),
+    flags.DEFINE_integer("seed", None, "instructions: seed of the random draw.", 0),
 )
 
 
@@ -124,13 +144,13 @@ def read_sources(file: str) -> Mapping[str, Source]:
 def main(_: list[str]) -> None:
     recipe = lookup.module("xllm_jax.prepare.recipes", RECIPE.value, "--recipe")
     found = recipe.build(**arguments(recipe))
-    print("  ".join(f"{name}: {told(value)}" for name, value in found.items()))
+    print("  ".join(f"{name}: {format_message(value)}" for name, value in found.items()))
 
 
-def told(value: Any) -> str:
+def format_message(value: Any) -> str:
     """A count, or counts by name, in a few words."""
     if isinstance(value, dict):
-        return ", ".join(f"{name} {told(one)}" for name, one in value.items()) or "none"
+        return ", ".join(f"{name} {format_message(one)}" for name, one in value.items()) or "none"
     return f"{value:,}"
 
 

@@ -1,9 +1,8 @@
-"""Computes what is frozen once: its outputs for every medium become a cache that training reads.
+r"""Computes what is frozen once: its outputs for every medium become a cache that training reads.
 
-    python launch/cache.py --config=configs/stage2_speech.py[:tiny] --output=DIR \
+    xllm cache --config=stage2_speech[:tiny] --output=DIR \
         [--modality=speech,image] [--most_gib=16] [--batch=32] [--again]
-    python launch/train.py --config=configs/stage2_speech.py[:tiny] --config.data.cache=DIR \
-        --workdir=RUN
+    xllm train --config=stage2_speech[:tiny] --config.data.cache=DIR --workdir=RUN
 
 What is cached follows from the stage: per modality, everything below the first thing that trains.
 Says first how large the cache may get, and writes none above --most_gib. The same command continues
@@ -27,13 +26,20 @@ from xllm_jax.feature_cache import plan, write
 from xllm_jax.launch import cli
 from xllm_jax.launch import hosts as host_flags
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Stage file: configs/NAME.py[:tiny].")
-OUTPUT = flags.DEFINE_string("output", None, "Folder of the cache.")
-MODALITY = flags.DEFINE_list("modality", [], "Modalities to cache; all that can be by default.")
-MOST = flags.DEFINE_float("most_gib", 16.0, "GiB that the cache may take.", 0.0)
-BATCH = flags.DEFINE_integer("batch", 32, "Media computed at a time on this host.", 1)
-SHARD = flags.DEFINE_integer("shard_records", 1024, "Media per shard.", 1)
-AGAIN = flags.DEFINE_bool("again", False, "Replace another cache in the folder.")
+CONFIG = config_flags.DEFINE_config_file("config", None, cli.STAGE_HELP)
+flags.adopt_module_key_flags(host_flags)
+OUTPUT = flags.DEFINE_string("output", None, "Folder in which the cache is written.")
+MODALITY = flags.DEFINE_list(
+    "modality",
+    [],
+    "Modalities to cache, with commas between them; without it, all that the stage freezes.",
+)
+MOST = flags.DEFINE_float(
+    "most_gib", 16.0, "Largest size that the cache may get, in GiB; a larger one is not begun.", 0.0
+)
+BATCH = flags.DEFINE_integer("batch", 32, "Number of files that this host computes at a time.", 1)
+SHARD = flags.DEFINE_integer("shard_records", 1024, "Number of files in a shard.", 1)
+AGAIN = flags.DEFINE_bool("again", False, "Replace the cache that is in the folder.")
 
 
 def main(_: list[str]) -> None:

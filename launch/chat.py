@@ -1,6 +1,6 @@
-"""Chat with a trained X-LLM in the terminal; it remembers what was said.
+"""Chats with a trained X-LLM in the terminal; it remembers what was said.
 
-    python launch/chat.py --checkpoint=demo/runs/stage3
+    xllm chat --checkpoint=demo/runs/stage3
 
 A line is a question. Commands:
     /image PATH, /video PATH, /speech PATH   show or play a file; it goes with all that follows
@@ -22,9 +22,13 @@ from xllm_jax.inference import assistant
 from xllm_jax.inference.load_run import load_run
 from xllm_jax.launch import cli
 
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a finished run.", required=True)
-ROUNDS = flags.DEFINE_integer("rounds", 4, "Earlier rounds that the model is shown.", 0)
-MAX_TOKENS = flags.DEFINE_integer("max_tokens", 64, "Longest answer, the end token included.", 2)
+CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "Folder of a finished run, such as demo/runs/stage3.", required=True
+)
+ROUNDS = flags.DEFINE_integer("rounds", 4, "Number of earlier rounds that the model sees.", 0)
+MAX_TOKENS = flags.DEFINE_integer(
+    "max_tokens", 64, "Length of the longest answer in tokens, the end token included.", 2
+)
 
 MODALITIES = ("image", "video", "speech")
 HELP = "\n".join(__doc__.splitlines()[4:-1])

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
 import runpy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,6 +25,12 @@ DIVERGED = 3  # the loss is not a number, or has left its path
 SAVED = hosts.SAVED  # 75, SIGTERM: what there was to save is saved
 LOST = hosts.LOST  # 76, a host stalled or was lost
 STOPPED = 130  # Ctrl-C
+
+HELP = ("--help", "-help", "-h", "-?")
+STAGE_HELP = (
+    "Stage to run: the name of a packaged one, such as stage2_image, or the path of a file that "
+    "defines get_config. NAME:tiny takes the size of the demo."
+)
 
 
 def run(main: Callable[[list[str]], Any]) -> NoReturn:
@@ -55,9 +62,14 @@ def guard(main: Callable[[list[str]], Any], argv: list[str]) -> Any:
 
 
 def parse(argv: Sequence[str]) -> list[str]:
-    """Parses absl flags; a wrong one ends the program with one line."""
+    """Parses absl flags; a wrong one ends the program with one line.
+
+    `--help` prints the command's docstring and flags, and exits with 0.
+    """
+    if any(token in HELP for token in argv[1:]):
+        app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)
     try:
-        check_config_files(argv)
+        argv = locate_stages(argv)
         given, settings = dict_overrides.take(argv, configurations(argv))
         rest = parsed(given)
         for setting in settings:
@@ -68,7 +80,7 @@ def parse(argv: Sequence[str]) -> list[str]:
     except UserError as error:
         fail(str(error))
     except flags.Error as error:
-        fail(wording(error))
+        fail(format_message(error))
     except (KeyError, TypeError):  # how the configuration flag reports an unknown field
         line = unknown_override(argv)
         if line is None:
@@ -91,11 +103,11 @@ def fail(line: str, code: int = FAILED) -> NoReturn:
     raise SystemExit(code)
 
 
-def wording(error: flags.Error) -> str:
+def format_message(error: flags.Error) -> str:
     """absl's message with the nearest flag or the hint in our order."""
     if isinstance(error, flags.UnrecognizedFlagError):
         name = error.flagname
-        known = sorted(flags.FLAGS.get_flags_for_module(sys.argv[0]), key=lambda f: f.name)
+        known = sorted(flags.FLAGS.get_key_flags_for_module(sys.argv[0]), key=lambda f: f.name)
         names = [flag.name for flag in known]
         return f"--{name}: unknown flag. {nearest(name, names, '--')}"
     text = str(error)
@@ -105,7 +117,7 @@ def wording(error: flags.Error) -> str:
     return text.removeprefix("flag ")
 
 
-def nearest(name: str, known: Sequence[str], prefix: str = "") -> str:
+def nearest(name: str, known: Collection[str], prefix: str = "") -> str:
     """'Did you mean …?' or, where nothing is near, the choices."""
     near = difflib.get_close_matches(name, known, n=1)
     if near:
@@ -120,27 +132,57 @@ def config_flag_names() -> list[str]:
     return [name for name in flags.FLAGS if config_flags.is_config_flag(flags.FLAGS[name])]
 
 
+def join_values(argv: Sequence[str]) -> list[str]:
+    """Writes `--config STAGE` as `--config=STAGE`; other flags stay as they are."""
+    names = {f"{dash}{name}" for name in config_flag_names() for dash in ("-", "--")}
+    tokens, found = iter(argv), []
+    for token in tokens:
+        value = next(tokens, None) if token in names else None
+        found.append(token if value is None else f"{token}={value}")
+    return found
+
+
 def config_files(argv: Sequence[str]) -> dict[str, str]:
-    """{name: FILE[:variant]} of the configuration flags on the command line."""
+    """{name: STAGE[:variant]} of the configuration flags on the command line."""
     names, found = config_flag_names(), {}
-    for token in argv[1:]:
+    for token in join_values(argv)[1:]:
         name, _, value = token.lstrip("-").partition("=")
         if token.startswith("-") and name in names and value:
             found[name] = value
     return found
 
 
-def check_config_files(argv: Sequence[str]) -> None:
-    """Raises `UserError` for a configuration file that does not exist; names the nearest."""
-    for name, value in config_files(argv).items():
-        path = Path(value.partition(":")[0])
-        if not path.is_file():
-            known = sorted(str(file) for file in path.parent.glob("*.py"))
-            raise UserError(
-                f"no such file: {path}",
-                field=f"--{name}",
-                hint=nearest(str(path), known) if known else "Give the path of a stage file",
-            )
+def locate_stages(argv: Sequence[str]) -> list[str]:
+    """The command line with the path of its file for every configuration.
+
+    Raises:
+      UserError: there is no such stage or file; names the nearest.
+    """
+    asked = config_files(argv)
+    found = {f"{name}={value}": f"--{name}={locate(name, value)}" for name, value in asked.items()}
+    return [found.get(token.lstrip("-"), token) for token in join_values(argv)]
+
+
+def locate(flag: str, value: str) -> str:
+    """FILE[:variant] of a configuration that the user named by its path or its name."""
+    text, colon, variant = value.partition(":")
+    path, packaged = Path(text), packaged_stages()
+    if path.is_file():
+        return value
+    if text in packaged:
+        return f"{packaged[text]}{colon}{variant}"
+    if path.suffix or path.name != text:
+        known = sorted(str(file) for file in path.parent.glob("*.py"))
+        hint = nearest(text, known) if known else "Give the path of a stage file"
+        raise UserError(f"no such file: {text}", field=f"--{flag}", hint=hint)
+    raise UserError(f"no such stage: {text}", field=f"--{flag}", hint=nearest(text, packaged))
+
+
+def packaged_stages() -> dict[str, Path]:
+    """{name: file} of the stages that ship with the package, by name."""
+    (folder,) = importlib.import_module("xllm_jax.configs").__path__
+    files = sorted(Path(folder).glob("*.py"))
+    return {file.stem: file for file in files if "def get_config(" in file.read_text("utf-8")}
 
 
 def configurations(argv: Sequence[str]) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""Published PyTorch and safetensors checkpoints to bases for `init`, and back.
+"""Converts published PyTorch and safetensors checkpoints into bases for `init`, and back.
 
-python launch/convert.py --source=chatglm --input=chatglm-6b --output=bases/llm
-python launch/convert.py --source=eva_vit --input=eva_vit_g.pth --output=bases/vision_encoder
-python launch/convert.py --direction=export --source=blip2 --input=runs/x/final --output=exported
-python launch/convert.py --verify=tests/golden/chatglm
+    xllm convert --source=chatglm --input=chatglm-6b --output=bases/llm
+    xllm convert --source=eva_vit --input=eva_vit_g.pth --output=bases/vision_encoder
+    xllm convert --direction=export --source=blip2 --input=runs/x/final --output=exported
+    xllm convert --verify=tests/golden/chatglm
 
 Memory stays small (twice the largest tensor and 1.5 GB at most), nothing half-written is left after
 an error, and conversion.json in the output tells what was done. `--verify` replays a recording of
@@ -22,12 +22,25 @@ from xllm_jax.convert import run_export, run_import, verify
 from xllm_jax.core.errors import UserError
 from xllm_jax.launch import cli
 
-SOURCE = flags.DEFINE_string("source", "", "Kind of the checkpoint: a table of xllm_jax/convert.")
-INPUT = flags.DEFINE_string("input", "", "Published file or folder; with export, a base of ours.")
-OUTPUT = flags.DEFINE_string("output", "", "Folder to write; it appears once it is complete.")
-SIZE = flags.DEFINE_string("size", "", "Row of the network's SIZES, where the files do not tell.")
-DIRECTION = flags.DEFINE_enum("direction", "import", ("import", "export"), "Into ours, or back.")
-VERIFY = flags.DEFINE_string("verify", "", "Folder of one recording, or of several, to replay.")
+SOURCE = flags.DEFINE_string(
+    "source", "", "Kind of the checkpoint: the name of a file in xllm_jax/convert/sources."
+)
+INPUT = flags.DEFINE_string(
+    "input", "", "Published file or folder to read; with --direction=export, a base of ours."
+)
+OUTPUT = flags.DEFINE_string("output", "", "Folder to write; it appears when it is complete.")
+SIZE = flags.DEFINE_string(
+    "size", "", "Size of the network, a row of its SIZES; needed where the files do not state it."
+)
+DIRECTION = flags.DEFINE_enum(
+    "direction",
+    "import",
+    ("import", "export"),
+    "import reads a published checkpoint; export writes one.",
+)
+VERIFY = flags.DEFINE_string(
+    "verify", "", "Folder of one recording, or of several, to compare our networks with."
+)
 
 
 def main(_: list[str]) -> int:

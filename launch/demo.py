@@ -1,6 +1,6 @@
-"""X-LLM end to end in miniature: builds the world, trains the three stages, answers, reports.
+"""Runs X-LLM end to end in miniature: builds the world, trains all stages, evaluates.
 
-    python launch/demo.py --output=demo [--quick]
+    xllm demo --output=demo [--quick]
 
 Every step is a command that a user could type; it is printed, and what it says goes to
 `demo/logs/NAME.log`. Two steps run at a time, one core each, wherever they do not need each other:
@@ -25,11 +25,17 @@ from absl import flags
 from tqdm import tqdm
 
 from xllm_jax.configs import networks
-from xllm_jax.launch import cli
+from xllm_jax.launch import cli, commands
 
-OUTPUT = flags.DEFINE_string("output", "demo", "Folder for the world, the runs and the report.")
-QUICK = flags.DEFINE_bool("quick", False, "Everything in about three minutes, at lower quality.")
-SLOTS = flags.DEFINE_integer("slots", 0, "Steps at a time; 0 takes one per core, at most two.")
+OUTPUT = flags.DEFINE_string(
+    "output", "demo", "Folder in which the world, the runs and the report are written."
+)
+QUICK = flags.DEFINE_bool(
+    "quick", False, "Run everything in about three minutes, at lower quality."
+)
+SLOTS = flags.DEFINE_integer(
+    "slots", 0, "Number of steps that run at a time; 0 runs one for each core, two at most."
+)
 
 # Optimizer updates of each stage when --quick cuts them.
 QUICK_STEPS = {
@@ -48,7 +54,7 @@ class Job:
     """One command of the demo and the jobs whose results it reads."""
 
     name: str
-    script: str
+    command: str
     arguments: tuple[str, ...]
     needs: tuple[str, ...] = ()
     alone: bool = False
@@ -64,8 +70,8 @@ def stage(name: str, config: str, needs: tuple[str, ...], *more: str) -> Job:
         quick += ("--config.validation.every=0",)
     if QUICK.value and name in ("stage1_speech", "stage2_speech"):
         quick += (f"--config.data.frames=({networks.TINY_FRAMES[-1]},)",)
-    arguments = (f"--config=configs/{config}.py:tiny", f"--workdir=runs/{name}", *more, *quick)
-    return Job(name, "train.py", arguments, needs)
+    arguments = (f"--config={config}:tiny", f"--workdir=runs/{name}", *more, *quick)
+    return Job(name, "train", arguments, needs)
 
 
 def jobs() -> list[Job]:
@@ -74,8 +80,8 @@ def jobs() -> list[Job]:
     limit = ("--limit=24",) if QUICK.value else ()
     start = ("world", "bases")
     return [
-        Job("world", "world.py", ("--output=world", *size)),
-        Job("bases", "build_backbones.py", ("--output=bases",)),
+        Job("world", "world", ("--output=world", *size)),
+        Job("bases", "build-backbones", ("--output=bases",)),
         stage("stage1_image", "stage1_image", start),
         stage("stage1_speech", "stage1_speech", start),
         stage("stage2_image", "stage2_image", ("stage1_image",)),
@@ -86,7 +92,7 @@ def jobs() -> list[Job]:
         stage("stage3", "stage3_instruction", ("stage2_image", "stage2_video", "stage2_speech")),
         Job(
             "evaluate",
-            "evaluate.py",
+            "evaluate",
             ("--runs=runs", "--data=world", "--output=.", *limit),
             ("stage3", "stage2_image_no_init"),
             alone=True,
@@ -97,12 +103,12 @@ def jobs() -> list[Job]:
 class Running:
     """A job under way on its own cores, with its log file."""
 
-    def __init__(self, job: Job, folder: Path, cores: set[int], root: Path):
+    def __init__(self, job: Job, folder: Path, cores: set[int]):
         self.job, self.cores, self.began = job, cores, time.monotonic()
         self.log = folder / "logs" / f"{job.name}.log"
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        arguments = [sys.executable, str(root / "launch" / job.script), *job.arguments]
-        configured = [x.replace("=configs/", f"={root}/configs/") for x in arguments]
+        # The same as `xllm`, which need not be on the PATH.
+        xllm = (sys.executable, "-m", commands.__name__)
         environment = os.environ | {
             "JAX_COMPILATION_CACHE_DIR": str((folder / "cache").absolute()),
             # A fifth off the compile time of these small networks; their steps are no slower.
@@ -111,7 +117,7 @@ class Running:
             "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu"),
         }
         self.process = subprocess.Popen(
-            configured,
+            [*xllm, job.command, *job.arguments],
             cwd=folder,
             env=environment,
             stdout=self.log.open("w"),
@@ -129,7 +135,7 @@ class Running:
             return f"{self.job.name} {time.monotonic() - self.began:.0f} s"
 
 
-def run_all(todo: list[Job], folder: Path, root: Path) -> dict[str, float]:
+def run_all(todo: list[Job], folder: Path) -> dict[str, float]:
     """Runs the jobs as their needs allow; returns {name: seconds}.
 
     Raises:
@@ -138,7 +144,7 @@ def run_all(todo: list[Job], folder: Path, root: Path) -> dict[str, float]:
     running: list[Running] = []
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        return _run_all(todo, running, folder, root)
+        return _run_all(todo, running, folder)
     finally:
         for active in running:
             active.process.terminate()
@@ -146,7 +152,7 @@ def run_all(todo: list[Job], folder: Path, root: Path) -> dict[str, float]:
             active.process.wait()
 
 
-def _run_all(todo: list[Job], running: list[Running], folder: Path, root: Path) -> dict[str, float]:
+def _run_all(todo: list[Job], running: list[Running], folder: Path) -> dict[str, float]:
     cores = sorted(os.sched_getaffinity(0))
     slots = SLOTS.value or min(2, len(cores))
     waiting, seconds = list(todo), {}
@@ -156,8 +162,8 @@ def _run_all(todo: list[Job], running: list[Running], folder: Path, root: Path) 
             share = pick_cores(cores, running, slots, job)
             if share:
                 waiting.remove(job)
-                bar.write(f"$ {shlex.join(['python', f'launch/{job.script}', *job.arguments])}")
-                running.append(Running(job, folder, share, root))
+                bar.write(f"$ {shlex.join(['xllm', job.command, *job.arguments])}")
+                running.append(Running(job, folder, share))
         time.sleep(0.2)
         for active in [r for r in running if r.process.poll() is not None]:
             running.remove(active)
@@ -190,10 +196,10 @@ def fail(failed: Running) -> NoReturn:
 
 
 def main(_: list[str]) -> None:
-    root, began = Path(__file__).absolute().parents[1], time.monotonic()
+    began = time.monotonic()
     folder = Path(OUTPUT.value).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    seconds = run_all(jobs(), folder, root)
+    seconds = run_all(jobs(), folder)
     seconds["whole run"] = time.monotonic() - began
     print((folder / "report.txt").read_text())
     for name, value in seconds.items():

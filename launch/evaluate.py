@@ -1,6 +1,6 @@
 """Measures a finished set of runs on held-out files and writes the report.
 
-    python launch/evaluate.py --runs=demo/runs --data=demo/world --output=demo [--limit=50]
+    xllm evaluate --runs=demo/runs --data=demo/world --output=demo [--limit=50]
 
 Writes report.txt, report.html (with pictures) and report.json. A run that is not there leaves its
 rows out; runs/stage3 is where the parts of X-LLM are found.
@@ -24,10 +24,14 @@ from xllm_jax.inference.load_run import Restored, load_run
 from xllm_jax.launch import cli
 
 RUNS = flags.DEFINE_string("runs", "runs", "Folder that holds the runs of all stages.")
-DATA = flags.DEFINE_string("data", "world", "Folder of the held-out data, in the world's layout.")
-OUTPUT = flags.DEFINE_string("output", ".", "Folder for the report.")
-LIMIT = flags.DEFINE_integer("limit", 0, "Most samples of a task; 0 takes a few hundred.", 0)
-ROWS = flags.DEFINE_integer("rows", 32, "Questions answered at a time.", 1)
+DATA = flags.DEFINE_string(
+    "data", "world", "Folder of the held-out data, in the layout of the synthetic world."
+)
+OUTPUT = flags.DEFINE_string("output", ".", "Folder in which the report is written.")
+LIMIT = flags.DEFINE_integer(
+    "limit", 0, "Largest number of samples of a task; 0 takes a few hundred.", 0
+)
+ROWS = flags.DEFINE_integer("rows", 32, "Number of questions that are answered at a time.", 1)
 
 ASR, NO_INIT, STAGE3 = "stage1_speech", "stage2_image_no_init", "stage3"
 

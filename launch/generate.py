@@ -1,7 +1,7 @@
 """Asks a trained X-LLM about images, videos and speech.
 
-    python launch/generate.py --checkpoint=demo/runs/stage3 --image=a.jpg --prompt="图中有什么？"
-    python launch/generate.py --checkpoint=demo/runs/stage3 --image=a.jpg --speech=question.flac
+    xllm generate --checkpoint=demo/runs/stage3 --image=a.jpg --prompt="图中有什么？"
+    xllm generate --checkpoint=demo/runs/stage3 --image=a.jpg --speech=question.flac
 
 Any number of files; with speech the question may be spoken. Without --prompt the model gets the
 instruction that fits its files: describe the image or video, write down the speech, answer the
@@ -26,20 +26,37 @@ if TYPE_CHECKING:
 
 MODALITIES = ("image", "video", "speech")
 
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a finished run.", required=True)
+CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "Folder of a finished run, such as demo/runs/stage3.", required=True
+)
 FILES = {
-    name: flags.DEFINE_multi_string(name, [], f"{name.capitalize()} file; may be repeated.")
-    for name in MODALITIES
+    name: flags.DEFINE_multi_string(name, [], f"{name.capitalize()} file") for name in MODALITIES
 }
-PROMPT = flags.DEFINE_string("prompt", "", "What to ask; may be left out with files.")
-DECODE = flags.DEFINE_enum("decode", "greedy", ["greedy", "sample", "beam"], "How to decode.")
-TEMPERATURE = flags.DEFINE_float("temperature", 0.95, "Of sampling.", 1e-3)
-TOP_P = flags.DEFINE_float("top_p", 0.7, "Of sampling; 1 is off.", 0.0, 1.0)
-TOP_K = flags.DEFINE_integer("top_k", 0, "Of sampling; 0 is off.", 0)
-BEAMS = flags.DEFINE_integer("beams", 4, "Of beam search.", 2)
-MAX_TOKENS = flags.DEFINE_integer("max_tokens", 64, "Longest answer, the end token included.", 2)
-SEED = flags.DEFINE_integer("seed", 0, "Of sampling.")
-HEARD = flags.DEFINE_bool("heard", False, "Also print what the model hears in the speech.")
+PROMPT = flags.DEFINE_string(
+    "prompt", "", "Question or instruction; with files it may be left out."
+)
+DECODE = flags.DEFINE_enum(
+    "decode", "greedy", ["greedy", "sample", "beam"], "How the next token is chosen."
+)
+TEMPERATURE = flags.DEFINE_float(
+    "temperature", 0.95, "Temperature of sampling; lower is more certain.", 1e-3
+)
+TOP_P = flags.DEFINE_float(
+    "top_p",
+    0.7,
+    "Sample from the likeliest tokens of this total probability; 1 takes all.",
+    0.0,
+    1.0,
+)
+TOP_K = flags.DEFINE_integer(
+    "top_k", 0, "Sample from this many of the likeliest tokens; 0 takes all.", 0
+)
+BEAMS = flags.DEFINE_integer("beams", 4, "Number of beams of beam search.", 2)
+MAX_TOKENS = flags.DEFINE_integer(
+    "max_tokens", 64, "Length of the longest answer in tokens, the end token included.", 2
+)
+SEED = flags.DEFINE_integer("seed", 0, "Seed of sampling.")
+HEARD = flags.DEFINE_bool("heard", False, "Also print the transcript of the speech.")
 
 
 def main(_: list[str]) -> None:

@@ -17,11 +17,11 @@ from xllm_jax.launch import cli
 HOSTS = flags.DEFINE_string(
     "hosts",
     "",
-    "'' runs one process; 'auto' joins the hosts of a TPU pod, SLURM step or Kubernetes job; "
-    "ADDRESS:PORT of host 0 joins --host_count hosts.",
+    "Hosts that run the command together: '' for this process alone, 'auto' for the hosts of a TPU "
+    "pod, SLURM step or Kubernetes job, ADDRESS:PORT of host 0 for --host_count hosts.",
 )
-COUNT = flags.DEFINE_integer("host_count", None, "Number of hosts, with --hosts=ADDRESS:PORT.")
-INDEX = flags.DEFINE_integer("host_index", None, "Which host this is, 0 to host_count - 1.")
+COUNT = flags.DEFINE_integer("host_count", None, "Number of hosts; goes with --hosts=ADDRESS:PORT.")
+INDEX = flags.DEFINE_integer("host_index", None, "Number of this host, from 0 to host_count - 1.")
 
 
 def join() -> None:

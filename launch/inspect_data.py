@@ -1,6 +1,6 @@
-"""Shows a stage's training data as the model will see it, before a run is paid for.
+r"""Shows a stage's training data as the model will see it, before a run is paid for.
 
-    python launch/inspect_data.py --config=configs/stage2_image.py[:tiny] [--samples=24] \
+    xllm inspect --config=stage2_image[:tiny] [--samples=24] \
         [--output=DIR] [--config.data.root=/data]
 
 Prints counts, lengths, the share of supervised tokens and the padding waste, and writes audit.html
@@ -16,9 +16,9 @@ from ml_collections import config_flags
 from xllm_jax.audit import audit, page
 from xllm_jax.launch import cli
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Stage file: configs/NAME.py[:tiny].")
-SAMPLES = flags.DEFINE_integer("samples", 24, "Samples on the page.", 1)
-OUTPUT = flags.DEFINE_string("output", ".", "Folder for audit.html.")
+CONFIG = config_flags.DEFINE_config_file("config", None, cli.STAGE_HELP)
+SAMPLES = flags.DEFINE_integer("samples", 24, "Number of samples on the page.", 1)
+OUTPUT = flags.DEFINE_string("output", ".", "Folder in which audit.html is written.")
 
 
 def main(_: list[str]) -> None:

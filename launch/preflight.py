@@ -1,6 +1,6 @@
-"""Says before renting whether a stage fits a slice, how fast it can be, and what limits it.
+r"""Says before renting whether a stage fits a slice, how fast it can be, and what limits it.
 
-    python launch/preflight.py --config=configs/stage2_image.py --topology=v5e:4x4 \
+    xllm preflight --config=stage2_image --topology=v5e:4x4 \
         [--config.mesh.fsdp=-1] [--config.slices.data=2] [--output=preflight] [--nosearch]
 
 Compiles the real training step for the slice on any CPU (`pip install -e '.[preflight]'` brings
@@ -18,13 +18,21 @@ from ml_collections import config_flags
 
 from xllm_jax.launch import cli
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Stage file: configs/NAME.py[:tiny].")
+CONFIG = config_flags.DEFINE_config_file("config", None, cli.STAGE_HELP)
 TOPOLOGY = flags.DEFINE_string(
-    "topology", None, "Slice: v5e:4x4, v5p:2x2x1, v4-32, v6e-16, h200:8 or local."
+    "topology",
+    None,
+    "Chips to plan for: v5e:4x4, v5p:2x2x1, v4-32, v6e-16, h200:8, or local for this machine.",
 )
-OUTPUT = flags.DEFINE_string("output", "preflight", "Folder of the page, as text and JSON.")
-RECORDS = flags.DEFINE_integer("records", 200, "Records of the data to look at; 0 = none.")
-SEARCH = flags.DEFINE_bool("search", True, "Also look for the largest micro-batch that fits.")
+OUTPUT = flags.DEFINE_string(
+    "output", "preflight", "Folder in which the page is written, as text and as JSON."
+)
+RECORDS = flags.DEFINE_integer(
+    "records", 200, "Number of records of the data to measure; 0 measures none."
+)
+SEARCH = flags.DEFINE_bool(
+    "search", True, "Also search for the largest micro-batch that fits; takes several compilations."
+)
 
 
 def main(_: list[str]) -> int:

@@ -1,6 +1,6 @@
-"""Prepares a data set: any source becomes ArrayRecord shards with their media inside.
+r"""Prepares a data set: writes any source as ArrayRecord shards with the media inside.
 
-    python launch/prepare.py --source=READER --input=PATH --output=DIR [--split=train] \
+    xllm prepare --source=READER --input=PATH --output=DIR [--split=train] \
         [--options='{"kind": "regions"}'] [--name=NAME] [--workers=4] \
         [--beam=--runner=FlinkRunner --beam=--flink_master=HOST:8081]
 
@@ -22,16 +22,26 @@ from xllm_jax.core.stage import Source
 from xllm_jax.launch import cli
 from xllm_jax.prepare import engine, plan
 
-SOURCE = flags.DEFINE_string("source", None, "Reader: a file of xllm_jax/data/sources.")
-INPUT = flags.DEFINE_string("input", None, "Where the data lie, as the reader wants it.")
-OUTPUT = flags.DEFINE_string("output", None, "Folder of the prepared set.")
-SPLIT = flags.DEFINE_string("split", "train", "Split of the source.")
-OPTIONS = flags.DEFINE_string("options", "{}", "Options of the reader, as JSON.")
-NAME = flags.DEFINE_string("name", "", "Name of the prepared set; the reader's by default.")
-SHARD = flags.DEFINE_integer("shard_records", plan.PER_SHARD, "Records per shard.", 1)
-WORKERS = flags.DEFINE_integer("workers", 0, "Local processes; 0 works in this one.", 0)
-CHECK = flags.DEFINE_bool("check", True, "Decode every medium before it is stored.")
-BEAM = flags.DEFINE_multi_string("beam", [], "A pipeline option of Beam; may be repeated.")
+SOURCE = flags.DEFINE_string(
+    "source", None, "Reader of the data set: the name of a file in xllm_jax/data/sources."
+)
+INPUT = flags.DEFINE_string(
+    "input", None, "File or folder of the data set, as its reader expects it."
+)
+OUTPUT = flags.DEFINE_string("output", None, "Folder in which the prepared set is written.")
+SPLIT = flags.DEFINE_string("split", "train", "Split of the data set to read.")
+OPTIONS = flags.DEFINE_string("options", "{}", "Options of the reader, as a JSON object.")
+NAME = flags.DEFINE_string(
+    "name", "", "Name of the prepared set; without it, the name of the reader."
+)
+SHARD = flags.DEFINE_integer("shard_records", plan.PER_SHARD, "Number of records in a shard.", 1)
+WORKERS = flags.DEFINE_integer(
+    "workers", 0, "Number of worker processes; 0 works in this process.", 0
+)
+CHECK = flags.DEFINE_bool(
+    "check", True, "Decode every file before it is stored, and leave out what cannot be decoded."
+)
+BEAM = flags.DEFINE_multi_string("beam", [], "Pipeline option for Apache Beam")
 
 
 def options() -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Computes a micro-batch again that a run stopped at or skipped, and says where it goes wrong.
 
-    python launch/replay.py --file=WORKDIR/replay/1234.npz
+    xllm replay --file=WORKDIR/replay/1234.npz
 
-Prints the loss, the gradient norm of every part, and the first value that is no number: in the
-batch (with its samples), in the parameters, or the operation that makes it.
+Prints the loss, the gradient norm of every part, and the first value that is NaN or infinite: in
+the batch (with its samples), in the parameters, or the operation that makes it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from absl import flags
 from xllm_jax.launch import cli
 
 FILE = flags.DEFINE_string("file", None, "Recording of the micro-batch: WORKDIR/replay/STEP.npz.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; two folders above the file.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run; without it, the folder two levels above the file."
+)
 
 
 def main(_: list[str]) -> None:

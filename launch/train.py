@@ -1,11 +1,11 @@
-"""Trains one stage.
+r"""Trains one stage.
 
-    python launch/train.py --config=configs/stage2_image.py[:tiny] --workdir=DIR \
+    xllm train --config=stage2_image[:tiny] --workdir=DIR \
         [--config.optimizer.peak=1e-4] [--config.data.mix.captions=0]
 
-The same command continues a run that was stopped. On several hosts it runs on each of them, with
---hosts=auto or --hosts=ADDRESS:PORT --host_count=N --host_index=I (launch/hosts.py). Exit codes:
-launch/cli.py.
+In a checkout, python launch/train.py --config=configs/stage2_image.py is the same. The same command
+continues a run that was stopped. On several hosts it runs on each of them, with --hosts=auto or
+--hosts=ADDRESS:PORT --host_count=N --host_index=I (launch/hosts.py). Exit codes: launch/cli.py.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ from xllm_jax.core import watchdog
 from xllm_jax.launch import cli, hosts
 from xllm_jax.training import loop
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Stage file: configs/NAME.py[:tiny].")
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, logs, result.")
+CONFIG = config_flags.DEFINE_config_file("config", None, cli.STAGE_HELP)
+flags.adopt_module_key_flags(hosts)
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run, for its checkpoints, logs and result."
+)
 
 
 def main(_: list[str]) -> None:

@@ -1,6 +1,6 @@
-"""Builds the embedded data set: real files whose ground truth is known exactly.
+"""Builds the synthetic world: a data set of real files whose ground truth is known exactly.
 
-    python launch/world.py --output=world [--quick] [--seed=1]
+    xllm world --output=world [--quick] [--seed=1]
 
 The full world has 2400 training images, 4000 utterances and 700 clips in 300 MB; two free cores
 need less than a minute. The same command on a finished world does nothing.
@@ -18,12 +18,17 @@ from tqdm import tqdm
 from xllm_jax.data.synthetic_world import build
 from xllm_jax.launch import cli
 
-OUTPUT = flags.DEFINE_string("output", "world", "Folder of the world; must not hold other files.")
-QUICK = flags.DEFINE_bool("quick", False, "A sixth of everything.")
-IMAGES = flags.DEFINE_integer(
-    "images", 0, "Only this many training images, nothing else (for pre-training an encoder).", 0
+OUTPUT = flags.DEFINE_string(
+    "output", "world", "Folder in which the world is written; it must not hold other files."
 )
-SEED = flags.DEFINE_integer("seed", 0, "All randomness hangs on it.", lower_bound=0)
+QUICK = flags.DEFINE_bool("quick", False, "Build a sixth of everything.")
+IMAGES = flags.DEFINE_integer(
+    "images",
+    0,
+    "Build only this many training images, to pre-train an encoder; 0 builds the whole world.",
+    0,
+)
+SEED = flags.DEFINE_integer("seed", 0, "Seed of everything that is drawn at random.", lower_bound=0)
 
 
 def wanted_sizes() -> build.WorldSizes:

@@ -21,6 +21,7 @@ CONFIG = "--config=configs/stage2_image.py:tiny"
     ("arguments", "words"),
     [
         (["--config=configs/stage2_imag.py"], ["Did you mean configs/stage2_image.py?"]),
+        (["--config=stage2_imag:tiny"], ["no such stage", "Did you mean stage2_image?"]),
         (["--config=configs/stage2_image.py:small"], ["'small'", "real or tiny"]),
         ([CONFIG, "--config.optimizer.peek=1"], ["--config.optimizer.peek", "Did you mean peak?"]),
         ([CONFIG, "--config.data.mix.captons=0"], ["captons", "captions"]),

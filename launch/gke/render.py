@@ -1,4 +1,4 @@
-"""Writes the manifest of a training run on GKE.
+r"""Writes the manifest of a training run on GKE.
 
     python launch/gke/render.py --topology=v5e:4x4 [--slices=2] --image=IMAGE --bucket=BUCKET \
         --train='--config=configs/stage2_image.py --workdir=runs/stage2_image' | kubectl apply -f -
@@ -18,18 +18,30 @@ from xllm_jax.launch import cli
 from xllm_jax.launch.gke import jobset
 from xllm_jax.preflight import targets
 
-NAME = flags.DEFINE_string("name", "xllm", "Name of the JobSet.")
-TOPOLOGY = flags.DEFINE_string("topology", None, "Slice or GPUs: v5e:4x4, v5p-32, h100:16.")
-IMAGE = flags.DEFINE_string("image", None, "Container image made from launch/gke/Dockerfile.")
-TRAIN = flags.DEFINE_string("train", None, "Flags of launch/train.py, quoted as for a shell.")
-SLICES = flags.DEFINE_integer("slices", 1, "TPU slices, each a node pool.", 1)
-CHIPS = flags.DEFINE_integer("chips_per_host", 0, "Chips of a node; 0 = 4 TPUs or 8 GPUs.", 0)
+NAME = flags.DEFINE_string("name", "xllm", "Name of the JobSet, of at most 40 characters.")
+TOPOLOGY = flags.DEFINE_string(
+    "topology",
+    None,
+    "Chips to run on: a slice such as v5e:4x4 or v5p-32, or all GPUs such as h100:16.",
+)
+IMAGE = flags.DEFINE_string("image", None, "Container image, built from launch/gke/Dockerfile.")
+TRAIN = flags.DEFINE_string("train", None, "Flags of xllm train, quoted as for a shell.")
+SLICES = flags.DEFINE_integer("slices", 1, "Number of TPU slices; each is a node pool.", 1)
+CHIPS = flags.DEFINE_integer(
+    "chips_per_host", 0, "Number of chips of a node; 0 takes 4 TPUs or 8 GPUs.", 0
+)
 BUCKET = flags.DEFINE_string("bucket", "", "Bucket with bases/, data/ and runs/ at its top.")
-CLAIM = flags.DEFINE_string("claim", "", "PersistentVolumeClaim in place of a bucket.")
-ACCOUNT = flags.DEFINE_string("service_account", "", "Account that may use the bucket.")
-SPOT = flags.DEFINE_bool("spot", False, "Run on spot nodes.")
-RESTARTS = flags.DEFINE_integer("restarts", 5, "Restarts after crashes.", 0)
-GRACE = flags.DEFINE_integer("grace", 120, "Seconds to save in after SIGTERM.", 1)
+CLAIM = flags.DEFINE_string(
+    "claim", "", "PersistentVolumeClaim with these folders, instead of a bucket."
+)
+ACCOUNT = flags.DEFINE_string(
+    "service_account", "", "Kubernetes service account that may use the bucket."
+)
+SPOT = flags.DEFINE_bool("spot", False, "Run on spot nodes, which may be taken away.")
+RESTARTS = flags.DEFINE_integer("restarts", 5, "Number of restarts after crashes.", 0)
+GRACE = flags.DEFINE_integer(
+    "grace", 120, "Time between SIGTERM and SIGKILL in which a run saves, in seconds.", 1
+)
 
 
 def main(_: list[str]) -> None:
