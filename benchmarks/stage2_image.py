@@ -93,7 +93,10 @@ def sizes_of(stage: Any) -> dict[str, dict[str, Any]]:
     from xllm_jax.core import lookup
 
     return {
-        name: lookup.attribute("xllm_jax.models", part.network)[0].SIZES[part.size] | part.fields
+        name: lookup.size_row(
+            lookup.attribute("xllm_jax.models", part.network)[0].SIZES, part.size, name
+        )
+        | part.fields
         for name, part in stage.parts.items()
     }
 

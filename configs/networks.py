@@ -1,6 +1,7 @@
 """The networks of X-LLM as Parts, at the real size and as the embedded world's miniature.
 
-`size` is 'real' or 'tiny' everywhere; a stage's config picks the parts it needs. Widths that two
+`size` is 'real' or 'tiny' everywhere, and a Part names the row of its network's SIZES: what the
+network is published as, or 'tiny'. A stage's config picks the parts it needs. Widths that two
 networks must agree on are stated here once.
 """
 
@@ -33,33 +34,41 @@ MODALITIES = {
 
 def llm(size: str) -> Part:
     """ChatGLM-6B, or the mini-GLM that was pre-trained on the world's text."""
-    return Part("glm.ChatGLM", size, dict(TINY_LLM) if size == "tiny" else {})
+    return Part("glm.ChatGLM", _row(size, "chatglm_6b"), dict(TINY_LLM) if size == "tiny" else {})
 
 
 def vision_encoder(size: str) -> Part:
     """EVA ViT-g, shared by images and video frames."""
-    return Part("vit.VisionTransformer", size)
+    return Part("vit.VisionTransformer", _row(size, "eva_vit_g"))
 
 
 def visual_interface(size: str) -> Part:
     """Q-Former and linear adapter; image and video have one each."""
-    return Part("interfaces.QFormerInterface", size, _adapter(size))
+    return Part("interfaces.QFormerInterface", _row(size, "blip2"), _adapter(size))
 
 
 def speech_encoder(size: str) -> Part:
     """Convolutional front-end and conformer."""
-    return Part("conformer.SpeechEncoder", size)
+    return Part("conformer.SpeechEncoder", _row(size, "cif_asr"))
 
 
 def speech_interface(size: str) -> Part:
     """CIF, C-Former and linear adapter."""
-    return Part("speech_interface.SpeechInterface", size, {"adapter_relu": False, **_adapter(size)})
+    return Part(
+        "speech_interface.SpeechInterface",
+        _row(size, "x_llm"),
+        {"adapter_relu": False, **_adapter(size)},
+    )
 
 
 def asr_decoder(size: str) -> Part:
     """The decoder of the stage-1 ASR model."""
     fields = {"vocab": TINY_CHARACTERS} if size == "tiny" else {}
-    return Part("asr.ASRDecoder", size, fields)
+    return Part("asr.ASRDecoder", _row(size, "cif_asr"), fields)
+
+
+def _row(size: str, published: str) -> str:
+    return "tiny" if size == "tiny" else published
 
 
 def _adapter(size: str) -> dict:
@@ -68,9 +77,8 @@ def _adapter(size: str) -> dict:
 
 def pretraining_interface(size: str) -> Part:
     """The image interface with the Q-Former's text branch and BLIP-2's stage-1 heads."""
-    return Part(
-        "blip2_pretraining.ContrastModel", size, {"vocabulary": 128} if size == "tiny" else {}
-    )
+    fields = {"vocabulary": 128} if size == "tiny" else {}
+    return Part("blip2_pretraining.ContrastModel", _row(size, "blip2"), fields)
 
 
 def is_tiny(size: str) -> bool:

@@ -133,8 +133,8 @@ def test_published_size():
     from transformers import BertConfig, BertModel
 
     with torch.device("meta"):
-        peer = BertModel(BertConfig(vocab_size=SIZES["real"]["vocabulary"]))
-    model = BertEncoder(**SIZES["real"], pooler=True)
+        peer = BertModel(BertConfig(vocab_size=SIZES["bert_base_chinese"]["vocabulary"]))
+    model = BertEncoder(**SIZES["bert_base_chinese"], pooler=True)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 4), jnp.int32))
     count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     assert count == sum(parameter.numel() for parameter in peer.parameters()) == 102_267_648

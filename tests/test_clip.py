@@ -172,7 +172,7 @@ def test_published_size():
     vision = dict(patch_size=16)  # all else is what CLIPConfig supposes
     with torch.device("meta"):
         peer = CLIPModel(CLIPConfig(text_config={}, vision_config=vision))
-    model = clip.Clip(**clip.SIZES["real"])
+    model = clip.Clip(**clip.SIZES["clip_vit_b_16"])
     shapes = jax.eval_shape(model.init, jax.random.key(0), *model.example())["params"]
     count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     assert count + 1 == sum(p.numel() for p in peer.parameters()) == 149_620_737

@@ -260,8 +260,8 @@ def test_published_size():
     from transformers import CLIPVisionModel
 
     with torch.device("meta"):
-        peer = CLIPVisionModel(peer_config(clip_vision.SIZES["real"]))
-    model = clip_vision.ClipVision(**clip_vision.SIZES["real"])
+        peer = CLIPVisionModel(peer_config(clip_vision.SIZES["clip_vit_b_16"]))
+    model = clip_vision.ClipVision(**clip_vision.SIZES["clip_vit_b_16"])
     shapes = jax.eval_shape(model.init, jax.random.key(0), *model.example())["params"]
     count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     assert count == sum(p.numel() for p in peer.parameters()) == 85_799_424

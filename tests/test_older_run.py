@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import small_stage
 
-from xllm_jax.core import checkpoint
+from xllm_jax.core import checkpoint, lookup
 from xllm_jax.core.stage import Best, Stage, parse_stage
 from xllm_jax.inference.load_run import load_run
 from xllm_jax.training import loop
@@ -72,3 +72,12 @@ def test_older_names_of_objective_and_network_are_read():
     assert made.objective == "blip2_pretraining"
     assert made.parts["llm"].network == "blip2_pretraining.ContrastModel"
     assert (made.validation.every, made.best.metric) == (7, "validation/cer")
+
+
+def test_real_is_the_published_size_of_every_network():
+    for name in lookup.choices("xllm_jax.models"):
+        sizes = getattr(lookup.module("xllm_jax.models", name), "SIZES", None)
+        if sizes and list(sizes) != ["tiny"]:  # the miniature has a head of its own
+            published, *others = sizes
+            assert published not in ("real", "tiny") and "tiny" in others
+            assert lookup.size_row(sizes, "real", "size") == sizes[published]

@@ -524,7 +524,7 @@ def test_every_leaf_has_a_sharding_row_and_the_real_sizes_are_published_ones():
             assert len(specs[path]) <= len(leaf.shape), path
             if leaf.size > 1e4:
                 assert any(specs[path]), f"{path} is large and not sharded"
-    real = QFormerInterface(**interfaces.SIZES["real"])
+    real = QFormerInterface(**interfaces.SIZES["blip2"])
     count = {path: leaf.size for path, leaf in rules.flatten(shapes_of(real)).items()}
     # transformers' Blip2QFormerModel at its default sizes, its own 'layernorm' included.
     qformer = sum(size for path, size in count.items() if path.startswith("qformer/"))

@@ -169,7 +169,7 @@ def test_real_size_is_the_published_one():
     with torch.device("meta"):
         peer = Blip2VisionModel(Blip2VisionConfig())
     published = sum(parameter.numel() for parameter in peer.parameters())
-    model = vit.VisionTransformer(**vit.SIZES["real"])
+    model = vit.VisionTransformer(**vit.SIZES["eva_vit_g"])
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
     count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     assert count + model.depth * model.width + 2 * model.width == published == 985_952_256

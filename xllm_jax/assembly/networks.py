@@ -26,12 +26,7 @@ def network(part: Part, stage: Stage, name: str) -> nn.Module:
       UserError: unknown network, size, field or choice of `remat`, or heads that do not divide.
     """
     file, kind = lookup.attribute(MODELS, part.network, f"parts.{name}.network")
-    if part.size not in file.SIZES:
-        raise UserError(
-            f"unknown size {part.size!r}",
-            field=f"parts.{name}.size",
-            hint=f"Choices: {', '.join(file.SIZES)}",
-        )
+    row = lookup.size_row(file.SIZES, part.size, f"parts.{name}.size")
     known = {field.name for field in dataclasses.fields(kind)}
     unknown = set(part.fields) - known
     if unknown:
@@ -47,7 +42,7 @@ def network(part: Part, stage: Stage, name: str) -> nn.Module:
         )
     common = {"dtype": jnp.dtype(stage.compute), "remat": stage.remat, "unroll": stage.unroll}
     common = {key: value for key, value in common.items() if key in known}
-    given = {**file.SIZES[part.size], **common, **part.fields}
+    given = {**row, **common, **part.fields}
     width, heads = given.get("width"), given.get("heads")
     if width and heads and width % heads:
         raise UserError(

@@ -9,11 +9,12 @@ from typing import Any
 import jax
 
 from xllm_jax.convert.files import Checkpoint
+from xllm_jax.core import lookup
 from xllm_jax.core.errors import UserError
 
 
 def row(sizes: Mapping[str, Mapping[str, Any]], size: str, **known: Any) -> dict[str, Any]:
-    """A row of SIZES: the named one, the one that fits what is known, or 'real'.
+    """A row of SIZES: the named one, the one that fits what is known, or the published one.
 
     Args:
       sizes: a model file's SIZES.
@@ -23,14 +24,10 @@ def row(sizes: Mapping[str, Mapping[str, Any]], size: str, **known: Any) -> dict
     Raises:
       UserError: no row of this name.
     """
-    if size and size not in sizes:
-        raise UserError(
-            f"unknown size {size!r}", field="--size", hint=f"Choices: {', '.join(sizes)}"
-        )
     if size:
-        return dict(sizes[size])
+        return lookup.size_row(sizes, size, "--size")
     fits = [r for r in sizes.values() if all(r.get(key) == value for key, value in known.items())]
-    return dict(fits[0] if fits and known else sizes["real"])
+    return dict(fits[0]) if fits and known else lookup.size_row(sizes, "real", "--size")
 
 
 def axis(checkpoint: Checkpoint, name: str, number: int) -> int:

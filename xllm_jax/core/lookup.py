@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -31,6 +32,23 @@ def module(package: str, name: str, field: str = "") -> ModuleType:
             f"unknown name {name!r}", field=field, hint=f"{hint}Choices: {', '.join(known)}"
         )
     return importlib.import_module(f"{package}.{name}")
+
+
+def size_row(sizes: Mapping[str, Mapping[str, Any]], name: str, field: str) -> dict[str, Any]:
+    """A row of a network's SIZES.
+
+    Args:
+      sizes: {name: fields}; the first row is the network as it was published.
+      name: of the row; 'real' is the published one.
+      field: where the name stands, for the error.
+
+    Raises:
+      UserError: no such row.
+    """
+    chosen = next(iter(sizes)) if name == "real" else name
+    if chosen not in sizes:
+        raise UserError(f"unknown size {name!r}", field=field, hint=f"Choices: {', '.join(sizes)}")
+    return dict(sizes[chosen])
 
 
 def attribute(package: str, name: str, field: str = "") -> tuple[ModuleType, Any]:

@@ -18,7 +18,8 @@ class Part:
 
     Attributes:
       network: 'file.Class' under `xllm_jax/models`, such as 'vit.VisionTransformer'.
-      size: row of that file's SIZES.
+      size: row of that file's SIZES: 'tiny', or what the network is published as ('eva_vit_g',
+        'chatglm_6b', …), for which 'real' stands in every file.
       fields: single fields of the network to set differently from that row.
     """
 

@@ -310,7 +310,7 @@ def previous_tokens(tokens: Array) -> Array:
 
 
 SIZES = {
-    "real": dict(
+    "cif_asr": dict(
         vocab=4236, width=512, hidden=2048, heads=8, self_blocks=2, visual_blocks=2,
         linguistic_blocks=2,
     ),

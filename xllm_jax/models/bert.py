@@ -258,7 +258,7 @@ class BertEncoder(nn.Module):
 
 SIZES = {
     # bert-base-chinese; bert-base-uncased has a vocabulary of 30522.
-    "real": dict(width=768, depth=12, heads=12, hidden=3072, vocabulary=21128),
+    "bert_base_chinese": dict(width=768, depth=12, heads=12, hidden=3072, vocabulary=21128),
     "tiny": dict(width=96, depth=4, heads=4, hidden=192, vocabulary=512, positions=128),
 }
 

@@ -197,7 +197,7 @@ def without_text(params: Mapping[str, Any]) -> dict[str, Any]:
 
 SIZES = {
     # bert-base-uncased with [DEC] added to its vocabulary.
-    "real": dict(
+    "blip2": dict(
         queries=32, width=768, depth=12, heads=12, hidden=3072, vocabulary=30523, encoder_width=1408
     ),
     "tiny": dict(

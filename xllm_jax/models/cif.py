@@ -277,7 +277,7 @@ def conv_init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> A
     )
 
 
-SIZES = {"real": dict(max_tokens=64, kernel=5), "tiny": dict(max_tokens=24, kernel=5)}
+SIZES = {"cif_asr": dict(max_tokens=64, kernel=5), "tiny": dict(max_tokens=24, kernel=5)}
 
 SHARDING = (
     (r"(.*/)?cif/conv/kernel", P(None, "fsdp", "tensor")),

@@ -78,7 +78,7 @@ SIZES = {
     name: dict(
         vision_fields=clip_vision.SIZES[name], text_fields=clip_text.SIZES[name], shared=shared
     )
-    for name, shared in (("real", 512), ("tiny", 64))
+    for name, shared in (("clip_vit_b_16", 512), ("tiny", 64))
 }
 
 SHARDING = (

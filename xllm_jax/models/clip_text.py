@@ -107,7 +107,9 @@ def ends(ids: Array, end: int | None) -> Array:
 
 SIZES = {
     # openai/clip-vit-base-patch16.
-    "real": dict(vocabulary=49408, positions=77, width=512, depth=12, heads=8, hidden=2048),
+    "clip_vit_b_16": dict(
+        vocabulary=49408, positions=77, width=512, depth=12, heads=8, hidden=2048
+    ),
     "tiny": dict(vocabulary=512, positions=32, width=96, depth=4, heads=4, hidden=384),
 }
 

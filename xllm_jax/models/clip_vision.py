@@ -91,7 +91,7 @@ class ClipVision(nn.Module):
 
 SIZES = {
     # openai/clip-vit-base-patch16.
-    "real": dict(image_size=224, patch=16, width=768, depth=12, heads=12, hidden=3072),
+    "clip_vit_b_16": dict(image_size=224, patch=16, width=768, depth=12, heads=12, hidden=3072),
     "tiny": dict(image_size=96, patch=16, width=96, depth=4, heads=4, hidden=384),
 }
 

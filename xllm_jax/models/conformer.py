@@ -340,7 +340,9 @@ class SpeechEncoder(nn.Module):
 
 
 SIZES = {
-    "real": dict(width=512, hidden=2048, heads=8, kernel=31, depth=18, pools=(6, 12), channels=256),
+    "cif_asr": dict(
+        width=512, hidden=2048, heads=8, kernel=31, depth=18, pools=(6, 12), channels=256
+    ),
     "tiny": dict(
         width=96, hidden=384, heads=4, kernel=15, depth=6, pools=(2, 4), channels=32, dropout=0.0
     ),

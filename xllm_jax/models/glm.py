@@ -338,7 +338,7 @@ class ChatGLM(nn.Module):
 
 
 SIZES = {
-    "real": dict(vocab=130528, width=4096, depth=28, heads=32, hidden=16384),
+    "chatglm_6b": dict(vocab=130528, width=4096, depth=28, heads=32, hidden=16384),
     "real_150528": dict(vocab=150528, width=4096, depth=28, heads=32, hidden=16384),
     "tiny": dict(vocab=512, width=128, depth=5, heads=4, hidden=512),
 }

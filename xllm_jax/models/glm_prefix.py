@@ -42,7 +42,7 @@ class Prefix(nn.Module):
 
 SIZES = {
     # 128 virtual tokens are what the published training script takes.
-    "real": dict(length=128, depth=28, width=4096, heads=32),
+    "chatglm_6b": dict(length=128, depth=28, width=4096, heads=32),
     "tiny": dict(length=6, depth=5, width=128, heads=4),
 }
 

@@ -109,7 +109,7 @@ class QFormerInterface(nn.Module):
 
 
 SIZES = {
-    "real": dict(queries=32, width=768, depth=12, heads=12, hidden=3072, encoder_width=1408),
+    "blip2": dict(queries=32, width=768, depth=12, heads=12, hidden=3072, encoder_width=1408),
     "tiny": dict(queries=24, width=96, depth=4, heads=4, hidden=192, encoder_width=96, dropout=0.0),
 }
 

@@ -269,7 +269,7 @@ class QFormer(nn.Module):
 
 
 SIZES = {
-    "real": dict(width=768, depth=12, heads=12, hidden=3072),
+    "bert_base": dict(width=768, depth=12, heads=12, hidden=3072),
     "tiny": dict(width=96, depth=4, heads=4, hidden=192),
 }
 

@@ -175,7 +175,7 @@ class SpeechInterface(nn.Module):
 
 
 SIZES = {
-    "real": dict(),
+    "x_llm": dict(),
     "tiny": dict(
         encoder_width=96, max_tokens=24, width=96, depth=4, heads=4, hidden=192, positions=128,
         llm_width=128, dropout=0.0,

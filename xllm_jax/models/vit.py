@@ -227,7 +227,7 @@ def _cubic(distance: np.ndarray, a: float = -0.75) -> np.ndarray:
 
 
 SIZES = {
-    "real": dict(image_size=224, patch=14, width=1408, depth=39, heads=16, hidden=6144),
+    "eva_vit_g": dict(image_size=224, patch=14, width=1408, depth=39, heads=16, hidden=6144),
     "tiny": dict(image_size=96, patch=16, width=96, depth=4, heads=4, hidden=384),
 }
 

@@ -48,7 +48,8 @@ def options(checkpoint: Checkpoint | None, size: str) -> dict[str, Any]:
     Args:
       checkpoint: the file; the LLM's sizes are read from a config.json beside it. None exports a
         prefix of our own.
-      size: a row of `models/glm_prefix.py`'s SIZES, in the place of a config.json; '' is 'real'.
+      size: a row of `models/glm_prefix.py`'s SIZES, instead of a config.json; '' is the
+        published one.
 
     Raises:
       UserError: an unknown size, or a prefix that does not fit the LLM.

@@ -61,7 +61,7 @@ def options(checkpoint: Checkpoint | None, size: str) -> dict[str, Any]:
 
     Args:
       checkpoint: the file; None exports all three interfaces as one merged file.
-      size: 'real' or 'tiny'; '' reads the sizes off the file.
+      size: a row of the network's SIZES; '' reads the sizes off the file.
 
     Returns:
       pieces: {part: names of PIECES}; sizes: {part: fields of its network}.

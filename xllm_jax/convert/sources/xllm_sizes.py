@@ -14,7 +14,7 @@ HEAD_WIDTH = 64  # of every published BERT; heads cannot be read off the shapes
 
 
 def named(part: str, size: str) -> dict[str, int]:
-    """Fields of a part's network for a size by name; '' is 'real'.
+    """Fields of a part's network for a size by name; '' is the published one.
 
     Raises:
       UserError: unknown size.
