@@ -99,10 +99,11 @@ def arithmetic(name: str) -> None:
     depths = describe.depths(stage, model)
     shapes, items = networks.shapes(model), {}
     for modality, depth in depths.items():
-        form = modalities.form(modality, stage.data)
+        found = modalities.find(modality, stage.data)
+        count = found.items(stage.data)
         given = (
-            jax.ShapeDtypeStruct((form.items, *form.shape), jnp.float32),
-            *(jax.ShapeDtypeStruct((form.items,), jnp.int32) for _ in range(2)),
+            jax.ShapeDtypeStruct((count, *found.shape(stage.data)), jnp.float32),
+            *(jax.ShapeDtypeStruct((count,), jnp.int32) for _ in range(2)),
         )
         run = functools.partial(plan.outcome, model, modality, depth)
         made, _ = jax.eval_shape(run, shapes, *given)
@@ -111,7 +112,8 @@ def arithmetic(name: str) -> None:
         through = model.chain(modality)[depth - 1]
         print(f"{name}, {modality}: {size:,} bytes, {work / 1e9:,.1f} GFLOP through {through}")
     read = {
-        n: (count, modalities.form(n, stage.data).shape) for n, count in stage.data.items.items()
+        n: (count, modalities.find(n, stage.data).shape(stage.data))
+        for n, count in stage.data.items.items()
     }
     cached = dataclasses.replace(model, cached=depths)
     work = [total(stage, model, read), total(stage, cached, items)]

@@ -6,7 +6,7 @@ networks must agree on are stated here once.
 """
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.core.stage import Modality, Part
+from xllm_jax.core.stage import Part, Route
 
 # The miniature's fields that depend on its vocabulary files rather than on a SIZES row.
 TINY_VOCABULARY = 576
@@ -26,9 +26,9 @@ TINY_SPEECH_TOKENS = 24
 TINY_FRAMES = (256, 416)
 
 MODALITIES = {
-    "image": Modality("vision_encoder", "image_interface"),
-    "video": Modality("vision_encoder", "video_interface"),
-    "speech": Modality("speech_encoder", "speech_interface"),
+    "image": Route("vision_encoder", "image_interface"),
+    "video": Route("vision_encoder", "video_interface"),
+    "speech": Route("speech_encoder", "speech_interface"),
 }
 
 

@@ -46,7 +46,7 @@ def batch(made) -> Batch:
     """Two rows: the first text alone, the second a video of two frames and a spoken sentence."""
     rng = np.random.default_rng(0)
     data = made.data
-    shapes = {n: (count, modalities.form(n, data).shape) for n, count in data.items.items()}
+    shapes = {n: (count, modalities.find(n, data).shape(data)) for n, count in data.items.items()}
     found = jax.tree.map(np.array, zeros(ROWS, LENGTH, ANSWERS, shapes))
     found.ids[:] = rng.integers(20, 400, found.ids.shape)
     found.positions[..., 0] = np.arange(LENGTH)

@@ -361,12 +361,14 @@ def test_random_augmentation_is_refused_by_its_field(tmp_path, world):
         describe.depths(stage, networks.model(stage), ["speech"])
 
 
-def test_a_loader_that_draws_without_saying_so_is_found_out(tmp_path, arithmetic, monkeypatch):
+UNSAID = dataclasses.replace(modalities.MODALITIES["image"], random=lambda _: ())
+
+
+def test_a_loader_that_draws_without_saying_so_is_found_out(tmp_path, arithmetic):
     stage = small_cache.pictures(
         small_cache.draw(tmp_path / "pictures", 1), image={"size": 32, "flip": True}
     )
-    form = dataclasses.replace(modalities.form("image", stage.data), random=())
-    monkeypatch.setitem(modalities.FORMS, "image", lambda data: form)
+    stage.data.modalities = {"image": f"{__name__}:UNSAID"}
     made = plan.make(stage, tmp_path / "cache", CONFIG, 5)
     with pytest.raises(UserError, match="loaded differently in every epoch"):
         write.run(made, 4)
@@ -396,11 +398,8 @@ def test_bad_media_are_quarantined_as_without_a_cache(tmp_path, arithmetic):
 
 
 def test_a_new_modality_needs_nothing_here(tmp_path, arithmetic, monkeypatch):
-    """A modality of the tests' own: one entry per table of media.py, and parts of the model."""
+    """A modality of the tests' own: a record, and parts of the model."""
     small_cache.draw(tmp_path / "pictures", 3)
-    form = modalities.Form(1, (32, 32, 3), ("image",))
-    monkeypatch.setitem(modalities.FORMS, "depth", lambda data: form)
-    monkeypatch.setitem(modalities.LOADERS, "depth", modalities.LOADERS["image"])
     rows = [
         Example(f"e{n}", (("depth", str(tmp_path / "pictures" / f"{n:02d}.png")),), "问", "答")
         for n in range(3)
@@ -408,6 +407,7 @@ def test_a_new_modality_needs_nothing_here(tmp_path, arithmetic, monkeypatch):
     monkeypatch.setattr(mixture, "read", lambda name, source, root: rows)
     stage = small_cache.pictures(tmp_path, items={"depth": 1}, embeddings={"depth": 4})
     stage.modalities = {"depth": stage.modalities["image"]}
+    stage.data.modalities = {"depth": "xllm_jax.data.media.image:MODALITY"}
     folder = written(stage, tmp_path / "cache")
     (kind,) = cached_features.manifest(folder)["modalities"].items()
     assert kind[0] == "depth" and kind[1]["through"] == "vision_encoder"

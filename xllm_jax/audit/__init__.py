@@ -18,6 +18,7 @@ from xllm_jax.audit.counts import Counts
 from xllm_jax.audit.samples import Sample, taken_apart
 from xllm_jax.audit.supervision import Supervision
 from xllm_jax.core.stage import Stage
+from xllm_jax.data.batching import padding
 from xllm_jax.data.pipeline import Pipeline
 
 LEAST_BATCHES, MOST_BATCHES = 8, 64
@@ -55,7 +56,7 @@ def audit(stage: Stage, samples: int = 24, records: int = supervision.RECORDS) -
     pipeline = Pipeline(stage.data, stage.seed)
     found = supervision.of_sources(pipeline, records)
     supervision.refuse_silent(found)
-    counts, shown = Counts(), []
+    counts, shown = Counts(padding.hints(stage.data)), []
     batches = pipeline.iterate()
     for number in range(MOST_BATCHES):
         if number >= LEAST_BATCHES and len(shown) >= samples:

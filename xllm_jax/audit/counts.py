@@ -23,11 +23,11 @@ class Counts:
       batches: how many.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, hints: Mapping[str, str]) -> None:
         self.examples: Counter[str] = Counter()
         self.tokens: dict[str, Counter[str]] = {}
         self.lengths: dict[str, list[int]] = {}
-        self.waste = Waste()
+        self.waste = Waste(hints)
         self.cut = self.batches = 0
         self.skipped: Counter[str] = Counter()
 

@@ -52,11 +52,41 @@ def size_row(sizes: Mapping[str, Mapping[str, Any]], name: str, field: str) -> d
 
 
 def attribute(package: str, name: str, field: str = "") -> tuple[ModuleType, Any]:
-    """Resolves 'file.Attribute' inside a package to (module, attribute)."""
+    """Resolves 'file.Attribute' inside a package, or 'other_package.module:Attribute' outside.
+
+    Returns:
+      (module, attribute).
+
+    Raises:
+      UserError: no such module or attribute.
+    """
+    if ":" in name:
+        return imported(name, field)
     file, _, attribute_name = name.partition(".")
     found = module(package, file, field)
     if not hasattr(found, attribute_name):
         raise UserError(
             f"{file}.py has no {attribute_name!r}", field=field, hint="Write it as 'file.Class'"
         )
+    return found, getattr(found, attribute_name)
+
+
+def imported(name: str, field: str = "") -> tuple[ModuleType, Any]:
+    """Resolves 'package.module:Attribute', of anything that Python can import.
+
+    Returns:
+      (module, attribute).
+
+    Raises:
+      UserError: the module cannot be imported, or lacks the attribute.
+    """
+    path, _, attribute_name = name.partition(":")
+    hint = "Write it as 'package.module:NAME'; the module must be installed or on PYTHONPATH"
+    try:
+        found = importlib.import_module(path)
+    except (ImportError, ValueError, TypeError) as error:
+        what = f"{path!r} cannot be imported ({error})"
+        raise UserError(what, field=field, hint=hint) from error
+    if not hasattr(found, attribute_name):
+        raise UserError(f"{path} has no {attribute_name!r}", field=field, hint=hint)
     return found, getattr(found, attribute_name)

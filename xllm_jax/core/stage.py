@@ -17,7 +17,8 @@ class Part:
     """One network of the model.
 
     Attributes:
-      network: 'file.Class' under `xllm_jax/models`, such as 'vit.VisionTransformer'.
+      network: 'file.Class' under `xllm_jax/models`, such as 'vit.VisionTransformer', or
+        'package.module:Class' of another package.
       size: row of that file's SIZES: 'tiny', or what the network is published as ('eva_vit_g',
         'chatglm_6b', …), for which 'real' stands in every file.
       fields: single fields of the network to set differently from that row.
@@ -29,7 +30,7 @@ class Part:
 
 
 @dataclasses.dataclass
-class Modality:
+class Route:
     """How one modality reaches the LLM: which encoder part, which interface part."""
 
     encoder: str = ""
@@ -106,6 +107,9 @@ class Data:
       image: options of the image processor (size, crop scale, flip …).
       video: options of the video reader (frames …).
       speech: options of the filterbanks and SpecAugment.
+      modalities: {name: 'package.module:NAME' of its record} of modalities beyond image, video and
+        speech, see `data/media/modality.py`.
+      options: {name: its options} of those modalities.
       speech_features: '' reads sounds; 'cif' `.npy` files of what CIF has made, a vector a token.
       speech_width: numbers of such a vector.
       threads: decoding threads per host.
@@ -138,6 +142,8 @@ class Data:
     image: dict[str, Any] = dataclasses.field(default_factory=dict)
     video: dict[str, Any] = dataclasses.field(default_factory=dict)
     speech: dict[str, Any] = dataclasses.field(default_factory=dict)
+    modalities: dict[str, str] = dataclasses.field(default_factory=dict)
+    options: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     speech_features: str = ""
     speech_width: int = 512
     threads: int = 4
@@ -207,7 +213,7 @@ class Stage:
     Attributes:
       name: used in logs and checkpoints.
       parts: {name in the parameter tree: Part}.
-      modalities: {name: Modality}, in any number.
+      modalities: {name: Route}, in any number.
       init: {part or subtree: where its parameters come from}: 'DIR' (a run or a converted base; the
         subtree of the same name), 'DIR:other_subtree', or '' for fresh parameters. A '*' at the end
         takes what the source has, draws what it lacks and drops what the model lacks.
@@ -239,7 +245,7 @@ class Stage:
 
     name: str = ""
     parts: dict[str, Part] = dataclasses.field(default_factory=dict)
-    modalities: dict[str, Modality] = dataclasses.field(default_factory=dict)
+    modalities: dict[str, Route] = dataclasses.field(default_factory=dict)
     init: dict[str, str] = dataclasses.field(default_factory=dict)
     trainable: tuple[str, ...] = ()
     objective: str = "answer"
@@ -309,7 +315,7 @@ def parse_stage(record: Mapping[str, Any]) -> Stage:
     optimizer["no_decay"] = tuple(optimizer["no_decay"])
     changed = {
         "parts": {name: Part(**part) for name, part in record["parts"].items()},
-        "modalities": {name: Modality(**row) for name, row in record["modalities"].items()},
+        "modalities": {name: Route(**row) for name, row in record["modalities"].items()},
         "optimizer": Optimizer(**optimizer),
         "data": Data(**data),
         "best": Best(**record["best"]),

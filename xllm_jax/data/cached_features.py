@@ -75,7 +75,7 @@ def wanted(modality: str, record: Record, data: Data) -> int:
     Raises:
       UserError: speech without a transcript.
     """
-    if not modalities.form(modality, data).spoken:
+    if not modalities.find(modality, data).spoken:
         return 0
     return min(modalities.spoken_tokens(record.example), data.embeddings[modality])
 

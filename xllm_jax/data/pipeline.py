@@ -121,7 +121,7 @@ class Pipeline:
         each = {transcription: {"speech": 1}, conversation: self.data.items}
         items = each.get(self.form, {"image": 1})
         size = rows * sum(
-            modalities.form(n, self.data).bytes() * count for n, count in items.items()
+            modalities.find(n, self.data).bytes(self.data) * count for n, count in items.items()
         )
         most = max(int(self.data.waiting * 1e9 / max(size, 1)), 1)
         # Grain counts the batches being decoded among those that wait.
@@ -193,8 +193,7 @@ class Pipeline:
 
     def _bucketed(self) -> bool:
         """Whether batches differ in the length of their speech."""
-        sounds = "speech" in self.data.items and not modalities.featured(self.data)
-        spoken = self.form is transcription or sounds
+        spoken = self.form is transcription or modalities.bucketed(self.data)
         return spoken and len(self.data.frames) > 1 and self.form in (transcription, conversation)
 
     def _buckets(self) -> mixture.Buckets | None:

@@ -49,7 +49,7 @@ def depths(stage: Stage, xllm: XLLM, asked: Sequence[str] = ()) -> dict[str, int
 
 def steady(modality: str, data: Data, chosen: Sequence[str] = ()) -> None:
     """Raises UserError where the media of a modality are augmented at random."""
-    for field in modalities.form(modality, data).random:
+    for field in modalities.find(modality, data).random(data):
         others = [name for name in chosen if name != modality]
         leave = f", or cache the others: --modality={','.join(others)}" if others else ""
         raise UserError(
@@ -70,14 +70,16 @@ def _off(field: str, data: Data) -> str:
 
 def fields(stage: Stage, xllm: XLLM, modality: str, count: int) -> dict[str, Any]:
     """{name of a setting: value} of all that decides the outcome of a modality's first steps."""
-    form = modalities.form(modality, stage.data)
+    medium = modalities.find(modality, stage.data)
     found: dict[str, Any] = {"compute": stage.compute, "frozen": stage.frozen}
     found |= _flat(f"modalities.{modality}", dataclasses.asdict(stage.modalities[modality]))
     for part in dict.fromkeys(step.part for step in xllm.chain(modality)[:count]):
         found |= _flat(f"parts.{part}", dataclasses.asdict(stage.parts[part]))
-    for name in form.fields:
+    for name in medium.fields:
         found |= _flat(f"data.{name}", getattr(stage.data, name))
-    if form.spoken:
+    if modality in stage.data.modalities:
+        found[f"data.modalities.{modality}"] = stage.data.modalities[modality]
+    if medium.spoken:
         found[f"data.embeddings.{modality}"] = stage.data.embeddings[modality]
     return json.loads(json.dumps(found))
 

@@ -192,17 +192,18 @@ def _job(
     table: np.ndarray,
     per_shard: int,
 ) -> Job:
-    form, chain = modalities.form(modality, stage.data), xllm.chain(modality)
+    found, chain = modalities.find(modality, stage.data), xllm.chain(modality)
+    items = found.items(stage.data)
     given = (
-        jax.ShapeDtypeStruct((form.items, *form.shape), jnp.float32),
-        *(jax.ShapeDtypeStruct((form.items,), jnp.int32) for _ in range(2)),
+        jax.ShapeDtypeStruct((items, *found.shape(stage.data)), jnp.float32),
+        *(jax.ShapeDtypeStruct((items,), jnp.int32) for _ in range(2)),
     )
     run = functools.partial(outcome, xllm, modality, steps)
     made, _ = jax.eval_shape(run, networks.shapes(xllm), *given)
     fields = describe.fields(stage, xllm, modality, steps)
     through = str(chain[steps - 1])
     shape, dtype = tuple(made.shape[1:]), str(made.dtype)
-    return Job(modality, steps, through, form.items, shape, dtype, places, table, per_shard, fields)
+    return Job(modality, steps, through, items, shape, dtype, places, table, per_shard, fields)
 
 
 def outcome(xllm: XLLM, modality: str, steps: int, params: Any, *given: Any) -> Any:

@@ -126,8 +126,8 @@ def _shards(
     told: Callable[[int], Any],
 ) -> None:
     batch = -(-batch // jax.local_device_count()) * jax.local_device_count()
-    form = modalities.form(job.modality, plan.stage.data)
-    room = (batch, form.items, *form.shape)
+    found, data = modalities.find(job.modality, plan.stage.data), plan.stage.data
+    room = (batch, found.items(data), *found.shape(data))
     rows = itertools.chain.from_iterable(job.rows(shard) for shard in todo)
     with ThreadPoolExecutor(max(plan.stage.data.threads, 1)) as pool:
         read = functools.partial(_read, plan, job, load)
@@ -255,7 +255,7 @@ def steady(plan: Plan, job: Job, load: modalities.Load) -> None:
             continue
         if any(not np.array_equal(first, other) for other in others):
             what = f"{job.modality} is loaded differently in every epoch, and no option says so"
-            hint = "Name it in its Form.random (data/media/modalities.py), and turn it off"
+            hint = "Name it in its Modality.random (data/media/modality.py), and turn it off"
             raise UserError(what, field=path, hint=hint)
         return
 

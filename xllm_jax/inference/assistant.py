@@ -102,7 +102,7 @@ class Assistant:
 
         def slot(modality: str, path: str) -> prompt.Slot:
             stride = self.data.embeddings[modality]
-            items = modalities.form(modality, self.data).items
+            items = modalities.find(modality, self.data).items(self.data)
             size = self._encoded[modality, path].size
             return prompt.Slot(modality, path, items, size, stride)
 
@@ -122,24 +122,26 @@ class Assistant:
                 self.model.parts(modality)
                 wanted.setdefault(modality, {})[path] = example
         for modality, files in wanted.items():
-            each = max(1, min(ITEMS, self.rows) // modalities.form(modality, self.data).items)
+            items = modalities.find(modality, self.data).items(self.data)
+            each = max(1, min(ITEMS, self.rows) // items)
             paths = list(files)
             for start in range(0, len(paths), each):
                 self._encode_batch(modality, paths[start : start + each], each)
 
     def _encode_batch(self, modality: str, paths: Sequence[str], rows: int) -> None:
-        form = modalities.form(modality, self.data)
-        values = np.zeros((rows, form.items, *form.shape), np.float32)
-        lengths = np.zeros((rows, form.items), np.int32)
+        found = modalities.find(modality, self.data)
+        items = found.items(self.data)
+        values = np.zeros((rows, items, *found.shape(self.data)), np.float32)
+        lengths = np.zeros((rows, items), np.int32)
         for row, path in enumerate(paths):
             record = Record(Example(path))
             values[row], lengths[row] = modalities.load(modality, path, self.data, record, 0, False)
         item = Media(values, lengths, None, np.zeros((rows, 0), np.int32))
-        found = _encode(self.model, modality, self.params, item)
-        embeddings, counts = map(np.asarray, found)
+        made = _encode(self.model, modality, self.params, item)
+        embeddings, counts = map(np.asarray, made)
         stride = self.data.embeddings[modality]
         for row, path in enumerate(paths):
-            size = min(int(counts[row, 0]), stride) if form.spoken else stride
+            size = min(int(counts[row, 0]), stride) if found.spoken else stride
             self._encoded[modality, path] = Encoded(embeddings[row], size)
 
     def _respond(

@@ -42,7 +42,7 @@ def _conversation(data: Data) -> batch.Batch:
 def _transcription(data: Data) -> dict[str, jax.ShapeDtypeStruct]:
     rows, made = data.examples, jax.ShapeDtypeStruct
     return {
-        "features": made((rows, *modalities.form("speech", data).shape), jnp.float32),
+        "features": made((rows, *modalities.find("speech", data).shape(data)), jnp.float32),
         "lengths": made((rows,), jnp.int32),
         "tokens": made((rows, data.characters_length), jnp.int32),
         "token_lengths": made((rows,), jnp.int32),
@@ -52,7 +52,7 @@ def _transcription(data: Data) -> dict[str, jax.ShapeDtypeStruct]:
 def _pairs(data: Data) -> dict[str, jax.ShapeDtypeStruct]:
     rows, made = data.examples, jax.ShapeDtypeStruct
     return {
-        "images": made((rows, *modalities.form("image", data).shape), jnp.float32),
+        "images": made((rows, *modalities.find("image", data).shape(data)), jnp.float32),
         "ids": made((rows, data.text_length), jnp.int32),
         "mask": made((rows, data.text_length), bool),
         "weights": made((rows,), jnp.float32),

@@ -165,7 +165,8 @@ class Loop:
     def steps(self, state: TrainState, batches: Prefetched, until: int) -> TrainState:
         """As `run`; between two log lines nothing waits for the device."""
         number, since = int(state.step), self.interval()
-        saved, waste = number, padding.Watch(min(padding.ENOUGH, until))
+        hints = padding.hints(self.stage.data)
+        saved, waste = number, padding.Watch(min(padding.ENOUGH, until), hints)
         self.watch.start(number)
         while number < until and not self.watch.reached(number):
             asked, position = time.monotonic(), batches.position()

@@ -82,7 +82,7 @@ def tools(data: Data) -> Tools:
                 f"does not say how many embeddings an item of {modality!r} takes",
                 field="data.embeddings",
             )
-        modalities.form(modality, data)
+        modalities.find(modality, data)
     cached = Features(data.cache) if data.cache else None
     return Tools(ChatGLMTokenizer(data.tokenizer), prompt.template(data.template), cached)
 
@@ -145,13 +145,14 @@ def sequence(record: Record, kit: Tools, data: Data, mode: Mode) -> prompt.Promp
         return prompt.infilled(example, kit.tokenizer, limits, record.generator(PROMPT))
 
     def slot(modality: str, path: str) -> prompt.Slot:
-        form = modalities.form(modality, data)
+        found = modalities.find(modality, data)
         if modality not in data.items:
             raise DoesNotFit(f"data.items gives {modality!r} no place", field=example.key)
-        size = stride = data.embeddings[modality]
-        if form.spoken:
-            size = min(modalities.spoken_size(path, example, data), stride)
-        return prompt.Slot(modality, path, form.items, size, stride)
+        size, stride = (
+            modalities.slot_size(modality, path, example, data),
+            data.embeddings[modality],
+        )
+        return prompt.Slot(modality, path, found.items(data), size, stride)
 
     return prompt.build(
         example,
@@ -296,7 +297,7 @@ def shapes(data: Data, features: Features | None) -> dict[str, tuple[Any, ...]]:
 
     def item(name: str) -> tuple[Any, ...]:
         known = features and features.item(name)
-        return known or (modalities.form(name, data).shape, np.float32)
+        return known or (modalities.find(name, data).shape(data), np.float32)
 
     return {name: (items, *item(name)) for name, items in data.items.items()}
 

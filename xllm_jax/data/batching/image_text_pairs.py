@@ -88,7 +88,7 @@ def fill(
       and an empty caption}, the records that could not be read).
     """
     mine = list(made.rows[rows])
-    images = np.zeros((len(mine), *modalities.form(IMAGE, data).shape), np.float32)
+    images = np.zeros((len(mine), *modalities.find(IMAGE, data).shape(data)), np.float32)
     skipped: list[Skipped] = []
     for number, row in enumerate(mine):
         if row is None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from xllm_jax.core.stage import Data
+from xllm_jax.data.media import modalities
+
 ENOUGH = 20  # batches that are looked at before a run is told
 MOST = 0.2  # share of the places that may be empty without a word
 HINTS = {
     "tokens": "lower data.length, or raise data.examples or lower data.rows to pack more per row",
     "answers": "lower data.answers",
-    "image": "lower data.items.image, or raise data.examples",
-    "video": "lower data.items.video, or raise data.examples",
-    "speech": "lower data.items.speech or data.frames, or give data.frames more length buckets",
     "characters": "lower data.characters_length",
     "word pieces": "lower data.text_length",
 }
@@ -19,10 +19,23 @@ HINTS = {
 Places = Mapping[str, tuple[int, int]]  # {what: (used, room)}
 
 
-class Waste:
-    """Adds up how much of every kind of place is used."""
+def hints(data: Data) -> dict[str, str]:
+    """{kind of place: what to do where most of them are empty}.
 
-    def __init__(self) -> None:
+    Raises:
+      UserError: `data.modalities` names a record that does not exist.
+    """
+    return HINTS | {
+        name: found.padding or f"lower data.items.{name}, or raise data.examples"
+        for name, found in modalities.named(data.modalities).items()
+    }
+
+
+class Waste:
+    """Adds up how much of every kind of place is used, and hints at what to do, see `hints`."""
+
+    def __init__(self, hints: Mapping[str, str] = HINTS) -> None:
+        self.hints = hints
         self.used: dict[str, int] = {}
         self.room: dict[str, int] = {}
         self.batches = 0
@@ -41,8 +54,9 @@ class Waste:
     def warning(self, most: float = MOST) -> str:
         """What is wasted and the hint in words, '' where every share is at most `most`."""
         told = [
-            f"{share:.0%} of the places for {name} are padding: {HINTS.get(name, 'see the shapes')}"
+            f"{share:.0%} of the places for {name} are padding: {hint}"
             for name, share in self.shares().items()
+            for hint in [self.hints.get(name, "see the shapes")]
             if share > most
         ]
         return f"Padding waste over {self.batches} batches. {'; '.join(told)}." if told else ""
@@ -51,8 +65,8 @@ class Waste:
 class Watch:
     """Tells a run once, early, that it computes padding."""
 
-    def __init__(self, enough: int = ENOUGH):
-        self._enough, self._waste = enough, Waste()
+    def __init__(self, enough: int = ENOUGH, hints: Mapping[str, str] = HINTS):
+        self._enough, self._waste = enough, Waste(hints)
 
     def add(self, places: Places) -> str:
         """Counts a batch; the warning when enough have been seen, '' before and ever after."""

@@ -127,7 +127,7 @@ def fill(
       without an utterance has both lengths 0.
     """
     mine = made.rows[rows]
-    shape = (made.frames, *modalities.form(SPEECH, data).shape[1:])
+    shape = (made.frames, *modalities.find(SPEECH, data).shape(data)[1:])
     batch = {
         "features": np.zeros((len(mine), *shape), np.float32),
         "lengths": np.zeros(len(mine), np.int32),

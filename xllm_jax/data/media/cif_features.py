@@ -14,7 +14,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.data.media import paths
+from xllm_jax.core.stage import Data
+from xllm_jax.data.media import paths, speech
+from xllm_jax.data.media.modality import Modality
 
 WIDTH = 512  # of the speech encoder and CIF
 MEND = "Give .npy files of CIF features, or sounds without data.speech_features"
@@ -65,3 +67,27 @@ def _opened(path: str | os.PathLike, read: Callable[[BinaryIO], Any]) -> Any:
     except (OSError, ValueError, EOFError) as error:
         what = f"cannot be read as features ({error})"
         raise UserError(what, field=str(path), hint=MEND) from error
+
+
+def _load(path: str, data: Data, rng: np.random.Generator | None) -> np.ndarray:
+    most, width = _shape(data)
+    # Our own CIF drops tokens beyond its capacity, too.
+    return load(path, width)[None, :most]
+
+
+def _shape(data: Data) -> tuple[int, ...]:
+    return data.embeddings["speech"], data.speech_width
+
+
+MODALITY = Modality(
+    load=_load,
+    read=load,
+    shape=_shape,
+    fields=("speech_features", "speech_width"),
+    bound="data.embeddings.speech",
+    count=count,
+    slot="steps",
+    tasks=speech.MODALITY.tasks,
+    view="vectors",
+    padding=speech.MODALITY.padding,
+)

@@ -16,7 +16,9 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from xllm_jax.core.errors import UserError
+from xllm_jax.core.stage import Data
 from xllm_jax.data.media import paths
+from xllm_jax.data.media.modality import Modality
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -159,3 +161,28 @@ def normalize(pixels: np.ndarray) -> np.ndarray:
     lines -= np.tile(np.asarray(MEAN, np.float32), width)
     lines /= np.tile(np.asarray(STD, np.float32), width)
     return lines.reshape(pixels.shape)
+
+
+def _load(path: str, data: Data, rng: np.random.Generator | None) -> np.ndarray:
+    return load(path, data.image, rng)[None]
+
+
+def _shape(data: Data) -> tuple[int, ...]:
+    size = data.image.get("size", 224)
+    return size, size, 3
+
+
+def _random(data: Data) -> tuple[str, ...]:
+    return tuple(f"data.image.{name}" for name in ("scale", "flip") if data.image.get(name))
+
+
+MODALITY = Modality(
+    load=_load,
+    read=read,
+    shape=_shape,
+    fields=("image",),
+    random=_random,
+    tasks=("caption", "vqa"),
+    view="picture",
+    picture=True,
+)

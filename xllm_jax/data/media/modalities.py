@@ -1,94 +1,92 @@
-"""Files of each modality as media items: how many, of which shape, and how they are read.
+"""The modalities that there are, by name, and how their files become media items.
 
-A new modality is one more entry of FORMS and one file beside `image.py`.
-
-With `data.speech_features='cif'` an utterance comes as what the speech encoder and CIF have made of
-it, a `.npy` file (`cif_features.py`): readers call such a medium CIF, prompts and models 'speech'.
+A further one is a file like `image.py`, named in `Data.modalities`. With
+`data.speech_features='cif'` an utterance comes as what the speech encoder and CIF have made of it,
+a `.npy` file (`cif_features.py`): readers call such a medium CIF, prompts and models 'speech'.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 
+from xllm_jax.core import lookup
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data
 from xllm_jax.data.example import Example
 from xllm_jax.data.media import cif_features, image, speech, video
+from xllm_jax.data.media.modality import FRAMES, Modality
 from xllm_jax.data.record import MEDIA, DoesNotFit, Record
 from xllm_jax.data.text.characters import token_count
 
+SPEECH = "speech"
 CIF = "cif"  # a reader's name of features, and the step of the speech interface that makes them
 
+MODALITIES: dict[str, Modality] = {
+    "image": image.MODALITY,
+    "video": video.MODALITY,
+    SPEECH: speech.MODALITY,
+}
 
-@dataclasses.dataclass(frozen=True)
-class Form:
-    """What one file of a modality becomes.
-
-    Attributes:
-      items: media items per file.
-      shape: of one item.
-      fields: names of the fields of Data that its values depend on.
-      random: options, by their full names, that change its values from one epoch to the next.
-      spoken: the slot is as long as what is said.
-    """
-
-    items: int
-    shape: tuple[int, ...]
-    fields: tuple[str, ...]
-    random: tuple[str, ...] = ()
-    spoken: bool = False
-
-    def bytes(self) -> int:
-        """Bytes of one item."""
-        return 4 * math.prod(self.shape)
-
-
-def _image(data: Data) -> Form:
-    size = data.image.get("size", 224)
-    random = tuple(f"data.image.{name}" for name in ("scale", "flip") if data.image.get(name))
-    return Form(1, (size, size, 3), ("image",), random)
-
-
-def _video(data: Data) -> Form:
-    options = data.image | data.video
-    size = options.get("size", 224)
-    return Form(options.get("frames", 5), (size, size, 3), ("image", "video"))
-
-
-def _speech(data: Data) -> Form:
-    if featured(data):
-        shape = (data.embeddings["speech"], data.speech_width)
-        return Form(1, shape, ("speech_features", "speech_width"), spoken=True)
-    random = ("data.speech.specaugment",) if data.speech.get("specaugment") else ()
-    shape = (data.frames[-1], data.speech.get("bins", 80))
-    return Form(1, shape, ("speech", "frames"), random, spoken=True)
-
-
-def _load_image(path: str, data: Data, rng: np.random.Generator, train: bool) -> np.ndarray:
-    return image.load(path, data.image, rng if train else None)[None]
-
-
-def _load_video(path: str, data: Data, rng: np.random.Generator, train: bool) -> np.ndarray:
-    return video.load(path, data.image | data.video, rng if train else None)
-
-
-def _load_speech(path: str, data: Data, rng: np.random.Generator, train: bool) -> np.ndarray:
-    if featured(data):
-        most, width = _speech(data).shape
-        # Our own CIF drops tokens beyond its capacity, too.
-        return cif_features.load(path, width)[None, :most]
-    return speech.load(path, data.speech, rng if train else None)[None]
-
-
-# What opens a file for the forms: `load`, or `Decoders.load`, which does so within a deadline.
+# What opens a file for the batch: `load`, or `Decoders.load`, which does so within a deadline.
 Load = Callable[[str, str, Data, Record, int, bool], tuple[np.ndarray, np.ndarray]]
 
-FORMS: dict[str, Callable[[Data], Form]] = {"image": _image, "video": _video, "speech": _speech}
-LOADERS = {"image": _load_image, "video": _load_video, "speech": _load_speech}
+
+def named(places: Mapping[str, str], field: str = "data.modalities") -> dict[str, Modality]:
+    """{name: Modality} of the library's modalities and of further ones.
+
+    Args:
+      places: {name: 'package.module:NAME'} of the further ones, as in `Data.modalities`.
+      field: where they were named, for messages.
+
+    Raises:
+      UserError: no such record.
+    """
+    return MODALITIES | {name: _record(name, place, field) for name, place in places.items()}
+
+
+def stored(places: Mapping[str, str]) -> dict[str, Modality]:
+    """{name: Modality} of everything that a reader's examples may hold, see `named`."""
+    return MODALITIES | {CIF: cif_features.MODALITY} | named(places)
+
+
+def _record(name: str, place: str, field: str) -> Modality:
+    _, found = lookup.imported(place, f"{field}.{name}")
+    if not isinstance(found, Modality):
+        what = f"{place} is {type(found).__name__}, not a Modality"
+        raise UserError(what, field=f"{field}.{name}", hint="See xllm_jax/data/media/modality.py")
+    return found
+
+
+def find(name: str, data: Data) -> Modality:
+    """A modality as the data's settings have it: speech may come as CIF features.
+
+    Raises:
+      UserError: unknown modality, or settings of speech that exclude each other.
+    """
+    if name in data.modalities:
+        return _record(name, data.modalities[name], "data.modalities")
+    if name == SPEECH and featured(data):
+        return cif_features.MODALITY
+    if name not in MODALITIES:
+        choices = ", ".join(MODALITIES | data.modalities)
+        raise UserError(f"unknown modality {name!r}", hint=f"Choices: {choices}")
+    return MODALITIES[name]
+
+
+def task(names: Collection[str], known: Mapping[str, Modality]) -> str:
+    """The task that files without words stand for: of what is said, else of the last modality.
+
+    Args:
+      names: modalities of the files, at least one.
+      known: {name: Modality}, in the order in which one takes precedence over those before it.
+    """
+    said = [name for name in known if name in names and known[name].spoken]
+    last = (said or [name for name in known if name in names])[-1]
+    return known[last].tasks[bool(said) and not set(names) <= set(said)]
 
 
 def featured(data: Data) -> bool:
@@ -119,19 +117,8 @@ def rename_cif_media(example: Example, data: Data) -> Example:
     if not featured(data):
         hint = "Read them with --config.data.speech_features=cif, or the sounds themselves"
         raise UserError("holds cif features, not a sound", field=paths[0], hint=hint)
-    named = ((("speech" if name == CIF else name), path) for name, path in example.media)
+    named = (((SPEECH if name == CIF else name), path) for name, path in example.media)
     return dataclasses.replace(example, media=tuple(named))
-
-
-def form(modality: str, data: Data) -> Form:
-    """What one file of a modality becomes under the data's options.
-
-    Raises:
-      UserError: unknown modality, or the data gives it no place in the prompt.
-    """
-    if modality not in FORMS:
-        raise UserError(f"unknown modality {modality!r}", hint=f"Choices: {', '.join(FORMS)}")
-    return FORMS[modality](data)
 
 
 def load(
@@ -148,48 +135,56 @@ def load(
       train: augment.
 
     Returns:
-      (values `[items, *shape]` float32, lengths `[items]` int32: valid frames or vectors of speech,
-      else 1).
+      (values `[items, *shape]` float32, lengths `[items]` int32: valid steps where files differ in
+      length, else 1).
 
     Raises:
       UserError: the file cannot be read, or its decoder fails in any way of its own.
-      DoesNotFit: speech of more frames than the largest bucket.
+      DoesNotFit: more steps than the modality's bound.
     """
-    made = form(modality, data)
+    found = find(modality, data)
     try:
-        values = LOADERS[modality](path, data, record.generator(MEDIA, part), train)
+        values = found.load(path, data, record.generator(MEDIA, part) if train else None)
     except UserError:
         raise
     except Exception as error:  # what foreign decoders raise on damaged files has no bounds
         what = f"its decoder failed ({type(error).__name__}: {error})"
         raise UserError(what, field=str(path), hint="Look at the file") from error
-    if not made.spoken:
-        return values, np.ones(made.items, np.int32)
-    count, most = values.shape[1], made.shape[0]
+    if not found.bound:
+        return values, np.ones(len(values), np.int32)
+    count, most = values.shape[1], found.shape(data)[0]
     if count > most:
-        raise DoesNotFit(
-            f"has {count} frames, data.frames holds {most}", field=path, hint="Raise data.frames"
-        )
+        what = f"has {count} frames, {found.bound} holds {most}"
+        raise DoesNotFit(what, field=path, hint=f"Raise {found.bound}")
     padded = np.zeros((len(values), most, *values.shape[2:]), values.dtype)
     padded[:, :count] = values
-    return padded, np.asarray([count], np.int32)
+    return padded, np.full(len(values), count, np.int32)
+
+
+def bucketed(data: Data) -> bool:
+    """Whether files of `data.items` differ in length and have the length buckets `data.frames`."""
+    return any(find(name, data).bound == FRAMES for name in data.items)
 
 
 def bucket(example: Example, data: Data, silent: int) -> int:
-    """Length bucket of an example by the headers of its speech files, an index into `data.frames`.
+    """Length bucket of an example by the headers of its files, an index into `data.frames`.
 
     Args:
       example: to be read.
       data: with the buckets.
-      silent: bucket of an example without speech.
+      silent: bucket of an example without speech or anything else that is bucketed.
 
     Returns:
       The first that holds every file; the last where a header tells nothing.
     """
-    paths = [path for modality, path in example.media if modality == "speech"]
-    last = len(data.frames) - 1
+    known, last = named(data.modalities), len(data.frames) - 1
+    counts = [
+        functools.partial(known[name].count, path)
+        for name, path in example.media
+        if name in known and known[name].bound == FRAMES
+    ]
     try:
-        frames = max(map(speech.count_frames, paths), default=None)
+        frames = max((count() for count in counts), default=None)
     except UserError:
         return last
     if frames is None:
@@ -197,16 +192,30 @@ def bucket(example: Example, data: Data, silent: int) -> int:
     return next((number for number, most in enumerate(data.frames) if frames <= most), last)
 
 
-def spoken_size(path: str, example: Example, data: Data) -> int:
-    """Embeddings of a spoken file: one a vector of features, or one a token of the transcript.
+def slot_size(name: str, path: str, example: Example, data: Data) -> int:
+    """Embeddings that a file takes in the prompt of an example of the data.
+
+    Args:
+      name: of its modality.
+      path: the file.
+      example: whose transcript may size it.
+      data: the settings.
 
     Raises:
-      UserError: a sound, and nobody wrote down what it says.
+      UserError: sized by what it says, and nobody wrote that down.
     """
-    if not featured(data):
-        return spoken_tokens(example)
+    found, most = find(name, data), data.embeddings[name]
+    if found.slot == "transcript":
+        return min(spoken_tokens(example), most)
+    if found.slot == "steps":
+        return min(max(_steps(found, path), 1), most)
+    return most
+
+
+def _steps(found: Modality, path: str) -> int:
+    assert found.count is not None, "a slot of as many embeddings as steps"
     try:
-        return max(cif_features.count(path), 1)
+        return found.count(path)
     except UserError:
         return 1  # opening it will tell, where all bad files are told
 

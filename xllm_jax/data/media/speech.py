@@ -19,7 +19,9 @@ import numpy as np
 import scipy.fft
 
 from xllm_jax.core.errors import UserError
+from xllm_jax.core.stage import Data
 from xllm_jax.data.media import paths, wav
+from xllm_jax.data.media.modality import FRAMES, Modality
 
 RATE = 16_000
 WINDOW, HOP, FFT = 400, 160, 512
@@ -317,3 +319,30 @@ def spec_masks(
 def mask(features: np.ndarray, masks: np.ndarray) -> np.ndarray:
     """Replaces masked values by the mean of all features."""
     return np.where(masks, features.mean(), features).astype(features.dtype)
+
+
+def _load(path: str, data: Data, rng: np.random.Generator | None) -> np.ndarray:
+    return load(path, data.speech, rng)[None]
+
+
+def _shape(data: Data) -> tuple[int, ...]:
+    return data.frames[-1], data.speech.get("bins", 80)
+
+
+def _random(data: Data) -> tuple[str, ...]:
+    return ("data.speech.specaugment",) if data.speech.get("specaugment") else ()
+
+
+MODALITY = Modality(
+    load=_load,
+    read=read,
+    shape=_shape,
+    fields=("speech", "frames"),
+    random=_random,
+    bound=FRAMES,
+    count=count_frames,
+    slot="transcript",
+    tasks=("asr", "spoken_vqa"),
+    view="sound",
+    padding="lower data.items.speech or data.frames, or give data.frames more length buckets",
+)

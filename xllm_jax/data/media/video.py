@@ -18,7 +18,9 @@ import numpy as np
 from PIL import Image
 
 from xllm_jax.core.errors import UserError
+from xllm_jax.core.stage import Data
 from xllm_jax.data.media import image, paths, video_packets
+from xllm_jax.data.media.modality import Modality
 
 REFERENCE_SECONDS = 60  # the repository reads at most this many seconds after the first frame
 END_SECONDS = 2.0  # annotated clips may start so much behind the last frame
@@ -298,3 +300,31 @@ def _stream(container, path: str | Path):
         what = f"has frames of {pixels:,} pixels, more than {image.MOST_PIXELS:,}"
         raise UserError(what, field=str(path), hint="Shrink it")
     return stream
+
+
+def _load(path: str, data: Data, rng: np.random.Generator | None) -> np.ndarray:
+    return load(path, data.image | data.video, rng)
+
+
+def _read(path: str) -> np.ndarray:
+    return load(path, {"size": 32, "frames": 1})
+
+
+def _shape(data: Data) -> tuple[int, ...]:
+    size = (data.image | data.video).get("size", 224)
+    return size, size, 3
+
+
+def _items(data: Data) -> int:
+    return (data.image | data.video).get("frames", 5)
+
+
+MODALITY = Modality(
+    load=_load,
+    read=_read,
+    shape=_shape,
+    fields=("image", "video"),
+    items=_items,
+    tasks=("video_caption", "vqa"),
+    view="frames",
+)
