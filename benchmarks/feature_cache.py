@@ -5,7 +5,7 @@ PYTHONPATH=. python benchmarks/feature_cache.py --arithmetic
 
 The miniatures train on a world that is built for the occasion, from fresh parameters. Both ways do
 the same batches in turn in one process; a step is its batch (files decoded, or features read) and
-the training step. CPU time of all threads is what is told, and losses are compared. --arithmetic
+the training step. The CPU time of all threads is reported, and losses are compared. --arithmetic
 counts the FLOPs of the traced steps at the real sizes instead; nothing is allocated.
 """
 

@@ -15,7 +15,7 @@ torch.compile has no compiler to work with, add --torch_mode=none.
 
 XLA_FLAGS reaches our side. Worth a try on a GPU, one at a time, where the installed XLA knows them:
 --xla_gpu_enable_dynamic_slice_fusion=true (no copy of a layer's weights out of the stack),
---xla_gpu_triton_gemm_any=true, and --unroll=28 in the place of the scan over layers.
+--xla_gpu_triton_gemm_any=true, and --unroll=28 instead of the scan over layers.
 """
 
 from __future__ import annotations

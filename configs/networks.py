@@ -96,7 +96,7 @@ def whole_products() -> dict:
     """Compiler options with which products wait for gathered parameters, where networks are small.
 
     By itself XLA cuts such a product into one a chip, to send while it computes: stage 1, speech,
-    got 13,379 messages a step in the place of 550, and a quarter more memory traffic
+    got 13,379 messages a step instead of 550, and a quarter more memory traffic
     (docs/preflight.md).
     """
     return {"tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}}

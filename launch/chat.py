@@ -65,7 +65,7 @@ def typed() -> Iterator[str]:
 
 
 def converse(lines: Iterator[str], answer: Answer, say: Callable[[str], None], rounds: int) -> Chat:
-    """Answers line by line; a mistake is told and the chat goes on.
+    """Answers line by line; a mistake is reported and the chat goes on.
 
     Args:
       lines: what the user types.

@@ -58,7 +58,7 @@ def take(argv: Sequence[str], configs: dict[str, Any]) -> tuple[list[str], list[
       configs: {configuration flag: its configuration, before any override}.
 
     Raises:
-      UserError: a weight of something that is no source, or is no number.
+      UserError: a weight of something that is no source, or is not a number.
     """
     rest, settings = [], []
     for token in argv:

@@ -39,7 +39,7 @@ DECODE = flags.DEFINE_enum(
     "decode", "greedy", ["greedy", "sample", "beam"], "How the next token is chosen."
 )
 TEMPERATURE = flags.DEFINE_float(
-    "temperature", 0.95, "Temperature of sampling; lower is more certain.", 1e-3
+    "temperature", 0.95, "Temperature for sampling; lower is more certain.", 1e-3
 )
 TOP_P = flags.DEFINE_float(
     "top_p",
@@ -55,7 +55,7 @@ BEAMS = flags.DEFINE_integer("beams", 4, "Number of beams of beam search.", 2)
 MAX_TOKENS = flags.DEFINE_integer(
     "max_tokens", 64, "Length of the longest answer in tokens, the end token included.", 2
 )
-SEED = flags.DEFINE_integer("seed", 0, "Seed of sampling.")
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the random numbers for sampling.")
 HEARD = flags.DEFINE_bool("heard", False, "Also print the transcript of the speech.")
 
 

@@ -108,7 +108,7 @@ def environment(index: int) -> dict[str, str]:
         "MEGASCALE_COORDINATOR_ADDRESS": "127.0.0.1",
         "MEGASCALE_NUM_SLICES": "2",
         "MEGASCALE_SLICE_ID": str(index),
-        "JAX_FORCE_TPU_INIT": "1",  # how JAX is told that this is a TPU VM
+        "JAX_FORCE_TPU_INIT": "1",  # how JAX learns that this is a TPU VM
     }
 
 

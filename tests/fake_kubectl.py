@@ -76,7 +76,7 @@ def start(template: dict[str, Any], job: str, index: int) -> subprocess.Popen:
         environment |= {
             "TPU_WORKER_ID": str(index),
             "TPU_WORKER_HOSTNAMES": "127.0.0.1,127.0.0.1",
-            "JAX_FORCE_TPU_INIT": "1",  # how JAX is told that this is a TPU VM
+            "JAX_FORCE_TPU_INIT": "1",  # how JAX learns that this is a TPU VM
         }
     words = []
     for word in [*container["command"], *container.get("args", [])]:

@@ -10,7 +10,7 @@ from xllm_jax.data.media.paths import Carried
 
 
 class Hanging(Carried):
-    """A file at which a decoder waits for ever."""
+    """A file at which a decoder waits forever."""
 
     def __reduce__(self):
         return Hanging, (str(self), b"")

@@ -482,7 +482,7 @@ def test_empty_rows_change_nothing():
 
 
 class OnlyCIF(CIF):
-    """CIF in the place of the whole interface."""
+    """CIF instead of the whole interface."""
 
     def example(self):
         return jnp.zeros((1, 2, 16)), jnp.full(1, 2, jnp.int32)

@@ -134,7 +134,7 @@ def test_files_of_features_give_the_losses_of_their_sounds(speech, plain, tmp_pa
 
 
 def as_files(stage, folder, output):
-    """{source: its examples, with a cache's features as `.npy` in the place of sounds}."""
+    """{source: its examples, with a cache's features as `.npy` instead of sounds}."""
     load = cached_features.Features(folder).loader(None)
     found = {}
     for name in stage.data.sources:

@@ -1,4 +1,4 @@
-"""Speech that comes as CIF features: `.npy` files in the place of sounds, up to the batch."""
+"""Speech that comes as CIF features: `.npy` files instead of sounds, up to the batch."""
 
 from __future__ import annotations
 

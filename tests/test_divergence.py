@@ -1,4 +1,4 @@
-"""A loss that is no number: the run stops in front of it or leaves it out, and replays it."""
+"""A loss that is not finite: the run stops before it or skips it, and replays it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Replaying recordings: a true one passes, and whatever is wrong in one is told by its name."""
+"""Replaying recordings: a true one passes, and whatever is wrong in one is reported by name."""
 
 from __future__ import annotations
 

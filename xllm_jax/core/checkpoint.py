@@ -170,7 +170,7 @@ def _policies(keep: int, metric: str, lowest: bool) -> list[Any]:
 
 
 def _value(metric: str, lowest: bool) -> Callable[[Mapping[str, float]], float]:
-    """The metric of a checkpoint; the worst one where it has none, or no number."""
+    """The metric of a checkpoint; the worst one where it has none, or it is NaN."""
     worst = math.inf if lowest else -math.inf
 
     def value(found: Mapping[str, float]) -> float:

@@ -65,7 +65,7 @@ def join(
 
 
 def _platform() -> str:
-    """The first platform that JAX is told to use; '' when it may choose."""
+    """The first platform that JAX is set to use; '' when it may choose."""
     return (jax.config.jax_platforms or os.environ.get("JAX_PLATFORMS", "")).split(",")[0]
 
 

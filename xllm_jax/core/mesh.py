@@ -174,7 +174,7 @@ def constrain_rows(x: jax.Array, tensor_axis: int | None = None) -> jax.Array:
     """Constrains `[rows, ...]`: rows over 'data' and 'fsdp', one more axis over 'tensor'.
 
     Without it the compiler likes to split widths where the parameters are split, and then sums
-    whole activations over the devices in the place of gathering one layer's parameters.
+    whole activations over the devices instead of gathering one layer's parameters.
     """
     entries: list[Any] = [None] * x.ndim
     entries[0] = ROWS

@@ -233,14 +233,14 @@ class Stage:
       unroll: layers unrolled per scan step (CPU only; 1 elsewhere).
       compiler: {'tpu', 'gpu' or 'cpu': {XLA option: value}} for the training step; the compiler
         refuses what it does not know.
-      divergence: what happens after a loss or gradient that is no number.
+      divergence: what happens after a loss or gradient that is not finite.
       profile: (first, last) micro-batch whose trace goes to the run's folder; () = none.
       wandb: project of Weights & Biases that the scalars also go to; '' = none.
       log_every, save_every: micro-batches between two log lines, two checkpoints.
       keep: how many of the last checkpoints are kept; `best`: which one beside them.
       validation: data that is measured while the stage trains.
       stall: seconds without a finished step after which the run ends, to be started again; five
-        times as long before the first one, which compiles. 0 waits for ever.
+        times as long before the first one, which compiles. 0 waits forever.
     """
 
     name: str = ""

@@ -51,7 +51,7 @@ class Watch:
 
     Args:
       directory: the run's folder; `stall-HOST.txt` is written there.
-      stall: seconds without a finished step after which the run ends; 0 waits for ever.
+      stall: seconds without a finished step after which the run ends; 0 waits forever.
       store: of the hosts, None with one.
 
     Attributes:

@@ -54,7 +54,7 @@ class Pipeline:
       quarantine: file that bad records are appended to; host 1, 2 … appends to its own beside it,
         `NAME.host1.jsonl`.
       limit: records of the one pass; None for all.
-      sample: a pass over about so many records in the place of all (0: all), by the mixture and
+      sample: a pass over about so many records instead of all (0: all), by the mixture and
         spread over each source (`stream.sample`). What is too long is cut or left out.
 
     Raises:
@@ -172,7 +172,7 @@ class Pipeline:
             return error
 
     def _fill(self, plan: Any) -> tuple[Any, dict[str, Any]]:
-        """One host's arrays of a plan, and what is to be told about them."""
+        """One host's arrays of a plan, and what the run reports about them."""
         batch, unread = self.form.fill(plan, self.rows, self.kit, self.data, self.mode, self._load)
         lost = {skip.key for skip in unread}
         members = [m for m in plan.members(self.rows) if m[2].example.key not in lost]

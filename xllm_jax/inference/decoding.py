@@ -120,7 +120,7 @@ def generate(
       params: {part: parameters}; a part 'llm_prefix' goes before every prompt.
       batch: B prompts, one segment per row, ending in <sop>, padded on either side, with media.
       decoding: how.
-      key: of sampling.
+      key: random key of the sampling.
     """
     x = model.embed(params, batch)
     llm = functools.partial(model.networks[LLM].apply, {"params": params[LLM]})

@@ -117,7 +117,7 @@ class Embeddings(nn.Module):
 
         Args:
           ids: `[batch, tokens]` int32, or None.
-          embeddings: `[batch, tokens, width]` in the place of looked-up ids, or None.
+          embeddings: `[batch, tokens, width]` instead of looked-up ids, or None.
           types: `[batch, tokens]` int32; None = type 0.
           prefix: `[batch, prefix, width]` put before the tokens without position or type (the
             queries of a Q-Former), or None.
@@ -220,7 +220,7 @@ class BertEncoder(nn.Module):
           ids: `[batch, tokens]` int32.
           mask: `[batch, tokens]` bool, True = a real token; None = all real. Outputs at padded
             positions are defined but mean nothing.
-          embeddings: `[batch, tokens, width]`, used in the place of the word table; position and
+          embeddings: `[batch, tokens, width]`, used instead of the word table; position and
             type embeddings are still added.
           types: `[batch, tokens]` int32 token types; None = 0.
           train: switches dropout on.

@@ -190,7 +190,7 @@ REMAT = {
 
 
 def recomputed(block: type[nn.Module], remat: str) -> type[nn.Module]:
-    """A block that computes activations again in the backward pass in the place of keeping them.
+    """A block that computes activations again in the backward pass instead of keeping them.
 
     Args:
       block: module class.

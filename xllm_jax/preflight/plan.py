@@ -32,7 +32,7 @@ class Plan:
       mesh: {axis: size}.
       memory: bytes on one chip.
       fits: whether that is less than the chip has; what nothing was compiled for is arithmetic.
-      limit: bytes that the compiler may use of a chip, which is told by its refusal; else all.
+      limit: bytes that the compiler may use of a chip, as its refusal states it; else all.
       compiled: whether the figures come from a compiled program.
       flops, minimum: FLOPs that a micro-step does and needs, over all chips.
       readable: whether the program could be read; if not, traffic and collectives are unknown.

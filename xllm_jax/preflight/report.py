@@ -109,7 +109,7 @@ def _gain(plan: Plan, largest: Plan) -> list[str]:
         return [f"with          {flags(largest)}"]
     rate = f"{found['samples_per_second']:.0f} samples/s at best"
     if plan.fits:
-        rate += f" in the place of {speed(plan)['samples_per_second']:.0f}"
+        rate += f" instead of {speed(plan)['samples_per_second']:.0f}"
     return [f"with          {flags(largest)}: {rate}"]
 
 

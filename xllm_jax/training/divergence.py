@@ -145,7 +145,7 @@ class Held:
         self._entries[entry.number] = entry
 
     def clear(self) -> None:
-        """Lets all go."""
+        """Forgets the micro-batches."""
         self._entries.clear()
 
     def find(self, rows: Mapping[int, Mapping[str, Any]]) -> list[tuple[Entry, bool]]:

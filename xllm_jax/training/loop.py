@@ -221,7 +221,7 @@ class Loop:
         return state, metrics
 
     def look(self, rows: Mapping[int, Mapping[str, Any]], state: TrainState) -> None:
-        """Deals with the micro-batches that the step found wrong, then lets all go.
+        """Handles the micro-batches that the step found wrong, then forgets all of them.
 
         Raises:
           Diverged: one of them stops the run. `state` is then the one that it met.

@@ -1,4 +1,4 @@
-"""Where a computation first makes a value that is no number: operation after operation, in order.
+"""Where a computation first makes a NaN: operation after operation, in order.
 
 Each operation of the traced function runs by itself and its results are looked at; in a loop, a
 branch or a called function that goes wrong the search goes on inside. That is slow, and is meant
@@ -25,7 +25,7 @@ Test = Callable[[Any], bool]
 def first(function: Callable[..., Any], *arguments: Any) -> str:
     """The first operation whose inputs are good and whose result is not, in words.
 
-    A NaN is looked for first. Without one, the first infinity is told; some infinities are meant
+    A NaN is looked for first. Without one, the first infinity is named; some infinities are meant
     (the logarithm of a probability zero), so it need not be the culprit.
 
     Args:

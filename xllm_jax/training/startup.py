@@ -1,4 +1,4 @@
-"""What a run does before its first step: hosts compare, a checkpoint is found, the tree is told."""
+"""Before the first step: hosts are compared, a checkpoint is found, what trains is printed."""
 
 from __future__ import annotations
 

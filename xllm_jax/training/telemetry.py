@@ -95,7 +95,7 @@ class Interval:
 def means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Means over steps, of a `Tally` by what it counts; counters as they are last.
 
-    A skipped micro-batch's values that are no numbers are left out, and so is a scalar without any.
+    A skipped micro-batch's values that are NaN are left out, and so is a scalar without any.
     """
     found = {}
     for name in rows[0]:

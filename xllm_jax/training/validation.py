@@ -205,7 +205,7 @@ class Evaluation:
         self._left_out = left_out
 
     def _sums(self, state: TrainState, batch: Any, planned: Planned) -> dict[str, WeightedMean]:
-        """Fetched: a batch at a time, so that a stall is told with its batch."""
+        """Fetched: a batch at a time, so that a stall is reported with its batch."""
         sums, outputs = jax.device_get(self._compiled((state, self._unread), batch))
         return sums | {n: metric.measured(outputs[n], planned) for n, metric in self._task.items()}
 
@@ -226,7 +226,7 @@ class Evaluation:
             )
 
     def told(self, number: int, found: Mapping[str, float]) -> str:
-        """A measurement as a line."""
+        """One line about a measurement."""
         shown = [f"{name} {found[PREFIX + name]:.4g}" for name in SHOWN if PREFIX + name in found]
         more = f"; {len(self._left_out)} left out{self._first()}" if self._left_out else ""
         seconds = f"{found[PREFIX + 'seconds']:.1f} s"

@@ -284,7 +284,7 @@ def _first_rows(longer: np.ndarray, shorter: np.ndarray, path: str) -> np.ndarra
 
 
 def _check_tied(source: Mapping[str, np.ndarray]) -> None:
-    """The decoder repeats the word table and the head's bias; a file where it does not is told."""
+    """The decoder repeats the word table and the head's bias; where it does not, it is refused."""
     for name, tied in (("weight", WORDS), ("bias", "Qformer.cls.predictions.bias")):
         decoder = f"{DECODER}.{name}"
         if decoder in source and not np.array_equal(source[decoder], source[tied]):

@@ -29,7 +29,7 @@ class Recorded:
         self.params, _ = import_tree(self.table, replay.weights("layer/"), shapes, drop=DROPPED)
 
     def block(self, **fields: Any) -> ConformerBlock:
-        """Our block; like the reference it does not mask padding unless it is told to."""
+        """Our block; like the reference it does not mask padding unless it is asked to."""
         return ConformerBlock(**self.sizes, **({"mask_padding": False} | fields))
 
     def run(self, valid: np.ndarray, **fields: Any) -> tuple[jax.Array, dict[str, Any]]:

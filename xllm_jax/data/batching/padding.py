@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from xllm_jax.core.stage import Data
 from xllm_jax.data.media import modalities
 
-ENOUGH = 20  # batches that are looked at before a run is told
+ENOUGH = 20  # batches that are looked at before a run is warned
 MOST = 0.2  # share of the places that may be empty without a word
 HINTS = {
     "tokens": "lower data.length, or raise data.examples or lower data.rows to pack more per row",

@@ -1,6 +1,6 @@
 """Decoding in worker processes, so that a file on which a decoder hangs or dies costs one record.
 
-A decoder is somebody else's C code: it can loop for ever or end its process on damaged input, and
+A decoder is somebody else's C code: it can loop forever or end its process on damaged input, and
 a thread can be neither stopped nor replaced. So each decoding thread has a worker process; a worker
 that does not answer by the deadline is killed, and the next file starts a new one. The kernel also
 bounds the memory that one file may take, and a worker that has kept too much of it is replaced.

@@ -217,7 +217,7 @@ def _steps(found: Modality, path: str) -> int:
     try:
         return found.count(path)
     except UserError:
-        return 1  # opening it will tell, where all bad files are told
+        return 1  # opening it reports it, as for all bad files
 
 
 def spoken_tokens(example: Example) -> int:

@@ -41,7 +41,7 @@ class Place:
 class Carried(str):
     """The name of a medium whose bytes its row brought along, as in Arrow and ArrayRecord.
 
-    It is told in messages and lists like any other path, and `source` opens its `content`.
+    Messages and lists name it like any other path, and `source` opens its `content`.
     """
 
     content: bytes

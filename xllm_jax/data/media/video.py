@@ -24,7 +24,7 @@ from xllm_jax.data.media.modality import Modality
 
 REFERENCE_SECONDS = 60  # the repository reads at most this many seconds after the first frame
 END_SECONDS = 2.0  # annotated clips may start so much behind the last frame
-MOST_FRAMES = 200_000  # decoded at most; a damaged index cannot keep the reader busy for ever
+MOST_FRAMES = 200_000  # decoded at most; a damaged index cannot keep the reader busy forever
 
 
 def load(

@@ -76,7 +76,7 @@ def examples(
 
 
 def _count(row: Any, kind: str) -> int:
-    """Examples of a video; a broken row counts once, and is told when it is read."""
+    """Examples of a video; a broken row counts once, and is reported when it is read."""
     sentences = row.get("sentences") if isinstance(row, dict) and kind == "clips" else None
     return max(len(sentences), 1) if isinstance(sentences, list) else 1
 

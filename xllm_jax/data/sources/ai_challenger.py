@@ -66,7 +66,7 @@ def examples(
 
 
 def _count(row: Any) -> int:
-    """Captions of a row; a broken row counts once, and is told when it is read."""
+    """Captions of a row; a broken row counts once, and is reported when it is read."""
     captions = row.get("caption") if isinstance(row, dict) else None
     return max(len(captions), 1) if isinstance(captions, list) else 1
 

@@ -57,7 +57,7 @@ def examples(
     audio: str = "",
     videos: str = "",
 ) -> Sequence[Example]:
-    """Examples of one file, in its order; the form of every row is told by its keys.
+    """Examples of one file, in its order; the keys of a row tell its form.
 
     Args:
       path: file or folder of the layout above.

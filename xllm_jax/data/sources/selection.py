@@ -103,7 +103,7 @@ def _picked(file: pathlib.Path) -> np.ndarray:
 
 
 def _check(picked: np.ndarray, sizes: list[int], texts: int, where: str) -> None:
-    """Looks whether everything is there, so that a source that became shorter is told at once."""
+    """Looks whether everything is there, so that a shorter source is reported at once."""
     source, record, instruction = picked.T
     if ((source < 0) | (source >= len(sizes))).any():
         raise UserError("names a source that selection.json lacks", field=where)

@@ -87,7 +87,7 @@ def _read(file: pathlib.Path, kind: str) -> tuple[Spans, tuple[Spans, ...], np.n
     """(dialogues, questions and answers, examples of each dialogue)."""
 
     def count(talk: Any, _: int) -> int:
-        """A broken dialogue counts once, and is told when it is read."""
+        """A broken dialogue counts once, and is reported when it is read."""
         rows = talk.get("dialog") if isinstance(talk, dict) else None
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             return 1

@@ -75,7 +75,7 @@ def _image_number(name: str) -> int | None:
 
 
 def _count(row: Any, name: str) -> int:
-    """Examples of an image; a broken row counts once, and is told when it is read."""
+    """Examples of an image; a broken row counts once, and is reported when it is read."""
     inside = row.get(name) if isinstance(row, dict) else None
     return len(inside) if isinstance(inside, list) else 1
 

@@ -57,7 +57,7 @@ def build(
       split: of the source.
       options: of the reader.
       threshold: least similarity that is kept: the paper's 0.45 by default.
-      clip: in the place of `scores`, a base of CLIP that computes them.
+      clip: instead of `scores`, a base of CLIP that computes them.
       tokenizer: folder of CLIP's tokenizer, where the base has none.
       batch: pairs that CLIP looks at together.
       beam, workers: as of `runner.options`; where one is given, Beam filters, otherwise NumPy does,

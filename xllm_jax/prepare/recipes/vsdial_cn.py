@@ -182,7 +182,7 @@ def speak(
 
 
 def note(said: tuple[str, str]) -> None:
-    """Notes beside a file what it says."""
+    """Writes the text that an audio file speaks into a JSON file beside it."""
     text, file = said
     atomic.write_json(Path(file).with_suffix(".json"), {"text": text})
 
