@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import subprocess
@@ -79,24 +80,22 @@ def test_answers_do_not_depend_on_the_batch(restored, examples):
 
 def test_prompts_hold_every_file_once_and_in_order(restored, examples, files):
     model = assistant.Assistant(restored, rows=4, max_tokens=6)
-    model.encode(examples)
+    encoded = model.encode(examples)
     queries = model.data.embeddings["image"]
-    both = model.prompt(examples[2])
+    both, heard = (model.prompt(examples[number], encoded) for number in (2, 1))
     places = both.index["image"]
     assert places[places >= 0].tolist() == list(range(2 * queries))
-    heard = model.prompt(examples[1])
-    fired = model._encoded["speech", files["speech"]].size
+    fired = encoded["speech", files["speech"]].size
     assert (heard.index["speech"] >= 0).sum() == fired > 0
-    # Embeddings stand in the row's table behind those of the modality before.
-    table, index = model._places([heard, both], 128)
-    order = list(heard.index)
-    rows = np.concatenate([model._encoded[name, files[name]].embeddings for name in order])
-    np.testing.assert_array_equal(table[0, : len(rows)], rows)
-    ends = {name: start for name, start in zip(order, (0, len(rows)))}
-    if order[0] == "speech":
-        ends["image"] = len(model._encoded["speech", files["speech"]].embeddings)
-    image = index[0, : len(heard.ids)][heard.index["image"] >= 0]
-    assert image.tolist() == list(range(ends["image"], ends["image"] + queries))
+    media = model.batch([heard, both], encoded).media
+    for name, count in (("speech", 1), ("image", 2)):
+        values = media[name].values
+        assert values.shape[:2] == (4, count)
+        np.testing.assert_array_equal(values[0, :1], encoded[name, files[name]].embeddings)
+        index = media[name].index[0]
+        np.testing.assert_array_equal(index[: len(heard.ids)], heard.index[name])
+        assert (index[len(heard.ids) :] == -1).all()
+    assert not media["speech"].values[1].any() and (media["speech"].index[1] == -1).all()
 
 
 def test_the_same_states_as_the_training_path(restored, examples, files):
@@ -106,13 +105,67 @@ def test_the_same_states_as_the_training_path(restored, examples, files):
     from xllm_jax.data.record import Record
 
     model = assistant.Assistant(restored, rows=1, max_tokens=6)
-    model.encode(examples[:1])
+    found = model.encode(examples[:1])["image", files["image"]].embeddings
     record = Record(Example("x"))
     values, lengths = modalities.load("image", files["image"], model.data, record, 0, False)
     item = Media(values[None], lengths[None], None, np.zeros((1, 0), np.int32))
     wanted, _ = model.model.encode(model.params, "image", item)
-    found = model._encoded["image", files["image"]].embeddings
-    np.testing.assert_allclose(found, np.asarray(wanted)[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found[0], np.asarray(wanted)[0], rtol=1e-4, atol=1e-5)
+    again = Media(found[None], np.ones((1, 1), np.int32), None, item.index)
+    spliced, _ = model.model.encoded.encode(model.params, "image", again)
+    np.testing.assert_array_equal(spliced[0], found[0])
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Sizes of the batches that are encoded, in a list that grows."""
+    sizes, encode = [], assistant._encode
+
+    def watched(model, modality, params, media):
+        sizes.append(int((media.lengths > 0).any(axis=1).sum()))
+        return encode(model, modality, params, media)
+
+    monkeypatch.setattr(assistant, "_encode", watched)
+    return sizes
+
+
+def seen(path: Path) -> Example:
+    return Example("seen", (("image", str(path)),), "图中有什么？")
+
+
+def test_a_file_is_encoded_once_by_its_content(restored, world, tmp_path, counted):
+    first, second = sorted(world.glob("coco/test/*.jpg"))[:2]
+    one, copy = tmp_path / "one.jpg", tmp_path / "copy.jpg"
+    for path in (one, copy):
+        path.write_bytes(first.read_bytes())
+    model = assistant.Assistant(restored, rows=4, max_tokens=6)
+    alike = model.encode([seen(one), seen(copy)])
+    assert counted == [1] and alike["image", str(one)] is alike["image", str(copy)]
+    assert model.encode([seen(copy)])["image", str(copy)] is alike["image", str(copy)]
+    one.write_bytes(second.read_bytes())
+    changed = model.encode([seen(one)])["image", str(one)]
+    assert counted == [1, 1]
+    assert np.abs(changed.embeddings - alike["image", str(copy)].embeddings).max() > 0
+    model.data = dataclasses.replace(model.data, image=model.data.image | {"flip": True})
+    model.encode([seen(copy)])
+    assert counted == [1, 1, 1]  # other preprocessing
+
+
+def test_remembered_files_stay_below_the_bound(restored, world, counted):
+    paths = sorted(world.glob("coco/test/*.jpg"))[:3]
+    model = assistant.Assistant(restored, rows=1, max_tokens=6)
+    size = model.encode([seen(paths[0])])["image", str(paths[0])].embeddings.nbytes
+    model = assistant.Assistant(restored, rows=1, max_tokens=6, cache_bytes=2 * size)
+    for path in (*paths[:2], paths[0], paths[2]):
+        model.encode([seen(path)])
+        assert model.cache.bytes == len(model.cache) * size <= 2 * size
+    del counted[:]
+    model.encode([seen(paths[0]), seen(paths[2])])
+    assert counted == []
+    model.encode([seen(paths[1])])  # the least recently used went
+    assert counted == [1]
+    tiny = assistant.Assistant(restored, rows=1, max_tokens=6, cache_bytes=size - 1)
+    assert len(tiny.encode(list(map(seen, paths)))) == 3 and tiny.cache.bytes == 0
 
 
 def test_recognizer(folder, world, files):

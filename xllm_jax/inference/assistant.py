@@ -1,9 +1,9 @@
 """A trained X-LLM that answers: files and a question become text.
 
-Files are encoded once, by modality and in batches, and remembered; a question about them costs the
-LLM alone. The number of embeddings of a spoken file is what CIF fired, so that the prompt has the
-very form it has in training. Shapes come from few buckets: nothing compiles again after the first
-answers.
+Files are encoded once, by modality and in batches, and remembered by their content; a question
+about them costs the LLM alone. The number of embeddings of a spoken file is what CIF fired, so that
+the prompt has the very form it has in training. Shapes come from few buckets: nothing compiles
+again after the first answers.
 """
 
 from __future__ import annotations
@@ -17,36 +17,23 @@ from typing import Any
 import jax
 import numpy as np
 
+from xllm_jax.core import checksum
 from xllm_jax.core.batch import Batch, Media
 from xllm_jax.data.example import Example
-from xllm_jax.data.media import modalities
+from xllm_jax.data.media import modalities, paths
 from xllm_jax.data.record import Record
 from xllm_jax.data.text import glm_layout, prompt
 from xllm_jax.data.text.chatglm_tokenizer import ChatGLMTokenizer
-from xllm_jax.inference.decoding import (
-    Decoding,
-    Generated,
-    beam_search,
-    decode,
-    prefill,
-    process_response,
-)
-from xllm_jax.inference.decoding import texts as texts_of
+from xllm_jax.inference import decoding
+from xllm_jax.inference.decoding import Decoding
 from xllm_jax.inference.load_run import Restored
-from xllm_jax.models.xllm import LLM, XLLM, splice
+from xllm_jax.inference.media_cache import Encoded, MediaCache
+from xllm_jax.models.xllm import XLLM
 
-Array = Any
+Files = Mapping[tuple[str, str], Encoded]  # by (modality, path)
 
 LENGTHS = (64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048)
 ITEMS = 32  # media items encoded at a time
-
-
-@dataclasses.dataclass(frozen=True)
-class Encoded:
-    """One file as the LLM reads it: embeddings `[items * stride, D]` and valid ones per item."""
-
-    embeddings: np.ndarray
-    size: int
 
 
 class Assistant:
@@ -56,55 +43,66 @@ class Assistant:
       restored: networks and parameters.
       rows: questions answered at a time; what is missing is padding.
       max_tokens: tokens of an answer, the end token included.
+      cache_bytes: bytes of embeddings that are remembered of files.
     """
 
-    def __init__(self, restored: Restored, rows: int = 1, max_tokens: int = 64):
+    def __init__(
+        self, restored: Restored, rows: int = 1, max_tokens: int = 64, cache_bytes: int = 2**30
+    ):
         self.model, self.params = restored.model, restored.params
         self.data = restored.stage.data
         self.rows, self.max_tokens = rows, max_tokens
         self.tokenizer = ChatGLMTokenizer(self.data.tokenizer)
         self.style = prompt.template(self.data.template)
-        self._encoded: dict[tuple[str, str], Encoded] = {}
+        self.cache = MediaCache(cache_bytes)
 
     def decoding(self, **options: Any) -> Decoding:
-        """How to decode; greedy unless `options` (fields of `generate.Decoding`) say otherwise."""
+        """How to decode; greedy unless `options` (fields of `Decoding`) say otherwise."""
         specials = self.tokenizer.specials
         options = {"max_new_tokens": self.max_tokens} | options
         return Decoding(eos=specials.eop, pad=specials.pad, **options)
 
     def answers(
-        self, examples: Sequence[Example], decoding: Decoding | None = None, seed: int = 0
+        self, examples: Sequence[Example], how: Decoding | None = None, seed: int = 0
     ) -> list[str]:
-        """Answers of all examples, in their order; what they hold as answer is not looked at.
+        """Answers all examples.
+
+        Args:
+          examples: questions with their files; what they hold as answer is not looked at.
+          how: to decode; greedily by default.
+          seed: of sampling.
+
+        Returns:
+          The answers in the examples' order.
 
         Raises:
           UserError: a file cannot be read, a modality is unknown to the model, or a prompt is
             longer than the longest bucket.
         """
         examples = [modalities.rename_cif_media(example, self.data) for example in examples]
-        self.encode(examples)
-        prompts = [self.prompt(example) for example in examples]
+        files = self.encode(examples)
+        prompts = [self.prompt(example, files) for example in examples]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
         key = jax.random.key(seed)
         found: dict[int, str] = {}
         for start in range(0, len(order), self.rows):
             group = order[start : start + self.rows]
             key, used = jax.random.split(key)
-            texts = self._respond([prompts[i] for i in group], decoding or self.decoding(), used)
+            batch = self.batch([prompts[i] for i in group], files)
+            texts = self._texts(batch, how or self.decoding(), used)
             found |= dict(zip(group, texts))
         return [found[i] for i in range(len(examples))]
 
-    def prompt(self, example: Example) -> prompt.Prompt:
-        """The open prompt of one example whose files are encoded.
+    def prompt(self, example: Example, files: Files) -> prompt.Prompt:
+        """The open prompt of one example, given its encoded files.
 
         An example without instruction gets one of its task's, always the same one.
         """
 
         def slot(modality: str, path: str) -> prompt.Slot:
-            stride = self.data.embeddings[modality]
-            items = modalities.find(modality, self.data).items(self.data)
-            size = self._encoded[modality, path].size
-            return prompt.Slot(modality, path, items, size, stride)
+            encoded = files[modality, path]
+            items, stride, _ = encoded.embeddings.shape
+            return prompt.Slot(modality, path, items, encoded.size, stride)
 
         limits = prompt.Limits(LENGTHS[-1], self.max_tokens, strict=True)
         generator = np.random.default_rng(zlib.crc32(example.key.encode()))
@@ -112,113 +110,104 @@ class Assistant:
             example, self.tokenizer, self.style, slot, limits, generator, answer=False
         )
 
-    def encode(self, examples: Sequence[Example]) -> None:
-        """Encodes the files of all examples that have not been met before."""
-        wanted: dict[str, dict[str, Example]] = {}
-        for example in examples:
-            for modality, path in example.media:
-                if modality.startswith(prompt.WRITTEN) or (modality, path) in self._encoded:
-                    continue
-                self.model.parts(modality)
-                wanted.setdefault(modality, {})[path] = example
+    def encode(self, examples: Sequence[Example]) -> dict[tuple[str, str], Encoded]:
+        """All files of the examples; those that are not remembered by their content are encoded."""
+        keys = {
+            (modality, path): self._key(modality, path)
+            for example in examples
+            for modality, path in example.media
+            if not modality.startswith(prompt.WRITTEN)
+        }
+        known: dict[str, Encoded] = {}
+        wanted: dict[str, dict[str, str]] = {}
+        for (modality, path), key in keys.items():
+            found = self.cache.get(key)
+            if found is None:
+                wanted.setdefault(modality, {})[key] = path
+            else:
+                known[key] = found
         for modality, files in wanted.items():
-            items = modalities.find(modality, self.data).items(self.data)
-            each = max(1, min(ITEMS, self.rows) // items)
-            paths = list(files)
-            for start in range(0, len(paths), each):
-                self._encode_batch(modality, paths[start : start + each], each)
+            made = self._encode_files(modality, list(files.values()))
+            for key, encoded in zip(files, made):
+                known[key] = encoded
+                self.cache.put(key, encoded)
+        return {medium: known[key] for medium, key in keys.items()}
 
-    def _encode_batch(self, modality: str, paths: Sequence[str], rows: int) -> None:
-        found = modalities.find(modality, self.data)
-        items = found.items(self.data)
-        values = np.zeros((rows, items, *found.shape(self.data)), np.float32)
-        lengths = np.zeros((rows, items), np.int32)
-        for row, path in enumerate(paths):
-            record = Record(Example(path))
-            values[row], lengths[row] = modalities.load(modality, path, self.data, record, 0, False)
-        item = Media(values, lengths, None, np.zeros((rows, 0), np.int32))
-        made = _encode(self.model, modality, self.params, item)
-        embeddings, counts = map(np.asarray, made)
+    def _key(self, modality: str, path: str) -> str:
+        """Of a file's content and all that turns it into media items."""
+        self.model.parts(modality)
+        fields = modalities.find(modality, self.data).fields
+        options = {name: getattr(self.data, name) for name in fields}
         stride = self.data.embeddings[modality]
-        for row, path in enumerate(paths):
-            size = min(int(counts[row, 0]), stride) if found.spoken else stride
-            self._encoded[modality, path] = Encoded(embeddings[row], size)
+        return checksum.of_json([modality, paths.sha256(path, modality), stride, options])
 
-    def _respond(
-        self, prompts: Sequence[prompt.Prompt], decoding: Decoding, key: Array
-    ) -> list[str]:
-        batch = self._batch(prompts)
-        embeddings, index = self._places(prompts, batch.ids.shape[1])
-        made = _respond(self.model, decoding, self.params[LLM], batch, embeddings, index, key)
-        tokens = np.asarray(made.tokens)
-        tokens = tokens[:, 0] if decoding.beams > 1 else tokens
-        texts = texts_of(tokens[: len(prompts)], self.tokenizer)
-        return [process_response(text) for text in texts]
+    def _encode_files(self, modality: str, files: Sequence[str]) -> list[Encoded]:
+        found, stride = modalities.find(modality, self.data), self.data.embeddings[modality]
+        items = found.items(self.data)
+        rows = max(1, min(ITEMS, self.rows) // items)
+        made: list[Encoded] = []
+        for start in range(0, len(files), rows):
+            group = files[start : start + rows]
+            values = np.zeros((rows, items, *found.shape(self.data)), np.float32)
+            lengths = np.zeros((rows, items), np.int32)
+            for row, path in enumerate(group):
+                record = Record(Example(path))
+                loaded = modalities.load(modality, path, self.data, record, 0, False)
+                values[row], lengths[row] = loaded
+            media = Media(values, lengths, None, np.zeros((rows, 0), np.int32))
+            embeddings, counts = map(np.asarray, _encode(self.model, modality, self.params, media))
+            embeddings = embeddings.reshape(rows, items, stride, -1)
+            for row in range(len(group)):
+                size = min(int(counts[row, 0]), stride) if found.spoken else stride
+                made.append(Encoded(embeddings[row].copy(), size))
+        return made
 
-    def _batch(self, prompts: Sequence[prompt.Prompt]) -> Batch:
-        longest = max(len(one.ids) for one in prompts)
-        length = next((size for size in LENGTHS if size >= longest), LENGTHS[-1])
+    def batch(self, prompts: Sequence[prompt.Prompt], files: Files) -> Batch:
+        """Prompts and the finished embeddings of their media, as `XLLM.encoded` reads them."""
         # Rows without a prompt hold a bare [gMASK] <sop>, so that they end like any other.
         specials = self.tokenizer.specials
         empty = glm_layout.sequence([specials.gmask, specials.sop], specials)
+        longest = max(len(one.ids) for one in prompts)
+        length = next((size for size in LENGTHS if size >= longest), LENGTHS[-1])
         batch = glm_layout.pack([[empty]] * self.rows, length, 1, specials.pad)
         for row, one in enumerate(prompts):
             here = slice(0, len(one.ids))
             batch.ids[row, here], batch.positions[row, here] = one.ids, one.positions
             batch.context[row, here], batch.segments[row, here] = one.context, 1
-        return batch
+        names = sorted({slot.modality for one in prompts for slot in one.slots})
+        media = {name: self._media(name, prompts, files, length) for name in names}
+        return dataclasses.replace(batch, media=media)
 
-    def _places(self, prompts: Sequence[prompt.Prompt], length: int) -> tuple[Array, Array]:
-        """Embeddings of each row, modalities one behind the other, and where they stand."""
-        tables, index = [], np.full((self.rows, length), -1, np.int32)
+    def _media(
+        self, modality: str, prompts: Sequence[prompt.Prompt], files: Files, length: int
+    ) -> Media:
+        """The embeddings of one modality's files, and where they stand."""
+        index = np.full((self.rows, length), -1, np.int32)
+        tables: list[list[np.ndarray]] = []
         for row, one in enumerate(prompts):
-            table: list[np.ndarray] = []
-            for modality, places in one.index.items():
-                start = sum(map(len, table))
-                index[row, : len(places)] = np.where(
-                    places >= 0, places + start, index[row, : len(places)]
-                )
-                table += [
-                    self._encoded[modality, slot.path].embeddings
-                    for slot in one.slots
-                    if slot.modality == modality
-                ]
-            tables.append(table)
-        most = max((sum(map(len, table)) for table in tables), default=0)
-        width = next((e.embeddings.shape[-1] for e in self._encoded.values()), 1)
+            places = one.index.get(modality, index[row, :0])
+            index[row, : len(places)] = places
+            slots = (slot for slot in one.slots if slot.modality == modality)
+            tables.append([files[modality, slot.path].embeddings for slot in slots])
+        shape = next(table[0].shape[1:] for table in tables if table)
+        most = max(sum(map(len, table)) for table in tables)
         # Rounded up, so that few sizes occur.
-        padded = np.zeros((self.rows, -(-most // 32) * 32, width), np.float32)
+        values = np.zeros((self.rows, 2 ** (most - 1).bit_length(), *shape), np.float32)
         for row, table in enumerate(tables):
             if table:
                 joined = np.concatenate(table)
-                padded[row, : len(joined)] = joined
-        return padded, index
+                values[row, : len(joined)] = joined
+        return Media(values, np.ones(values.shape[:2], np.int32), None, index)
+
+    def _texts(self, batch: Batch, how: Decoding, key: jax.Array) -> list[str]:
+        made = decoding.generate(self.model.encoded, self.params, batch, how, key)
+        tokens = np.asarray(made.tokens)
+        tokens = tokens[:, 0] if how.beams > 1 else tokens
+        return list(map(decoding.process_response, decoding.texts(tokens, self.tokenizer)))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "modality"))
 def _encode(
     model: XLLM, modality: str, params: Mapping[str, Any], items: Media
-) -> tuple[Array, Array]:
+) -> tuple[jax.Array, jax.Array]:
     return model.encode(params, modality, items)
-
-
-@functools.partial(jax.jit, static_argnames=("model", "decoding"))
-def _respond(
-    model: XLLM,
-    decoding: Decoding,
-    params: Mapping[str, Any],
-    batch: Batch,
-    embeddings: Array,
-    index: Array,
-    key: Array,
-) -> Generated:
-    """Answers prompts whose media are encoded: `[B, N, D]` embeddings at `[B, T]` places."""
-    llm = functools.partial(model.networks[LLM].apply, {"params": params})
-    x = llm(batch.ids, method="embed")
-    if embeddings.shape[1]:
-        x = splice(x, embeddings, index)
-    room = decoding.max_new_tokens
-    state = prefill(llm, x, batch.segments, batch.context, batch.positions, room)
-    if decoding.beams > 1:
-        return beam_search(llm, state, decoding, x.shape[1])
-    return decode(llm, state, decoding, key)

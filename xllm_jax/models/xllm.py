@@ -7,6 +7,7 @@ Nothing here knows a modality. An `XLLM` composes networks by name, and its para
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Mapping
 from typing import Any
@@ -66,6 +67,12 @@ class XLLM:
         return tuple(
             s for part in self.parts(modality) for s in sections_of(part, self.networks[part])
         )
+
+    @functools.cached_property
+    def encoded(self) -> XLLM:
+        """The same networks for batches whose media are finished embeddings, `[B, M, n, D]`."""
+        done = {name: len(self.chain(name)) for name, _, _ in self.modalities}
+        return dataclasses.replace(self, cached=done)
 
     def encode(
         self,

@@ -10,6 +10,7 @@ Every decoder opens its path by `source`, so that a new place for media is added
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import os
 import re
@@ -110,6 +111,25 @@ def whole(path: str | os.PathLike, kind: str = "") -> io.BytesIO:
     """
     found = source(path, kind)
     return found if isinstance(found, io.BytesIO) else io.BytesIO(read(path))
+
+
+def sha256(path: str | os.PathLike, kind: str = "") -> str:
+    """Hash of what a medium holds (hex, 64 digits), and of its span of time where it has one.
+
+    Args:
+      path: of the medium.
+      kind: 'image', 'video' … for the message.
+
+    Raises:
+      UserError: as `source`, or the file cannot be read.
+    """
+    span = "" if isinstance(path, Carried) else str(place(path).span or "")
+    found = source(path, kind, spans=True)
+    try:
+        with found if isinstance(found, io.BytesIO) else open(found, "rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.sha256(span.encode())).hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot be read ({error.strerror})", field=str(path)) from error
 
 
 def read(path: str | os.PathLike) -> bytes:
