@@ -1,25 +1,40 @@
-# Two commands do everything: `make demo` and `make test`. Both set up .venv first.
+# Two commands do everything: `make demo` and `make test`. Both set up .venv first, with the versions
+# of requirements.lock. PYTHON=python3.12 takes another Python, which makes .venv anew.
 PYTHON ?= python3
 BIN := .venv/bin
+VERSION := import sys; print(sys.version_info[:2])
 
-.PHONY: demo test lint chat backbones clean
+# pip's output goes to a log that is shown when it fails.
+define install
+	@echo "Installing into .venv (log: .venv/pip.log)"
+	@$(BIN)/python -m pip install --disable-pip-version-check --constraint=requirements.lock $(1) \
+	  >.venv/pip.log 2>&1 || { cat .venv/pip.log >&2; exit 1; }
+endef
 
-.venv/ready: requirements.txt pyproject.toml
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e .
+.PHONY: demo test lint chat backbones lock clean
+
+ifeq ($(origin PYTHON),command line)
+ifneq ($(shell $(PYTHON) -c '$(VERSION)'),$(shell $(BIN)/python -c '$(VERSION)' 2>/dev/null))
+CLEAR := --clear
+.PHONY: .venv/ready
+endif
+endif
+
+.venv/ready: requirements.txt requirements.lock pyproject.toml
+	@$(PYTHON) -m venv $(CLEAR) .venv
+	$(call install,--editable=.)
 	@touch $@
 
 .venv/ready-test: .venv/ready
-	$(BIN)/python -m pip install --quiet -e '.[test]'
+	$(call install,--editable='.[test]')
 	@touch $@
 
 # QUICK=1 does the same in about three minutes with whatever quality that gives.
 demo: .venv/ready
-	$(BIN)/python launch/demo.py --output=demo $(if $(QUICK),--quick)
+	$(BIN)/xllm demo --output=demo $(if $(QUICK),--quick)
 
 chat: .venv/ready
-	$(BIN)/python launch/chat.py --checkpoint=demo/runs/stage3
+	$(BIN)/xllm chat --checkpoint=demo/runs/stage3
 
 test: .venv/ready-test
 	$(BIN)/ruff check .
@@ -30,14 +45,22 @@ lint: .venv/ready-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Trains the shipped backbones of the embedded world again (about an hour on two cores).
+# Writes the versions that requirements.txt and the extras of pyproject.toml resolve to, for every
+# Python. Pins that still fit are kept; UPGRADE=1 takes the newest.
+lock: .venv/ready
+	$(call install,uv)
+	$(BIN)/uv pip compile --quiet --universal --python-version=3.11 --all-extras --no-annotate \
+	  --no-emit-index-url --no-emit-find-links --custom-compile-command='make lock' \
+	  $(if $(UPGRADE),--upgrade) --output-file=requirements.lock pyproject.toml
+
+# Trains the shipped backbones of the synthetic world again (about an hour on two cores).
 backbones: .venv/ready
 	mkdir -p backbones
-	cd backbones && ../$(BIN)/python ../launch/build_backbones.py --output=bases --tokenizer
-	cd backbones && ../$(BIN)/python ../launch/train.py --config=../configs/world_llm.py --workdir=runs/world_llm
-	cd backbones && ../$(BIN)/python ../launch/train.py --config=../configs/world_vision.py --workdir=runs/world_vision
-	cd backbones && ../$(BIN)/python ../launch/train.py --config=../configs/world_bert.py --workdir=runs/world_bert
-	cd backbones && ../$(BIN)/python ../launch/build_backbones.py --output=bases --export=runs
+	cd backbones && ../$(BIN)/xllm build-backbones --output=bases --tokenizer
+	cd backbones && ../$(BIN)/xllm train --config=world_llm --workdir=runs/world_llm
+	cd backbones && ../$(BIN)/xllm train --config=world_vision --workdir=runs/world_vision
+	cd backbones && ../$(BIN)/xllm train --config=world_bert --workdir=runs/world_bert
+	cd backbones && ../$(BIN)/xllm build-backbones --output=bases --export=runs
 
 clean:
 	rm -rf .venv demo backbones

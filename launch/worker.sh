@@ -21,7 +21,7 @@ setup() {
   cd "$CODE"
   PATH=$HOME/.local/bin:$PATH
   uv venv --quiet --allow-existing --python 3.11 .venv
-  uv pip install --quiet --python .venv/bin/python -e . 'jax[tpu]'
+  uv pip install --quiet --python .venv/bin/python --constraint requirements.lock -e '.[tpu]'
   touch .venv/ready
   echo "$NAME is ready"
 }

@@ -16,7 +16,8 @@ from xllm_jax.core.errors import UserError
 from xllm_jax.launch import cli, commands
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("pyproject.toml", "requirements.txt", "README.md", "xllm_jax", "configs", "launch")
+FILES = ("pyproject.toml", "requirements.txt", "README.md", "LICENSE")
+FOLDERS = ("xllm_jax", "configs", "launch")
 
 
 def xllm(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
@@ -99,13 +100,11 @@ def test_a_file_goes_before_a_packaged_stage(tmp_path, monkeypatch):
 def wheel(tmp_path_factory) -> Path:
     """The wheel, built from a copy of the sources."""
     folder = tmp_path_factory.mktemp("wheel")
-    for name in SOURCES:
-        if (ROOT / name).is_dir():
-            skip = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(ROOT / name, folder / "source" / name, symlinks=True, ignore=skip)
-        else:
-            (folder / "source").mkdir(exist_ok=True)
-            shutil.copy(ROOT / name, folder / "source")
+    for name in FOLDERS:
+        skip = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, folder / "source" / name, symlinks=True, ignore=skip)
+    for name in FILES:
+        shutil.copy(ROOT / name, folder / "source")
     options = ("--no-deps", "--no-index", "--no-build-isolation", f"--wheel-dir={folder}")
     run(sys.executable, "-m", "pip", "wheel", *options, folder / "source")
     (found,) = folder.glob("*.whl")
@@ -148,7 +147,7 @@ def run(*command: str | Path, cwd: Path | None = None) -> str:
 def test_the_wheel_holds_one_package_with_its_stages_and_backbones(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {n.split("/")[0].split("-")[0] for n in names} == {"xllm_jax"}
-    for file in ("configs/stage2_image.py", "launch/train.py", "launch/gke/render.py"):
+    for file in ("configs/stage2_image.py", "launch/train.py", "launch/gke/render.py", "py.typed"):
         assert f"xllm_jax/{file}" in names
     backbones = ROOT / "xllm_jax" / "data" / "synthetic_world" / "backbones"
     shipped = {str(p.relative_to(ROOT)) for p in backbones.rglob("*") if p.is_file()}
