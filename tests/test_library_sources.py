@@ -273,4 +273,4 @@ def test_hugging_face_says_what_to_install(monkeypatch, tmp_path):
 )
 def test_broken_rows(row, message):
     with pytest.raises(UserError, match=message):
-        columns.example(row, columns.Columns(image="image", answer="text"), "0", "row", 0)
+        columns.example(row, columns.Columns({"image": "image"}, answer="text"), "0", "row", 0)

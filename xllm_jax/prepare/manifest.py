@@ -45,7 +45,7 @@ def finish(plan: Plan) -> dict[str, Any]:
         for name, split in splits.items()
     }
     about = f"{plan.source.reader} as xllm_jax reads it, prepared by launch/prepare.py."
-    prepared.describe(plan.output, plan.name, shards, plan.modalities, about, plan.several)
+    prepared.describe(plan.output, plan.name, shards, plan.media(), about, plan.several)
     return made
 
 

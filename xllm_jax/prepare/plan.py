@@ -15,6 +15,8 @@ from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
 from xllm_jax.data import mixture
 from xllm_jax.data.example import Example
+from xllm_jax.data.media.modalities import stored
+from xllm_jax.data.media.modality import Modality
 from xllm_jax.data.rows import prepared
 
 PLAN = "plan.json"
@@ -71,6 +73,11 @@ class Plan:
         about = dataclasses.asdict(dataclasses.replace(self, output=""))
         return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
+    def media(self) -> dict[str, Modality]:
+        """{name: Modality} of the set, in the order of `modalities`."""
+        known = stored(self.source)
+        return {name: known[name] for name in self.modalities}
+
     def todo(self) -> list[int]:
         """Shards that are not finished."""
         return [shard for shard in range(self.shards) if not finished(self, shard)]
@@ -115,7 +122,11 @@ def make(
     media = {prepared.modalities(one) for one in seen}
     mixed = len(media) > 1 or any(len(set(one)) < len(one) for one in media)
     several = mixed if several is None else several
-    wanted = prepared.MODALITIES if several else prepared.modalities(seen[0])
+    known = stored(source)
+    for name in sorted({name for one in media for name in one} - known.keys()):
+        hint = "Name its record by the reader's option 'modalities'"
+        raise UserError(f"unknown modality {name!r}", field=source.reader, hint=hint)
+    wanted = tuple(known) if several else prepared.modalities(seen[0])
     content = _hash([dataclasses.replace(one, media=()) for one in seen])
     made = Plan(name, source, output, len(found), per_shard, wanted, check, several, content)
     _same_or_new(made)

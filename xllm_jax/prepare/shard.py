@@ -53,13 +53,14 @@ def _records(
     """Writes the records that can be used; returns their number and the others."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    kinds, records, rejects = prepared.features(plan.modalities, plan.several), 0, []
+    media = plan.media()
+    kinds, records, rejects = prepared.features(media, plan.several), 0, []
     writer = ArrayRecordWriter(str(file), "group_size:1")
     try:
         for place in plan.places(shard):
             try:
                 example = mixture.checked(found[place])
-                row = prepared.row(example, plan.modalities, plan.check, plan.several)
+                row = prepared.row(example, media, plan.check, plan.several)
             except UserError as error:
                 key = f"{plan.name}[{place}]"
                 rejects.append({"key": key, "file": error.field, "reason": error.what})

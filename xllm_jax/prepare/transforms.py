@@ -20,6 +20,7 @@ from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
 from xllm_jax.data import mixture
 from xllm_jax.data.media import speech
+from xllm_jax.data.media.modalities import stored
 from xllm_jax.data.rows import prepared
 from xllm_jax.data.sources import layout
 from xllm_jax.data.synthetic_world import speak
@@ -143,10 +144,11 @@ class Usable:
         """The place, and {'key', 'file', 'reason'} if it cannot be used."""
         if self._found is None:
             self._found = mixture.read(self._name, self._source, "")
+        known = stored(self._source)
         try:
             example = mixture.checked(self._found[place])
             for modality, path in example.media:
-                prepared.decodable(modality, path)
+                prepared.decodable(known[modality], path)
         except UserError as error:
             key = f"{self._name}[{place}]"
             return place, {"key": key, "file": error.field, "reason": error.what}

@@ -15,7 +15,7 @@ import numpy as np
 
 from xllm_jax.core import lookup
 from xllm_jax.core.errors import UserError
-from xllm_jax.core.stage import Data
+from xllm_jax.core.stage import Data, Source
 from xllm_jax.data.example import Example
 from xllm_jax.data.media import cif_features, image, speech, video
 from xllm_jax.data.media.modality import FRAMES, Modality
@@ -48,9 +48,17 @@ def named(places: Mapping[str, str], field: str = "data.modalities") -> dict[str
     return MODALITIES | {name: _record(name, place, field) for name, place in places.items()}
 
 
-def stored(places: Mapping[str, str]) -> dict[str, Modality]:
-    """{name: Modality} of everything that a reader's examples may hold, see `named`."""
-    return MODALITIES | {CIF: cif_features.MODALITY} | named(places)
+def stored(source: Source | None = None) -> dict[str, Modality]:
+    """{name: Modality} of everything that a reader's examples may hold.
+
+    Args:
+      source: whose option 'modalities', if it has one, names further ones as in `named`.
+
+    Raises:
+      UserError: no such record.
+    """
+    places = source.options.get("modalities", {}) if source else {}
+    return MODALITIES | {CIF: cif_features.MODALITY} | named(places, "modalities")
 
 
 def _record(name: str, place: str, field: str) -> Modality:

@@ -15,11 +15,11 @@ import numpy as np
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
+from xllm_jax.data.media import modalities
+from xllm_jax.data.media.modality import Modality
 from xllm_jax.data.media.paths import Carried
 
-MODALITIES = ("image", "video", "speech")
-TASKS = {"image": ("caption", "vqa"), "video": ("video_caption", "vqa"), "": ("text", "text")}
-TASKS["speech"] = ("asr", "spoken_vqa")
+PLACES = "modalities"  # option of the readers that yield further modalities
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,25 +27,40 @@ class Columns:
     """Which column is what; '' is none, and 'captions.text' looks into a column.
 
     Attributes:
-      image, video, speech: media, or lists of them.
+      media: {modality: its column} of media, or of lists of them; '' is none here, too.
       answer: the text to be learnt; of a list the first, and all are references.
       question: the instruction.
       transcript: what the speech says; the answer, where speech has no question.
       task: of the examples; '' for what the columns suggest.
+      places: where the records of further modalities are, see `modalities.named`.
     """
 
-    image: str = ""
-    video: str = ""
-    speech: str = ""
+    media: Mapping[str, str]
     answer: str = ""
     question: str = ""
     transcript: str = ""
     task: str = ""
+    places: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
-    def media(self) -> dict[str, str]:
-        """{modality: column} of those that there are."""
-        columns = {name: getattr(self, name) for name in MODALITIES}
-        return {name: column for name, column in columns.items() if column}
+    def present(self) -> dict[str, str]:
+        """{modality: column} of the media that there are, in the order of the modalities.
+
+        Raises:
+          UserError: a column of an unknown modality.
+        """
+        return {n: self.media[n] for n in self.modalities() if self.media.get(n)}
+
+    def modalities(self) -> dict[str, Modality]:
+        """{name: Modality} of all that there may be.
+
+        Raises:
+          UserError: a column of another one.
+        """
+        known = modalities.named(self.places, PLACES)
+        for name in self.media.keys() - known.keys():
+            hint = f"Name its record by the option {PLACES!r}"
+            raise UserError(f"unknown modality {name!r}", field="media", hint=hint)
+        return known
 
     def check(self, known: Mapping[str, Any] | list[str], where: str) -> None:
         """Looks whether the columns are there.
@@ -53,7 +68,7 @@ class Columns:
         Raises:
           UserError: one is not; tells which are.
         """
-        for name in (*self.media().values(), self.answer, self.question, self.transcript):
+        for name in (*self.present().values(), self.answer, self.question, self.transcript):
             if name.partition(".")[0] not in ("", *known):
                 found = ", ".join(sorted(map(str, known)))
                 raise UserError(f"no column {name!r}", field=where, hint=f"Columns: {found}")
@@ -72,9 +87,10 @@ def example(row: Mapping[str, Any], columns: Columns, key: str, where: str, rate
     Raises:
       UserError: a medium or a text that is missing or of another kind.
     """
+    present, known = columns.present(), columns.modalities()
     media = tuple(
         (modality, _medium(one, f"{where}.{column}", rate))
-        for modality, column in columns.media().items()
+        for modality, column in present.items()
         for one in _several(_value(row, column, where))
     )
     said = tuple(_text(one, where, columns.answer) for one in _texts(row, columns.answer, where))
@@ -82,9 +98,10 @@ def example(row: Mapping[str, Any], columns: Columns, key: str, where: str, rate
     heard = "".join(_text(one, where) for one in _texts(row, columns.transcript, where)[:1])
     if columns.answer and not said:
         raise UserError("has no text", field=f"{where}.{columns.answer}")
-    modality = next(reversed(columns.media()), "")
-    task = columns.task or TASKS[modality][bool(question)]
-    if columns.speech and not columns.transcript and task == "asr":
+    suggested = known[[*present][-1]].tasks[bool(question)] if present else "text"
+    task = columns.task or suggested
+    alone = [known[name].tasks[0] for name in present if known[name].slot == "transcript"]
+    if task in alone and not columns.transcript:
         heard = said[0] if said else ""
     answer = said[0] if said else ""
     return Example(key, media, question, answer, task, references=said, transcript=heard)

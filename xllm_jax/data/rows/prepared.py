@@ -4,7 +4,7 @@
     references                                     list of texts
     history, tags                                  JSON lists
     slots                                          JSON list: the modality of every file, in order
-    image, video, speech, cif                      encoded files as they were, where there are any
+    image, video, speech, cif, …                   encoded files as they were, where there are any
     image_name, video_name …                       their names, perhaps with a span of time
 
 Where every record has the same media, one file each, a medium is a column of single files, and its
@@ -24,27 +24,27 @@ import numpy as np
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
-from xllm_jax.data.media import cif_features, image, paths, speech, video
+from xllm_jax.data.media import modalities as media
+from xllm_jax.data.media import paths
+from xllm_jax.data.media.modality import Modality
 
 TEXTS = ("key", "task", "question", "answer", "transcript", "history", "tags")
-MODALITIES = ("image", "video", "speech", "cif")
-CHECK = {"size": 32, "frames": 1}  # the cheapest way through each decoder
 
 
-def features(modalities: Sequence[str], several: bool = False) -> Any:
+def features(wanted: Mapping[str, Modality], several: bool = False) -> Any:
     """TFDS features of the rows of a set whose examples have these modalities.
 
     Args:
-      modalities: of the set.
+      wanted: {name: Modality} of the set.
       several: a record has any number of files of each; otherwise one.
     """
     from tensorflow_datasets import features as kinds
 
     found: dict[str, Any] = {name: kinds.Text() for name in (*TEXTS, "slots")}
     found["references"] = kinds.Sequence(kinds.Text())
-    for name in modalities:
+    for name, modality in wanted.items():
         encoded = kinds.Tensor(shape=(), dtype=np.object_)
-        single = kinds.Image(shape=(None, None, 3)) if name == "image" else encoded
+        single = kinds.Image(shape=(None, None, 3)) if modality.picture else encoded
         found[name] = kinds.Sequence(encoded) if several else single
         found[f"{name}_name"] = kinds.Sequence(kinds.Text()) if several else kinds.Text()
     return kinds.FeaturesDict(found)
@@ -56,13 +56,13 @@ def modalities(example: Example) -> tuple[str, ...]:
 
 
 def row(
-    example: Example, wanted: Sequence[str], check: bool = True, several: bool = False
+    example: Example, wanted: Mapping[str, Modality], check: bool = True, several: bool = False
 ) -> dict[str, Any]:
     """The row of an example.
 
     Args:
       example: of a reader.
-      wanted: modalities of the set.
+      wanted: {name: Modality} of the set, in the order of the media.
       check: decode every file once.
       several: as in `features`.
 
@@ -84,39 +84,32 @@ def row(
         "tags": json.dumps(example.tags, ensure_ascii=False),
         "slots": json.dumps(has),
     }
-    for name in wanted:
-        places = [path for modality, path in example.media if modality == name]
-        contents = [_content(name, path, check) for path in places]
-        made[name] = contents if several else _single(name, contents[0])
+    for name, modality in wanted.items():
+        places = [path for other, path in example.media if other == name]
+        contents = [_content(modality, path, check) for path in places]
+        made[name] = contents if several else _single(modality, contents[0])
         made[f"{name}_name"] = [str(path) for path in places] if several else str(places[0])
     return made
 
 
-def _content(modality: str, path: str, check: bool) -> bytes:
+def _content(modality: Modality, path: str, check: bool) -> bytes:
     if check:
         decodable(modality, path)
     return paths.read(path)
 
 
-def _single(modality: str, content: bytes) -> Any:
-    return io.BytesIO(content) if modality == "image" else content
+def _single(modality: Modality, content: bytes) -> Any:
+    return io.BytesIO(content) if modality.picture else content
 
 
-def decodable(modality: str, path: str) -> None:
+def decodable(modality: Modality, path: str) -> None:
     """Decodes a file once.
 
     Raises:
       UserError: it cannot be.
     """
     try:
-        if modality == "image":
-            image.read(path)
-        elif modality == "video":
-            video.load(path, CHECK)
-        elif modality == "cif":
-            cif_features.load(path)
-        else:
-            speech.read(path)
+        modality.read(path)
     except UserError:
         raise
     except Exception as error:  # what foreign decoders raise on damaged files has no bounds
@@ -146,13 +139,13 @@ def example(stored: Mapping[str, Any], where: str) -> Example:
     try:
         texts = {name: _text(stored[name]) for name in TEXTS}
         history, tags = json.loads(texts["history"]), json.loads(texts["tags"])
-        media = _media(stored)
+        files = _media(stored)
         references = tuple(map(_text, stored["references"]))
     except (KeyError, ValueError, TypeError, AttributeError, StopIteration) as error:
         raise UserError(f"is no prepared row ({error})", field=where) from error
     return Example(
         texts["key"],
-        media,
+        files,
         texts["question"],
         texts["answer"],
         texts["task"],
@@ -165,9 +158,10 @@ def example(stored: Mapping[str, Any], where: str) -> Example:
 
 def _media(stored: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     """The files of a stored row in the order of its slots."""
-    there = [name for name in MODALITIES if name in stored]
+    known = [name for name in media.stored() if name in stored]  # sets of before have no slots
+    slots = json.loads(_text(stored["slots"])) if "slots" in stored else known
+    there = dict.fromkeys(slots)
     several = any(not isinstance(stored[name], bytes) for name in there)
-    slots = json.loads(_text(stored["slots"])) if "slots" in stored else there
     rest = {
         name: iter(zip(*(stored[c] if several else [stored[c]] for c in (f"{name}_name", name))))
         for name in there
@@ -187,7 +181,7 @@ def describe(
     folder: str,
     name: str,
     splits: Mapping[str, tuple[Sequence[int], int]],
-    wanted: Sequence[str],
+    wanted: Mapping[str, Modality],
     about: str,
     several: bool = False,
 ) -> None:
@@ -197,7 +191,7 @@ def describe(
       folder: of the shards.
       name: of the set.
       splits: {split: (records of each shard, bytes in all)}.
-      wanted: modalities of the set.
+      wanted: {name: Modality} of the set.
       about: a sentence.
       several: as in `features`.
     """

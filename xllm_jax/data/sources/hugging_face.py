@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from xllm_jax.core.errors import UserError
@@ -37,6 +37,8 @@ def examples(
     question: str = "",
     transcript: str = "",
     task: str = "",
+    media: Mapping[str, str] | None = None,
+    modalities: Mapping[str, str] | None = None,
 ) -> Sequence[Example]:
     """Rows of a split, in order, read from Arrow files when they are asked for.
 
@@ -46,19 +48,22 @@ def examples(
       name: of a data set of the hub, such as 'nlphuji/flickr30k'; PATH is its cache.
       config: of the data set, where it has several.
       image, video, speech, answer, question, transcript, task: see `data/rows/columns.py`.
+      media: {modality: column} of further modalities.
+      modalities: {modality: 'package.module:NAME'}, their records.
 
     Raises:
       UserError: `datasets` is not installed, no such data set, split or column; on access, a
         medium or text that is missing.
     """
-    wanted = columns.Columns(image, video, speech, answer, question, transcript, task)
+    named = {"image": image, "video": video, "speech": speech, **(media or {})}
+    wanted = columns.Columns(named, answer, question, transcript, task, modalities or {})
     library = _library()
     rows = _split(_open(library, path, name, config), split, name or path)
     wanted.check(rows.column_names, name or path)
     for column, feature in dict(rows.features).items():
         if type(feature).__name__ in UNDECODED:
             rows = rows.cast_column(column, getattr(library, type(feature).__name__)(decode=False))
-    used = {*wanted.media().values(), answer, question, transcript} - {""}
+    used = {*wanted.present().values(), answer, question, transcript} - {""}
     rows = rows.select_columns(sorted({column.partition(".")[0] for column in used}))
     where = f"{name or os.path.basename(path)}/{split}"
 

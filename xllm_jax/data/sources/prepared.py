@@ -35,7 +35,7 @@ def examples(path: str, split: str = "train", kind: str = "") -> Sequence[Exampl
     """
     if kind:
         _check_kind(pathlib.Path(path) / f"{split}.plan.json", kind)
-    rows, where = tfds.rows(path, "", split, "image")
+    rows, where = tfds.rows(path, "", split)
 
     def example(index: int) -> Example:
         return prepared.example(rows[index], f"{where}[{index}]")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from xllm_jax.core.errors import UserError
@@ -36,6 +36,8 @@ def examples(
     question: str = "",
     transcript: str = "",
     task: str = "",
+    media: Mapping[str, str] | None = None,
+    modalities: Mapping[str, str] | None = None,
     rate: int = 16_000,
 ) -> Sequence[Example]:
     """Rows of a split, in order, read from their shards when they are asked for.
@@ -45,17 +47,20 @@ def examples(
       split: 'train', 'val' (TFDS's 'validation', where there is no 'val'), 'test', or a slice.
       name: of the data set, with a config and version perhaps; '' where PATH is its own folder.
       image, video, speech, answer, question, transcript, task: see `data/rows/columns.py`.
+      media: {modality: column} of further modalities.
+      modalities: {modality: 'package.module:NAME'}, their records.
       rate: samples a second of audio that is stored as numbers.
 
     Raises:
       UserError: no such data set or split, a feature that needs TensorFlow, not kept as
         ArrayRecord, no such column; on access, a medium or text that is missing.
     """
-    wanted = columns.Columns(image, video, speech, answer, question, transcript, task)
+    named = {"image": image, "video": video, "speech": speech, **(media or {})}
+    wanted = columns.Columns(named, answer, question, transcript, task, modalities or {})
     builder = _builder(path, name)
     where = f"{builder.info.full_name}/{split}"
     wanted.check(list(builder.info.features), where)
-    rows = _rows(builder, split, where, image)
+    rows = _rows(builder, split, where, [image] if image and "." not in image else [])
 
     def example(index: int) -> Example:
         key = f"{split}-{index}"
@@ -64,17 +69,16 @@ def examples(
     return layout.not_empty(Lazy(len(rows), example), where, "rows")
 
 
-def rows(path: str, name: str, split: str, image: str) -> tuple[Sequence, str]:
-    """The stored rows of a split, the column `image` left encoded, and their place for messages.
+def rows(path: str, name: str, split: str) -> tuple[Sequence, str]:
+    """The stored rows of a split, its images left encoded, and their place for messages.
 
     Raises:
       UserError: as `examples`.
     """
     builder = _builder(path, name)
     where = f"{builder.info.full_name}/{split}"
-    known = builder.info.features
-    image = image if image in known and type(known[image]).__name__ == "Image" else ""
-    return _rows(builder, split, where, image), where
+    images = [n for n, kind in builder.info.features.items() if type(kind).__name__ == "Image"]
+    return _rows(builder, split, where, images), where
 
 
 def _builder(path: str, name: str) -> Any:
@@ -110,7 +114,7 @@ def _builder_from_files(name: str, path: str) -> Any:
     raise UserError(f"{name!r} is not prepared", field=path, hint=told)
 
 
-def _rows(builder: Any, split: str, where: str, image: str) -> Sequence:
+def _rows(builder: Any, split: str, where: str, encoded: Sequence[str]) -> Sequence:
     from tensorflow_datasets import decode
 
     known = list(builder.info.splits)
@@ -120,9 +124,9 @@ def _rows(builder: Any, split: str, where: str, image: str) -> Sequence:
     name = split if split in known else SPLITS.get(split, split)
     if name.partition("[")[0] not in known:
         raise UserError(f"has no split {split!r}", field=where, hint=f"Splits: {', '.join(known)}")
-    skipped = {image: decode.SkipDecoding()} if image and "." not in image else None
+    skipped = {column: decode.SkipDecoding() for column in encoded}
     try:
-        return builder.as_data_source(split=name, decoders=skipped)
+        return builder.as_data_source(split=name, decoders=skipped or None)
     except NotImplementedError as error:
         hint = "Convert it: tfds convert_format --out_file_format=array_record"
         raise UserError("is not kept as ArrayRecord", field=where, hint=hint) from error
