@@ -118,6 +118,18 @@ def test_bad_settings_are_told():
         optim.make(settings(schedule="tri_stage", minimum=0.0), {}, 10)
 
 
+def test_a_new_epoch_begins_at_its_first_step():
+    """Compiled, as in training: at lengths such as 41 and 47 the quotient once fell below 1."""
+    wrong = []
+    for length in (1, 2, 3, 41, 47, 55, 61, 64, 82, 83):
+        schedule = jax.jit(optim.epoch_cosine(1.0, 0.0, 1.0, 0, length, 4 * length))
+        steps = jnp.asarray([length - 1, length, 2 * length - 1, 2 * length, 3 * length])
+        epochs = np.asarray(steps) // length
+        wanted = np.where(epochs < 1, 1.0, (1 + np.cos(np.pi * epochs / 4)) / 2)
+        wrong += [length] if np.abs(np.asarray(schedule(steps)) - wanted).max() > 1e-6 else []
+    assert wrong == []
+
+
 def test_accumulated_micro_batches_are_one_update_of_their_mean():
     params = {"dense": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}}
     gradients = [

@@ -55,9 +55,9 @@ def epoch_cosine(
     epochs = total_steps / steps_per_epoch
 
     def schedule(step: Any) -> jax.Array:
-        step = _float(step)
-        epoch = jnp.floor(step / steps_per_epoch)
-        warm = jnp.minimum(_warmup(peak, warmup_from, warmup_steps, step), peak)
+        # In integers: compiled, a float quotient of 41 / 41 may lie below 1.
+        epoch = _float(jnp.asarray(step).astype(int) // steps_per_epoch)
+        warm = jnp.minimum(_warmup(peak, warmup_from, warmup_steps, _float(step)), peak)
         return jnp.where(epoch < 1, warm, _half_cosine(peak, minimum, epoch / epochs))
 
     return schedule
