@@ -1,7 +1,7 @@
 """Stage 1, image: the Q-Former learns to read images by ITC, ITM and ITG (BLIP-2's first stage).
 
-    python launch/train.py --config=configs/stage1_image.py --workdir=runs/stage1_image
-    python launch/train.py --config=configs/stage1_image.py:tiny --workdir=runs/stage1_image
+    xllm train --config=stage1_image --workdir=runs/stage1_image
+    xllm train --config=stage1_image:tiny --workdir=runs/stage1_image
 
 The paper skips this stage by loading BLIP-2's Q-Former; it is here for those who start without one,
 and because Table 1 compares both. The vision encoder stays frozen.

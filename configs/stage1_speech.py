@@ -1,7 +1,7 @@
 """Stage 1, speech: the CIF-based ASR model (paper section 3.2 and appendix A).
 
-    python launch/train.py --config=configs/stage1_speech.py --workdir=runs/stage1_speech
-    python launch/train.py --config=configs/stage1_speech.py:tiny --workdir=runs/stage1_speech
+    xllm train --config=stage1_speech --workdir=runs/stage1_speech
+    xllm train --config=stage1_speech:tiny --workdir=runs/stage1_speech
 
 Trains speech encoder, CIF and ASR decoder from scratch with cross-entropy, quantity and CTC losses;
 warm up 24k, hold 36k, decay 120k steps. Utterances come in length buckets, so that a batch wastes

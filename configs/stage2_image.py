@@ -1,7 +1,7 @@
 """Stage 2, image: align the image interface with the frozen LLM (paper section 3.3, Table 7).
 
-    python launch/train.py --config=configs/stage2_image.py --workdir=runs/stage2_image
-    python launch/train.py --config=configs/stage2_image.py:tiny --workdir=runs/stage2_image
+    xllm train --config=stage2_image --workdir=runs/stage2_image
+    xllm train --config=stage2_image:tiny --workdir=runs/stage2_image
 
 Trains the Q-Former, its queries and the adapter on 14M image-text pairs, five epochs. The "no init"
 row of Table 1 is --config.init.image_interface= (an empty value). The reference repository

@@ -1,7 +1,7 @@
 """Stage 2, speech: align the C-Former with the frozen LLM (paper section 3.3, Table 7).
 
-    python launch/train.py --config=configs/stage2_speech.py --workdir=runs/stage2_speech
-    python launch/train.py --config=configs/stage2_speech.py:tiny --workdir=runs/stage2_speech
+    xllm train --config=stage2_speech --workdir=runs/stage2_speech
+    xllm train --config=stage2_speech:tiny --workdir=runs/stage2_speech
 
 Speech encoder and CIF come from stage 1 and stay frozen; the C-Former starts from
 bert-base-chinese. The reference repository has a ReLU behind the adapter:

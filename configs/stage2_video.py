@@ -1,7 +1,7 @@
 """Stage 2, video: align the video interface with the frozen LLM (paper section 3.3, Table 7).
 
-    python launch/train.py --config=configs/stage2_video.py --workdir=runs/stage2_video
-    python launch/train.py --config=configs/stage2_video.py:tiny --workdir=runs/stage2_video
+    xllm train --config=stage2_video --workdir=runs/stage2_video
+    xllm train --config=stage2_video:tiny --workdir=runs/stage2_video
 
 Starts from the stage-2 image interface and trains all of it on MSR-VTT; each frame gives 32
 embeddings, frames in time order. The reference repository trains only the queries and the

@@ -1,7 +1,7 @@
 """Stage 3: integrate. Only the adapters are tuned, on a small multimodal instruction set.
 
-    python launch/train.py --config=configs/stage3_instruction.py --workdir=runs/stage3
-    python launch/train.py --config=configs/stage3_instruction.py:tiny --workdir=runs/stage3
+    xllm train --config=stage3_instruction --workdir=runs/stage3
+    xllm train --config=stage3_instruction:tiny --workdir=runs/stage3
 
 10k instructions: MiniGPT-4 (zh) 3.5k, AISHELL-2 2k, ActivityNet 1k, VSDial-CN 1k and the rest as in
 the paper; two epochs at a constant 1e-6 (paper section 3.4, Table 7).

@@ -1,6 +1,6 @@
 """Pre-trains the mini BERT on the embedded world's text: hidden pieces, and text behind text.
 
-    python launch/train.py --config=configs/world_bert.py --workdir=runs/world_bert
+    xllm train --config=world_bert --workdir=runs/world_bert
 
 The miniature of bert-base: the Q-Former's text branch, its self-attention and the C-Former start
 from it, as the real ones start from the published BERTs. Its result ships with the package; `make

@@ -1,6 +1,6 @@
 """Pre-trains the mini-GLM on the embedded world's text alone: GLM's objective and reading.
 
-    python launch/train.py --config=configs/world_llm.py --workdir=runs/world_llm
+    xllm train --config=world_llm --workdir=runs/world_llm
 
 The text stream holds written scenes, frames and sentences between the tags where features come
 later, so that the LLM can read and answer before it ever sees or hears. Its result ships with the

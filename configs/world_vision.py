@@ -1,6 +1,6 @@
 """Pre-trains the mini ViT on drawn scenes of the embedded world that no demo uses.
 
-    python launch/train.py --config=configs/world_vision.py --workdir=runs/world_vision
+    xllm train --config=world_vision --workdir=runs/world_vision
 
 The miniature of EVA-CLIP: the encoder learns to tell shape, color, size and place by classifying
 patches and cells; held-out pairs of shape and color are never drawn. Only the encoder of the

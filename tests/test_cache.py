@@ -225,7 +225,7 @@ def test_a_changed_source_or_shard_is_named(speech, tmp_path):
     shard.write_bytes(shard.read_bytes()[:-1])
     assert refusal(stage).startswith(f"{shard}: is missing or has not the ")
     shutil.rmtree(copy)
-    with pytest.raises(UserError, match=r"data\.cache: no finished cache in .*launch/cache\.py"):
+    with pytest.raises(UserError, match=r"data\.cache: no finished cache in .*xllm cache"):
         networks.model(stage)
 
 

@@ -310,7 +310,7 @@ def base_about(directory: str | Path) -> dict[str, Any]:
         raise UserError(
             "no base or finished run here",
             field=str(directory),
-            hint="Run the stage that writes it, or launch/convert.py",
+            hint="Run the stage that writes it, or xllm convert",
         )
     return json.loads(file.read_text())
 

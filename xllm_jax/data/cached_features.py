@@ -45,7 +45,7 @@ def manifest(directory: str | Path) -> dict[str, Any]:
     """
     file = Path(directory) / MANIFEST
     if not file.is_file():
-        hint = f"Write it: python launch/cache.py --config=FILE --output={directory}"
+        hint = f"Write it: xllm cache --config=FILE --output={directory}"
         raise UserError(f"no finished cache in {directory}", field="data.cache", hint=hint)
     found = json.loads(file.read_text("utf-8"))
     if found["format"] != FORMAT:
@@ -61,7 +61,7 @@ def steps(directory: str | Path) -> dict[str, int]:
 
 def again(directory: str | Path, config: str) -> str:
     """The command that writes a cache anew."""
-    return f"Write it again: python launch/cache.py --config={config} --output={directory} --again"
+    return f"Write it again: xllm cache --config={config} --output={directory} --again"
 
 
 def shard_name(modality: str, number: int, count: int) -> str:

@@ -82,7 +82,7 @@ def tasks(data: str | Path, limit: int = 0) -> dict[str, measure.Task]:
       UserError: the folder has none of them, or one is broken.
     """
     if not Path(data).is_dir():
-        raise UserError("no such folder", field=str(data), hint="launch/world.py builds one")
+        raise UserError("no such folder", field=str(data), hint="xllm world builds one")
     found = {
         name: spread(mixture.read(name, source, str(data)), limit or MOST.get(name, 300))
         for name, source in SOURCES.items()

@@ -94,7 +94,7 @@ def final(directory: str | Path) -> Path:
         raise UserError(
             "no finished run here (no folder 'final')",
             field=str(directory),
-            hint="Give the --workdir of a run of launch/train.py that has ended",
+            hint="Give the --workdir of a run of xllm train that has ended",
         )
     return found
 

@@ -65,7 +65,7 @@ class Scorer:
     def __init__(self, base: str, tokenizer: str = ""):
         made = conversion_record.read(base) if checkpoint.base_exists(base) else None
         if made is None or made.source != tables.PART:
-            hint = "Make one: launch/convert.py --source=clip --input=clip-vit-base-patch16"
+            hint = "Make one: xllm convert --source=clip --input=clip-vit-base-patch16"
             raise UserError("is no base of CLIP", field=base, hint=hint)
         folder = tokenizer or base
         self._model, self._tokenizer = Clip(**made.options["sizes"]), ClipTokenizer(folder)

@@ -194,7 +194,7 @@ def wording(entry: Entry, values: Mapping[str, float], file: Path) -> str:
     return (
         f"loss {float(values['loss']):.4g}, gradient norm {float(values['gradient_norm']):.4g} at "
         f"micro-batch {entry.number}; samples {', '.join(keys[:NAMED])}{more}; see "
-        f"python launch/replay.py --file={file}"
+        f"xllm replay --file={file}"
     )
 
 
