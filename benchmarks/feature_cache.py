@@ -37,7 +37,7 @@ from xllm_jax.data.media import modalities
 from xllm_jax.data.pipeline import Pipeline
 from xllm_jax.data.synthetic_world import build as world
 from xllm_jax.data.synthetic_world.plan import WorldSizes
-from xllm_jax.feature_cache import check, describe, plan, write
+from xllm_jax.feature_cache import cache_plan, check, describe, write
 
 STAGES = ("stage2_speech", "stage3_instruction")
 REAL = ("stage2_speech", "stage2_image", "stage2_video", "stage3_instruction")
@@ -73,7 +73,7 @@ def compare(name: str, folder: Path, count: int) -> None:
     stage = miniature(name, folder)
     output = folder / f"{name}_cache"
     began = time.process_time()
-    made = plan.make(stage, output, name, 256)
+    made = cache_plan.make(stage, output, name, 256)
     write.run(made, 16)
     wrote, many = time.process_time() - began, sum(len(job.places) for job in made.jobs)
     data = dataclasses.replace(stage.data, cache=str(output))
@@ -105,7 +105,7 @@ def arithmetic(name: str) -> None:
             jax.ShapeDtypeStruct((count, *found.shape(stage.data)), jnp.float32),
             *(jax.ShapeDtypeStruct((count,), jnp.int32) for _ in range(2)),
         )
-        run = functools.partial(plan.outcome, model, modality, depth)
+        run = functools.partial(cache_plan.outcome, model, modality, depth)
         made, _ = jax.eval_shape(run, shapes, *given)
         items[modality] = (stage.data.items[modality], made.shape[1:], made.dtype)
         size, work = made.size * made.dtype.itemsize, flops.measured(run, shapes, *given)

@@ -22,7 +22,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from xllm_jax.core import hosts, watchdog
-from xllm_jax.feature_cache import plan, write
+from xllm_jax.feature_cache import cache_plan, write
 from xllm_jax.launch import cli
 from xllm_jax.launch import hosts as host_flags
 
@@ -53,9 +53,9 @@ def main(_: list[str]) -> None:
 def compute(host: int, count: int, store: hosts.Store | None) -> None:
     """Writes this host's share, and says what became of the cache."""
     config = cli.config_files(sys.argv)["config"]
-    made = plan.make(CONFIG.value, OUTPUT.value, config, SHARD.value, MODALITY.value)
-    print(plan.told(made), flush=True)
-    plan.room(made, MOST.value)
+    made = cache_plan.make(CONFIG.value, OUTPUT.value, config, SHARD.value, MODALITY.value)
+    print(cache_plan.summary(made), flush=True)
+    cache_plan.check_capacity(made, MOST.value)
     found = write.run(made, BATCH.value, host, count, AGAIN.value, store)
     if found is None:
         print(f"Host {host} has written its share; others are still at work")

@@ -20,7 +20,7 @@ from absl import flags
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
 from xllm_jax.launch import cli
-from xllm_jax.prepare import engine, plan
+from xllm_jax.prepare import engine, preparation
 
 SOURCE = flags.DEFINE_string(
     "source", None, "Reader of the data set: the name of a file in xllm_jax/data/sources."
@@ -34,7 +34,9 @@ OPTIONS = flags.DEFINE_string("options", "{}", "Options of the reader, as a JSON
 NAME = flags.DEFINE_string(
     "name", "", "Name of the prepared set; without it, the name of the reader."
 )
-SHARD = flags.DEFINE_integer("shard_records", plan.PER_SHARD, "Number of records in a shard.", 1)
+SHARD = flags.DEFINE_integer(
+    "shard_records", preparation.PER_SHARD, "Number of records in a shard.", 1
+)
 WORKERS = flags.DEFINE_integer(
     "workers", 0, "Number of worker processes; 0 works in this process.", 0
 )
@@ -64,7 +66,7 @@ def options() -> dict[str, Any]:
 def main(_: list[str]) -> None:
     source = Source(SOURCE.value, INPUT.value, SPLIT.value, options())
     name = NAME.value or SOURCE.value
-    made = plan.make(name, source, OUTPUT.value, SHARD.value, CHECK.value)
+    made = preparation.make(name, source, OUTPUT.value, SHARD.value, CHECK.value)
     found = engine.run(made, BEAM.value, WORKERS.value)["splits"][SPLIT.value]
     print(
         f"{found['records']:,} records in {len(found['shards'])} shards, {found['bytes']:,} bytes; "

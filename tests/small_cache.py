@@ -18,7 +18,7 @@ from xllm_jax.core import checkpoint, rules
 from xllm_jax.core.stage import Data, Optimizer, Part, Source, Stage
 from xllm_jax.data import cached_features
 from xllm_jax.feature_cache import write
-from xllm_jax.feature_cache.plan import Job, Plan
+from xllm_jax.feature_cache.cache_plan import FeatureCachePlan, Job
 
 SPEECH_ENCODER = {
     "width": 16, "hidden": 32, "heads": 2, "kernel": 3, "depth": 3, "pools": (1, 2), "channels": 4,
@@ -121,7 +121,7 @@ def changed(stage: Stage, **fields) -> Stage:
     return dataclasses.replace(stage, data=dataclasses.replace(stage.data, **fields))
 
 
-def arithmetic(plan: Plan, job: Job, device_mesh: Any, params: Any) -> write.Compute:
+def arithmetic(plan: FeatureCachePlan, job: Job, device_mesh: Any, params: Any) -> write.Compute:
     """Stands for `write.computation` where nothing is to be compiled."""
 
     def compute(values, lengths, counts):

@@ -25,7 +25,7 @@ from xllm_jax.data import cached_features, mixture, pipeline
 from xllm_jax.data.example import Example
 from xllm_jax.data.media import modalities
 from xllm_jax.data.record import DoesNotFit, Record
-from xllm_jax.feature_cache import check, describe, plan, write
+from xllm_jax.feature_cache import cache_plan, check, describe, write
 from xllm_jax.training import loop
 from xllm_jax.training.step import abstract_state, jit_train_step, stage_objective
 
@@ -47,7 +47,7 @@ def speech(world):
 
 def written(stage, folder, **options):
     """The folder of a stage's finished cache, five media a shard."""
-    made = plan.make(stage, folder, CONFIG, 5, **options)
+    made = cache_plan.make(stage, folder, CONFIG, 5, **options)
     assert write.run(made, 4) is not None
     return folder
 
@@ -274,17 +274,17 @@ def test_hosts_share_the_work_and_a_killed_one_continues(tmp_path, arithmetic):
     stage = small_cache.pictures(small_cache.draw(tmp_path / "pictures", 12))
     whole = small_cache.contents(written(stage, tmp_path / "whole"))
     assert len(whole) == 5  # three shards, the table, the description
-    made = plan.make(stage, tmp_path / "shared", CONFIG, 5)
+    made = cache_plan.make(stage, tmp_path / "shared", CONFIG, 5)
     assert write.run(made, 4, host=1, count=2) is None
     assert write.run(made, 3, host=0, count=2) is not None
     assert small_cache.contents(tmp_path / "shared") == whole
-    job = made.jobs[0]
-    made.note(job, 1).unlink()  # killed between shard and note
-    made.path(job, 1).write_bytes(b"half a shard")
-    before = made.path(job, 0).stat().st_mtime_ns
+    shards = made.shards(made.jobs[0])
+    shards.note(1).unlink()  # killed between shard and note
+    shards.file(1).write_bytes(b"half a shard")
+    before = shards.file(0).stat().st_mtime_ns
     assert write.run(made, 4) is not None
     assert small_cache.contents(tmp_path / "shared") == whole
-    assert made.path(job, 0).stat().st_mtime_ns == before
+    assert shards.file(0).stat().st_mtime_ns == before
 
 
 def test_all_devices_compute(tmp_path):
@@ -295,8 +295,8 @@ def test_all_devices_compute(tmp_path):
 import sys; sys.path[:0] = ['tests', '.']
 import jax, small_cache
 from pathlib import Path
-from xllm_jax.feature_cache import plan, write
-made = plan.make(small_cache.pictures(Path({str(tmp_path / "pictures")!r})),
+from xllm_jax.feature_cache import cache_plan, write
+made = cache_plan.make(small_cache.pictures(Path({str(tmp_path / "pictures")!r})),
                  {str(tmp_path / "both")!r}, '', 5)
 write.run(made, 3)
 print(len(jax.local_devices()))
@@ -323,7 +323,7 @@ print(len(jax.local_devices()))
 def test_another_cache_in_the_folder_is_refused_in_words(tmp_path, arithmetic):
     stage = small_cache.pictures(small_cache.draw(tmp_path / "pictures", 3))
     folder = written(stage, tmp_path / "cache")
-    smaller = plan.make(small_cache.changed(stage, image={"size": 16}), folder, CONFIG, 5)
+    smaller = cache_plan.make(small_cache.changed(stage, image={"size": 16}), folder, CONFIG, 5)
     with pytest.raises(UserError, match=r"data\.image\.size was 32 when .* is 16 now.*--again"):
         write.run(smaller, 4)
     assert write.run(smaller, 4, again=True) is not None
@@ -337,11 +337,11 @@ def test_shared_media_are_kept_once(tmp_path, monkeypatch):
     paths = [str(tmp_path / "pictures" / f"{n:02d}.png") for n in range(2)]
     rows = [Example(f"e{n}", (("image", paths[n % 2]),), "问", "答") for n in range(6)]
     monkeypatch.setattr(mixture, "read", lambda name, source, root: rows)
-    made = plan.make(small_cache.pictures(tmp_path), tmp_path / "cache", CONFIG, 5)
-    assert [plan.Plan.medium(made, made.jobs[0], n)[0] for n in range(2)] == paths
-    assert len(made.jobs[0].places) == 2 and "2 media" in plan.told(made)
+    made = cache_plan.make(small_cache.pictures(tmp_path), tmp_path / "cache", CONFIG, 5)
+    assert [cache_plan.FeatureCachePlan.medium(made, made.jobs[0], n)[0] for n in range(2)] == paths
+    assert len(made.jobs[0].places) == 2 and "2 media" in cache_plan.summary(made)
     with pytest.raises(UserError, match=r"--most_gib: the cache may take .* --most_gib=1 writes"):
-        plan.room(made, 1e-9)
+        cache_plan.check_capacity(made, 1e-9)
 
 
 def test_random_augmentation_is_refused_by_its_field(tmp_path, world):
@@ -349,7 +349,7 @@ def test_random_augmentation_is_refused_by_its_field(tmp_path, world):
     for options in ({"size": 32, "flip": True}, {"size": 32, "scale": (0.5, 1.0)}):
         stage = small_cache.pictures(folder, image=options)
         with pytest.raises(UserError) as caught:
-            plan.make(stage, tmp_path / "cache", CONFIG, 5)
+            cache_plan.make(stage, tmp_path / "cache", CONFIG, 5)
         assert caught.value.field == f"data.image.{list(options)[1]}"
     stage = small_cache.changed(small_cache.stage3(world), speech={"specaugment": True})
     model = networks.model(stage)
@@ -369,7 +369,7 @@ def test_a_loader_that_draws_without_saying_so_is_found_out(tmp_path, arithmetic
         small_cache.draw(tmp_path / "pictures", 1), image={"size": 32, "flip": True}
     )
     stage.data.modalities = {"image": f"{__name__}:UNSAID"}
-    made = plan.make(stage, tmp_path / "cache", CONFIG, 5)
+    made = cache_plan.make(stage, tmp_path / "cache", CONFIG, 5)
     with pytest.raises(UserError, match="loaded differently in every epoch"):
         write.run(made, 4)
 
@@ -394,7 +394,7 @@ def test_bad_media_are_quarantined_as_without_a_cache(tmp_path, arithmetic):
     with pytest.raises(
         UserError, match=r"1 of 6 records could not be read, the last one .*03\.png"
     ):
-        write.run(plan.make(strict, tmp_path / "strict", CONFIG, 9), 4)
+        write.run(cache_plan.make(strict, tmp_path / "strict", CONFIG, 9), 4)
 
 
 def test_a_new_modality_needs_nothing_here(tmp_path, arithmetic, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 import small_cache
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.feature_cache import plan, write
+from xllm_jax.feature_cache import cache_plan, write
 from xllm_jax.launch import cli
 from xllm_jax.launch import hosts as host_flags
 
@@ -17,17 +17,17 @@ SHARD = 2  # media
 WRITE = """
 import pathlib
 import small_cache
-from xllm_jax.feature_cache import plan, write
+from xllm_jax.feature_cache import cache_plan, write
 from xllm_jax.data.record import Record
 
 def die_at(number):
-    medium, seen = plan.Plan.medium, []
+    medium, seen = cache_plan.FeatureCachePlan.medium, []
     def counted(*arguments):
         seen.append(1)
         if len(seen) == number:
             os.kill(os.getpid(), signal.SIGKILL)
         return medium(*arguments)
-    plan.Plan.medium = counted
+    cache_plan.FeatureCachePlan.medium = counted
 
 def main():
     output, store = pathlib.Path({output!r}), hosts.store()
@@ -36,7 +36,7 @@ def main():
         die_at({dies!r})
     with watchdog.Watch(output, 0, store):
         stage = small_cache.pictures(pathlib.Path({pictures!r}))
-        made = plan.make(stage, output, 'configs/small.py', {shard})
+        made = cache_plan.make(stage, output, 'configs/small.py', {shard})
         found = write.run(made, 2, INDEX, COUNT, False, store)
         print('MEDIA', found['modalities']['image']['media'])
 """
@@ -55,7 +55,7 @@ def test_a_writer_is_killed_and_the_same_command_finishes(tmp_path, monkeypatch)
     monkeypatch.setattr(write, "computation", small_cache.arithmetic)
     monkeypatch.setattr(write, "computing", lambda made, device_mesh: {})
     stage = small_cache.pictures(small_cache.draw(tmp_path / "pictures", 14))
-    write.run(plan.make(stage, tmp_path / "whole", "configs/small.py", SHARD), 4)
+    write.run(cache_plan.make(stage, tmp_path / "whole", "configs/small.py", SHARD), 4)
     # One medium is looked at before, and two batches are read ahead.
     codes, said = start(tmp_path, "killed", dies=1 + 2 * SHARD + 4)
     assert codes == [-9, cli.LOST], said

@@ -18,7 +18,7 @@ from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
 from xllm_jax.data.media import image, paths, video
 from xllm_jax.data.sources import instructions, prepared, tfds
-from xllm_jax.prepare import engine, manifest, plan, shard
+from xllm_jax.prepare import engine, manifest, preparation, shard
 
 ROOT = Path(__file__).parents[1]
 COUNT = 10
@@ -45,12 +45,12 @@ GOOD = [number for number in range(COUNT) if number not in REJECTED]
 
 def planned(table, output, per_shard=4, **changes):
     source = Source("table", str(table), **changes)
-    return plan.make("pictures", source, str(output), per_shard)
+    return preparation.make("pictures", source, str(output), per_shard)
 
 
 def write_all(made):
-    found = plan.examples(made)
-    return [shard.write(made, number, found) for number in made.todo()]
+    found = made.examples()
+    return [shard.write(made, number, found) for number in made.shards.todo()]
 
 
 def contents(folder):
@@ -67,7 +67,7 @@ def written(table, tmp_path_factory):
 
 
 def test_what_the_reader_gave_comes_back(table, written):
-    originals = plan.examples(written)
+    originals = written.examples()
     back = prepared.examples(written.output)
     assert len(back) == len(GOOD)
     for number, one in zip(GOOD, back):
@@ -97,25 +97,27 @@ def test_the_manifest_counts_and_names_the_rejects(written):
 
 
 def test_the_same_command_does_nothing_and_a_killed_one_continues(table, written, tmp_path):
-    assert written.todo() == []
+    assert written.shards.todo() == []
     whole = contents(written.output)
     assert engine.run(written)["splits"]["train"]["records"] == len(GOOD)
     assert contents(written.output) == whole
     made = planned(table, tmp_path / "pictures")
-    shard.write(made, 1, plan.examples(made))
-    made.file(0).write_bytes(b"half a shard")  # killed between shard and note
-    beginnings = [made.file(2).with_name(f".{made.file(2).name}.7.partial")]
-    beginnings += [made.file(2).with_name(".pictures-val.array_record-00000-of-00001.7.partial")]
+    shard.write(made, 1, made.examples())
+    made.shards.file(0).write_bytes(b"half a shard")  # killed between shard and note
+    beginnings = [made.shards.file(2).with_name(f".{made.shards.file(2).name}.7.partial")]
+    beginnings += [
+        made.shards.file(2).with_name(".pictures-val.array_record-00000-of-00001.7.partial")
+    ]
     for beginning in beginnings:
         beginning.write_bytes(b"x")
-    assert made.todo() == [0, 2]
+    assert made.shards.todo() == [0, 2]
     with pytest.raises(UserError, match="2 of 3 shards are not written"):
         manifest.finish(made)
     write_all(planned(table, tmp_path / "pictures"))
     manifest.finish(made)
     assert [beginning.exists() for beginning in beginnings] == [False, True]  # of another command
-    shards = [made.file(number).read_bytes() for number in range(3)]
-    assert shards == [written.file(number).read_bytes() for number in range(3)]
+    shards = [made.shards.file(number).read_bytes() for number in range(3)]
+    assert shards == [written.shards.file(number).read_bytes() for number in range(3)]
 
 
 def test_the_command_tells_what_it_did_and_mistakes_in_a_line(table, written):
@@ -136,7 +138,7 @@ KILLED = """
 import os, signal
 from xllm_jax.core.stage import Source
 from xllm_jax.data.rows import prepared
-from xllm_jax.prepare import engine, plan, shard
+from xllm_jax.prepare import engine, preparation, shard
 row, seen = prepared.row, []
 def killing(*given):
     seen.append(given)
@@ -144,9 +146,9 @@ def killing(*given):
         os.kill(os.getpid(), signal.SIGKILL)
     return row(*given)
 prepared.row = killing
-made = plan.make("pictures", Source("table", {table!r}), {output!r}, 4)
-found = plan.examples(made)
-for number in made.todo():
+made = preparation.make("pictures", Source("table", {table!r}), {output!r}, 4)
+found = made.examples()
+for number in made.shards.todo():
     shard.write(made, number, found)
 """
 
@@ -156,23 +158,23 @@ def test_kill_9_leaves_what_is_whole_and_the_same_command_does_the_rest(table, w
     code = KILLED.format(table=str(table), output=str(output))
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == -9
     made = planned(table, output)
-    assert made.todo() == [1, 2] and len(list(output.glob(".*.partial"))) == 1
-    time = made.file(0).stat().st_mtime_ns
+    assert made.shards.todo() == [1, 2] and len(list(output.glob(".*.partial"))) == 1
+    time = made.shards.file(0).stat().st_mtime_ns
     write_all(made)
     manifest.finish(made)
-    assert made.file(0).stat().st_mtime_ns == time and not list(output.glob(".*.partial"))
-    shards = [made.file(number).read_bytes() for number in range(3)]
-    assert shards == [written.file(number).read_bytes() for number in range(3)]
+    assert made.shards.file(0).stat().st_mtime_ns == time and not list(output.glob(".*.partial"))
+    shards = [made.shards.file(number).read_bytes() for number in range(3)]
+    assert shards == [written.shards.file(number).read_bytes() for number in range(3)]
 
 
 def test_a_damaged_shard_is_written_again(table, tmp_path):
     made = planned(table, tmp_path / "pictures")
     write_all(made)
-    content = made.file(0).read_bytes()
-    made.file(0).write_bytes(content[:-1])
-    assert made.todo() == [0]
+    content = made.shards.file(0).read_bytes()
+    made.shards.file(0).write_bytes(content[:-1])
+    assert made.shards.todo() == [0]
     write_all(made)
-    assert made.file(0).read_bytes() == content
+    assert made.shards.file(0).read_bytes() == content
 
 
 def test_another_plan_is_refused_in_words(table, written):
@@ -200,7 +202,7 @@ def test_speech_video_and_dialogues(tmp_path):
     (tmp_path / "train.json").write_text(json.dumps(rows), "utf-8")
     originals = instructions.examples(str(tmp_path))
     source = Source("instructions", str(tmp_path))
-    made = plan.make("talks", source, str(tmp_path / "out"), 2)
+    made = preparation.make("talks", source, str(tmp_path / "out"), 2)
     write_all(made)
     manifest.finish(made)
     back = prepared.examples(made.output)
@@ -232,11 +234,11 @@ def test_several_files_of_a_modality_and_records_of_several_kinds(table, tmp_pat
     ]
     (table / "talks.json").write_text(json.dumps(rows), "utf-8")
     source = Source("instructions", str(table / "talks.json"))
-    made = plan.make("talks", source, str(tmp_path / "out"), 2)
+    made = preparation.make("talks", source, str(tmp_path / "out"), 2)
     assert made.several
     write_all(made)
     manifest.finish(made)
-    originals, back = plan.examples(made), prepared.examples(made.output)
+    originals, back = made.examples(), prepared.examples(made.output)
     assert len(back) == 3  # the last picture is broken
     for one, other in zip(back, originals):
         assert (one.key, one.instruction, one.media) == (other.key, other.instruction, other.media)
@@ -297,8 +299,8 @@ def test_beam_writes_the_same_shards(table, written, tmp_path):
     made = planned(table, tmp_path / "pictures")
     found = engine.run(made)
     assert found["splits"]["train"]["records"] == len(GOOD)
-    for number in range(made.shards):
-        assert made.file(number).read_bytes() == written.file(number).read_bytes()
+    for number in range(made.shards.count):
+        assert made.shards.file(number).read_bytes() == written.shards.file(number).read_bytes()
 
 
 @pytest.mark.filterwarnings("default")
@@ -310,5 +312,5 @@ def test_other_runners_write_the_same_shards(table, written, tmp_path, runner):
         engine.run(made, workers=2)
     else:
         engine.run(made, ["--runner=apache_beam.runners.portability.fn_api_runner.FnApiRunner"])
-    for number in range(made.shards):
-        assert made.file(number).read_bytes() == written.file(number).read_bytes()
+    for number in range(made.shards.count):
+        assert made.shards.file(number).read_bytes() == written.shards.file(number).read_bytes()

@@ -27,7 +27,7 @@ from xllm_jax.data import mixture
 from xllm_jax.data.media import cif_features, paths
 from xllm_jax.data.pipeline import Pipeline
 from xllm_jax.data.text.characters import CharacterVocabulary
-from xllm_jax.prepare import engine, manifest, plan, shard
+from xllm_jax.prepare import engine, manifest, preparation, shard
 from xllm_jax.training import divergence
 from xllm_jax.training.step import TrainState, abstract_state, jit_train_step
 
@@ -224,10 +224,10 @@ def trainers(tmp_path_factory):
 
 def prepared(source, output, name="set"):
     """Prepares a source, through Beam where it is installed; returns the manifest's split."""
-    made = plan.make(name, source, str(output), 4)
+    made = preparation.make(name, source, str(output), 4)
     if importlib.util.find_spec("apache_beam") is None:
-        found = plan.examples(made)
-        for number in made.todo():
+        found = made.examples()
+        for number in made.shards.todo():
             shard.write(made, number, found)
         return manifest.finish(made)["splits"][source.split]
     return engine.run(made)["splits"][source.split]

@@ -6,12 +6,15 @@ takes its name. Between these two moments readers find the old one under its oth
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
+
+import numpy as np
 
 PARTIAL = ".partial"
 REPLACED = ".replaced"
@@ -22,6 +25,14 @@ def partial_name(file: Path) -> Path:
     """Where a file is written before it gets its name: nowhere twice, as process numbers would be
     on two machines that share a folder."""
     return file.with_name(f".{file.name}.{uuid.uuid4().hex}{PARTIAL}")
+
+
+@contextlib.contextmanager
+def whole(file: Path) -> Iterator[Path]:
+    """Where to write a file, which gets its name when the block has ended without an error."""
+    partial = partial_name(file)
+    yield partial
+    partial.replace(file)
 
 
 def remove_partial(folder: Path, names: Collection[str] = ()) -> None:
@@ -38,10 +49,15 @@ def remove_partial(folder: Path, names: Collection[str] = ()) -> None:
 
 def write_json(file: Path, content: object) -> None:
     """Writes JSON whole or not at all."""
-    partial = partial_name(file)
     text = json.dumps(content, ensure_ascii=False, indent=1)
-    partial.write_text(text + "\n", "utf-8", "backslashreplace")
-    partial.replace(file)
+    with whole(file) as partial:
+        partial.write_text(text + "\n", "utf-8", "backslashreplace")
+
+
+def write_array(file: Path, values: np.ndarray) -> None:
+    """Writes an array as `.npy`, whole or not at all."""
+    with whole(file) as partial, partial.open("wb") as opened:
+        np.save(opened, values)
 
 
 def sha256(file: Path) -> str:

@@ -128,6 +128,11 @@ def batch_spec() -> PartitionSpec:
     return PartitionSpec(ROWS)
 
 
+def rounded_up(rows: int) -> int:
+    """At least `rows`, and as many for every device of this host."""
+    return -(-rows // jax.local_device_count()) * jax.local_device_count()
+
+
 def parameter_shardings(mesh: Mesh, specs: Mapping[str, Any], tree: Mapping[str, Any]) -> dict:
     """Turns a tree of PartitionSpecs into NamedShardings that fit the leaves' shapes.
 

@@ -6,14 +6,24 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
+
+Entry = TypeVar("Entry")
+Result = TypeVar("Result")
 
 
 def ahead(
-    pool: ThreadPoolExecutor, call: Callable[[int], Any], rows: Iterable[int], most: int
-) -> Iterator[Any]:
-    """Results of `call` in order, at most `most` of them started and not taken yet."""
-    rows, waiting = iter(rows), deque[Future]()
+    pool: ThreadPoolExecutor, call: Callable[[int], Result], rows: Iterable[int], most: int
+) -> Iterator[Result]:
+    """Calls a function in threads, ahead of whoever takes the results, in order.
+
+    Args:
+      pool: of the threads.
+      call: the function.
+      rows: its arguments.
+      most: results started and not taken yet.
+    """
+    rows, waiting = iter(rows), deque[Future[Result]]()
     try:
         while True:
             for row in itertools.islice(rows, most - len(waiting)):
@@ -24,3 +34,26 @@ def ahead(
     finally:
         for future in waiting:
             future.cancel()
+
+
+def overlapped(
+    entries: Iterable[Entry], size: int, start: Callable[[list[Entry]], Any]
+) -> Iterator[tuple[list[Entry], Any]]:
+    """Starts a batch on the devices before the results of the last one are taken.
+
+    Args:
+      entries: what batches are made of.
+      size: entries per batch; the last one may have fewer.
+      start: starts computing a batch and returns its results, which need not be there yet.
+
+    Yields:
+      (a batch, its results).
+    """
+    entries, under_way = iter(entries), None
+    while batch := list(itertools.islice(entries, size)):
+        started = batch, start(batch)
+        if under_way:
+            yield under_way
+        under_way = started
+    if under_way:
+        yield under_way

@@ -1,6 +1,6 @@
 """Preparing a data set: any source becomes ArrayRecord shards, written by Apache Beam.
 
-    plan.py         what is to be done, cut into shards, and what has been done already
+    preparation.py  what is to be done, cut into shards, and what has been done already
     shard.py        one shard: read, check, serialize, write whole or not at all
     engine.py       shards through a Beam runner, with progress
     runner.py       pipelines of any Beam runner

@@ -9,8 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from xllm_jax.prepare import manifest, runner, shard
-from xllm_jax.prepare import plan as planning
-from xllm_jax.prepare.plan import Plan
+from xllm_jax.prepare.preparation import PreparationPlan
 
 EVERY_SECONDS = 1.0  # between two looks at what is finished
 
@@ -18,20 +17,20 @@ EVERY_SECONDS = 1.0  # between two looks at what is finished
 class WriteShards:
     """What a worker does with numbers of shards; it opens the source once."""
 
-    def __init__(self, plan: Plan):
+    def __init__(self, plan: PreparationPlan):
         self._plan, self._found = plan, None
 
     def __call__(self, number: int) -> dict[str, Any]:
         """Writes one shard and returns its note."""
         if self._found is None:
-            self._found = planning.examples(self._plan)
+            self._found = self._plan.examples()
         return shard.write(self._plan, number, self._found)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_plan": self._plan, "_found": None}
 
 
-def run(plan: Plan, arguments: Sequence[str] = (), workers: int = 0) -> dict[str, Any]:
+def run(plan: PreparationPlan, arguments: Sequence[str] = (), workers: int = 0) -> dict[str, Any]:
     """Writes what is missing of a set, and describes it.
 
     Args:
@@ -44,19 +43,15 @@ def run(plan: Plan, arguments: Sequence[str] = (), workers: int = 0) -> dict[str
     Raises:
       UserError: Beam is not installed, or what `manifest.finish` raises.
     """
-    todo = plan.todo()
+    todo = plan.shards.todo()
     if todo:
-        with Progress(plan.name, plan.records, Records(plan)):
-            _through_beam(plan, todo, arguments, workers)
+        bar = Progress(plan.name, plan.records, Records(plan))
+        with bar, runner.pipeline(arguments, workers) as pipeline:
+            import apache_beam as beam
+
+            numbers = pipeline | "shards" >> beam.Create(todo) | beam.Reshuffle()
+            _ = numbers | "write" >> beam.Map(WriteShards(plan))
     return manifest.finish(plan)
-
-
-def _through_beam(plan: Plan, todo: Sequence[int], arguments: Sequence[str], workers: int) -> None:
-    with runner.pipeline(arguments, workers) as pipeline:
-        import apache_beam as beam
-
-        numbers = pipeline | "shards" >> beam.Create(list(todo)) | beam.Reshuffle()
-        _ = numbers | "write" >> beam.Map(WriteShards(plan))
 
 
 class Progress:
@@ -95,11 +90,9 @@ class Progress:
 class Records:
     """How many records of a plan are in finished shards; a finished one is not looked at again."""
 
-    def __init__(self, plan: Plan):
-        self._plan, self._rest, self._count = plan, set(range(plan.shards)), 0
+    def __init__(self, plan: PreparationPlan):
+        self._shards, self._rest = plan.shards, list(range(plan.shards.count))
 
     def __call__(self) -> int:
-        for number in [s for s in self._rest if planning.finished(self._plan, s)]:
-            self._rest.remove(number)
-            self._count += len(self._plan.places(number))
-        return self._count
+        self._rest = self._shards.todo(self._rest)
+        return self._shards.total - self._shards.rows_in(self._rest)

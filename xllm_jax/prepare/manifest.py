@@ -10,10 +10,10 @@ from typing import Any
 from xllm_jax.core import atomic
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.rows import prepared
-from xllm_jax.prepare.plan import Plan
+from xllm_jax.prepare.preparation import PreparationPlan
 
 
-def finish(plan: Plan) -> dict[str, Any]:
+def finish(plan: PreparationPlan) -> dict[str, Any]:
     """Writes manifest.json, dataset_info.json and features.json from the shards' notes.
 
     Returns:
@@ -23,14 +23,12 @@ def finish(plan: Plan) -> dict[str, Any]:
     Raises:
       UserError: shards are missing, or nothing could be used.
     """
-    todo = plan.todo()
+    todo = plan.shards.todo()
     if todo:
-        what = f"{len(todo)} of {plan.shards} shards are not written"
+        what = f"{len(todo)} of {plan.shards.count} shards are not written"
         raise UserError(what, field=plan.output, hint="The same command continues")
-    atomic.remove_partial(
-        Path(plan.output), {plan.file(shard).name for shard in range(plan.shards)}
-    )
-    notes = [json.loads(plan.note(s).read_text("utf-8")) for s in range(plan.shards)]
+    plan.shards.remove_partial()
+    notes = plan.shards.notes()
     if not sum(note["records"] for note in notes):
         why = notes[0]["rejects"][0]
         what = f"no record can be used; the first one, {why['file']}: {why['reason']}"
@@ -49,7 +47,7 @@ def finish(plan: Plan) -> dict[str, Any]:
     return made
 
 
-def _split(plan: Plan, notes: list[dict[str, Any]]) -> dict[str, Any]:
+def _split(plan: PreparationPlan, notes: list[dict[str, Any]]) -> dict[str, Any]:
     rejects = [reject for note in notes for reject in note["rejects"]]
     return {
         "plan": plan.identity(),

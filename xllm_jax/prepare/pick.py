@@ -30,15 +30,7 @@ def write(
     """
     root = Path(folder)
     root.mkdir(parents=True, exist_ok=True)
-    save(root / f"{split}.npy", np.ascontiguousarray(picked, np.int64))
+    atomic.write_array(root / f"{split}.npy", np.ascontiguousarray(picked, np.int64))
     described = selection.described(sources, root)
     about = {"sources": described, "instructions": list(instructions)}
     atomic.write_json(root / selection.FILE, about)
-
-
-def save(file: Path, values: np.ndarray) -> None:
-    """Saves an array whole or not at all."""
-    partial = atomic.partial_name(file)
-    with partial.open("wb") as opened:
-        np.save(opened, values)
-    partial.replace(file)

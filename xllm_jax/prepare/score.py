@@ -12,11 +12,8 @@ that a run that is continued on another kind of chip goes on with the same score
 from __future__ import annotations
 
 import functools
-import itertools
-import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -27,18 +24,18 @@ from tqdm import tqdm
 
 from xllm_jax.convert import conversion_record, sizes
 from xllm_jax.convert.sources import clip as tables
-from xllm_jax.core import atomic, checkpoint, checksum, mesh, rules
+from xllm_jax.core import atomic, checkpoint, checksum, mesh, rules, sharded_job
 from xllm_jax.core.atomic import sha256 as file_checksum
 from xllm_jax.core.errors import UserError
-from xllm_jax.core.parallel import ahead
+from xllm_jax.core.parallel import overlapped
+from xllm_jax.core.sharded_job import Shards
 from xllm_jax.core.stage import Source
 from xllm_jax.data import mixture
 from xllm_jax.data.example import Example
 from xllm_jax.data.media import image
 from xllm_jax.data.text.chatglm_tokenizer import ClipTokenizer
 from xllm_jax.models.clip import Clip
-from xllm_jax.prepare import plan as planning
-from xllm_jax.prepare.plan import Plan
+from xllm_jax.prepare import preparation
 
 PER_SHARD = 4096  # records: what an interruption costs at most
 THREADS = 16
@@ -126,17 +123,22 @@ def run(source: Source, output: str, scorer: Scorer, batch: int) -> tuple[np.nda
     Raises:
       UserError: nothing to read, or the folder holds scores of another source, CLIP or tokenizer.
     """
-    plan = planning.make(source.reader, source, output, PER_SHARD, check=False)
-    _same_or_new(plan, scorer.identity)
-    todo = [shard for shard in range(plan.shards) if not plan.note(shard).is_file()]
+    plan = preparation.make(source.reader, source, output, PER_SHARD, check=False)
+    file, hint = (
+        Path(output) / f"clip.{source.split}.json",
+        "Choose another --output, or remove them",
+    )
+    another = "scores of another CLIP or tokenizer"
+    sharded_job.begin(file, scorer.identity, {}, lambda found: another, hint)
+    shards = Shards(Path(output), source.split, plan.records, plan.per_shard)
+    todo = shards.todo()
     if todo:
-        _shards(plan, todo, scorer, batch)
-    known, reasons = np.full(plan.records, np.nan, np.float32), Counter[str]()
-    for shard in range(plan.shards):
-        note, places = json.loads(plan.note(shard).read_text("utf-8")), plan.places(shard)
-        known[places.start : places.stop] = np.asarray(note["similarities"], np.float32)
-        reasons.update(one["reason"] for one in note["rejects"])
-    return known, reasons
+        read = functools.partial(_read, plan.examples(), scorer.side, plan.name)
+        _write(shards, todo, read, scorer, batch)
+    shards.remove_partial()
+    notes = shards.notes()
+    known = np.concatenate([np.asarray(note["similarities"], np.float32) for note in notes])
+    return known, Counter(one["reason"] for note in notes for one in note["rejects"])
 
 
 def pair(example: Example, side: int) -> Pair:
@@ -159,30 +161,22 @@ def pair(example: Example, side: int) -> Pair:
         raise UserError(what, field=paths[0]) from error
 
 
-def _same_or_new(plan: Plan, identity: str) -> None:
-    file = Path(plan.output) / f"clip.{plan.source.split}.json"
-    if not file.is_file():
-        atomic.write_json(file, {"identity": identity})
-    elif json.loads(file.read_text("utf-8"))["identity"] != identity:
-        what = "holds scores of another CLIP or tokenizer"
-        raise UserError(what, field=plan.output, hint="Choose another --output, or remove them")
-
-
-def _shards(plan: Plan, todo: Sequence[int], scorer: Scorer, batch: int) -> None:
-    batch = -(-batch // jax.local_device_count()) * jax.local_device_count()
-    places = itertools.chain.from_iterable(plan.places(shard) for shard in todo)
-    done = plan.records - sum(len(plan.places(shard)) for shard in todo)
-    read = functools.partial(_read, planning.examples(plan), scorer.side, plan.name)
-    plan.note(0).parent.mkdir(parents=True, exist_ok=True)
-    bar = tqdm(total=plan.records, initial=done, desc="CLIP", unit="pairs", dynamic_ncols=True)
-    with ThreadPoolExecutor(THREADS) as pool, bar:
-        decoded = ahead(pool, read, places, 2 * batch)
-        for shard in todo:
-            count = len(plan.places(shard))
-            found = list(_scores(itertools.islice(decoded, count), scorer, batch, bar))
+def _write(
+    shards: Shards,
+    todo: Sequence[int],
+    read: Callable[[int], Pair | dict[str, str]],
+    scorer: Scorer,
+    batch: int,
+) -> None:
+    batch = mesh.rounded_up(batch)
+    done = shards.total - shards.rows_in(todo)
+    shards.note(0).parent.mkdir(parents=True, exist_ok=True)
+    with tqdm(total=shards.total, initial=done, desc="CLIP", unit="pairs") as bar:
+        for shard, decoded in shards.read(todo, read, THREADS, 2 * batch):
+            found = list(_scores(decoded, scorer, batch, bar))
             scores = [None if isinstance(one, dict) else one for one in found]
             rejects = [one for one in found if isinstance(one, dict)]
-            atomic.write_json(plan.note(shard), {"similarities": scores, "rejects": rejects})
+            atomic.write_json(shards.note(shard), {"similarities": scores, "rejects": rejects})
 
 
 def _read(found: Sequence[Example], side: int, name: str, place: int) -> Pair | dict[str, str]:
@@ -190,24 +184,21 @@ def _read(found: Sequence[Example], side: int, name: str, place: int) -> Pair | 
     try:
         return pair(found[place], side)
     except UserError as error:
-        return {"key": f"{name}[{place}]", "file": str(error.field), "reason": error.what}
+        return preparation.rejected(name, place, error)
 
 
 def _scores(
     decoded: Iterable[Pair | dict[str, str]], scorer: Scorer, batch: int, bar: tqdm
 ) -> Iterator[float | dict[str, str]]:
-    """Cosines in order, and rejects in their places; a batch is put together while one computes."""
-    decoded, under_way = iter(decoded), None
-    while True:
-        entries = list(itertools.islice(decoded, batch))
-        started = (entries, scorer(*_stacked(entries, scorer.side, batch))) if entries else None
-        if under_way:
-            rows = zip(under_way[0], np.asarray(under_way[1]))
-            yield from (one if isinstance(one, dict) else float(score) for one, score in rows)
-            bar.update(len(under_way[0]))
-        if not started:
-            return
-        under_way = started
+    """Cosines in order, and rejects in their places."""
+
+    def start(entries: list[Pair | dict[str, str]]) -> jax.Array:
+        return scorer(*_stacked(entries, scorer.side, batch))
+
+    for entries, made in overlapped(decoded, batch, start):
+        rows = zip(entries, np.asarray(made))
+        yield from (one if isinstance(one, dict) else float(score) for one, score in rows)
+        bar.update(len(entries))
 
 
 def _stacked(

@@ -24,6 +24,7 @@ from xllm_jax.data.media.modalities import stored
 from xllm_jax.data.rows import prepared
 from xllm_jax.data.sources import layout
 from xllm_jax.data.synthetic_world import speak
+from xllm_jax.prepare.preparation import rejected
 from xllm_jax.prepare.translate import TranslateBatch
 
 THRESHOLD = 0.45  # the paper's, of image and caption by CLIP
@@ -150,8 +151,7 @@ class Usable:
             for modality, path in example.media:
                 prepared.decodable(known[modality], path)
         except UserError as error:
-            key = f"{self._name}[{place}]"
-            return place, {"key": key, "file": error.field, "reason": error.what}
+            return place, rejected(self._name, place, error)
         return place, None
 
 
@@ -198,7 +198,6 @@ def _write(file: Path, samples: np.ndarray) -> None:
     import soundfile
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = atomic.partial_name(file)
     kind = "WAV" if file.suffix.lower() == ".wav" else "FLAC"
-    soundfile.write(partial, samples, speech.RATE, format=kind, subtype="PCM_16")
-    partial.replace(file)
+    with atomic.whole(file) as partial:
+        soundfile.write(partial, samples, speech.RATE, format=kind, subtype="PCM_16")

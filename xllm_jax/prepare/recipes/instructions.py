@@ -24,7 +24,7 @@ from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
 from xllm_jax.data import mixture
 from xllm_jax.data.sources import layout
-from xllm_jax.prepare import engine, pick, plan, runner, transforms
+from xllm_jax.prepare import engine, pick, preparation, runner, transforms
 
 LEAST = 16  # records looked at together
 
@@ -126,7 +126,7 @@ def build(
 def prepare(output: str, beam: Sequence[str], workers: int) -> int:
     """Writes the shards of what was drawn; returns how many records they hold."""
     source, shards = Source("selection", output), f"{output}/shards"
-    made = plan.make("instructions", source, shards, plan.PER_SHARD, several=True)
+    made = preparation.make("instructions", source, shards, preparation.PER_SHARD, several=True)
     return engine.run(made, beam, workers)["splits"]["train"]["records"]
 
 

@@ -93,6 +93,5 @@ def copy(path: Path, target: Path) -> None:
         if (old.st_size, old.st_mtime_ns) == (new.st_size, new.st_mtime_ns):
             return
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = atomic.partial_name(target)
-    shutil.copy2(path, partial)
-    partial.replace(target)
+    with atomic.whole(target) as partial:
+        shutil.copy2(path, partial)

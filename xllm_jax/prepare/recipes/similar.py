@@ -80,7 +80,7 @@ def build(
         known = read(scores, mixture.read(reader, source, ""))
     file = Path(output) / f"{split}_scores.npy"
     file.parent.mkdir(parents=True, exist_ok=True)
-    pick.save(file, known)
+    atomic.write_array(file, known)
     kept = alike(file, threshold, beam, workers)
     unknown = int(np.isnan(known).sum())
     counts = {"records": len(known), "kept": len(kept), "unknown": unknown, "threshold": threshold}

@@ -29,7 +29,7 @@ from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
 from xllm_jax.data.sources import layout
 from xllm_jax.prepare import engine as engines
-from xllm_jax.prepare import pick, plan, runner, transforms, translate
+from xllm_jax.prepare import pick, preparation, runner, transforms, translate
 from xllm_jax.prepare.recipes import questions
 
 POOLS = ("questions", "answers")
@@ -229,5 +229,7 @@ def prepare(
     """Writes shards of one kind of examples; returns how many records they hold."""
     options = {"kind": kind} | ({"images": images} if kind == "spoken" else {})
     source = Source("vsdial_cn", output, split, options)
-    made = plan.make(f"vsdial_cn_{kind}", source, f"{output}/shards/{kind}", plan.PER_SHARD)
+    made = preparation.make(
+        f"vsdial_cn_{kind}", source, f"{output}/shards/{kind}", preparation.PER_SHARD
+    )
     return engines.run(made, beam, workers)["splits"][split]["records"]

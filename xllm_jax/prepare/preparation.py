@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from xllm_jax.core import atomic
+from xllm_jax.core import checksum, sharded_job
 from xllm_jax.core.errors import UserError
+from xllm_jax.core.sharded_job import Shards
 from xllm_jax.core.stage import Source
 from xllm_jax.data import mixture
 from xllm_jax.data.example import Example
@@ -25,7 +28,7 @@ LOOKED_AT = 100  # records, spread over the source, that tell which media a set 
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class PreparationPlan:
     """A data set and where it goes.
 
     Attributes:
@@ -50,51 +53,39 @@ class Plan:
     several: bool = False
     content: str = ""
 
-    @property
-    def shards(self) -> int:
-        """How many."""
-        return -(-self.records // self.per_shard)
-
-    def places(self, shard: int) -> range:
-        """Which records of the source a shard takes."""
-        return range(shard * self.per_shard, min((shard + 1) * self.per_shard, self.records))
-
-    def file(self, shard: int) -> Path:
-        """The shard's file, named as TFDS names it."""
-        ending = f"{shard:05d}-of-{self.shards:05d}"
-        return Path(self.output) / f"{self.name}-{self.source.split}.array_record-{ending}"
-
-    def note(self, shard: int) -> Path:
-        """Beside the shard: what it holds. Written last, so it says that the shard is whole."""
-        return Path(self.output) / "shards" / f"{self.source.split}-{shard:05d}.json"
+    @functools.cached_property
+    def shards(self) -> Shards:
+        """Its shards."""
+        folder, split, stem = (
+            Path(self.output),
+            self.source.split,
+            f"{self.name}-{self.source.split}",
+        )
+        return Shards(folder, split, self.records, self.per_shard, stem, self.identity())
 
     def identity(self) -> str:
         """Hash of everything that the shards depend on, except where they lie."""
-        about = dataclasses.asdict(dataclasses.replace(self, output=""))
-        return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+        return checksum.of_json(dataclasses.asdict(dataclasses.replace(self, output="")))
 
     def media(self) -> dict[str, Modality]:
         """{name: Modality} of the set, in the order of `modalities`."""
         known = stored(self.source)
         return {name: known[name] for name in self.modalities}
 
-    def todo(self) -> list[int]:
-        """Shards that are not finished."""
-        return [shard for shard in range(self.shards) if not finished(self, shard)]
+    def examples(self) -> Sequence[Example]:
+        """The source."""
+        return mixture.read(self.name, self.source, "")
 
 
-def finished(plan: Plan, shard: int) -> bool:
-    """Whether a shard is there, of this plan, and as long as its note says."""
-    try:
-        note = json.loads(plan.note(shard).read_text("utf-8"))
-        return note["plan"] == plan.identity() and plan.file(shard).stat().st_size == note["bytes"]
-    except (OSError, ValueError, KeyError):
-        return False
+def rejected(name: str, place: int, error: UserError) -> dict[str, str]:
+    """{'key', 'file', 'reason'} of a record that cannot be used.
 
-
-def examples(plan: Plan) -> Sequence[Example]:
-    """The source of a plan."""
-    return mixture.read(plan.name, plan.source, "")
+    Args:
+      name: of its source.
+      place: in the source.
+      error: that it raises.
+    """
+    return {"key": f"{name}[{place}]", "file": str(error.field), "reason": error.what}
 
 
 def make(
@@ -104,10 +95,15 @@ def make(
     per_shard: int,
     check: bool = True,
     several: bool | None = None,
-) -> Plan:
+) -> PreparationPlan:
     """Plans a source, or takes up the plan that the output folder holds.
 
     Args:
+      name: of the prepared set.
+      source: reader, path, split and options.
+      output: folder of the set.
+      per_shard: records in each shard but the last.
+      check: whether every medium is decoded before it is stored.
       several: whether records may have several files of a modality, or not all the same
         modalities; None decides by a look at some records.
 
@@ -128,8 +124,10 @@ def make(
         raise UserError(f"unknown modality {name!r}", field=source.reader, hint=hint)
     wanted = tuple(known) if several else prepared.modalities(seen[0])
     content = _hash([dataclasses.replace(one, media=()) for one in seen])
-    made = Plan(name, source, output, len(found), per_shard, wanted, check, several, content)
-    _same_or_new(made)
+    made = PreparationPlan(
+        name, source, output, len(found), per_shard, wanted, check, several, content
+    )
+    _begin(made)
     return made
 
 
@@ -150,24 +148,13 @@ def _hash(value: object) -> str:
     return hashlib.sha256(repr(value).encode("utf-8", "backslashreplace")).hexdigest()[:16]
 
 
-def _same_or_new(made: Plan) -> None:
-    """Notes the plan in its folder.
+def _begin(made: PreparationPlan) -> None:
+    about = dataclasses.asdict(made)
 
-    Raises:
-      UserError: the folder holds what another plan wrote.
-    """
+    def difference(known: dict[str, Any]) -> str:
+        odd = [key for key in about if json.loads(json.dumps(about[key])) != known.get(key)]
+        return f"a set prepared with another {', '.join(odd) or 'plan'}"
+
     file = Path(made.output) / f"{made.source.split}.{PLAN}"
-    about = {"identity": made.identity(), **dataclasses.asdict(made)}
-    if file.is_file():
-        known = json.loads(file.read_text("utf-8"))
-        if known["identity"] != made.identity():
-            odd = [k for k in about if k != "identity" and _plain(about[k]) != known.get(k)]
-            what = f"holds a set prepared with another {', '.join(odd) or 'plan'}"
-            raise UserError(what, field=made.output, hint="Choose another --output, or empty it")
-        return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    atomic.write_json(file, about)
-
-
-def _plain(value: object) -> object:
-    return json.loads(json.dumps(value))
+    hint = "Choose another --output, or empty it"
+    sharded_job.begin(file, made.identity(), about, difference, hint)

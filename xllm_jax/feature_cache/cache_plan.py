@@ -18,8 +18,9 @@ import numpy as np
 from tqdm import tqdm
 
 from xllm_jax.assembly import networks
-from xllm_jax.core.atomic import write_json
+from xllm_jax.core import checksum, sharded_job
 from xllm_jax.core.errors import UserError
+from xllm_jax.core.sharded_job import Shards
 from xllm_jax.core.stage import Stage
 from xllm_jax.data import cached_features, mixture
 from xllm_jax.data.media import modalities
@@ -58,19 +59,10 @@ class Job:
     fields: Mapping[str, Any]
 
     @property
-    def shards(self) -> int:
-        """How many."""
-        return -(-len(self.places) // self.per_shard)
-
-    @property
     def bytes_each(self) -> int:
         """Bytes of a medium at most; zeros at its end are not kept."""
         steps = self.items * int(np.prod(self.shape)) * jnp.dtype(self.dtype).itemsize
         return cached_features.HEAD.size + 4 * self.items + steps
-
-    def rows(self, shard: int) -> range:
-        """Which media a shard takes."""
-        return range(shard * self.per_shard, min((shard + 1) * self.per_shard, len(self.places)))
 
     def about(self) -> dict[str, Any]:
         """The job as JSON, but for the media themselves."""
@@ -81,7 +73,7 @@ class Job:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class FeatureCachePlan:
     """A cache that is to be written.
 
     Attributes:
@@ -100,13 +92,10 @@ class Plan:
     sources: mixture.Sources
     jobs: tuple[Job, ...]
 
-    def path(self, job: Job, shard: int) -> Path:
-        """File of a shard."""
-        return self.output / cached_features.shard_name(job.modality, shard, job.shards)
-
-    def note(self, job: Job, shard: int) -> Path:
-        """Beside the shard: what it holds. Written last, so it says that the shard is whole."""
-        return self.output / "shards" / f"{job.modality}-{shard:05d}.json"
+    def shards(self, job: Job, identity: str = "") -> Shards:
+        """The shards of a modality; those of the plan `identity` alone count as finished."""
+        name, media = job.modality, len(job.places)
+        return Shards(self.output, name, media, job.per_shard, name, identity)
 
     def medium(self, job: Job, row: int) -> tuple[str, Record]:
         """(path, record) of a medium."""
@@ -118,8 +107,15 @@ class Plan:
 
 def make(
     stage: Stage, output: str | Path, config: str, per_shard: int, asked: Sequence[str] = ()
-) -> Plan:
+) -> FeatureCachePlan:
     """Plans the cache of a stage; reads its sources' texts, and no medium.
+
+    Args:
+      stage: that will read the cache.
+      output: folder of the cache.
+      config: how the user named the stage, for messages.
+      per_shard: media in each shard but the last.
+      asked: modalities; empty for all that have something frozen.
 
     Raises:
       UserError: what `describe.depths` raises, or no medium.
@@ -137,7 +133,7 @@ def make(
     )
     if not jobs:
         raise UserError(f"no example has {' or '.join(depths)}", field="data.sources")
-    return Plan(stage, xllm, Path(output), config, sources, jobs)
+    return FeatureCachePlan(stage, xllm, Path(output), config, sources, jobs)
 
 
 def scan(
@@ -148,7 +144,9 @@ def scan(
     places = {name: array("q") for name in names}
     total = sum(map(len, sources.values()))
     for number, index, record in tqdm(_records(stage, sources), "media", total, unit="records"):
-        for part, (modality, path) in enumerate(record.example.media if record else ()):
+        if record is None:
+            continue
+        for part, (modality, path) in enumerate(record.example.media):
             if modality not in digests:
                 continue
             try:
@@ -211,7 +209,7 @@ def outcome(xllm: XLLM, modality: str, steps: int, params: Any, *given: Any) -> 
     return xllm.run_sections(params, modality, slice(0, steps), *given)
 
 
-def told(plan: Plan) -> str:
+def summary(plan: FeatureCachePlan) -> str:
     """What the cache will hold and take, one line per modality and one for all."""
     lines = [
         f"{job.modality}: {len(job.places):,} media, {job.through} gives {list(job.shape)} "
@@ -221,7 +219,7 @@ def told(plan: Plan) -> str:
     return "\n".join([*lines, f"at most {_size(sum(map(_bytes, plan.jobs)))} in {plan.output}"])
 
 
-def room(plan: Plan, most: float) -> None:
+def check_capacity(plan: FeatureCachePlan, most: float) -> None:
     """Checks that the cache is as large as the user wants, and fits the disk.
 
     Args:
@@ -236,10 +234,9 @@ def room(plan: Plan, most: float) -> None:
         raise UserError(f"the cache may take {_size(total)}", field="--most_gib", hint=hint)
     free = shutil.disk_usage(_existing(plan.output)).free
     left = sum(
-        job.bytes_each * len(job.rows(shard))
+        job.bytes_each * shards.rows_in(shards.todo())
         for job in plan.jobs
-        for shard in range(job.shards)
-        if not finished(plan, job, shard)
+        for shards in [plan.shards(job)]
     )
     if left > free:
         what = f"the cache may take {_size(left)}, {_size(free)} are free"
@@ -262,7 +259,7 @@ def _size(count: float) -> str:
     return f"{count:,.3g} TB"
 
 
-def items(plan: Plan, base: Mapping[str, str]) -> dict[str, str]:
+def items(plan: FeatureCachePlan, base: Mapping[str, str]) -> dict[str, str]:
     """What hosts that write one cache must have in common, by name."""
     found = {f"parameters.{path}": text for path, text in base.items()}
     for job in plan.jobs:
@@ -272,7 +269,7 @@ def items(plan: Plan, base: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
-def begin(plan: Plan, base: Mapping[str, str], again: bool = False) -> str:
+def begin(plan: FeatureCachePlan, base: Mapping[str, str], again: bool = False) -> str:
     """Notes the plan in its folder, or takes up the one that is there.
 
     Args:
@@ -287,21 +284,20 @@ def begin(plan: Plan, base: Mapping[str, str], again: bool = False) -> str:
       UserError: the folder holds another cache; says what differs.
     """
     about = {"jobs": [job.about() for job in plan.jobs], "base": dict(base)}
-    identity = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
-    file = plan.output / PLAN
-    known = json.loads(file.read_text("utf-8")) if file.is_file() else None
-    if known and known["identity"] != identity:
-        if not again:
-            what = f"holds another cache: {_odd(known, about)}"
-            hint = "Add --again to write it anew, or choose another --output"
-            raise UserError(what, field=str(plan.output), hint=hint)
+    identity, file = checksum.of_json(about), plan.output / PLAN
+    found = sharded_job.known(file)
+    if again and found and found["identity"] != identity:
         empty(plan.output)
-    plan.output.mkdir(parents=True, exist_ok=True)
-    write_json(file, {"identity": identity, **about})
+    hint = "Add --again to write it anew, or choose another --output"
+
+    def difference(then: dict[str, Any]) -> str:
+        return f"another cache: {_first_difference(then, about)}"
+
+    sharded_job.begin(file, identity, about, difference, hint)
     return identity
 
 
-def _odd(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+def _first_difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """The first difference of two plans, in words."""
     old, new = ({job["modality"]: job for job in about["jobs"]} for about in (then, now))
     for name in sorted(old.keys() | new.keys()):
@@ -322,13 +318,3 @@ def empty(folder: Path) -> None:
     for pattern in OURS:
         for path in folder.glob(pattern):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def finished(plan: Plan, job: Job, shard: int, identity: str | None = None) -> bool:
-    """Whether a shard is there, of this plan, and as long as its note says."""
-    try:
-        note = json.loads(plan.note(job, shard).read_text("utf-8"))
-        whole = plan.path(job, shard).stat().st_size == note["bytes"]
-        return whole and identity in (None, note["plan"])
-    except (OSError, ValueError, KeyError):
-        return False
