@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from xllm_jax.audit.samples import Medium, Sample
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.batching.padding import MOST
 from xllm_jax.data.media import speech
+from xllm_jax.data.media.modality import View
 from xllm_jax.report import media, page, plots, text
 from xllm_jax.report.tables import Cell, Table
 
@@ -113,7 +115,7 @@ def _left_out(found: Audit) -> list[Table]:
 
 def _sample(sample: Sample) -> str:
     files = "".join(
-        _files(name, [one for one in sample.media if one.modality == name])
+        _files([one for one in sample.media if one.modality == name])
         for name in dict.fromkeys(one.modality for one in sample.media)
     )
     words = "".join(_piece(kind, said) for kind, said in sample.pieces)
@@ -132,26 +134,49 @@ def _piece(kind: str, said: str) -> str:
     return said if kind == "words" else f'<span class="{kind}">{said}</span>'
 
 
-def _files(modality: str, items: list[Medium]) -> str:
-    if items[0].values.ndim == 2:
-        return "".join(map(_sound, items))
-    drawn = [media.picture(Image.fromarray(item.values)) for item in items]
-    if modality == "video":
-        shown = "".join(f'<img alt="frame" src="{one}">' for one in drawn)
-        return f'<div class="frames">{shown}</div>'
-    return "".join(f'<img class="picture" alt="{modality}" src="{one}">' for one in drawn)
+def _files(items: list[Medium]) -> str:
+    """The items of one modality."""
+    drawn = "".join(map(_DRAWN[items[0].kind.view], items))
+    return f'<div class="frames">{drawn}</div>' if items[0].kind.view == "frames" else drawn
+
+
+def _picture(item: Medium) -> str:
+    return f'<img class="picture" alt="{html.escape(item.modality)}" src="{_uri(item)}">'
+
+
+def _frame(item: Medium) -> str:
+    return f'<img alt="frame" src="{_uri(item)}">'
+
+
+def _uri(item: Medium) -> str:
+    return media.picture(Image.fromarray(item.values))
+
+
+def _vectors(item: Medium) -> str:
+    said = f"{item.kind.contents or item.modality}, {len(item.values)} vectors"
+    return f'<p class="note">{html.escape(f"{said}: {os.path.basename(item.path)}")}</p>'
+
+
+def _plot(item: Medium) -> str:
+    return plots.channels(os.path.basename(item.path), item.values.T.tolist())
 
 
 def _sound(item: Medium) -> str:
-    if not item.heard:
-        said = f"CIF features, {len(item.values)} vectors"
-        return f'<p class="note">{said}: {html.escape(os.path.basename(item.path))}</p>'
     drawn = f'<img class="sound" alt="spectrogram" src="{media.shade(item.values)}">'
     try:
         samples = speech.read(item.path)
     except UserError as error:  # features that were computed elsewhere have no sound
         return f'{drawn}<p class="note">{html.escape(str(error))}</p>'
     return f'{drawn}<audio controls preload="none" src="{_wave(samples)}"></audio>'
+
+
+_DRAWN: dict[View, Callable[[Medium], str]] = {
+    "picture": _picture,
+    "frames": _frame,
+    "sound": _sound,
+    "plot": _plot,
+    "vectors": _vectors,
+}
 
 
 def _wave(samples: np.ndarray) -> str:

@@ -11,23 +11,22 @@ import numpy as np
 from xllm_jax.core.batch import Batch
 from xllm_jax.core.stage import Data
 from xllm_jax.data.example import Example
-from xllm_jax.data.media import image
-from xllm_jax.data.media import modalities as data_media
+from xllm_jax.data.media import image, modalities
+from xllm_jax.data.media.modality import Modality
 
 WORDS, SLOT, SPECIAL, LEARNT = "words", "slot", "special", "learnt"
+PIXELS = ("picture", "frames")  # views of images
 
 
 @dataclasses.dataclass(frozen=True)
 class Medium:
-    """One item that an encoder reads: pixels `[H, W, 3]` uint8 or filterbanks `[U, F]` float32.
-
-    `heard` is False for features `[tokens, width]` that stand for a sound.
-    """
+    """One item that an encoder reads: pixels `[H, W, 3]` uint8, or `[steps, channels]` float32 of
+    anything else; `kind` says how a page shows it."""
 
     modality: str
     values: np.ndarray
     path: str
-    heard: bool = True
+    kind: Modality
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +76,8 @@ def _packed(
         tokens[name] = int((index >= 0).sum())
         items = np.unique(index[index >= 0] // data.embeddings[name])
         paths = [path for modality, path in example.media if modality == name]
-        found = _items(name, entry.values[row, items], entry.lengths[row, items], paths)
-        heard = not data_media.featured(data)
-        media += [dataclasses.replace(one, heard=heard) for one in found]
+        kind = modalities.find(name, data)
+        media += _items(name, kind, entry.values[row, items], entry.lengths[row, items], paths)
     learnt = (batch.weights[row] > 0) & np.isin(batch.answer_index[row], places)
     targets = batch.targets[row, learnt]
     shown = batch.context[row, places]
@@ -90,13 +88,13 @@ def _packed(
 
 
 def _items(
-    name: str, values: np.ndarray, lengths: np.ndarray, paths: Sequence[str]
+    name: str, kind: Modality, values: np.ndarray, lengths: np.ndarray, paths: Sequence[str]
 ) -> list[Medium]:
     """Items of one modality; several frames of a video share its path."""
     each = max(len(values) // max(len(paths), 1), 1)
     named = [paths[min(number // each, len(paths) - 1)] for number in range(len(values))]
     return [
-        Medium(name, one[:length] if one.ndim == 2 else pixels(one), path)
+        Medium(name, pixels(one) if kind.view in PIXELS else one[:length], path, kind)
         for one, length, path in zip(values, lengths, named)
     ]
 
@@ -146,12 +144,14 @@ def _row(
     paths = [path for _, path in example.media] or [example.key]
     if "features" in batch:
         features = batch["features"][row, : batch["lengths"][row]]
-        media = (Medium("speech", features, paths[0]),)
+        media = (Medium("speech", features, paths[0], modalities.find("speech", data)),)
         ids = batch["tokens"][row, : batch["token_lengths"][row]]
         pieces = [(LEARNT, kit.decode([token]) or "⏎") for token in ids]
         tokens = {"speech": len(features), "supervised": len(ids)}
     else:
-        media = (Medium("image", pixels(batch["images"][row]), paths[0]),)
+        media = (
+            Medium("image", pixels(batch["images"][row]), paths[0], modalities.find("image", data)),
+        )
         ids = batch["ids"][row][batch["mask"][row]] if "ids" in batch else ()
         pieces = [(LEARNT, kit.piece(int(token))) for token in ids]
         tokens = {"image": 1, "supervised": len(ids) or 1}

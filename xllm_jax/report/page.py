@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from xllm_jax.core.errors import UserError
+from xllm_jax.data.media import modalities
+from xllm_jax.data.media.modality import Modality, View
 from xllm_jax.report import media, plots, tables
 from xllm_jax.report.tables import Cell, Table
 
@@ -135,31 +138,46 @@ def sample(entry: Mapping[str, Any]) -> str:
 
 
 def file(modality: str, path: str) -> str:
-    """One file of a sample; what cannot be read is named instead."""
+    """One file of a sample; what cannot be read, or is of no known modality, is named instead."""
+    found = modalities.stored().get(modality)
     try:
-        return _SHOWN[modality](path)
+        return _SHOWN[found.view](path, found) if found else _named(path)
     except (OSError, ValueError, RuntimeError, UserError) as error:
         # A report must not fail for one unreadable file.
         return f'<p class="note">{html.escape(f"{path}: {error}")}</p>'
 
 
-def _image(path: str) -> str:
+def _image(path: str, _: Modality) -> str:
     return f'<img class="picture" alt="image" src="{media.image(path)}">'
 
 
-def _video(path: str) -> str:
+def _video(path: str, _: Modality) -> str:
     shown = "".join(f'<img alt="frame" src="{frame}">' for frame in media.frames(path))
     return f'<div class="frames">{shown}</div>'
 
 
-def _speech(path: str) -> str:
+def _speech(path: str, _: Modality) -> str:
     return (
         f'<img class="sound" alt="spectrogram" src="{media.spectrogram(path)}">'
         f'<audio controls preload="none" src="{media.sound(path)}"></audio>'
     )
 
 
-_SHOWN = {"image": _image, "video": _video, "speech": _speech}
+def _plot(path: str, found: Modality) -> str:
+    return plots.channels(os.path.basename(path), found.read(path).T.tolist())
+
+
+def _named(path: str, _: Modality | None = None) -> str:
+    return f'<p class="note">{html.escape(path)}</p>'
+
+
+_SHOWN: dict[View, Callable[[str, Modality], str]] = {
+    "picture": _image,
+    "frames": _video,
+    "sound": _speech,
+    "plot": _plot,
+    "vectors": _named,
+}
 
 
 def curves(runs: Mapping[str, plots.Points]) -> str:

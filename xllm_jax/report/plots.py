@@ -1,4 +1,4 @@
-"""Loss curves as SVG without any library."""
+"""Curves and bars as SVG without any library."""
 
 from __future__ import annotations
 
@@ -39,6 +39,38 @@ def curve(name: str, points: Points) -> str:
         f'<text x="{LEFT}" y="{HEIGHT - 6}">{steps[0]:.0f}</text>'
         f'<text x="{WIDTH - 8}" y="{HEIGHT - 6}" text-anchor="end">step {steps[-1]:.0f}</text>'
         "</svg></figure>"
+    )
+
+
+def channels(name: str, values: Sequence[Sequence[float]]) -> str:
+    """A time series, every channel as a line over its steps.
+
+    Args:
+      name: title.
+      values: of each channel, its value at every step; at least one of both.
+    """
+    flat = [value for channel in values for value in channel]
+    low, high = min(flat), max(flat)
+    across, tall = (WIDTH - LEFT - 8) / max(len(values[0]) - 1, 1), HEIGHT - BOTTOM - TOP
+
+    def share(value: float) -> float:
+        return (value - low) / (high - low) if high > low else 0.5
+
+    lines = "".join(
+        '<polyline points="'
+        + " ".join(
+            f"{LEFT + step * across:.1f},{HEIGHT - BOTTOM - share(value) * tall:.1f}"
+            for step, value in enumerate(channel)
+        )
+        + '"/>'
+        for channel in values
+    )
+    marks = _mark(low, 0) + (_mark(high, 1) if high > low else "")
+    return (
+        f'<figure class="curve"><figcaption>{html.escape(name)} <b>{len(values)} × '
+        f"{len(values[0])}</b></figcaption>"
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(name)}">'
+        f"{marks}{lines}</svg></figure>"
     )
 
 

@@ -89,5 +89,6 @@ MODALITY = Modality(
     slot="steps",
     tasks=speech.MODALITY.tasks,
     view="vectors",
+    contents="CIF features",
     padding=speech.MODALITY.padding,
 )

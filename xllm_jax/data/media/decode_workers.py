@@ -50,7 +50,7 @@ class Worker:
     def __init__(self, memory: int) -> None:
         self.resident = 0
         self._connection, theirs = Pipe()
-        paths = [ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
+        paths = [ROOT, *filter(None, sys.path)]  # further modalities are found as they are here
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", MODULE, str(theirs.fileno()), str(memory)],
@@ -143,7 +143,7 @@ class Decoders:
             self._idle.put(None)
 
 
-def _told(answer: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+def _told(answer: tuple[Any, ...]) -> tuple[np.ndarray, np.ndarray]:
     """The arrays of an answer.
 
     Raises:
@@ -151,7 +151,8 @@ def _told(answer: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
     """
     kind, *rest = answer
     if kind == "arrays":
-        return rest[0], rest[1]
+        values, lengths = rest
+        return values, lengths
     what, field, line = rest
     error = (DoesNotFit if kind == "does not fit" else UserError)(what, field=field)
     error.args = (line,)

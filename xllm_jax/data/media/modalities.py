@@ -8,7 +8,6 @@ a `.npy` file (`cif_features.py`): readers call such a medium CIF, prompts and m
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
@@ -186,13 +185,13 @@ def bucket(example: Example, data: Data, silent: int) -> int:
       The first that holds every file; the last where a header tells nothing.
     """
     known, last = named(data.modalities), len(data.frames) - 1
-    counts = [
-        functools.partial(known[name].count, path)
+    counted = [
+        (count, path)
         for name, path in example.media
-        if name in known and known[name].bound == FRAMES
+        if name in known and known[name].bound == FRAMES and (count := known[name].count)
     ]
     try:
-        frames = max((count() for count in counts), default=None)
+        frames = max((count(path) for count, path in counted), default=None)
     except UserError:
         return last
     if frames is None:

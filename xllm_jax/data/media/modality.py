@@ -54,6 +54,7 @@ class Modality:
         said, the interface itself decides about the last two.
       tasks: task of an example of such a file, without and with a question beside it.
       view: how a page shows a file.
+      contents: what the vectors of a file are called; its modality's name where this is ''.
       padding: what to do where most places for items are empty.
       picture: whether prepared sets store a file as the image that TFDS knows.
     """
@@ -69,6 +70,7 @@ class Modality:
     slot: Literal["fixed", "transcript", "steps"] = "fixed"
     tasks: tuple[str, str] = ("dialogue", "dialogue")
     view: View = "vectors"
+    contents: str = ""
     padding: str = ""
     picture: bool = False
 
