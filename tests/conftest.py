@@ -10,8 +10,11 @@ import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
 
+# Folder of the PyTorch recordings; XLLM_GOLDEN chooses another one of the same form.
+GOLDEN = Path(os.environ.get("XLLM_GOLDEN", Path(__file__).parent / "golden"))
+
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """Folder of the PyTorch recordings; `XLLM_GOLDEN` chooses another one of the same form."""
-    return Path(os.environ.get("XLLM_GOLDEN", Path(__file__).parent / "golden"))
+    """Folder of the PyTorch recordings."""
+    return GOLDEN

@@ -267,11 +267,6 @@ def uneven_case():
     return table, without(shapes_of(model), "adapter")
 
 
-def video_case(modality: str):
-    model = interfaces.QFormerInterface(**interfaces.SIZES["tiny"])
-    return blip2.video_run_rows(modality), without(shapes_of(model), "norm", "qformer")
-
-
 def contrast_case(kind: str):
     model = blip2_pretraining.ContrastModel(**blip2_pretraining.SIZES["tiny"])
     sizes = model.depth, model.heads, model.cross_attention_frequency
@@ -316,7 +311,6 @@ CASES = {
     "image interface of LAVIS": lambda: interface_case("lavis"),
     "image interface of Hugging Face": lambda: interface_case("hf"),
     "image interface of five layers": uneven_case,
-    "video interface": lambda: video_case("video"),
     "stage 1 of LAVIS": lambda: contrast_case("lavis"),
     "stage 1 of Hugging Face": lambda: contrast_case("hf"),
     "speech model": speech_case,

@@ -8,9 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from xllm_jax.convert import Drop, export_tree, files, import_tree, run_export, run_import
-from xllm_jax.convert.sources import blip2, eva_vit
-from xllm_jax.convert.sources.bert import linear
+from xllm_jax.convert import export_tree, files, import_tree, run_export, run_import
+from xllm_jax.convert.sources import blip2
 from xllm_jax.core.errors import UserError
 from xllm_jax.models import interfaces, vit
 
@@ -21,8 +20,6 @@ VISION = vit.VisionTransformer(**vit.SIZES["tiny"])
 # Hugging Face gives the norm behind the encoder the encoder's epsilon.
 FIELDS = interfaces.SIZES["tiny"] | {"llm_width": 16, "norm_epsilon": VISION.epsilon}
 INTERFACE = interfaces.QFormerInterface(**FIELDS)
-NORM = r"vision_model\.post_layernorm\..*"
-NOT_VISION = Drop(rf"(?!vision_model\.).*|{NORM}", "of the interface")
 
 
 @pytest.fixture(scope="module")
@@ -57,22 +54,23 @@ def peer():
     return model
 
 
-def shapes_of(model):
-    return jax.eval_shape(model.init, jax.random.key(0), *model.example())["params"]
+OPTIONS = dict(
+    kind="hf", text=False, adapter=True, vision=vit.SIZES["tiny"], interface=FIELDS
+)  # fmt: skip
 
 
 def read(source):
-    """((vision tree, report), (interface tree, report))."""
-    table = eva_vit.hf_rows(VISION.depth, VISION.heads)
-    vision = import_tree(table, source, shapes_of(VISION), drop=[NOT_VISION])
-    return vision, blip2.interface(source, INTERFACE, shapes_of(INTERFACE))
+    """(tree of both parts, report)."""
+    plan = blip2.plan(OPTIONS)
+    return import_tree(plan.table, source, plan.shapes, drop=plan.drop, fresh=plan.fresh)
 
 
 def test_equals_transformers(peer, tmp_path):
     """Image to LLM embeddings, read from a folder of shards with an index."""
     peer.save_pretrained(tmp_path, max_shard_size="400KB")
     assert (tmp_path / "model.safetensors.index.json").exists()
-    (vision, _), (interface, report) = read(files.open_checkpoint(tmp_path))
+    tree, report = read(files.open_checkpoint(tmp_path))
+    vision, interface = tree["vision_encoder"], tree["image_interface"]
     assert not report.fresh
     pixels = torch.randn(3, 3, VISION.image_size, VISION.image_size)
     with torch.no_grad():
@@ -95,14 +93,10 @@ def test_every_tensor_is_used_once_and_comes_back(peer, tmp_path):
     half = copy.deepcopy(peer).half()
     half.save_pretrained(tmp_path)
     source = files.open_checkpoint(tmp_path)
-    (vision, seen), (interface, report) = read(source)
-    assert not seen.used.keys() & report.used.keys()
-    left = source.keys() - seen.used.keys() - report.used.keys()
+    tree, report = read(source)
+    left = source.keys() - report.used.keys()
     assert left and all(name.startswith("language_model.") for name in left)
-    sizes = (INTERFACE.depth, INTERFACE.heads, INTERFACE.cross_attention_frequency)
-    table = (*blip2.rows(*sizes, "hf", text=False), *linear("language_projection", "adapter"))
-    back = export_tree(table, interface)
-    back |= export_tree(eva_vit.hf_rows(VISION.depth, VISION.heads), vision)
+    back = export_tree(blip2.plan(OPTIONS).table, tree)
     assert back.keys() == source.keys() - left
     for name, tensor in back.items():
         assert tensor.dtype == np.float16 and tensor.tobytes() == source[name].tobytes(), name

@@ -7,7 +7,7 @@ import json
 import ml_dtypes
 import numpy as np
 import pytest
-from vision_models import to_torch
+from published import to_torch
 
 from xllm_jax.convert import export_tree, files, run_export, run_import
 from xllm_jax.convert.sources import chatglm
@@ -38,6 +38,12 @@ def tensors_of(model: glm.ChatGLM, dtype=np.float16, scale: float = 0.3) -> dict
         for path, x in flat.items()
     }
     return export_tree(chatglm.rows(model.depth, model.heads), rules.unflatten(params))
+
+
+def exported(model: glm.ChatGLM, params: dict) -> dict[str, np.ndarray]:
+    """Our parameters under the published names, with the head."""
+    tensors = export_tree(chatglm.rows(model.depth, model.heads), params)
+    return tensors | {chatglm.HEAD: tensors[chatglm.WORDS]}
 
 
 def write_folder(folder, model, tensors, form="bin"):
@@ -80,14 +86,21 @@ def test_every_release_comes_back_bit_by_bit(vocab, dtype, form, tmp_path):
     tensors = tensors_of(model, dtype)
     tensors[chatglm.HEAD] = tensors[chatglm.WORDS]
     frequencies = {f"transformer.layers.{n}.attention.rotary_emb.inv_freq" for n in range(2)}
-    buffers = {name: np.arange(4, dtype=dtype) for name in frequencies}
+    buffers = {name: np.arange(2, dtype=dtype) for name in frequencies}
     write_folder(tmp_path / "glm", model, tensors | buffers, form)
-    loaded, params, report = chatglm.load(tmp_path / "glm")
-    assert loaded.vocab == vocab and params["embedding"].dtype == dtype
+    found = run_import.examine("chatglm", tmp_path / "glm")
+    params = found.tree()["llm"]
+    assert chatglm.network(found.options) == model and params["embedding"].dtype == dtype
+    report = found.report
     assert report.dropped.keys() == frequencies | {chatglm.HEAD} and not report.fresh
-    back = chatglm.export(loaded, params)
+    back = exported(model, params)
     assert back.keys() == tensors.keys()
     assert all(same_bits(back[name], tensors[name]) for name in tensors)
+
+
+def test_the_configuration_keeps_an_alpha_of_ours():
+    model = glm.ChatGLM(**SMALL, alpha=2.5)
+    assert glm.ChatGLM(**chatglm.fields(chatglm.config_of(model, SPECIALS))) == model
 
 
 def published_quantization(weight: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
@@ -133,9 +146,9 @@ def test_quantized_releases(bits, embeddings, tmp_path):
     model = glm.ChatGLM(**SMALL)
     tensors, weights = quantized_release(model, bits, embeddings)
     write_folder(tmp_path / "glm", model, tensors)
-    loaded, params, report = chatglm.load(tmp_path / "glm")
-    assert report.dropped.keys() == {chatglm.HEAD} and not report.fresh
-    ordinary = chatglm.export(loaded, params)
+    found = run_import.examine("chatglm", tmp_path / "glm")
+    assert found.report.dropped.keys() == {chatglm.HEAD} and not found.report.fresh
+    ordinary = exported(model, found.tree()["llm"])
     for name in weights:
         expected = products(tensors[name], tensors[name.replace("weight", "weight_scale")], bits)
         assert same_bits(ordinary[name], expected), name
@@ -193,7 +206,7 @@ def test_a_wrong_quantized_release_is_refused_by_name(change, told, tmp_path):
     change(tensors)
     write_folder(tmp_path / "glm", model, tensors)
     with pytest.raises(UserError, match=told) as caught:
-        chatglm.load(tmp_path / "glm")
+        run_import.examine("chatglm", tmp_path / "glm").tree()
     assert QKV in str(caught.value)
 
 

@@ -8,12 +8,13 @@ import json
 import jax
 import ml_dtypes
 import numpy as np
+import published
 import pytest
-import vision_models
 from safetensors.torch import save_file
 
 from xllm_jax.convert import export_tree, files, import_tree, run_export, run_import
-from xllm_jax.convert.sources import blip2, xllm
+from xllm_jax.convert.sources import xllm
+from xllm_jax.convert.verify.vision_model import Reference
 from xllm_jax.core import rules
 from xllm_jax.core.errors import UserError
 
@@ -22,7 +23,7 @@ torch = pytest.importorskip("torch")
 
 def write(state, path):
     """Writes a file, as X-LLM's runner saves it where it is a .pth."""
-    saved = {name: vision_models.to_torch(x) for name, x in state.items()}
+    saved = {name: published.to_torch(x) for name, x in state.items()}
     if path.suffix == ".pth":
         torch.save({"model": saved, "epoch": 4, "config": {}}, path)
     else:
@@ -230,18 +231,28 @@ def test_a_file_that_does_not_fit_is_refused_by_name(change, name, state, tmp_pa
 @pytest.mark.golden
 @pytest.mark.parametrize("run", ["image", "video"])
 def test_recorded_files(run, golden):
-    """The files that X-LLM's runner saved fill what BLIP-2's table makes of them."""
-    checkpoint = files.open_checkpoint(golden / f"vision/weights/xllm_{run}_checkpoint_4.pth")
-    model = vision_models.interface_model(vision_models.config_of(golden))
-    shapes = vision_models.shapes_of(model)
+    """An image run is BLIP-2's second stage; a video run has queries and adapters of both."""
+    reference = Reference(golden / "vision")
+    path = reference.weights / f"xllm_{run}_checkpoint_4.pth"
+    checkpoint = files.open_checkpoint(path)
+    _, image = reference.interface()
     options = xllm.options(checkpoint, "")
-    fields = {"heads": model.heads}  # which no shape tells
+    fields = {"heads": reference.config["qformer"]["num_attention_heads"]}  # no shape tells it
     options["sizes"] = {part: sizes | fields for part, sizes in options["sizes"].items()}
-    plan = xllm.plan(options)
-    tree, _ = import_tree(plan.table, checkpoint, plan.shapes, drop=plan.drop, fresh=plan.fresh)
-    for modality in ("image", "video") if run == "video" else ("image",):
-        expected, _ = blip2.interface(checkpoint, model, shapes, modality=modality)
-        jax.tree.map(np.testing.assert_array_equal, tree.pop(f"{modality}_interface"), expected)
+    found = run_import.examine("xllm", path, options=options)
+    tree = found.tree()
+    if run == "image":
+        jax.tree.map(np.testing.assert_array_equal, tree, {"image_interface": image})
+        return
+    for part, (queries, adapter) in {
+        "video_interface": ("video_query_tokens", "video_proj"),
+        "image_interface": ("query_tokens", "opt_proj"),
+    }.items():
+        own = tree.pop(part)
+        np.testing.assert_array_equal(own["queries"], checkpoint[queries][0])
+        np.testing.assert_array_equal(own["adapter"]["kernel"], checkpoint[f"{adapter}.weight"].T)
+        np.testing.assert_array_equal(own["adapter"]["bias"], checkpoint[f"{adapter}.bias"])
+        assert own.keys() == {"queries", "adapter"}
     assert not tree
 
 

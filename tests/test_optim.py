@@ -1,4 +1,4 @@
-"""Schedules and AdamW against the recorded reference, and the accumulation of micro-batches."""
+"""Schedules, weight decay and AdamW, and the accumulation of micro-batches."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from recording import Recording
-from vision_models import contrast_table, interface_table, load_contrast, load_interface
 
 from xllm_jax.convert import export_tree
+from xllm_jax.convert.verify.vision_model import Reference, contrast_table, interface_table
 from xllm_jax.core import optim, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Optimizer
@@ -25,50 +24,17 @@ def settings(**fields) -> Optimizer:
 
 
 @pytest.mark.golden
-def test_epoch_cosine_is_the_recorded_one(golden):
-    recording = Recording(golden / "vision/cases_lr.npz")
-    cases = json.loads((golden / "vision/cases_info.json").read_text())["lr"]["schedules"]
-    with jax.enable_x64(True):
-        for case in cases:
-            name, per_epoch = case["name"], case["iters_per_epoch"]
-            schedule = optim.epoch_cosine(
-                case["init_lr"],
-                case["min_lr"],
-                case["warmup_start_lr"],
-                case["warmup_steps"],
-                per_epoch,
-                per_epoch * case["max_epoch"],
-            )
-            steps = recording.input(f"{name}_step")
-            recording.equal(f"{name}_epoch", steps // per_epoch)
-            recording.equal(f"{name}_iter", steps % per_epoch)
-            recording.close(f"{name}_lr", schedule(steps), atol=0, rtol=1e-9)
-    recording.assert_all_used()
-
-
-@pytest.mark.golden
-def test_tri_stage_is_the_recorded_one(golden):
-    recording = Recording(golden / "speech/lr_schedule.npz")
-    with jax.enable_x64(True):
-        steps, log_steps = recording.input("steps"), recording.input("log_steps")
-        schedule = optim.tri_stage(3e-4, 3e-6, 3e-6, 24000, 36000, 120000)
-        recording.close("lr", schedule(steps), atol=0, rtol=1e-9)
-        logged = optim.tri_stage(3e-4, 3e-6, 3e-6, 30000, 90000, 120000)
-        recording.close("log_lr", logged(log_steps), atol=0, rtol=1e-5)
-    recording.assert_all_used()
-
-
-@pytest.mark.golden
 def test_weight_decay_reaches_the_recorded_parameters(golden):
     cases = json.loads((golden / "vision/cases_weight_decay.json").read_text())
-    stage1, params, _ = load_contrast(golden)
+    reference = Reference(golden / "vision")
+    stage1, params = reference.contrast
     groups = decayed(params, contrast_table(stage1))
     assert groups == recorded(cases["stage1 XLLMQformer / xllm runner_base.RunnerBase.optimizer"])
     temperature_too = [pattern for pattern in optim.NO_DECAY if "temperature" not in pattern]
     groups = decayed(params, contrast_table(stage1), temperature_too)
     lavis = "stage1 Blip2Qformer / lavis blip2.Blip2Base.get_optimizer_params"
     assert groups == recorded(cases[lavis])
-    stage2, params, _ = load_interface(golden, "blip2_pretrained_opt_stage2.pth")
+    stage2, params = reference.interface()
     groups = decayed(params, interface_table(stage2))
     assert groups == recorded(cases["stage2 XLLMImage / xllm runner_base.RunnerBase.optimizer"])
     video = recorded(cases["stage2 XLLMVideo / xllm runner_base.RunnerBase.optimizer"])

@@ -1,71 +1,15 @@
-"""The speech interface: the recorded C-Former, padding, counts, and the signature."""
+"""The speech interface: padding, counts, precision, and the signature."""
 
 from __future__ import annotations
-
-import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from recording import Recording
 
-from xllm_jax.convert import export_tree, import_tree
-from xllm_jax.convert.sources import bert
-from xllm_jax.convert.sources.cif_asr import interface_rows
 from xllm_jax.core import rules
 from xllm_jax.models import speech_interface
 from xllm_jax.models.speech_interface import SpeechInterface
-
-
-def scaled(recording, name, value, tolerance):
-    largest = float(np.abs(recording.arrays[name]).max(initial=0.0))
-    recording.close(name, value, atol=tolerance * max(1.0, largest))
-
-
-@pytest.mark.golden
-def test_recorded_c_former(golden):
-    recording = Recording(golden / "speech" / "cformer.npz")
-    about = json.loads((golden / "speech" / "cformer.json").read_text())["bert"]
-    get = recording.input
-    inputs, mask, weights = get("speech_input"), get("attention_mask"), get("R")
-    network = SpeechInterface(
-        encoder_width=inputs.shape[-1],
-        max_tokens=inputs.shape[1],
-        width=about["hidden_size"],
-        depth=about["num_hidden_layers"],
-        heads=about["num_attention_heads"],
-        hidden=about["intermediate_size"],
-        positions=about["max_position_embeddings"],
-        llm_width=recording.arrays["out"].shape[-1],
-        adapter_relu=True,
-        mask_padding=False,
-    )
-    counts = mask.sum(-1)
-    np.testing.assert_array_equal(mask, np.arange(mask.shape[1]) < counts[:, None])
-    table = interface_rows(about["num_hidden_layers"], about["num_attention_heads"])
-    params = load(recording, network, table)
-
-    def total(params, inputs):
-        out = network.apply({"params": params}, inputs, counts, method="read")
-        return (out * weights).sum(), out
-
-    compute = jax.jit(jax.grad(total, (0, 1), has_aux=True))
-    (to_params, to_inputs), out = compute(params, inputs)
-    scaled(recording, "out", out, 2e-5)
-    scaled(recording, "d_speech_input", to_inputs, 2e-4)
-    gradients = export_tree(table, to_params)
-    for name in recording.names("grad/*"):
-        scaled(recording, name, gradients[name.removeprefix("grad/")], 2e-4)
-    recording.assert_all_used()
-
-
-def load(recording, network, table):
-    names = [n for n in recording.arrays if n.startswith(("pre_", "post_", "speech_bert"))]
-    source = {name: recording.input(name) for name in names}
-    shapes = jax.eval_shape(network.init, jax.random.key(0), *network.example())["params"]
-    shapes = {name: tree for name, tree in shapes.items() if name != "cif"}
-    return import_tree(table, source, shapes, drop=bert.DROP)[0]
 
 
 @pytest.fixture(scope="module")

@@ -102,7 +102,7 @@ class Report:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class ConversionPlan:
     """What one source is, in all: the facts that the command needs.
 
     Attributes:
@@ -112,7 +112,7 @@ class Plan:
       fresh: path patterns of our leaves that the source does not hold.
       tied: {name: other name}: tensors that repeat another one bit by bit. They are compared on
         import and written again on export.
-      beside: files of the input folder that are copied into the output where they exist.
+      extra_files: files of the input folder that are copied into the output where they exist.
     """
 
     table: tuple[Row, ...]
@@ -120,7 +120,7 @@ class Plan:
     drop: tuple[Drop, ...] = ()
     fresh: tuple[str, ...] = ()
     tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    beside: tuple[str, ...] = ()
+    extra_files: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

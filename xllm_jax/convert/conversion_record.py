@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from xllm_jax.convert import Plan, Report, files
+from xllm_jax.convert import ConversionPlan, Report, files
 from xllm_jax.core.checkpoint import CONVERSION
 from xllm_jax.core.errors import UserError
 
@@ -50,7 +50,7 @@ class Conversion:
         cls,
         source: str,
         options: Mapping[str, Any],
-        plan: Plan,
+        plan: ConversionPlan,
         opened: files.Checkpoint,
         tensors: Mapping[str, Any],
         report: Report,

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from xllm_jax.convert import Plan, Row, check_table, conversion_record, run_import
+from xllm_jax.convert import ConversionPlan, Row, check_table, conversion_record, run_import
 from xllm_jax.convert.files import SAFETENSORS
 from xllm_jax.convert.header import Header
 from xllm_jax.core import checkpoint
@@ -34,7 +34,7 @@ class Exported(Mapping):
       UserError: a leaf is missing or has another shape than the plan's.
     """
 
-    def __init__(self, plan: Plan, leaves: Mapping[str, Any], base: Path):
+    def __init__(self, plan: ConversionPlan, leaves: Mapping[str, Any], base: Path):
         check_table(plan.table)
         self._plan, self._leaves = plan, leaves
         self._places: dict[str, list[_Place]] = {}
@@ -131,7 +131,7 @@ def run_export(source: str, path: str | Path, output: str | Path, size: str = ""
     partial.mkdir(parents=True)
     try:
         names = write_shards(tensors, partial)
-        run_import.copy_beside(plan, path, partial)
+        run_import.copy_extra_files(plan, path, partial)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

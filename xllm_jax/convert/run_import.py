@@ -5,7 +5,7 @@ where its tensors are to be computed first, such as quantized ones):
 
     recognize(checkpoint) -> bool              from names, headers and config.json
     options(checkpoint | None, size) -> dict   all that the table depends on, as JSON
-    plan(options) -> Plan                      table, shapes, what may be dropped or fresh
+    plan(options) -> ConversionPlan                      table, shapes, what may be dropped or fresh
     prepare(checkpoint, options) -> Mapping    a view of the tensors that the table names
 
 `options` go into conversion.json, from which export finds the way back.
@@ -25,7 +25,16 @@ from typing import Any
 
 import numpy as np
 
-from xllm_jax.convert import Drop, Leaf, Plan, Report, arrange, conversion_record, files, place
+from xllm_jax.convert import (
+    ConversionPlan,
+    Drop,
+    Leaf,
+    Report,
+    arrange,
+    conversion_record,
+    files,
+    place,
+)
 from xllm_jax.core import checkpoint, lookup, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.streamed_leaf import Blocks
@@ -102,7 +111,7 @@ def run_import(
     )
 
     def finish(folder: Path) -> None:
-        copy_beside(found.plan, found.opened.path, folder)
+        copy_extra_files(found.plan, found.opened.path, folder)
         written.write(folder)
 
     blocks = {path: as_blocks(path, leaf) for path, leaf in found.leaves.items()}
@@ -117,21 +126,33 @@ class Examined:
 
     opened: files.Checkpoint
     options: Mapping[str, Any]
-    plan: Plan
+    plan: ConversionPlan
     tensors: Mapping[str, np.ndarray]
     leaves: Mapping[str, Leaf]
     report: Report
 
+    def tree(self) -> dict[str, Any]:
+        """Reads all of it: {part: tree of NumPy arrays in the file's dtype}."""
+        return rules.unflatten({path: leaf.whole() for path, leaf in self.leaves.items()})
 
-def examine(source: str, path: str | Path, size: str = "") -> Examined:
+
+def examine(
+    source: str, path: str | Path, size: str = "", options: Mapping[str, Any] | None = None
+) -> Examined:
     """Opens a published checkpoint and makes every check that needs no weights.
+
+    Args:
+      source: name of the source.
+      path: the published file or folder.
+      size: row of SIZES, where the files do not tell.
+      options: of the source's plan, where neither the files nor SIZES tell them.
 
     Raises:
       UserError: the files are not what was said, or are incomplete.
     """
     module, opened = source_named(source), files.open_checkpoint(path)
     check_kind(source, opened)
-    options = module.options(opened, size)
+    options = module.options(opened, size) if options is None else options
     plan = module.plan(options)
     prepare = getattr(module, "prepare", None)
     tensors = prepare(opened, options) if prepare else opened
@@ -139,7 +160,9 @@ def examine(source: str, path: str | Path, size: str = "") -> Examined:
     return Examined(opened, options, plan, tensors, leaves, report)
 
 
-def laid_out(plan: Plan, tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, Leaf], Report]:
+def laid_out(
+    plan: ConversionPlan, tensors: Mapping[str, np.ndarray]
+) -> tuple[dict[str, Leaf], Report]:
     """What fills each leaf, every check that headers allow, and the tied tensors compared.
 
     Raises:
@@ -272,9 +295,9 @@ def check_room(output: str | Path, needed: int) -> None:
         )
 
 
-def copy_beside(plan: Plan, source: Path, target: Path) -> None:
+def copy_extra_files(plan: ConversionPlan, source: Path, target: Path) -> None:
     """Copies the plan's further files (tokenizer, configuration) from one folder to the other."""
     folder = source if source.is_dir() else source.parent
-    for name in plan.beside:
+    for name in plan.extra_files:
         if (folder / name).is_file():
             shutil.copy(folder / name, target / name)

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from xllm_jax.convert import Drop, Plan, Row, sizes
+from xllm_jax.convert import ConversionPlan, Drop, Row, sizes
 from xllm_jax.convert.files import Checkpoint
 from xllm_jax.core.errors import UserError
 from xllm_jax.models.bert import SIZES, BertEncoder
@@ -186,15 +186,15 @@ def options(checkpoint: Checkpoint | None, size: str) -> dict[str, Any]:
     }
 
 
-def plan(options: Mapping[str, Any]) -> Plan:
+def plan(options: Mapping[str, Any]) -> ConversionPlan:
     """The encoder with its word table as part 'bert'."""
     names = ("prefix", "gamma")
     model = BertEncoder(**{name: value for name, value in options.items() if name not in names})
     ids = jnp.zeros((1, 2), jnp.int32)
     table = rows(model.depth, model.heads, source=options["prefix"], target="bert/")
-    return Plan(
+    return ConversionPlan(
         table=named_as(table, ["LayerNorm.gamma"] if options["gamma"] else []),
         shapes={"bert": sizes.shapes_of(model, ids, jnp.ones((1, 2), bool))},
         drop=tuple(rule for rule in DROP if "word_embeddings" not in rule.pattern),
-        beside=("vocab.txt",),
+        extra_files=("vocab.txt",),
     )

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from xllm_jax.convert import Drop, Plan, Row, sizes
+from xllm_jax.convert import ConversionPlan, Drop, Row, sizes
 from xllm_jax.convert.files import Checkpoint, Derived, View
 from xllm_jax.convert.sources import bert, blip2
 from xllm_jax.core import rules
@@ -67,7 +67,7 @@ def options(checkpoint: Checkpoint | None, size: str) -> dict[str, Any]:
     return dict(interface=row, added=added, seed=SEED, gamma=gamma)
 
 
-def plan(options: Mapping[str, Any]) -> Plan:
+def plan(options: Mapping[str, Any]) -> ConversionPlan:
     """The subtrees 'qformer' and 'language_head' of the stage-1 model, without cross-attention."""
     model = ContrastModel(**options["interface"])
     shapes = {
@@ -75,8 +75,8 @@ def plan(options: Mapping[str, Any]) -> Plan:
         for path, leaf in rules.flatten(sizes.shapes_of(model)).items()
         if path.startswith(("qformer/", "language_head/")) and "cross_attention" not in path
     }
-    return Plan(
-        table=_table(options), shapes=rules.unflatten(shapes), drop=DROP, beside=("vocab.txt",)
+    return ConversionPlan(
+        table=_table(options), shapes=rules.unflatten(shapes), drop=DROP, extra_files=("vocab.txt",)
     )
 
 

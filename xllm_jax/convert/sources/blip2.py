@@ -1,8 +1,7 @@
-"""BLIP-2 and X-LLM image and video checkpoints to the Q-Former interface and its stage-1 model.
+"""BLIP-2 checkpoints to the Q-Former interface and its stage-1 model.
 
-Four layouts hold the same network: LAVIS stage 1 (with heads, with or without the ViT), LAVIS stage
-2 (the image interface), X-LLM's own image and video runs, and Hugging Face folders. `interface` and
-`contrast` recognize them by their tensor names.
+Three layouts hold the same network: LAVIS stage 1 (with heads, with or without the ViT), LAVIS
+stage 2 (the image interface), and Hugging Face folders. X-LLM's own runs have a table in `xllm.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from xllm_jax.convert import Drop, Plan, Report, Row, import_tree, mount, sizes
+from xllm_jax.convert import ConversionPlan, Drop, Row, import_tree, mount, sizes
 from xllm_jax.convert.files import Checkpoint
 from xllm_jax.convert.sources import eva_vit
 from xllm_jax.convert.sources.bert import attention_rows, feed_forward_rows, linear, named_as, norm
@@ -27,6 +26,7 @@ LAVIS = "Qformer.bert."
 DECODER = "Qformer.cls.predictions.decoder"
 WORDS = f"{LAVIS}embeddings.word_embeddings.weight"
 
+HF_MARK = "qformer.layernorm.weight"
 VISION = {"lavis": "visual_encoder.", "hf": "vision_model."}
 VISION_MARK = {"lavis": "cls_token", "hf": "embeddings.class_embedding"}
 
@@ -43,11 +43,6 @@ DROP_TEXT = (
         r"(Qformer\.cls|vision_proj|text_proj|vision_projection|text_projection|itm_head)\..*|temp",
         "a head of stage 1",
     ),
-)
-DROP_TIED = Drop(r"Qformer\.cls\.predictions\.decoder\.(weight|bias)", "tied to words and head")
-DROP_OTHER_MODALITY = (
-    Drop(r"opt_proj\..*|query_tokens", "belongs to the image interface"),
-    Drop(r"video_proj\..*|video_query_tokens", "belongs to the video interface"),
 )
 
 
@@ -135,87 +130,6 @@ def head_rows(kind: str) -> tuple[Row, ...]:
     )
 
 
-def video_run_rows(modality: str) -> tuple[Row, ...]:
-    """Rows of X-LLM's video runs, which hold queries and adapter of 'video' and of 'image'."""
-    queries, adapter = {
-        "video": ("video_query_tokens", "video_proj"),
-        "image": ("query_tokens", "opt_proj"),
-    }[modality]
-    return (Row(queries, "queries", "1 n d -> n d"), *linear(adapter, "adapter"))
-
-
-def kind_of(source: Mapping[str, Any]) -> str:
-    """'hf', 'video' (X-LLM's video run), 'stage1' or 'stage2' (LAVIS, or X-LLM's image run).
-
-    Raises:
-      UserError: none of them.
-    """
-    if "qformer.layernorm.weight" in source:
-        return "hf"
-    if "video_query_tokens" in source:
-        return "video"
-    if f"{LAVIS}embeddings.LayerNorm.weight" in source:
-        return "stage2" if "opt_proj.weight" in source else "stage1"
-    raise UserError(
-        "not a BLIP-2 or X-LLM image or video checkpoint",
-        hint="Give LAVIS's blip2_pretrained*.pth, an X-LLM run, or a Hugging Face BLIP-2 folder",
-    )
-
-
-def interface(
-    source: Mapping[str, np.ndarray],
-    model: QFormerInterface,
-    shapes: Mapping[str, Any],
-    modality: str = "video",
-) -> tuple[dict[str, Any], Report]:
-    """Fills the image or video interface.
-
-    Args:
-      source: an opened checkpoint (`files.open_checkpoint`).
-      model: names the sizes.
-      shapes: our tree of shapes.
-      modality: which interface to take from an X-LLM video run, 'video' or 'image'; other files
-        hold one.
-
-    Returns:
-      (tree, report). The adapter is missing in it when the file is of stage 1; all but queries and
-      adapter when it is of a video run: `report.fresh` names what is to come from elsewhere.
-
-    Raises:
-      UserError: unknown layout, other sizes, missing or unknown tensors.
-    """
-    kind = kind_of(source)
-    if kind == "video":
-        table, drop = video_run_rows(modality), (*DROP, *DROP_OTHER_MODALITY)
-        return import_tree(table, source, shapes, drop=drop, fresh=("norm/.*", "qformer/.*"))
-    family = "hf" if kind == "hf" else "lavis"
-    table = rows(model.depth, model.heads, model.cross_attention_frequency, family, text=False)
-    adapter = "language_projection" if kind == "hf" else "opt_proj"
-    found = f"{adapter}.weight" in source
-    table += linear(adapter, "adapter") if found else ()
-    fresh = () if found else ("adapter/.*",)
-    return import_tree(table, source, shapes, drop=(*DROP, *DROP_TEXT), fresh=fresh)
-
-
-def contrast(
-    source: Mapping[str, np.ndarray], model: ContrastModel, shapes: Mapping[str, Any]
-) -> tuple[dict[str, Any], Report]:
-    """Fills the stage-1 model; arguments and errors as in `interface`.
-
-    A Hugging Face folder leaves `language_head` and `temperature` to `report.fresh`.
-    """
-    kind = kind_of(source)
-    if kind not in ("stage1", "hf"):
-        raise UserError("holds no stage-1 heads", hint="Give a file of BLIP-2's first stage")
-    family = "hf" if kind == "hf" else "lavis"
-    if family == "lavis":
-        _check_tied(source)
-    sizes = (model.depth, model.heads, model.cross_attention_frequency)
-    table = (*rows(*sizes, family, text=True), *head_rows(family))
-    fresh = ("language_head/.*", "temperature") if family == "hf" else ()
-    return import_tree(table, source, shapes, drop=(*DROP, DROP_TIED), fresh=fresh)
-
-
 def from_bert_rows(model: ContrastModel) -> tuple[Row, ...]:
     """Rows of what a Q-Former takes from a BERT with its language head, but for added words."""
     layers = layer_rows(
@@ -283,17 +197,9 @@ def _first_rows(longer: np.ndarray, shorter: np.ndarray, path: str) -> np.ndarra
     return np.concatenate([shorter, longer[len(shorter) :]])
 
 
-def _check_tied(source: Mapping[str, np.ndarray]) -> None:
-    """The decoder repeats the word table and the head's bias; where it does not, it is refused."""
-    for name, tied in (("weight", WORDS), ("bias", "Qformer.cls.predictions.bias")):
-        decoder = f"{DECODER}.{name}"
-        if decoder in source and not np.array_equal(source[decoder], source[tied]):
-            raise UserError(f"differs from {tied}, to which it is tied", field=decoder)
-
-
 def recognize(checkpoint: Checkpoint) -> bool:
     """Whether the tensors are those of BLIP-2: LAVIS stage 1 or 2, or Hugging Face."""
-    marks = ("qformer.layernorm.weight", f"{LAVIS}embeddings.LayerNorm.weight")
+    marks = (HF_MARK, f"{LAVIS}embeddings.LayerNorm.weight")
     return "video_query_tokens" not in checkpoint and any(mark in checkpoint for mark in marks)
 
 
@@ -311,7 +217,7 @@ def options(checkpoint: Checkpoint | None, size: str) -> dict[str, Any]:
     if checkpoint is None:
         row = sizes.row(interfaces.SIZES, size)
         return dict(kind="lavis", text=False, adapter=True, vision=None, interface=row)
-    hf = kind_of(checkpoint) == "hf"
+    hf = HF_MARK in checkpoint
     adapter = ("language_projection" if hf else "opt_proj") + ".weight"
     text = "itm_head.weight" in checkpoint and adapter not in checkpoint
     vision = VISION["hf" if hf else "lavis"] + VISION_MARK["hf" if hf else "lavis"]
@@ -340,7 +246,7 @@ def options(checkpoint: Checkpoint | None, size: str) -> dict[str, Any]:
     }
 
 
-def plan(options: Mapping[str, Any]) -> Plan:
+def plan(options: Mapping[str, Any]) -> ConversionPlan:
     """Part 'image_interface', and 'vision_encoder' where the file holds it."""
     kind, text, adapter = options["kind"], options["text"], options["adapter"]
     model = (ContrastModel if text else QFormerInterface)(**options["interface"])
@@ -362,7 +268,7 @@ def plan(options: Mapping[str, Any]) -> Plan:
         )
     head = "Qformer.cls.predictions"
     tied = {f"{DECODER}.weight": WORDS, f"{DECODER}.bias": f"{head}.bias"} if text else {}
-    return Plan(
+    return ConversionPlan(
         table=table,
         shapes=shapes,
         drop=drop,

@@ -13,10 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from xllm_jax.convert import Drop, Plan, Report, Row, export_tree, files, import_tree, mount, sizes
+from xllm_jax.convert import (
+    ConversionPlan,
+    Drop,
+    Row,
+    files,
+    mount,
+    sizes,
+)
 from xllm_jax.convert.sources import chatglm_quantized
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.text.glm_layout import Specials
@@ -24,7 +30,7 @@ from xllm_jax.models.glm import SIZES, ChatGLM
 
 HEAD = "lm_head.weight"
 WORDS = "transformer.word_embeddings.weight"
-BESIDE = ("config.json", "ice_text.model", "tokenizer_config.json")
+EXTRA_FILES = ("config.json", "ice_text.model", "tokenizer_config.json")
 
 DROP = (
     Drop(r"lm_head\.weight", "tied to the word embeddings, as the reference does on loading"),
@@ -138,51 +144,6 @@ def shapes(model: ChatGLM) -> dict[str, Any]:
     return variables["params"]
 
 
-def load(folder: str | Path, tie: bool = False) -> tuple[ChatGLM, dict[str, Any], Report]:
-    """Reads a published checkpoint folder.
-
-    Args:
-      folder: with config.json and the shards.
-      tie: accept a head that differs from the word embeddings and drop it, as the reference does.
-
-    Returns:
-      (float32 model, parameters as NumPy arrays in the file's dtype, report).
-
-    Raises:
-      UserError: files missing or of another model; a head that is not tied.
-    """
-    config = read_config(folder)
-    model = ChatGLM(**fields(config))
-    source = chatglm_quantized.view(files.open_checkpoint(folder), model.width, model.hidden)
-    if not tie and HEAD in source and not np.array_equal(source[HEAD], source[WORDS]):
-        raise UserError(
-            "the head differs from the word embeddings",
-            field=HEAD,
-            hint="The reference overwrites it by them; tie=True does the same",
-        )
-    table = rows(model.depth, model.heads)
-    params, report = import_tree(table, source, shapes(model), drop=DROP)
-    return model, params, report
-
-
-def save(folder: str | Path, model: ChatGLM, params: Mapping[str, Any], specials: Specials) -> None:
-    """Writes a checkpoint folder that `load` reads: config.json and model.safetensors."""
-    from safetensors.flax import save_file
-
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    config = config_of(model, specials)
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    tensors = {name: jnp.asarray(tensor) for name, tensor in export(model, params).items()}
-    save_file(tensors, str(folder / "model.safetensors"))
-
-
-def export(model: ChatGLM, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Our parameters under the published names, the tied head included."""
-    tensors = export_tree(rows(model.depth, model.heads), params)
-    return tensors | {HEAD: tensors[WORDS]}
-
-
 def recognize(checkpoint: files.Checkpoint) -> bool:
     """Whether the tensors are those of ChatGLM-6B."""
     return WORDS in checkpoint
@@ -204,15 +165,20 @@ def options(checkpoint: files.Checkpoint | None, size: str) -> dict[str, Any]:
     return model | ({BITS[0]: bits} if bits else {})
 
 
-def plan(options: Mapping[str, Any]) -> Plan:
+def network(options: Mapping[str, Any]) -> ChatGLM:
+    """The model of such options, in float32."""
+    return ChatGLM(**{key: value for key, value in options.items() if key not in BITS})
+
+
+def plan(options: Mapping[str, Any]) -> ConversionPlan:
     """The whole source as part 'llm'; configuration and tokenizer go beside it."""
-    model = ChatGLM(**{key: value for key, value in options.items() if key not in BITS})
-    return Plan(
+    model = network(options)
+    return ConversionPlan(
         table=mount("llm", rows(model.depth, model.heads)),
         shapes={"llm": shapes(model)},
         drop=tuple(rule for rule in DROP if rule.pattern != re.escape(HEAD)),
         tied={HEAD: WORDS},
-        beside=BESIDE,
+        extra_files=EXTRA_FILES,
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from xllm_jax.convert import Drop, Plan, Row, mount, sizes
+from xllm_jax.convert import ConversionPlan, Drop, Row, mount, sizes
 from xllm_jax.convert.files import Checkpoint, Derived, View
 from xllm_jax.core.errors import UserError
 from xllm_jax.models.glm_prefix import SIZES, Prefix
@@ -64,11 +64,11 @@ def options(checkpoint: Checkpoint | None, size: str) -> dict[str, Any]:
     return row | {"length": length, "projected": projected}
 
 
-def plan(options: Mapping[str, Any]) -> Plan:
+def plan(options: Mapping[str, Any]) -> ConversionPlan:
     """The part 'llm_prefix' of one length for one LLM."""
     model = Prefix(*(options[name] for name in ("length", "depth", "width", "heads")))
     table = mount(PART, rows(model.depth, model.heads))
-    return Plan(table=table, shapes={PART: sizes.shapes_of(model)}, drop=DROP)
+    return ConversionPlan(table=table, shapes={PART: sizes.shapes_of(model)}, drop=DROP)
 
 
 def prepare(checkpoint: Checkpoint, options: Mapping[str, Any]) -> Mapping:

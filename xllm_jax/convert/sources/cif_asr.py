@@ -13,7 +13,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from xllm_jax.convert import Drop, Plan, Row, sizes
+from xllm_jax.convert import ConversionPlan, Drop, Row, sizes
 from xllm_jax.convert.files import Checkpoint
 from xllm_jax.convert.sources import bert
 from xllm_jax.convert.sources.bert import Layers, linear, norm
@@ -230,7 +230,7 @@ def options(checkpoint: Checkpoint | None, size: str) -> dict[str, Any]:
     }
 
 
-def plan(options: Mapping[str, Any]) -> Plan:
+def plan(options: Mapping[str, Any]) -> ConversionPlan:
     """Parts 'speech_encoder', 'speech_interface' (its CIF alone) and 'asr_decoder'."""
     encoder = conformer.SpeechEncoder(**options["encoder"])
     decoder = asr.ASRDecoder(**options["decoder"])
@@ -250,4 +250,4 @@ def plan(options: Mapping[str, Any]) -> Plan:
         "speech_interface": {"cif": sizes.shapes_of(fire, *frames)},
         "asr_decoder": sizes.shapes_of(decoder),
     }
-    return Plan(table=table, shapes=shapes, drop=DROPPED)
+    return ConversionPlan(table=table, shapes=shapes, drop=DROPPED)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from xllm_jax.convert import Drop, Plan, Row, mount, sizes
+from xllm_jax.convert import ConversionPlan, Drop, Row, mount, sizes
 from xllm_jax.convert.files import Checkpoint
 from xllm_jax.convert.sources import clip_vision
 from xllm_jax.convert.sources.bert import norm
@@ -104,11 +104,11 @@ def options(checkpoint: Checkpoint | None, size: str) -> dict[str, Any]:
     return {"mark": mark, "sizes": row}
 
 
-def plan(options: Mapping[str, Any]) -> Plan:
+def plan(options: Mapping[str, Any]) -> ConversionPlan:
     """The part 'clip' of one layout and size."""
     made, rows = Clip(**options["sizes"]), table(options["mark"], options["sizes"])
     shapes = {PART: sizes.shapes_of(made)}
-    return Plan(table=mount(PART, rows), shapes=shapes, drop=DROP, beside=TOKENIZER)
+    return ConversionPlan(table=mount(PART, rows), shapes=shapes, drop=DROP, extra_files=TOKENIZER)
 
 
 def _sizes(checkpoint: Checkpoint, mark: str) -> dict[str, Any]:

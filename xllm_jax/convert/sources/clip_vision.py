@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from xllm_jax.convert import Drop, Plan, Row, mount, sizes
+from xllm_jax.convert import ConversionPlan, Drop, Row, mount, sizes
 from xllm_jax.convert.files import Checkpoint
 from xllm_jax.convert.sources.bert import linear, norm
 from xllm_jax.convert.sources.cif_asr import heads_in, heads_out
@@ -158,11 +158,11 @@ def options(checkpoint: Checkpoint | None, size: str) -> dict[str, Any]:
     return {"mark": found[0], "sizes": row}
 
 
-def plan(options: Mapping[str, Any]) -> Plan:
+def plan(options: Mapping[str, Any]) -> ConversionPlan:
     """The part 'clip_vision' of one layout and size."""
     model = ClipVision(**options["sizes"])
     rows = table(options["mark"], model.depth, model.heads)
-    return Plan(table=mount(PART, rows), shapes={PART: sizes.shapes_of(model)}, drop=DROP)
+    return ConversionPlan(table=mount(PART, rows), shapes={PART: sizes.shapes_of(model)}, drop=DROP)
 
 
 def _sizes(checkpoint: Checkpoint, first_layer: Iterable[Row]) -> dict[str, int]:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from xllm_jax.convert import Drop, Plan, Row, sizes
+from xllm_jax.convert import ConversionPlan, Drop, Row, sizes
 from xllm_jax.convert.files import Checkpoint
 from xllm_jax.convert.sources.bert import linear, norm
 from xllm_jax.core.errors import UserError
@@ -135,10 +135,10 @@ def options(checkpoint: Checkpoint | None, size: str) -> dict[str, Any]:
     return chosen
 
 
-def plan(options: Mapping[str, Any]) -> Plan:
+def plan(options: Mapping[str, Any]) -> ConversionPlan:
     """The whole source as part 'vision_encoder'."""
     model = VisionTransformer(**options)
-    return Plan(
+    return ConversionPlan(
         table=rows(model.depth, model.heads, target="vision_encoder/"),
         shapes={"vision_encoder": sizes.shapes_of(model)},
         drop=drop(model.depth),

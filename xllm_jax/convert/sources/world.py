@@ -7,6 +7,7 @@ real checkpoints, read by the same tables.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from xllm_jax.convert import Plan, export_tree, files, import_tree
+from xllm_jax.convert import ConversionPlan, export_tree, files, import_tree, run_import
 from xllm_jax.convert.sources import bert, blip2, chatglm, eva_vit
 from xllm_jax.core import checkpoint, rules
 from xllm_jax.core.errors import UserError
@@ -35,8 +36,11 @@ LARGEST = 1024
 
 def export_llm(model: ChatGLM, params: Mapping[str, Any], tokenizer: Path, folder: Path) -> None:
     """Writes a ChatGLM folder: configuration, float16 weights, tokenizer."""
-    halves = jax.tree.map(lambda x: np.asarray(x, np.float16), params)
-    chatglm.save(folder, model, halves, ChatGLMTokenizer(tokenizer).specials)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = chatglm.config_of(model, ChatGLMTokenizer(tokenizer).specials)
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    tensors = export_tree(chatglm.rows(model.depth, model.heads), params)
+    _save(tensors | {chatglm.HEAD: tensors[chatglm.WORDS]}, folder / WEIGHTS)
     for name in TOKENIZER:
         if tokenizer != folder:
             shutil.copy(tokenizer / name, folder / name)
@@ -92,8 +96,7 @@ def import_bert(model: ContrastModel, encoder: BertEncoder, folder: Path, output
 
 def import_llm(folder: Path, output: Path) -> None:
     """Writes the base 'llm' with the tokenizer beside it."""
-    _, params, _ = chatglm.load(folder)
-    _write({"llm": params}, folder, output)
+    _write(run_import.examine("chatglm", folder).tree(), folder, output)
     for name in TOKENIZER:
         shutil.copy(folder / name, output / name)
 
@@ -138,7 +141,7 @@ def options(checkpoint: files.Checkpoint | None, size: str) -> dict[str, Any]:
     return {"kind": kind, **KINDS[kind].options(checkpoint, size)}
 
 
-def plan(options: Mapping[str, Any]) -> Plan:
+def plan(options: Mapping[str, Any]) -> ConversionPlan:
     """Part 'llm' or 'vision_encoder'."""
     rest = {name: value for name, value in options.items() if name != "kind"}
     return KINDS[options["kind"]].plan(rest)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from xllm_jax.convert import Drop, Plan, Row, mount, sizes
+from xllm_jax.convert import ConversionPlan, Drop, Row, mount, sizes
 from xllm_jax.convert.files import Checkpoint, Derived, View
 from xllm_jax.convert.sources import blip2, cif_asr, xllm_sizes
 from xllm_jax.convert.sources.bert import linear
@@ -89,7 +89,7 @@ def options(checkpoint: Checkpoint | None, size: str) -> dict[str, Any]:
     return {"pieces": pieces, "sizes": fields}
 
 
-def plan(options: Mapping[str, Any]) -> Plan:
+def plan(options: Mapping[str, Any]) -> ConversionPlan:
     """The parts that a file holds pieces of; what it lacks of them is fresh."""
     table, shapes, fresh = [], {}, []
     for part, pieces in options["pieces"].items():
@@ -105,7 +105,7 @@ def plan(options: Mapping[str, Any]) -> Plan:
     shared = _shared(options)
     table = [_rename(row, shared) for row in table]
     drop = DROP if IMAGE in options["pieces"] else (*DROP, UNUSED)
-    return Plan(table=tuple(table), shapes=shapes, drop=drop, fresh=tuple(fresh))
+    return ConversionPlan(table=tuple(table), shapes=shapes, drop=drop, fresh=tuple(fresh))
 
 
 def prepare(checkpoint: Checkpoint, options: Mapping[str, Any]) -> Mapping:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -17,9 +17,53 @@ import jax
 
 from xllm_jax.convert.verify import chatglm, speech, tolerances, vision
 from xllm_jax.convert.verify.recording import PASS, UNUSED, Comparison, Replay
+from xllm_jax.convert.verify.tolerances import Tolerances
 from xllm_jax.core.errors import UserError
 
 FAMILIES = (chatglm, vision, speech)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recording:
+    """One recorded folder; weights that its files share are read once.
+
+    Attributes:
+      folder: where it lies.
+      tolerances: as it states them.
+      steps: {file that can be replayed: what replays it}.
+    """
+
+    folder: Path
+    tolerances: Tolerances
+    steps: Mapping[str, Callable[[Replay], None]]
+
+    def replay(self, file: str) -> list[Comparison]:
+        """Replays one of the `steps`; one comparison per recorded array.
+
+        Raises:
+          UserError: the file is unreadable.
+        """
+        one = Replay(self.folder / file, self.tolerances)
+        with jax.default_matmul_precision("highest"):
+            one.attempt(self.steps[file])
+        return one.finish()
+
+
+def recordings(folder: str | Path) -> list[Recording]:
+    """The recording in a folder, or those directly below it; empty where there is none.
+
+    Raises:
+      UserError: the tolerances of one are unreadable.
+    """
+    folder = Path(folder)
+    for homes in ([folder], sorted(path for path in folder.glob("*") if path.is_dir())):
+        found = [(home, f) for home in homes for f in FAMILIES if f.recognized(home)]
+        if found:
+            return [
+                Recording(home, tolerances.read(home, family.TOLERANCES), family.steps(home))
+                for home, family in found
+            ]
+    return []
 
 
 def replay(folder: str | Path, progress: Callable[[str], None] = print) -> list[Comparison]:
@@ -36,7 +80,7 @@ def replay(folder: str | Path, progress: Callable[[str], None] = print) -> list[
       UserError: no recording here, or a file of it is unreadable.
     """
     folder = Path(folder)
-    found = _recordings(folder)
+    found = recordings(folder)
     if not found:
         raise UserError(
             "not a recording that we know",
@@ -44,11 +88,7 @@ def replay(folder: str | Path, progress: Callable[[str], None] = print) -> list[
             hint=f"A recording holds .npz files of {', '.join(map(_name, FAMILIES))}; "
             "docs/recording.md tells how to make one",
         )
-    rows: list[Comparison] = []
-    with jax.default_matmul_precision("highest"):
-        for home, family in found:
-            rows += _replay_one(home, family, folder, progress)
-    return rows
+    return [row for one in found for row in _replay_all(one, folder, progress)]
 
 
 def table(comparisons: Iterable[Comparison]) -> str:
@@ -91,32 +131,15 @@ def _name(family: ModuleType) -> str:
     return family.__name__.rpartition(".")[2]
 
 
-def _recordings(folder: Path) -> list[tuple[Path, ModuleType]]:
-    """(folder, family) of the recording here, or of those directly below."""
-    for homes in ([folder], sorted(path for path in folder.glob("*") if path.is_dir())):
-        found = [(home, f) for home in homes for f in FAMILIES if f.recognized(home)]
-        if found:
-            return found
-    return []
-
-
-def _replay_one(
-    home: Path, family: ModuleType, folder: Path, progress: Callable[[str], None]
-) -> list[Comparison]:
-    limits = tolerances.read(home, family.TOLERANCES)
-    steps, rows = family.steps(home), []
-    place = "" if home == folder else f"{home.name}/"
-    for path in sorted(home.glob("*.npz")):
-        if path.name not in steps:
+def _replay_all(
+    recording: Recording, folder: Path, progress: Callable[[str], None]
+) -> Iterable[Comparison]:
+    place = "" if recording.folder == folder else f"{recording.folder.name}/"
+    for path in sorted(recording.folder.glob("*.npz")):
+        if path.name not in recording.steps:
             progress(f"{place}{path.name}: not replayed, nothing here reads such a file")
             continue
-        one = Replay(path, limits)
-        one.attempt(steps[path.name])
-        done = [_placed(row, place) for row in one.finish()]
-        rows += done
-        progress(f"{place}{path.name}: {len(done)} arrays, {sum(r.missed for r in done)} missed")
-    return rows
-
-
-def _placed(row: Comparison, place: str) -> Comparison:
-    return dataclasses.replace(row, file=place + row.file)
+        rows = recording.replay(path.name)
+        missed = sum(row.missed for row in rows)
+        progress(f"{place}{path.name}: {len(rows)} arrays, {missed} missed")
+        yield from (dataclasses.replace(row, file=place + row.file) for row in rows)

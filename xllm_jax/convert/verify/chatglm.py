@@ -14,7 +14,7 @@ import numpy as np
 from xllm_jax.convert import export_tree
 from xllm_jax.convert.sources import chatglm
 from xllm_jax.convert.verify import chatglm_decode, chatglm_media
-from xllm_jax.convert.verify.chatglm_model import Reference, forward, layout_of
+from xllm_jax.convert.verify.chatglm_model import Reference, forward, layout_of, read_llm
 from xllm_jax.convert.verify.recording import Replay
 from xllm_jax.convert.verify.tolerances import Stated
 from xllm_jax.core import rules
@@ -199,7 +199,7 @@ def rotary(replay: Replay, reference: Reference) -> None:
 
 def half(replay: Replay, reference: Reference) -> None:
     """A float16 checkpoint in float32 and in float16 arithmetic."""
-    model, params, _ = chatglm.load(replay.folder / "weights_fp16")
+    model, params = read_llm(replay.folder / "weights_fp16")
     ids = replay.input("input_ids")
     layout = layout_of(ids, reference.specials)
     wide = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)

@@ -108,6 +108,9 @@ def left_padded(replay: Replay, reference: Reference) -> None:
         how = Decoding(eos=specials.eop, pad=specials.pad, max_new_tokens=new)
         found = generate(model, params, batch, how)
         replay.compare("leftpad.greedy_sequences", found.tokens, sequences[:, ids.shape[1] :])
+        # Padding on the right, in a longer bucket, is the same to every row.
+        right = generate(model, params, text_prompts(prompts, specials), how)
+        replay.compare("leftpad.greedy_sequences", right.tokens, sequences[:, ids.shape[1] :])
         replay.compare("leftpad.greedy_last_scores", found.logits)
 
 

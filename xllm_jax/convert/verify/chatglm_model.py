@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from xllm_jax.convert import run_import
 from xllm_jax.convert.sources import chatglm
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.text import glm_layout
@@ -28,7 +29,7 @@ class Reference:
     @functools.cached_property
     def loaded(self) -> tuple[ChatGLM, dict[str, Any]]:
         """(float32 model, parameters)."""
-        model, params, _ = chatglm.load(self.folder / "weights")
+        model, params = read_llm(self.folder / "weights")
         return model, jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
 
     @functools.cached_property
@@ -54,6 +55,12 @@ class Reference:
         """(X-LLM of the LLM alone, parameters)."""
         model, params = self.loaded
         return XLLM({"llm": model}), {"llm": params}
+
+
+def read_llm(folder: Path) -> tuple[ChatGLM, dict[str, Any]]:
+    """(float32 model, parameters in the file's dtype) of a checkpoint's folder."""
+    found = run_import.examine("chatglm", folder)
+    return chatglm.network(found.options), found.tree()["llm"]
 
 
 def layout_of(ids: np.ndarray, specials: Specials) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

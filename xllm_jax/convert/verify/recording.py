@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from xllm_jax.convert.verify.tolerances import Tolerance, Tolerances, names_listed
+from xllm_jax.convert.verify.tolerances import Tolerances, names_listed
 from xllm_jax.core.errors import UserError
 
 PASS, MISS, MISSING, UNUSED = "ok", "MISS", "MISSING", "not compared"
@@ -133,7 +133,12 @@ class Replay:
         return read_json(self.path.with_suffix(".json"))
 
     def compare(
-        self, name: str, value: Any, recorded: np.ndarray | None = None, exact: bool = False
+        self,
+        name: str,
+        value: Any,
+        recorded: np.ndarray | None = None,
+        exact: bool = False,
+        allowed: np.ndarray | float | None = None,
     ) -> None:
         """Compares a computed value with the recorded array of that name, if there is one.
 
@@ -142,6 +147,7 @@ class Replay:
           value: any array; integers and booleans must be equal, NaN never is.
           recorded: what to compare with, when that is computed from the array.
           exact: numbers must be equal too.
+          allowed: error of every element, where no tolerance of the recording says it.
         """
         if name not in self.arrays:
             return
@@ -151,11 +157,14 @@ class Replay:
             self._add(name, MISS, f"of type {recorded.dtype}, not of numbers")
         elif value.shape != recorded.shape:
             self._add(name, MISS, f"shape {value.shape}, recorded {recorded.shape}")
-        elif recorded.dtype.kind == "f" and not exact:
-            tolerance = self.tolerances.of(self.path.name, name, recorded)
-            self._compare(name, value, recorded, tolerance)
+        elif recorded.dtype.kind != "f" or exact:
+            self._compare(name, value, recorded, np.float64(0.0))
+        elif allowed is not None:
+            self._compare(name, value, recorded, np.asarray(allowed))
         else:
-            self._compare(name, value, recorded, Tolerance())
+            tolerance = self.tolerances.of(self.path.name, name, recorded)
+            finite = np.where(np.isfinite(recorded), recorded, 0.0)
+            self._compare(name, value, recorded, tolerance.allowed(finite))
 
     def check(self, name: str, error: float, allowed: float, note: str) -> None:
         """Compares a statistic of an array's error with a limit that the recording states."""
@@ -184,13 +193,13 @@ class Replay:
         return self.rows
 
     def _compare(
-        self, name: str, value: np.ndarray, recorded: np.ndarray, tolerance: Tolerance
+        self, name: str, value: np.ndarray, recorded: np.ndarray, allowed: np.ndarray
     ) -> None:
         wide, expected = value.astype(np.float64), recorded.astype(np.float64)
         with np.errstate(invalid="ignore"):  # infinities are equal or a miss
             error = np.where(wide == expected, 0.0, np.abs(wide - expected))
         error = np.where(np.isnan(error), np.inf, error)
-        allowed = tolerance.allowed(np.where(np.isfinite(expected), expected, 0.0))
+        allowed = np.broadcast_to(allowed, error.shape)
         good = error <= allowed
         ratio = np.where(good, error / np.maximum(allowed, 1e-300), np.inf)
         worst = int(np.argmax(ratio)) if error.size else 0

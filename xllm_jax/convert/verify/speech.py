@@ -42,6 +42,7 @@ TOLERANCES = (
     Stated("fbank.npz", "fbank*", "fbank", 2),
     Stated("fbank.npz", "specaug*", "fbank", 4),
     Stated("fbank.npz", "*", "fbank", 3),
+    Stated("lr_schedule.npz", "*", "lr_schedule", 0, "relative"),
 )
 STEPS: dict[str, Callable[[Replay], None]] = {
     "cif_cases.npz": speech_cif.cases,
@@ -52,6 +53,7 @@ STEPS: dict[str, Callable[[Replay], None]] = {
     "cformer.npz": speech_interface.c_former,
     "losses.npz": speech_losses.losses,
     "fbank.npz": speech_features.filterbanks,
+    "lr_schedule.npz": speech_losses.schedule,
 }
 
 

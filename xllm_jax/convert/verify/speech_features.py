@@ -5,9 +5,29 @@ from __future__ import annotations
 import numpy as np
 
 from xllm_jax.convert.verify.recording import Replay
+from xllm_jax.core.errors import UserError
 from xllm_jax.data.media import speech
 
 INTEGERS = 32768  # samples of the files are integers of 16 bits
+OPTIONS = {
+    "freq_mask_N": "frequency_masks",
+    "freq_mask_F": "frequency_width",
+    "time_mask_N": "time_masks",
+    "time_mask_T": "time_width",
+    "time_mask_p": "time_share",
+}
+SEED = 1000  # of the first utterance; the next has the next
+
+
+class LegacyRandom:
+    """The recording's generator, NumPy's old one, under the new one's method name."""
+
+    def __init__(self, seed: int):
+        self.state = np.random.RandomState(seed)
+
+    def integers(self, low: int, high: int) -> int:
+        """An integer of `[low, high)`."""
+        return self.state.randint(low, high)
 
 
 def filterbanks(replay: Replay) -> None:
@@ -27,6 +47,15 @@ def _utterance(replay: Replay, number: str) -> None:
         masks = replay.input(f"specaug{number}_mask")
         normalized = replay.recorded(f"utt_cmvn{number}")
         replay.compare(f"specaug{number}", speech.mask(normalized, masks))
+        replay.attempt(_drawn, int(number), normalized.shape)
+
+
+def _drawn(replay: Replay, number: int, shape: tuple[int, ...]) -> None:
+    """The masks themselves, by the recorded recipe and its generator."""
+    recipe = replay.about()["specaugment"]["aishell1_recipe"]
+    options = {OPTIONS[key]: value for key, value in recipe.items() if key in OPTIONS}
+    drawn = speech.spec_masks(shape, LegacyRandom(SEED + number), **options)
+    replay.compare(f"specaug{number}_mask", drawn)
 
 
 def _features(replay: Replay, name: str, wave: np.ndarray) -> None:
@@ -35,6 +64,8 @@ def _features(replay: Replay, name: str, wave: np.ndarray) -> None:
         return
     found, recorded = speech.filterbank(wave), replay.recorded(name)
     replay.compare(name, found)
+    if found.dtype != np.float32:
+        raise UserError(f"computed as {found.dtype}, not float32", field=name)
     if found.shape == recorded.shape:
         error = np.abs(found - recorded)
         limits = replay.tolerances.numbers("fbank")

@@ -1,4 +1,4 @@
-"""Recorded losses of stage 1: smoothed cross-entropy, CTC, quantity, and their weights."""
+"""Recorded losses of stage 1 (smoothed cross-entropy, CTC, quantity) and its learning rates."""
 
 from __future__ import annotations
 
@@ -9,12 +9,17 @@ import jax
 import numpy as np
 
 from xllm_jax.convert.verify.recording import Replay
+from xllm_jax.core import optim
+from xllm_jax.core.errors import UserError
 from xllm_jax.objectives import asr as objective
 
 
 def losses(replay: Replay) -> None:
     """Single terms, then the whole loss in every recorded variant, with gradients."""
     about = replay.about()
+    mask = replay.input("cif_mask") if "cif_mask" in replay else None
+    if mask is not None and mask.shape != replay.recorded("decoder_logits").shape[:2]:
+        raise UserError("not the shape of the logits", field="cif_mask")
     replay.attempt(_tokens, about["variants"])
     replay.attempt(_ctc)
     for name, variant in about["variants"].items():
@@ -36,6 +41,22 @@ def _ctc(replay: Replay) -> None:
     logits, targets, counts = (replay.input(n) for n in ("ctc_logits", "target", "target_len"))
     run = jax.jit(objective.ctc_losses)
     replay.compare("per_utt_ctc", run(logits, _lengths(replay), targets, counts))
+    if "per_utt_ctc_too_short" not in replay:
+        return
+    frames = logits.shape[1]
+    short = np.array([frames, frames - 3, 4, 2])  # too short for their targets, so infinite
+    replay.compare("per_utt_ctc_too_short", run(logits, short, targets, counts))
+
+
+def schedule(replay: Replay) -> None:
+    """Learning rates of the recipe, and those of the authors' log, printed with six digits."""
+    steps, logged = replay.input("steps"), replay.input("log_steps")
+    with jax.enable_x64(True):
+        recipe = optim.tri_stage(3e-4, 3e-6, 3e-6, 24000, 36000, 120000)
+        log = optim.tri_stage(3e-4, 3e-6, 3e-6, 30000, 90000, 120000)
+        rates, printed = (np.asarray(f(x)) for f, x in ((recipe, steps), (log, logged)))
+    replay.compare("lr", rates)
+    replay.compare("log_lr", printed, allowed=1e-5 * replay.recorded("log_lr"))
 
 
 def _lengths(replay: Replay) -> np.ndarray:

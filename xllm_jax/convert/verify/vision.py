@@ -8,9 +8,11 @@ from pathlib import Path
 
 from xllm_jax.convert.verify import (
     vision_interfaces,
+    vision_processors,
     vision_published,
     vision_qformer,
     vision_stage1,
+    vision_training,
     vision_vit,
 )
 from xllm_jax.convert.verify.recording import Replay
@@ -27,6 +29,9 @@ STEPS = {
     "cases_stage1.npz": vision_stage1.values,
     "cases_stage1_grads.npz": vision_stage1.gradients,
     "cases_stage1_world2.npz": vision_stage1.ranks,
+    "cases_adamw.npz": vision_training.adamw,
+    "cases_lr.npz": vision_training.schedules,
+    "cases_processors.npz": vision_processors.processors,
 }
 
 

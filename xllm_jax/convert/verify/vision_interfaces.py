@@ -10,16 +10,20 @@ import jax.numpy as jnp
 
 from xllm_jax.convert import export_tree
 from xllm_jax.convert.verify.recording import Replay
-from xllm_jax.convert.verify.vision_model import Reference, interface_table, norms
-from xllm_jax.core import rules
+from xllm_jax.convert.verify.vision_model import (
+    Reference,
+    interface_fields,
+    interface_table,
+    norms,
+)
 from xllm_jax.models.interfaces import QFormerInterface
 
-STAGE2, VIDEO = "blip2_pretrained_opt_stage2.pth", "xllm_video_checkpoint_4.pth"
+VIDEO = "xllm_video_checkpoint_4.pth"
 
 
 def interfaces(replay: Replay, reference: Reference) -> None:
     """Image, then video, which runs its own queries and adapter on the same Q-Former."""
-    model, params, _ = reference.interface(STAGE2)
+    model, params = reference.interface()
     run = _runner(model)
     replay.attempt(_image, reference, model, params, run)
     if "video_pixels" in replay:
@@ -89,9 +93,14 @@ def _video(replay: Replay, reference: Reference, model: Any, params: Any, run: A
 
 def _video_params(reference: Reference, params: dict[str, Any], modality: str) -> dict[str, Any]:
     """Queries and adapter of a video run; the rest is the stage-2 Q-Former's."""
-    _, own, report = reference.interface(VIDEO, modality=modality)
-    kept = {path: leaf for path, leaf in rules.flatten(params).items() if path in report.fresh}
-    return rules.unflatten(rules.flatten(own) | kept)
+    fields = interface_fields(reference.config)
+    parts = ("image_interface", "video_interface")  # the file holds both, in pieces
+    options = {
+        "pieces": {part: ["adapter"] for part in parts},
+        "sizes": dict.fromkeys(parts, fields),
+    }
+    own = reference.read("xllm", VIDEO, options)
+    return params | own[f"{modality}_interface"]
 
 
 def _prompt(replay: Replay, name: str) -> Callable[[jax.Array], jax.Array]:

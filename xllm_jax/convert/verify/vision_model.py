@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xllm_jax.convert import Report, import_tree
+from xllm_jax.convert import run_import
 from xllm_jax.convert.files import open_checkpoint
 from xllm_jax.convert.sources import blip2, eva_vit
 from xllm_jax.convert.verify.recording import Replay, read_json
@@ -23,6 +23,7 @@ from xllm_jax.models.vit import VisionTransformer
 
 CONFIG, INFO, BERT = "config.json", "cases_info.json", "cases_bert_init.json"
 VIT, STAGE1 = "eva_vit_g.pth", "blip2_pretrained.pth"
+STAGE2 = "blip2_pretrained_opt_stage2.pth"
 
 
 class Reference:
@@ -54,13 +55,10 @@ class Reference:
     @functools.cached_property
     def vision(self) -> tuple[VisionTransformer, dict[str, Any]]:
         """The vision encoder and its float32 parameters."""
-        model = vision_transformer(self.config)
-        source = open_checkpoint(self.weights / VIT)
-        eva_vit.check_depth(source, model.depth)
-        table = eva_vit.rows(model.depth, model.heads)
-        shapes = vision_shapes(model)
-        tree, _ = import_tree(table, source, shapes, drop=eva_vit.drop(model.depth))
-        return model, float32(tree)
+        fields = vision_fields(self.config)
+        eva_vit.check_depth(open_checkpoint(self.weights / VIT), fields["depth"])
+        tree = self.read("eva_vit", VIT, fields)
+        return VisionTransformer(**fields), tree["vision_encoder"]
 
     @functools.cached_property
     def encode(self):
@@ -72,16 +70,28 @@ class Reference:
     def contrast(self) -> tuple[ContrastModel, dict[str, Any]]:
         """The stage-1 model and its float32 parameters."""
         source = open_checkpoint(self.weights / STAGE1)
-        model = contrast_model(self.config, source[blip2.WORDS].shape[0])
-        tree, _ = blip2.contrast(source, model, shapes_of(model))
-        return model, float32(tree)
+        fields = contrast_fields(self.config, source.header(blip2.WORDS).shape[0])
+        tree = self.read("blip2", STAGE1, blip2_options(fields, text=True))
+        return ContrastModel(**fields), tree["image_interface"]
 
-    def interface(self, file: str, **options: Any) -> tuple[QFormerInterface, dict, Report]:
-        """An interface, its float32 parameters and the import's report."""
-        source = open_checkpoint(self.weights / file)
-        model = interface_model(self.config)
-        tree, report = blip2.interface(source, model, shapes_of(model), **options)
-        return model, float32(tree), report
+    def interface(self) -> tuple[QFormerInterface, dict[str, Any]]:
+        """The image interface and its float32 parameters."""
+        fields = interface_fields(self.config)
+        tree = self.read("blip2", STAGE2, blip2_options(fields))
+        return QFormerInterface(**fields), tree["image_interface"]
+
+    def read(self, source: str, file: str, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Reads a published file or folder of `weights/`: {part: float32 tree}.
+
+        Args:
+          source: name of the source.
+          file: name of the file or folder.
+          options: of the source's plan; no published size fits a recording.
+
+        Raises:
+          UserError: it does not fit.
+        """
+        return float32(run_import.examine(source, self.weights / file, options=options).tree())
 
     def other(self, file: str) -> Replay:
         """Another file of the recording, to read inputs from."""
@@ -98,10 +108,10 @@ def float32(tree: Mapping[str, Any]) -> dict[str, Any]:
     return jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), tree)
 
 
-def vision_transformer(config: Mapping[str, Any]) -> VisionTransformer:
-    """The vision encoder of a recording."""
+def vision_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a recording's vision encoder."""
     sizes = config["vit"]
-    return VisionTransformer(
+    return dict(
         image_size=sizes["img_size"],
         patch=sizes["patch_size"],
         width=sizes["embed_dim"],
@@ -112,13 +122,21 @@ def vision_transformer(config: Mapping[str, Any]) -> VisionTransformer:
     )
 
 
-def vision_shapes(model: VisionTransformer) -> dict[str, Any]:
-    """Shapes of its parameters."""
-    example = jnp.zeros((1, model.image_size, model.image_size, 3))
-    return jax.eval_shape(model.init, jax.random.key(0), example)["params"]
+def interface_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a recording's image or video interface."""
+    return _qformer_fields(config) | {"llm_width": config["lm_hidden"]}
 
 
-def _qformer_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
+def contrast_fields(config: Mapping[str, Any], vocabulary: int) -> dict[str, Any]:
+    """Fields of a recording's stage-1 model."""
+    return _qformer_fields(config) | dict(
+        vocabulary=vocabulary,
+        positions=config["qformer"]["max_position_embeddings"],
+        embed=config["itc_embed_dim"],
+    )
+
+
+def _qformer_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     sizes = config["qformer"]
     return dict(
         queries=sizes["num_query_token"],
@@ -134,24 +152,21 @@ def _qformer_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-def contrast_model(config: Mapping[str, Any], vocabulary: int, **fields: Any) -> ContrastModel:
-    """The stage-1 model of a recording."""
-    return ContrastModel(
-        **_qformer_sizes(config) | fields,
-        vocabulary=vocabulary,
-        positions=config["qformer"]["max_position_embeddings"],
-        embed=config["itc_embed_dim"],
-    )
+def blip2_options(
+    fields: Mapping[str, Any],
+    kind: str = "lavis",
+    text: bool = False,
+    vision: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Options of BLIP-2's plan.
 
-
-def interface_model(config: Mapping[str, Any], **fields: Any) -> QFormerInterface:
-    """The image or video interface of a recording."""
-    return QFormerInterface(**_qformer_sizes(config) | fields, llm_width=config["lm_hidden"])
-
-
-def shapes_of(model: Any) -> dict[str, Any]:
-    """Shapes of the parameters of a model with an example."""
-    return jax.eval_shape(model.init, jax.random.key(0), *model.example())["params"]
+    Args:
+      fields: of the Q-Former's network.
+      kind: 'lavis' or 'hf'.
+      text: the first stage, with its text branch and heads; else the second, with its adapter.
+      vision: fields of the vision encoder, where it is read from the same file.
+    """
+    return dict(kind=kind, text=text, adapter=not text, vision=vision, interface=fields)
 
 
 def contrast_table(model: ContrastModel) -> tuple:

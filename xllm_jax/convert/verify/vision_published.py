@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from xllm_jax.convert import Drop, import_tree
 from xllm_jax.convert.files import open_checkpoint
-from xllm_jax.convert.sources import blip2, eva_vit
 from xllm_jax.convert.verify.recording import Replay
 from xllm_jax.convert.verify.vision_model import (
     Reference,
-    contrast_model,
+    blip2_options,
+    contrast_fields,
     images,
-    interface_model,
-    shapes_of,
-    vision_shapes,
-    vision_transformer,
+    interface_fields,
+    vision_fields,
 )
 from xllm_jax.models import layers
+from xllm_jax.models.blip2_pretraining import ContrastModel
+from xllm_jax.models.interfaces import QFormerInterface
 from xllm_jax.models.vit import VisionTransformer
 from xllm_jax.objectives.blip2_pretraining import similarities
 
 STAGE1, STAGE2 = "hf_blip2_itm_stage1", "hf_blip2_stage2"
 WORDS = "embeddings.word_embeddings.weight"
-ELSEWHERE = Drop(r"(?!vision_model\.).*|vision_model\.post_layernorm\..*", "of the interface")
 
 
 def folders(replay: Replay, reference: Reference) -> None:
@@ -38,28 +34,30 @@ def folders(replay: Replay, reference: Reference) -> None:
     replay.attempt(_first, reference)
 
 
-def _vision(reference: Reference, folder: str) -> tuple[VisionTransformer, dict, Mapping]:
-    """(vision encoder, its parameters, the opened folder)."""
-    source = open_checkpoint(Path(reference.weights / folder))
-    model = vision_transformer(reference.config)
-    table = eva_vit.hf_rows(model.depth, model.heads)
-    tree, _ = import_tree(table, source, vision_shapes(model), drop=[ELSEWHERE])
-    return model, tree, source
+def _read(
+    reference: Reference, folder: str, fields: dict[str, Any], text: bool
+) -> tuple[VisionTransformer, dict[str, Any]]:
+    """(vision encoder, parameters of both parts)."""
+    vision = vision_fields(reference.config)
+    tree = reference.read("blip2", folder, blip2_options(fields, "hf", text, vision))
+    return VisionTransformer(**vision), tree
 
 
 def _second(replay: Replay, reference: Reference) -> None:
-    vision, tree, source = _vision(reference, STAGE2)
+    # Hugging Face gives the norm behind the encoder the encoder's epsilon.
+    epsilon = reference.config["vit"]["norm_eps"]
+    fields = interface_fields(reference.config) | {"norm_epsilon": epsilon}
+    model = QFormerInterface(**fields)
+    vision, tree = _read(reference, STAGE2, fields, text=False)
+    params = tree["image_interface"]
     pixels = reference.other("cases_interfaces.npz").input("image_pixels")
     run = jax.jit(lambda p, x: vision.apply({"params": p}, x, capture_intermediates=True))
-    (features, lengths), state = run(tree, images(pixels))
+    (features, lengths), state = run(tree["vision_encoder"], images(pixels))
     state = state["intermediates"]
     replay.compare("stage2_vision_hidden_00", state["embeddings"]["__call__"][0])
     for number in range(vision.depth):
         value = state["layers"]["__call__"][0][0][number]
         replay.compare(f"stage2_vision_hidden_{number + 1:02d}", value)
-    # Hugging Face gives the norm behind the encoder the encoder's epsilon.
-    model = interface_model(reference.config, norm_epsilon=vision.epsilon)
-    params, _ = blip2.interface(source, model, shapes_of(model))
     run = jax.jit(functools.partial(model.apply, capture_intermediates=True))
     (embeddings, _), state = run({"params": params}, features, lengths)
     normed = state["intermediates"]["norm"]["__call__"][0]
@@ -72,11 +70,12 @@ def _second(replay: Replay, reference: Reference) -> None:
 
 
 def _first(replay: Replay, reference: Reference) -> None:
-    vision, tree, source = _vision(reference, STAGE1)
     pairs = reference.other("cases_stage1.npz")
-    vocabulary = source[WORDS].shape[0]
-    model = contrast_model(reference.config, vocabulary, norm_epsilon=vision.epsilon)
-    params, _ = blip2.contrast(source, model, shapes_of(model))
+    vocabulary = open_checkpoint(reference.weights / STAGE1).header(WORDS).shape[0]
+    epsilon = reference.config["vit"]["norm_eps"]
+    fields = contrast_fields(reference.config, vocabulary) | {"norm_epsilon": epsilon}
+    model = ContrastModel(**fields)
+    vision, tree = _read(reference, STAGE1, fields, text=True)
     ids, mask = pairs.input("text_input_ids"), pairs.input("text_attention_mask") > 0
 
     @jax.jit
@@ -89,7 +88,9 @@ def _first(replay: Replay, reference: Reference) -> None:
         _, per_query = model.apply(variables, image, ids, mask, method="match")
         return units, text_units[:, 0], per_query
 
-    units, text_units, per_query = run(tree, params, pairs.input("pixels"))
+    units, text_units, per_query = run(
+        tree["vision_encoder"], tree["image_interface"], pairs.input("pixels")
+    )
     replay.compare("stage1_itc_image_embeds", units)
     replay.compare("stage1_itc_text_embeds", text_units)
     replay.compare("stage1_itc_logits_per_image", similarities(units, text_units, 1.0)[0])

@@ -20,13 +20,14 @@ RULES = ("xllm", "lavis")  # how negatives are drawn; each has its own recorded 
 LOSSES = (("itc", "itc"), ("itm", "itm"), ("lm", "itg"))  # recorded and our names
 
 
-def _inputs(source: Replay, reference: Reference) -> tuple[jax.Array, np.ndarray, np.ndarray]:
+def inputs(source: Replay, reference: Reference) -> tuple[jax.Array, np.ndarray, np.ndarray]:
     """(features, ids, mask) of the recorded pairs."""
     features = reference.encode(source.input("pixels"))[0]
     return features, source.input("text_input_ids"), source.input("text_attention_mask") > 0
 
 
-def _negatives(source: Replay, prefix: str) -> list[np.ndarray]:
+def negatives_of(source: Replay, prefix: str) -> list[np.ndarray]:
+    """Images and texts that a recorded run drew as negatives."""
     return [source.input(f"{prefix}_neg_{side}_idx") for side in ("image", "text")]
 
 
@@ -71,8 +72,8 @@ def values(replay: Replay, reference: Reference) -> None:
 
 def _values(replay: Replay, reference: Reference, rule: str) -> None:
     model, params = reference.contrast
-    features, ids, mask = _inputs(replay, reference)
-    negatives = _negatives(replay, rule)
+    features, ids, mask = inputs(replay, reference)
+    negatives = negatives_of(replay, rule)
     found = _everything(reference, features, ids, mask, negatives)
     replay.compare(f"{rule}_image_embeds", found["image"])
     replay.compare(f"{rule}_query_last_hidden_state", found["states"])
@@ -118,7 +119,7 @@ def gradients(replay: Replay, reference: Reference) -> None:
     source = reference.other("cases_stage1.npz")
     model, params = reference.contrast
     order = reference.info["stage1"]["parameter_order_of_grad_norm"]
-    features, ids, mask = _inputs(source, reference)
+    features, ids, mask = inputs(source, reference)
     table = contrast_table(model)
 
     @functools.partial(jax.jit, static_argnames=("detach",))
@@ -133,7 +134,7 @@ def gradients(replay: Replay, reference: Reference) -> None:
         return jax.jacrev(terms)(params)
 
     def named(rule: str, number: int, **options: Any) -> dict[str, np.ndarray]:
-        rows = compute(params, _negatives(source, rule), **options)
+        rows = compute(params, negatives_of(source, rule), **options)
         return export_tree(table, jax.tree.map(lambda leaf: leaf[number], rows))
 
     for rule in RULES:
@@ -171,9 +172,15 @@ def ranks(replay: Replay, reference: Reference) -> None:
     @jax.jit
     def loss(params):
         options = dict(start=reference.start, negatives=negatives, shards=2)
-        return blip2_pretraining.pair_loss(model, params, features, ids, mask, **options)[0]
+        return blip2_pretraining.pair_loss(model, params, features, ids, mask, **options)
 
-    tensors = export_tree(contrast_table(model), jax.grad(loss)(params))
+    gradient, metrics = jax.grad(loss, has_aux=True)(params)
+    for theirs, ours in LOSSES:
+        ranks = [replay.recorded(name) for name in replay.names(f"rank?_loss_{theirs}")]
+        if ranks:
+            error = float(abs(metrics[ours] - np.mean(ranks)))
+            replay.check(f"rank0_loss_{theirs}", error, 1e-4, "mean over the ranks")
+    tensors = export_tree(contrast_table(model), gradient)
     order = reference.info["world2"]["parameter_order_of_ddp_grad_norm"]
     replay.compare("ddp_grad_norm", norms(tensors, order))
     for name in replay.names("ddp_grad.*"):
