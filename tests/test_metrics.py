@@ -75,6 +75,12 @@ def test_cider_ignores_runs_that_every_sample_has():
     assert caption_metrics.cider(["图", "图"], [["图红"], ["图蓝"]]).tolist() == [0, 0]
 
 
+def bleu(hypotheses, references):
+    """BLEU of a corpus from the sums of its samples, as the scorers compute it."""
+    sums = caption_metrics.bleu_statistics(hypotheses, references).sum(axis=0)
+    return float(caption_metrics.bleu_value(sums))
+
+
 def bleu_by_hand(hypotheses, references):
     """Corpus BLEU-4 with lists instead of counters."""
     matched, total = [0] * 4, [0] * 4
@@ -100,7 +106,7 @@ def bleu_by_hand(hypotheses, references):
 @pytest.mark.parametrize("seed", range(4))
 def test_bleu_equals_a_rewrite(seed):
     hypotheses, references = random_corpus(seed, samples=20)
-    found = caption_metrics.bleu(hypotheses, references)
+    found = bleu(hypotheses, references)
     assert found == pytest.approx(bleu_by_hand(hypotheses, references), rel=1e-12)
     assert found > 0
 
@@ -112,8 +118,8 @@ def test_bleu_of_published_example():
     )
     assert sums[0, 0] == 2 and sums[0, 4] == 7
     # One missing character of five: precisions are 1, only brevity counts.
-    assert caption_metrics.bleu(["一二三四"], [["一二三四五"]]) == pytest.approx(np.exp(1 - 5 / 4))
-    assert caption_metrics.bleu(["一二三"], [["一二三"]]) == 0.0  # no run of four
+    assert bleu(["一二三四"], [["一二三四五"]]) == pytest.approx(np.exp(1 - 5 / 4))
+    assert bleu(["一二三"], [["一二三"]]) == 0.0  # no run of four
 
 
 @pytest.mark.parametrize(
@@ -135,7 +141,7 @@ def test_unequal_numbers_are_refused():
     with pytest.raises(UserError, match="2 captions"):
         caption_metrics.cider(["a", "b"], [["a"]])
     with pytest.raises(UserError, match="no reference"):
-        caption_metrics.bleu(["a"], [[]])
+        bleu(["a"], [[]])
 
 
 def test_interval_of_a_mean_is_the_normal_one():
@@ -175,9 +181,6 @@ def test_paired_difference_is_narrower_than_two_intervals():
     assert found.value == pytest.approx(second.mean() - first.mean())
     single = bootstrap.mean(first)
     assert found.high - found.low < single.high - single.low
-    lengths = np.full(300, 4)
-    rate = bootstrap.ratio_difference(4 * first, 4 * second, lengths)
-    np.testing.assert_allclose(rate[:3], found[:3])
 
 
 def test_same_seed_same_interval():

@@ -24,7 +24,7 @@ from xllm_jax.core.stage import Best, Source, Validation, parse_stage
 from xllm_jax.data import mixture
 from xllm_jax.data.pipeline import Pipeline
 from xllm_jax.data.record import DoesNotFit
-from xllm_jax.evaluation.error_rate import character_error_rate
+from xllm_jax.evaluation.error_rate import character_errors, rate
 from xllm_jax.inference import transcriber
 from xllm_jax.inference.load_run import Restored
 from xllm_jax.objectives import blip2_pretraining
@@ -140,7 +140,7 @@ def test_character_errors_are_those_of_the_recognizer(tmp_path, monkeypatch):
         assert found[f"validation/{name}"] == wanted, name
     left = [example for number, example in enumerate(examples[:7]) if number != 3]
     heard = transcriber.Transcriber(Restored(model, params, stage), 1).transcribe(left)
-    errors = character_error_rate([example.transcript for example in left], heard)
+    errors = rate(character_errors(example.transcript, one) for example, one in zip(left, heard))
     assert any(heard) and found["validation/cer"] == pytest.approx(errors)
     assert found["validation/count"] == sum(len(example.transcript) + 1 for example in left)
 

@@ -76,14 +76,6 @@ def mean_difference(first: np.ndarray, second: np.ndarray, **options: int) -> Es
     return mean(np.asarray(second, np.float64) - np.asarray(first, np.float64), **options)
 
 
-def ratio_difference(
-    first: np.ndarray, second: np.ndarray, denominators: np.ndarray, **options: int
-) -> Estimate:
-    """Error rate of second minus that of first over the same `[N]` samples."""
-    change = np.asarray(second, np.float64) - np.asarray(first, np.float64)
-    return ratio(change, denominators, **options)
-
-
 def _divide(sums: np.ndarray) -> np.ndarray:
     below = np.where(sums[..., 1] == 0, np.nan, sums[..., 1])
     return sums[..., 0] / below

@@ -136,11 +136,6 @@ def bleu_value(sums: np.ndarray) -> np.ndarray:
     return np.where(found, np.exp(logs + brevity), 0.0)
 
 
-def bleu(hypotheses: Sequence[str], references: Sequence[Sequence[str]], order: int = 4) -> float:
-    """Corpus BLEU with brevity penalty; see `bleu_statistics` and `bleu_value`."""
-    return float(bleu_value(bleu_statistics(hypotheses, references, order).sum(axis=0)))
-
-
 def _check(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> None:
     if len(hypotheses) != len(references):
         raise UserError(f"{len(hypotheses)} captions, but references of {len(references)} samples")

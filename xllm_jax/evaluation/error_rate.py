@@ -67,25 +67,6 @@ def character_errors(reference: str, hypothesis: str, form: str = "normalized") 
     return edit_distance(reference, hypothesis), len(reference)
 
 
-def character_error_rate(
-    references: Sequence[str], hypotheses: Sequence[str], form: str = "normalized"
-) -> float:
-    """Errors of the whole corpus over its reference characters; above 1 is possible.
-
-    Every pair counts, a failed decoding as well. Only the repository's form leaves pairs out whose
-    hypothesis is 'Error', as its report does.
-
-    Raises:
-      UserError: different numbers of texts, or no reference character at all.
-    """
-    if len(references) != len(hypotheses):
-        raise UserError(f"{len(references)} references, but {len(hypotheses)} hypotheses")
-    pairs = zip(references, hypotheses)
-    if form == "xllm":
-        pairs = ((r, h) for r, h in pairs if h != "Error")
-    return rate(character_errors(r, h, form) for r, h in pairs)
-
-
 def rate(counts: Iterable[tuple[int, int]]) -> float:
     """Error rate of (errors, reference length) pairs.
 

@@ -1,11 +1,10 @@
 """BLIP-2's first stage: a Q-Former with text and the heads of ITC, ITM and ITG.
 
-The losses are in `objectives/blip2_pretraining.py`; stage 2 keeps what `without_text` returns.
+The losses are in `objectives/blip2_pretraining.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,7 +12,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
-from xllm_jax.core import rules
 from xllm_jax.models import layers
 from xllm_jax.models.qformer import SHARDING as QFORMER_SHARDING
 from xllm_jax.models.qformer import Cache, QFormer
@@ -183,16 +181,6 @@ def unit(x: Array) -> Array:
     """Scales the last axis to length 1, in float32."""
     x = x.astype(jnp.float32)
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
-
-
-def without_text(params: Mapping[str, Any]) -> dict[str, Any]:
-    """What stage 2 keeps of a `ContrastModel`: norm, queries and the Q-Former's query branch."""
-    kept = {}
-    for path, leaf in rules.flatten(params).items():
-        text = "/text_feed_forward" in path or path.endswith(("embeddings/words", "/positions"))
-        if path.split("/")[0] in ("norm", "queries", "qformer") and not text:
-            kept[path] = leaf
-    return rules.unflatten(kept)
 
 
 SIZES = {

@@ -102,22 +102,6 @@ def sequence(ids: Sequence[int], specials: Specials, padding_visible: bool = Fal
     )
 
 
-def truncated_pair(
-    prompt: Sequence[int],
-    answer: Sequence[int],
-    prompt_length: int,
-    answer_length: int,
-    specials: Specials,
-) -> list[int]:
-    """`prompt [gMASK] <sop> answer <eop>`, cut as the reference does.
-
-    The prompt keeps `prompt_length - 1` tokens and the answer `answer_length - 2`, so that <eop>
-    follows a cut answer too.
-    """
-    prompt, answer = list(prompt)[: prompt_length - 1], list(answer)[: answer_length - 2]
-    return [*prompt, specials.gmask, specials.sop, *answer, specials.eop]
-
-
 def left_padded(sequences: Sequence[Sequence[int]], specials: Specials, length: int = 0) -> Row:
     """A batch of prompts as the reference's tokenizer pads them: padding in front.
 
