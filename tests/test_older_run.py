@@ -72,6 +72,8 @@ def test_older_names_of_objective_and_network_are_read():
     assert made.objective == "blip2_pretraining"
     assert made.parts["llm"].network == "blip2_pretraining.ContrastModel"
     assert (made.validation.every, made.best.metric) == (7, "validation/cer")
+    made = parse_stage(record | {"objective": "glm", "options": {"chunk": 8}})
+    assert (made.objective, made.options) == ("answer", {"perplexity": True, "chunk": 8})
 
 
 def test_real_is_the_published_size_of_every_network():

@@ -278,7 +278,7 @@ class Stage:
 # How fields and values were called before; checkpoints of that time are still read.
 _OLDER_FIELDS = {"held_out": "validation"}
 _OLDER_METRICS = {"held_out/": "validation/"}
-_OLDER_OBJECTIVES = {"contrast": "blip2_pretraining"}
+_OLDER_OBJECTIVES = {"contrast": ("blip2_pretraining", {}), "glm": ("answer", {"perplexity": True})}
 _OLDER_NETWORKS = {"contrast.ContrastModel": "blip2_pretraining.ContrastModel"}
 
 
@@ -293,7 +293,8 @@ def metric_names(name: str) -> tuple[str, ...]:
 def _todays(record: Mapping[str, Any]) -> dict[str, Any]:
     """The record of a stage in today's names."""
     made = {_OLDER_FIELDS.get(name, name): value for name, value in record.items()}
-    made["objective"] = _OLDER_OBJECTIVES.get(made["objective"], made["objective"])
+    name, options = _OLDER_OBJECTIVES.get(made["objective"], (made["objective"], {}))
+    made |= {"objective": name, "options": options | made["options"]}
     made["parts"] = {
         name: part | {"network": _OLDER_NETWORKS.get(part["network"], part["network"])}
         for name, part in made["parts"].items()

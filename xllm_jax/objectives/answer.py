@@ -134,6 +134,7 @@ def loss(
     *,
     train: bool = False,
     chunk: int = 64,
+    perplexity: bool = False,
 ) -> tuple[Array, dict[str, Any]]:
     """The objective of stages 2 and 3; also reports the loss of each modality's examples.
 
@@ -143,12 +144,13 @@ def loss(
       batch: see `core.batch`.
       key, train: dropout's key, and whether there is dropout.
       chunk: logit vectors per row that exist at once.
+      perplexity: the metrics also hold `perplexity`, of a batch; it is no mean.
 
     Returns:
       (scalar float32, metrics) of `answer_loss`.
     """
     states = model.hidden(params, batch, train=train, key=key)
-    return answer_loss(
+    value, metrics = answer_loss(
         lambda x: model.logits(params, x),
         states,
         batch.answer_index,
@@ -157,3 +159,4 @@ def loss(
         chunk,
         carriers(batch),
     )
+    return value, metrics | ({"perplexity": jnp.exp(value)} if perplexity else {})

@@ -39,7 +39,7 @@ class Plan:
       traffic: bytes one chip moves in its memory.
       collectives: every collective of the program.
       parameters, temporaries: (name, bytes) of the largest tensors on a chip; temporaries are those
-        of the compiled program, or of the compiler's own list when it refused.
+        of the compiled program.
       kept: (name, bytes) of the largest tensors that autodiff keeps, where nothing was compiled.
       seconds: CPU seconds of compiling; on an idle machine it takes no longer than that.
     """
@@ -219,17 +219,22 @@ def _collectives(
 def from_refusal(
     refused: Refusal, lowered: Lowered, common: dict[str, Any], seconds: float
 ) -> Plan:
-    """The account of a step that the compiler refused; without its list, what autodiff keeps."""
+    """The account of a step that the compiler refused, with what autodiff keeps.
+
+    Args:
+      refused: what the compiler said.
+      lowered: the step.
+      common: fields of the plan that are known already.
+      seconds: of compiling, until it was refused.
+    """
     arguments = memory.account(lowered.state, lowered.batch, 0)
     account = dataclasses.replace(arguments, temporaries=max(refused.total - arguments.total, 0))
-    kept = () if refused.tensors else _kept(lowered)
     return Plan(
         **common,
         memory=account,
         fits=False,
         compiled=True,
-        temporaries=refused.tensors[:LISTED],
-        kept=tuple(memory.largest_kept(kept, common["target"].chips, LISTED)),
+        kept=tuple(memory.largest_kept(_kept(lowered), common["target"].chips, LISTED)),
         seconds=seconds,
         limit=refused.limit,
     )

@@ -1,29 +1,17 @@
 """BERT's uncased WordPiece tokens for the Q-Former's text branch, read from `vocab.txt`.
 
-Written out here because it is short; a test compares it with the published tokenizer.
+The `tokenizers` library does the work; a test compares it with the published tokenizer.
 """
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from xllm_jax.core.errors import UserError
-
-LONGEST_WORD = 100  # characters; longer words are unknown, as in the reference
-IDEOGRAPHS = (
-    (0x4E00, 0x9FFF),
-    (0x3400, 0x4DBF),
-    (0x20000, 0x2A6DF),
-    (0x2A700, 0x2B73F),
-    (0x2B740, 0x2B81F),
-    (0x2B820, 0x2CEAF),
-    (0xF900, 0xFAFF),
-    (0x2F800, 0x2FA1F),
-)
 
 
 class WordPiece:
@@ -54,10 +42,16 @@ class WordPiece:
         self.begin, self.end = self._ids["[CLS]"], self._ids["[SEP]"]
         self.pad, self.unknown = self._ids["[PAD]"], self._ids["[UNK]"]
         self.decode = self._ids.get("[DEC]", len(self._ids))
+        self._tokenizer = Tokenizer(models.WordPiece(self._ids, unk_token="[UNK]"))
+        self._tokenizer.normalizer = normalizers.BertNormalizer()
+        self._tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without special ones."""
-        return [token for word in words(text) for token in self._pieces(word)]
+        # Python lower-cases a sigma by its place in the word, as the reference does; Rust does not.
+        # Lone surrogates stand for bytes that are no text, and Rust knows none.
+        text = text.lower().encode("utf-8", "ignore").decode("utf-8")
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_special(self, piece: str) -> int:
         """Id of one piece as it stands in the file, such as [MASK].
@@ -82,46 +76,3 @@ class WordPiece:
             ids[row, : len(tokens)] = tokens
             mask[row, : len(tokens)] = True
         return ids, mask
-
-    def _pieces(self, word: str) -> list[int]:
-        if len(word) > LONGEST_WORD:
-            return [self.unknown]
-        found: list[int] = []
-        start = 0
-        while start < len(word):
-            prefix = "##" if start else ""
-            ends = range(len(word), start, -1)
-            end = next((e for e in ends if prefix + word[start:e] in self._ids), None)
-            if end is None:
-                return [self.unknown]
-            found.append(self._ids[prefix + word[start:end]])
-            start = end
-        return found
-
-
-def words(text: str) -> list[str]:
-    """Lower-cased words without accents; punctuation marks and ideographs stand alone."""
-    text = "".join(_spaced(character) for character in text if not _control(character))
-    text = unicodedata.normalize("NFD", text.lower())
-    text = "".join(c for c in text if unicodedata.category(c) != "Mn")
-    return "".join(f" {c} " if _punctuation(c) else c for c in text).split()
-
-
-def _spaced(character: str) -> str:
-    code = ord(character)
-    if any(first <= code <= last for first, last in IDEOGRAPHS):
-        return f" {character} "
-    return " " if character.isspace() else character
-
-
-def _control(character: str) -> bool:
-    if character in "\t\n\r":
-        return False
-    return character in "\0\N{REPLACEMENT CHARACTER}" or (
-        unicodedata.category(character).startswith("C")
-    )
-
-
-def _punctuation(character: str) -> bool:
-    ascii_mark = character.isascii() and character.isprintable() and not character.isalnum()
-    return (ascii_mark and character != " ") or unicodedata.category(character).startswith("P")
