@@ -18,11 +18,11 @@ import importlib
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from xllm_jax.training.step import initial_state, jit_train_step, stage_objective
+from xllm_jax.training.trainer import Trainer, stage_loss
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xllm_jax.assembly import networks
+from xllm_jax.assembly.system import System
 from xllm_jax.core import batch, flops, mesh, rules
 from xllm_jax.core.stage import Stage
 from xllm_jax.data.media import modalities
@@ -54,16 +55,15 @@ def miniature(name: str, folder: Path) -> Stage:
 def steps(stage: Stage) -> Iterator[tuple[float, float]]:
     """Trains; yields CPU seconds of a step, what reads ahead in it included, and the loss."""
     device_mesh = mesh.make({}, jax.devices()[:1])
-    model = networks.model(stage)
-    check.verified(stage, model, device_mesh)
-    state, optimizer, _ = initial_state(stage, model, device_mesh)
-    compiled = jit_train_step(stage, model, optimizer, state)
+    trainer = Trainer(System.build(stage, device_mesh))
+    check.verified(trainer.system)
+    state = trainer.initial_state()
     batches = Pipeline(stage.data, stage.seed).iterate()
     while True:
         began = time.process_time()
         made, _ = next(batches)
         with jax.set_mesh(device_mesh):
-            state, metrics = compiled(state, mesh.to_global(device_mesh, made))
+            state, metrics = trainer.step(state, mesh.to_global(device_mesh, made))
         loss = float(metrics["loss"])
         yield time.process_time() - began, loss
 
@@ -128,8 +128,9 @@ def total(stage: Stage, model: Any, items: dict[str, Any]) -> float:
     shapes = jax.eval_shape(
         lambda: batch.zeros(stage.data.rows, stage.data.length, stage.data.answers, items)
     )
-    trainable, frozen = rules.split(stage.trainable, networks.shapes(model))
-    loss: Callable[..., Any] = stage_objective(stage, model)
+    system = System(stage, model, mesh.make({}, jax.devices()[:1]))
+    trainable, frozen = rules.split(stage.trainable, system.tree)
+    loss = stage_loss(system)
 
     def value(trainable: Any, frozen: Any, given: Any, key: Any) -> Any:
         return loss(rules.join(trainable, frozen), given, key)[0]

@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 
 from xllm_jax.core import chips
-from xllm_jax.training.step import initial_state, jit_train_step, stage_objective
+from xllm_jax.training.trainer import Trainer
 
 RATE, BETAS, EPSILON = 1e-3, (0.9, 0.98), 1e-8
 # Largest relative difference of the two sides' losses. The updates of the run change the loss by
@@ -135,23 +135,23 @@ def jax_side(choice: argparse.Namespace) -> dict[str, Any]:
     import jax
 
     pass
-    from xllm_jax.assembly import networks
+    from xllm_jax.assembly.system import System
     from xllm_jax.core import flops, mesh, rules
 
     device = jax.devices()[0]
     stage = stage_of(choice, device.platform == "gpu")
-    device_mesh, xllm = mesh.make(stage.mesh), networks.model(stage)
-    state, optimizer, _ = initial_state(stage, xllm, device_mesh)
+    device_mesh = mesh.make(stage.mesh)
+    trainer = Trainer(System.build(stage, device_mesh))
+    state = trainer.initial_state()
     if choice.size == "tiny":
         params = rules.flatten(rules.join(state.trainable, state.frozen))
         arrays = {path: np.asarray(leaf, np.float32) for path, leaf in params.items()}
         np.savez(Path(choice.folder) / "weights.npz", **arrays)
     with jax.set_mesh(device_mesh):
         batch = mesh.to_global(device_mesh, batch_of(stage))
-        loss = stage_objective(stage, xllm)
-        useful = flops.useful(loss, state.trainable, state.frozen, batch)
+        useful = flops.useful(trainer.loss, state.trainable, state.frozen, batch)
         started = time.monotonic()
-        step = jit_train_step(stage, xllm, optimizer, state).lower(state, batch).compile()
+        step = trainer.step.lower(state, batch).compile()
         compiling = time.monotonic() - started
         holder = {"state": state}
 

@@ -19,6 +19,7 @@ from absl import flags
 import xllm_jax
 from xllm_jax.assembly import parameters
 from xllm_jax.assembly.networks import model
+from xllm_jax.assembly.system import System
 from xllm_jax.configs import networks, world_bert, world_llm, world_vision
 from xllm_jax.convert.sources import world
 from xllm_jax.core import mesh
@@ -87,9 +88,9 @@ def export(runs: Path, tokenizer: Path) -> None:
         if not (runs / stage.name).is_dir():
             print(f"No run {stage.name}: what ships stays")
             continue
-        stage.init = {name: str(runs / stage.name)}
-        xllm = model(stage)
-        params = parameters.parameters(stage, xllm, mesh.make({}, jax.devices()[:1]))[name]
+        stage.init, stage.frozen = {name: str(runs / stage.name)}, "float32"
+        system = System.build(stage, mesh.make({}, jax.devices()[:1]))
+        xllm, params = system.model, parameters.parameters(system)[name]
         if name == "llm":
             world.export_llm(xllm.networks[name], params, tokenizer, SHIPPED / name)
         elif name == "text_model":

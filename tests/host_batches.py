@@ -8,14 +8,15 @@ import zlib
 import jax
 import numpy as np
 
-from xllm_jax.assembly import networks
+from xllm_jax.assembly.system import System
 from xllm_jax.configs import stage3_instruction
 from xllm_jax.core import mesh, rules
 from xllm_jax.core.batch import Batch, zeros
 from xllm_jax.core.stage import Optimizer
 from xllm_jax.data.media import modalities
 from xllm_jax.training import divergence, telemetry
-from xllm_jax.training.step import TrainState, abstract_state, jit_train_step
+from xllm_jax.training.step import TrainState
+from xllm_jax.training.trainer import Trainer
 
 ROWS, LENGTH, ANSWERS = 2, 64, 8
 SHALLOW = {
@@ -63,9 +64,9 @@ def batch(made) -> Batch:
     return found
 
 
-def initial_state(made, xllm, device_mesh):
+def initial_state(trainer):
     """A state whose parameters NumPy draws: initializing would compile every network."""
-    like, optimizer, _ = abstract_state(made, xllm, device_mesh)
+    like, made = trainer.abstract_state, trainer.system.stage
 
     def draw(path, x):
         rng = np.random.default_rng(zlib.crc32(path.encode()))
@@ -77,17 +78,17 @@ def initial_state(made, xllm, device_mesh):
     params = rules.unflatten({path: draw(path, x) for path, x in flat.items()})
     trainable, frozen = rules.split(made.trainable, params)
     shardings = jax.tree.map(lambda x: x.sharding, like.optimizer)
-    moments = jax.jit(optimizer.init, out_shardings=shardings)(trainable)
+    moments = jax.jit(trainer.optimizer.init, out_shardings=shardings)(trainable)
     step = jax.device_put(np.zeros((), np.int32), like.step.sharding)
     guard = jax.device_put(divergence.initial_guard(made.divergence), step.sharding)
-    return TrainState(step, trainable, frozen, moments, guard), optimizer
+    return TrainState(step, trainable, frozen, moments, guard)
 
 
 def train_steps(made, rows: slice, count: int) -> list[dict[str, float]]:
     """Metrics of `count` steps on this host's rows."""
-    xllm, device_mesh = networks.model(made), mesh.make({"data": -1})
-    state, optimizer = initial_state(made, xllm, device_mesh)
-    step = jit_train_step(made, xllm, optimizer, state)
+    device_mesh = mesh.make({"data": -1})
+    trainer = Trainer(System.build(made, device_mesh))
+    state, step = initial_state(trainer), trainer.step
     own, found = jax.tree.map(lambda x: x[rows], batch(made)), []
     with jax.set_mesh(device_mesh):
         for _ in range(count):

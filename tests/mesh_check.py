@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 import small_stage
 
-from xllm_jax.assembly import networks, parameters
+from xllm_jax.assembly import networks
+from xllm_jax.assembly.system import System
 from xllm_jax.core import mesh, rules
 from xllm_jax.preflight import collectives, hlo, inputs, targets
-from xllm_jax.training.step import abstract_state, jit_train_step, stage_objective
+from xllm_jax.training.trainer import Trainer, stage_loss
 
 ROWS = 8
 STAGES = (
@@ -101,34 +102,28 @@ def fill(shapes, rng):
 def compare(name):
     """{mesh: difference to one device} of one stage."""
     made = stage(name)
-    xllm = networks.model(made)
-    tree = networks.shapes(xllm)
-    params = {path: values(path, x) for path, x in rules.flatten(tree).items()}
+    shapes = networks.shapes(networks.model(made))
+    params = {path: values(path, x) for path, x in rules.flatten(shapes).items()}
     batch = fill(inputs.shapes(made.data), np.random.default_rng(0))
-    alone = gradients(made, xllm, {}, params, batch)
+    alone = gradients(made, {}, params, batch)
     found = {
-        mesh_name: difference(alone, gradients(made, xllm, axes, params, batch))
+        mesh_name: difference(alone, gradients(made, axes, params, batch))
         for mesh_name, axes in MESHES.items()
     }
     if name == OFFLOADED:
         made.offload = (r"(vision_encoder|llm)/.*",)
         axes = MESHES["data 2, fsdp 2, tensor 2"]
-        found["offloaded"] = difference(alone, gradients(made, xllm, axes, params, batch))
+        found["offloaded"] = difference(alone, gradients(made, axes, params, batch))
     return found
 
 
-def gradients(made, xllm, axes, params, batch):
+def gradients(made, axes, params, batch):
     """Loss and gradients of the trainable half on one mesh, as NumPy."""
     device_mesh = mesh.make(axes, jax.devices()[: int(np.prod(list(axes.values())))])
-    tree = rules.unflatten(params)
-    shardings = rules.flatten(
-        mesh.parameter_shardings(device_mesh, parameters.specs(made, tree), tree)
-    )
-    for path in parameters.offloaded(made, tree):
-        shardings[path] = shardings[path].with_memory_kind(mesh.HOST)
-    placed = jax.device_put(tree, rules.unflatten(shardings))
-    trainable, frozen = rules.split(made.trainable, placed)
-    loss, key = stage_objective(made, xllm), jax.random.key(0)
+    system = System.build(made, device_mesh)
+    placed = {p: jax.device_put(x, system.parameters[p].sharding) for p, x in params.items()}
+    trainable, frozen = rules.split(made.trainable, rules.unflatten(placed))
+    loss, key = stage_loss(system), jax.random.key(0)
 
     def objective(trainable, frozen, batch):
         return loss(rules.join(trainable, frozen), batch, key)[0]
@@ -159,11 +154,10 @@ def compiled_collectives(axes, slices):
     count = int(np.prod([*axes.values(), *slices.values()]))
     made = small_stage.stage(mesh=axes, unroll=1)
     device_mesh = mesh.make(axes, jax.devices()[:count], slices)
-    xllm = networks.model(made)
-    like, optimizer, _ = abstract_state(made, xllm, device_mesh)
+    trainer = Trainer(System.build(made, device_mesh))
     batch = inputs.sharded(made.data, device_mesh)
     with jax.set_mesh(device_mesh):
-        lowered = jit_train_step(made, xllm, optimizer, like).lower(like, batch)
+        lowered = trainer.step.lower(trainer.abstract_state, batch)
     program = hlo.parse(lowered.compile(QUICKLY).as_text())
     found = collectives.find(program, count, targets.slices_of(device_mesh, slices))
     return [dataclasses.asdict(one) for one in found]

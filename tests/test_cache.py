@@ -18,6 +18,7 @@ from small_runs import make_world
 from small_stage import ROOT, curve
 
 from xllm_jax.assembly import networks, parameters
+from xllm_jax.assembly.system import System
 from xllm_jax.core import checkpoint, checksum, mesh, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Validation
@@ -27,7 +28,7 @@ from xllm_jax.data.media import modalities
 from xllm_jax.data.record import DoesNotFit, Record
 from xllm_jax.feature_cache import cache_plan, check, describe, write
 from xllm_jax.training import loop
-from xllm_jax.training.step import abstract_state, jit_train_step, stage_objective
+from xllm_jax.training.trainer import Trainer, stage_loss
 
 CONFIG = "configs/small.py"
 
@@ -101,11 +102,11 @@ def load(folder):
 def test_what_is_cached_is_neither_loaded_nor_compiled(speech):
     shapes = {}
     for name, stage in (("plain", speech[0]), ("cached", cached(*speech))):
-        model = networks.model(stage)
-        state, optimizer, _ = abstract_state(stage, model, mesh.make({}))
+        trainer = Trainer(System.build(stage, mesh.make({})))
+        state = trainer.abstract_state
         shapes[name] = rules.flatten(rules.join(state.trainable, state.frozen))
         batch, _ = next(pipeline.Pipeline(stage.data).iterate())
-        text = jit_train_step(stage, model, optimizer, state).lower(state, batch).as_text()
+        text = trainer.step.lower(state, batch).as_text()
         assert ("speech_encoder" in text) == (name == "plain")
         assert ("416x80" in text) == (name == "plain")  # the filterbanks
     gone = shapes["plain"].keys() - shapes["cached"].keys()
@@ -162,11 +163,11 @@ def test_stage_three_reads_everything_below_its_adapters(world, tmp_path):
     }
     found = []
     for made in (stage, cached(stage, folder)):
-        model = networks.model(made)
-        check.verified(made, model, mesh.make({}))
-        params = parameters.parameters(made, model, mesh.make({}))
+        system = System.build(made, mesh.make({}))
+        check.verified(system)
+        params = parameters.parameters(system)
         trainable, frozen = rules.split(made.trainable, params)
-        loss = stage_objective(made, model)
+        loss = stage_loss(system)
         call = jax.jit(
             jax.value_and_grad(lambda t, f, b, loss=loss: loss(rules.join(t, f), b, None)[0])
         )
@@ -186,14 +187,14 @@ def test_stage_three_reads_everything_below_its_adapters(world, tmp_path):
 def refusal(stage):
     """What the check of a stage's cache says."""
     with pytest.raises(UserError) as caught:
-        check.verified(stage, networks.model(stage), mesh.make({}))
+        check.verified(System.build(stage, mesh.make({})))
     assert f"--config={CONFIG} --output={stage.data.cache} --again" in str(caught.value)
     return f"{caught.value.field}: {caught.value.what}"
 
 
 def test_a_changed_setting_is_named(speech):
     stage = cached(*speech)
-    assert check.verified(stage, networks.model(stage), mesh.make({}))
+    assert check.verified(System.build(stage, mesh.make({})))
     told = refusal(small_cache.changed(stage, frames=(408,)))
     assert told == "data.frames: was [416] when the cache was written and is [408] now"
     told = refusal(small_cache.changed(stage, speech={"specaugment": True}))
@@ -220,7 +221,7 @@ def test_a_changed_source_or_shard_is_named(speech, tmp_path):
     fewer = {"utterances": stage.data.sources["utterances"]}
     stage = cached(stage, copy)
     subset = small_cache.changed(stage, sources=fewer)
-    assert check.verified(subset, networks.model(subset), mesh.make({}))
+    assert check.verified(System.build(subset, mesh.make({})))
     shard = copy / cached_features.shard_name("speech", 1, 3)
     shard.write_bytes(shard.read_bytes()[:-1])
     assert refusal(stage).startswith(f"{shard}: is missing or has not the ")
@@ -241,7 +242,7 @@ def test_a_changed_weight_is_named(speech, tmp_path):
     assert "speech_interface/cif/weight/kernel" in told
     above = stage.init | {"speech_interface/c_former": str(tmp_path / "other")}
     allowed = dataclasses.replace(stage, init=above)
-    assert check.verified(allowed, networks.model(allowed), mesh.make({}))
+    assert check.verified(System.build(allowed, mesh.make({})))
 
 
 def test_checksums_on_disk_are_those_in_memory(tmp_path, monkeypatch):

@@ -12,10 +12,11 @@ from small_cache import PARTS
 from small_stage import TOKENIZER
 
 from xllm_jax.assembly.networks import model as assemble
-from xllm_jax.assembly.networks import shapes, uncached
+from xllm_jax.assembly.networks import shapes
+from xllm_jax.assembly.system import System
 from xllm_jax.audit import audit, page
 from xllm_jax.configs import networks
-from xllm_jax.core import rules
+from xllm_jax.core import mesh, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data, Source, Stage
 from xllm_jax.data import mixture
@@ -159,7 +160,8 @@ def test_what_made_the_features_is_no_part_of_the_stage(data):
         data=data([]),
     )
     model = assemble(stage)
-    assert model.cached == model.given == {"speech": 2} == uncached(model).cached
+    system = System(stage, model, mesh.make({}))
+    assert model.cached == model.given == {"speech": 2} == system.uncached.model.cached
     leaves = rules.flatten(shapes(model)).keys()
     assert {path.split("/")[0] for path in leaves} == {"speech_interface", "llm"}
     assert not any("cif" in path for path in leaves)

@@ -7,8 +7,9 @@ import importlib
 import jax
 import pytest
 
-from xllm_jax.assembly import networks, parameters
-from xllm_jax.core import rules
+from xllm_jax.assembly import networks
+from xllm_jax.assembly.system import System
+from xllm_jax.core import mesh, rules
 
 NAMES = (
     "stage1_speech",
@@ -43,8 +44,9 @@ def count(tree) -> int:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_config_builds(name, size):
     stage = config(name, size)
-    shapes = networks.shapes(networks.model(stage))
-    assert rules.flatten(parameters.specs(stage, shapes)).keys() == rules.flatten(shapes).keys()
+    system = System.build(stage, mesh.make({}))
+    shapes = system.tree
+    assert rules.flatten(system.specs).keys() == system.shapes.keys()
     trainable, frozen = rules.split(stage.trainable, shapes)
     assert count(trainable) > 0
     assert "llm" not in trainable

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import small_stage
 
-from xllm_jax.assembly import networks
+from xllm_jax.assembly.system import System
 from xllm_jax.core import checkpoint, mesh
 from xllm_jax.core.batch import zeros
 from xllm_jax.core.errors import Diverged, UserError
 from xllm_jax.core.stage import Divergence
 from xllm_jax.launch import cli
 from xllm_jax.training import divergence, loop, nonfinite, replay, startup
-from xllm_jax.training.step import abstract_state
+from xllm_jax.training.trainer import Trainer
 
 POISONED = 3  # number of the micro-batch
 ROW = 5
@@ -70,7 +70,7 @@ def small(**policy):
 def saved(workdir, number):
     """Flat arrays of a checkpoint."""
     made = small()
-    state, _, _ = abstract_state(made, networks.model(made), mesh.make({}))
+    state = Trainer(System.build(made, mesh.make({}))).abstract_state
     checkpoints = checkpoint.Checkpoints(workdir)
     arrays = checkpoints.restore(number, startup.saved_arrays(state))
     checkpoints.close()
@@ -187,7 +187,7 @@ def test_the_verdict_is_the_policy(policy):
 def test_an_unknown_policy_is_refused():
     made = small(nonfinite="hope")
     with pytest.raises(UserError, match=r"divergence\.nonfinite.*'hope'.*stop, skip"):
-        abstract_state(made, networks.model(made), mesh.make({}))
+        _ = Trainer(System.build(made, mesh.make({}))).abstract_state
 
 
 def test_a_diverged_run_exits_with_its_own_code(capsys):

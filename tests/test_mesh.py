@@ -17,11 +17,11 @@ import small_stage
 from mesh_check import COUNTED, MESHES, OFFLOADED, STAGES
 from small_stage import GLM, ROOT
 
-from xllm_jax.assembly import networks
+from xllm_jax.assembly.system import System
 from xllm_jax.core import flops, mesh, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.preflight import collectives, inputs, memory
-from xllm_jax.training.step import abstract_state, jit_train_step
+from xllm_jax.training.trainer import Trainer
 
 DEPTH = GLM["depth"]
 
@@ -68,8 +68,8 @@ def copied(jaxpr):
 def test_layers_in_the_hosts_memory_are_copied_one_by_one():
     made = small_stage.stage(trainable=(r"llm/embedding",))
     made.offload = (r"llm/(layers|final_norm)/.*",)
-    like, optimizer, _ = abstract_state(made, networks.model(made), mesh.make({}))
-    step = jit_train_step(made, networks.model(made), optimizer, like)
+    trainer = Trainer(System.build(made, mesh.make({})))
+    like, step = trainer.abstract_state, trainer.step
     shapes = Counter(copied(jax.make_jaxpr(step)(like, inputs.shapes(made.data)).jaxpr))
     width, hidden = GLM["width"], GLM["hidden"]
     assert shapes[width, hidden] == shapes[hidden, width] == 2  # forward and back
@@ -80,7 +80,7 @@ def test_layers_in_the_hosts_memory_are_copied_one_by_one():
 
 def test_preflight_counts_what_lies_on_the_chip():
     made = small_stage.stage(trainable=(r"llm/final_norm/.*",), offload=(r"llm/layers/.*",))
-    like, _, _ = abstract_state(made, networks.model(made), mesh.make({}))
+    like = Trainer(System.build(made, mesh.make({}))).abstract_state
     assert memory.held(like.frozen) == 4 * GLM["vocab"] * GLM["width"]  # the embedding
     assert memory.held(like.trainable) == 4 * 2 * GLM["width"]
 
@@ -88,7 +88,7 @@ def test_preflight_counts_what_lies_on_the_chip():
 def test_what_trains_stays_on_the_chip():
     made = small_stage.stage(offload=(r"llm/.*",))
     with pytest.raises(UserError, match="'llm/final_norm/bias' trains"):
-        abstract_state(made, networks.model(made), mesh.make({}))
+        _ = Trainer(System.build(made, mesh.make({}))).abstract_state
 
 
 # By kind: in the loop over layers, outside of it. Splitting parameters gathers four kernels a layer

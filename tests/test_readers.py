@@ -17,7 +17,7 @@ import reader_fixtures as fixtures
 import small_datasets
 from small_stage import TOKENIZER
 
-from xllm_jax.assembly import networks
+from xllm_jax.assembly.system import System
 from xllm_jax.audit import audit
 from xllm_jax.configs import stage1_speech, stage3_instruction
 from xllm_jax.core import lookup, mesh, rules
@@ -29,7 +29,8 @@ from xllm_jax.data.pipeline import Pipeline
 from xllm_jax.data.text.characters import CharacterVocabulary
 from xllm_jax.prepare import engine, manifest, preparation, shard
 from xllm_jax.training import divergence
-from xllm_jax.training.step import TrainState, abstract_state, jit_train_step
+from xllm_jax.training import trainer as training
+from xllm_jax.training.step import TrainState
 
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -181,19 +182,19 @@ class Trainer:
 
     def __init__(self, stage):
         self.stage, self._mesh = stage, mesh.make(stage.mesh)
-        model = networks.model(stage)
-        like, optimizer, _ = abstract_state(stage, model, self._mesh)
+        trainer = training.Trainer(System.build(stage, self._mesh))
+        like, optimizer = trainer.abstract_state, trainer.optimizer
         # Drawn by NumPy: initializing for real would compile every network.
         rng = np.random.default_rng(0)
         drawn = {
             path: rng.normal(path.endswith(("scale", "variance")), 0.1, x.shape).astype(np.float32)
-            for path, x in rules.flatten(networks.shapes(model)).items()
+            for path, x in trainer.system.shapes.items()
         }
         trainable, frozen = rules.split(stage.trainable, rules.unflatten(drawn))
         moments, guard = optimizer.init(trainable), divergence.initial_guard(stage.divergence)
         state = TrainState(np.zeros((), np.int32), trainable, frozen, moments, guard)
         self.state = jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), state, like)
-        self._step = jit_train_step(stage, model, optimizer, like)
+        self._step = trainer.step
 
     def trained(self):
         """A copy of the trainable parameters."""

@@ -23,7 +23,7 @@ def done(name: str, remat: str, train: bool) -> float:
     """FLOPs of one network's forward pass, with its gradient where it trains."""
     file, kind = lookup.attribute("xllm_jax.models", name)
     network = kind(**{**file.SIZES["tiny"], **NETWORKS[name], "remat": remat})
-    params = jax.eval_shape(lambda: networks.fresh(network, jax.random.key(0)))
+    params = jax.eval_shape(lambda: networks.init_params(network, jax.random.key(0)))
 
     def total(params):
         found = network.apply({"params": params}, *network.example())

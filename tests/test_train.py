@@ -16,18 +16,13 @@ import restore_check
 import small_stage
 
 from xllm_jax.assembly import networks, parameters
+from xllm_jax.assembly.system import System
 from xllm_jax.core import checkpoint, mesh, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.preflight import inputs
 from xllm_jax.training import loop
-from xllm_jax.training.step import (
-    abstract_state,
-    initial_state,
-    jit_train_step,
-    stage_objective,
-    step_key,
-    train_step,
-)
+from xllm_jax.training.step import step_key, train_step
+from xllm_jax.training.trainer import Trainer
 
 SECONDS = 240  # bound on one training process, far above what it takes
 
@@ -43,14 +38,14 @@ def whole(tmp_path_factory):
 def load(workdir) -> dict[str, np.ndarray]:
     """Final parameters of a run, flat."""
     made = small_stage.stage(init={"llm": str(workdir)})
-    params = parameters.parameters(made, networks.model(made), mesh.make({}))
+    params = parameters.parameters(System.build(made, mesh.make({})))
     return {path: np.asarray(leaf) for path, leaf in rules.flatten(params).items()}
 
 
 def fresh() -> dict[str, np.ndarray]:
     """The parameters that every small run starts from, flat."""
     made = small_stage.stage()
-    params = parameters.parameters(made, networks.model(made), mesh.make({}))
+    params = parameters.parameters(System.build(made, mesh.make({})))
     return {path: np.asarray(leaf) for path, leaf in rules.flatten(params).items()}
 
 
@@ -64,7 +59,7 @@ def test_only_the_allow_list_trains(whole):
 
 def test_the_optimizer_holds_nothing_for_frozen_leaves():
     made = small_stage.stage()
-    state, _, _ = initial_state(made, networks.model(made), mesh.make({}))
+    state = Trainer(System.build(made, mesh.make({}))).initial_state()
     trainable = sum(leaf.size for leaf in jax.tree.leaves(state.trainable))
     moments = sum(leaf.size for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim)
     assert moments == 2 * trainable
@@ -73,12 +68,11 @@ def test_the_optimizer_holds_nothing_for_frozen_leaves():
 def test_compiler_options_are_those_of_the_platform():
     """The other tests' stage has an option for TPUs that no compiler knows."""
     made = small_stage.stage(compiler={"cpu": {"xla_no_such_option": 1}})
-    xllm, device_mesh = networks.model(made), mesh.make({})
-    like, optimizer, _ = abstract_state(made, xllm, device_mesh)
+    device_mesh = mesh.make({})
+    trainer = Trainer(System.build(made, device_mesh))
     batch = inputs.sharded(made.data, device_mesh)
-    step = jit_train_step(made, xllm, optimizer, like)
     with jax.set_mesh(device_mesh), pytest.raises(Exception, match="xla_no_such_option"):
-        step.lower(like, batch).compile()
+        trainer.step.lower(trainer.abstract_state, batch).compile()
 
 
 def test_a_stopped_run_continues_exactly(whole, tmp_path):
@@ -150,7 +144,7 @@ def test_a_base_of_another_size_is_refused(whole):
     made = small_stage.stage(init={"llm": str(whole)})
     made.parts["llm"].fields["hidden"] = 96
     with pytest.raises(UserError, match=r"llm/layers/feed_forward.*shape"):
-        parameters.parameters(made, networks.model(made), mesh.make({}))
+        parameters.parameters(System.build(made, mesh.make({})))
 
 
 def test_heads_that_do_not_divide_the_width_are_refused():
@@ -163,7 +157,7 @@ def test_heads_that_do_not_divide_the_width_are_refused():
 
 def test_a_subtree_can_come_from_a_run(whole):
     made = small_stage.stage(init={"llm/layers": str(whole)})
-    params = rules.flatten(parameters.parameters(made, networks.model(made), mesh.make({})))
+    params = rules.flatten(parameters.parameters(System.build(made, mesh.make({}))))
     trained, drawn = load(whole), fresh()
     for path, leaf in params.items():
         expected = trained if path.startswith("llm/layers/") else drawn
@@ -174,9 +168,9 @@ def test_accumulation_equals_a_larger_batch(tmp_path):
     """Two micro-batches of one update: the update is the mean of their gradients."""
     made = small_stage.stage(steps=1)
     made.optimizer = dataclasses.replace(made.optimizer, accumulation=2, clip=0.0)
-    xllm, device_mesh = networks.model(made), mesh.make({})
-    state, optimizer, _ = initial_state(made, xllm, device_mesh)
-    loss = stage_objective(made, xllm)
+    device_mesh = mesh.make({})
+    trainer = Trainer(System.build(made, device_mesh))
+    state, loss, optimizer = trainer.initial_state(), trainer.loss, trainer.optimizer
     batches = loop.Pipeline(made.data, made.seed).iterate()
     two = [mesh.to_global(device_mesh, next(batches)[0]) for _ in range(2)]
     keys = [step_key(made.seed, number) for number in range(2)]
@@ -188,7 +182,7 @@ def test_accumulation_equals_a_larger_batch(tmp_path):
     gradients = jax.jit(jax.grad(both))(state.trainable)
     single = dataclasses.replace(made, optimizer=dataclasses.replace(made.optimizer))
     single.optimizer.accumulation = 1
-    _, plain, _ = initial_state(single, xllm, device_mesh)
+    plain = Trainer(System.build(single, device_mesh)).optimizer
     updates, _ = plain.update(gradients, plain.init(state.trainable), state.trainable)
     expected = jax.tree.map(lambda p, u: p + u, state.trainable, updates)
     for batch in two:

@@ -17,7 +17,8 @@ import small_speech
 import small_stage
 from test_configs import NAMES
 
-from xllm_jax.assembly import networks, parameters
+from xllm_jax.assembly import parameters
+from xllm_jax.assembly.system import System
 from xllm_jax.core import hosts, mesh, rules, watchdog
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Best, Source, Validation, parse_stage
@@ -29,7 +30,7 @@ from xllm_jax.inference import transcriber
 from xllm_jax.inference.load_run import Restored
 from xllm_jax.objectives import blip2_pretraining
 from xllm_jax.training import loop, validation
-from xllm_jax.training.step import initial_state, stage_objective
+from xllm_jax.training.trainer import Trainer, stage_loss
 
 EXAMPLES, EVERY = 21, 2  # three batches, the last one of few examples
 
@@ -65,7 +66,7 @@ def lines(workdir):
 
 def trained_parameters(workdir):
     made = host_runs.stage(init={"llm": str(workdir)})
-    return parameters.parameters(made, networks.model(made), mesh.make({}))
+    return parameters.parameters(System.build(made, mesh.make({})))
 
 
 def test_training_is_the_same_with_and_without(runs):
@@ -89,7 +90,7 @@ def test_the_mean_is_over_tokens(runs):
     batches = list(Pipeline(data, train=False, sample=EXAMPLES).iterate())
     assert [info["examples"] for _, info in batches] == [4, 4, 4, 4, 4, 1]
     params = trained_parameters(runs / "measured")
-    loss = stage_objective(made, networks.model(made), False)
+    loss = stage_loss(System.build(made), False)
     found = [jax.jit(lambda p, b: loss(p, b, None)[1])(params, batch) for batch, _ in batches]
     counts, means = (np.array([f[n] for f in found], np.float64) for n in ("count", "loss"))
     last = lines(runs / "measured")[-1]
@@ -115,15 +116,15 @@ def test_character_errors_are_those_of_the_recognizer(tmp_path, monkeypatch):
     monkeypatch.setattr(mixture, "read", lambda *_: examples[:7])
     source = Source("list", split="val")
     stage.validation = Validation({"a": source}, examples=0, every=1, metrics=("cer",))
-    model, device_mesh, said = networks.model(stage), mesh.make({}), []
+    system, said = System.build(stage, mesh.make({})), []
     watch = types.SimpleNamespace(
         reading=list,
         moved=lambda *words: said.append(words),
         compiles=lambda: said.append("compiles"),
     )
-    state, _, _ = initial_state(stage, model, device_mesh)
+    state = Trainer(system).initial_state()
     params = rules.join(state.trainable, state.frozen)
-    evaluation = validation.opened(stage, state, device_mesh, tmp_path, watch)
+    evaluation = validation.opened(system, state, tmp_path, watch)
     found, again = (evaluation.measure(state) for _ in range(2))
     evaluation.close()
     timeless = found.keys() - {"validation/seconds"}
@@ -134,12 +135,12 @@ def test_character_errors_are_those_of_the_recognizer(tmp_path, monkeypatch):
     stage.data.examples, stage.data.frames = 8, stage.data.frames[-1:]
     stage.data.max_bad_share = 1.0
     batch, _ = next(Pipeline(stage.data, train=False, sample=0).iterate())
-    _, whole = jax.jit(lambda p, b: stage_objective(stage, model, False)(p, b, None))(params, batch)
+    _, whole = jax.jit(lambda p, b: stage_loss(system, False)(p, b, None))(params, batch)
     for name in ("loss", "ctc", "quantity", "cross_entropy", "accuracy", "count"):
         wanted = pytest.approx(float(whole[name]), rel=1e-5)
         assert found[f"validation/{name}"] == wanted, name
     left = [example for number, example in enumerate(examples[:7]) if number != 3]
-    heard = transcriber.Transcriber(Restored(model, params, stage), 1).transcribe(left)
+    heard = transcriber.Transcriber(Restored(system.model, params, stage), 1).transcribe(left)
     errors = rate(character_errors(example.transcript, one) for example, one in zip(left, heard))
     assert any(heard) and found["validation/cer"] == pytest.approx(errors)
     assert found["validation/count"] == sum(len(example.transcript) + 1 for example in left)

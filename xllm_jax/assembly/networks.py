@@ -1,9 +1,8 @@
-"""A Stage becomes networks and parameters: fresh ones, converted bases, parts of earlier runs."""
+"""A Stage becomes networks; they hold no parameters."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ from flax import linen as nn
 from xllm_jax.core import lookup, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Part, Stage
+from xllm_jax.core.types import Params
 from xllm_jax.data import cached_features
 from xllm_jax.models import layers
 from xllm_jax.models.xllm import XLLM
@@ -77,16 +77,6 @@ def model(stage: Stage) -> XLLM:
     return dataclasses.replace(made, cached=given | cached, given=given)
 
 
-def uncached(xllm: XLLM) -> XLLM:
-    """The same networks, fed with what media files hold."""
-    return dataclasses.replace(xllm, cached=xllm.given)
-
-
-def whole(xllm: XLLM) -> XLLM:
-    """The same networks with all their parameters, whether anything reads them or not."""
-    return dataclasses.replace(xllm, cached={})
-
-
 def given_sections(stage: Stage, xllm: XLLM) -> dict[str, int]:
     """{modality: how many of its first sections its files hold the outcome of}.
 
@@ -131,7 +121,9 @@ def frozen_sections(stage: Stage, xllm: XLLM) -> dict[str, int]:
     """{modality: how many of its first sections hold nothing that `stage.trainable` names}."""
     parts = {part for modality, *pair in xllm.modalities for part in pair}
     key = jax.random.key(0)
-    tree = {n: jax.eval_shape(lambda n=n: fresh(xllm.networks[n], key)) for n in sorted(parts)}
+    tree = {
+        n: jax.eval_shape(lambda n=n: init_params(xllm.networks[n], key)) for n in sorted(parts)
+    }
     patterns = tuple((pattern, None) for pattern in stage.trainable)
     trains = [p for p in rules.flatten(tree) if rules.first_match(patterns, p) is not None]
 
@@ -145,18 +137,18 @@ def frozen_sections(stage: Stage, xllm: XLLM) -> dict[str, int]:
     return {modality: count(modality) for modality, *_ in xllm.modalities}
 
 
-def fresh(network: nn.Module, key: jax.Array) -> dict[str, Any]:
-    """Freshly drawn float32 parameters of one network."""
-    return network.init({"params": key}, *network.example())["params"]
+def init_params(network: nn.Module, key: jax.Array) -> Params:
+    """Float32 parameters of one network, drawn from a key."""
+    return dict(network.init({"params": key}, *network.example())["params"])
 
 
-def shapes(xllm: XLLM) -> dict[str, Any]:
+def shapes(xllm: XLLM) -> Params:
     """Shapes of every parameter, `{part: tree}`, without allocating anything.
 
     What works only on media whose outputs come cached is left out.
     """
     key, unread = jax.random.key(0), xllm.unread()
-    tree = {n: jax.eval_shape(lambda m=m: fresh(m, key)) for n, m in xllm.networks.items()}
+    tree = {n: jax.eval_shape(lambda m=m: init_params(m, key)) for n, m in xllm.networks.items()}
     if not unread:
         return tree
     flat = rules.flatten(tree)

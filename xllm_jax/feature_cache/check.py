@@ -12,25 +12,23 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from jax.sharding import Mesh
-
-from xllm_jax.assembly import networks, parameters
+from xllm_jax.assembly import parameters
+from xllm_jax.assembly.system import System
 from xllm_jax.core import checkpoint, checksum, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Stage
+from xllm_jax.core.types import Params
 from xllm_jax.data import cached_features, mixture
 from xllm_jax.feature_cache import describe
 from xllm_jax.models.xllm import XLLM
 
 
-def verified(stage: Stage, xllm: XLLM, device_mesh: Mesh) -> dict[str, str]:
+def verified(system: System) -> dict[str, str]:
     """Checks that the cache of a stage holds what the stage would compute.
 
     Args:
-      stage: with `data.cache`; without one, nothing is to be checked.
-      xllm: its networks.
-      device_mesh: where drawn parameters are drawn, part by part.
+      system: of a stage with `data.cache`; without one, nothing is to be checked. On its mesh
+        drawn parameters are drawn, part by part.
 
     Returns:
       {parameter: checksum} of what the cache was computed with.
@@ -39,16 +37,17 @@ def verified(stage: Stage, xllm: XLLM, device_mesh: Mesh) -> dict[str, str]:
       UserError: no finished cache, a damaged one, or one of other settings, parameters or sources;
         names them, and the command that writes it again.
     """
+    stage = system.stage
     if not stage.data.cache:
         return {}
     about = cached_features.manifest(stage.data.cache)
     hint = cached_features.again(stage.data.cache, about["config"])
     for check in (_steps, _settings, _sources, _shards):
-        field, what = check(stage, xllm, about)
+        field, what = check(stage, system.model, about)
         if what:
             raise UserError(what, field=field, hint=hint)
     known = about["base"]
-    found = checksums(stage, xllm, device_mesh, known)
+    found = checksums(system, known)
     changed = [path for path in sorted(known) if found.get(path) != known[path]]
     if changed:
         part = changed[0].split("/")[0]
@@ -105,15 +104,13 @@ def _shards(stage: Stage, xllm: XLLM, about: Mapping[str, Any]) -> tuple[str, st
     return "", ""
 
 
-def checksums(
-    stage: Stage, xllm: XLLM, device_mesh: Mesh, paths: Collection[str]
-) -> dict[str, str]:
+def checksums(system: System, paths: Collection[str]) -> dict[str, str]:
     """{parameter: checksum} of those of `paths` that the stage has, none of them kept.
 
     Raises:
       UserError: a base is missing.
     """
-    shapes = rules.flatten(networks.shapes(networks.uncached(xllm)))
+    shapes, stage = system.uncached.shapes, system.stage
     paths = sorted(shapes.keys() & set(paths))
     origins = parameters.origins(stage.init, paths)
     folders = {folder for folder, _ in origins.values()}
@@ -124,17 +121,12 @@ def checksums(
         if name in stores and tuple(stores[name].shape) == tuple(shapes[path].shape):
             found[path] = checksum.of_store(stores[name], stage.frozen)
     drawn = [path for path in paths if path not in origins]
-    return found | checksum.of_tree(loaded(stage, xllm, device_mesh, drawn))
+    return found | checksum.of_tree(loaded(system, drawn))
 
 
-def loaded(stage: Stage, xllm: XLLM, device_mesh: Mesh, paths: Collection[str]) -> dict[str, Any]:
+def loaded(system: System, paths: Collection[str]) -> Params:
     """Some frozen parameters, whether the networks read them or their outcome is cached."""
-    if not paths:
-        return {}
-    whole = networks.whole(xllm)
-    shapes = rules.flatten(networks.shapes(whole))
-    dtypes = rules.unflatten(dict.fromkeys(shapes, np.dtype(stage.frozen)))
-    return parameters.parameters(stage, whole, device_mesh, dtypes, set(paths))
+    return parameters.parameters(system.whole, set(paths)) if paths else {}
 
 
 def base(frozen: Mapping[str, Any], cached: Mapping[str, str]) -> dict[str, str]:
@@ -151,17 +143,11 @@ def base(frozen: Mapping[str, Any], cached: Mapping[str, str]) -> dict[str, str]
     return {part: checksum.combined(parts[part]) for part in sorted(parts)}
 
 
-def completed(
-    stage: Stage,
-    xllm: XLLM,
-    device_mesh: Mesh,
-    params: Mapping[str, Any],
-    cached: Mapping[str, str],
-) -> dict[str, Any]:
+def completed(system: System, params: Mapping[str, Any], cached: Mapping[str, str]) -> Params:
     """Parts that trained, with the frozen parameters of theirs that were not loaded.
 
     Args:
-      stage, xllm, device_mesh: of the training.
+      system: of the training.
       params: {part: tree} as far as it is loaded.
       cached: what `verified` found.
 
@@ -170,30 +156,30 @@ def completed(
     """
     flat = rules.flatten(params)
     missing = [p for p in cached if p not in flat and p.split("/")[0] in params]
-    added = rules.flatten(loaded(stage, xllm, device_mesh, missing))
+    added = rules.flatten(loaded(system, missing))
     for path, text in checksum.of_tree(rules.unflatten(added)).items():
         if text != cached[path]:
             what = f"{path} is another one than at the start of the run"
             raise UserError(what, field="init", hint="Bring it back; the same command continues")
     flat |= added
-    missing = beside(stage, xllm, set(flat)) if xllm.given else set()
-    return rules.unflatten(flat | rules.flatten(loaded(stage, xllm, device_mesh, missing)))
+    missing = unread_parameters(system, set(flat)) if system.model.given else set()
+    return rules.unflatten(flat | rules.flatten(loaded(system, missing)))
 
 
-def beside(stage: Stage, xllm: XLLM, known: Collection[str]) -> set[str]:
+def unread_parameters(system: System, known: Collection[str]) -> set[str]:
     """Parameters of some parts that the run did without, since files hold what they make.
 
     Whoever has such files need not have the networks: only what `init` has, and fits, is named.
 
     Args:
-      stage, xllm: of the training.
+      system: of the training.
       known: parameters of these parts that are there already.
     """
     parts = {path.split("/")[0] for path in known}
-    shapes = rules.flatten(networks.shapes(networks.whole(xllm)))
+    shapes = system.whole.shapes
     missing = {path for path in shapes.keys() - known if path.split("/")[0] in parts}
     try:
-        origins = parameters.origins(stage.init, missing)
+        origins = parameters.origins(system.stage.init, missing)
         held = {place: checkpoint.base_about(place)["shapes"] for place, _ in origins.values()}
     except UserError:
         return set()

@@ -19,8 +19,9 @@ import numpy as np
 from jax.sharding import NamedSharding
 from tqdm import tqdm
 
-from xllm_jax.assembly import networks, parameters
-from xllm_jax.core import atomic, checksum, hosts, mesh, rules
+from xllm_jax.assembly import parameters
+from xllm_jax.assembly.system import System
+from xllm_jax.core import atomic, checksum, hosts, mesh
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.parallel import overlapped
 from xllm_jax.core.sharded_job import Shards
@@ -99,10 +100,9 @@ def run(
 def computing(plan: FeatureCachePlan, device_mesh: Any) -> dict[str, Any]:
     """What the jobs compute with, a copy on every device; nothing else is loaded."""
     steps = [step for job in plan.jobs for step in plan.xllm.chain(job.modality)[: job.steps]]
-    shapes = rules.flatten(networks.shapes(plan.xllm))
-    only = [path for path in shapes if any(step.owns(path) for step in steps)]
-    dtypes = rules.unflatten(dict.fromkeys(shapes, np.dtype(plan.stage.frozen)))
-    return parameters.parameters(plan.stage, plan.xllm, device_mesh, dtypes, only)
+    system = System(plan.stage, plan.xllm, device_mesh)
+    only = [path for path in system.shapes if any(step.owns(path) for step in steps)]
+    return parameters.parameters(system, only)
 
 
 def computation(

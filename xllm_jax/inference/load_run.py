@@ -7,15 +7,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-
-from xllm_jax.assembly import networks, parameters
+from xllm_jax.assembly import parameters
+from xllm_jax.assembly.system import System
 from xllm_jax.core import checkpoint, checksum, mesh, rules
 from xllm_jax.core.errors import UserError
-from xllm_jax.core.stage import (
-    Stage,
-    parse_stage,
-)
+from xllm_jax.core.stage import Stage, parse_stage
 from xllm_jax.models.xllm import XLLM
 
 
@@ -50,11 +46,11 @@ def load_run(directory: str | Path, replaced: Mapping[str, str] | None = None) -
         init[part] = str(final(directory))
     init |= {name: source for name, source in replaced.items() if source}
     stage = dataclasses.replace(stage, init=init, offload=())
-    model = networks.model(stage)
-    params = parameters.parameters(stage, model, mesh.make(stage.mesh), dtypes(stage, model))
+    system = System.build(stage, mesh.make(stage.mesh))
+    params = parameters.parameters(system)
     frozen = rules.split(stage.trainable, params)[1]
     check_base(frozen, params.keys() - replaced.keys(), about.get("base", {}), directory)
-    return Restored(model, params, stage)
+    return Restored(system.model, params, stage)
 
 
 def check_base(
@@ -97,18 +93,6 @@ def final(directory: str | Path) -> Path:
             hint="Give the --workdir of a run of xllm train that has ended",
         )
     return found
-
-
-def dtypes(stage: Stage, model: XLLM) -> dict[str, Any]:
-    """Dtype of every parameter, as in training: what trains in float32, the rest as frozen."""
-    tree = networks.shapes(model)
-    trains = rules.flatten(rules.split(stage.trainable, tree)[0])
-    return rules.unflatten(
-        {
-            path: jnp.dtype(jnp.float32 if path in trains else stage.frozen)
-            for path in rules.flatten(tree)
-        }
-    )
 
 
 def stage_of(directory: str | Path) -> Stage:

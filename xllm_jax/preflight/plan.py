@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
+from jax.sharding import Mesh
 
 from xllm_jax.assembly import networks
+from xllm_jax.assembly.system import System
 from xllm_jax.core import flops, prng
 from xllm_jax.core.stage import Stage
 from xllm_jax.preflight import collectives, hlo, inputs, memory, refusal, roofline, targets
@@ -18,7 +20,8 @@ from xllm_jax.preflight.memory import Memory
 from xllm_jax.preflight.refusal import Refusal
 from xllm_jax.preflight.roofline import Roofline
 from xllm_jax.preflight.targets import Target
-from xllm_jax.training.step import TrainState, abstract_state, jit_train_step, stage_objective
+from xllm_jax.training.step import TrainState
+from xllm_jax.training.trainer import Trainer
 
 LISTED = 8  # tensors named per table
 
@@ -89,17 +92,18 @@ class Lowered:
     """A step that is traced for a slice but not compiled yet.
 
     Attributes:
+      trainer: with the jitted step and its loss, on the mesh where it shall run.
       state, batch: its arguments, shapes only.
-      loss: the stage's loss.
-      step: the jitted step.
-      device_mesh: where it shall run.
     """
 
+    trainer: Trainer
     state: TrainState
     batch: Any
-    loss: Any
-    step: Any
-    device_mesh: Any
+
+    @property
+    def device_mesh(self) -> Mesh:
+        """Where the step shall run."""
+        return self.trainer.system.device_mesh
 
 
 def prepare(stage: Stage, target: Target, compiles: bool = True) -> Lowered:
@@ -113,11 +117,10 @@ def prepare(stage: Stage, target: Target, compiles: bool = True) -> Lowered:
       UserError: the stage, its mesh or its rows do not fit together.
     """
     device_mesh = targets.make_mesh(stage.mesh, stage.slices, target, compiles)
-    xllm = networks.model(for_accelerators(stage, target))
-    state, optimizer, _ = abstract_state(stage, xllm, device_mesh)
-    batch = inputs.sharded(stage.data, device_mesh)
-    loss = stage_objective(stage, xllm)
-    return Lowered(state, batch, loss, jit_train_step(stage, xllm, optimizer, state), device_mesh)
+    model = networks.model(for_accelerators(stage, target))
+    # An abstract mesh gives the same shardings; nothing runs on it.
+    trainer = Trainer(System(stage, model, cast(Mesh, device_mesh)))
+    return Lowered(trainer, trainer.abstract_state, inputs.sharded(stage.data, device_mesh))
 
 
 def for_accelerators(stage: Stage, target: Target) -> Stage:
@@ -154,7 +157,7 @@ def make(stage: Stage, target: Target) -> Plan:
     started = time.process_time()
     try:
         with jax.set_mesh(lowered.device_mesh):
-            compiled = lowered.step.lower(lowered.state, lowered.batch).compile()
+            compiled = lowered.trainer.step.lower(lowered.state, lowered.batch).compile()
     except jax.errors.JaxRuntimeError as error:
         refused = refusal.read(str(error))
         if refused is None:
@@ -179,8 +182,8 @@ def counts(lowered: Lowered) -> dict[str, float]:
     """FLOPs done and needed by one micro-step, over all chips."""
     state, batch = lowered.state, lowered.batch
     return {
-        "flops": flops.measured(lowered.step, state, batch),
-        "minimum": flops.useful(lowered.loss, state.trainable, state.frozen, batch),
+        "flops": flops.measured(lowered.trainer.step, state, batch),
+        "minimum": flops.useful(lowered.trainer.loss, state.trainable, state.frozen, batch),
     }
 
 
@@ -244,7 +247,7 @@ def _kept(lowered: Lowered) -> list[tuple[str, tuple[int, ...], Any]]:
     """What autodiff keeps of a step."""
     key = jax.eval_shape(lambda: prng.key(0))
     state = lowered.state
-    return memory.kept(lowered.loss, state.trainable, state.frozen, lowered.batch, key)
+    return memory.kept(lowered.trainer.loss, state.trainable, state.frozen, lowered.batch, key)
 
 
 def uncompiled(stage: Stage, target: Target, lowered: Lowered) -> dict[str, Any]:

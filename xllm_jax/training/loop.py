@@ -13,17 +13,19 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from xllm_jax.assembly import networks
+from xllm_jax.assembly.system import System
 from xllm_jax.core import checkpoint, hosts, mesh, rules, watchdog
 from xllm_jax.core.errors import Diverged, UserError
 from xllm_jax.core.log import Log
+from xllm_jax.core.optim import Schedule
 from xllm_jax.core.stage import Stage
 from xllm_jax.data.batching import padding
 from xllm_jax.data.pipeline import Batches, Pipeline
 from xllm_jax.feature_cache import check
 from xllm_jax.training import divergence, startup, telemetry, validation
 from xllm_jax.training.prefetch import Prefetched
-from xllm_jax.training.step import Loss, TrainState, initial_state, jit_train_step, stage_objective
+from xllm_jax.training.step import Loss, TrainState
+from xllm_jax.training.trainer import Trainer
 
 
 def fit(stage: Stage, workdir: str | Path, stop_after: int | None = None) -> Path:
@@ -45,23 +47,21 @@ def fit(stage: Stage, workdir: str | Path, stop_after: int | None = None) -> Pat
     workdir, store = Path(workdir), hosts.store()
     validation.check_settings(stage)
     with watchdog.Watch(workdir, stage.stall, store) as watch:
-        device_mesh = mesh.make(stage.mesh, slices=stage.slices)
-        xllm = networks.model(stage)
+        system = System.build(stage)
+        trainer, device_mesh = Trainer(system), system.device_mesh
         pipeline = startup.open_pipeline(stage, device_mesh, workdir)
         watch.reading = pipeline.activity.now
-        startup.compare(stage, xllm, device_mesh, pipeline, store)
-        cached = check.verified(stage, xllm, device_mesh)
-        state, optimizer, schedule = initial_state(stage, xllm, device_mesh)
+        startup.compare(trainer, pipeline, store)
+        cached = check.verified(system)
+        state = trainer.initial_state()
         startup.describe(state)
         base = check.base(state.frozen, cached)
         hosts.agree(store, "frozen base", base)
         best = stage.best
         checkpoints = checkpoint.Checkpoints(workdir, stage.keep, best.metric, best.lowest)
         state, position = startup.resume(state, checkpoints, base, store)
-        loop = assemble(stage, xllm, optimizer, schedule, state, workdir, checkpoints, base, watch)
-        loop.evaluation = validation.opened(
-            stage, state, device_mesh, workdir, watch, store, loop.log.log
-        )
+        loop = assemble(trainer, state, workdir, checkpoints, base, watch)
+        loop.evaluation = validation.opened(system, state, workdir, watch, store, loop.log.log)
         batches = open_batches(pipeline, device_mesh, position)
         total = stage.steps * stage.optimizer.accumulation
         with jax.set_mesh(device_mesh):
@@ -69,39 +69,45 @@ def fit(stage: Stage, workdir: str | Path, stop_after: int | None = None) -> Pat
         checkpoints.close()
         if int(state.step) == total:
             watch.moved("writes the result")
-            write_result(stage, xllm, device_mesh, state, base, cached, workdir / "final")
+            write_result(system, state, base, cached, workdir / "final")
         elif watch.stopping:
             raise watchdog.Preempted(int(state.step))
     return workdir / "final"
 
 
 def assemble(
-    stage: Stage,
-    xllm: Any,
-    optimizer: Any,
-    schedule: Callable[[int], Any],
+    trainer: Trainer,
     state: TrainState,
     workdir: Path,
     checkpoints: checkpoint.Checkpoints,
     base: Mapping[str, str],
     watch: watchdog.Watch,
 ) -> Loop:
-    """The loop of a run that starts from `state`, with its log opened there."""
+    """The loop of a run, with its log opened.
+
+    Args:
+      trainer: what trains.
+      state: that the run starts from.
+      workdir: the run's folder.
+      checkpoints: where the run is saved.
+      base: {part: identity of its frozen parameters}.
+      watch: over stalls, other hosts and SIGTERM.
+    """
+    stage = trainer.system.stage
     total, main = stage.steps * stage.optimizer.accumulation, jax.process_index() == 0
     log = Log(workdir, stage.name, total, int(state.step), main, stage.wandb)
-    step = jit_train_step(stage, xllm, optimizer, state)
-    share, _ = mesh.host_share(state.step.sharding.mesh)
+    share, _ = mesh.host_share(trainer.system.device_mesh)
     return Loop(
         stage=stage,
-        compiled=telemetry.Compilations(step, telemetry.programs(stage), log.log),
-        schedule=schedule,
+        compiled=telemetry.Compilations(trainer.step, telemetry.programs(stage), log.log),
+        schedule=trainer.schedule,
         checkpoints=checkpoints,
         log=log,
         base=base,
         watch=watch,
         profile=telemetry.Profile(stage.profile, workdir / "profile"),
         held=divergence.Held(stage, workdir, share),
-        loss=stage_objective(stage, xllm),
+        loss=trainer.loss,
         store=hosts.store(),
     )
 
@@ -136,7 +142,7 @@ class Loop:
 
     stage: Stage
     compiled: telemetry.Compilations
-    schedule: Callable[[int], Any]
+    schedule: Schedule
     checkpoints: checkpoint.Checkpoints
     log: Log
     base: Mapping[str, str]
@@ -302,17 +308,23 @@ class Loop:
 
 
 def write_result(
-    stage: Stage,
-    xllm: Any,
-    device_mesh: Mesh,
+    system: System,
     state: TrainState,
     base: Mapping[str, str],
     cached: Mapping[str, str],
     directory: Path,
 ) -> None:
-    """Writes every part that trained, whole, as a base that later stages can name."""
+    """Writes every part that trained, whole, as a base that later stages can name.
+
+    Args:
+      system: that was trained.
+      state: at its end.
+      base: {part: identity of its frozen parameters}.
+      cached: {parameter: checksum} of what the run did not load.
+      directory: that is written.
+    """
     params = rules.join(state.trainable, state.frozen)
     trained = {part: params[part] for part in state.trainable}
-    trained = check.completed(stage, xllm, device_mesh, trained, cached)
-    about = {"stage": dataclasses.asdict(stage), "base": dict(base)}
+    trained = check.completed(system, trained, cached)
+    about = {"stage": dataclasses.asdict(system.stage), "base": dict(base)}
     checkpoint.save_base(directory, trained, about)

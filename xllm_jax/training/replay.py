@@ -14,18 +14,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from xllm_jax.assembly import networks
+from xllm_jax.assembly.system import System
 from xllm_jax.core import checkpoint, mesh, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Stage, parse_stage
 from xllm_jax.training import divergence, nonfinite, startup
-from xllm_jax.training.step import (
-    TrainState,
-    gradient_norms,
-    initial_state,
-    stage_objective,
-    step_key,
-)
+from xllm_jax.training.step import TrainState, gradient_norms, step_key
+from xllm_jax.training.trainer import Trainer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,11 +155,12 @@ def run(recording: Recording, workdir: str | Path) -> Result:
       UserError: the checkpoint is gone, or the stage's bases are.
     """
     stage = recording.stage
-    device_mesh, xllm = _mesh(recording), networks.model(stage)
-    state, _, _ = initial_state(stage, xllm, device_mesh)
+    device_mesh = _mesh(recording)
+    trainer = Trainer(System.build(stage, device_mesh))
+    state = trainer.initial_state()
     if recording.checkpoint is not None:
         state = load(state, Path(workdir), recording)
-    loss = stage_objective(stage, xllm)
+    loss = trainer.loss
     key = step_key(stage.seed, recording.step - 1)
 
     def both(trainable: Any, frozen: Any, batch: Any, key: Any) -> tuple[Any, Any]:

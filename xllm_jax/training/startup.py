@@ -16,7 +16,8 @@ from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Stage
 from xllm_jax.data import manifest
 from xllm_jax.data.pipeline import Pipeline
-from xllm_jax.training.step import TrainState, abstract_state
+from xllm_jax.training.step import TrainState
+from xllm_jax.training.trainer import Trainer
 
 
 def open_pipeline(stage: Stage, device_mesh: Mesh, workdir: Path) -> Pipeline:
@@ -27,20 +28,23 @@ def open_pipeline(stage: Stage, device_mesh: Mesh, workdir: Path) -> Pipeline:
     return Pipeline(stage.data, stage.seed, share, shares, quarantine=workdir / name)
 
 
-def compare(
-    stage: Stage, xllm: Any, device_mesh: Mesh, pipeline: Pipeline, store: hosts.Store | None
-) -> None:
+def compare(trainer: Trainer, pipeline: Pipeline, store: hosts.Store | None) -> None:
     """Stops hosts that would not run the same program on the same data; does nothing with one.
+
+    Args:
+      trainer: with the abstract state of this host.
+      pipeline: the data that this host reads.
+      store: of the hosts; None with one.
 
     Raises:
       UserError: names the host, and the field, file, source or parameter that differs.
     """
     if store is None:
         return
+    stage, like = trainer.system.stage, trainer.abstract_state
     hosts.agree(store, "configuration", fingerprint.configuration(stage))
     hosts.agree(store, "code", fingerprint.code())
     hosts.agree(store, "data", manifest.manifest(stage.data, pipeline.sources))
-    like, _, _ = abstract_state(stage, xllm, device_mesh)
     hosts.agree(store, "parameter tree", fingerprint.tree(rules.join(like.trainable, like.frozen)))
 
 

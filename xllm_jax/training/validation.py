@@ -19,10 +19,11 @@ from typing import Any, Protocol
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from xllm_jax.assembly import networks, parameters
+from xllm_jax.assembly.system import System
 from xllm_jax.core import hosts, lookup, mesh, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data, Stage
+from xllm_jax.core.types import Params
 from xllm_jax.core.watchdog import Watch
 from xllm_jax.core.weighted_mean import WeightedMean
 from xllm_jax.data import manifest
@@ -35,7 +36,8 @@ from xllm_jax.feature_cache import check
 from xllm_jax.inference import transcriber
 from xllm_jax.models.xllm import XLLM
 from xllm_jax.training import telemetry
-from xllm_jax.training.step import Loss, TrainState, stage_objective
+from xllm_jax.training.step import Loss, TrainState
+from xllm_jax.training.trainer import stage_loss
 
 PREFIX = "validation/"
 QUARANTINE = "validation_quarantine"
@@ -63,14 +65,14 @@ class CharacterErrors:
     characters: CharacterVocabulary
 
     @classmethod
-    def of(cls, stage: Stage, model: XLLM) -> CharacterErrors:
-        """For a stage.
+    def of(cls, system: System) -> CharacterErrors:
+        """For the system of a stage.
 
         Raises:
           UserError: it is not stage 1, speech.
         """
-        transcriber.require(stage.parts, "validation.metrics")
-        return cls(model, CharacterVocabulary.load(stage.data.characters))
+        transcriber.require(system.stage.parts, "validation.metrics")
+        return cls(system.model, CharacterVocabulary.load(system.stage.data.characters))
 
     def outputs(self, params: Mapping[str, Any], batch: Mapping[str, Any]) -> tuple[Any, Any]:
         """(tokens `[B, steps]`, target lengths `[B]`, 0 where a file could not be read)."""
@@ -88,7 +90,7 @@ class CharacterErrors:
         return WeightedMean(errors, length)
 
 
-METRICS: dict[str, Callable[[Stage, XLLM], Metric]] = {"cer": CharacterErrors.of}
+METRICS: dict[str, Callable[[System], Metric]] = {"cer": CharacterErrors.of}
 
 
 def step(
@@ -242,9 +244,8 @@ class Evaluation:
 
 
 def opened(
-    stage: Stage,
+    system: System,
     state: TrainState,
-    device_mesh: Mesh,
     workdir: Path,
     watch: Watch,
     store: hosts.Store | None = None,
@@ -252,42 +253,54 @@ def opened(
 ) -> Evaluation | None:
     """What measures a stage's held-out data; None where it measures none.
 
+    Args:
+      system: that trains.
+      state: with the parameters that training has loaded; only their paths are read.
+      workdir: the run's folder.
+      watch: over stalls.
+      store: of the hosts, to compare their data; None with one.
+      say: where a warning goes.
+
     Raises:
       UserError: the settings contradict each other, the data cannot be read, or hosts differ.
     """
+    stage, device_mesh = system.stage, system.device_mesh
     file = check_settings(stage)
     if not stage.validation.every:
         return None
     # Unrolled layers run faster on a CPU, but not by what compiling them takes longer.
-    xllm = networks.uncached(networks.model(dataclasses.replace(stage, unroll=1)))
+    system = System.build(dataclasses.replace(stage, unroll=1), device_mesh).uncached
     chosen = find_metrics(stage.validation.metrics)
-    task = {name: make(stage, xllm) for name, make in chosen.items()}
+    task = {name: make(system) for name, make in chosen.items()}
     pipeline = open_pipeline(stage, device_mesh, workdir)
     hosts.agree(store, "held-out data", manifest.manifest(pipeline.data, pipeline.sources))
     others = watch.reading
     watch.reading = lambda: [*others(), *pipeline.activity.now()]
     known = rules.flatten(rules.join(state.trainable, state.frozen)).keys()
-    missing = rules.flatten(networks.shapes(xllm)).keys() - known
-    unread = check.loaded(stage, xllm, device_mesh, missing)
-    call = jitted(stage, xllm, file, task, device_mesh)
+    unread = check.loaded(system, system.shapes.keys() - known)
+    call = jitted(system, file, task)
     return Evaluation(stage, call, pipeline, task, unread, device_mesh, watch, say)
 
 
-def jitted(
-    stage: Stage, xllm: XLLM, file: ModuleType, task: Mapping[str, Metric], device_mesh: Mesh
-) -> Any:
-    """The step as it runs on devices: every host gets the sums and the small arrays whole."""
+def jitted(system: System, file: ModuleType, task: Mapping[str, Metric]) -> Any:
+    """The step as it runs on devices: every host gets the sums and the small arrays whole.
 
-    def resident(outputs: Callable[..., Any], params: Any, batch: Any) -> Any:
-        return outputs(parameters.resident(stage, params) if stage.offload else params, batch)
+    Args:
+      system: with the networks that measure.
+      file: of the objective.
+      task: {metric: Metric}.
+    """
+
+    def resident(outputs: Callable[..., Any], params: Params, batch: Any) -> Any:
+        return outputs(system.resident(params), batch)
 
     call = functools.partial(
         step,
-        loss=stage_objective(stage, xllm, train=False),
+        loss=stage_loss(system, train=False),
         counts=file.counts,
         task={n: functools.partial(resident, metric.outputs) for n, metric in task.items()},
     )
-    return jax.jit(call, out_shardings=NamedSharding(device_mesh, PartitionSpec()))
+    return jax.jit(call, out_shardings=NamedSharding(system.device_mesh, PartitionSpec()))
 
 
 def data_of(stage: Stage) -> Data:
@@ -331,7 +344,7 @@ def follows(stage: Stage) -> bool:
     return stage.best.metric.startswith(PREFIX)
 
 
-def find_metrics(names: Sequence[str]) -> dict[str, Callable[[Stage, XLLM], Metric]]:
+def find_metrics(names: Sequence[str]) -> dict[str, Callable[[System], Metric]]:
     """Metrics of the task by name.
 
     Raises:

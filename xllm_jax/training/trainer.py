@@ -1,0 +1,129 @@
+"""Trainer: a system with its loss, its optimizer and the shapes of its state."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from xllm_jax.assembly import parameters
+from xllm_jax.assembly.system import System
+from xllm_jax.core import lookup, mesh, optim, rules
+from xllm_jax.core.types import Metrics, Params
+from xllm_jax.training import divergence
+from xllm_jax.training.step import Loss, TrainState, train_step
+
+
+class JittedStep(Protocol):
+    """A compiled `train_step`: the state is donated."""
+
+    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        """Runs one micro-batch."""
+        ...
+
+    def lower(self, state: TrainState, batch: Any) -> jax.stages.Lowered:
+        """The traced step, ready for the compiler."""
+        ...
+
+
+def stage_loss(system: System, train: bool = True) -> Loss:
+    """The stage's loss with its networks and options filled in; `train` is for dropout and such."""
+    stage = system.stage
+    file = lookup.module("xllm_jax.objectives", stage.objective, "objective")
+    loss = functools.partial(file.loss, system.model, train=train, **stage.options)
+    if not stage.offload:
+        return loss
+    return lambda params, batch, key: loss(system.resident(params), batch, key)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trainer:
+    """What trains a system; nothing is allocated before `initial_state`.
+
+    Attributes:
+      system: networks and mesh of the stage.
+    """
+
+    system: System
+
+    @functools.cached_property
+    def loss(self) -> Loss:
+        """The stage's loss in training."""
+        return stage_loss(self.system)
+
+    @functools.cached_property
+    def _halves(self) -> tuple[Params, Params]:
+        """Shapes of what trains and of the rest."""
+        stage = self.system.stage
+        divergence.check(stage.divergence)
+        return rules.split(stage.trainable, rules.unflatten(self.system.parameters))
+
+    @functools.cached_property
+    def _optimization(self) -> tuple[optax.GradientTransformation, optim.Schedule]:
+        stage = self.system.stage
+        return optim.make(stage.optimizer, self._halves[0], total_steps=stage.steps)
+
+    @property
+    def optimizer(self) -> optax.GradientTransformation:
+        """The optax chain over the trainable half."""
+        return self._optimization[0]
+
+    @property
+    def schedule(self) -> optim.Schedule:
+        """Learning rate of an update's number."""
+        return self._optimization[1]
+
+    @functools.cached_property
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the state, `jax.ShapeDtypeStruct`.
+
+        Raises:
+          UserError: the policy for divergence, a pattern or a setting of the optimizer is wrong.
+        """
+        trainable, frozen = self._halves
+        whole = NamedSharding(self.system.device_mesh, PartitionSpec())
+        step = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+        state = optim.abstract_state(self.optimizer, trainable, whole)
+        guard = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
+            jax.eval_shape(lambda: divergence.initial_guard(self.system.stage.divergence)),
+        )
+        return TrainState(step, trainable, frozen, state, guard)
+
+    def initial_state(self) -> TrainState:
+        """Parameters split by the allow-list, and the optimizer on the trainable half."""
+        stage, shardings = self.system.stage, _shardings(self.abstract_state)
+        trainable, frozen = rules.split(stage.trainable, parameters.parameters(self.system))
+        with jax.set_mesh(self.system.device_mesh):
+            initialize = jax.jit(self.optimizer.init, out_shardings=shardings.optimizer)
+            optimizer_state = initialize(trainable)
+        step = jax.device_put(jnp.zeros((), jnp.int32), shardings.step)
+        guard = jax.device_put(divergence.initial_guard(stage.divergence), shardings.guard)
+        return TrainState(step, trainable, frozen, optimizer_state, guard)
+
+    @functools.cached_property
+    def step(self) -> JittedStep:
+        """The step as it runs on devices; the state keeps its shardings."""
+        stage = self.system.stage
+        call = functools.partial(
+            train_step,
+            loss=self.loss,
+            optimizer=self.optimizer,
+            policy=stage.divergence,
+            seed=stage.seed,
+        )
+        return jax.jit(
+            call,
+            donate_argnums=0,
+            out_shardings=(_shardings(self.abstract_state), None),
+            compiler_options=stage.compiler.get(mesh.platform(self.system.device_mesh)) or None,
+        )
+
+
+def _shardings(state: TrainState) -> TrainState:
+    return jax.tree.map(lambda x: x.sharding, state)
