@@ -25,7 +25,7 @@ def main(_: list[str]) -> None:
 
     recording = replay.read(FILE.value)
     workdir = WORKDIR.value or Path(FILE.value).absolute().parents[1]
-    for line in replay.told(recording, replay.run(recording, workdir)):
+    for line in replay.format_message(recording, replay.run(recording, workdir)):
         print(line)
 
 

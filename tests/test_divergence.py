@@ -108,10 +108,11 @@ def test_a_replay_finds_the_operation(stopped):
     assert "objectives/answer.py" in result.first and "NaN" in result.first
     recording.batch.weights[ROW, 2] = np.nan
     assert nonfinite.values(recording.batch) == {".weights": (ROW, 2)}
-    lines = list(replay.told(recording, result))
+    lines = list(replay.format_message(recording, result))
     assert lines[1].startswith("loss nan") and lines[-1] == f"First: {result.first}"
     worse = dataclasses.replace(result, batch=nonfinite.values(recording.batch), first="")
-    assert list(replay.told(recording, worse))[-1].endswith(", ".join(recording.rows[ROW]))
+    *_, last = replay.format_message(recording, worse)
+    assert last.endswith(", ".join(recording.rows[ROW]))
     assert recording.rows[ROW] and set(recording.rows[ROW]) <= set(recording.keys)
 
 

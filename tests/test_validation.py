@@ -130,7 +130,7 @@ def test_character_errors_are_those_of_the_recognizer(tmp_path, monkeypatch):
     timeless = found.keys() - {"validation/seconds"}
     assert {name: found[name] for name in timeless} == {name: again[name] for name in timeless}
     assert said.count("compiles") == 1 and len(said) == 1 + 4 + 4
-    assert "1 left out, the first " in evaluation.told(1, again)
+    assert "1 left out, the first " in evaluation.format_message(1, again)
     assert "3.flac" in (tmp_path / f"{validation.QUARANTINE}.jsonl").read_text()
     stage.data.examples, stage.data.frames = 8, stage.data.frames[-1:]
     stage.data.max_bad_share = 1.0

@@ -61,12 +61,12 @@ def join(
         _join_at(address, count, index, seconds)
     else:
         _join_cluster(seconds)
-    _mind_the_coordinator()
+    exit_when_coordinator_lost()
 
 
 def _platform() -> str:
     """The first platform that JAX is set to use; '' when it may choose."""
-    return (jax.config.jax_platforms or os.environ.get("JAX_PLATFORMS", "")).split(",")[0]
+    return (jax.config.read("jax_platforms") or os.environ.get("JAX_PLATFORMS", "")).split(",")[0]
 
 
 def _join_at(address: str, count: int | None, index: int | None, seconds: int) -> None:
@@ -143,13 +143,13 @@ def _line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def _mind_the_coordinator() -> None:
+def exit_when_coordinator_lost() -> None:
     """Makes the loss of host 0 an exit with `LOST`.
 
     When host 0 dies, JAX's client aborts the process from a thread of its own and takes no Python
     callback for it; only a handler of the C library sees the signal in that thread.
     """
-    host, port = distributed.global_state.coordinator_address.rsplit(":", 1)
+    host, port = str(distributed.global_state.coordinator_address).rsplit(":", 1)
     if jax.process_index():
         library = ctypes.CDLL(None)
         library.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)

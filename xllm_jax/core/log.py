@@ -105,18 +105,18 @@ class Events:
         directory.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{time.time_ns()}.{os.uname().nodename}"
         self._records = RecordWriter((directory / name).open("wb"))
-        self._add(event_pb2.Event(file_version="brain.Event:2"))
-        log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._add(event_pb2.Event(session_log=log, step=start + 1))
+        self._add(_EVENTS.Event(file_version="brain.Event:2"))
+        log = _EVENTS.SessionLog(status=_EVENTS.SessionLog.START)
+        self._add(_EVENTS.Event(session_log=log, step=start + 1))
 
-    def _add(self, event: event_pb2.Event) -> None:
+    def _add(self, event: Any) -> None:
         event.wall_time = time.time()
         self._records.write(event.SerializeToString())
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Adds the scalars of one step."""
-        values = [summary_pb2.Summary.Value(tag=k, simple_value=v) for k, v in scalars.items()]
-        self._add(event_pb2.Event(step=step, summary=summary_pb2.Summary(value=values)))
+        values = [_SUMMARIES.Summary.Value(tag=k, simple_value=v) for k, v in scalars.items()]
+        self._add(_EVENTS.Event(step=step, summary=_SUMMARIES.Summary(value=values)))
         self._records.flush()
 
     def close(self) -> None:
@@ -138,7 +138,7 @@ class WeightsAndBiases:
 
     def __init__(self, directory: Path, name: str, project: str):
         try:
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports]  optional
         except ImportError as error:
             raise UserError(
                 "Weights & Biases is not installed",
@@ -160,6 +160,10 @@ class WeightsAndBiases:
         """Finishes the upload."""
         self._run.finish()
 
+
+# Their classes exist at run time alone.
+_EVENTS: Any = event_pb2
+_SUMMARIES: Any = summary_pb2
 
 _SHOWN = ("loss", "accuracy", "samples_per_second", "mfu", "bad_records")
 

@@ -18,6 +18,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from xllm_jax.core import rules
 from xllm_jax.core.errors import UserError
+from xllm_jax.core.types import Device
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # the axes that split a batch
@@ -26,7 +27,7 @@ HOST = "pinned_host"  # the memory of a chip's host, from which the chip can cop
 
 def make(
     axes: Mapping[str, int],
-    devices: list[jax.Device] | None = None,
+    devices: list[Device] | None = None,
     slices: Mapping[str, int] | None = None,
 ) -> Mesh:
     """Builds the mesh of a stage.
@@ -148,7 +149,9 @@ def parameter_shardings(mesh: Mesh, specs: Mapping[str, Any], tree: Mapping[str,
     )
 
 
-def fitting(mesh: Mesh, spec: PartitionSpec, shape: tuple[int, ...]) -> PartitionSpec:
+def fitting(
+    mesh: Mesh | AbstractMesh, spec: PartitionSpec, shape: tuple[int, ...]
+) -> PartitionSpec:
     """Drops from `spec` the entries that do not divide the axis they stand for."""
     entries = []
     for length, entry in zip(shape, tuple(spec) + (None,) * (len(shape) - len(spec))):

@@ -94,7 +94,7 @@ HASHED = extended.define_prng_impl(
     seed=_seed,
     split=_split,
     random_bits=_bits,
-    fold_in=_fold_in,
+    fold_in=_fold_in,  # pyright: ignore[reportArgumentType]  JAX hands an array over, not an int
     name="hashed",
     tag="hash",
 )

@@ -70,7 +70,7 @@ def assign(rules: Rules, tree: Tree, *, what: str = "rules", total: bool = True)
         )
     if total:
         check_used([pattern for pattern, _ in rules], rows, what=what)
-    return unflatten({path: rules[row][1] for path, row in rows.items()})
+    return unflatten({path: rules[row][1] for path, row in rows.items() if row is not None})
 
 
 def check_used(patterns: Iterable[str], paths: Iterable[str], *, what: str) -> None:

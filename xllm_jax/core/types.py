@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 
 Array = jax.Array
+
+
+class Device(Protocol):
+    """What is read of a `jax.Device`, which has no type of its own."""
+
+    platform: str
+    device_kind: str
+    process_index: int
+
+    def memory_stats(self) -> dict[str, int] | None:
+        """Bytes in use and the like; None where the platform does not count."""
+        ...
+
 
 Params = dict[str, Any]
 """A tree of parameters, or of their shapes: nested dicts with one entry a part at the top."""

@@ -187,10 +187,10 @@ class Watch:
         self._count_of_looks += 1
         self._store.put(f"beat/{self.index}", [self.doing, self._begun or 0, self._count_of_looks])
         beats = self._store.all("beat")
-        self._heed_faults(self._store.all("fault"))
+        self._check_faults(self._store)
         if stalled:
             self._blame(f"{slowest(beats)}; no step was finished for {still:.0f} s", stall=True)
-        self._heed_silence(beats)
+        self._check_silence(beats)
         if self._store.all("stop-wanted") or self._asked:
             self._hold()
 
@@ -203,11 +203,12 @@ class Watch:
                 self._asked = True
                 if self._store:
                     self._store.put(f"begun/{self.index}", self._begun)
-            begun = self._store.all("begun") if self._store else {"0": self._begun}
-            if len(begun) == self._count and None not in begun.values():
-                self._last = max(begun.values())
+            answers = self._store.all("begun") if self._store else {"0": self._begun}
+            begun = [number for number in answers.values() if number is not None]
+            if len(begun) == self._count:
+                self._last = max(begun)
                 self._turn.notify_all()
-        if None in begun.values():
+        if len(begun) < len(answers):
             self._leave_early()
 
     def _leave_early(self) -> None:
@@ -217,7 +218,7 @@ class Watch:
         if self.index == 0:
             self._blame(EARLY, hosts.SAVED)
 
-    def _heed_silence(self, beats: dict[str, Any]) -> None:
+    def _check_silence(self, beats: dict[str, Any]) -> None:
         now = time.monotonic()
         for host, beat in beats.items():
             if host not in self._beats or self._beats[host][0] != beat:
@@ -225,24 +226,24 @@ class Watch:
             elif beat[0] != "done" and now - self._beats[host][1] > self._lost:
                 self._blame(f"host {host} gave no sign of life for {self._lost:.0f} s")
 
-    def _heed_faults(self, faults: dict[str, Any]) -> None:
-        for host, fault in sorted(faults.items()):
+    def _check_faults(self, store: hosts.Store) -> None:
+        for host, fault in sorted(store.all("fault").items()):
             if host != str(self.index):
                 if fault["stall"]:
                     self._dump(fault["why"])
-                self._store.put(f"heard/{self.index}", True)
+                store.put(f"heard/{self.index}", True)
                 if self.index == 0:
-                    self._await_heard(host)
-                told = fault["why"] + (self._see() if fault["stall"] else "")
-                named = told.startswith("host ")
-                self._end(fault["code"], told if named else f"host {host}: {told}")
+                    self._await_heard(store, host)
+                why = fault["why"] + (self._see() if fault["stall"] else "")
+                named = why.startswith("host ")
+                self._end(fault["code"], why if named else f"host {host}: {why}")
 
-    def _await_heard(self, *besides: str) -> None:
+    def _await_heard(self, store: hosts.Store, *besides: str) -> None:
         """Host 0 holds the store, so it leaves last."""
         end = time.monotonic() + GRACE_SECONDS
         expected = {str(host) for host in range(self._count)} - {str(self.index), *besides}
         expected -= {host for host, beat in self._beats.items() if self._silent(beat)}
-        while expected - self._store.all("heard").keys() and time.monotonic() < end:
+        while expected - store.all("heard").keys() and time.monotonic() < end:
             time.sleep(0.1)
 
     def _silent(self, beat: tuple[Any, float]) -> bool:
@@ -252,9 +253,10 @@ class Watch:
         """Tells the others why the run ends, and ends it."""
         if stall:
             self._dump(why)
-        self._store.put(f"fault/{self.index}", {"why": why, "code": code, "stall": stall})
-        if self.index == 0:
-            self._await_heard()
+        if self._store:
+            self._store.put(f"fault/{self.index}", {"why": why, "code": code, "stall": stall})
+            if self.index == 0:
+                self._await_heard(self._store)
         self._end(code, why + (self._see() if stall else ""))
 
     def _fail(self, error: BaseException) -> None:

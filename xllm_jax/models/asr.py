@@ -10,7 +10,7 @@ zero vectors where there is none. Without such blocks it is the decoder of the f
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
 from xllm_jax.models.dropout import Dropout
-from xllm_jax.models.layers import Dense, FeedForward, LayerNorm, attend, recomputed
+from xllm_jax.models.layers import Dense, FeedForward, LayerNorm, attention, recomputed
 
 Array = jax.Array
 Cache = dict[str, tuple[Array, Array]]
@@ -66,12 +66,13 @@ class CachedAttention(nn.Module):
             Dense(split, dtype=self.dtype, kernel_init=uniform, tensor_axis=0, name=name)(source)
             for name, source in (("query", x), ("key", memory), ("value", memory))
         )
-        if cache is not None:
-            key, value = cache = tuple(
-                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), step, axis=1)
-                for old, new in zip(cache, (key, value))
-            )
-        y = attend(query, key, value, mask)
+        if cache is not None and step is not None:
+
+            def write(old: Array, new: Array) -> Array:
+                return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), step, axis=1)
+
+            key, value = cache = write(cache[0], key), write(cache[1], value)
+        y = attention(query, key, value, mask)
         return Dense(width, inputs=2, dtype=self.dtype, kernel_init=merge, name="output")(y), cache
 
 
@@ -235,7 +236,7 @@ class ASRDecoder(nn.Module):
         shape = (batch, steps, self.heads, self.width // self.heads)
 
         def zeros(depth: int) -> tuple[Array, Array]:
-            return tuple(jnp.zeros((depth, *shape), self.dtype) for _ in range(2))
+            return jnp.zeros((depth, *shape), self.dtype), jnp.zeros((depth, *shape), self.dtype)
 
         return {name: zeros(depth) for name, depth, _ in self.kinds()}
 
@@ -285,7 +286,7 @@ class ASRDecoder(nn.Module):
                 block,
                 variable_axes={"params": 0, "intermediates": 0},
                 split_rngs={"params": True, "dropout": True},
-                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+                in_axes=cast(int, (0, nn.broadcast, nn.broadcast, nn.broadcast)),  # or a tuple
                 length=depth,
                 unroll=self.unroll,
             )(self.heads, self.hidden, self.dropout, train, self.dtype, name=name)

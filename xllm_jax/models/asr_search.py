@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -58,9 +58,9 @@ def search(
         step, tokens, scores, cache = state
         before = jnp.take(tokens, jnp.maximum(step - 1, 0), axis=2)
         previous = jnp.where(step > 0, before, END).reshape(-1)
-        logits, cache = decoder.apply(
-            {"params": params}, previous, embeddings, cache, step, visual, linguistic, method="step"
-        )
+        given = (previous, embeddings, cache, step, visual, linguistic)
+        made = decoder.apply({"params": params}, *given, method="step")
+        logits, cache = cast(tuple[Array, Cache], made)
         chosen, origin, best = extend(logits.reshape(batch, beams, -1), scores)
         runs = (step < counts)[:, None]
         origin = jnp.where(runs, origin, jnp.arange(beams))

@@ -6,6 +6,7 @@ ids, and the Q-Former (`qformer.py`) is built from its attention and embeddings.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -58,10 +59,10 @@ class Attention(nn.Module):
         """
         width = x.shape[-1]
         shape = (self.heads, width // self.heads)
-        split = dict(features=shape, dtype=self.dtype, tensor_axis=0)
-        query = layers.Dense(**split, name="query")(x)
-        key = layers.Dense(**split, name="key")(memory)
-        value = layers.Dense(**split, name="value")(memory)
+        split = functools.partial(layers.Dense, shape, dtype=self.dtype, tensor_axis=0)
+        query = split(name="query")(x)
+        key = split(name="key")(memory)
+        value = split(name="value")(memory)
         keys, values = (key, value) if seen is None else seen(key, value)
         if prefix is not None:
             keys = jnp.concatenate([prefix[0].astype(key.dtype), key], axis=1)
@@ -135,9 +136,14 @@ class Embeddings(nn.Module):
 
     def _tokens(self, ids: Array | None, embeddings: Array | None, types: Array | None) -> Array:
         words = self._table("words", self.vocabulary) if self.vocabulary else None
-        if ids is not None and words is None:
-            raise ValueError("ids need a vocabulary, and this module has none")
-        x = embeddings.astype(jnp.float32) if ids is None else words[ids]
+        if ids is not None:
+            if words is None:
+                raise ValueError("ids need a vocabulary, and this module has none")
+            x = words[ids]
+        elif embeddings is not None:
+            x = embeddings.astype(jnp.float32)
+        else:
+            raise ValueError("give ids or embeddings")
         if self.positions:
             if x.shape[1] > self.positions:
                 raise ValueError(f"{x.shape[1]} tokens, but only {self.positions} positions")

@@ -119,7 +119,7 @@ class ContrastModel(nn.Module):
           float32; the cache for `caption`.
         """
         states, cache = self.qformer(self._queries(image), image, keep_cache=True, train=train)
-        return states, unit(self.image_projection(states)), cache
+        return states, unit(self.image_projection(states)), cache or {}
 
     def text(self, ids: Array, mask: Array, train: bool = False) -> tuple[Array, Array]:
         """Text alone: states `[batch, tokens, width]`, unit-length projections of every token.

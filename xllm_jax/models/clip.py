@@ -6,6 +6,7 @@ temperature scales logits in CLIP's training and has no part in a cosine.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,9 +38,9 @@ class Clip(nn.Module):
         """Names the two towers and their projections."""
         self.vision = clip_vision.ClipVision(**self.vision_fields, dtype=self.dtype)
         self.text = clip_text.ClipText(**self.text_fields, dtype=self.dtype)
-        plain = dict(use_bias=False, dtype=self.dtype)
-        self.vision_projection = layers.Dense(self.shared, **plain)
-        self.text_projection = layers.Dense(self.shared, **plain)
+        project = functools.partial(layers.Dense, self.shared, use_bias=False, dtype=self.dtype)
+        self.vision_projection = project()
+        self.text_projection = project()
 
     def example(self) -> tuple[Array, Array]:
         """Arguments for `init`."""

@@ -27,7 +27,7 @@ class ClipText(nn.Module):
       width, depth, heads, hidden: sizes of the stack (`hidden`: feed-forward).
       end: id of the token that ends a text, whose first place counts; None takes the place of the
         largest id, as the original does (there, the end has the largest id of all).
-      attention: implementation of `layers.attend`.
+      attention: implementation of `layers.attention`.
       remat: row of `layers.REMAT`.
       unroll: blocks per scan step.
     """
@@ -40,7 +40,7 @@ class ClipText(nn.Module):
     hidden: int = 2048
     epsilon: float = 1e-5
     end: int | None = None
-    attention: str | None = None
+    attention: layers.Kernel | None = None
     dtype: Any = jnp.float32
     remat: str = "none"
     unroll: int = 1

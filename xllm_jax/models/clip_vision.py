@@ -28,7 +28,7 @@ class ClipVision(nn.Module):
       width, depth, heads, hidden: sizes of the stack (`hidden`: feed-forward).
       final_norm: return every feature behind the last norm, so that the first is CLIP's pooled
         vector; False gives the states before it, which Hugging Face calls `last_hidden_state`.
-      attention: implementation of `layers.attend`.
+      attention: implementation of `layers.attention`.
       remat: row of `layers.REMAT`.
       unroll: blocks per scan step.
     """
@@ -41,7 +41,7 @@ class ClipVision(nn.Module):
     hidden: int = 3072
     epsilon: float = 1e-5
     final_norm: bool = True
-    attention: str | None = None
+    attention: layers.Kernel | None = None
     dtype: Any = jnp.float32
     remat: str = "none"
     unroll: int = 1

@@ -15,6 +15,7 @@ the batch statistics and the pools.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
+from xllm_jax.core.types import Params
 from xllm_jax.models.depthwise import depthwise_by_conv, depthwise_by_shifts
 from xllm_jax.models.dropout import Dropout
 from xllm_jax.models.layers import Dense, LayerNorm, stack
@@ -57,10 +59,10 @@ class ConformerFeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
-        dense = dict(dtype=self.dtype, kernel_init=XAVIER)
-        y = nn.silu(Dense(self.hidden, **dense, tensor_axis=0, name="up")(x))
+        dense = functools.partial(Dense, dtype=self.dtype, kernel_init=XAVIER)
+        y = nn.silu(dense(self.hidden, tensor_axis=0, name="up")(x))
         y = Dropout(self.dropout, name="dropout")(y, train)
-        return Dense(x.shape[-1], **dense, name="down")(y)
+        return dense(x.shape[-1], name="down")(y)
 
 
 class BatchNorm(nn.Module):
@@ -133,17 +135,17 @@ class ConvolutionModule(nn.Module):
     def __call__(self, x: Array, valid: Array) -> tuple[Array, dict[str, Array]]:
         """Returns (`[batch, frames, width]`, next BatchNorm statistics)."""
         width = x.shape[-1]
-        dense = dict(use_bias=False, dtype=self.dtype, kernel_init=XAVIER)
+        dense = functools.partial(Dense, use_bias=False, dtype=self.dtype, kernel_init=XAVIER)
         x = LayerNorm(self.epsilon, dtype=self.dtype, name="layer_norm")(x)
         if self.mask_padding:
             x = jnp.where(valid[..., None], x, 0)
-        x = nn.glu(Dense(2 * width, **dense, name="pointwise_in")(x))
+        x = nn.glu(dense(2 * width, name="pointwise_in")(x))
         kernel = self.param("depthwise", nn.initializers.lecun_uniform(), (self.kernel, width))
         convolve = depthwise_by_conv if convolves(self.depthwise) else depthwise_by_shifts
         x = convolve(x, kernel.astype(self.dtype))
         norm = BatchNorm(self.train, self.momentum, dtype=self.dtype, name="batch_norm")
         x, statistics = norm(x, valid if self.mask_padding else None)
-        return Dense(width, **dense, name="pointwise_out")(nn.silu(x)), statistics
+        return dense(width, name="pointwise_out")(nn.silu(x)), statistics
 
 
 class ConformerBlock(nn.Module):
@@ -161,7 +163,7 @@ class ConformerBlock(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, valid: Array) -> tuple[Array, dict[str, dict[str, Array]]]:
+    def __call__(self, x: Array, valid: Array) -> tuple[Array, Params]:
         """Returns (`[batch, frames, width]`, next statistics by their parameter paths)."""
         x = x + 0.5 * self.feed_forward("feed_forward_in", x)
         y = self.norm("attention_norm")(x)

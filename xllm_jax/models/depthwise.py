@@ -21,7 +21,8 @@ def depthwise_by_shifts(x: Array, kernel: Array) -> Array:
 
 def shifted_sum(x: Array, kernel: Array, before: int) -> Array:
     """Sum over taps of the frames, shifted by the tap less `before`, times the tap's weights."""
-    return sum(taken * kernel[tap] for tap, taken in enumerate(shifts(x, kernel.shape[0], before)))
+    taken = shifts(x, kernel.shape[0], before)
+    return jnp.asarray(sum(shifted * kernel[tap] for tap, shifted in enumerate(taken)))
 
 
 def shifts(x: Array, taps: int, before: int) -> list[Array]:

@@ -141,7 +141,7 @@ class Attention(nn.Module):
     """Self-attention with rotary queries and keys; `memory` holds the keys and values to extend."""
 
     heads: int
-    implementation: str | None = None
+    implementation: basic.Kernel | None = None
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -160,7 +160,7 @@ class Attention(nn.Module):
             keys, key = _store(keys, layer, slots, key)
             values, value = _store(values, layer, slots, value)
             memory = (layer + 1, keys, values)
-        y = basic.attend(query, key, value, mask, implementation=self.implementation)
+        y = basic.attention(query, key, value, mask, implementation=self.implementation)
         return basic.Dense(width, inputs=2, dtype=self.dtype, name="out")(y), memory
 
 
@@ -171,7 +171,7 @@ class Block(nn.Module):
     hidden: int
     alpha: float
     norm_epsilon: float
-    implementation: str | None = None
+    implementation: basic.Kernel | None = None
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -210,7 +210,7 @@ class ChatGLM(nn.Module):
       alpha: factor of the residual; None is the reference's (2 * 28) ** 0.5, whatever the depth.
       norm_epsilon: of every LayerNorm.
       half_angles: rotary tables as a float16 model of the reference computes them.
-      implementation: of the attention, see `layers.attend`.
+      implementation: of the attention, see `layers.attention`.
       dtype: compute dtype; unroll: see `layers.stack`.
       remat: 'all' keeps nothing but each layer's input for the backward pass (else see KEPT).
     """
@@ -223,7 +223,7 @@ class ChatGLM(nn.Module):
     alpha: float | None = None
     norm_epsilon: float = 1e-5
     half_angles: bool = False
-    implementation: str | None = None
+    implementation: basic.Kernel | None = None
     dtype: Any = jnp.float32
     remat: str = "none"
     unroll: int = 1

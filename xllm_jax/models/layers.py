@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from xllm_jax.models.dropout import Dropout
 
 Array = jax.Array
 Initializer = Callable[..., Array]
+Kernel = Literal["xla", "cudnn"]
 
 MASKED = -1e9  # a masked score; finite, so that a row without any visible key becomes uniform
 
@@ -105,20 +106,20 @@ def attention_weights(
     Returns:
       `[batch, heads, queries, keys]` float32.
     """
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    scores = jnp.einsum("bqhd,bkhd->bhqk", query * scale, key, preferred_element_type=jnp.float32)
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = jnp.einsum("bqhd,bkhd->bhqk", query * factor, key, preferred_element_type=jnp.float32)
     if mask is not None:
         scores = jnp.where(mask, scores, MASKED)
     return jax.nn.softmax(scores, axis=-1)
 
 
-def attend(
+def attention(
     query: Array,
     key: Array,
     value: Array,
     mask: Array | None = None,
     scale: float | None = None,
-    implementation: str | None = None,
+    implementation: Kernel | None = None,
 ) -> Array:
     """Attention output `[batch, queries, heads, head_dim]` in the dtype of `value`.
 
@@ -225,7 +226,7 @@ def stack(
         recomputed(block, remat),
         variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True, "dropout": True},
-        in_axes=(nn.broadcast,) * broadcast + (0,) * scanned,
+        in_axes=cast(int, (nn.broadcast,) * broadcast + (0,) * scanned),  # or a tuple
         length=length,
         unroll=unroll,
     )

@@ -106,7 +106,7 @@ class Layer(nn.Module):
         query, text = x[:, : self.queries], x[:, self.queries :]
         parts, image = [], None
         if query.shape[1]:
-            if self.cross:
+            if self.cross and features is not None:
                 attend = self._attention("cross_attention")
                 seen = None if kept is None else functools.partial(shared_images, kept)
                 y, image = attend(query, features, feature_mask, train=self.train, seen=seen)

@@ -7,7 +7,7 @@ stage 2 trains the rest, stage 3 the adapter alone.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +57,7 @@ class CFormer(nn.Module):
             unroll=self.unroll,
             name="bert",
         )
-        return encoder(mask=mask, embeddings=x, train=train)
+        return cast(Array, encoder(mask=mask, embeddings=x, train=train))  # it has no pooler
 
 
 class SpeechInterface(nn.Module):

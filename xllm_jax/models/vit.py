@@ -6,6 +6,7 @@ norm that BLIP-2 puts behind it (`ln_vision`) belongs to the interface, since it
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,7 @@ class Attention(nn.Module):
 
     heads: int
     dtype: Any = jnp.float32
-    implementation: str | None = None
+    implementation: layers.Kernel | None = None
     key_bias: bool = False
     causal: bool = False
 
@@ -34,13 +35,13 @@ class Attention(nn.Module):
         """Maps `[batch, tokens, width]` to the same shape; `causal` hides what comes later."""
         width = x.shape[-1]
         shape = (self.heads, width // self.heads)
-        split = dict(features=shape, dtype=self.dtype, tensor_axis=0)
-        query = layers.Dense(**split, name="query")(x)
-        key = layers.Dense(**split, use_bias=self.key_bias, name="key")(x)
-        value = layers.Dense(**split, name="value")(x)
+        split = functools.partial(layers.Dense, shape, dtype=self.dtype, tensor_axis=0)
+        query = split(name="query")(x)
+        key = split(use_bias=self.key_bias, name="key")(x)
+        value = split(name="value")(x)
         tokens = x.shape[1]
         mask = jnp.tri(tokens, dtype=bool)[None, None] if self.causal else None
-        mixed = layers.attend(query, key, value, mask, implementation=self.implementation)
+        mixed = layers.attention(query, key, value, mask, implementation=self.implementation)
         return layers.Dense(width, inputs=2, dtype=self.dtype, name="out")(mixed)
 
 
@@ -51,7 +52,7 @@ class Block(nn.Module):
     hidden: int
     epsilon: float
     dtype: Any
-    implementation: str | None
+    implementation: layers.Kernel | None
     train: bool
     key_bias: bool = False
     causal: bool = False
@@ -86,7 +87,7 @@ class VisionTransformer(nn.Module):
       patch: side of a patch in pixels.
       width, depth, heads, hidden: sizes of the stack (`hidden`: feed-forward).
       drop_path: largest drop-path rate, reached at the last block (0 in every published config).
-      attention: implementation of `layers.attend`.
+      attention: implementation of `layers.attention`.
       remat: row of `layers.REMAT`.
       unroll: blocks per scan step.
     """
@@ -99,7 +100,7 @@ class VisionTransformer(nn.Module):
     hidden: int = 6144
     epsilon: float = 1e-6
     drop_path: float = 0.0
-    attention: str | None = None
+    attention: layers.Kernel | None = None
     dtype: Any = jnp.float32
     remat: str = "none"
     unroll: int = 1

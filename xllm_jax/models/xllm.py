@@ -50,6 +50,16 @@ class XLLM:
     cached: Mapping[str, int] = dataclasses.field(default_factory=dict)
     given: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
+    def apply(self, params: Params, part: str, *inputs: Any, **options: Any) -> Any:
+        """What one network makes of its inputs.
+
+        Args:
+          params: {part: parameters}.
+          part: its name.
+          inputs, options: of `nn.Module.apply`.
+        """
+        return self.networks[part].apply({"params": params[part]}, *inputs, **options)
+
     def parts(self, modality: str) -> tuple[str, str]:
         """(encoder part, interface part) of a modality.
 
@@ -95,7 +105,8 @@ class XLLM:
           of each item `[B, M]` int32).
         """
         rows, items = media.values.shape[:2]
-        x, lengths, counts = (_merge_items(x) for x in (media.values, media.lengths, media.counts))
+        x, lengths = _merge_items(media.values), _merge_items(media.lengths)
+        counts = None if media.counts is None else _merge_items(media.counts)
         done = self.cached.get(modality, 0)
         frozen = max(done, self.frozen.get(modality, len(sections_of("", self._encoder(modality)))))
         x, lengths = self.run_sections(params, modality, slice(done, frozen), x, lengths, counts)
@@ -137,8 +148,9 @@ class XLLM:
             network, first = self.networks[part], part == encoder
             given = (x, lengths) if first else (x, lengths, counts)
             options = {"sections": (numbers[0], numbers[-1] + 1)} if parted(network) else {}
-            x, lengths = network.apply(
-                {"params": params[part]},
+            x, lengths = self.apply(
+                params,
+                part,
                 *given,
                 train=train,
                 rngs=_dropout(key, 0 if first else 1),
@@ -159,7 +171,7 @@ class XLLM:
         self, params: Params, batch: Batch, train: bool = False, key: Array | None = None
     ) -> Array:
         """Word embeddings of the batch with the media in their places, `[B, T, D]`."""
-        x = self.networks[LLM].apply({"params": params[LLM]}, batch.ids, method="embed")
+        x = self.apply(params, LLM, batch.ids, method="embed")
         for number, (modality, media) in enumerate(sorted(batch.media.items())):
             if media.values.shape[1]:
                 part_key = None if key is None else jax.random.fold_in(key, number)
@@ -172,20 +184,16 @@ class XLLM:
     ) -> Array:
         """Final states of the LLM, `[B, T, D]`, the input of `logits`."""
         x = self.embed(params, batch, train, key)
-        variables = {"params": params[LLM]}
-        states, _ = self.networks[LLM].apply(
-            variables, x, batch.segments, batch.context, batch.positions
-        )
+        states, _ = self.apply(params, LLM, x, batch.segments, batch.context, batch.positions)
         return states
 
     def prefix(self, params: Params) -> Array | None:
         """Keys and values to put before every prompt (`models/glm_prefix.py`), where there are."""
-        network = self.networks.get(LLM_PREFIX)
-        return None if network is None else network.apply({"params": params[LLM_PREFIX]})
+        return self.apply(params, LLM_PREFIX) if LLM_PREFIX in self.networks else None
 
     def logits(self, params: Params, states: Array) -> Array:
         """Scores of the next token: `[..., D]` to `[..., V]` float32."""
-        return self.networks[LLM].apply({"params": params[LLM]}, states, method="logits")
+        return self.apply(params, LLM, states, method="logits")
 
 
 def splice(words: Array, embeddings: Array, index: Array) -> Array:
@@ -200,9 +208,9 @@ def splice(words: Array, embeddings: Array, index: Array) -> Array:
     return mesh.constrain_rows(jnp.where(index[..., None] >= 0, picked.astype(words.dtype), words))
 
 
-def _merge_items(x: Array | None) -> Array | None:
+def _merge_items(x: Array) -> Array:
     """`[B, M, ...]` to `[B * M, ...]`."""
-    return None if x is None else mesh.constrain_rows(x.reshape(-1, *x.shape[2:]))
+    return mesh.constrain_rows(x.reshape(-1, *x.shape[2:]))
 
 
 def _dropout(key: Array | None, stream: int) -> dict[str, Array] | None:

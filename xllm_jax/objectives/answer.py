@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from xllm_jax.core import mesh
 from xllm_jax.core.batch import Batch
+from xllm_jax.core.types import Metrics
 from xllm_jax.core.weighted_mean import WeightedMean
 
 Array = jax.Array
@@ -90,14 +91,18 @@ def answer_loss(
 
     Returns:
       (scalar float32; metrics `loss`, `accuracy` of tokens, `count`, the sum of weights, and a
-      `Tally` `loss/NAME` for every kind).
+      `WeightedMean` `loss/NAME` for every kind).
     """
     states = mesh.constrain_rows(jnp.take_along_axis(states, answer_index[..., None], axis=1))
     losses, hits = token_losses(logits, states, targets, chunk)
     count = weights.sum()
     total = jnp.maximum(count, 1.0)
     loss = (losses * weights).sum() / total
-    metrics = {"loss": loss, "accuracy": (hits * weights).sum() / total, "count": count}
+    metrics: Metrics = {
+        "loss": loss,
+        "accuracy": (hits * weights).sum() / total,
+        "count": count,
+    }
     for name, kind in (kinds or {}).items():
         own = weights * kind
         metrics[f"loss/{name}"] = WeightedMean((losses * own).sum(), own.sum())
@@ -122,7 +127,7 @@ def carriers(batch: Batch) -> dict[str, Array]:
 
 
 def counts(batch: Batch, metrics: Mapping[str, Any]) -> dict[str, Array]:
-    """{metric: over how many tokens it is the mean}, scalars; `Tally` know theirs."""
+    """{metric: over how many tokens it is the mean}, scalars; `WeightedMean` know theirs."""
     return dict.fromkeys(("loss", "accuracy"), batch.weights.sum())
 
 

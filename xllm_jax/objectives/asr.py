@@ -251,7 +251,7 @@ def counts(batch: Mapping[str, Array], metrics: Mapping[str, Array]) -> dict[str
       batch: see `forward`.
       metrics: of `loss` outside training.
     """
-    every = dict.fromkeys(("loss", "ctc", "quantity"), metrics["count"])
+    every: dict[str, Array] = dict.fromkeys(("loss", "ctc", "quantity"), metrics["count"])
     return every | dict.fromkeys(("cross_entropy", "accuracy"), metrics["supervised"])
 
 

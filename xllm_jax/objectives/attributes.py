@@ -57,4 +57,4 @@ def classification(scores: Array, labels: Array, classes: Sequence[int]) -> tupl
     parts = [scores[..., s : s + n] for s, n in zip(starts, classes)]
     losses = [cross_entropy(part, labels[..., i]).mean() for i, part in enumerate(parts)]
     right = [part.argmax(-1) == labels[..., i] for i, part in enumerate(parts)]
-    return sum(losses), jnp.stack(right).all(0).mean(dtype=jnp.float32)
+    return jnp.asarray(sum(losses)), jnp.stack(right).all(0).mean(dtype=jnp.float32)

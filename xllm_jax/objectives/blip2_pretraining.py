@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -121,7 +121,7 @@ def pair_loss(
     key = jax.random.key(0) if key is None else key
     keys = dict(zip((*PASSES, "negatives"), jax.random.split(key, len(PASSES) + 1)))
     run = functools.partial(_run, model, params, keys if train else None)
-    image = model.apply({"params": params}, features, method="normalize")
+    image = cast(Array, model.apply({"params": params}, features, method="normalize"))
     _, image_units, cache = run("image", image)
     _, text_units = run("text", ids, mask)
     similar = similarities(image_units, text_units[:, 0], params["temperature"], detach)
@@ -141,7 +141,7 @@ def _sum(
     """The weighted sum of {name: (loss, accuracy)}, and all of them as metrics."""
     metrics = {name: loss for name, (loss, _) in found.items()}
     metrics |= {f"{name}_accuracy": accuracy for name, (_, accuracy) in found.items()}
-    return sum(shares[name] * metrics[name] for name in found), metrics
+    return jnp.asarray(sum(shares[name] * metrics[name] for name in found)), metrics
 
 
 def _run(
@@ -212,7 +212,7 @@ def contrastive(
         losses.append(weighted_mean(rows, weights))
         nearest = jnp.where(real, similar, ABSENT).argmax(-1)
         hits.append(weighted_mean(nearest == targets, weights))
-    return sum(losses) / 2, sum(hits) / 2
+    return (losses[0] + losses[1]) / 2, (hits[0] + hits[1]) / 2
 
 
 def negative_weights(similar: Array, rule: str, weights: Array | None = None) -> Array:

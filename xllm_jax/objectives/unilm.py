@@ -80,7 +80,7 @@ def _written(
     network: ContrastModel, first: Array, first_mask: Array, ids: Array, mask: Array, train: bool
 ) -> Array:
     _, cache = network.qformer(ids=first, text_mask=first_mask, keep_cache=True, train=train)
-    return network.caption(ids, mask, cache, train)[1]
+    return network.caption(ids, mask, cache or {}, train)[1]
 
 
 def _mean(logits: Array, targets: Array, weights: Array) -> tuple[Array, Array]:

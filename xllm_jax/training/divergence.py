@@ -181,14 +181,21 @@ class Held:
         self._directory.mkdir(parents=True, exist_ok=True)
         partial = self._directory / f"{name}.partial"
         with partial.open("wb") as file:
-            arrays = {f"batch/{path}": leaf for path, leaf in flat(entry.batch).items()}
-            np.savez(file, **{ABOUT: np.asarray(json.dumps(about))}, **arrays)
+            arrays = {ABOUT: np.asarray(json.dumps(about))}
+            arrays |= {f"batch/{path}": leaf for path, leaf in flat(entry.batch).items()}
+            np.savez(file, allow_pickle=True, **arrays)
         os.replace(partial, self._directory / name)
         return self._directory / name
 
 
-def wording(entry: Entry, values: Mapping[str, float], file: Path) -> str:
-    """The line about a micro-batch that was wrong."""
+def format_message(entry: Entry, values: Mapping[str, float], file: Path) -> str:
+    """The line about a micro-batch that was wrong.
+
+    Args:
+      entry: the micro-batch.
+      values: its loss and gradient norm.
+      file: where it was saved.
+    """
     keys = list(map(str, entry.info["keys"]))
     more = f" and {len(keys) - NAMED} more" if len(keys) > NAMED else ""
     return (

@@ -191,11 +191,11 @@ class Loop:
             measures = self.evaluation is not None and self.evaluation.due(number)
             if logs or saves or measures or self.held.full:
                 self.look(since.fetch(), state)
-            told = since.scalars() | self.rates(number, info) if logs else {}
-            if measures:
-                told |= self.measure(number, state, since)
-            if told:
-                self.log.write(number, told)
+            scalars = since.scalars() | self.rates(number, info) if logs else {}
+            if self.evaluation and measures:
+                scalars |= self.measure(self.evaluation, number, state, since)
+            if scalars:
+                self.log.write(number, scalars)
             since = self.interval() if logs else since
             self.watch.stepped()
             if saves:
@@ -240,20 +240,31 @@ class Loop:
                     self.save(entry.number - 1, state, entry.position)
                     self.checkpoints.wait()
             file = self.held.save(entry, values, self.checkpoints.latest())
-            line = divergence.wording(entry, values, file)
+            line = divergence.format_message(entry, values, file)
             if stops:
                 raise Diverged(f"The run diverged: {line}")
             self.log.log(f"Skipped: {line}")
         self.held.clear()
 
     def measure(
-        self, number: int, state: TrainState, since: telemetry.Interval
+        self,
+        evaluation: validation.Evaluation,
+        number: int,
+        state: TrainState,
+        since: telemetry.Interval,
     ) -> dict[str, float]:
-        """Scalars of the held-out data, in time that does not count as training's."""
+        """Scalars of the held-out data, in time that does not count as training's.
+
+        Args:
+          evaluation: that measures.
+          number: of the last micro-batch.
+          state: after it.
+          since: the interval that the time is left out of.
+        """
         jax.block_until_ready(state)
         began = time.monotonic()
-        found = self.evaluation.measure(state)
-        self.log.log(self.evaluation.told(number, found))
+        found = evaluation.measure(state)
+        self.log.log(evaluation.format_message(number, found))
         since.leave_out(time.monotonic() - began)
         if validation.follows(self.stage) and self.stage.best.metric in found:
             self.scores = [found[self.stage.best.metric]]

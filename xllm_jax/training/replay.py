@@ -159,7 +159,7 @@ def run(recording: Recording, workdir: str | Path) -> Result:
     trainer = Trainer(System.build(stage, device_mesh))
     state = trainer.initial_state()
     if recording.checkpoint is not None:
-        state = load(state, Path(workdir), recording)
+        state = load(state, Path(workdir), recording.checkpoint)
     loss = trainer.loss
     key = step_key(stage.seed, recording.step - 1)
 
@@ -189,25 +189,30 @@ def _mesh(recording: Recording) -> Mesh:
         return mesh.make({"fsdp": -1}, jax.devices()[: math.gcd(rows, jax.device_count())])
 
 
-def load(state: TrainState, workdir: Path, recording: Recording) -> TrainState:
-    """The state with the recorded checkpoint's parameters.
+def load(state: TrainState, workdir: Path, number: int) -> TrainState:
+    """The state with a checkpoint's parameters.
+
+    Args:
+      state: whose frozen parameters stay.
+      workdir: the run's folder.
+      number: of the checkpoint.
 
     Raises:
       UserError: the checkpoint is not there any more.
     """
-    if not (workdir / "checkpoints" / str(recording.checkpoint)).exists():
+    if not (workdir / "checkpoints" / str(number)).exists():
         raise UserError(
-            f"checkpoint {recording.checkpoint} is gone: the run has kept later ones only",
+            f"checkpoint {number} is gone: the run has kept later ones only",
             field=str(workdir / "checkpoints"),
         )
     checkpoints = checkpoint.Checkpoints(workdir)
-    arrays = checkpoints.restore(recording.checkpoint, startup.saved_arrays(state))
+    arrays = checkpoints.restore(number, startup.saved_arrays(state))
     checkpoints.close()
     return TrainState(**arrays, frozen=state.frozen)
 
 
-def told(recording: Recording, result: Result) -> Iterator[str]:
-    """What a replay has to say, line by line."""
+def format_message(recording: Recording, result: Result) -> Iterator[str]:
+    """The result of a replay, line by line."""
     yield f"Micro-batch {recording.step} of {recording.stage.name}: {', '.join(recording.keys)}"
     if recording.checkpoint is None:
         yield "With the parameters that the run started from: it had no checkpoint yet"

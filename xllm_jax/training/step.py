@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +74,7 @@ def train_step(
     metrics |= {"loss": value} | gradient_norms(gradients)
     verdict = divergence.judge(policy, state.guard, value, metrics["gradient_norm"])
     updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
-    trainable = optax.apply_updates(state.trainable, updates)
+    trainable = cast(Params, optax.apply_updates(state.trainable, updates))
     trainable = rules.unflatten(rules.flatten(trainable) | follows)
     trainable, optimizer_state = jax.tree.map(
         lambda new, old: jnp.where(verdict.applied, new, old),

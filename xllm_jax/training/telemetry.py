@@ -18,6 +18,7 @@ import numpy as np
 from xllm_jax.core import chips, flops
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Stage
+from xllm_jax.core.types import Device
 from xllm_jax.core.weighted_mean import WeightedMean
 from xllm_jax.training import divergence
 
@@ -93,7 +94,7 @@ class Interval:
 
 
 def means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Means over steps, of a `Tally` by what it counts; counters as they are last.
+    """Means over steps, of a `WeightedMean` by what it counts; counters as they are last.
 
     A skipped micro-batch's values that are NaN are left out, and so is a scalar without any.
     """
@@ -108,7 +109,7 @@ def means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def mean(values: Sequence[Any]) -> float:
-    """Mean of fetched scalars that are numbers; of `Tally`, the total over the count."""
+    """Mean of fetched scalars that are numbers; of `WeightedMean`, the total over the count."""
     if isinstance(values[0], WeightedMean):
         kept = [v for v in values if np.isfinite(v.total)]
         count = sum(float(v.count) for v in kept)
@@ -164,7 +165,7 @@ class Compilations:
             self._note(signature(batch))
         return result
 
-    def _hear(self, event: str, _: float, **__: Any) -> None:
+    def _hear(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event == COMPILED and self._calling == threading.get_ident():
             self.count += 1
 
@@ -217,7 +218,7 @@ def useful(loss: Callable[..., Any]) -> Callable[[Any, Any], float]:
     return count
 
 
-def peak(devices: Sequence[jax.Device]) -> float:
+def peak(devices: Sequence[Device]) -> float:
     """bfloat16 FLOP/s of all devices together; 0 where a kind is not in the table."""
     known = [chips.chip_of(device.device_kind) for device in devices]
     return sum(chip.flops for chip in known if chip) if all(known) else 0.0

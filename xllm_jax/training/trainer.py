@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -93,7 +93,7 @@ class Trainer:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
             jax.eval_shape(lambda: divergence.initial_guard(self.system.stage.divergence)),
         )
-        return TrainState(step, trainable, frozen, state, guard)
+        return TrainState(cast(jax.Array, step), trainable, frozen, state, guard)
 
     def initial_state(self) -> TrainState:
         """Parameters split by the allow-list, and the optimizer on the trainable half."""

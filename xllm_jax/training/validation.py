@@ -52,9 +52,11 @@ class Metric(Protocol):
 
     def outputs(self, params: Mapping[str, Any], batch: Any) -> Any:
         """Small arrays of a global batch; part of the compiled step."""
+        ...
 
     def measured(self, outputs: Any, planned: Planned) -> WeightedMean:
         """What the examples of the batch add, on the host."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,7 +229,7 @@ class Evaluation:
                 hint=f"Choices: {', '.join(PREFIX + name for name in sorted(found))}",
             )
 
-    def told(self, number: int, found: Mapping[str, float]) -> str:
+    def format_message(self, number: int, found: Mapping[str, float]) -> str:
         """One line about a measurement."""
         shown = [f"{name} {found[PREFIX + name]:.4g}" for name in SHOWN if PREFIX + name in found]
         more = f"; {len(self._left_out)} left out{self._first()}" if self._left_out else ""

@@ -113,7 +113,7 @@ def _inside(
             "query_layer": turned[0],
             "key_layer": turned[1],
             "value_layer": value,
-            "ctx": layers.attend(*turned, value, mask).reshape(flat),
+            "ctx": layers.attention(*turned, value, mask).reshape(flat),
             "ln1": inside["attention_norm/__call__"][i],
             "attn_out": inside["attention/out/__call__"][i],
             "ln2": inside["feed_forward_norm/__call__"][i],
