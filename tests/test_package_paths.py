@@ -25,12 +25,9 @@ def test_hosts_compare_every_source_file(monkeypatch):
     for module, name in ((startup.fingerprint, "configuration"), (startup.manifest, "manifest")):
         monkeypatch.setattr(module, name, lambda *_: {})
     monkeypatch.setattr(startup.fingerprint, "tree", lambda _: {})
-    monkeypatch.setattr(startup.rules, "join", lambda *_: {})
-    state = type("State", (), {"trainable": {}, "frozen": {}})
-    monkeypatch.setattr(startup, "abstract_state", lambda *_: (state, None, None))
     pipeline = type("Pipeline", (), {"sources": {}})
-    stage = type("Stage", (), {"data": None})
-    startup.compare(stage, None, None, pipeline, store=object())  # type: ignore[arg-type]
+    system = type("System", (), {"stage": type("Stage", (), {"data": None}), "parameters": {}})
+    startup.compare(system, pipeline, store=object())  # type: ignore[arg-type]
     files = {str(file.relative_to(PACKAGE.parent)) for file in PACKAGE.rglob("*.py")}
     assert files <= compared["code"].keys()
 

@@ -206,7 +206,7 @@ def test_settings_that_contradict_each_other_are_refused(words, tmp_path):
     made = measured(best=Best("validation/loss"))
     made.validation = dataclasses.replace(made.validation, **REFUSED[words])
     with pytest.raises(UserError, match=words):
-        validation.opened(made, None, mesh.make({}), tmp_path, None)
+        validation.opened(System.build(made), None, tmp_path, None)
 
 
 def test_an_unknown_metric_is_refused_before_the_first_step(tmp_path):

@@ -27,6 +27,7 @@ from xllm_jax.core import atomic, checksum, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import metric_names
 from xllm_jax.core.streamed_leaf import Blocks, BlocksHandler, full
+from xllm_jax.core.types import Params
 
 FORMAT = 1
 CONVERSION = "conversion.json"
@@ -194,7 +195,7 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 def save_base(
     directory: str | Path,
-    params: Mapping[str, Any],
+    params: Params,
     about: Mapping[str, Any],
     finish: Callable[[Path], None] | None = None,
 ) -> None:
@@ -233,7 +234,7 @@ def save_base(
 
 def _describe(
     partial: Path,
-    params: Mapping[str, Any],
+    params: Params,
     about: Mapping[str, Any],
     finish: Callable[[Path], None] | None,
 ) -> None:
@@ -250,7 +251,7 @@ def base_exists(directory: str | Path) -> bool:
     return (atomic.whole_folder(directory) / "about.json").exists()
 
 
-def _save_params(path: Path, params: Mapping[str, Any]) -> None:
+def _save_params(path: Path, params: Params) -> None:
     if not all(isinstance(leaf, Blocks) for leaf in rules.flatten(params).values()):
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(path, dict(params))

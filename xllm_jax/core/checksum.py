@@ -19,18 +19,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from xllm_jax.core import rules
+from xllm_jax.core.types import Flat, Params
 
 PLACE = 2654435761  # an odd factor: no two places of a leaf weigh the same
 BLOCK = 1 << 22  # elements looked at at a time
 WIDTHS = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 
 
-def identity(tree: Mapping[str, Any]) -> str:
+def identity(tree: Params) -> str:
     """Hash of a parameter tree: paths, shapes, dtypes and every value's bytes (hex, 16 digits)."""
     return combined(of_tree(tree))
 
 
-def of_leaves(flat: Mapping[str, Any]) -> dict[str, str]:
+def of_leaves(flat: Flat) -> dict[str, str]:
     """{path: checksum} of {path: array}; all are computed before the first is waited for."""
     started = {path: _start(leaf) for path, leaf in flat.items()}
     return {path: _written(flat[path].shape, flat[path].dtype, s) for path, s in started.items()}
@@ -41,7 +42,7 @@ def of_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def of_tree(tree: Mapping[str, Any]) -> dict[str, str]:
+def of_tree(tree: Params) -> dict[str, str]:
     """{path: checksum} of a tree of arrays."""
     return of_leaves(rules.flatten(tree))
 

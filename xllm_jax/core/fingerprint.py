@@ -15,10 +15,13 @@ from typing import Any
 
 import jax
 
+from xllm_jax.core.stage import Stage
+from xllm_jax.core.types import Params
+
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
-def configuration(stage: Any) -> dict[str, str]:
+def configuration(stage: Stage) -> dict[str, str]:
     """Every field of a dataclass with its value, nested ones as 'optimizer.peak'."""
 
     def walk(value: Any, path: str) -> dict[str, str]:
@@ -46,7 +49,7 @@ def code(package: Path | None = None) -> dict[str, str]:
     return found | versions | {"python": platform.python_version()}
 
 
-def tree(arrays: Any) -> dict[str, str]:
+def tree(arrays: Params) -> dict[str, str]:
     """Shape, dtype and sharding of every leaf of a tree of arrays or `ShapeDtypeStruct`."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): (

@@ -8,21 +8,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 from jax.extend import core
 from jax.interpreters import partial_eval
 
 from xllm_jax.core import prng, rules
+from xllm_jax.core.types import Params
+
+Atom = core.Var | core.Literal
 
 PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot")
 
 
-def of_product(equation: Any) -> float:
+def typed(variable: Atom) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of a variable that holds an array."""
+    return cast(jax.ShapeDtypeStruct, variable.aval)
+
+
+def of_product(equation: core.JaxprEqn) -> float:
     """FLOPs of one product: twice its result's size times what is summed for each entry."""
-    left, right = (variable.aval.shape for variable in equation.invars[:2])
-    result = math.prod(equation.outvars[0].aval.shape)
+    left, right = (typed(variable).shape for variable in equation.invars[:2])
+    result = math.prod(typed(equation.outvars[0]).shape)
     if equation.primitive.name == "dot_general":
         (summed, _), _ = equation.params["dimension_numbers"]
         return 2.0 * result * math.prod(left[axis] for axis in summed)
@@ -32,7 +40,7 @@ def of_product(equation: Any) -> float:
     raise NotImplementedError(f"no count for {equation.primitive.name}")
 
 
-def inner(equation: Any) -> Iterator[Any]:
+def inner(equation: core.JaxprEqn) -> Iterator[core.Jaxpr]:
     """The programs inside an equation: loop bodies, branches, called functions."""
     for value in equation.params.values():
         for item in value if isinstance(value, tuple | list) else (value,):
@@ -51,7 +59,7 @@ def measured(function: Callable[..., Any], *arguments: Any) -> float:
     return _measured(alive)
 
 
-def _measured(jaxpr: Any) -> float:
+def _measured(jaxpr: core.Jaxpr) -> float:
     total = 0.0
     for equation in jaxpr.eqns:
         name = equation.primitive.name
@@ -64,7 +72,7 @@ def _measured(jaxpr: Any) -> float:
     return total
 
 
-def minimum(function: Callable[..., Any], trainable: Any, *others: Any) -> float:
+def minimum(function: Callable[..., Any], trainable: Params, *others: Any) -> float:
     """FLOPs that the gradient of `function(trainable, *others)` cannot do without.
 
     Every product of the forward pass counts once, and once more for each factor that depends on
@@ -78,21 +86,21 @@ def minimum(function: Callable[..., Any], trainable: Any, *others: Any) -> float
     return _minimum(jaxpr, depends)[0]
 
 
-def useful(loss: Callable[..., Any], trainable: Any, frozen: Any, batch: Any) -> float:
+def useful(loss: Callable[..., Any], trainable: Params, frozen: Params, batch: Any) -> float:
     """`minimum` of a stage's loss (params, batch, key) -> (scalar, metrics); shapes are enough."""
 
-    def value(trainable: Any, frozen: Any, batch: Any, key: Any) -> jax.Array:
+    def value(trainable: Params, frozen: Params, batch: Any, key: jax.Array) -> jax.Array:
         return loss(rules.join(trainable, frozen), batch, key)[0]
 
     key = jax.eval_shape(lambda: prng.key(0))
     return minimum(value, trainable, frozen, batch, key)
 
 
-def _minimum(jaxpr: Any, depends: Sequence[bool]) -> tuple[float, list[bool]]:
+def _minimum(jaxpr: core.Jaxpr, depends: Sequence[bool]) -> tuple[float, list[bool]]:
     """(FLOPs, which results depend on what trains) of one program."""
     known = dict(zip(jaxpr.invars, depends))
 
-    def look(variable: Any) -> bool:
+    def look(variable: Atom) -> bool:
         return not isinstance(variable, core.Literal) and known.get(variable, False)
 
     total = 0.0
@@ -102,12 +110,12 @@ def _minimum(jaxpr: Any, depends: Sequence[bool]) -> tuple[float, list[bool]]:
         total += flops
         for variable, output in zip(equation.outvars, outputs):
             known[variable] = output and jax.numpy.issubdtype(
-                variable.aval.dtype, jax.numpy.inexact
+                typed(variable).dtype, jax.numpy.inexact
             )
     return total, [look(variable) for variable in jaxpr.outvars]
 
 
-def _equation(equation: Any, inputs: list[bool]) -> tuple[float, list[bool]]:
+def _equation(equation: core.JaxprEqn, inputs: list[bool]) -> tuple[float, list[bool]]:
     name = equation.primitive.name
     if name in PRODUCTS:
         return of_product(equation) * (1 + sum(inputs[:2])), [any(inputs)]
@@ -127,7 +135,7 @@ def _equation(equation: Any, inputs: list[bool]) -> tuple[float, list[bool]]:
     return 0.0, [any(inputs)] * len(equation.outvars)
 
 
-def loop_sizes(equation: Any) -> tuple[int, int]:
+def loop_sizes(equation: core.JaxprEqn) -> tuple[int, int]:
     """(constants, carried values) of a scan, which its inputs start with.
 
     Read off the shapes: jax 0.10 and 0.11 keep the numbers in different places. What is taken or
@@ -135,14 +143,16 @@ def loop_sizes(equation: Any) -> tuple[int, int]:
     """
     body = equation.params["jaxpr"].jaxpr
 
-    def same(outside: Any, inside: Any) -> int:
-        return sum(a.aval.ndim == b.aval.ndim for a, b in zip(outside, inside))
+    def same(outside: Sequence[Atom], inside: Sequence[Atom]) -> int:
+        return sum(typed(a).ndim == typed(b).ndim for a, b in zip(outside, inside))
 
     carried = same(equation.outvars, body.outvars)
     return same(equation.invars, body.invars) - carried, carried
 
 
-def _scan(equation: Any, body: Any, inputs: list[bool]) -> tuple[float, list[bool]]:
+def _scan(
+    equation: core.JaxprEqn, body: core.Jaxpr, inputs: list[bool]
+) -> tuple[float, list[bool]]:
     """A loop whose carry depends on what trains from some turn on counts as if from the first."""
     constants, carried = loop_sizes(equation)
     while True:

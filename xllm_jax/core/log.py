@@ -50,7 +50,9 @@ class Log:
         if not main:
             return
         directory.mkdir(parents=True, exist_ok=True)
-        self._sinks: list[Any] = [WeightsAndBiases(directory, name, wandb)] if wandb else []
+        self._sinks: list[Events | WeightsAndBiases] = (
+            [WeightsAndBiases(directory, name, wandb)] if wandb else []
+        )
         self._file = directory / "metrics.jsonl"
         self._truncate(start)
         self._stream = self._file.open("a")

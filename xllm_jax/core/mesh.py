@@ -18,7 +18,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from xllm_jax.core import rules
 from xllm_jax.core.errors import UserError
-from xllm_jax.core.types import Device
+from xllm_jax.core.types import Device, Params
+
+Entry = str | tuple[str, ...] | None  # of a PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # the axes that split a batch
@@ -54,7 +56,7 @@ def make(
     return Mesh(_arranged(inner, outer, devices), AXES, axis_types=kinds)
 
 
-def _arranged(inner: tuple[int, ...], outer: tuple[int, ...], devices: list[Any]) -> np.ndarray:
+def _arranged(inner: tuple[int, ...], outer: tuple[int, ...], devices: list[Device]) -> np.ndarray:
     """Devices as `[outer * inner along each axis]`, one slice to each place of `outer`."""
     if len(_slices_of(devices)) > 1:
         return mesh_utils.create_hybrid_device_mesh(
@@ -65,11 +67,11 @@ def _arranged(inner: tuple[int, ...], outer: tuple[int, ...], devices: list[Any]
     return grid.transpose(pairs).reshape([o * i for o, i in zip(outer, inner)])
 
 
-def _slices_of(devices: list[Any]) -> set[int]:
+def _slices_of(devices: list[Device]) -> set[int]:
     return {getattr(device, "slice_index", 0) for device in devices}
 
 
-def _outer(slices: Mapping[str, int], devices: list[Any]) -> tuple[int, ...]:
+def _outer(slices: Mapping[str, int], devices: list[Device]) -> tuple[int, ...]:
     """`over_slices`, checked against the devices; errors as in `make`."""
     outer = over_slices(slices)
     asked, found = math.prod(outer), len(_slices_of(devices))
@@ -134,7 +136,7 @@ def rounded_up(rows: int) -> int:
     return -(-rows // jax.local_device_count()) * jax.local_device_count()
 
 
-def parameter_shardings(mesh: Mesh, specs: Mapping[str, Any], tree: Mapping[str, Any]) -> dict:
+def parameter_shardings(mesh: Mesh, specs: Params, tree: Params) -> Params:
     """Turns a tree of PartitionSpecs into NamedShardings that fit the leaves' shapes.
 
     An axis of a leaf that the mesh axis does not divide stays whole: a tiny model runs on any mesh,
@@ -161,7 +163,7 @@ def fitting(
     return PartitionSpec(*entries)
 
 
-def constrain(x: jax.Array, *entries: Any) -> jax.Array:
+def constrain(x: jax.Array, *entries: Entry) -> jax.Array:
     """Constrains an activation inside jit; does nothing where no mesh is set.
 
     Args:
@@ -184,7 +186,7 @@ def constrain_rows(x: jax.Array, tensor_axis: int | None = None) -> jax.Array:
     Without it the compiler likes to split widths where the parameters are split, and then sums
     whole activations over the devices instead of gathering one layer's parameters.
     """
-    entries: list[Any] = [None] * x.ndim
+    entries: list[Entry] = [None] * x.ndim
     entries[0] = ROWS
     if tensor_axis is not None:
         entries[tensor_axis] = "tensor"

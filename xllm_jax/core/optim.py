@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 
 from xllm_jax.core import rules
 from xllm_jax.core.errors import UserError
+from xllm_jax.core.stage import NO_DECAY, Optimizer
+from xllm_jax.core.types import Params
 
-Schedule = Callable[[Any], jax.Array]
-
-NO_DECAY = (r"(.*/)?bias", r"(.*/)?.*norm.*/scale", r"(.*/)?temperature")
-"""Parameters without weight decay when the settings name none: whatever is not a matrix."""
+Step = jax.typing.ArrayLike
+Schedule = Callable[[Step], jax.Array]
 
 
 def cosine(
@@ -29,7 +30,7 @@ def cosine(
     """Linear warm-up, then half a cosine down to `minimum` at `total_steps` (the paper's A.3)."""
     length = max(total_steps - warmup_steps, 1)
 
-    def schedule(step: Any) -> jax.Array:
+    def schedule(step: Step) -> jax.Array:
         step = _float(step)
         rate = _half_cosine(peak, minimum, (step - warmup_steps) / length)
         return jnp.where(step < warmup_steps, _warmup(peak, warmup_from, warmup_steps, step), rate)
@@ -54,7 +55,7 @@ def epoch_cosine(
         raise UserError("needs steps_per_epoch", field="optimizer.schedule", hint="Set it to 1 up")
     epochs = total_steps / steps_per_epoch
 
-    def schedule(step: Any) -> jax.Array:
+    def schedule(step: Step) -> jax.Array:
         # In integers: compiled, a float quotient of 41 / 41 may lie below 1.
         epoch = _float(jnp.asarray(step).astype(int) // steps_per_epoch)
         warm = jnp.minimum(_warmup(peak, warmup_from, warmup_steps, _float(step)), peak)
@@ -73,7 +74,7 @@ def tri_stage(
 ) -> Schedule:
     """Linear warm-up, constant, exponential decay to `minimum`, constant (fairseq's tri-stage)."""
 
-    def schedule(step: Any) -> jax.Array:
+    def schedule(step: Step) -> jax.Array:
         step = _float(step)
         done = jnp.clip((step - warmup_steps - hold_steps) / max(decay_steps, 1), 0, 1)
         rate = peak * jnp.exp(math.log(minimum / peak) * done)
@@ -85,15 +86,15 @@ def tri_stage(
 def constant(peak: float, warmup_from: float = -1.0, warmup_steps: int = 0) -> Schedule:
     """Linear warm-up, then `peak`."""
 
-    def schedule(step: Any) -> jax.Array:
+    def schedule(step: Step) -> jax.Array:
         step = _float(step)
         return jnp.where(step < warmup_steps, _warmup(peak, warmup_from, warmup_steps, step), peak)
 
     return schedule
 
 
-def make_schedule(settings: Any, total_steps: int) -> Schedule:
-    """Builds the schedule that `settings` (`core.stage.Optimizer`) names.
+def make_schedule(settings: Optimizer, total_steps: int) -> Schedule:
+    """Builds the schedule that `settings` names, of `total_steps` updates.
 
     Raises:
       UserError: an unknown name, or lengths that the schedule cannot use.
@@ -119,7 +120,7 @@ def make_schedule(settings: Any, total_steps: int) -> Schedule:
     )
 
 
-def decay_mask(params: Mapping[str, Any], no_decay: Iterable[str] = NO_DECAY) -> dict[str, Any]:
+def decay_mask(params: Params, no_decay: Iterable[str] = NO_DECAY) -> Params:
     """Tree of bools: True where weight decay applies, False where a pattern matches the path."""
     patterns = tuple(no_decay)
     return rules.unflatten(
@@ -131,7 +132,7 @@ def decay_mask(params: Mapping[str, Any], no_decay: Iterable[str] = NO_DECAY) ->
 
 
 def make(
-    settings: Any, params: Mapping[str, Any], total_steps: int | None = None
+    settings: Optimizer, params: Params, total_steps: int
 ) -> tuple[optax.GradientTransformation, Schedule]:
     """Builds clip -> AdamW -> schedule, over averaged micro-batches.
 
@@ -139,9 +140,9 @@ def make(
     gradient; the schedule counts only those. Decay is decoupled (rate * decay * parameter).
 
     Args:
-      settings: `core.stage.Optimizer`, or anything with its attributes.
+      settings: clip, moments, decay, schedule and accumulation.
       params: the trainable tree; only paths are read.
-      total_steps: updates in all; None reads `settings.total_steps`.
+      total_steps: updates in all.
 
     Returns:
       (optax transformation, schedule for logging).
@@ -151,9 +152,8 @@ def make(
     """
     if settings.accumulation < 1:
         raise UserError("must be at least 1", field="optimizer.accumulation")
-    total = settings.total_steps if total_steps is None else total_steps
-    schedule = make_schedule(settings, total)
-    mask = decay_mask(params, getattr(settings, "no_decay", NO_DECAY))
+    schedule = make_schedule(settings, total_steps)
+    mask = decay_mask(params, settings.no_decay)
     chain = [optax.clip_by_global_norm(settings.clip)] if settings.clip else []
     chain += [
         optax.scale_by_adam(settings.b1, settings.b2, settings.eps),
@@ -168,8 +168,8 @@ def make(
 
 
 def abstract_state(
-    optimizer: optax.GradientTransformation, params: Mapping[str, Any], whole: Any
-) -> Any:
+    optimizer: optax.GradientTransformation, params: Params, whole: NamedSharding
+) -> optax.OptState:
     """Shapes of the optimizer's state; every moment is sharded as its parameter.
 
     Args:
@@ -179,7 +179,7 @@ def abstract_state(
     """
     shardings = {(leaf.shape, path): leaf.sharding for path, leaf in rules.flatten(params).items()}
 
-    def place(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
+    def place(path: tuple[Any, ...], leaf: jax.Array) -> jax.ShapeDtypeStruct:
         names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
         sharding = shardings.get((leaf.shape, "/".join(names)), whole)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
@@ -188,7 +188,7 @@ def abstract_state(
     return jax.tree_util.tree_map_with_path(place, state)
 
 
-def _float(step: Any) -> jax.Array:
+def _float(step: Step) -> jax.Array:
     return jnp.asarray(step, float)  # float64 where it is enabled
 
 

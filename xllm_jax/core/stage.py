@@ -37,6 +37,10 @@ class Route:
     interface: str = ""
 
 
+# Whatever is not a matrix.
+NO_DECAY = (r"(.*/)?bias", r"(.*/)?.*norm.*/scale", r"(.*/)?temperature")
+
+
 @dataclasses.dataclass
 class Optimizer:
     """AdamW and its schedule; steps count optimizer updates.
@@ -65,7 +69,7 @@ class Optimizer:
     weight_decay: float = 0.05
     clip: float = 0.0
     accumulation: int = 1
-    no_decay: tuple[str, ...] = (r"(.*/)?bias", r"(.*/)?.*norm.*/scale", r"(.*/)?temperature")
+    no_decay: tuple[str, ...] = NO_DECAY
 
 
 @dataclasses.dataclass

@@ -33,8 +33,6 @@ AGREEING_SECONDS = 0.1  # between two looks while the hosts agree on the last st
 GRACE_SECONDS = 10.0  # for the others to hear why a host ends
 START_FACTOR = 5.0  # loading and compiling may take longer than a step, by this factor
 INPUT = "waits for input"
-
-
 EARLY = "SIGTERM: there is nothing to save"
 
 
@@ -44,6 +42,10 @@ class Preempted(SystemExit):
     def __init__(self, step: int):
         super().__init__(hosts.SAVED)
         self.step = step
+
+
+Beat = Sequence[Any]
+"""What a host says at each look: [what it does, micro-batches begun, number of the look]."""
 
 
 class Watch:
@@ -68,7 +70,7 @@ class Watch:
         self.doing, self.keys = "starts", []
         self.reading: Callable[[], Sequence[str]] = list
         self._moved, self._factor = time.monotonic(), START_FACTOR
-        self._beats: dict[str, tuple[Any, float]] = {}
+        self._beats: dict[str, tuple[Beat, float]] = {}
         self._turn = threading.Condition()  # guards what the agreement on the last step reads
         self._begun: int | None = None  # micro-batches; None until the steps begin
         self._asked, self._last = False, None
@@ -218,7 +220,7 @@ class Watch:
         if self.index == 0:
             self._blame(EARLY, hosts.SAVED)
 
-    def _check_silence(self, beats: dict[str, Any]) -> None:
+    def _check_silence(self, beats: dict[str, Beat]) -> None:
         now = time.monotonic()
         for host, beat in beats.items():
             if host not in self._beats or self._beats[host][0] != beat:
@@ -246,7 +248,7 @@ class Watch:
         while expected - store.all("heard").keys() and time.monotonic() < end:
             time.sleep(0.1)
 
-    def _silent(self, beat: tuple[Any, float]) -> bool:
+    def _silent(self, beat: tuple[Beat, float]) -> bool:
         return beat[0][0] == "done" or time.monotonic() - beat[1] > self._lost
 
     def _blame(self, why: str, code: int = hosts.LOST, stall: bool = False) -> None:
@@ -294,7 +296,7 @@ class Watch:
         hosts.leave(code)
 
 
-def slowest(beats: dict[str, Any]) -> str:
+def slowest(beats: dict[str, Beat]) -> str:
     """Which host keeps the others waiting, in words.
 
     Args:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+import jax
+
+Scalar = jax.Array | float
 
 
 class WeightedMean(NamedTuple):
@@ -16,5 +20,5 @@ class WeightedMean(NamedTuple):
       count: scalar float32, how many were summed; 0 = the step has none of them.
     """
 
-    total: Any
-    count: Any
+    total: Scalar
+    count: Scalar

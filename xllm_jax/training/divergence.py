@@ -21,6 +21,7 @@ import numpy as np
 from xllm_jax.core.batch import Batch, Media
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Divergence, Stage
+from xllm_jax.core.types import Metrics
 
 Array = jax.Array
 Guard = dict[str, Array]
@@ -148,7 +149,7 @@ class Held:
         """Forgets the micro-batches."""
         self._entries.clear()
 
-    def find(self, rows: Mapping[int, Mapping[str, Any]]) -> list[tuple[Entry, bool]]:
+    def find(self, rows: Mapping[int, Metrics]) -> list[tuple[Entry, bool]]:
         """(micro-batch, whether it stopped the run) of each that was wrong.
 
         Args:

@@ -19,6 +19,8 @@ from xllm_jax.core.errors import Diverged, UserError
 from xllm_jax.core.log import Log
 from xllm_jax.core.optim import Schedule
 from xllm_jax.core.stage import Stage
+from xllm_jax.core.types import Metrics
+from xllm_jax.core.weighted_mean import WeightedMean
 from xllm_jax.data.batching import padding
 from xllm_jax.data.pipeline import Batches, Pipeline
 from xllm_jax.feature_cache import check
@@ -51,7 +53,7 @@ def fit(stage: Stage, workdir: str | Path, stop_after: int | None = None) -> Pat
         trainer, device_mesh = Trainer(system), system.device_mesh
         pipeline = startup.open_pipeline(stage, device_mesh, workdir)
         watch.reading = pipeline.activity.now
-        startup.compare(trainer, pipeline, store)
+        startup.compare(system, pipeline, store)
         cached = check.verified(system)
         state = trainer.initial_state()
         startup.describe(state)
@@ -141,7 +143,7 @@ class Loop:
     """
 
     stage: Stage
-    compiled: telemetry.Compilations
+    compiled: telemetry.Compilations[TrainState, tuple[TrainState, Metrics]]
     schedule: Schedule
     checkpoints: checkpoint.Checkpoints
     log: Log
@@ -152,7 +154,7 @@ class Loop:
     loss: Loss
     store: hosts.Store | None = None
     evaluation: validation.Evaluation | None = None
-    scores: list[Any] = dataclasses.field(default_factory=list)
+    scores: list[jax.Array | WeightedMean | float] = dataclasses.field(default_factory=list)
 
     def run(self, state: TrainState, batches: Batches, device_mesh: Mesh, until: int) -> TrainState:
         """Steps until micro-batch `until`, or until all hosts agree to stop after SIGTERM."""
@@ -213,12 +215,24 @@ class Loop:
         return telemetry.Interval(self.useful if peak else None, peak)
 
     @functools.cached_property
-    def useful(self) -> Callable[[Any, Any], float]:
+    def useful(self) -> Callable[[TrainState, Any], float]:
         """(state, batch) -> FLOPs that the step cannot do without."""
         return telemetry.useful(self.loss)
 
-    def step(self, number: int, state: TrainState, batch: Any, since: telemetry.Interval) -> Any:
-        """Micro-batch `number`: (state, metrics), not waited for."""
+    def step(
+        self, number: int, state: TrainState, batch: Any, since: telemetry.Interval
+    ) -> tuple[TrainState, Metrics]:
+        """Runs micro-batch `number`, without waiting for it.
+
+        Args:
+          number: counted from 1.
+          state: donated.
+          batch: global arrays.
+          since: the interval that the work counts in.
+
+        Returns:
+          (state, metrics).
+        """
         since.work(state, batch)
         self.profile.before(number, state)
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
@@ -226,7 +240,7 @@ class Loop:
         self.log.log(self.profile.after(number, state))
         return state, metrics
 
-    def look(self, rows: Mapping[int, Mapping[str, Any]], state: TrainState) -> None:
+    def look(self, rows: Mapping[int, Metrics], state: TrainState) -> None:
         """Handles the micro-batches that the step found wrong, then forgets all of them.
 
         Raises:
@@ -298,7 +312,7 @@ class Loop:
         seen, bad = map(sum, zip(*hosts.gather(self.store, f"position/{number}", own)))
         return {**position, "seen": seen, "bad": bad}
 
-    def score(self, metrics: Mapping[str, Any]) -> None:
+    def score(self, metrics: Metrics) -> None:
         """Notes the metric that the best checkpoint is chosen by.
 
         Raises:

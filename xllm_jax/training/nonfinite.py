@@ -57,7 +57,9 @@ def values(tree: Any) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def _search(jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any], test: Test) -> list[str]:
+def _search(
+    jaxpr: core.Jaxpr, consts: Sequence[Any], arguments: Sequence[Any], test: Test
+) -> list[str]:
     """Places from the outermost to the innermost; nothing when all results are good."""
     known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *arguments]))
     left = Counter(v for e in jaxpr.eqns for v in e.invars if not isinstance(v, core.Literal))
@@ -76,7 +78,7 @@ def _search(jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any], test: T
     return []
 
 
-def _run(jaxpr: Any, equation: Any, inputs: Sequence[Any]) -> list[Any]:
+def _run(jaxpr: core.Jaxpr, equation: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
     """Results of one equation of `jaxpr`, run by itself."""
     pairs = zip(equation.invars, inputs)
     given = {v: value for v, value in pairs if not isinstance(v, core.Literal)}
@@ -91,7 +93,7 @@ def _run(jaxpr: Any, equation: Any, inputs: Sequence[Any]) -> list[Any]:
     return core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))(*given.values())
 
 
-def _inside(equation: Any, inputs: Sequence[Any], test: Test) -> list[str]:
+def _inside(equation: core.JaxprEqn, inputs: Sequence[Any], test: Test) -> list[str]:
     parts, name = list(flops.inner(equation)), equation.primitive.name
     if name == "scan":
         return _inside_loop(equation, inputs, test)
@@ -106,7 +108,7 @@ def _inside(equation: Any, inputs: Sequence[Any], test: Test) -> list[str]:
     return []
 
 
-def _inside_loop(equation: Any, inputs: Sequence[Any], test: Test) -> list[str]:
+def _inside_loop(equation: core.JaxprEqn, inputs: Sequence[Any], test: Test) -> list[str]:
     """The first turn of a scan that goes wrong, and the place in it."""
     settings, body = equation.params, equation.params["jaxpr"]
     constants, carried = flops.loop_sizes(equation)
@@ -126,7 +128,7 @@ def _turns(length: int, reverse: bool) -> Iterator[int]:
     yield from reversed(range(length)) if reverse else range(length)
 
 
-def _place(equation: Any) -> str:
+def _place(equation: core.JaxprEqn) -> str:
     """The operation, the module it stands in, and the line of ours that made it."""
     source = equation.source_info
     stack = str(source.name_stack)

@@ -18,6 +18,7 @@ from xllm_jax.assembly.system import System
 from xllm_jax.core import checkpoint, mesh, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Stage, parse_stage
+from xllm_jax.core.types import Params
 from xllm_jax.training import divergence, nonfinite, startup
 from xllm_jax.training.step import TrainState, gradient_norms, step_key
 from xllm_jax.training.trainer import Trainer
@@ -163,8 +164,10 @@ def run(recording: Recording, workdir: str | Path) -> Result:
     loss = trainer.loss
     key = step_key(stage.seed, recording.step - 1)
 
-    def both(trainable: Any, frozen: Any, batch: Any, key: Any) -> tuple[Any, Any]:
-        def objective(trainable: Any) -> Any:
+    def both(
+        trainable: Params, frozen: Params, batch: Any, key: jax.Array
+    ) -> tuple[jax.Array, Params]:
+        def objective(trainable: Params) -> jax.Array:
             return loss(rules.join(trainable, frozen), batch, key)[0]
 
         return jax.value_and_grad(objective)(trainable)

@@ -11,13 +11,13 @@ import jax
 from clu import parameter_overview
 from jax.sharding import Mesh
 
+from xllm_jax.assembly.system import System
 from xllm_jax.core import checkpoint, fingerprint, hosts, mesh, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Stage
 from xllm_jax.data import manifest
 from xllm_jax.data.pipeline import Pipeline
 from xllm_jax.training.step import TrainState
-from xllm_jax.training.trainer import Trainer
 
 
 def open_pipeline(stage: Stage, device_mesh: Mesh, workdir: Path) -> Pipeline:
@@ -28,11 +28,11 @@ def open_pipeline(stage: Stage, device_mesh: Mesh, workdir: Path) -> Pipeline:
     return Pipeline(stage.data, stage.seed, share, shares, quarantine=workdir / name)
 
 
-def compare(trainer: Trainer, pipeline: Pipeline, store: hosts.Store | None) -> None:
+def compare(system: System, pipeline: Pipeline, store: hosts.Store | None) -> None:
     """Stops hosts that would not run the same program on the same data; does nothing with one.
 
     Args:
-      trainer: with the abstract state of this host.
+      system: of this host.
       pipeline: the data that this host reads.
       store: of the hosts; None with one.
 
@@ -41,11 +41,11 @@ def compare(trainer: Trainer, pipeline: Pipeline, store: hosts.Store | None) -> 
     """
     if store is None:
         return
-    stage, like = trainer.system.stage, trainer.abstract_state
+    stage = system.stage
     hosts.agree(store, "configuration", fingerprint.configuration(stage))
     hosts.agree(store, "code", fingerprint.code())
     hosts.agree(store, "data", manifest.manifest(stage.data, pipeline.sources))
-    hosts.agree(store, "parameter tree", fingerprint.tree(rules.join(like.trainable, like.frozen)))
+    hosts.agree(store, "parameter tree", fingerprint.tree(rules.unflatten(system.parameters)))
 
 
 def share_of(position: Mapping[str, Any] | None, device_mesh: Mesh) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import jax
 import numpy as np
@@ -18,9 +18,13 @@ import numpy as np
 from xllm_jax.core import chips, flops
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Stage
-from xllm_jax.core.types import Device
+from xllm_jax.core.types import Device, Metrics
 from xllm_jax.core.weighted_mean import WeightedMean
 from xllm_jax.training import divergence
+from xllm_jax.training.step import Loss, TrainState
+
+S = TypeVar("S")
+R = TypeVar("R")
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 TOKENS = ("tokens", "characters", "word pieces")  # of `padding`, whichever a form has
@@ -48,8 +52,8 @@ class Interval:
 
     def __init__(self, useful: Callable[..., float] | None = None, peak: float = 0.0):
         self._useful, self._peak = useful, peak
-        self._rows: dict[int, dict[str, Any]] = {}  # fetched
-        self._pending: dict[int, dict[str, Any]] = {}
+        self._rows: dict[int, Metrics] = {}  # fetched
+        self._pending: dict[int, Metrics] = {}
         self._samples = self._tokens = 0
         self._flops, self._waited, self._since = 0.0, 0.0, time.monotonic()
 
@@ -61,19 +65,19 @@ class Interval:
         """Takes time that went by for something else than training out of the speeds."""
         self._since += seconds
 
-    def add(self, number: int, metrics: dict[str, Any], info: Mapping[str, Any]) -> None:
+    def add(self, number: int, metrics: Metrics, info: Mapping[str, Any]) -> None:
         """Notes one step; its metrics stay on the device."""
         self._pending[number] = metrics
         self._samples += info["examples"]
         used = next((info["padding"][name][0] for name in TOKENS if name in info["padding"]), 0)
         self._tokens += used * jax.process_count()
 
-    def work(self, state: Any, batch: Any) -> None:
+    def work(self, state: TrainState, batch: Any) -> None:
         """Notes the work that a step is about to do."""
         if self._useful is not None:
             self._flops += self._useful(state, batch)
 
-    def fetch(self) -> dict[int, dict[str, Any]]:
+    def fetch(self) -> dict[int, Metrics]:
         """{number: metrics} of the steps since the last fetch, in one transfer; waits for them."""
         fetched = jax.device_get(self._pending)
         self._pending = {}
@@ -93,7 +97,7 @@ class Interval:
         return found | ({"mfu": self._flops / seconds / self._peak} if self._flops else {})
 
 
-def means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def means(rows: Sequence[Metrics]) -> dict[str, float]:
     """Means over steps, of a `WeightedMean` by what it counts; counters as they are last.
 
     A skipped micro-batch's values that are NaN are left out, and so is a scalar without any.
@@ -108,17 +112,17 @@ def means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {name: value for name, value in found.items() if np.isfinite(value)}
 
 
-def mean(values: Sequence[Any]) -> float:
+def mean(values: Sequence[float | WeightedMean]) -> float:
     """Mean of fetched scalars that are numbers; of `WeightedMean`, the total over the count."""
     if isinstance(values[0], WeightedMean):
-        kept = [v for v in values if np.isfinite(v.total)]
-        count = sum(float(v.count) for v in kept)
-        return sum(float(v.total) for v in kept) / count if count else float("nan")
-    kept = [float(v) for v in values if np.isfinite(v)]
+        parts = [v for v in values if isinstance(v, WeightedMean) and np.isfinite(v.total)]
+        count = sum(float(v.count) for v in parts)
+        return sum(float(v.total) for v in parts) / count if count else float("nan")
+    kept = [float(v) for v in values if not isinstance(v, WeightedMean) and np.isfinite(v)]
     return float(np.mean(kept)) if kept else float("nan")
 
 
-class Compilations:
+class Compilations(Generic[S, R]):
     """The step, watched: counts how often XLA compiles it and says when it does so once too often.
 
     Args:
@@ -133,7 +137,7 @@ class Compilations:
 
     def __init__(
         self,
-        step: Callable[..., Any],
+        step: Callable[[S, Any], R],
         expected: int,
         say: Callable[[str], None] = print,
         name: str = "The step",
@@ -148,13 +152,13 @@ class Compilations:
         """Stops listening."""
         jax.monitoring.unregister_event_duration_listener(self._hear)
 
-    def __enter__(self) -> Compilations:
+    def __enter__(self) -> Compilations[S, R]:
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __call__(self, state: Any, batch: Any) -> Any:
+    def __call__(self, state: S, batch: Any) -> R:
         """Runs the step."""
         before, self._calling = self.count, threading.get_ident()
         try:
@@ -201,11 +205,11 @@ def programs(stage: Stage) -> int:
     return len(stage.data.frames) if bucketed else 1
 
 
-def useful(loss: Callable[..., Any]) -> Callable[[Any, Any], float]:
+def useful(loss: Loss) -> Callable[[TrainState, Any], float]:
     """(state, batch) -> FLOPs that a stage's step cannot do without, traced once for each shape."""
     known: dict[Signature, float] = {}
 
-    def count(state: Any, batch: Any) -> float:
+    def count(state: TrainState, batch: Any) -> float:
         name = signature(batch)
         if name not in known:
             arguments = jax.tree.map(
@@ -260,14 +264,14 @@ class Profile:
         self._first, self._last = steps or (0, 0)
         self._directory, self._running = directory, False
 
-    def before(self, number: int, state: Any) -> None:
+    def before(self, number: int, state: TrainState) -> None:
         """Starts at the first micro-batch, once those before it are done."""
         if self._first and self._first <= number <= self._last and not self._running:
             jax.block_until_ready(state)
             jax.profiler.start_trace(self._directory)
             self._running = True
 
-    def after(self, number: int, state: Any) -> str:
+    def after(self, number: int, state: TrainState) -> str:
         """Stops behind the last one; returns a line that says where the trace lies, or ''."""
         if not self._running or number < self._last:
             return ""

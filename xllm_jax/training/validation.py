@@ -50,7 +50,7 @@ Planned = Sequence[tuple[int, Example]]  # (row, example) of a global batch
 class Metric(Protocol):
     """A metric of a task: what networks make of a batch, and what that is worth."""
 
-    def outputs(self, params: Mapping[str, Any], batch: Any) -> Any:
+    def outputs(self, params: Params, batch: Any) -> Any:
         """Small arrays of a global batch; part of the compiled step."""
         ...
 
@@ -76,7 +76,7 @@ class CharacterErrors:
         transcriber.require(system.stage.parts, "validation.metrics")
         return cls(system.model, CharacterVocabulary.load(system.stage.data.characters))
 
-    def outputs(self, params: Mapping[str, Any], batch: Mapping[str, Any]) -> tuple[Any, Any]:
+    def outputs(self, params: Params, batch: Mapping[str, Any]) -> tuple[Any, Any]:
         """(tokens `[B, steps]`, target lengths `[B]`, 0 where a file could not be read)."""
         tokens = transcriber.decode(self.model, params, batch["features"], batch["lengths"])
         return tokens, batch["token_lengths"]
@@ -96,7 +96,7 @@ METRICS: dict[str, Callable[[System], Metric]] = {"cer": CharacterErrors.of}
 
 
 def step(
-    measured: tuple[TrainState, dict[str, Any]],
+    measured: tuple[TrainState, Params],
     batch: Any,
     *,
     loss: Loss,
@@ -145,7 +145,7 @@ class Evaluation:
         jitted: Any,
         pipeline: Pipeline,
         task: Mapping[str, Metric],
-        unread: dict[str, Any],
+        unread: Params,
         device_mesh: Mesh,
         watch: Watch,
         say: Callable[[str], None] = print,
