@@ -25,7 +25,7 @@ from typing import Any
 import jax
 
 from xllm_jax.core.stage import Stage
-from xllm_jax.preflight import plan, report, targets
+from xllm_jax.preflight import forecast, report, targets
 
 STAGES = (
     "stage1_speech", "stage1_image", "stage2_image", "stage2_video", "stage2_speech",
@@ -57,7 +57,11 @@ def measure(cell: tuple[str, str, str], folder: Path) -> None:
     report.write(folder, place(folder, cell).stem, page, record)
 
 
-MAKERS = {"configured": plan.make, "largest": plan.largest, "arithmetic": plan.arithmetic}
+MAKERS = {
+    "configured": forecast.make,
+    "largest": forecast.largest,
+    "arithmetic": forecast.arithmetic,
+}
 
 
 def needless(cell: tuple[str, str, str], folder: Path) -> bool:

@@ -38,11 +38,11 @@ SEARCH = flags.DEFINE_bool(
 def main(_: list[str]) -> int:
     """Returns the exit code."""
     prepare_compiler()
-    from xllm_jax.preflight import plan, records, report, targets
+    from xllm_jax.preflight import forecast, records, report, targets
 
     stage, target = CONFIG.value, targets.parse(TOPOLOGY.value)
-    made = plan.make(stage, target)
-    largest = plan.largest(stage, target, made) if SEARCH.value and target.chip.memory else None
+    made = forecast.make(stage, target)
+    largest = forecast.largest(stage, target, made) if SEARCH.value and target.chip.memory else None
     look = records.scan(stage.data, RECORDS.value) if RECORDS.value else None
     page = report.text(made, largest, look)
     name = f"{stage.name}_{made.target.title.replace(':', '_').replace(' ', '')}"

@@ -18,7 +18,7 @@ import pytest
 from xllm_jax.assembly import networks
 from xllm_jax.core import flops
 from xllm_jax.core.stage import Stage
-from xllm_jax.preflight import plan, targets
+from xllm_jax.preflight import forecast, targets
 
 FROZEN, THROUGH, FIRST, TRAINED = 2, 4, 4, 6  # FLOPs per multiply-add
 BINS = 80
@@ -198,7 +198,7 @@ FORMULAS = {
 def test_what_a_stage_needs(name):
     stage: Stage = importlib.import_module(f"xllm_jax.configs.{name}").get_config("tiny")
     formula = FORMULAS[name](Sizes(dict(networks.model(stage).networks), stage))
-    made = plan.prepare(stage, targets.parse("h200:1"), compiles=False)
+    made = forecast.prepare(stage, targets.parse("h200:1"), compiles=False)
     needed = flops.useful(made.loss, made.state.trainable, made.state.frozen, made.batch)
     # Beyond the formula the program projects every token of a text, of which ITC compares the first
     # (stage 1, image), and has the head at places that fill up its last chunk.

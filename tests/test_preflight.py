@@ -16,7 +16,7 @@ from small_stage import ROOT
 from xllm_jax.configs import stage2_image, stage3_instruction
 from xllm_jax.core import flops
 from xllm_jax.core.errors import UserError
-from xllm_jax.preflight import collectives, hlo, inputs, memory, plan, report, roofline, targets
+from xllm_jax.preflight import collectives, forecast, hlo, inputs, memory, report, roofline, targets
 
 PROGRAM = """\
 HloModule jit_step, is_scheduled=true
@@ -107,7 +107,7 @@ def test_flops_of_a_convolution():
 def image():
     """FLOPs of stage 2, image, at the real size."""
     stage = stage2_image.get_config("real")
-    return stage, plan.counts(plan.prepare(stage, targets.parse("h200:8")))
+    return stage, forecast.counts(forecast.prepare(stage, targets.parse("h200:8")))
 
 
 def needed(rows: int, length: int, answers: int) -> float:
@@ -184,19 +184,21 @@ def test_search_takes_the_largest_that_fits_in_few_tries():
         tried.append(rows)
         used = memory.Memory(0, 50 * 10**9, 0, 0, rows * 10**9)
         fits = used.total <= target.chip.memory
-        return plan.Plan(made, target, {}, used, fits, True, 1.0, 1.0)
+        return forecast.Forecast(made, target, {}, used, fits, True, 1.0, 1.0)
 
-    found = plan.largest(stage, target, compile_=compile_)
+    found = forecast.largest(stage, target, compile_=compile_)
     assert inputs.rows_of(found.stage.data) == 64
     assert tried == [512, 64]
     whole = inputs.with_rows(stage, 512)
-    assert plan.largest(whole, target, compile_(whole, target), compile_).stage == found.stage
+    assert forecast.largest(whole, target, compile_(whole, target), compile_).stage == found.stage
     assert tried == [512, 64, 512, 64]  # the plan that is known costs no third 512
 
 
 def test_moments_are_sharded_as_their_parameters():
     stage = stage2_image.get_config("real")
-    lowered = plan.prepare(dataclasses.replace(stage, mesh={"fsdp": 8}), targets.parse("h200:8"))
+    lowered = forecast.prepare(
+        dataclasses.replace(stage, mesh={"fsdp": 8}), targets.parse("h200:8")
+    )
     trainable = memory.held(lowered.state.trainable)
     # Two moments and the accumulated gradient, and a few counters.
     assert memory.held(lowered.state.optimizer) == pytest.approx(3 * trainable, rel=1e-4)
@@ -235,5 +237,5 @@ def test_a_page_without_a_compiler_says_so(image):
     stage, found = image
     target = targets.parse("h200:8")
     used = memory.Memory(1, 2, 3, 4, 5)
-    made = plan.Plan(stage, target, {"fsdp": 8}, used, True, False, **found)
+    made = forecast.Forecast(stage, target, {"fsdp": 8}, used, True, False, **found)
     assert "arithmetic, not compiled" in report.text(made, None, None)

@@ -13,7 +13,7 @@ from test_preflight import PROGRAM
 
 from xllm_jax.configs import stage2_image
 from xllm_jax.core.errors import UserError
-from xllm_jax.preflight import collectives, hlo, memory, plan, report, roofline, targets
+from xllm_jax.preflight import collectives, forecast, hlo, memory, report, roofline, targets
 
 HANDED = (
     "is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="
@@ -99,7 +99,7 @@ def test_the_network_can_be_the_limit():
     stage, _ = sliced({"data": 2})
     found = tuple(collectives.find(hlo.parse(SLICED), 4))
     page = report.text(
-        plan.Plan(stage, two, {}, used, True, True, 1.0, 1.0, collectives=found), None, None
+        forecast.Forecast(stage, two, {}, used, True, True, 1.0, 1.0, collectives=found), None, None
     )
     assert "2 x v5e:2x2, 8 chips" in page and "between slices 0.4" in page
     assert page.index("collectives") < page.index("of slices     all-gather: 1")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from xllm_jax.configs import stage2_image
-from xllm_jax.preflight import memory, plan, refusal, report, targets
+from xllm_jax.preflight import forecast, memory, refusal, report, targets
 
 GIB = 2**30
 # Recorded: stage 2, image, at the real size for v5e:1x1.
@@ -33,12 +33,12 @@ def test_other_errors_are_none_of_this():
 @pytest.fixture(scope="module")
 def lowered():
     stage, target = stage2_image.get_config("tiny"), targets.parse("v5e:1x1")
-    made = plan.prepare(stage, target, compiles=False)
-    return made, plan.uncompiled(stage, target, made)
+    made = forecast.prepare(stage, target, compiles=False)
+    return made, forecast.uncompiled(stage, target, made)
 
 
 def test_the_page_blames_what_autodiff_keeps(lowered):
-    made = plan.from_refusal(refusal.read(EARLY), *lowered, seconds=1.0)
+    made = forecast.from_refusal(refusal.read(EARLY), *lowered, seconds=1.0)
     assert not made.fits and made.memory.total == int(23.08 * GIB)
     page = report.text(made, None, None)
     assert "23.08 of 15.75: DOES NOT FIT" in page

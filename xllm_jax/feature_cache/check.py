@@ -129,7 +129,7 @@ def loaded(system: System, paths: Collection[str]) -> Params:
     return parameters.parameters(system.whole, set(paths)) if paths else {}
 
 
-def base(frozen: Mapping[str, Any], cached: Mapping[str, str]) -> dict[str, str]:
+def base(frozen: Params, cached: Mapping[str, str]) -> dict[str, str]:
     """{part: identity} of a frozen base of which some parameters are known by checksum alone.
 
     Args:

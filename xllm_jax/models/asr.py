@@ -10,12 +10,13 @@ zero vectors where there is none. Without such blocks it is the decoder of the f
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 from xllm_jax.models.dropout import Dropout
 from xllm_jax.models.layers import Dense, FeedForward, LayerNorm, attention, recomputed
@@ -37,7 +38,7 @@ class CachedAttention(nn.Module):
     """Multi-head attention whose keys and values may come from a cache of earlier steps."""
 
     heads: int
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -76,7 +77,7 @@ class CachedAttention(nn.Module):
         return Dense(width, inputs=2, dtype=self.dtype, kernel_init=merge, name="output")(y), cache
 
 
-def uniform(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+def uniform(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
     """Xavier initializer of `[inputs, *outputs]`."""
     outputs = tuple(range(1, len(shape)))
     return nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", out_axis=outputs, in_axis=0)(
@@ -84,7 +85,7 @@ def uniform(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Arr
     )
 
 
-def merge(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+def merge(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
     """Xavier initializer of `[heads, head_dim, width]`."""
     return nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", in_axis=(0, 1))(
         key, shape, dtype
@@ -98,7 +99,7 @@ class DecoderBlock(nn.Module):
     hidden: int
     dropout: float = 0.0
     train: bool = False
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -158,7 +159,7 @@ class ASRDecoder(nn.Module):
     visual_width: int = 768
     linguistic_width: int = 768
     dropout: float = 0.1
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     unroll: int = 1
     remat: str = "none"
 

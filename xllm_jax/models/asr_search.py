@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 
+from xllm_jax.core.types import Params
 from xllm_jax.models.asr import END, PAD, ASRDecoder, Cache, Context
 
 Array = jax.Array
@@ -27,7 +27,7 @@ class Hypotheses(NamedTuple):
 
 def search(
     decoder: ASRDecoder,
-    params: Mapping[str, Any],
+    params: Params,
     embeddings: Array,
     counts: Array,
     beams: int = 1,

@@ -6,12 +6,12 @@ They stand in for what CLIP's text tower was to EVA: something that makes a mini
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 
 from xllm_jax.models.layers import Dense
 
@@ -30,7 +30,7 @@ class AttributeHead(nn.Module):
     encoder_width: int = 96
     classes: Sequence[int] = (6, 7, 3)
     cells: int = 9
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, features: Array) -> tuple[Array, Array]:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 
 from xllm_jax.models import layers
 from xllm_jax.models.dropout import Dropout
@@ -31,7 +31,7 @@ class Attention(nn.Module):
 
     heads: int
     dropout: float = 0.0
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -78,7 +78,7 @@ class Residual(nn.Module):
 
     epsilon: float
     dropout: float
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array, y: Array, train: bool = False) -> Array:
@@ -103,7 +103,7 @@ class Embeddings(nn.Module):
     types: int = 0
     epsilon: float = 1e-12
     dropout: float = 0.0
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -165,7 +165,7 @@ class Layer(nn.Module):
     hidden: int
     epsilon: float
     dropout: float
-    dtype: Any
+    dtype: DTypeLike
     train: bool
 
     @nn.compact
@@ -206,7 +206,7 @@ class BertEncoder(nn.Module):
     pooler: bool = False
     epsilon: float = 1e-12
     dropout: float = 0.1
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     remat: str = "none"
     unroll: int = 1
 

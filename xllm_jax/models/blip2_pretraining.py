@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 
 from xllm_jax.models import layers
 from xllm_jax.models.qformer import SHARDING as QFORMER_SHARDING
@@ -23,7 +24,7 @@ class LanguageHead(nn.Module):
     """BERT's masked-language head; the decoder is the word table itself."""
 
     epsilon: float = 1e-12
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array, words: Array) -> Array:
@@ -61,7 +62,7 @@ class ContrastModel(nn.Module):
     norm_epsilon: float = 1e-5
     epsilon: float = 1e-12
     dropout: float = 0.1
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     remat: str = "none"
     unroll: int = 1
 

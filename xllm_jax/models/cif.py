@@ -23,12 +23,13 @@ in float32 whatever the compute dtype is: in bfloat16 the number of tokens would
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 from xllm_jax.models.dropout import Dropout
 from xllm_jax.models.layers import Dense
@@ -237,7 +238,7 @@ class CIF(nn.Module):
     closing_frame: bool = True
     mask_padding: bool = True
     dropout: float = 0.0
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -270,7 +271,7 @@ class CIF(nn.Module):
         return fired._replace(embeddings=project(fired.embeddings))
 
 
-def conv_init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+def conv_init(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
     """Uniform initializer of a convolution by its fan-in, over all axes but the last."""
     return nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=(0, 1))(
         key, shape, dtype

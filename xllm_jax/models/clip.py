@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 
 from xllm_jax.models import clip_text, clip_vision, layers
 
@@ -32,7 +33,7 @@ class Clip(nn.Module):
     vision_fields: Mapping[str, Any]
     text_fields: Mapping[str, Any]
     shared: int = 512
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
         """Names the two towers and their projections."""

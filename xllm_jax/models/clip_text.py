@@ -7,12 +7,11 @@ the space that it shares with images is in `clip.py`.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 
 from xllm_jax.models import layers, vit
 
@@ -41,7 +40,7 @@ class ClipText(nn.Module):
     epsilon: float = 1e-5
     end: int | None = None
     attention: layers.Kernel | None = None
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     remat: str = "none"
     unroll: int = 1
 
@@ -89,7 +88,7 @@ class Embeddings(nn.Module):
     vocabulary: int
     positions: int
     width: int
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, ids: Array) -> Array:

@@ -7,12 +7,11 @@ space that it shares with text is left out.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 
 from xllm_jax.models import layers, vit
 
@@ -42,7 +41,7 @@ class ClipVision(nn.Module):
     epsilon: float = 1e-5
     final_norm: bool = True
     attention: layers.Kernel | None = None
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     remat: str = "none"
     unroll: int = 1
 

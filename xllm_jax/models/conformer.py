@@ -18,12 +18,12 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 from xllm_jax.core.types import Params
 from xllm_jax.models.depthwise import depthwise_by_conv, depthwise_by_shifts
@@ -55,7 +55,7 @@ class ConformerFeedForward(nn.Module):
 
     hidden: int
     dropout: float = 0.0
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
@@ -74,7 +74,7 @@ class BatchNorm(nn.Module):
     train: bool = False
     momentum: float = 0.1
     epsilon: float = 1e-5
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array, valid: Array | None = None) -> tuple[Array, dict[str, Array]]:
@@ -129,7 +129,7 @@ class ConvolutionModule(nn.Module):
     depthwise: str | None = None
     momentum: float = 0.1
     epsilon: float = 1e-5
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array, valid: Array) -> tuple[Array, dict[str, Array]]:
@@ -160,7 +160,7 @@ class ConformerBlock(nn.Module):
     depthwise: str | None = None
     momentum: float = 0.1
     epsilon: float = 1e-5
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array, valid: Array) -> tuple[Array, Params]:
@@ -201,7 +201,7 @@ class FrontEnd(nn.Module):
 
     width: int
     channels: int
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, values: Array) -> Array:
@@ -228,7 +228,7 @@ def strided_patches(values: Array, size: int = 3, stride: int = 2) -> Array:
     )
 
 
-def conv_init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+def conv_init(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
     """Uniform by fan-in, as PyTorch initializes convolutions."""
     return nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")(key, shape, dtype)
 
@@ -281,7 +281,7 @@ class SpeechEncoder(nn.Module):
     depthwise: str | None = None
     momentum: float = 0.1
     epsilon: float = 1e-5
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     unroll: int = 1
     remat: str = "none"
 
@@ -293,7 +293,7 @@ class SpeechEncoder(nn.Module):
     @nn.compact
     def __call__(
         self, values: Array, lengths: Array, train: bool = False, statistics: bool = False
-    ) -> tuple[Array, Array] | tuple[Array, Array, dict[str, Any]]:
+    ) -> tuple[Array, Array] | tuple[Array, Array, Params]:
         """Encodes `values` `[batch, frames, bins]` float32 with `lengths` `[batch]` frames.
 
         Args:
@@ -323,7 +323,7 @@ class SpeechEncoder(nn.Module):
 
     def blocks(
         self, number: int, length: int, x: Array, lengths: Array, train: bool
-    ) -> tuple[Array, dict[str, Any]]:
+    ) -> tuple[Array, Params]:
         """Runs the blocks between two pools."""
         layers = stack(ConformerBlock, length, broadcast=1, remat=self.remat, unroll=self.unroll)(
             self.hidden,

@@ -7,19 +7,19 @@ and `init_cache(batch, length, dtype, prefix)`; the rest of the project knows no
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 from xllm_jax.core import mesh
 from xllm_jax.models import layers as basic
 
 Array = jax.Array
 Cache = dict[str, Array]
+Memory = tuple[Array, Array, Array] | None  # layer number, keys and values of all layers
 
 # The reference builds every block with its default of 28 layers, whatever the model's depth is.
 REFERENCE_ALPHA = (2 * 28) ** 0.5
@@ -142,12 +142,12 @@ class Attention(nn.Module):
 
     heads: int
     implementation: basic.Kernel | None = None
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
-        self, x: Array, tables: tuple[Array, Array], mask: Array, slots: Array, memory: Any
-    ) -> tuple[Array, Any]:
+        self, x: Array, tables: tuple[Array, Array], mask: Array, slots: Array, memory: Memory
+    ) -> tuple[Array, Memory]:
         """`x [B, T, D]`; memory is None or (layer number, keys, values). Returns (y, memory)."""
         width = x.shape[-1]
         shape = (3, self.heads, width // self.heads)
@@ -172,16 +172,16 @@ class Block(nn.Module):
     alpha: float
     norm_epsilon: float
     implementation: basic.Kernel | None = None
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
         self,
-        carry: tuple[Array, Any],
+        carry: tuple[Array, Memory],
         tables: tuple[Array, Array],
         mask: Array,
         slots: Array,
-    ) -> tuple[tuple[Array, Any], None]:
+    ) -> tuple[tuple[Array, Memory], None]:
         x, memory = carry
         attention = Attention(self.heads, self.implementation, self.dtype, name="attention")
         feed_forward = basic.FeedForward(
@@ -224,7 +224,7 @@ class ChatGLM(nn.Module):
     norm_epsilon: float = 1e-5
     half_angles: bool = False
     implementation: basic.Kernel | None = None
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     remat: str = "none"
     unroll: int = 1
 
@@ -306,7 +306,7 @@ class ChatGLM(nn.Module):
         return jnp.zeros((1, 2, self.width)), row, row > 0, jnp.zeros((1, 2, 2), jnp.int32)
 
     def init_cache(
-        self, batch: int, length: int, dtype: Any = None, prefix: Array | None = None
+        self, batch: int, length: int, dtype: DTypeLike | None = None, prefix: Array | None = None
     ) -> Cache:
         """A cache for `batch` rows of at most `length` tokens, empty or begun by a prefix.
 

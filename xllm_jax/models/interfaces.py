@@ -6,12 +6,13 @@ frames, each through the same interface. The speech interface is in `speech_inte
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 
 from xllm_jax.models import layers, qformer
 
@@ -40,7 +41,7 @@ class QFormerInterface(nn.Module):
     norm_epsilon: float = 1e-5
     epsilon: float = 1e-12
     dropout: float = 0.1
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     remat: str = "none"
     unroll: int = 1
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from xllm_jax.core import mesh
 from xllm_jax.models.dropout import Dropout
@@ -43,7 +44,7 @@ class Dense(nn.Module):
     features: int | Sequence[int]
     inputs: int = 1
     use_bias: bool = True
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     kernel_init: Initializer = truncated_normal()
     bias_init: Initializer = nn.initializers.zeros_init()
     tensor_axis: int | None = None
@@ -78,7 +79,7 @@ class LayerNorm(nn.Module):
     """Layer normalization over the last axis, computed in float32, returned in `dtype`."""
 
     epsilon: float = 1e-5
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -142,7 +143,7 @@ class FeedForward(nn.Module):
     hidden: int
     activation: Callable[[Array], Array]
     dropout: float = 0.0
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:

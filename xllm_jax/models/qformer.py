@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 
 from xllm_jax.models import bert, layers
 
@@ -81,7 +82,7 @@ class Layer(nn.Module):
     hidden: int
     epsilon: float
     dropout: float
-    dtype: Any
+    dtype: DTypeLike
     train: bool
     cross: bool
 
@@ -179,7 +180,7 @@ class QFormer(nn.Module):
     positions: int = 0
     epsilon: float = 1e-12
     dropout: float = 0.1
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     remat: str = "none"
     unroll: int = 1
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from xllm_jax.core import mesh
 from xllm_jax.models.layers import MASKED, Dense
@@ -136,7 +135,7 @@ class RelativeAttention(nn.Module):
 
     heads: int
     rotate: bool = False
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array, visible: Array | None = None) -> Array:
@@ -166,14 +165,14 @@ class PositionKernel(nn.Module):
         return mesh.on_device(self.param("kernel", head_init, (width, *self.split), jnp.float32))
 
 
-def head_init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+def head_init(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
     """Xavier initializer of a `[width, heads, head_dim]` kernel."""
     return nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", out_axis=(-2, -1))(
         key, shape, dtype
     )
 
 
-def merge_init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+def merge_init(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
     """Xavier initializer of a `[heads, head_dim, width]` kernel."""
     return nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", in_axis=(0, 1))(
         key, shape, dtype

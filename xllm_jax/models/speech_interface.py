@@ -7,12 +7,13 @@ stage 2 trains the rest, stage 3 the adapter alone.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 from xllm_jax.models import bert, cif
 from xllm_jax.models.layers import Dense
@@ -35,7 +36,7 @@ class CFormer(nn.Module):
     positions: int = 512
     relu: bool = True
     dropout: float = 0.1
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     remat: str = "none"
     unroll: int = 1
 
@@ -92,7 +93,7 @@ class SpeechInterface(nn.Module):
     tail_threshold: float = 0.5
     recorded_padding: bool = False
     dropout: float = 0.1
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     remat: str = "none"
     unroll: int = 1
 

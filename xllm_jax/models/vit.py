@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 
 from xllm_jax.models import layers
 
@@ -25,7 +25,7 @@ class Attention(nn.Module):
     """Self-attention with biases on queries and values, and on keys where `key_bias` says so."""
 
     heads: int
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     implementation: layers.Kernel | None = None
     key_bias: bool = False
     causal: bool = False
@@ -51,7 +51,7 @@ class Block(nn.Module):
     heads: int
     hidden: int
     epsilon: float
-    dtype: Any
+    dtype: DTypeLike
     implementation: layers.Kernel | None
     train: bool
     key_bias: bool = False
@@ -101,7 +101,7 @@ class VisionTransformer(nn.Module):
     epsilon: float = 1e-6
     drop_path: float = 0.0
     attention: layers.Kernel | None = None
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     remat: str = "none"
     unroll: int = 1
 
@@ -149,7 +149,7 @@ class Embeddings(nn.Module):
     image_size: int
     patch: int
     width: int
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     use_bias: bool = True
 
     @nn.compact

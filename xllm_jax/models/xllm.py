@@ -19,10 +19,10 @@ from flax import linen as nn
 from xllm_jax.core import mesh
 from xllm_jax.core.batch import Batch, Media
 from xllm_jax.core.errors import UserError
+from xllm_jax.core.types import Params
 from xllm_jax.models.sections import Section, parted, sections_of
 
 Array = jax.Array
-Params = Mapping[str, Any]
 
 LLM = "llm"
 LLM_PREFIX = "llm_prefix"  # a learned prefix of the LLM, read by generation alone

@@ -10,10 +10,15 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.extend import core
 
 from xllm_jax.core import flops, mesh, rules
+from xllm_jax.core.types import Params
 from xllm_jax.preflight.hlo import Program
+from xllm_jax.training.step import Loss, TrainState
+
+Kept = tuple[str, tuple[int, ...], np.dtype]  # operation, shape over all chips, dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +56,7 @@ def held(tree: Any) -> int:
     return sum(per_chip(leaf) for leaf in jax.tree.leaves(tree))
 
 
-def account(state: Any, batch: Any, temporaries: int, program: int = 0) -> Memory:
+def account(state: TrainState, batch: Any, temporaries: int, program: int = 0) -> Memory:
     """The account of a step from its arguments' shardings and what the compiler said."""
     return Memory(
         held(state.trainable),
@@ -63,16 +68,14 @@ def account(state: Any, batch: Any, temporaries: int, program: int = 0) -> Memor
     )
 
 
-def kept(
-    loss: Any, trainable: Any, frozen: Any, batch: Any, key: Any
-) -> list[tuple[str, tuple[int, ...], Any]]:
+def kept(loss: Loss, trainable: Params, frozen: Params, batch: Any, key: jax.Array) -> list[Kept]:
     """What the backward pass needs from the forward pass: (operation, shape over all chips, dtype).
 
     The arithmetic for chips that nothing is compiled for: what autodiff keeps, without what the
     kernels need while they run, and without parameters and batch, which are there anyway.
     """
 
-    def pullback(trainable: Any, frozen: Any, batch: Any, key: Any) -> Any:
+    def pullback(trainable: Params, frozen: Params, batch: Any, key: jax.Array) -> Any:
         return jax.vjp(lambda t: loss(rules.join(t, frozen), batch, key)[0], trainable)[1]
 
     jaxpr = jax.make_jaxpr(pullback)(trainable, frozen, batch, key).jaxpr
@@ -81,7 +84,8 @@ def kept(
     )
     found = []
     for variable in jaxpr.outvars:
-        shape, dtype = variable.aval.shape, variable.aval.dtype
+        kind = flops.typed(variable)
+        shape, dtype = kind.shape, kind.dtype
         if arguments[shape, dtype] > 0:
             arguments[shape, dtype] -= 1
         else:
@@ -89,14 +93,12 @@ def kept(
     return found
 
 
-def residuals(found: Iterable[tuple[str, tuple[int, ...], Any]]) -> int:
+def residuals(found: Iterable[Kept]) -> int:
     """Bytes of what is `kept`, over all chips."""
     return sum(_size(shape, dtype) for _, shape, dtype in found)
 
 
-def largest_kept(
-    found: Iterable[tuple[str, tuple[int, ...], Any]], chips: int, count: int
-) -> list[tuple[str, int]]:
+def largest_kept(found: Iterable[Kept], chips: int, count: int) -> list[tuple[str, int]]:
     """The largest of what is `kept`: ('shape over all chips, operation', bytes on one chip)."""
     sizes = {
         f"{dtype}[{','.join(map(str, shape))}] {name}".strip(): _size(shape, dtype) // chips
@@ -105,11 +107,11 @@ def largest_kept(
     return sorted(sizes.items(), key=lambda row: -row[1])[:count]
 
 
-def _size(shape: tuple[int, ...], dtype: Any) -> int:
+def _size(shape: tuple[int, ...], dtype: np.dtype) -> int:
     return math.prod(shape) * getattr(dtype, "itemsize", 4)
 
 
-def _origin(jaxpr: Any, variable: Any) -> str:
+def _origin(jaxpr: core.Jaxpr, variable: flops.Atom) -> str:
     """Name of the operation in the model that makes a result, in the innermost loop or call."""
     for equation in jaxpr.eqns:
         if variable in equation.outvars:
@@ -123,7 +125,7 @@ def _origin(jaxpr: Any, variable: Any) -> str:
     return ""
 
 
-def largest_parameters(state: Any, count: int) -> list[tuple[str, int]]:
+def largest_parameters(state: TrainState, count: int) -> list[tuple[str, int]]:
     """The parameters that take most of a chip: (path, bytes)."""
     flat = {path: per_chip(x) for half in (state.trainable, state.frozen)
             for path, x in rules.flatten(half).items()}  # fmt: skip

@@ -20,6 +20,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from xllm_jax.core import mesh
 from xllm_jax.core.chips import CHIPS, UNKNOWN, Chip
 from xllm_jax.core.errors import UserError
+from xllm_jax.core.types import Device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +120,7 @@ def _rented(kind: str, count: int) -> tuple[int, ...]:
     return tuple(sorted(shape)) if math.prod(shape) > 4 else tuple(shape)
 
 
-def devices(target: Target) -> list[jax.Device]:
+def devices(target: Target) -> list[Device]:
     """Devices to compile for.
 
     Raises:

@@ -27,7 +27,7 @@ LISTED = 8  # tensors named per table
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Forecast:
     """One step of a stage on a slice.
 
     Attributes:
@@ -78,9 +78,10 @@ class Plan:
     def roofline(self) -> Roofline:
         """Of one micro-step."""
         sent = {
-            between: sum(one.times * one.sent for one in self.moved(between)) for between in (0, 1)
+            between: sum(one.times * one.sent for one in self.moved(between))
+            for between in (False, True)
         }
-        return roofline.estimate(self.target, self.flops, self.traffic, sent[0], sent[1])
+        return roofline.estimate(self.target, self.flops, self.traffic, sent[False], sent[True])
 
     def moved(self, between: bool) -> list[Collective]:
         """The collectives between slices, or those inside of one."""
@@ -139,7 +140,7 @@ def for_accelerators(stage: Stage, target: Target) -> Stage:
     return dataclasses.replace(stage, parts=parts)
 
 
-def make(stage: Stage, target: Target) -> Plan:
+def make(stage: Stage, target: Target) -> Forecast:
     """Compiles the step for the stage's slices and accounts for it; arithmetic alone for GPUs.
 
     Args:
@@ -167,13 +168,13 @@ def make(stage: Stage, target: Target) -> Plan:
     return from_compiled(compiled, lowered, common, seconds)
 
 
-def read(compiled: Any) -> hlo.Program | None:
+def read(compiled: jax.stages.Compiled) -> hlo.Program | None:
     """The program's text, parsed; None where it cannot be read.
 
     The text of a step for v5p holds an instruction that jaxlib 0.10 refuses to read again.
     """
     try:
-        return hlo.parse(compiled.as_text())
+        return hlo.parse(compiled.as_text() or "")
     except jax.errors.JaxRuntimeError:
         return None
 
@@ -187,14 +188,16 @@ def counts(lowered: Lowered) -> dict[str, float]:
     }
 
 
-def from_compiled(compiled: Any, lowered: Lowered, common: dict[str, Any], seconds: float) -> Plan:
+def from_compiled(
+    compiled: jax.stages.Compiled, lowered: Lowered, common: dict[str, Any], seconds: float
+) -> Forecast:
     """The account of a compiled step."""
-    program, used = read(compiled), compiled.memory_analysis()
+    program, used = read(compiled), cast(Any, compiled.memory_analysis())
     target = common["target"]
     account = memory.account(
         lowered.state, lowered.batch, used.temp_size_in_bytes, used.generated_code_size_in_bytes
     )
-    return Plan(
+    return Forecast(
         **common,
         memory=account,
         fits=target.kind == "local" or account.total <= target.chip.memory,
@@ -221,18 +224,18 @@ def _collectives(
 
 def from_refusal(
     refused: Refusal, lowered: Lowered, common: dict[str, Any], seconds: float
-) -> Plan:
+) -> Forecast:
     """The account of a step that the compiler refused, with what autodiff keeps.
 
     Args:
       refused: what the compiler said.
       lowered: the step.
-      common: fields of the plan that are known already.
+      common: fields of the forecast that are known already.
       seconds: of compiling, until it was refused.
     """
     arguments = memory.account(lowered.state, lowered.batch, 0)
     account = dataclasses.replace(arguments, temporaries=max(refused.total - arguments.total, 0))
-    return Plan(
+    return Forecast(
         **common,
         memory=account,
         fits=False,
@@ -243,7 +246,7 @@ def from_refusal(
     )
 
 
-def _kept(lowered: Lowered) -> list[tuple[str, tuple[int, ...], Any]]:
+def _kept(lowered: Lowered) -> list[memory.Kept]:
     """What autodiff keeps of a step."""
     key = jax.eval_shape(lambda: prng.key(0))
     state = lowered.state
@@ -251,7 +254,7 @@ def _kept(lowered: Lowered) -> list[tuple[str, tuple[int, ...], Any]]:
 
 
 def uncompiled(stage: Stage, target: Target, lowered: Lowered) -> dict[str, Any]:
-    """The fields of a Plan that need no compiler."""
+    """The fields of a Forecast that need no compiler."""
     return {
         "stage": stage,
         "target": target,
@@ -261,7 +264,7 @@ def uncompiled(stage: Stage, target: Target, lowered: Lowered) -> dict[str, Any]
     }
 
 
-def arithmetic(stage: Stage, target: Target) -> Plan:
+def arithmetic(stage: Stage, target: Target) -> Forecast:
     """The account without compiling: temporaries are what autodiff keeps, without any kernel's own.
 
     Raises:
@@ -274,7 +277,7 @@ def arithmetic(stage: Stage, target: Target) -> Plan:
     account = memory.account(lowered.state, lowered.batch, memory.residuals(kept) // target.chips)
     fits = not target.chip.memory or account.total <= target.chip.memory
     listed = tuple(memory.largest_kept(kept, target.chips, LISTED))
-    return Plan(**common, memory=account, fits=fits, compiled=False, kept=listed)
+    return Forecast(**common, memory=account, fits=fits, compiled=False, kept=listed)
 
 
 def candidates(stage: Stage, chips: int) -> list[int]:
@@ -286,10 +289,10 @@ def candidates(stage: Stage, chips: int) -> list[int]:
 def largest(
     stage: Stage,
     target: Target,
-    known: Plan | None = None,
-    compile_: Callable[[Stage, Target], Plan] = make,
-) -> Plan | None:
-    """The plan with the largest micro-batch that fits, of the same update; None when none does.
+    known: Forecast | None = None,
+    compile_: Callable[[Stage, Target], Forecast] = make,
+) -> Forecast | None:
+    """The forecast with the largest micro-batch that fits, of the same update; None when none does.
 
     Tries the whole update first. What does not fit says how much it wanted, and temporaries grow
     with the rows: so the next try is the largest that should fit. The TPU compiler refuses what is
@@ -297,16 +300,16 @@ def largest(
 
     Args:
       stage, target: as for `make`.
-      known: the plan of the stage as it is, which is not compiled again.
-      compile_: makes a plan.
+      known: the forecast of the stage as it is, which is not compiled again.
+      compile_: makes a forecast.
     """
     target = targets.repeated(target, stage.slices)
     device_mesh = targets.make_mesh(stage.mesh, stage.slices, target, compiles=False)
     options = candidates(stage, device_mesh.shape["data"] * device_mesh.shape["fsdp"])
     while options:
         rows = options.pop()
-        again = known is None or rows != inputs.rows_of(stage.data)
-        found = compile_(inputs.with_rows(stage, rows), target) if again else known
+        found = known if rows == inputs.rows_of(stage.data) else None
+        found = found or compile_(inputs.with_rows(stage, rows), target)
         if found.fits:
             return found
         account = found.memory
