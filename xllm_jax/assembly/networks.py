@@ -22,6 +22,11 @@ MODELS = "xllm_jax.models"
 def network(part: Part, stage: Stage, name: str) -> nn.Module:
     """Builds one part's network from its SIZES row, the part's own fields and the stage's dtype.
 
+    Args:
+      part: names the network, its size and fields.
+      stage: gives dtype, `remat` and `unroll`.
+      name: of the part, for errors.
+
     Raises:
       UserError: unknown network, size, field or choice of `remat`, or heads that do not divide.
     """

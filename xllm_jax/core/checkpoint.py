@@ -91,7 +91,7 @@ class Checkpoints:
         )
 
     def about(self, step: int) -> dict[str, Any]:
-        """What was saved beside the arrays of a checkpoint."""
+        """What was saved with the arrays of a checkpoint."""
         return json.loads((self.directory / str(step) / "about" / "metadata").read_text("utf-8"))
 
     def damage(self, step: int) -> str:
@@ -207,7 +207,7 @@ def save_base(
     Args:
       directory: the base's folder.
       params: nested dicts of arrays, or of `Blocks` throughout.
-      about: JSON that is kept beside the arrays.
+      about: JSON that is kept with the arrays.
       finish: writes further files into the folder that it is given, before it gets its name.
 
     Raises:

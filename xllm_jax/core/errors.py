@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class UserError(Exception):
-    """Bad input, told in one line: what is wrong, which field or file, and how to mend it.
+    """Bad input, reported in one line: what is wrong, which field or file, and how to mend it.
 
     `launch/` prints it without a traceback and exits with code 2. Everything else that is raised
     is a defect of ours and keeps its traceback.

@@ -87,7 +87,13 @@ def minimum(function: Callable[..., Any], trainable: Params, *others: Any) -> fl
 
 
 def useful(loss: Callable[..., Any], trainable: Params, frozen: Params, batch: Any) -> float:
-    """`minimum` of a stage's loss (params, batch, key) -> (scalar, metrics); shapes are enough."""
+    """`minimum` of a stage's loss (params, batch, key) -> (scalar, metrics); shapes are enough.
+
+    Args:
+      loss: (params, batch, key) -> (scalar, metrics).
+      trainable, frozen: the parameter halves, or their shapes.
+      batch: arrays or shapes.
+    """
 
     def value(trainable: Params, frozen: Params, batch: Any, key: jax.Array) -> jax.Array:
         return loss(rules.join(trainable, frozen), batch, key)[0]

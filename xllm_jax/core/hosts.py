@@ -222,7 +222,13 @@ def store() -> Store | None:
 
 
 def share(store: Store | None, name: str, make: Callable[[], Any]) -> Any:
-    """What host 0 makes, on every host; JSON."""
+    """What host 0 makes, on every host; JSON.
+
+    Args:
+      store: of the hosts; None with one.
+      name: of the value in the store.
+      make: gives the value; called on host 0 alone.
+    """
     if store is None:
         return make()
     if store.index == 0:
@@ -231,7 +237,13 @@ def share(store: Store | None, name: str, make: Callable[[], Any]) -> Any:
 
 
 def gather(store: Store | None, name: str, value: Any) -> list[Any]:
-    """Every host's value in the order of hosts, on host 0; the others get their own alone."""
+    """Every host's value in the order of hosts, on host 0; the others get their own alone.
+
+    Args:
+      store: of the hosts; None with one.
+      name: of the value in the store.
+      value: of this host, JSON.
+    """
     if store is None:
         return [value]
     store.put(f"{name}/{store.index}", value)
@@ -270,11 +282,11 @@ def agree(store: Store | None, what: str, items: Mapping[str, str]) -> None:
         store.put(f"agree/{what}", items)
         return
     wanted = store.get(f"agree/{what}", START_SECONDS)
-    told = differences(items, wanted)
-    if told:
-        more = f" and {len(told) - SHOWN} more" if len(told) > SHOWN else ""
+    different = differences(items, wanted)
+    if different:
+        more = f" and {len(different) - SHOWN} more" if len(different) > SHOWN else ""
         raise UserError(
-            f"{'; '.join(told[:SHOWN])}{more}",
+            f"{'; '.join(different[:SHOWN])}{more}",
             field=f"host {store.index} has another {what} than host 0",
             hint="Start every host with the same files, flags and packages",
         )
@@ -282,12 +294,12 @@ def agree(store: Store | None, what: str, items: Mapping[str, str]) -> None:
 
 def differences(items: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:
     """In words, where a host's items differ from host 0's."""
-    told = []
+    different = []
     for name in sorted(items.keys() | wanted.keys()):
         here, there = items.get(name, "absent"), wanted.get(name, "absent")
         if here != there:
-            told.append(f"{name} is {here[:80]}, on host 0 {there[:80]}")
-    return told
+            different.append(f"{name} is {here[:80]}, on host 0 {there[:80]}")
+    return different
 
 
 def leave(code: int) -> NoReturn:

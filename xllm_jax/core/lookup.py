@@ -21,6 +21,11 @@ def choices(package: str) -> list[str]:
 def module(package: str, name: str, field: str = "") -> ModuleType:
     """Imports `package.name`.
 
+    Args:
+      package: dotted name.
+      name: of the file in it.
+      field: of the stage that named it, for errors.
+
     Raises:
       UserError: the package has no such module; names the nearest one.
     """
@@ -53,6 +58,11 @@ def size_row(sizes: Mapping[str, Mapping[str, Any]], name: str, field: str) -> d
 
 def attribute(package: str, name: str, field: str = "") -> tuple[ModuleType, Any]:
     """Resolves 'file.Attribute' inside a package, or 'other_package.module:Attribute' outside.
+
+    Args:
+      package: dotted name that files are looked up in.
+      name: the attribute.
+      field: of the stage that named it, for errors.
 
     Returns:
       (module, attribute).

@@ -141,6 +141,11 @@ def parameter_shardings(mesh: Mesh, specs: Params, tree: Params) -> Params:
 
     An axis of a leaf that the mesh axis does not divide stays whole: a tiny model runs on any mesh,
     and at the real sizes every row divides.
+
+    Args:
+      mesh: where the parameters go.
+      specs: PartitionSpec of every leaf.
+      tree: the leaves, or their shapes.
     """
     flat = rules.flatten(tree)
     return rules.unflatten(
@@ -154,7 +159,13 @@ def parameter_shardings(mesh: Mesh, specs: Params, tree: Params) -> Params:
 def fitting(
     mesh: Mesh | AbstractMesh, spec: PartitionSpec, shape: tuple[int, ...]
 ) -> PartitionSpec:
-    """Drops from `spec` the entries that do not divide the axis they stand for."""
+    """Drops from `spec` the entries that do not divide the axis they stand for.
+
+    Args:
+      mesh: whose axes `spec` names.
+      spec: of one array.
+      shape: of that array.
+    """
     entries = []
     for length, entry in zip(shape, tuple(spec) + (None,) * (len(shape) - len(spec))):
         names = () if entry is None else entry if isinstance(entry, tuple) else (entry,)

@@ -27,7 +27,13 @@ Schedule = Callable[[Step], jax.Array]
 def cosine(
     peak: float, minimum: float, warmup_from: float, warmup_steps: int, total_steps: int
 ) -> Schedule:
-    """Linear warm-up, then half a cosine down to `minimum` at `total_steps` (the paper's A.3)."""
+    """Linear warm-up, then half a cosine down to `minimum` at `total_steps` (the paper's A.3).
+
+    Args:
+      peak, minimum, warmup_from: learning rates.
+      warmup_steps: updates until the peak.
+      total_steps: updates in all.
+    """
     length = max(total_steps - warmup_steps, 1)
 
     def schedule(step: Step) -> jax.Array:
@@ -50,6 +56,12 @@ def epoch_cosine(
 
     The warm-up goes by step and only within epoch 0; from epoch 1 on the cosine is evaluated at the
     whole epoch, so that the rate is a staircase and an unfinished warm-up is skipped.
+
+    Args:
+      peak, minimum, warmup_from: learning rates.
+      warmup_steps: updates until the peak.
+      steps_per_epoch: updates an epoch.
+      total_steps: updates in all.
     """
     if steps_per_epoch < 1:
         raise UserError("needs steps_per_epoch", field="optimizer.schedule", hint="Set it to 1 up")
@@ -72,7 +84,12 @@ def tri_stage(
     hold_steps: int,
     decay_steps: int,
 ) -> Schedule:
-    """Linear warm-up, constant, exponential decay to `minimum`, constant (fairseq's tri-stage)."""
+    """Linear warm-up, constant, exponential decay to `minimum`, constant (fairseq's tri-stage).
+
+    Args:
+      peak, minimum, warmup_from: learning rates.
+      warmup_steps, hold_steps, decay_steps: updates of the three phases.
+    """
 
     def schedule(step: Step) -> jax.Array:
         step = _float(step)
@@ -84,7 +101,13 @@ def tri_stage(
 
 
 def constant(peak: float, warmup_from: float = -1.0, warmup_steps: int = 0) -> Schedule:
-    """Linear warm-up, then `peak`."""
+    """Linear warm-up, then `peak`.
+
+    Args:
+      peak: the learning rate.
+      warmup_from: the first one; negative means no warm-up.
+      warmup_steps: updates until the peak.
+    """
 
     def schedule(step: Step) -> jax.Array:
         step = _float(step)

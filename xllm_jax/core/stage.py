@@ -179,7 +179,7 @@ class Divergence:
 
 @dataclasses.dataclass
 class Best:
-    """Which checkpoint is kept beside the last ones.
+    """Which checkpoint is kept in addition to the last ones.
 
     Attributes:
       metric: scalar of the training step, its mean since the checkpoint before, or one of the
@@ -200,7 +200,7 @@ class Validation:
       mix: {name: weight} as in `data.mix`; empty means every source by its size.
       examples: how many of their examples, always the same ones; 0 takes all.
       every: micro-batches between two measurements; the last one is measured too. 0 = never.
-      metrics: metrics of the task beside the losses: 'cer' in stage 1, speech.
+      metrics: metrics of the task in addition to the losses: 'cer' in stage 1, speech.
     """
 
     sources: dict[str, Source] = dataclasses.field(default_factory=dict)
@@ -241,7 +241,7 @@ class Stage:
       profile: (first, last) micro-batch whose trace goes to the run's folder; () = none.
       wandb: project of Weights & Biases that the scalars also go to; '' = none.
       log_every, save_every: micro-batches between two log lines, two checkpoints.
-      keep: how many of the last checkpoints are kept; `best`: which one beside them.
+      keep: how many of the last checkpoints are kept; `best`: which other one.
       validation: data that is measured while the stage trains.
       stall: seconds without a finished step after which the run ends, to be started again; five
         times as long before the first one, which compiles. 0 waits forever.

@@ -104,12 +104,12 @@ class Watch:
         self._thread.join(GRACE_SECONDS)
 
     def start(self, number: int) -> None:
-        """Tells that the steps begin, `number` micro-batches being behind.
+        """Notes that the steps begin after `number` micro-batches.
 
         Until then SIGTERM ends all hosts at once with `hosts.SAVED`.
         """
         with self._turn:
-            if not self._asked:  # what this host has told the others holds
+            if not self._asked:  # the number that this host has sent to the others stays valid
                 self._begun = number
 
     def moved(self, doing: str, keys: Sequence[str] | None = None) -> None:
@@ -197,7 +197,7 @@ class Watch:
             self._hold()
 
     def _hold(self) -> None:
-        """Lets nobody begin another step until all hosts have told which one they are at."""
+        """Holds every next step back until all hosts have sent the number of theirs."""
         with self._turn:
             if self._last is not None:
                 return
@@ -252,7 +252,7 @@ class Watch:
         return beat[0][0] == "done" or time.monotonic() - beat[1] > self._lost
 
     def _blame(self, why: str, code: int = hosts.LOST, stall: bool = False) -> None:
-        """Tells the others why the run ends, and ends it."""
+        """Sends the others the reason why the run ends, and ends it."""
         if stall:
             self._dump(why)
         if self._store:

@@ -78,7 +78,13 @@ class CachedAttention(nn.Module):
 
 
 def uniform(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
-    """Xavier initializer of `[inputs, *outputs]`."""
+    """Xavier initializer of `[inputs, *outputs]`.
+
+    Args:
+      key: random key.
+      shape: of the parameter.
+      dtype: of the parameter.
+    """
     outputs = tuple(range(1, len(shape)))
     return nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", out_axis=outputs, in_axis=0)(
         key, shape, dtype
@@ -86,7 +92,13 @@ def uniform(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) 
 
 
 def merge(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
-    """Xavier initializer of `[heads, head_dim, width]`."""
+    """Xavier initializer of `[heads, head_dim, width]`.
+
+    Args:
+      key: random key.
+      shape: of the parameter.
+      dtype: of the parameter.
+    """
     return nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", in_axis=(0, 1))(
         key, shape, dtype
     )
@@ -254,7 +266,14 @@ class ASRDecoder(nn.Module):
         return Dense(features, use_bias=use_bias, dtype=self.dtype, kernel_init=uniform, name=name)
 
     def combine(self, previous: Array, shifted: Array, positions: Array, train: bool) -> Array:
-        """Token, CIF embedding before it and position: `[batch, tokens, width]`."""
+        """Token, CIF embedding before it and position: `[batch, tokens, width]`.
+
+        Args:
+          previous: `[batch, tokens]` int32, the token before each.
+          shifted: `[batch, tokens, width]`, the CIF embedding before each.
+          positions: `[1, tokens]` int32.
+          train: switches dropout on.
+        """
         init = nn.initializers.normal(self.width**-0.5)
         table = self.param("embed", init, (self.vocab, self.width), jnp.float32)
         tokens = jnp.asarray(table)[previous].astype(self.dtype) * self.width**0.5
@@ -276,7 +295,16 @@ class ASRDecoder(nn.Module):
         cache: Cache | None = None,
         step: Array | None = None,
     ) -> tuple[Array, Cache]:
-        """Runs every kind of block over `x` `[batch, tokens, width]`."""
+        """Runs every kind of block over `x` `[batch, tokens, width]`.
+
+        Args:
+          x: `[batch, tokens, width]`.
+          mask: bool, broadcastable to `[batch, heads, tokens, keys]`.
+          visual, linguistic: contexts of the blocks of those kinds.
+          train: switches dropout on.
+          cache: keys and values of earlier steps, see `init_cache`.
+          step: where this step's go in the cache.
+        """
         contexts = {"visual_blocks": visual, "linguistic_blocks": linguistic}
         block, new = recomputed(DecoderBlock, self.remat), {}
         for name, depth, width in self.kinds():

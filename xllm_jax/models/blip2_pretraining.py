@@ -126,6 +126,10 @@ class ContrastModel(nn.Module):
         """Text alone: states `[batch, tokens, width]`, unit-length projections of every token.
 
         The first token's projection stands for the text.
+
+        Args:
+          ids, mask: `[batch, tokens]` int32, and bool, True = a real token.
+          train: switches dropout on.
         """
         states, _ = self.qformer(ids=ids, text_mask=mask, train=train)
         return states, unit(self.text_projection(states))
@@ -144,6 +148,12 @@ class ContrastModel(nn.Module):
         With `images`, the cache of the `image` pass, there are three texts an image, and `image`
         holds what the second one is compared with (`qformer.shared_images`): the keys and values
         of the images themselves are not computed again.
+
+        Args:
+          image: `[batch, patches, encoder width]`, normalized.
+          ids, mask: `[batch, tokens]` int32, and bool, True = a real token.
+          images: the cache of the `image` pass, or None.
+          train: switches dropout on.
         """
         states, _ = self.qformer(
             self._queries(ids), image, None, ids, mask, images=images, train=train
@@ -153,7 +163,13 @@ class ContrastModel(nn.Module):
     def caption(
         self, ids: Array, mask: Array, cache: Cache, train: bool = False
     ) -> tuple[Array, Array]:
-        """Text behind cached queries: states, next-token logits `[batch, tokens, vocabulary]`."""
+        """Text behind cached queries: states, next-token logits `[batch, tokens, vocabulary]`.
+
+        Args:
+          ids, mask: `[batch, tokens]` int32, and bool, True = a real token.
+          cache: of the `image` pass.
+          train: switches dropout on.
+        """
         states, _ = self.qformer(ids=ids, text_mask=mask, cache=cache, causal=True, train=train)
         return states, self.scores(states)
 
@@ -164,7 +180,13 @@ class ContrastModel(nn.Module):
     def caption_jointly(
         self, image: Array, ids: Array, mask: Array, train: bool = False
     ) -> tuple[Array, Array]:
-        """`caption` without a cache, queries and text in one pass; the same logits."""
+        """`caption` without a cache, queries and text in one pass; the same logits.
+
+        Args:
+          image: `[batch, patches, encoder width]`, normalized.
+          ids, mask: `[batch, tokens]` int32, and bool, True = a real token.
+          train: switches dropout on.
+        """
         states, _ = self.qformer(
             self._queries(image), image, None, ids, mask, causal=True, train=train
         )

@@ -110,7 +110,14 @@ def shift_right(x: Array) -> Array:
 
 
 def band(alpha: Array, total: Array, fired: Array, max_tokens: int) -> Array:
-    """Weight of every frame in every token, `[batch, max_tokens, frames]` float32."""
+    """Weight of every frame in every token, `[batch, max_tokens, frames]` float32.
+
+    Args:
+      alpha: `[batch, frames]` weights of the frames.
+      total: `[batch, frames]`, their sums up to and with each frame.
+      fired: `[batch, frames]`, tokens that are complete by then.
+      max_tokens: static number of tokens.
+    """
     before, total_before = shift_right(fired), shift_right(total)
     fires = fired > before
     left = jnp.where(fires, 1.0 - (total_before - before), alpha)
@@ -272,7 +279,13 @@ class CIF(nn.Module):
 
 
 def conv_init(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
-    """Uniform initializer of a convolution by its fan-in, over all axes but the last."""
+    """Uniform initializer of a convolution by its fan-in, over all axes but the last.
+
+    Args:
+      key: random key.
+      shape: of the parameter.
+      dtype: of the parameter.
+    """
     return nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=(0, 1))(
         key, shape, dtype
     )

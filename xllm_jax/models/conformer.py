@@ -216,7 +216,12 @@ class FrontEnd(nn.Module):
 
 
 def strided_patches(values: Array, size: int = 3, stride: int = 2) -> Array:
-    """All windows of `[batch, frames, bins]`: `[batch, time, frequency, size * size]`."""
+    """All windows of `[batch, frames, bins]`: `[batch, time, frequency, size * size]`.
+
+    Args:
+      values: `[batch, frames, bins]`.
+      size, stride: of the windows, along both axes.
+    """
     time, frequency = ((n - size) // stride + 1 for n in values.shape[1:])
 
     def taps(offset: int, count: int) -> slice:
@@ -229,7 +234,13 @@ def strided_patches(values: Array, size: int = 3, stride: int = 2) -> Array:
 
 
 def conv_init(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
-    """Uniform by fan-in, as PyTorch initializes convolutions."""
+    """Uniform by fan-in, as PyTorch initializes convolutions.
+
+    Args:
+      key: random key.
+      shape: of the parameter.
+      dtype: of the parameter.
+    """
     return nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")(key, shape, dtype)
 
 
@@ -324,7 +335,15 @@ class SpeechEncoder(nn.Module):
     def blocks(
         self, number: int, length: int, x: Array, lengths: Array, train: bool
     ) -> tuple[Array, Params]:
-        """Runs the blocks between two pools."""
+        """Runs the blocks between two pools.
+
+        Args:
+          number: of the group of blocks.
+          length: blocks in it.
+          x: `[batch, frames, width]`.
+          lengths: `[batch]` valid frames.
+          train: switches dropout and the batch's own statistics on.
+        """
         layers = stack(ConformerBlock, length, broadcast=1, remat=self.remat, unroll=self.unroll)(
             self.hidden,
             self.heads,

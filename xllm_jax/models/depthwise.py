@@ -20,13 +20,25 @@ def depthwise_by_shifts(x: Array, kernel: Array) -> Array:
 
 
 def shifted_sum(x: Array, kernel: Array, before: int) -> Array:
-    """Sum over taps of the frames, shifted by the tap less `before`, times the tap's weights."""
+    """Sum over taps of the frames, shifted by the tap less `before`, times the tap's weights.
+
+    Args:
+      x: `[batch, frames, width]`.
+      kernel: `[taps, width]`.
+      before: taps that look back.
+    """
     taken = shifts(x, kernel.shape[0], before)
     return jnp.asarray(sum(shifted * kernel[tap] for tap, shifted in enumerate(taken)))
 
 
 def shifts(x: Array, taps: int, before: int) -> list[Array]:
-    """`x` `[batch, frames, width]` shifted by each tap less `before`, zero outside."""
+    """`x` `[batch, frames, width]` shifted by each tap less `before`, zero outside.
+
+    Args:
+      x: the frames.
+      taps: how many.
+      before: taps that look back.
+    """
     padded = jnp.pad(x, ((0, 0), (before, taps - 1 - before), (0, 0)))
     return [padded[:, tap : tap + x.shape[1]] for tap in range(taps)]
 

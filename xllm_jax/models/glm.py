@@ -68,6 +68,11 @@ def rotary_tables(positions: Array, head_dim: int, half: bool = False) -> tuple[
     """Tables of both halves of a head: `[B, T, 2]` positions to two `[B, T, 1, head_dim]`.
 
     The first half of the channels turns with the position, the second with the block position.
+
+    Args:
+      positions: `[B, T, 2]` int32, position and block position.
+      head_dim: channels of a head.
+      half: round the tables to half precision, as the published code does.
     """
     tables = [rotary_table(positions[..., axis], head_dim // 2, half) for axis in (0, 1)]
     cosine, sine = (jnp.concatenate(pair, axis=-1)[..., None, :] for pair in zip(*tables))
@@ -75,7 +80,12 @@ def rotary_tables(positions: Array, head_dim: int, half: bool = False) -> tuple[
 
 
 def rotate(x: Array, cosine: Array, sine: Array) -> Array:
-    """Rotates `[B, T, heads, head_dim]` by `rotary_tables`, in float32, returned in x's dtype."""
+    """Rotates `[B, T, heads, head_dim]` by `rotary_tables`, in float32, returned in x's dtype.
+
+    Args:
+      x: queries or keys.
+      cosine, sine: `[B, T, 1, head_dim]`.
+    """
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, 2, -1)
     turned = jnp.stack([-pairs[..., 1, :], pairs[..., 0, :]], axis=-2).reshape(x.shape)
     return (x.astype(jnp.float32) * cosine + turned * sine).astype(x.dtype)

@@ -166,14 +166,26 @@ class PositionKernel(nn.Module):
 
 
 def head_init(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
-    """Xavier initializer of a `[width, heads, head_dim]` kernel."""
+    """Xavier initializer of a `[width, heads, head_dim]` kernel.
+
+    Args:
+      key: random key.
+      shape: of the parameter.
+      dtype: of the parameter.
+    """
     return nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", out_axis=(-2, -1))(
         key, shape, dtype
     )
 
 
 def merge_init(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
-    """Xavier initializer of a `[heads, head_dim, width]` kernel."""
+    """Xavier initializer of a `[heads, head_dim, width]` kernel.
+
+    Args:
+      key: random key.
+      shape: of the parameter.
+      dtype: of the parameter.
+    """
     return nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", in_axis=(0, 1))(
         key, shape, dtype
     )

@@ -159,11 +159,21 @@ class SpeechInterface(nn.Module):
     def fire(
         self, features: Array, lengths: Array, counts: Array | None = None, train: bool = False
     ) -> cif.Fired:
-        """CIF alone, which is what the ASR model of stage 1 uses; arguments as in `__call__`."""
+        """CIF alone, which is what the ASR model of stage 1 uses; arguments as in `__call__`.
+
+        Args:
+          features, lengths, counts, train: as in `__call__`.
+        """
         return self.cif(features, lengths, counts, train)
 
     def read(self, embeddings: Array, counts: Array, train: bool = False) -> Array:
-        """CIF embeddings `[batch, tokens, encoder_width]` to `[batch, tokens, llm_width]`."""
+        """CIF embeddings `[batch, tokens, encoder_width]` to `[batch, tokens, llm_width]`.
+
+        Args:
+          embeddings: of CIF.
+          counts: `[batch]` valid tokens.
+          train: switches dropout on.
+        """
         return self.adapt(self.c_former(embeddings, counts, train), counts)
 
     def adapt(self, x: Array, counts: Array) -> Array:

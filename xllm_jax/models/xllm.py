@@ -170,7 +170,13 @@ class XLLM:
     def embed(
         self, params: Params, batch: Batch, train: bool = False, key: Array | None = None
     ) -> Array:
-        """Word embeddings of the batch with the media in their places, `[B, T, D]`."""
+        """Word embeddings of the batch with the media in their places, `[B, T, D]`.
+
+        Args:
+          params: {part: parameters}.
+          batch: ids and media.
+          train, key: dropout and its key.
+        """
         x = self.apply(params, LLM, batch.ids, method="embed")
         for number, (modality, media) in enumerate(sorted(batch.media.items())):
             if media.values.shape[1]:
@@ -182,7 +188,13 @@ class XLLM:
     def hidden(
         self, params: Params, batch: Batch, train: bool = False, key: Array | None = None
     ) -> Array:
-        """Final states of the LLM, `[B, T, D]`, the input of `logits`."""
+        """Final states of the LLM, `[B, T, D]`, the input of `logits`.
+
+        Args:
+          params: {part: parameters}.
+          batch: ids, media, segments, context and positions.
+          train, key: dropout and its key.
+        """
         x = self.embed(params, batch, train, key)
         states, _ = self.apply(params, LLM, x, batch.segments, batch.context, batch.positions)
         return states

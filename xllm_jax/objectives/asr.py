@@ -89,7 +89,11 @@ def ctc_losses(logits: Array, lengths: Array, targets: Array, target_lengths: Ar
 
 
 def log_sum(first: Array, second: Array, third: Array) -> Array:
-    """log(exp(first) + exp(second) + exp(third)), elementwise, for finite values."""
+    """log(exp(first) + exp(second) + exp(third)), elementwise, for finite values.
+
+    Args:
+      first, second, third: arrays of one shape.
+    """
     top = jax.lax.stop_gradient(jnp.maximum(jnp.maximum(first, second), third))
     return top + jnp.log(jnp.exp(first - top) + jnp.exp(second - top) + jnp.exp(third - top))
 
@@ -168,6 +172,11 @@ def combine(
     """The summed loss; divide it by `parts.count`.
 
     `quantity_scale` is the mean target length in the reference's `boost_qtt_loss`.
+
+    Args:
+      parts: sums over the batch.
+      quantity_weight, ctc_weight: of these losses in the sum.
+      quantity_scale: factor on the quantity loss.
     """
     quantity = quantity_weight * quantity_scale * parts.quantity
     return parts.smoothed + quantity + ctc_weight * parts.ctc

@@ -204,7 +204,13 @@ def weighted_mean(values: Array, weights: Array) -> Array:
 def contrastive(
     to_text: Array, to_image: Array, smoothing: float, weights: Array
 ) -> tuple[Array, Array]:
-    """ITC: mean of both directions, and the share of rows whose own partner is the nearest."""
+    """ITC: mean of both directions, and the share of rows whose own partner is the nearest.
+
+    Args:
+      to_text, to_image: `[B, B]` of `similarities`.
+      smoothing: label smoothing.
+      weights: `[B]`, 0 = the row holds no pair.
+    """
     targets, real = jnp.arange(to_text.shape[0]), weights > 0
     losses, hits = [], []
     for similar in (to_text, to_image):
@@ -221,6 +227,11 @@ def negative_weights(similar: Array, rule: str, weights: Array | None = None) ->
     'xllm': softmax plus 1e-4, then the diagonal set to 0, so that every pair stays possible.
     'lavis': the diagonal set to -10000 before the softmax, nothing added.
     Rows whose entry of `weights` is 0 are never drawn.
+
+    Args:
+      similar: `[B, B]` scores of each row's candidates.
+      rule: 'xllm' or 'lavis'.
+      weights: `[B]`, 0 = the row holds no pair; None = all are pairs.
     """
     own = jnp.eye(similar.shape[0], dtype=bool)
     absent = False if weights is None else (weights == 0)[None]
@@ -235,7 +246,13 @@ def negative_weights(similar: Array, rule: str, weights: Array | None = None) ->
 def sample_negatives(
     key: Array, to_text: Array, to_image: Array, rule: str, weights: Array | None = None
 ) -> tuple[Array, Array]:
-    """A hard negative image for every text and a hard negative text for every image, `[B]` each."""
+    """A hard negative image for every text and a hard negative text for every image, `[B]` each.
+
+    Args:
+      key: random key.
+      to_text, to_image: `[B, B]` of `similarities`.
+      rule, weights: see `negative_weights`.
+    """
     drawn = []
     for one, similar in zip(jax.random.split(key), (to_image, to_text)):
         chances = negative_weights(jax.lax.stop_gradient(similar), rule, weights)
@@ -246,7 +263,13 @@ def sample_negatives(
 def matching_rows(
     image: Array, ids: Array, mask: Array, images: Array, texts: Array
 ) -> tuple[Array, Array, Array]:
-    """The 3B rows of ITM: pairs, texts with negative images, images with negative texts."""
+    """The 3B rows of ITM: pairs, texts with negative images, images with negative texts.
+
+    Args:
+      image: `[B, patches, width]`.
+      ids, mask: `[B, T]`.
+      images, texts: `[B]` int32, the negatives' rows.
+    """
     image, ids, mask = (jnp.asarray(x) for x in (image, ids, mask))
     return (
         jnp.concatenate([image, image[images], image]),
@@ -282,7 +305,14 @@ def matching(per_query: Array, weights: Array) -> tuple[Array, Array]:
 def captioning(
     logits: Array, ids: Array, mask: Array, smoothing: float, shards: int = 1
 ) -> tuple[Array, Array]:
-    """ITG: the next real token, from `[B, T, vocabulary]` logits; mean over real tokens."""
+    """ITG: the next real token, from `[B, T, vocabulary]` logits; mean over real tokens.
+
+    Args:
+      logits: of every position.
+      ids, mask: `[B, T]` texts and which tokens are real.
+      smoothing: label smoothing.
+      shards: see `pair_loss`.
+    """
     weights = mask[:, 1:].astype(jnp.float32)
     losses = smoothed_cross_entropy(logits[:, :-1], ids[:, 1:], smoothing) * weights
     hits = (logits[:, :-1].argmax(-1) == ids[:, 1:]) * weights

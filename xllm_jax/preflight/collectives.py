@@ -181,7 +181,13 @@ def _integers(text: str) -> list[int]:
 
 
 def sent(kind: str, size: int, group: int) -> float:
-    """Bytes that a device of a ring of `group` sends for a result of `size` bytes."""
+    """Bytes that a device of a ring of `group` sends for a result of `size` bytes.
+
+    Args:
+      kind: operation of XLA, such as 'all-gather'.
+      size: bytes of the result on a device.
+      group: devices that take part.
+    """
     share = (group - 1) / group
     factors = {"all-gather": share, "all-reduce": 2 * share, "reduce-scatter": group - 1}
     return size * factors.get(kind, share if kind != "collective-permute" else 1.0)

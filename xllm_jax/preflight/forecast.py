@@ -191,7 +191,14 @@ def counts(lowered: Lowered) -> dict[str, float]:
 def from_compiled(
     compiled: jax.stages.Compiled, lowered: Lowered, common: dict[str, Any], seconds: float
 ) -> Forecast:
-    """The account of a compiled step."""
+    """The account of a compiled step.
+
+    Args:
+      compiled: the program.
+      lowered: what was compiled.
+      common: what `uncompiled` gives.
+      seconds: CPU seconds of compiling.
+    """
     program, used = read(compiled), cast(Any, compiled.memory_analysis())
     target = common["target"]
     account = memory.account(
@@ -254,7 +261,12 @@ def _kept(lowered: Lowered) -> list[memory.Kept]:
 
 
 def uncompiled(stage: Stage, target: Target, lowered: Lowered) -> dict[str, Any]:
-    """The fields of a Forecast that need no compiler."""
+    """The fields of a Forecast that need no compiler.
+
+    Args:
+      stage, target: what and where.
+      lowered: the traced step.
+    """
     return {
         "stage": stage,
         "target": target,

@@ -57,7 +57,13 @@ def held(tree: Any) -> int:
 
 
 def account(state: TrainState, batch: Any, temporaries: int, program: int = 0) -> Memory:
-    """The account of a step from its arguments' shardings and what the compiler said."""
+    """The account of a step from its arguments' shardings and what the compiler said.
+
+    Args:
+      state, batch: the arguments, with their shardings.
+      temporaries: bytes on a chip that the step needs besides.
+      program: bytes of its code.
+    """
     return Memory(
         held(state.trainable),
         held(state.frozen),
@@ -73,6 +79,10 @@ def kept(loss: Loss, trainable: Params, frozen: Params, batch: Any, key: jax.Arr
 
     The arithmetic for chips that nothing is compiled for: what autodiff keeps, without what the
     kernels need while they run, and without parameters and batch, which are there anyway.
+
+    Args:
+      loss: (params, batch, key) -> (scalar, metrics).
+      trainable, frozen, batch, key: its arguments, shapes only.
     """
 
     def pullback(trainable: Params, frozen: Params, batch: Any, key: jax.Array) -> Any:
@@ -99,7 +109,13 @@ def residuals(found: Iterable[Kept]) -> int:
 
 
 def largest_kept(found: Iterable[Kept], chips: int, count: int) -> list[tuple[str, int]]:
-    """The largest of what is `kept`: ('shape over all chips, operation', bytes on one chip)."""
+    """The largest of what is `kept`: ('shape over all chips, operation', bytes on one chip).
+
+    Args:
+      found: what `kept` gives.
+      chips: over which it is split.
+      count: how many are listed.
+    """
     sizes = {
         f"{dtype}[{','.join(map(str, shape))}] {name}".strip(): _size(shape, dtype) // chips
         for name, shape, dtype in found

@@ -79,7 +79,13 @@ def speed(step: Forecast) -> dict[str, Any]:
 
 
 def text(step: Forecast, largest: Forecast | None, look: Look | None) -> str:
-    """The page."""
+    """The page.
+
+    Args:
+      step: of the stage as it is configured.
+      largest: of the largest micro-batch that fits, when it was searched.
+      look: at the data, when it was taken.
+    """
     lines = [f"{step.stage.name} on {step.target.title}, {step.target.chips} chips", ""]
     lines += _page(step)
     if largest is not None and largest is not step:
@@ -236,7 +242,14 @@ def gib(size: float) -> str:
 
 
 def write(directory: str | Path, name: str, page: str, plain: dict[str, Any]) -> list[Path]:
-    """Writes NAME.txt and NAME.json; each file is whole or not there."""
+    """Writes NAME.txt and NAME.json; each file is whole or not there.
+
+    Args:
+      directory: is made where it is not there.
+      name: of both files.
+      page: the text.
+      plain: the same as plain data.
+    """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     written = []

@@ -78,7 +78,13 @@ class Verdict:
 
 
 def judge(policy: Divergence, guard: Guard, loss: Array, norm: Array) -> Verdict:
-    """The policy's verdict on a micro-batch's loss and global gradient norm (scalars)."""
+    """The policy's verdict on a micro-batch's loss and global gradient norm (scalars).
+
+    Args:
+      policy: of the stage.
+      guard: what was remembered of earlier micro-batches.
+      loss, norm: scalars, the norm over all gradients.
+    """
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     values = jnp.stack([loss, norm]).astype(jnp.float32)
     spike = finite & _spikes(policy, guard, values)

@@ -117,13 +117,19 @@ def assemble(
 def open_batches(
     pipeline: Pipeline, device_mesh: Mesh, position: Mapping[str, Any] | None
 ) -> Batches:
-    """This host's batches from a position of all hosts on."""
+    """This host's batches from a position of all hosts on.
+
+    Args:
+      pipeline: the data of this host.
+      device_mesh: over which the hosts share a batch.
+      position: of all hosts, as it was saved; None begins anew.
+    """
     return pipeline.iterate(startup.share_of(position, device_mesh))
 
 
 @dataclasses.dataclass
 class Loop:
-    """What a run needs beside its state and its data.
+    """What a run needs in addition to its state and its data.
 
     Attributes:
       stage: what is trained.
@@ -157,7 +163,14 @@ class Loop:
     scores: list[jax.Array | WeightedMean | float] = dataclasses.field(default_factory=list)
 
     def run(self, state: TrainState, batches: Batches, device_mesh: Mesh, until: int) -> TrainState:
-        """Steps until micro-batch `until`, or until all hosts agree to stop after SIGTERM."""
+        """Steps until micro-batch `until`, or until all hosts agree to stop after SIGTERM.
+
+        Args:
+          state: where the run stands; donated.
+          batches: of this host.
+          device_mesh: where they go.
+          until: number of the last micro-batch.
+        """
         placed = Prefetched(batches, functools.partial(mesh.to_global, device_mesh))
         with contextlib.closing(placed), self.compiled:
             try:
@@ -171,7 +184,13 @@ class Loop:
                 self.log.close()
 
     def steps(self, state: TrainState, batches: Prefetched, until: int) -> TrainState:
-        """As `run`; between two log lines nothing waits for the device."""
+        """As `run`; between two log lines nothing waits for the device.
+
+        Args:
+          state: where the run stands; donated.
+          batches: global, prefetched.
+          until: number of the last micro-batch.
+        """
         number, since = int(state.step), self.interval()
         hints = padding.hints(self.stage.data)
         saved, waste = number, padding.Watch(min(padding.ENOUGH, until), hints)
@@ -295,7 +314,13 @@ class Loop:
         }
 
     def save(self, number: int, state: TrainState, position: Mapping[str, Any]) -> None:
-        """Saves what trains, the optimizer, the data position, the stage and the base's hash."""
+        """Saves what trains, the optimizer, the data position, the stage and the base's hash.
+
+        Args:
+          number: micro-batches behind the state.
+          state: to be saved.
+          position: of the data, on this host.
+        """
         about = {
             "data": self.everywhere(number, position),
             "stage": dataclasses.asdict(self.stage),

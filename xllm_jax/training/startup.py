@@ -21,7 +21,13 @@ from xllm_jax.training.step import TrainState
 
 
 def open_pipeline(stage: Stage, device_mesh: Mesh, workdir: Path) -> Pipeline:
-    """The data that this host reads; its bad records go to a file of its own."""
+    """The data that this host reads; its bad records go to a file of its own.
+
+    Args:
+      stage: with the data.
+      device_mesh: over which the hosts share a batch.
+      workdir: the run's folder.
+    """
     share, shares = mesh.host_share(device_mesh)
     host = jax.process_index()  # hosts with the same rows would write one file
     name = "quarantine.jsonl" if share == host else f"quarantine-{host}.jsonl"
@@ -71,9 +77,9 @@ def newest(checkpoints: checkpoint.Checkpoints) -> int | None:
         damage = checkpoints.damage(step)
         if not damage:
             return step
-        told = f"Checkpoint {step} is damaged and not used ({damage})"
+        what = f"Checkpoint {step} is damaged and not used ({damage})"
         aside = checkpoints.set_aside(step)
-        print(f"{told}. It is now {aside}", file=sys.stderr, flush=True)
+        print(f"{what}. It is now {aside}", file=sys.stderr, flush=True)
     if steps:
         raise UserError(
             "no checkpoint is whole",
@@ -96,6 +102,12 @@ def resume(
     store: hosts.Store | None = None,
 ) -> tuple[TrainState, Any]:
     """Loads the newest checkpoint that is whole, if there is one.
+
+    Args:
+      state: the initial one; its frozen half stays.
+      checkpoints: of the run.
+      base: {part: identity of its frozen parameters}.
+      store: of the hosts; None with one.
 
     Returns:
       (state, data position or None).

@@ -66,7 +66,13 @@ class Interval:
         self._since += seconds
 
     def add(self, number: int, metrics: Metrics, info: Mapping[str, Any]) -> None:
-        """Notes one step; its metrics stay on the device."""
+        """Notes one step; its metrics stay on the device.
+
+        Args:
+          number: of the micro-batch.
+          metrics: of its step, on the device.
+          info: of its batch.
+        """
         self._pending[number] = metrics
         self._samples += info["examples"]
         used = next((info["padding"][name][0] for name in TOKENS if name in info["padding"]), 0)

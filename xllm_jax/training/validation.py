@@ -135,7 +135,7 @@ class Evaluation:
       task: {metric: Metric}.
       unread: frozen parameters that training does not load, since what they make is cached.
       device_mesh: where the batches go.
-      watch: over stalls; hears of every batch.
+      watch: over stalls; is notified of every batch.
       say: where a warning goes.
     """
 
@@ -321,7 +321,13 @@ def data_of(stage: Stage) -> Data:
 
 
 def open_pipeline(stage: Stage, device_mesh: Mesh, workdir: Path) -> Pipeline:
-    """One pass over the held-out examples; what cannot be read is listed in a file of its own."""
+    """One pass over the held-out examples; what cannot be read is listed in a file of its own.
+
+    Args:
+      stage: with `validation`.
+      device_mesh: over which the hosts share a batch.
+      workdir: the run's folder.
+    """
     share, shares = mesh.host_share(device_mesh)
     host = jax.process_index()
     name = f"{QUARANTINE}.jsonl" if share == host else f"{QUARANTINE}-{host}.jsonl"
