@@ -22,6 +22,7 @@ from xllm_jax.core.types import Params
 
 Step = jax.typing.ArrayLike
 Schedule = Callable[[Step], jax.Array]
+Transformation = optax.GradientTransformation
 
 
 def cosine(

@@ -5,8 +5,6 @@ The losses are in `objectives/blip2_pretraining.py`.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn

@@ -8,7 +8,6 @@ from typing import Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from xllm_jax.assembly import parameters
@@ -64,12 +63,12 @@ class Trainer:
         return rules.split(stage.trainable, rules.unflatten(self.system.parameters))
 
     @functools.cached_property
-    def _optimization(self) -> tuple[optax.GradientTransformation, optim.Schedule]:
+    def _optimization(self) -> tuple[optim.Transformation, optim.Schedule]:
         stage = self.system.stage
         return optim.make(stage.optimizer, self._halves[0], total_steps=stage.steps)
 
     @property
-    def optimizer(self) -> optax.GradientTransformation:
+    def optimizer(self) -> optim.Transformation:
         """The optax chain over the trainable half."""
         return self._optimization[0]
 
