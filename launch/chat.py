@@ -11,12 +11,15 @@ A line is a question. Commands:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from absl import flags
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
+from xllm_jax.data.media import modalities
+from xllm_jax.data.media.modalities import MODALITIES
+from xllm_jax.data.media.modality import Modality
 from xllm_jax.data.text.instructions import instructions
 from xllm_jax.inference import assistant
 from xllm_jax.inference.load_run import load_run
@@ -30,7 +33,6 @@ MAX_TOKENS = flags.DEFINE_integer(
     "max_tokens", 64, "Length of the longest answer in tokens, the end token included.", 2
 )
 
-MODALITIES = ("image", "video", "speech")
 HELP = "\n".join(__doc__.splitlines()[4:-1])
 
 Answer = Callable[[Example], str]
@@ -38,10 +40,11 @@ Answer = Callable[[Example], str]
 
 @dataclasses.dataclass(frozen=True)
 class Chat:
-    """What has been shown and said so far."""
+    """What has been shown and said so far, and of which modalities files may be."""
 
     media: tuple[tuple[str, str], ...] = ()
     history: tuple[tuple[str, str], ...] = ()
+    known: Mapping[str, Modality] = dataclasses.field(default_factory=lambda: MODALITIES)
 
 
 def main(_: list[str]) -> None:
@@ -52,7 +55,7 @@ def main(_: list[str]) -> None:
         return model.answers([example])[0]
 
     print(f"Knows {', '.join(known)} and text. /help lists the commands.")
-    converse(typed(), answer, print, ROUNDS.value)
+    converse(typed(), answer, print, ROUNDS.value, modalities.named(model.data.modalities))
 
 
 def typed() -> Iterator[str]:
@@ -64,7 +67,13 @@ def typed() -> Iterator[str]:
             return
 
 
-def converse(lines: Iterator[str], answer: Answer, say: Callable[[str], None], rounds: int) -> Chat:
+def converse(
+    lines: Iterator[str],
+    answer: Answer,
+    say: Callable[[str], None],
+    rounds: int,
+    known: Mapping[str, Modality] = MODALITIES,
+) -> Chat:
     """Answers line by line; a mistake is reported and the chat goes on.
 
     Args:
@@ -72,11 +81,12 @@ def converse(lines: Iterator[str], answer: Answer, say: Callable[[str], None], r
       answer: the model.
       say: shows a line.
       rounds: earlier rounds that go into a prompt.
+      known: {name: Modality} of the files that commands may name.
 
     Returns:
       The chat when the user left.
     """
-    chat = Chat()
+    chat = Chat(known=known)
     for line in map(str.strip, lines):
         if line == "/quit":
             break
@@ -98,12 +108,12 @@ def turn(chat: Chat, line: str, answer: Answer, say: Callable[[str], None], roun
         return ask(chat, line, answer, say, rounds)
     if name == "reset":
         say("Forgotten.")
-        return Chat()
+        return Chat(known=chat.known)
     if name == "help":
         say(HELP)
         return chat
-    if name not in MODALITIES:
-        near = cli.nearest(name, [*MODALITIES, "reset", "help", "quit"], "/")
+    if name not in chat.known:
+        near = cli.nearest(name, [*chat.known, "reset", "help", "quit"], "/")
         raise UserError("unknown command", field=f"/{name}", hint=near)
     if not rest.strip():
         raise UserError("names no file", field=line, hint=f"/{name} PATH")
@@ -115,12 +125,16 @@ def show(
 ) -> Chat:
     """Adds a file. A spoken file is a question at once, if there is something to ask about."""
     more = dataclasses.replace(chat, media=(*chat.media, (modality, path)))
-    if modality != "speech":
-        task = "video_caption" if modality == "video" else "caption"
-        # Describing it at once also shows whether the file can be read.
-        return ask(more, instructions(task)[0], answer, say, rounds)
-    seen = any(name != "speech" for name, _ in chat.media)
-    said = ask(more, instructions("spoken_vqa" if seen else "asr")[0], answer, say, rounds)
+    shown = chat.known[modality]
+    seen = any(not chat.known[name].spoken for name, _ in chat.media)
+    texts = instructions(shown.tasks[shown.spoken and seen])
+    if not texts:
+        say("Ask about it.")
+        return more
+    # Describing it at once also shows whether the file can be read.
+    said = ask(more, texts[0], answer, say, rounds)
+    if not shown.spoken:
+        return said
     # The next spoken question replaces this one.
     return dataclasses.replace(said, media=chat.media)
 

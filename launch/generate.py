@@ -17,6 +17,7 @@ from absl import flags
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
+from xllm_jax.data.media.modalities import MODALITIES, task
 from xllm_jax.data.text.instructions import instructions
 from xllm_jax.inference.load_run import load_run
 from xllm_jax.launch import cli
@@ -24,14 +25,15 @@ from xllm_jax.launch import cli
 if TYPE_CHECKING:
     from xllm_jax.inference import assistant
 
-MODALITIES = ("image", "video", "speech")
-
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Folder of a finished run, such as demo/runs/stage3.", required=True
 )
 FILES = {
     name: flags.DEFINE_multi_string(name, [], f"{name.capitalize()} file") for name in MODALITIES
 }
+MEDIA = flags.DEFINE_multi_string(
+    "media", [], "MODALITY:PATH, a file of a modality that the run added by data.modalities."
+)
 PROMPT = flags.DEFINE_string(
     "prompt", "", "Question or instruction; with files it may be left out."
 )
@@ -75,12 +77,18 @@ def files() -> tuple[tuple[str, str], ...]:
     """(modality, path) of every file on the command line, images first.
 
     Raises:
-      UserError: a file does not exist.
+      UserError: a file does not exist, or has no modality.
     """
-    found = tuple((name, path) for name in MODALITIES for path in FILES[name].value)
+    found = [(name, path) for name in MODALITIES for path in FILES[name].value]
     for name, path in found:
         check_file(path, f"--{name}")
-    return found
+    for value in MEDIA.value:
+        name, colon, path = value.partition(":")
+        if not colon:
+            hint = "Write --media=MODALITY:PATH"
+            raise UserError(f"names no modality: {value}", field="--media", hint=hint)
+        found.append((name, check_file(path, "--media")))
+    return tuple(found)
 
 
 def check_file(path: str, field: str) -> str:
@@ -98,17 +106,11 @@ def question(media: tuple[tuple[str, str], ...], prompt: str) -> Example:
     """
     if prompt.strip():
         return Example("prompt", media, prompt.strip())
-    if prompt or not media:
+    names = {name for name, _ in media}
+    if prompt or not media or not names <= MODALITIES.keys():
         raise UserError("nothing to ask", field="--prompt", hint="Give a prompt or a file")
-    task = task_of({name for name, _ in media})
-    return Example("prompt", media, instructions(task)[0], task=task)
-
-
-def task_of(modalities: set[str]) -> str:
-    """The task that a set of modalities without words stands for."""
-    if "speech" in modalities:
-        return "spoken_vqa" if modalities - {"speech"} else "asr"
-    return "video_caption" if "video" in modalities else "caption"
+    kind = task(names, MODALITIES)
+    return Example("prompt", media, instructions(kind)[0], task=kind)
 
 
 def hear(model: assistant.Assistant, path: str) -> str:

@@ -31,6 +31,14 @@ def network(part: Part, stage: Stage, name: str) -> nn.Module:
       UserError: unknown network, size, field or choice of `remat`, or heads that do not divide.
     """
     file, kind = lookup.attribute(MODELS, part.network, f"parts.{name}.network")
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        what = f"{part.network} is no network"
+        raise UserError(what, field=f"parts.{name}.network", hint="Name a class of flax.linen")
+    for table in ("SIZES", "SHARDING"):
+        if not hasattr(file, table):
+            what = f"{part.network.partition(':')[0]} has no {table}"
+            hint = "See xllm_jax/models/vit.py"
+            raise UserError(what, field=f"parts.{name}.network", hint=hint)
     row = lookup.size_row(file.SIZES, part.size, f"parts.{name}.size")
     known = {field.name for field in dataclasses.fields(kind)}
     unknown = set(part.fields) - known

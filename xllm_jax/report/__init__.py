@@ -12,6 +12,7 @@ All of it reads one plain dict, the JSON of an evaluation:
     comparisons  {name: {'title', 'metric', 'value', 'low', 'high', 'samples'}}, positive is better
     timings      {step: seconds}
     curves       {run: [[step, loss], ...]}
+    modalities   {name: 'package.module:NAME'} of further modalities among the samples' files
     settings     {name: value}, shown at the end
 """
 

@@ -66,13 +66,13 @@ def render(made: Sequence[Table], results: Mapping[str, Any]) -> str:
       made: of `tables.build`.
       results: see the package; samples and curves come from there.
     """
-    measures = results.get("measures", {})
+    measures, places = results.get("measures", {}), results.get("modalities", {})
     chosen = [measures[name] for name in SAMPLES if name in measures]
     body = [
         "<h1>X-LLM in miniature: what the run measured</h1>",
         '<p class="note">Every number comes from held-out files. Brackets hold 95 % intervals.</p>',
         *map(table, made[:3]),
-        *(samples(measure) for measure in chosen if measure.get("shown")),
+        *(samples(measure, places) for measure in chosen if measure.get("shown")),
         *map(table, made[3:]),
         curves(results.get("curves", {})),
         settings(results.get("settings", {})),
@@ -106,15 +106,15 @@ def _class(good: bool | None, base: str = "") -> str:
     return f' class="{names}"' if names else ""
 
 
-def samples(measure: Mapping[str, Any]) -> str:
+def samples(measure: Mapping[str, Any], places: Mapping[str, str]) -> str:
     """Some samples of a task with their files and answers."""
-    cards = "".join(map(sample, measure["shown"]))
+    cards = "".join(sample(entry, places) for entry in measure["shown"])
     return f'<h2>{html.escape(measure["title"])}</h2><div class="samples">{cards}</div>'
 
 
-def sample(entry: Mapping[str, Any]) -> str:
+def sample(entry: Mapping[str, Any], places: Mapping[str, str]) -> str:
     """One sample."""
-    files = "".join(file(modality, path) for modality, path in entry["media"])
+    files = "".join(file(modality, path, places) for modality, path in entry["media"])
     lines = [
         ("said", entry["said"]),
         ("asked", entry["question"]),
@@ -137,9 +137,15 @@ def sample(entry: Mapping[str, Any]) -> str:
     )
 
 
-def file(modality: str, path: str) -> str:
-    """One file of a sample; what cannot be read, or is of no known modality, is named instead."""
-    found = modalities.stored().get(modality)
+def file(modality: str, path: str, places: Mapping[str, str]) -> str:
+    """One file of a sample; what cannot be read, or is of no known modality, is named instead.
+
+    Args:
+      modality, path: of the file.
+      places: of the records of further modalities, as in `Data.modalities`.
+    """
+    known = modalities.stored() | modalities.named(places)
+    found = known.get(modality)
     try:
         return _SHOWN[found.view](path, found) if found else _named(path)
     except (OSError, ValueError, RuntimeError, UserError) as error:
