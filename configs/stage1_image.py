@@ -49,7 +49,7 @@ def _shares(tiny: bool) -> dict[str, float]:
 def _data() -> Data:
     return Data(
         root="data",
-        form="pairs",
+        batch_format="image_text_pairs",
         sources=sources.image_text_pairs(),
         vocabulary="bases/bert/vocab.txt",
         examples=2320,
@@ -62,7 +62,7 @@ def _data() -> Data:
 def _tiny_data() -> Data:
     return Data(
         root="world",
-        form="pairs",
+        batch_format="image_text_pairs",
         sources={"captions": sources.WORLD["captions"]},
         vocabulary="bases/vocab.txt",
         examples=32,

@@ -61,7 +61,7 @@ def get_config(size: str = "real") -> Stage:
 def _data() -> Data:
     return Data(
         root="data",
-        form="transcription",
+        batch_format="transcription",
         sources={k: sources.SPEECH[k] for k in ("aishell1", "aishell2", "vsdial_cn")},
         characters="bases/characters.txt",
         examples=128,
@@ -75,7 +75,7 @@ def _data() -> Data:
 def _tiny_data() -> Data:
     return Data(
         root="world",
-        form="transcription",
+        batch_format="transcription",
         sources={k: sources.WORLD[k] for k in ("utterances", "spoken_questions")},
         characters="world/characters.txt",
         examples=16,

@@ -28,7 +28,7 @@ def get_config(size: str = "tiny") -> Stage:
             peak=2e-3, minimum=2e-5, warmup_from=1e-5, warmup_steps=200, clip=1.0, b2=0.98
         ),
         data=Data(
-            form="sentences",
+            batch_format="text_pairs",
             sources={
                 "text": Source("world_text", options={"count": 300_000, "shares": dict(SHARES)})
             },

@@ -23,7 +23,7 @@ def get_config(size: str = "tiny") -> Stage:
         ),
         data=Data(
             sources={"text": Source("world_text", options={"count": 400_000})},
-            form="text",
+            batch_format="blank_infilling",
             tokenizer="bases/llm",
             examples=44,
             rows=16,

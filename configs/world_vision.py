@@ -24,7 +24,7 @@ def get_config(size: str = "tiny") -> Stage:
             peak=2e-3, minimum=1e-5, warmup_from=1e-5, warmup_steps=200, clip=1.0, b2=0.98
         ),
         data=Data(
-            form="attributes",
+            batch_format="scene_attributes",
             sources={"scenes": Source("world_scenes", options={"count": 100_000})},
             examples=32,
             image={"size": 96, "patch": 16},

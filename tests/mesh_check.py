@@ -19,7 +19,8 @@ import small_stage
 from xllm_jax.assembly import networks
 from xllm_jax.assembly.system import System
 from xllm_jax.core import mesh, rules
-from xllm_jax.preflight import collectives, hlo, inputs, targets
+from xllm_jax.data.batching import batch_format
+from xllm_jax.preflight import collectives, hlo, micro_batch, targets
 from xllm_jax.training.trainer import Trainer, stage_loss
 
 ROWS = 8
@@ -104,7 +105,7 @@ def compare(name):
     made = stage(name)
     shapes = networks.shapes(networks.model(made))
     params = {path: values(path, x) for path, x in rules.flatten(shapes).items()}
-    batch = fill(inputs.shapes(made.data), np.random.default_rng(0))
+    batch = fill(batch_format.find(made.data).shapes(), np.random.default_rng(0))
     alone = gradients(made, {}, params, batch)
     found = {
         mesh_name: difference(alone, gradients(made, axes, params, batch))
@@ -155,7 +156,7 @@ def compiled_collectives(axes, slices):
     made = small_stage.stage(mesh=axes, unroll=1)
     device_mesh = mesh.make(axes, jax.devices()[:count], slices)
     trainer = Trainer(System.build(made, device_mesh))
-    batch = inputs.sharded(made.data, device_mesh)
+    batch = micro_batch.sharded(made.data, device_mesh)
     with jax.set_mesh(device_mesh):
         lowered = trainer.step.lower(trainer.abstract_state, batch)
     program = hlo.parse(lowered.compile(QUICKLY).as_text())

@@ -41,7 +41,7 @@ def make(folder: Path) -> tuple[Stage, list[Example]]:
         objective="asr",
         optimizer=Optimizer(peak=1e-3),
         data=Data(
-            form="transcription",
+            batch_format="transcription",
             sources={"a": Source("list")},
             characters=str(folder / "characters.txt"),
             examples=2,

@@ -148,11 +148,13 @@ def test_other_forms(staged, folder, golden):
     speech_only = [
         Example(f"s{i}", (("speech", str(folder / "a.flac")),), transcript=SAID) for i in range(5)
     ]
-    found = audit(staged({"a": speech_only}, form="transcription"), samples=1)
+    found = audit(staged({"a": speech_only}, batch_format="transcription"), samples=1)
     assert "".join(said for _, said in found.samples[0].pieces) == SAID + "⏎"
     vocabulary = str(golden / "vision" / "weights" / "bert-base-uncased")
     pairs = [Example(f"p{i}", (("image", str(folder / "a.png")),), "", "a") for i in range(5)]
-    found = audit(staged({"a": pairs}, form="pairs", vocabulary=vocabulary), samples=1)
+    found = audit(
+        staged({"a": pairs}, batch_format="image_text_pairs", vocabulary=vocabulary), samples=1
+    )
     assert [said for _, said in found.samples[0].pieces] == ["[CLS]", "a", "[SEP]"]
     assert page.render(found)
 

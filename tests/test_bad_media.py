@@ -195,14 +195,14 @@ def test_texts_that_are_empty_or_not_utf8(folder, batches, tmp_path):
     assert "UTF-8" in reasons["broken.png"] and "no answer" in reasons["empty"]
 
 
-@pytest.mark.parametrize("form", ["transcription", "pairs"])
-def test_other_forms_refuse_blank_texts(folder, batches, form, golden):
-    kind = {"transcription": "flac", "pairs": "png"}[form]
+@pytest.mark.parametrize("name", ["transcription", "image_text_pairs"])
+def test_other_formats_refuse_blank_texts(folder, batches, name, golden):
+    kind = {"transcription": "flac"}.get(name, "png")
     full = example(folder, f"good.{kind}")
     blank = Example("blank", full.media, answer=" \t", transcript=" \t")
     vocabulary = str(golden / "vision" / "weights" / "bert-base-uncased")
-    fields = {"form": form, "characters_length": 8, "text_length": 8, "vocabulary": vocabulary}
-    _, info, lines = batches([full, blank], **fields)
+    fields = {"characters_length": 8, "text_length": 8, "vocabulary": vocabulary}
+    _, info, lines = batches([full, blank], batch_format=name, **fields)
     assert [line["key"] for line in lines] == ["blank"] and info["keys"] == [full.key]
 
 

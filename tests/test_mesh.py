@@ -20,7 +20,8 @@ from small_stage import GLM, ROOT
 from xllm_jax.assembly.system import System
 from xllm_jax.core import flops, mesh, rules
 from xllm_jax.core.errors import UserError
-from xllm_jax.preflight import collectives, inputs, memory
+from xllm_jax.data.batching import batch_format
+from xllm_jax.preflight import collectives, memory
 from xllm_jax.training.trainer import Trainer
 
 DEPTH = GLM["depth"]
@@ -70,7 +71,9 @@ def test_layers_in_the_hosts_memory_are_copied_one_by_one():
     made.offload = (r"llm/(layers|final_norm)/.*",)
     trainer = Trainer(System.build(made, mesh.make({})))
     like, step = trainer.abstract_state, trainer.step
-    shapes = Counter(copied(jax.make_jaxpr(step)(like, inputs.shapes(made.data)).jaxpr))
+    shapes = Counter(
+        copied(jax.make_jaxpr(step)(like, batch_format.find(made.data).shapes()).jaxpr)
+    )
     width, hidden = GLM["width"], GLM["hidden"]
     assert shapes[width, hidden] == shapes[hidden, width] == 2  # forward and back
     flat = rules.flatten(like.frozen)

@@ -12,6 +12,7 @@ import reading
 from flax import linen as nn
 
 from xllm_jax.data.batching import conversation
+from xllm_jax.data.batching.batch_format import BatchPlan
 from xllm_jax.data.record import Mode
 from xllm_jax.models import glm
 from xllm_jax.models.xllm import XLLM
@@ -76,12 +77,13 @@ def test_packed_examples_have_the_losses_of_separate_ones(model, tmp_path):
     drawn = pipeline._steps[0]
     items = {"image": 3, "video": 4, "speech": 3}
     data = dataclasses.replace(pipeline.data, rows=3, length=144, items=items)
-    packed = conversation.plan(drawn, pipeline.kit, data, Mode())
+    form = conversation.Format(data)
+    packed = form.plan(drawn, Mode())
     assert max(map(len, packed.rows)) > 2 and not packed.skipped
-    placed, _ = conversation.prepare(drawn, pipeline.kit, data, Mode())
+    placed, _ = form.prepare(drawn, Mode())
     found = []
-    for plan in (packed, conversation.Plan(tuple((one,) for one in placed), ())):
-        batch, unread = conversation.fill(plan, slice(None), pipeline.kit, data, Mode())
+    for plan in (packed, BatchPlan(tuple((one,) for one in placed))):
+        batch, unread = form.fill(plan, slice(None), Mode())
         assert not unread
         found.append(losses(model, batch, plan.members(slice(None))))
     ours, alone = found

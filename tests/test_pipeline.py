@@ -16,7 +16,7 @@ from PIL import Image
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data, Source
 from xllm_jax.data import mixture
-from xllm_jax.data.batching import conversation
+from xllm_jax.data.batching import packing
 from xllm_jax.data.example import Example
 from xllm_jax.data.pipeline import Pipeline
 from xllm_jax.data.record import Mode, Record, Skipped
@@ -114,8 +114,8 @@ def records(examples):
 
 def test_every_example_stands_in_one_row_once_and_apart(pipeline, folder):
     made = pipeline({"a": mixed(folder, 24)}, items={"image": 3, "speech": 2})
-    plan = conversation.plan(records(mixed(folder, 12)), made.kit, made.data, Mode())
-    batch, unread = conversation.fill(plan, slice(None), made.kit, made.data, Mode())
+    plan = made.format.plan(records(mixed(folder, 12)), Mode())
+    batch, unread = made.format.fill(plan, slice(None), Mode())
     assert not unread and not plan.skipped
     members = plan.members(slice(None))
     assert Counter(r.example.key for _, _, r in members) == Counter(f"m{i}" for i in range(12))
@@ -128,7 +128,7 @@ def test_every_example_stands_in_one_row_once_and_apart(pipeline, folder):
 
 def check_segment(batch, row, segment, record, made):
     """What stands in a packed row is the example's own prompt, moved."""
-    alone = conversation.sequence(record, made.kit, made.data, Mode())
+    alone = made.format.sequence(record, Mode())
     places = np.flatnonzero(batch.segments[row] == segment)
     start = places[0]
     np.testing.assert_array_equal(places, start + np.arange(len(alone.ids)))
@@ -157,17 +157,17 @@ def test_slots_of_different_examples_never_share_an_embedding(pipeline, folder):
 
 def test_first_fit_is_in_order_and_respects_every_limit():
     needs = [{"tokens": 6}, {"tokens": 5}, {"tokens": 4, "image": 1}, {"tokens": 1, "image": 1}]
-    room = {"tokens": 10, "image": 1}
-    assert conversation.first_fit(needs, room, 2) == [0, 1, 0, 1]
-    assert conversation.first_fit([{"tokens": 11}, {"video": 1}], room, 2) == [None, None]
+    capacity = {"tokens": 10, "image": 1}
+    assert packing.first_fit(needs, capacity, 2) == [0, 1, 0, 1]
+    assert packing.first_fit([{"tokens": 11}, {"video": 1}], capacity, 2) == [None, None]
 
 
 def test_packing_keeps_rows_even_when_items_are_scarce():
     needs = [{"tokens": tokens, "image": 1} for tokens in (6, 6, 4, 4)]
-    room = {"tokens": 10, "image": 2}
-    assert conversation.first_fit(needs, room, 2) == [0, 1, 0, 1]
-    assert conversation.first_fit(needs[::-1], room, 2) == [0, 0, 1, None]
-    assert None not in conversation.pack(needs[::-1], room, 2)
+    capacity = {"tokens": 10, "image": 2}
+    assert packing.first_fit(needs, capacity, 2) == [0, 1, 0, 1]
+    assert packing.first_fit(needs[::-1], capacity, 2) == [0, 0, 1, None]
+    assert None not in packing.pack(needs[::-1], capacity, 2)
 
 
 def test_an_example_without_room_is_told_and_shapes_stay(pipeline, folder):
@@ -189,16 +189,18 @@ def test_absent_modalities_are_empty_slots(pipeline):
 # Order
 
 
-@pytest.mark.parametrize("form", ["conversation", "transcription", "pairs"])
-def test_resuming_gives_the_same_batches(pipeline, folder, form):
+@pytest.mark.parametrize("name", ["conversation", "transcription", "image_text_pairs"])
+def test_resuming_gives_the_same_batches(pipeline, folder, name):
     examples = [
-        dataclasses.replace(e, media=(("image", str(folder / "1.png")),) * (form == "pairs"))
-        if form == "pairs"
+        dataclasses.replace(
+            e, media=(("image", str(folder / "1.png")),) * (name == "image_text_pairs")
+        )
+        if name == "image_text_pairs"
         else dataclasses.replace(e, media=(("speech", str(folder / f"{i % 6}.flac")),))
         for i, e in enumerate(mixed(folder, 20))
     ]
     fields = {
-        "form": form,
+        "batch_format": name,
         "image": {"size": SIZE, "scale": (0.5, 1.0), "flip": True},
         "speech": {"specaugment": True},
     }
@@ -276,7 +278,7 @@ def test_buckets_keep_their_batch_size_at_resume(pipeline, folder):
         Example(f"{i}", (("speech", str(folder / f"{i % 6}.flac")),), transcript=SAID[0])
         for i in range(12)
     ]
-    fields = {"form": "transcription", "frames": (60, 200)}
+    fields = {"batch_format": "transcription", "frames": (60, 200)}
     batches = pipeline({"a": examples}, examples=4, **fields).iterate()
     take(batches, 1)
     with pytest.raises(UserError, match="length buckets are on"):
@@ -334,7 +336,7 @@ def test_evaluation_may_stop_early(pipeline):
 
 def test_evaluation_of_transcripts_pads_the_last_batch(pipeline, folder):
     examples = [e for e in mixed(folder, 20) if e.media and e.media[0][0] == "speech"]
-    made = pipeline({"a": examples}, train=False, form="transcription", examples=4)
+    made = pipeline({"a": examples}, train=False, batch_format="transcription", examples=4)
     seen = list(made.iterate())
     assert [key for _, info in seen for key in info["keys"]] == [e.key for e in examples]
     last, _ = seen[-1]
@@ -360,7 +362,9 @@ def test_buckets_hold_utterances_of_their_length(pipeline, folder):
         Example(f"{i}", (("speech", str(folder / f"{i % 6}.flac")),), transcript=SAID[0])
         for i in range(24)
     ]
-    made = pipeline({"a": examples}, form="transcription", frames=(60, 110, 200), examples=4)
+    made = pipeline(
+        {"a": examples}, batch_format="transcription", frames=(60, 110, 200), examples=4
+    )
     seen = take(made.iterate(), 12)
     for batch, info in seen:
         frames = batch["features"].shape[1]
@@ -406,7 +410,7 @@ def test_conversations_with_speech_come_in_buckets_too(pipeline, folder):
 def test_an_utterance_longer_than_every_bucket_is_skipped_in_training_only(pipeline, folder):
     example = Example("long", (("speech", str(folder / "5.flac")),), transcript=SAID[0])
     sources = {"a": [example]}
-    fields = {"form": "transcription", "frames": (60, 100), "examples": 1}
+    fields = {"batch_format": "transcription", "frames": (60, 100), "examples": 1}
     _, info = next(pipeline(sources, **fields).iterate())
     assert [s.key for s in info["skipped"]] == ["long"] and not info["bad"]
     with pytest.raises(UserError, match=r"has 148 frames, data\.frames holds 100"):
@@ -416,9 +420,9 @@ def test_an_utterance_longer_than_every_bucket_is_skipped_in_training_only(pipel
 # Bad records
 
 
-@pytest.mark.parametrize("form", ["conversation", "transcription", "pairs"])
-def test_bad_files_are_counted_and_listed(pipeline, folder, tmp_path, form):
-    kind = {"transcription": "flac"}.get(form, "png")
+@pytest.mark.parametrize("name", ["conversation", "transcription", "image_text_pairs"])
+def test_bad_files_are_counted_and_listed(pipeline, folder, tmp_path, name):
+    kind = {"transcription": "flac"}.get(name, "png")
     modality = {"flac": "speech", "png": "image"}[kind]
 
     def example(key, name):
@@ -428,7 +432,7 @@ def test_bad_files_are_counted_and_listed(pipeline, folder, tmp_path, form):
     good = [example(f"g{i}", i % 3) for i in range(10)]
     bad = [example(f"b{i}", "broken") for i in range(4)] + [example("absent", "absent")]
     listed = tmp_path / "quarantine.jsonl"
-    fields = {"form": form, "examples": 5, "rows": 5, "max_bad_share": 0.5}
+    fields = {"batch_format": name, "examples": 5, "rows": 5, "max_bad_share": 0.5}
     seen = take(pipeline({"a": good + bad}, quarantine=listed, **fields).iterate(), 3)
     lines = [json.loads(line) for line in listed.read_text().splitlines()]
     assert sorted(line["key"] for line in lines) == sorted(e.key for e in bad)
@@ -498,17 +502,19 @@ def test_a_stream_with_nothing_to_learn_is_an_error(pipeline, folder):
 
 
 def test_pairs_hold_images_and_word_pieces(pipeline, folder):
-    made = pipeline({"a": mixed(folder, 8)[1::4] * 4}, form="pairs")
+    made = pipeline({"a": mixed(folder, 8)[1::4] * 4}, batch_format="image_text_pairs")
     batch, _ = next(made.iterate())
     assert batch["images"].shape == (8, SIZE, SIZE, 3) and batch["ids"].shape == (8, 12)
-    assert (batch["ids"][:, 0] == made.kit.begin).all() and batch["weights"].all()
-    assert (batch["mask"] == (batch["ids"] != made.kit.pad)).all()
+    assert (batch["ids"][:, 0] == made.resources.begin).all() and batch["weights"].all()
+    assert (batch["mask"] == (batch["ids"] != made.resources.pad)).all()
 
 
-def test_the_text_form_fills_blanks_and_answers_questions(pipeline):
+def test_the_blank_infilling_format_fills_blanks_and_answers_questions(pipeline):
     sentences = [Example(f"s{i}", answer="红色的圆在左边，蓝色的方块在右边。") for i in range(8)]
-    made = pipeline({"a": [*sentences, *texts(8)]}, form="text", items={}, rows=8)
-    specials = made.kit.tokenizer.specials
+    made = pipeline(
+        {"a": [*sentences, *texts(8)]}, batch_format="blank_infilling", items={}, rows=8
+    )
+    specials = made.resources.tokenizer.specials
     ids = np.concatenate([batch.ids for batch, _ in take(made.iterate(), 6)])
     assert (ids == specials.mask).any() and (ids == specials.gmask).any()
 

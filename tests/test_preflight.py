@@ -16,7 +16,16 @@ from small_stage import ROOT
 from xllm_jax.configs import stage2_image, stage3_instruction
 from xllm_jax.core import flops
 from xllm_jax.core.errors import UserError
-from xllm_jax.preflight import collectives, forecast, hlo, inputs, memory, report, roofline, targets
+from xllm_jax.preflight import (
+    collectives,
+    forecast,
+    hlo,
+    memory,
+    micro_batch,
+    report,
+    roofline,
+    targets,
+)
 
 PROGRAM = """\
 HloModule jit_step, is_scheduled=true
@@ -172,7 +181,7 @@ def test_slices_that_do_not_exist(text):
 
 
 def test_a_larger_micro_batch_keeps_the_update():
-    made = inputs.with_rows(stage2_image.get_config("real"), 128)
+    made = micro_batch.with_rows(stage2_image.get_config("real"), 128)
     assert (made.data.rows, made.data.examples, made.optimizer.accumulation) == (128, 128, 4)
 
 
@@ -180,16 +189,16 @@ def test_search_takes_the_largest_that_fits_in_few_tries():
     stage, target, tried = stage2_image.get_config("real"), targets.parse("h200:8"), []
 
     def compile_(made, target):
-        rows = inputs.rows_of(made.data)
+        rows = micro_batch.rows(made)
         tried.append(rows)
         used = memory.Memory(0, 50 * 10**9, 0, 0, rows * 10**9)
         fits = used.total <= target.chip.memory
         return forecast.Forecast(made, target, {}, used, fits, True, 1.0, 1.0)
 
     found = forecast.largest(stage, target, compile_=compile_)
-    assert inputs.rows_of(found.stage.data) == 64
+    assert micro_batch.rows(found.stage) == 64
     assert tried == [512, 64]
-    whole = inputs.with_rows(stage, 512)
+    whole = micro_batch.with_rows(stage, 512)
     assert forecast.largest(whole, target, compile_(whole, target), compile_).stage == found.stage
     assert tried == [512, 64, 512, 64]  # the plan that is known costs no third 512
 

@@ -151,7 +151,7 @@ def transcription(folder):
     fields = {"speech_encoder": ear, "speech_interface": spoken, "asr_decoder": decoder}
     CharacterVocabulary.build(list(fixtures.TEXTS) + ["红色吗几个"]).save(folder / "characters.txt")
     data = Data(
-        form="transcription",
+        batch_format="transcription",
         characters=str(folder / "characters.txt"),
         examples=2,
         frames=(64,),

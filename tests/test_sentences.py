@@ -31,7 +31,7 @@ def data(tmp_path_factory):
     vocabulary.write_text("\n".join(PIECES), "utf-8")
     source = Source("world_text", options={"count": 50, "shares": {"caption_scene": 1.0}})
     return Data(
-        form="sentences",
+        batch_format="text_pairs",
         sources={"text": source},
         vocabulary=str(vocabulary),
         examples=6,

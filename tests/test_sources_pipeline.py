@@ -72,7 +72,7 @@ def test_every_set_of_stage_2_reaches_a_batch(root, tmp_path):
     listed = tmp_path / "quarantine.jsonl"
     data = Data(
         root=str(root),
-        form="pairs",
+        batch_format="image_text_pairs",
         sources=sources.image_text_pairs(),
         vocabulary=str(BACKBONES / "bert" / "vocab.txt"),
         examples=4,

@@ -19,7 +19,7 @@ from xllm_jax.assembly import networks, parameters
 from xllm_jax.assembly.system import System
 from xllm_jax.core import checkpoint, mesh, rules
 from xllm_jax.core.errors import UserError
-from xllm_jax.preflight import inputs
+from xllm_jax.preflight import micro_batch
 from xllm_jax.training import loop
 from xllm_jax.training.step import step_key, train_step
 from xllm_jax.training.trainer import Trainer
@@ -70,7 +70,7 @@ def test_compiler_options_are_those_of_the_platform():
     made = small_stage.stage(compiler={"cpu": {"xla_no_such_option": 1}})
     device_mesh = mesh.make({})
     trainer = Trainer(System.build(made, device_mesh))
-    batch = inputs.sharded(made.data, device_mesh)
+    batch = micro_batch.sharded(made.data, device_mesh)
     with jax.set_mesh(device_mesh), pytest.raises(Exception, match="xla_no_such_option"):
         trainer.step.lower(trainer.abstract_state, batch).compile()
 

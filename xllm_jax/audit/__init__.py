@@ -62,7 +62,7 @@ def audit(stage: Stage, samples: int = 24, records: int = supervision.RECORDS) -
         if number >= LEAST_BATCHES and len(shown) >= samples:
             break
         batch, info = next(batches)
-        parts = taken_apart(batch, info, pipeline.kit, stage.data)
+        parts = taken_apart(batch, info, pipeline.resources, stage.data)
         counts.add(parts, info)
         shown += parts[: samples - len(shown)]
     return Audit(stage.name, found, counts, tuple(shown))

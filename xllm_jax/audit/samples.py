@@ -48,27 +48,27 @@ class Sample:
     tokens: Mapping[str, int]
 
 
-def taken_apart(batch: Any, info: Mapping[str, Any], kit: Any, data: Data) -> list[Sample]:
-    """The samples of a batch of any form, in the order of its rows.
+def taken_apart(batch: Any, info: Mapping[str, Any], resources: Any, data: Data) -> list[Sample]:
+    """The samples of a batch of any format, in the order of its rows.
 
     Args:
       batch, info: what `Pipeline.iterate` gives.
-      kit: the pipeline's tools.
+      resources: of the batch format.
       data: of the stage.
     """
     read = _packed if isinstance(batch, Batch) else _row
     return [
-        read(batch, row, segment, example, source, kit, data)
+        read(batch, row, segment, example, source, resources, data)
         for (row, segment, example), source in zip(info["members"], info["sources"])
     ]
 
 
 def _packed(
-    batch: Batch, row: int, segment: int, example: Example, source: str, kit: Any, data: Data
+    batch: Batch, row: int, segment: int, example: Example, source: str, resources: Any, data: Data
 ) -> Sample:
     """An example of a packed row."""
     places = np.flatnonzero(batch.segments[row] == segment)
-    tokenizer, owners, media = kit.tokenizer, np.full(len(places), "", object), []
+    tokenizer, owners, media = resources.tokenizer, np.full(len(places), "", object), []
     tokens = {"tokens": len(places)}
     for name, entry in batch.media.items():
         index = entry.index[row, places]
@@ -137,23 +137,23 @@ def _row(
     segment: int,
     example: Example,
     source: str,
-    kit: Any,
+    resources: Any,
     data: Data,
 ) -> Sample:
-    """A row of the forms that hold one example each: transcription, pairs and attributes."""
+    """A row of the formats that hold one example each."""
     paths = [path for _, path in example.media] or [example.key]
     if "features" in batch:
         features = batch["features"][row, : batch["lengths"][row]]
         media = (Medium("speech", features, paths[0], modalities.find("speech", data)),)
         ids = batch["tokens"][row, : batch["token_lengths"][row]]
-        pieces = [(LEARNT, kit.decode([token]) or "⏎") for token in ids]
+        pieces = [(LEARNT, resources.decode([token]) or "⏎") for token in ids]
         tokens = {"speech": len(features), "supervised": len(ids)}
     else:
         media = (
             Medium("image", pixels(batch["images"][row]), paths[0], modalities.find("image", data)),
         )
         ids = batch["ids"][row][batch["mask"][row]] if "ids" in batch else ()
-        pieces = [(LEARNT, kit.piece(int(token))) for token in ids]
+        pieces = [(LEARNT, resources.piece(int(token))) for token in ids]
         tokens = {"image": 1, "supervised": len(ids) or 1}
     total = tokens["supervised"]
     counted = {"tokens": total, **tokens}

@@ -56,7 +56,7 @@ def _planned(pipeline: Pipeline, drawn: mixture.Drawn) -> tuple[int, tuple[Skipp
     """Supervised tokens of one record alone in a batch, and why it was left out."""
     if not isinstance(drawn, Record):
         return 0, (drawn,)
-    plan = pipeline.form.plan([drawn], pipeline.kit, pipeline.data, pipeline.mode)
+    plan = pipeline.format.plan([drawn], pipeline.mode)
     return plan.supervised(), plan.skipped
 
 

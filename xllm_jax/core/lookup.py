@@ -12,24 +12,28 @@ from typing import Any
 from xllm_jax.core.errors import UserError
 
 
-def choices(package: str) -> list[str]:
-    """Names of the modules of a package, sorted."""
+def choices(package: str, needs: str = "") -> list[str]:
+    """Names of the modules of a package, sorted; with `needs` of those that have that attribute."""
     path = importlib.import_module(package).__path__
-    return sorted(info.name for info in pkgutil.iter_modules(path))
+    names = sorted(info.name for info in pkgutil.iter_modules(path))
+    if not needs:
+        return names
+    return [n for n in names if hasattr(importlib.import_module(f"{package}.{n}"), needs)]
 
 
-def module(package: str, name: str, field: str = "") -> ModuleType:
+def module(package: str, name: str, field: str = "", needs: str = "") -> ModuleType:
     """Imports `package.name`.
 
     Args:
       package: dotted name.
       name: of the file in it.
       field: of the stage that named it, for errors.
+      needs: attribute that tells a choice from the package's other modules.
 
     Raises:
       UserError: the package has no such module; names the nearest one.
     """
-    known = choices(package)
+    known = choices(package, needs)
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"Did you mean {near[0]!r}? " if near else ""

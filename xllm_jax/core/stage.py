@@ -91,14 +91,14 @@ class Data:
       sources: {name: Source}.
       mix: {name: weight}; 0 leaves a source out. Weights are relative numbers of examples; where
         none is given, every other source takes part by its size.
-      form: what a batch looks like: 'conversation', 'transcription', 'pairs',
-        'sentences', 'text' or 'attributes'.
+      batch_format: what a batch looks like: a file of `data/batching` with a class `Format`, or
+        'package.module:Class' of another package.
       template: named prompt template of `data/text/prompt.py`.
       tokenizer: folder of the LLM's tokenizer.
       characters: file of the ASR model's character vocabulary, one a line.
       vocabulary: WordPiece vocab.txt of the Q-Former's text branch.
       examples: examples per micro-batch over all hosts.
-      rows: rows they are packed into (conversation and text forms).
+      rows: rows they are packed into (formats that pack).
       length: tokens per row.
       answers: supervised tokens per row.
       items: {modality: media items per row}.
@@ -129,7 +129,7 @@ class Data:
     root: str = ""
     sources: dict[str, Source] = dataclasses.field(default_factory=dict)
     mix: dict[str, float] = dataclasses.field(default_factory=dict)
-    form: str = "conversation"
+    batch_format: str = "conversation"
     template: str = "chatglm_zh"
     tokenizer: str = ""
     characters: str = ""
@@ -283,6 +283,12 @@ class Stage:
 _OLDER_FIELDS = {"held_out": "validation"}
 _OLDER_METRICS = {"held_out/": "validation/"}
 _OLDER_OBJECTIVES = {"contrast": ("blip2_pretraining", {}), "glm": ("answer", {"perplexity": True})}
+_OLDER_FORMATS = {
+    "text": "blank_infilling",
+    "pairs": "image_text_pairs",
+    "sentences": "text_pairs",
+    "attributes": "scene_attributes",
+}
 _OLDER_NETWORKS = {"contrast.ContrastModel": "blip2_pretraining.ContrastModel"}
 
 
@@ -303,6 +309,10 @@ def _todays(record: Mapping[str, Any]) -> dict[str, Any]:
         name: part | {"network": _OLDER_NETWORKS.get(part["network"], part["network"])}
         for name, part in made["parts"].items()
     }
+    if "form" in made["data"]:
+        data = dict(made["data"])
+        form = data.pop("form")
+        made["data"] = data | {"batch_format": _OLDER_FORMATS.get(form, form)}
     best = dict(made.get("best", {}))  # older runs have none
     for old, new in _OLDER_METRICS.items():
         if best.get("metric", "").startswith(old):

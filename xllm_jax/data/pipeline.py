@@ -8,38 +8,26 @@ threads nor resuming nor the number of hosts changes a batch.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import grain
+import jax
 import numpy as np
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data
 from xllm_jax.data import mixture, reads_in_flight
-from xllm_jax.data.batching import (
-    conversation,
-    image_text_pairs,
-    scene_attributes,
-    text_pairs,
-    transcription,
-)
+from xllm_jax.data.batching import batch_format
+from xllm_jax.data.batching.batch_format import BatchFormat, BatchPlan
 from xllm_jax.data.media import modalities
 from xllm_jax.data.media.decode_workers import Decoders
 from xllm_jax.data.quarantine import Quarantine
 from xllm_jax.data.record import Mode, Record, Skipped
 
-FORMS: dict[str, ModuleType] = {
-    "conversation": conversation,
-    "text": conversation,
-    "transcription": transcription,
-    "pairs": image_text_pairs,
-    "sentences": text_pairs,
-    "attributes": scene_attributes,
-}
 SILENT = 10  # batches in a row without anything to learn before training gives up
 
 
@@ -58,8 +46,8 @@ class Pipeline:
         spread over each source (`stream.sample`). What is too long is cut or left out.
 
     Raises:
-      UserError: an unknown form, reader, option, template or mixture entry; a source without
-        records; rows that do not divide over the hosts.
+      UserError: an unknown batch format, reader, option, template or mixture entry; a source
+        without records; rows that do not divide over the hosts.
     """
 
     def __init__(
@@ -73,9 +61,9 @@ class Pipeline:
         limit: int | None = None,
         sample: int | None = None,
     ):
-        self.data, self.seed, self.form = data, seed, form_of(data)
+        self.data, self.seed, self.format = data, seed, batch_format.find(data)
         self.mode = Mode(train, cut=sample is not None)
-        self.rows = host_rows(data, self.form, process_index, process_count)
+        self.rows = host_rows(self.format, process_index, process_count)
         self.process_count, self.quarantine = process_count, own_list(quarantine, process_index)
         self.weights = mixture.mixture(data)
         self.activity = reads_in_flight.Activity()
@@ -83,7 +71,7 @@ class Pipeline:
             name: self.activity.watched(name, mixture.read(name, data.sources[name], data.root))
             for name in self.weights
         }
-        self.kit = self.form.tools(data)
+        self.resources = self.format.resources
         self._load = self.activity.loading(
             Decoders(data).load if data.deadline else modalities.load
         )
@@ -117,11 +105,9 @@ class Pipeline:
 
     def _ahead(self) -> grain.ReadOptions:
         """How many batches are decoded at a time and wait, within `data.waiting` gigabytes."""
-        threads, rows = self.data.threads, self.rows.stop - self.rows.start
-        each = {transcription: {"speech": 1}, conversation: self.data.items}
-        items = each.get(self.form, {"image": 1})
-        size = rows * sum(
-            modalities.find(n, self.data).bytes(self.data) * count for n, count in items.items()
+        threads, share = self.data.threads, (self.rows.stop - self.rows.start) / self.format.rows
+        size = share * sum(
+            math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(self.format.shapes())
         )
         most = max(int(self.data.waiting * 1e9 / max(size, 1)), 1)
         # Grain counts the batches being decoded among those that wait.
@@ -132,7 +118,7 @@ class Pipeline:
         """Number of the batch at a position, which batches of another size may have reached."""
         now, index = self.data.examples, int(position["next_index"])
         before = int(position.get("examples", now))
-        bucketed = self._bucketed()
+        bucketed = self.format.bucketed
         if before == now or (not bucketed and index * before % now == 0):
             return index * before // now
         reason = "length buckets are on" if bucketed else f"{index * before} records are behind it"
@@ -154,15 +140,15 @@ class Pipeline:
         else:
             drawn = mixture.sample(self.sources, self.weights, sample, len(self.data.frames) - 1)
         records = [record for record in drawn if isinstance(record, Record)]
-        plans = self.form.batches(records, self.kit, self.data, self.mode)
+        plans = self.format.batches(records, self.mode)
         if not plans:
             raise UserError("no record can be used", field="data.sources")
         plans[-1] = _with_skipped(plans[-1], drawn)
         return grain.MapDataset.source(plans)
 
-    def _plan(self, drawn: tuple[mixture.Drawn, ...]) -> Any:
+    def _plan(self, drawn: Sequence[mixture.Drawn]) -> BatchPlan:
         records = [record for record in drawn if isinstance(record, Record)]
-        return _with_skipped(self.form.plan(records, self.kit, self.data, self.mode), drawn)
+        return _with_skipped(self.format.plan(records, self.mode), drawn)
 
     def _attempt(self, step: Any) -> tuple[Any, dict[str, Any]] | UserError:
         """One step's batch; a UserError travels as a value, past the notes that grain adds."""
@@ -171,40 +157,35 @@ class Pipeline:
         except UserError as error:
             return error
 
-    def _fill(self, plan: Any) -> tuple[Any, dict[str, Any]]:
+    def _fill(self, plan: BatchPlan) -> tuple[Any, dict[str, Any]]:
         """One host's arrays of a plan, and what the run reports about them."""
-        batch, unread = self.form.fill(plan, self.rows, self.kit, self.data, self.mode, self._load)
+        batch, unread = self.format.fill(plan, self.rows, self.mode, self._load)
         lost = {skip.key for skip in unread}
         members = [m for m in plan.members(self.rows) if m[2].example.key not in lost]
         everywhere = plan.members(slice(None))
         return batch, {
             "examples": len(everywhere),
-            "padding": self.form.padding(batch),
+            "padding": self.format.padding(batch),
             "keys": [record.example.key for _, _, record in members],
             "sources": [record.source for _, _, record in members],
             "members": [(row, segment, record.example) for row, segment, record in members],
             "planned": [(row, record.example) for row, _, record in everywhere],
             "epoch": max((record.epoch for _, _, record in everywhere), default=0),
             "supervised": plan.supervised(),
-            "cut": plan.cut,
+            "cut": plan.cut(),
             "skipped": (*plan.skipped, *unread),
             "seen": len(members) + len(unread) + len(plan.skipped),
         }
 
-    def _bucketed(self) -> bool:
-        """Whether batches differ in the length of their speech."""
-        spoken = self.form is transcription or modalities.bucketed(self.data)
-        return spoken and len(self.data.frames) > 1 and self.form in (transcription, conversation)
-
     def _buckets(self) -> mixture.Buckets | None:
         """Length bucket of every record, read once from the audio files' headers."""
-        if not self._bucketed():
+        if not self.format.bucketed:
             return None
 
         def bucket(record: mixture.Drawn) -> int:
             last = len(self.data.frames) - 1
             known = isinstance(record, Record)
-            return self.form.bucket(record.example, self.data) if known else last
+            return self.format.bucket(record.example) if known else last
 
         found = {}
         with ThreadPoolExecutor(max(self.data.threads, 1)) as pool:
@@ -219,7 +200,7 @@ class Batches:
 
     `info` holds: examples (of the global batch), keys, sources and members (row, segment, Example;
     of this host's rows), planned (row, Example; of all hosts' rows, whether its files could be
-    read or not), padding ({what: (used, room)} of this host's rows), epoch, supervised
+    read or not), padding ({what: (used, capacity)} of this host's rows), epoch, supervised
     (tokens, globally), cut (tokens of long text), skipped (records left out, with reasons), bad
     (records that could not be read so far).
     """
@@ -278,30 +259,20 @@ class Batches:
             )
 
 
-def form_of(data: Data) -> ModuleType:
-    """The file that knows the data's form.
-
-    Raises:
-      UserError: unknown form.
-    """
-    if data.form not in FORMS:
-        raise UserError(
-            f"unknown form {data.form!r}", field="data.form", hint=f"Choices: {', '.join(FORMS)}"
-        )
-    return FORMS[data.form]
-
-
-def host_rows(data: Data, form: ModuleType, process_index: int, process_count: int) -> slice:
+def host_rows(form: BatchFormat, process_index: int, process_count: int) -> slice:
     """Which rows of every global batch this host fills.
+
+    Args:
+      form: the batch format.
+      process_index, process_count: which host, of how many.
 
     Raises:
       UserError: the rows do not divide over the hosts.
     """
-    name = "rows" if form is conversation else "examples"
-    total = getattr(data, name)
-    if total % process_count:
-        raise UserError(f"{total} do not divide over {process_count} hosts", field=f"data.{name}")
-    each = total // process_count
+    if form.rows % process_count:
+        what = f"{form.rows} do not divide over {process_count} hosts"
+        raise UserError(what, field=f"data.{form.rows_field}")
+    each = form.rows // process_count
     return slice(process_index * each, (process_index + 1) * each)
 
 
@@ -313,6 +284,6 @@ def own_list(quarantine: str | Path | None, process_index: int) -> Path | None:
     return path.with_name(f"{path.stem}.host{process_index}{path.suffix}")
 
 
-def _with_skipped(plan: Any, drawn: Any) -> Any:
+def _with_skipped(plan: BatchPlan, drawn: Sequence[mixture.Drawn]) -> BatchPlan:
     unread = tuple(record for record in drawn if isinstance(record, Skipped))
     return dataclasses.replace(plan, skipped=(*plan.skipped, *unread))

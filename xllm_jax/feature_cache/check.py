@@ -19,6 +19,7 @@ from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Stage
 from xllm_jax.core.types import Params
 from xllm_jax.data import cached_features, mixture
+from xllm_jax.data.batching import batch_format
 from xllm_jax.feature_cache import describe
 from xllm_jax.models.xllm import XLLM
 
@@ -57,8 +58,8 @@ def verified(system: System) -> dict[str, str]:
 
 
 def _steps(stage: Stage, xllm: XLLM, about: Mapping[str, Any]) -> tuple[str, str]:
-    if stage.data.form not in describe.FORMS:
-        return "data.form", f"batches of the form {stage.data.form!r} take no cached features"
+    if not batch_format.find(stage.data).caches:
+        return batch_format.FIELD, describe.no_features(stage.data)
     for name, kind in about["modalities"].items():
         if name not in xllm.frozen or name not in stage.data.items:
             return "data.cache", f"it holds {name!r}, which the stage does not have"

@@ -10,10 +10,14 @@ from typing import Any
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data, Stage
 from xllm_jax.data import mixture
+from xllm_jax.data.batching import batch_format
 from xllm_jax.data.media import modalities
 from xllm_jax.models.xllm import XLLM
 
-FORMS = ("conversation", "text")  # of Data; the others' batches hold no Media
+
+def no_features(data: Data) -> str:
+    """What is wrong where batches hold no media, of which features could be cached."""
+    return f"batches of the format {data.batch_format!r} take no cached features"
 
 
 def depths(stage: Stage, xllm: XLLM, asked: Sequence[str] = ()) -> dict[str, int]:
@@ -28,9 +32,8 @@ def depths(stage: Stage, xllm: XLLM, asked: Sequence[str] = ()) -> dict[str, int
       UserError: nothing to cache, a modality without frozen steps, or one whose media differ from
         epoch to epoch.
     """
-    if stage.data.form not in FORMS:
-        what = f"batches of the form {stage.data.form!r} take no cached features"
-        raise UserError(what, field="data.form", hint=f"Forms that do: {', '.join(FORMS)}")
+    if not batch_format.find(stage.data).caches:
+        raise UserError(no_features(stage.data), field=batch_format.FIELD)
     known = {name: xllm.frozen[name] for name, *_ in xllm.modalities if name in stage.data.items}
     known |= dict.fromkeys(known.keys() & xllm.given.keys(), 0)  # small files already
     for name in asked:

@@ -14,7 +14,7 @@ from xllm_jax.assembly import networks
 from xllm_jax.assembly.system import System
 from xllm_jax.core import flops, prng
 from xllm_jax.core.stage import Stage
-from xllm_jax.preflight import collectives, hlo, inputs, memory, refusal, roofline, targets
+from xllm_jax.preflight import collectives, hlo, memory, micro_batch, refusal, roofline, targets
 from xllm_jax.preflight.collectives import Collective
 from xllm_jax.preflight.memory import Memory
 from xllm_jax.preflight.refusal import Refusal
@@ -121,7 +121,7 @@ def prepare(stage: Stage, target: Target, compiles: bool = True) -> Lowered:
     model = networks.model(for_accelerators(stage, target))
     # An abstract mesh gives the same shardings; nothing runs on it.
     trainer = Trainer(System(stage, model, cast(Mesh, device_mesh)))
-    return Lowered(trainer, trainer.abstract_state, inputs.sharded(stage.data, device_mesh))
+    return Lowered(trainer, trainer.abstract_state, micro_batch.sharded(stage.data, device_mesh))
 
 
 def for_accelerators(stage: Stage, target: Target) -> Stage:
@@ -294,7 +294,7 @@ def arithmetic(stage: Stage, target: Target) -> Forecast:
 
 def candidates(stage: Stage, chips: int) -> list[int]:
     """Micro-batches that split over the chips and divide the stage's update, ascending."""
-    update = inputs.rows_of(stage.data) * stage.optimizer.accumulation
+    update = micro_batch.rows(stage) * stage.optimizer.accumulation
     return [rows for rows in range(chips, update + 1, chips) if update % rows == 0]
 
 
@@ -320,8 +320,8 @@ def largest(
     options = candidates(stage, device_mesh.shape["data"] * device_mesh.shape["fsdp"])
     while options:
         rows = options.pop()
-        found = known if rows == inputs.rows_of(stage.data) else None
-        found = found or compile_(inputs.with_rows(stage, rows), target)
+        found = known if rows == micro_batch.rows(stage) else None
+        found = found or compile_(micro_batch.with_rows(stage, rows), target)
         if found.fits:
             return found
         account = found.memory

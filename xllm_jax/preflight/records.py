@@ -9,9 +9,9 @@ from typing import Any
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data
 from xllm_jax.data import mixture
-from xllm_jax.data.pipeline import form_of
+from xllm_jax.data.batching import batch_format
+from xllm_jax.data.batching.batch_format import BatchFormat
 from xllm_jax.data.record import Mode, Record, Skipped
-from xllm_jax.preflight import inputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,14 +41,15 @@ def scan(data: Data, count: int) -> Look:
     Data, tokenizer or vocabulary that are not there are no error: `Look.absent` says so.
     """
     try:
-        kit = form_of(data).tools(data)
+        form = batch_format.find(data)
+        _ = form.resources  # what is missing ends the look here
         names = mixture.mixture(data)
         sources = {name: mixture.read(name, data.sources[name], data.root) for name in names}
     except UserError as error:
         return Look(absent=str(error))
     each = max(count // max(len(sources), 1), 1)
     drawn = [one for name in sources for one in _first(sources, name, each, data)]
-    return _through(drawn, kit, data)
+    return _through(drawn, form)
 
 
 def _first(sources: Any, name: str, each: int, data: Data) -> list[mixture.Drawn]:
@@ -59,15 +60,15 @@ def _first(sources: Any, name: str, each: int, data: Data) -> list[mixture.Drawn
     ]
 
 
-def _through(drawn: list[mixture.Drawn], kit: Any, data: Data) -> Look:
+def _through(drawn: list[mixture.Drawn], form: BatchFormat) -> Look:
     """Plans and fills batches of these records and counts what became of them."""
-    form, mode = form_of(data), Mode(train=True)
+    examples, mode = form.data.examples, Mode(train=True)
     reasons = Counter(one.reason for one in drawn if isinstance(one, Skipped))
     records = [one for one in drawn if isinstance(one, Record)]
     placed = supervised = batches = 0
-    for start in range(0, len(records), data.examples):
-        plan = form.plan(records[start : start + data.examples], kit, data, mode)
-        _, unread = form.fill(plan, slice(0, inputs.rows_of(data)), kit, data, mode)
+    for start in range(0, len(records), examples):
+        plan = form.plan(records[start : start + examples], mode)
+        _, unread = form.fill(plan, slice(None), mode)
         reasons.update(skip.reason for skip in (*plan.skipped, *unread))
         placed += len(plan.members(slice(None))) - len(unread)
         supervised += plan.supervised()

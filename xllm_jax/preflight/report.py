@@ -9,7 +9,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from xllm_jax.preflight import collectives, inputs, memory
+from xllm_jax.data.batching import batch_format
+from xllm_jax.preflight import collectives, memory, micro_batch
 from xllm_jax.preflight.collectives import Collective
 from xllm_jax.preflight.forecast import Forecast
 from xllm_jax.preflight.records import Look
@@ -38,7 +39,7 @@ def _forecast(step: Forecast) -> dict[str, Any]:
         "slices": step.target.slices,
         "chips": step.target.chips,
         "mesh": step.mesh,
-        "rows": inputs.rows_of(step.stage.data),
+        "rows": micro_batch.rows(step.stage),
         "accumulation": step.stage.optimizer.accumulation,
         "fits": step.fits,
         "compiled": step.compiled,
@@ -70,7 +71,7 @@ def speed(step: Forecast) -> dict[str, Any]:
         "seconds": line.seconds,
         "limit": line.limit,
         "samples_per_second": step.stage.data.examples / line.seconds,
-        "tokens_per_second": inputs.tokens_of(step.stage.data) / line.seconds,
+        "tokens_per_second": micro_batch.tokens(step.stage) / line.seconds,
         "useful_share_of_peak": step.minimum
         / (line.seconds * step.target.chips * step.target.chip.flops),
         "days": days,
@@ -107,7 +108,7 @@ def text(step: Forecast, largest: Forecast | None, look: Look | None) -> str:
 def flags(step: Forecast) -> str:
     """What makes the micro-batch of a step, on the command line."""
     data, given = step.stage.data, {}
-    if inputs.packs(data):
+    if batch_format.find(data).packs:
         given["data.rows"] = data.rows
     given["data.examples"] = data.examples
     given["optimizer.accumulation"] = step.stage.optimizer.accumulation
@@ -146,8 +147,8 @@ def _page(step: Forecast) -> list[str]:
 def _batch(step: Forecast) -> list[str]:
     data, mesh = step.stage.data, ", ".join(f"{a} {n}" for a, n in step.mesh.items())
     return [
-        f"micro-batch   {inputs.rows_of(data)} rows, {data.examples} examples, "
-        f"{inputs.tokens_of(data)} tokens; {step.stage.optimizer.accumulation} an update",
+        f"micro-batch   {micro_batch.rows(step.stage)} rows, {data.examples} examples, "
+        f"{micro_batch.tokens(step.stage)} tokens; {step.stage.optimizer.accumulation} an update",
         f"mesh          {mesh}",
     ]
 
@@ -214,8 +215,8 @@ def _blame(step: Forecast, largest: Forecast | None) -> list[str]:
     rows = [(f"parameter {path}", size) for path, size in step.parameters]
     known = step if step.temporaries or step.kept else largest
     if known is not None and known.temporaries:
-        scale = inputs.rows_of(step.stage.data) / inputs.rows_of(known.stage.data)
-        note = "" if scale == 1 else f" (of {inputs.rows_of(known.stage.data)} rows)"
+        scale = micro_batch.rows(step.stage) / micro_batch.rows(known.stage)
+        note = "" if scale == 1 else f" (of {micro_batch.rows(known.stage)} rows)"
         rows += [(f"temporary {name}{note}", size) for name, size in known.temporaries]
     rows += [(f"kept {name}", size) for name, size in step.kept]
     rows += [

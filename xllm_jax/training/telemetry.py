@@ -20,6 +20,7 @@ from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Stage
 from xllm_jax.core.types import Device, Metrics
 from xllm_jax.core.weighted_mean import WeightedMean
+from xllm_jax.data.batching import batch_format
 from xllm_jax.training import divergence
 from xllm_jax.training.step import Loss, TrainState
 
@@ -207,8 +208,7 @@ def _array(shape: tuple[int, ...], kind: str) -> str:
 
 def programs(stage: Stage) -> int:
     """How many different steps a stage compiles: one for every length bucket."""
-    bucketed = stage.data.form in ("transcription", "conversation")
-    return len(stage.data.frames) if bucketed else 1
+    return batch_format.find(stage.data).programs
 
 
 def useful(loss: Loss) -> Callable[[TrainState, Any], float]:

@@ -1,4 +1,4 @@
-"""The attributes form: drawn scenes of the embedded world and what stands on every patch and cell.
+"""The format of scene attributes: scenes of the world and what stands on every patch and cell.
 
 Attributes are shape, color and size, counted from 1; 0 is nothing. Records come from
 `sources/world_scenes.py`; the held-out pairs of shape and color are never drawn.
@@ -6,13 +6,10 @@ Attributes are shape, color and size, counted from 1; 0 is nothing. Records come
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
-
 import numpy as np
 
-from xllm_jax.core.stage import Data
-from xllm_jax.data.media import image
+from xllm_jax.data.batching.batch_format import BatchPlan, Entry, RowPerRecord
+from xllm_jax.data.media import image, modalities
 from xllm_jax.data.record import Mode, Record, Skipped
 from xllm_jax.data.synthetic_world.render import PIXELS, object_boxes, render_scene
 from xllm_jax.data.synthetic_world.scene import (
@@ -29,57 +26,59 @@ from xllm_jax.data.synthetic_world.scene import (
 ATTRIBUTES = 3
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """Rows of a global batch."""
+class Format(RowPerRecord[Entry, dict[str, np.ndarray], None]):
+    """Drawn pictures and their labels."""
 
-    rows: tuple[Record, ...]
-    skipped: tuple[Skipped, ...] = ()
-    cut: int = 0
+    def load_resources(self) -> None:
+        """There is no file to read."""
 
-    def supervised(self) -> int:
-        """Pictures of the plan."""
-        return len(self.rows)
+    @property
+    def _size(self) -> int:
+        return self.data.image.get("size", 96)
 
-    def members(self, rows: slice) -> list[tuple[int, int, Record]]:
-        """(row, 1, record) of every picture in some rows, rows counted from the first."""
-        return [(number, 1, record) for number, record in enumerate(self.rows[rows])]
+    @property
+    def _grid(self) -> int:
+        """Patches along one side of an image."""
+        return self._size // self.data.image.get("patch", 16)
 
+    @property
+    def row_tokens(self) -> int:
+        """Patches of an image."""
+        return self._grid**2
 
-def tools(data: Data) -> int:
-    """Patches along one side of an image."""
-    return data.image.get("size", 96) // data.image.get("patch", 16)
+    def zeros(self, rows: int, bucket: int = -1) -> dict[str, np.ndarray]:
+        """An empty batch, see `BatchFormat.zeros`."""
+        return {
+            "images": np.zeros((rows, self._size, self._size, 3), np.float32),
+            "patches": np.zeros((rows, self._grid**2, ATTRIBUTES), np.int32),
+            "cells": np.zeros((rows, len(PLACES), ATTRIBUTES), np.int32),
+        }
 
+    def entry(self, record: Record, mode: Mode) -> Entry:
+        """The row of one record."""
+        return Entry(record)
 
-def plan(records: Sequence[Record], kit: int, data: Data, mode: Mode) -> Plan:
-    """One row per record."""
-    return Plan(tuple(records))
+    def fill(
+        self,
+        plan: BatchPlan[Entry],
+        rows: slice,
+        mode: Mode,
+        load: modalities.Load = modalities.load,
+    ) -> tuple[dict[str, np.ndarray], list[Skipped]]:
+        """Draws some rows, see `BatchFormat.fill`; rows without a record are left out.
 
+        Returns:
+          ({'images': `[B, H, W, 3]` float32, 'patches': `[B, N, 3]` and 'cells': `[B, 9, 3]` int32
+          classes of shape, color and size}, nothing skipped).
+        """
+        keys = [entry.record.example.key for row in plan.rows[rows] for entry in row]
+        drawn = [draw(key, self._size, self._grid) for key in keys]
+        images, patches, cells = (np.stack(values) for values in zip(*drawn))
+        return {"images": images, "patches": patches, "cells": cells}, []
 
-def batches(records: Sequence[Record], kit: int, data: Data, mode: Mode) -> list[Plan]:
-    """Plans over all records in order; the last may be shorter."""
-    starts = range(0, len(records), data.examples)
-    return [Plan(tuple(records[start : start + data.examples])) for start in starts]
-
-
-def fill(
-    made: Plan, rows: slice, kit: int, data: Data, mode: Mode, load: object = None
-) -> tuple[dict[str, np.ndarray], list[Skipped]]:
-    """Draws one host's rows; there is no file to `load`.
-
-    Returns:
-      ({'images': `[B, H, W, 3]` float32, 'patches': `[B, N, 3]` and 'cells': `[B, 9, 3]` int32
-      classes of shape, color and size}, nothing skipped).
-    """
-    size = data.image.get("size", 96)
-    drawn = [draw(record.example.key, size, kit) for record in made.rows[rows]]
-    images, patches, cells = (np.stack(values) for values in zip(*drawn))
-    return {"images": images, "patches": patches, "cells": cells}, []
-
-
-def padding(batch: dict[str, np.ndarray]) -> dict[str, tuple[int, int]]:
-    """{what: (used, room)} of a batch: every row holds a picture."""
-    return {"image": (len(batch["images"]), len(batch["images"]))}
+    def padding(self, batch: dict[str, np.ndarray]) -> dict[str, tuple[int, int]]:
+        """{kind of place: (used, capacity)}: every row holds a picture."""
+        return {"image": (len(batch["images"]), len(batch["images"]))}
 
 
 def draw(key: str, size: int, grid: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

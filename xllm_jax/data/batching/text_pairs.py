@@ -1,4 +1,4 @@
-"""The sentences form: two texts that belong together, for the Q-Former's and C-Former's BERT.
+"""The format of text pairs: two texts that belong together, for the BERT of the interfaces.
 
 The first text is the prefix, the second is what is to be written after it; joined, both are read
 with some of their pieces hidden. The first text of a record is its written media (or its
@@ -8,12 +8,11 @@ instruction), the second its answer, with the question before it where there is 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 import numpy as np
 
-from xllm_jax.core.stage import Data
-from xllm_jax.data.batching.image_text_pairs import Plan
+from xllm_jax.core.errors import UserError
+from xllm_jax.data.batching.batch_format import BatchPlan, Entry, RowPerRecord
 from xllm_jax.data.media import modalities
 from xllm_jax.data.record import MEDIA, Mode, Record, Skipped
 from xllm_jax.data.text import blip_captions
@@ -25,88 +24,89 @@ MASK = "[MASK]"
 
 
 @dataclasses.dataclass(frozen=True)
-class Pair:
-    """One row: a record and its two texts."""
+class Pair(Entry):
+    """A record and its two texts."""
 
-    record: Record
     first: str
     second: str
 
 
-def tools(data: Data) -> WordPiece:
-    """Loads the WordPiece vocabulary that the data names."""
-    return WordPiece(data.vocabulary)
+class Format(RowPerRecord[Pair, dict[str, np.ndarray], WordPiece]):
+    """Pairs of texts, apart and joined."""
 
+    def load_resources(self) -> WordPiece:
+        """Loads the WordPiece vocabulary that the data names."""
+        return WordPiece(self.data.vocabulary)
 
-def plan(records: Sequence[Record], kit: WordPiece, data: Data, mode: Mode) -> Plan:
-    """One row per record, in order."""
-    rows: list[Pair | None] = []
-    skipped: list[Skipped] = []
-    for record in records:
+    @property
+    def row_tokens(self) -> int:
+        """Word pieces of both texts."""
+        return 2 * self.data.text_length
+
+    def zeros(self, rows: int, bucket: int = -1) -> dict[str, np.ndarray]:
+        """An empty batch, see `BatchFormat.zeros`."""
+        apart, joined = (rows, self.data.text_length), (rows, 2 * self.data.text_length)
+        return {
+            "first": np.zeros(apart, np.int32),
+            "first_mask": np.zeros(apart, bool),
+            "second": np.zeros(apart, np.int32),
+            "second_mask": np.zeros(apart, bool),
+            "joined": np.zeros(joined, np.int32),
+            "joined_mask": np.zeros(joined, bool),
+            "targets": np.zeros(joined, np.int32),
+            "hidden": np.zeros(joined, np.float32),
+        }
+
+    def entry(self, record: Record, mode: Mode) -> Pair:
+        """The row of one record.
+
+        Raises:
+          UserError: one of the texts is empty.
+        """
         example = record.example
         written = [words for kind, words in example.media if kind.startswith(WRITTEN)]
         first = "".join(written) or example.instruction
         second = (example.instruction if written else "") + example.answer
-        if first and second:
-            rows.append(Pair(record, blip_captions.caption(first), blip_captions.caption(second)))
-        else:
-            skipped.append(Skipped(example.key, "has no two texts", bad=True))
-    rows += [None] * (data.examples - len(rows))
-    return Plan(tuple(rows), tuple(skipped))
+        if not first or not second:
+            raise UserError("has no two texts", field=example.key)
+        return Pair(record, blip_captions.caption(first), blip_captions.caption(second))
 
+    def fill(
+        self,
+        plan: BatchPlan[Pair],
+        rows: slice,
+        mode: Mode,
+        load: modalities.Load = modalities.load,
+    ) -> tuple[dict[str, np.ndarray], list[Skipped]]:
+        """Tokenizes some rows, see `BatchFormat.fill`; nothing is opened.
 
-def batches(records: Sequence[Record], kit: WordPiece, data: Data, mode: Mode) -> list[Plan]:
-    """Plans that hold every record exactly once, in order; the last is padded."""
-    starts = range(0, len(records), data.examples)
-    return [plan(records[start : start + data.examples], kit, data, mode) for start in starts]
+        Returns:
+          ({'first', 'second': `[B, L]` int32 as [CLS] … [SEP] [PAD]*; 'first_mask', 'second_mask';
+          'joined' `[B, 2L]` int32, the first and then the second without its [CLS], pieces hidden;
+          'joined_mask'; 'targets' `[B, 2L]` int32; 'hidden' `[B, 2L]` float32, 1 where a piece was
+          hidden}, nothing skipped).
+        """
+        mine, length, pieces = plan.rows[rows], self.data.text_length, self.resources
+        texts = [(row[0].first, row[0].second) if row else ("", "") for row in mine]
+        first, first_mask = pieces.rows([text for text, _ in texts], length)
+        second, second_mask = pieces.rows([text for _, text in texts], length)
+        empty = [not row for row in mine]
+        first_mask[empty] = second_mask[empty] = False
+        batch = self.zeros(len(mine))
+        targets, joined_mask, hidden = batch["targets"], batch["joined_mask"], batch["hidden"]
+        targets[:] = pieces.pad
+        for number, pair in ((n, entry) for n, row in enumerate(mine) for entry in row):
+            both = [*first[number, first_mask[number]], *second[number, second_mask[number]][1:]]
+            targets[number, : len(both)] = both
+            joined_mask[number, : len(both)] = True
+            chosen = pair.record.generator(MEDIA).random(len(both)) < HIDDEN_SHARE
+            special = np.isin(both, [pieces.begin, pieces.end])
+            hidden[number, : len(both)] = chosen & ~special
+        joined = np.where(hidden > 0, pieces.encode_special(MASK), targets).astype(np.int32)
+        texts = {"first": first, "first_mask": first_mask}
+        texts |= {"second": second, "second_mask": second_mask, "joined": joined}
+        return batch | texts, []
 
-
-def fill(
-    made: Plan,
-    rows: slice,
-    kit: WordPiece,
-    data: Data,
-    mode: Mode,
-    load: modalities.Load = modalities.load,
-) -> tuple[dict[str, np.ndarray], list[Skipped]]:
-    """Tokenises one host's rows; nothing is opened, so `load` stays unused.
-
-    Returns:
-      ({'first', 'second': `[B, L]` int32 as [CLS] … [SEP] [PAD]*; 'first_mask', 'second_mask';
-      'joined' `[B, 2L]` int32, the first and then the second without its [CLS], pieces hidden;
-      'joined_mask'; 'targets' `[B, 2L]` int32; 'hidden' `[B, 2L]` float32, 1 where a piece was
-      hidden}, nothing skipped).
-    """
-    mine = list(made.rows[rows])
-    length = data.text_length
-    first, first_mask = kit.rows([row.first if row else "" for row in mine], length)
-    second, second_mask = kit.rows([row.second if row else "" for row in mine], length)
-    targets = np.full((len(mine), 2 * length), kit.pad, np.int32)
-    joined_mask = np.zeros((len(mine), 2 * length), bool)
-    hidden = np.zeros((len(mine), 2 * length), np.float32)
-    for number, row in enumerate(mine):
-        if row is None:
-            first_mask[number] = second_mask[number] = False
-            continue
-        pieces = [*first[number, first_mask[number]], *second[number, second_mask[number]][1:]]
-        targets[number, : len(pieces)] = pieces
-        joined_mask[number, : len(pieces)] = True
-        chosen = row.record.generator(MEDIA).random(len(pieces)) < HIDDEN_SHARE
-        special = np.isin(pieces, [kit.begin, kit.end])
-        hidden[number, : len(pieces)] = chosen & ~special
-    joined = np.where(hidden > 0, kit.encode_special(MASK), targets).astype(np.int32)
-    return {
-        "first": first,
-        "first_mask": first_mask,
-        "second": second,
-        "second_mask": second_mask,
-        "joined": joined,
-        "joined_mask": joined_mask,
-        "targets": targets,
-        "hidden": hidden,
-    }, []
-
-
-def padding(batch: dict[str, np.ndarray]) -> dict[str, tuple[int, int]]:
-    """{what: (used, room)} of a batch: word pieces."""
-    return {"word pieces": (int(batch["joined_mask"].sum()), batch["joined_mask"].size)}
+    def padding(self, batch: dict[str, np.ndarray]) -> dict[str, tuple[int, int]]:
+        """{kind of place: (used, capacity)}: word pieces."""
+        return {"word pieces": (int(batch["joined_mask"].sum()), batch["joined_mask"].size)}
