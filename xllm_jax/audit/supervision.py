@@ -68,7 +68,11 @@ def refuse_silent(found: Mapping[str, Supervision]) -> None:
     """
     for name, one in found.items():
         if not one.supervised:
-            why = max(one.reasons, key=one.reasons.get) if one.reasons else "answers are empty"
+            why = (
+                max(one.reasons, key=lambda reason: one.reasons[reason])
+                if one.reasons
+                else "answers are empty"
+            )
             raise UserError(
                 f"0 % of its tokens are supervised in {one.looked_at} records ({why})",
                 field=f"data.sources.{name}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ class Quarantine:
         """Counts as JSON."""
         return {"seen": self.seen, "bad": self.bad}
 
-    def restore(self, state: dict[str, int]) -> None:
+    def restore(self, state: Mapping[str, int]) -> None:
         """Takes up the counts of `state`."""
         self.seen, self.bad = int(state["seen"]), int(state["bad"])
 

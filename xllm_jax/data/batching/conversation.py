@@ -301,8 +301,10 @@ def _write(
         batch.media[modality].index[row, tokens] = shifted
     for slot, (values, lengths) in zip(made.slots, loaded):
         items = slice(used[slot.modality], used[slot.modality] + slot.items)
-        batch.media[slot.modality].values[row, items] = values
-        batch.media[slot.modality].lengths[row, items] = lengths
-        batch.media[slot.modality].counts[row, items] = slot.size
+        entry = batch.media[slot.modality]
+        assert entry.counts is not None, "`zeros` makes them"
+        entry.values[row, items] = values
+        entry.lengths[row, items] = lengths
+        entry.counts[row, items] = slot.size
         used[slot.modality] += slot.items
     used["tokens"], used["answers"] = tokens.stop, supervised.stop
