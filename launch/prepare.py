@@ -55,11 +55,11 @@ def options() -> dict[str, Any]:
     try:
         found = json.loads(OPTIONS.value)
     except json.JSONDecodeError as error:
-        found, told = None, str(error)
+        found, problem = None, str(error)
     else:
-        told = f"is {type(found).__name__}"
+        problem = f"is {type(found).__name__}"
     if not isinstance(found, dict):
-        raise UserError(f"no JSON object ({told})", field="--options", hint='{"kind": "asr"}')
+        raise UserError(f"no JSON object ({problem})", field="--options", hint='{"kind": "asr"}')
     return found
 
 
