@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import types
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +11,7 @@ from xllm_jax.core import rules
 from xllm_jax.models import asr, asr_search
 from xllm_jax.models.cif import CIF
 from xllm_jax.models.conformer import SpeechEncoder
+from xllm_jax.models.xllm import XLLM
 from xllm_jax.objectives import asr as objective
 
 SMALL = dict(vocab=12, width=16, hidden=24, heads=2, self_blocks=1)
@@ -112,7 +111,7 @@ def test_empty_rows_change_nothing():
         "speech_interface": OnlyCIF(max_tokens=4),
         "asr_decoder": asr.ASRDecoder(**SMALL, dropout=0.0),
     }
-    model = types.SimpleNamespace(networks=networks)
+    model = XLLM(networks=networks)
     batch = {
         "features": rng.normal(size=(2, 30, 10)).astype(np.float32),
         "lengths": np.array([30, 25]),

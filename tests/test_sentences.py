@@ -1,7 +1,5 @@
 """The mini BERT's data and objective: what is hidden, and losses against a NumPy rewrite."""
 
-import types
-
 import jax
 import numpy as np
 import pytest
@@ -12,6 +10,7 @@ from xllm_jax.data.pipeline import Pipeline
 from xllm_jax.data.sources import world_text
 from xllm_jax.data.text.wordpiece import WordPiece
 from xllm_jax.models.blip2_pretraining import ContrastModel
+from xllm_jax.models.xllm import XLLM
 from xllm_jax.objectives import unilm
 
 PIECES = [
@@ -75,7 +74,7 @@ def test_losses_are_means_over_hidden_and_over_written_pieces(batch):
         positions=2 * LENGTH, embed=8, encoder_width=8, dropout=0.0,
     )  # fmt: skip
     params = network.init(jax.random.key(0), *network.example())["params"]
-    model = types.SimpleNamespace(networks={"text_model": network})
+    model = XLLM(networks={"text_model": network})
     whole, metrics = unilm.loss(model, {"text_model": params}, batch, train=True)
     apply = lambda *inputs, method: network.apply({"params": params}, *inputs, method=method)  # noqa: E731
 

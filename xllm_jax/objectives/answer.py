@@ -7,15 +7,15 @@ computed a few positions at a time and once more in the backward pass, so that m
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from xllm_jax.core import mesh
 from xllm_jax.core.batch import Batch
-from xllm_jax.core.types import Metrics
+from xllm_jax.core.types import Metrics, Params
 from xllm_jax.core.weighted_mean import WeightedMean
+from xllm_jax.models.xllm import XLLM
 
 Array = jax.Array
 
@@ -79,7 +79,7 @@ def answer_loss(
     weights: Array,
     chunk: int = 64,
     kinds: Mapping[str, Array] | None = None,
-) -> tuple[Array, dict[str, Any]]:
+) -> tuple[Array, Metrics]:
     """Weighted mean over the supervised tokens of the whole (global) batch.
 
     Args:
@@ -126,21 +126,21 @@ def carriers(batch: Batch) -> dict[str, Array]:
     return found | {"text": ~jnp.stack(list(found.values())).any(0)}
 
 
-def counts(batch: Batch, metrics: Mapping[str, Any]) -> dict[str, Array]:
+def counts(batch: Batch, metrics: Metrics) -> dict[str, Array]:
     """{metric: over how many tokens it is the mean}, scalars; `WeightedMean` know theirs."""
     return dict.fromkeys(("loss", "accuracy"), batch.weights.sum())
 
 
 def loss(
-    model: Any,
-    params: Mapping[str, Any],
+    model: XLLM,
+    params: Params,
     batch: Batch,
     key: Array | None = None,
     *,
     train: bool = False,
     chunk: int = 64,
     perplexity: bool = False,
-) -> tuple[Array, dict[str, Any]]:
+) -> tuple[Array, Metrics]:
     """The objective of stages 2 and 3; also reports the loss of each modality's examples.
 
     Args:

@@ -8,14 +8,16 @@ On several devices that is the number of the global batch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from xllm_jax.core import rules
+from xllm_jax.core.types import Metrics, Params
 from xllm_jax.models.asr import previous_tokens
 from xllm_jax.models.cif import Fired
+from xllm_jax.models.xllm import XLLM
 
 Array = jax.Array
 
@@ -197,12 +199,12 @@ class Outputs(NamedTuple):
     lengths: Array
     logits: Array
     ctc_logits: Array
-    statistics: dict[str, Any]
+    statistics: Params
 
 
 def forward(
-    model: Any,
-    params: Mapping[str, Any],
+    model: XLLM,
+    params: Params,
     batch: Mapping[str, Array],
     train: bool = False,
     key: Array | None = None,
@@ -218,19 +220,18 @@ def forward(
     """
     keys = [None] * 3 if key is None else list(jax.random.split(key, 3))
     rngs = [None if k is None else {"dropout": k} for k in keys]
-    encoder, interface, decoder = (
-        model.networks[name] for name in ("speech_encoder", "speech_interface", "asr_decoder")
-    )
-    features, lengths, statistics = encoder.apply(
-        {"params": params["speech_encoder"]},
+    features, lengths, statistics = model.apply(
+        params,
+        "speech_encoder",
         batch["features"],
         batch["lengths"],
         train=train,
         statistics=True,
         rngs=rngs[0],
     )
-    fired = interface.apply(
-        {"params": params["speech_interface"]},
+    fired = model.apply(
+        params,
+        "speech_interface",
         features,
         lengths,
         batch["token_lengths"],
@@ -239,8 +240,9 @@ def forward(
         method="fire",
     )
     width = min(fired.embeddings.shape[1], batch["tokens"].shape[1])
-    logits, ctc_logits = decoder.apply(
-        {"params": params["asr_decoder"]},
+    logits, ctc_logits = model.apply(
+        params,
+        "asr_decoder",
         previous_tokens(batch["tokens"])[:, :width],
         fired.embeddings[:, :width],
         features,
@@ -265,8 +267,8 @@ def counts(batch: Mapping[str, Array], metrics: Mapping[str, Array]) -> dict[str
 
 
 def loss(
-    model: Any,
-    params: Mapping[str, Any],
+    model: XLLM,
+    params: Params,
     batch: Mapping[str, Array],
     key: Array | None = None,
     *,
@@ -274,7 +276,7 @@ def loss(
     label_smoothing: float = 0.1,
     quantity_weight: float = 1.0,
     ctc_weight: float = 0.5,
-) -> tuple[Array, dict[str, Any]]:
+) -> tuple[Array, Metrics]:
     """The objective of stage 1, speech.
 
     Args:

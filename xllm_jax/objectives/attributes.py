@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 
+from xllm_jax.core.types import Params
+from xllm_jax.models.attribute_head import AttributeHead
+from xllm_jax.models.xllm import XLLM
 from xllm_jax.objectives.answer import cross_entropy
 
 Array = jax.Array
 
 
 def loss(
-    model: Any,
-    params: Mapping[str, Any],
+    model: XLLM,
+    params: Params,
     batch: Mapping[str, Array],
     key: Array | None = None,
     *,
@@ -33,14 +36,14 @@ def loss(
     Returns:
       (scalar, metrics `patch_accuracy` and `cell_accuracy`: every attribute right).
     """
-    encoder, head = model.networks["vision_encoder"], model.networks["attribute_head"]
     rngs = None if key is None else {"dropout": key}
-    features, _ = encoder.apply(
-        {"params": params["vision_encoder"]}, batch["images"], None, train=train, rngs=rngs
+    features, _ = model.apply(
+        params, "vision_encoder", batch["images"], None, train=train, rngs=rngs
     )
-    patches, cells = head.apply({"params": params["attribute_head"]}, features)
-    patch_loss, patch_accuracy = classification(patches, batch["patches"], head.classes)
-    cell_loss, cell_accuracy = classification(cells, batch["cells"], head.classes)
+    patches, cells = model.apply(params, "attribute_head", features)
+    classes = cast(AttributeHead, model.networks["attribute_head"]).classes
+    patch_loss, patch_accuracy = classification(patches, batch["patches"], classes)
+    cell_loss, cell_accuracy = classification(cells, batch["cells"], classes)
     metrics = {"patch_accuracy": patch_accuracy, "cell_accuracy": cell_accuracy}
     return patch_loss + cell_loss, metrics | {"cell_loss": cell_loss}
 

@@ -14,19 +14,20 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
+from xllm_jax.core.types import Metrics, Params
 from xllm_jax.models.blip2_pretraining import ContrastModel
 from xllm_jax.models.qformer import interleave
+from xllm_jax.models.xllm import XLLM
 
 Array = jax.Array
-Metrics = dict[str, Array]
 PASSES = ("image", "text", "match", "caption")  # methods of the network that use dropout
 
 ABSENT = -1e9  # the score of a candidate that does not exist
 
 
 def loss(
-    model: Any,
-    params: Mapping[str, Any],
+    model: XLLM,
+    params: Params,
     batch: Mapping[str, Array],
     key: Array | None = None,
     *,
@@ -50,10 +51,9 @@ def loss(
       (scalar, metrics).
     """
     encoder, interface = model.parts(modality)
-    variables = {"params": params[encoder]}
-    features, _ = model.networks[encoder].apply(variables, batch["images"], None)
+    features, _ = model.apply(params, encoder, batch["images"], None)
     return pair_loss(
-        model.networks[interface],
+        cast(ContrastModel, model.networks[interface]),
         params[interface],
         features,
         batch["ids"],
@@ -76,7 +76,7 @@ def counts(batch: Mapping[str, Array], metrics: Metrics) -> dict[str, Array]:
 
 def pair_loss(
     model: ContrastModel,
-    params: Mapping[str, Any],
+    params: Params,
     features: Array,
     ids: Array,
     mask: Array,
@@ -144,9 +144,7 @@ def _sum(
     return jnp.asarray(sum(shares[name] * metrics[name] for name in found)), metrics
 
 
-def _run(
-    model: ContrastModel, params: Mapping[str, Any], keys: Any, method: str, *inputs: Array
-) -> Any:
+def _run(model: ContrastModel, params: Params, keys: Any, method: str, *inputs: Array) -> Any:
     """One pass of the network; `keys` {pass: dropout key} is None outside training."""
     rngs = {"dropout": keys[method]} if keys else None
     return model.apply(

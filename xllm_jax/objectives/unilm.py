@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 
+from xllm_jax.core.types import Params
 from xllm_jax.models.blip2_pretraining import ContrastModel
+from xllm_jax.models.xllm import XLLM
 from xllm_jax.objectives.answer import cross_entropy
 
 Array = jax.Array
@@ -32,8 +34,8 @@ def counts(batch: Mapping[str, Array], metrics: Mapping[str, Array]) -> dict[str
 
 
 def loss(
-    model: Any,
-    params: Mapping[str, Any],
+    model: XLLM,
+    params: Params,
     batch: Mapping[str, Array],
     key: Array | None = None,
     *,
@@ -53,12 +55,16 @@ def loss(
       (scalar, metrics `masked`, `written` (losses), `masked_accuracy`, `written_accuracy`).
     """
     keys = (None, None) if key is None or not train else jax.random.split(key)
-    apply = functools.partial(model.networks[part].apply, {"params": params[part]})
+    apply = functools.partial(model.apply, params, part)
     logits = apply(
         batch["joined"], batch["joined_mask"], train, method=_masked, rngs=_dropout(keys[0])
     )
     masked, masked_accuracy = _mean(logits, batch["targets"], batch["hidden"])
-    ids = jnp.asarray(batch["second"]).at[:, 0].set(model.networks[part].vocabulary - 1)
+    ids = (
+        jnp.asarray(batch["second"])
+        .at[:, 0]
+        .set(cast(ContrastModel, model.networks[part]).vocabulary - 1)
+    )
     logits = apply(
         *(batch["first"], batch["first_mask"], ids, batch["second_mask"], train),
         method=_written,

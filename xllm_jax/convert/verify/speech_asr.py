@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import types
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ from xllm_jax.models import asr, asr_search
 from xllm_jax.models.cif import Fired
 from xllm_jax.models.conformer import SpeechEncoder
 from xllm_jax.models.speech_interface import SpeechInterface
+from xllm_jax.models.xllm import XLLM
 from xllm_jax.objectives import asr as objective
 
 TRAINED = r".*/(?!(mean|variance)$)[^/]*"  # all but batch statistics
@@ -178,7 +178,7 @@ def _search(replay: Replay, recorded: Recorded, fired: Fired) -> None:
 
 def _train(replay: Replay, recorded: Recorded) -> None:
     batch = recorded.batch()
-    composed = types.SimpleNamespace(networks=recorded.networks)
+    composed = XLLM(networks=recorded.networks)
     trainable, fixed = rules.split([TRAINED], recorded.params)
     criterion = recorded.about["criterion"]
     weights = criterion["quantity_loss_lambda"], criterion["ctc_loss_lambda"]
