@@ -199,7 +199,7 @@ def test_what_a_stage_needs(name):
     stage: Stage = importlib.import_module(f"xllm_jax.configs.{name}").get_config("tiny")
     formula = FORMULAS[name](Sizes(dict(networks.model(stage).networks), stage))
     made = forecast.prepare(stage, targets.parse("h200:1"), compiles=False)
-    needed = flops.useful(made.loss, made.state.trainable, made.state.frozen, made.batch)
+    needed = flops.useful(made.trainer.loss, made.state.trainable, made.state.frozen, made.batch)
     # Beyond the formula the program projects every token of a text, of which ITC compares the first
     # (stage 1, image), and has the head at places that fill up its last chunk.
     assert formula * (1 - 1e-6) <= needed <= formula * 1.02

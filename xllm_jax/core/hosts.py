@@ -66,7 +66,9 @@ def join(
 
 def _platform() -> str:
     """The first platform that JAX is set to use; '' when it may choose."""
-    return (jax.config.read("jax_platforms") or os.environ.get("JAX_PLATFORMS", "")).split(",")[0]
+    # JAX makes the attributes of its configuration at run time.
+    chosen = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
+    return (chosen or os.environ.get("JAX_PLATFORMS", "")).split(",")[0]
 
 
 def _join_at(address: str, count: int | None, index: int | None, seconds: int) -> None:
