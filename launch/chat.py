@@ -33,7 +33,7 @@ MAX_TOKENS = flags.DEFINE_integer(
     "max_tokens", 64, "Length of the longest answer in tokens, the end token included.", 2
 )
 
-HELP = "\n".join(__doc__.splitlines()[4:-1])
+HELP = "\n".join((__doc__ or "").splitlines()[4:-1])
 
 Answer = Callable[[Example], str]
 

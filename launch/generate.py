@@ -17,7 +17,7 @@ from absl import flags
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
-from xllm_jax.data.media.modalities import MODALITIES, task
+from xllm_jax.data.media.modalities import MODALITIES, SPEECH, task
 from xllm_jax.data.text.instructions import instructions
 from xllm_jax.inference.load_run import load_run
 from xllm_jax.launch import cli
@@ -68,7 +68,7 @@ def main(_: list[str]) -> None:
     model = assistant.Assistant(load_run(CHECKPOINT.value), max_tokens=MAX_TOKENS.value)
     if HEARD.value:
         for name, path in example.media:
-            if name == "speech":
+            if name == SPEECH:
                 print(f"Heard: {hear(model, path)}")
     print(model.answers([example], model.decoding(**options), SEED.value)[0])
 
@@ -115,7 +115,7 @@ def question(media: tuple[tuple[str, str], ...], prompt: str) -> Example:
 
 def hear(model: assistant.Assistant, path: str) -> str:
     """The model's transcript of one speech file."""
-    return model.answers([question((("speech", path),), "")])[0]
+    return model.answers([question(((SPEECH, path),), "")])[0]
 
 
 def decoding() -> dict[str, Any]:

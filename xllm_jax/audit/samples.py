@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,7 +56,7 @@ def taken_apart(batch: Any, info: Mapping[str, Any], resources: Any, data: Data)
       resources: of the batch format.
       data: of the stage.
     """
-    read = _packed if isinstance(batch, Batch) else _row
+    read: Callable[..., Sample] = _packed if isinstance(batch, Batch) else _row
     return [
         read(batch, row, segment, example, source, resources, data)
         for (row, segment, example), source in zip(info["members"], info["sources"])

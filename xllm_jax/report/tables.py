@@ -187,7 +187,7 @@ def table1(measures: Mapping[str, Any], comparisons: Mapping[str, Any]) -> Table
             cells = (Cell(number(entry, metric, interval=True)) for metric, entry in found)
             rows.append((Cell(title), *cells))
     names = ("init_cider", None, None, "init_vqa")
-    gains = [comparisons.get(name) for name in names]
+    gains = [comparisons.get(name) if name else None for name in names]
     if any(gains):
         cells = (
             Cell(number(gain, metric, interval=True), claim(gain).good if gain else None)

@@ -192,7 +192,7 @@ def filterbank(samples: np.ndarray, bins: int = 80) -> np.ndarray:
         cut[:, 0] = rest * (first[part] - mean[part])
         cut[:, :WINDOW] *= povey_window()
         # SciPy transforms several frames at once in vector registers, NumPy one after the other.
-        spectrum = scipy.fft.rfft(cut, axis=1)
+        spectrum: Any = scipy.fft.rfft(cut, axis=1)
         power = np.square(spectrum.real)
         power += np.square(spectrum.imag)
         for low, high, filters in banded_filters(bins):
@@ -274,7 +274,7 @@ def corpus_statistics(
     for one in features:
         one = one.astype(np.float64)
         count, total, squares = count + len(one), total + one.sum(0), squares + (one**2).sum(0)
-    mean = total / count
+    mean = np.asarray(total / count)
     variance = np.maximum(squares / count - mean**2, floor)
     return mean.astype(np.float32), np.sqrt(variance).astype(np.float32)
 

@@ -269,11 +269,12 @@ class _opened:
     def __init__(self, path: str | Path):
         self.path = path
 
-    def __enter__(self):
+    def __enter__(self) -> Any:
         import av
+        from av.error import FFmpegError
 
         source = paths.source(self.path, "video", spans=True)
-        self.errors = (av.error.FFmpegError, ValueError, EOFError)
+        self.errors = (FFmpegError, ValueError, EOFError)
         try:
             self.container = av.open(source)
         except self.errors as error:
@@ -290,7 +291,7 @@ class _opened:
         return UserError(what, field=str(self.path), hint="Download it again")
 
 
-def _stream(container, path: str | Path):
+def _stream(container: Any, path: str | Path) -> Any:
     if not container.streams.video:
         raise UserError("has no video stream", field=str(path), hint="Remove it from the data")
     stream = container.streams.video[0]

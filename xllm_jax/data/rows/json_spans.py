@@ -111,7 +111,7 @@ class _Scanner:
     def peek(self) -> str:
         """The next sign, spaces passed; '' at the end."""
         while True:
-            self._at = SPACE.match(self._text, self._at).end()
+            self._at = _behind_space(self._text, self._at)
             if self._at < len(self._text) or not self._more():
                 return self._text[self._at : self._at + 1]
 
@@ -143,7 +143,7 @@ class _Scanner:
         self.peek()
         while True:
             value, length = self._decoded()
-            behind = SPACE.match(self._text, self._at + length).end()
+            behind = _behind_space(self._text, self._at + length)
             # A number is whole once something stands behind it that ends it.
             whole = length and self._text[behind : behind + 1] in ENDS
             if whole or not self._more():
@@ -173,3 +173,9 @@ class _Scanner:
         self._base += self._at
         self._text, self._at = self._text[self._at :] + chunk, 0
         return bool(chunk)
+
+
+def _behind_space(text: str, start: int) -> int:
+    """Where the spaces that begin at `start`, if any do, end."""
+    found = SPACE.match(text, start)
+    return found.end() if found else start

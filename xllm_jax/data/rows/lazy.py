@@ -253,7 +253,7 @@ def number(name: str) -> int | None:
 def _compact(values: Sequence[int | str]) -> np.ndarray:
     if isinstance(values, range) or isinstance(values[0], (int, np.integer)):
         return np.asarray(values, np.int64)
-    return np.asarray([os.fsencode(value) for value in values])
+    return np.asarray([os.fsencode(str(value)) for value in values])
 
 
 def _bytes(path: pathlib.Path, start: int, end: int) -> bytes:

@@ -123,7 +123,8 @@ def serialized(made: Mapping[str, Any], kinds: Any) -> bytes:
 
     # What TFDS writes has its columns in an order that differs from process to process.
     written = kinds.serialize_example(kinds.encode_example(made))
-    return tf_example_pb2.Example.FromString(written).SerializeToString(deterministic=True)
+    messages: Any = tf_example_pb2  # whose classes are made when it is imported
+    return messages.Example.FromString(written).SerializeToString(deterministic=True)
 
 
 def example(stored: Mapping[str, Any], where: str) -> Example:
@@ -197,13 +198,14 @@ def describe(
     """
     import tensorflow_datasets as tfds
 
+    place: Any = folder  # a text does where TFDS asks for a path
     infos = [
         tfds.core.SplitInfo(
             name=split,
             shard_lengths=list(lengths),
             num_bytes=size,
             filename_template=tfds.core.ShardedFileTemplate(
-                data_dir=folder,
+                data_dir=place,
                 template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
                 dataset_name=name,
                 split=split,

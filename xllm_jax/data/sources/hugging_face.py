@@ -76,7 +76,7 @@ def examples(
 
 def _library() -> Any:
     try:
-        import datasets
+        import datasets  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         what = "the package `datasets` is missing"
         raise UserError(what, field="reader hugging_face", hint="pip install datasets") from error

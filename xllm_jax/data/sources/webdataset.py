@@ -90,7 +90,8 @@ def _scan(tar: pathlib.Path) -> np.ndarray:
     try:
         with tarfile.open(tar, "r:") as archive:
             while (member := archive.next()) is not None:
-                archive.members = []  # otherwise it remembers every member
+                # Otherwise it remembers every member.
+                archive.members = []  # pyright: ignore[reportAttributeAccessIssue]
                 if member.offset_data + member.size > size:
                     raise tarfile.ReadError(f"{member.name} is cut off")
                 if member.isfile():
