@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -183,32 +184,46 @@ class Layer(nn.Module):
         return Residual(self.epsilon, self.dropout, self.dtype, name=name)
 
 
-class BertEncoder(nn.Module):
-    """BERT without task heads.
+class Sizes(nn.Module):
+    """Fields of BERT, the Q-Former, and the networks that hold one of them.
 
     Attributes:
       width, depth, heads, hidden: sizes of the stack (`hidden`: feed-forward).
-      vocabulary, positions, types: rows of the embedding tables; 0 = the table does not exist.
-      pooler: also return the pooled first token.
-      epsilon: of every norm.
       dropout: rate of all dropouts in training (embeddings, attention probabilities, sub-layers).
       remat: row of `layers.REMAT`.
-      unroll: layers per scan step.
+      unroll: layers, of the Q-Former groups of layers, per scan step.
     """
 
     width: int = 768
     depth: int = 12
     heads: int = 12
     hidden: int = 3072
+    dropout: float = 0.1
+    dtype: DTypeLike = jnp.float32
+    remat: str = "none"
+    unroll: int = 1
+
+    def sizes(self) -> dict[str, Any]:
+        """These fields, for the stack inside."""
+        names = ("width", "depth", "heads", "hidden", "dropout", "dtype", "remat", "unroll")
+        return {name: getattr(self, name) for name in names}
+
+
+class BertEncoder(Sizes):
+    """BERT without task heads.
+
+    Attributes:
+      vocabulary, positions, types: rows of the embedding tables; 0 = the table does not exist.
+      pooler: also return the pooled first token.
+      epsilon: of every norm.
+      The others as in `Sizes`.
+    """
+
     vocabulary: int = 0
     positions: int = 512
     types: int = 2
     pooler: bool = False
     epsilon: float = 1e-12
-    dropout: float = 0.1
-    dtype: DTypeLike = jnp.float32
-    remat: str = "none"
-    unroll: int = 1
 
     @nn.compact
     def __call__(

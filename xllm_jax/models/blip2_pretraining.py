@@ -11,7 +11,7 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from xllm_jax.models import layers
+from xllm_jax.models import bert, layers
 from xllm_jax.models.qformer import SHARDING as QFORMER_SHARDING
 from xllm_jax.models.qformer import Cache, QFormer
 
@@ -36,7 +36,7 @@ class LanguageHead(nn.Module):
         return logits + bias.astype(jnp.float32)
 
 
-class ContrastModel(nn.Module):
+class ContrastModel(bert.Sizes):
     """BLIP-2's first stage: Q-Former with text, and heads for ITC, ITM and ITG.
 
     Attributes:
@@ -48,10 +48,6 @@ class ContrastModel(nn.Module):
     """
 
     queries: int = 32
-    width: int = 768
-    depth: int = 12
-    heads: int = 12
-    hidden: int = 3072
     cross_attention_frequency: int = 2
     vocabulary: int = 30523
     positions: int = 512
@@ -59,10 +55,6 @@ class ContrastModel(nn.Module):
     encoder_width: int = 1408
     norm_epsilon: float = 1e-5
     epsilon: float = 1e-12
-    dropout: float = 0.1
-    dtype: DTypeLike = jnp.float32
-    remat: str = "none"
-    unroll: int = 1
 
     def setup(self):
         self.norm = layers.LayerNorm(self.norm_epsilon, self.dtype)
@@ -70,18 +62,11 @@ class ContrastModel(nn.Module):
             "queries", layers.truncated_normal(), (self.queries, self.width), jnp.float32
         )
         self.qformer = QFormer(
-            width=self.width,
-            depth=self.depth,
-            heads=self.heads,
-            hidden=self.hidden,
+            **self.sizes(),
             cross_attention_frequency=self.cross_attention_frequency,
             vocabulary=self.vocabulary,
             positions=self.positions,
             epsilon=self.epsilon,
-            dropout=self.dropout,
-            dtype=self.dtype,
-            remat=self.remat,
-            unroll=self.unroll,
         )
         self.image_projection = layers.Dense(self.embed, dtype=self.dtype)
         self.text_projection = layers.Dense(self.embed, dtype=self.dtype)

@@ -62,21 +62,8 @@ class ClipText(nn.Module):
         x = Embeddings(self.vocabulary, self.positions, self.width, self.dtype, name="embeddings")(
             ids
         )
-        stack = layers.stack(
-            vit.Block, self.depth, broadcast=1, remat=self.remat, unroll=self.unroll
-        )
-        x, _ = stack(
-            heads=self.heads,
-            hidden=self.hidden,
-            epsilon=self.epsilon,
-            dtype=self.dtype,
-            implementation=self.attention,
-            train=False,
-            key_bias=True,
-            causal=True,
-            activation=layers.gelu_quick,
-            name="layers",
-        )(x, None)
+        quick = layers.gelu_quick
+        x = vit.run_blocks(self, x, train=False, key_bias=True, causal=True, activation=quick)
         place = ends(ids, self.end)[:, None, None]
         pooled = jnp.take_along_axis(x, place, axis=1)[:, 0]
         return layers.LayerNorm(self.epsilon, self.dtype, name="norm_behind")(pooled)

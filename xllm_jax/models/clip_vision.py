@@ -69,20 +69,7 @@ class ClipVision(nn.Module):
             self.image_size, self.patch, self.width, self.dtype, use_bias=False, name="embeddings"
         )
         x = layers.LayerNorm(self.epsilon, self.dtype, name="norm_before")(embeddings(values))
-        stack = layers.stack(
-            vit.Block, self.depth, broadcast=1, remat=self.remat, unroll=self.unroll
-        )
-        x, _ = stack(
-            heads=self.heads,
-            hidden=self.hidden,
-            epsilon=self.epsilon,
-            dtype=self.dtype,
-            implementation=self.attention,
-            train=train,
-            key_bias=True,
-            activation=layers.gelu_quick,
-            name="layers",
-        )(x, None)
+        x = vit.run_blocks(self, x, train=train, key_bias=True, activation=layers.gelu_quick)
         normed = layers.LayerNorm(self.epsilon, self.dtype, name="norm_behind")(x)
         x = normed if self.final_norm else x
         return x, jnp.full(x.shape[:1], x.shape[1], jnp.int32)

@@ -12,14 +12,13 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec
-from jax.typing import DTypeLike
 
-from xllm_jax.models import layers, qformer
+from xllm_jax.models import bert, layers, qformer
 
 Array = jax.Array
 
 
-class QFormerInterface(nn.Module):
+class QFormerInterface(bert.Sizes):
     """Norm, Q-Former without text, linear adapter to the LLM's width.
 
     Attributes:
@@ -31,19 +30,11 @@ class QFormerInterface(nn.Module):
     """
 
     queries: int = 32
-    width: int = 768
-    depth: int = 12
-    heads: int = 12
-    hidden: int = 3072
     cross_attention_frequency: int = 2
     encoder_width: int = 1408
     llm_width: int = 4096
     norm_epsilon: float = 1e-5
     epsilon: float = 1e-12
-    dropout: float = 0.1
-    dtype: DTypeLike = jnp.float32
-    remat: str = "none"
-    unroll: int = 1
 
     SECTIONS: ClassVar = (("norm", "queries", "qformer"), ("adapter",))
 
@@ -85,16 +76,9 @@ class QFormerInterface(nn.Module):
             "queries", layers.truncated_normal(), (self.queries, self.width), jnp.float32
         )
         states, _ = qformer.QFormer(
-            width=self.width,
-            depth=self.depth,
-            heads=self.heads,
-            hidden=self.hidden,
+            **self.sizes(),
             cross_attention_frequency=self.cross_attention_frequency,
             epsilon=self.epsilon,
-            dropout=self.dropout,
-            dtype=self.dtype,
-            remat=self.remat,
-            unroll=self.unroll,
             name="qformer",
         )(
             jnp.broadcast_to(tokens, (features.shape[0], *tokens.shape)),

@@ -158,31 +158,20 @@ class Group(nn.Module):
         return x, (tuple(cache), images[0]) if self.keep_cache else None
 
 
-class QFormer(nn.Module):
+class QFormer(bert.Sizes):
     """Queries and text over image features.
 
     Attributes:
-      width, depth, heads, hidden: sizes of the stack (`hidden`: feed-forward).
       cross_attention_frequency: layers 0, f, 2f ... attend to the image.
       vocabulary, positions: rows of the text tables; 0 = no text branch.
       epsilon: of every norm.
-      dropout: rate of all dropouts in training.
-      remat: row of `layers.REMAT`, by groups.
-      unroll: groups per scan step.
+      The others as in `bert.Sizes`; `remat` is by groups.
     """
 
-    width: int = 768
-    depth: int = 12
-    heads: int = 12
-    hidden: int = 3072
     cross_attention_frequency: int = 2
     vocabulary: int = 0
     positions: int = 0
     epsilon: float = 1e-12
-    dropout: float = 0.1
-    dtype: DTypeLike = jnp.float32
-    remat: str = "none"
-    unroll: int = 1
 
     @nn.compact
     def __call__(

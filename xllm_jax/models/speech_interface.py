@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
-from jax.typing import DTypeLike
 
 from xllm_jax.models import bert, cif
 from xllm_jax.models.layers import Dense
@@ -21,24 +20,16 @@ from xllm_jax.models.layers import Dense
 Array = jax.Array
 
 
-class CFormer(nn.Module):
+class CFormer(bert.Sizes):
     """Projection of the CIF embeddings, then BERT layers.
 
     Attributes:
-      width, depth, heads, hidden, positions, dropout: of the BERT encoder.
+      positions: of the BERT encoder, as all of `bert.Sizes`.
       relu: ReLU after the projection, as the reference repository has it.
     """
 
-    width: int = 768
-    depth: int = 12
-    heads: int = 12
-    hidden: int = 3072
     positions: int = 512
     relu: bool = True
-    dropout: float = 0.1
-    dtype: DTypeLike = jnp.float32
-    remat: str = "none"
-    unroll: int = 1
 
     @nn.compact
     def __call__(self, embeddings: Array, counts: Array, train: bool = False) -> Array:
@@ -46,28 +37,17 @@ class CFormer(nn.Module):
         x = Dense(self.width, dtype=self.dtype, name="project")(embeddings)
         x = nn.relu(x) if self.relu else x
         mask = jnp.arange(x.shape[1]) < counts[:, None]
-        encoder = bert.BertEncoder(
-            width=self.width,
-            depth=self.depth,
-            heads=self.heads,
-            hidden=self.hidden,
-            positions=self.positions,
-            dropout=self.dropout,
-            dtype=self.dtype,
-            remat=self.remat,
-            unroll=self.unroll,
-            name="bert",
-        )
+        encoder = bert.BertEncoder(**self.sizes(), positions=self.positions, name="bert")
         return cast(Array, encoder(mask=mask, embeddings=x, train=train))  # it has no pooler
 
 
-class SpeechInterface(nn.Module):
+class SpeechInterface(bert.Sizes):
     """Acoustic features to LLM embeddings, one per text token.
 
     Attributes:
       encoder_width: width of the features and of the CIF embeddings.
       max_tokens: static number of embeddings per utterance.
-      width, depth, heads, hidden, positions, project_relu: sizes of the C-Former.
+      positions, project_relu: of the C-Former, as all of `bert.Sizes`.
       llm_width: width of the LLM's embeddings.
       adapter_relu: ReLU behind the adapter, as the reference repository has it; the paper's
         adapter is linear.
@@ -79,10 +59,6 @@ class SpeechInterface(nn.Module):
 
     encoder_width: int = 512
     max_tokens: int = 64
-    width: int = 768
-    depth: int = 12
-    heads: int = 12
-    hidden: int = 3072
     positions: int = 512
     llm_width: int = 4096
     project_relu: bool = True
@@ -92,10 +68,6 @@ class SpeechInterface(nn.Module):
     threshold: float = 0.99
     tail_threshold: float = 0.5
     recorded_padding: bool = False
-    dropout: float = 0.1
-    dtype: DTypeLike = jnp.float32
-    remat: str = "none"
-    unroll: int = 1
 
     SECTIONS: ClassVar = (("cif",), ("c_former",), ("adapter",))
 
@@ -109,18 +81,8 @@ class SpeechInterface(nn.Module):
             mask_padding=not self.recorded_padding,
             dtype=self.dtype,
         )
-        self.c_former = CFormer(
-            self.width,
-            self.depth,
-            self.heads,
-            self.hidden,
-            self.positions,
-            self.project_relu,
-            self.dropout,
-            self.dtype,
-            self.remat,
-            self.unroll,
-        )
+        fields = self.sizes() | {"positions": self.positions, "relu": self.project_relu}
+        self.c_former = CFormer(**fields)
         self.adapter = Dense(self.llm_width, dtype=self.dtype)
 
     def example(self) -> tuple[Array, Array]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -128,19 +129,32 @@ class VisionTransformer(nn.Module):
             values
         )
         rates = jnp.linspace(0, self.drop_path, self.depth) if self.drop_path else None
-        stack = layers.stack(
-            Block, self.depth, broadcast=0, scanned=1, remat=self.remat, unroll=self.unroll
-        )
-        x, _ = stack(
-            heads=self.heads,
-            hidden=self.hidden,
-            epsilon=self.epsilon,
-            dtype=self.dtype,
-            implementation=self.attention,
-            train=train,
-            name="layers",
-        )(x, rates)
+        x = run_blocks(self, x, rates, train=train)
         return x, jnp.full(x.shape[:1], x.shape[1], jnp.int32)
+
+
+def run_blocks(tower: Any, x: Array, rates: Array | None = None, **options: Any) -> Array:
+    """Runs the blocks of a tower, whose parameters are named 'layers'.
+
+    Args:
+      tower: `VisionTransformer`, `ClipVision` or `ClipText`: sizes, epsilon, dtype and so on.
+      x: `[batch, tokens, width]`.
+      rates: `[depth]` drop-path rates, or None.
+      options: other fields of `Block`.
+    """
+    scanned = int(rates is not None)
+    stack = layers.stack(
+        Block,
+        tower.depth,
+        broadcast=1 - scanned,
+        scanned=scanned,
+        remat=tower.remat,
+        unroll=tower.unroll,
+    )
+    names = ("heads", "hidden", "epsilon", "dtype")
+    fields = {name: getattr(tower, name) for name in names} | options
+    x, _ = stack(implementation=tower.attention, **fields, name="layers")(x, rates)
+    return x
 
 
 class Embeddings(nn.Module):
