@@ -126,7 +126,7 @@ def arithmetic(name: str) -> None:
 def total(stage: Stage, model: Any, items: dict[str, Any]) -> float:
     """FLOPs of one micro-step: loss and gradients of what trains."""
     shapes = jax.eval_shape(
-        lambda: batch.zeros(stage.data.rows, stage.data.length, stage.data.answers, items)
+        lambda: batch.zeros(stage.data.rows, stage.data.length, stage.data.answers, 2, items)
     )
     system = System(stage, model, mesh.make({}, jax.devices()[:1]))
     trainable, frozen = rules.split(stage.trainable, system.tree)

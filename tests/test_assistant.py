@@ -40,11 +40,11 @@ def test_an_answer_continues_behind_the_prefix(prefixed, options):
     """It is that of `generate`, and another than without the prefix."""
     model = assistant.Assistant(prefixed, rows=2, max_tokens=8)
     how = model.decoding(**options)
-    ids = [model.tokenizer.encode("问：图中有什么？\n答：", special=True)] * 2
-    batch = decoding.text_prompts(ids, model.tokenizer.specials, buckets=assistant.LENGTHS)
+    words = model.family.tokenizer.encode("问：图中有什么？\n答：")
+    batch = decoding.prompt_batch([model.family.row(words)] * 2, model.family.pad)
     tokens = np.asarray(decoding.generate(prefixed.model, prefixed.params, batch, how).tokens)
     tokens = tokens[:, 0] if "beams" in options else tokens
-    expected = decoding.process_response(decoding.texts(tokens, model.tokenizer)[0])
+    expected = model.family.finish(decoding.texts(tokens, model.family)[0])
     assert model.answers([ASKED], how) == [expected]
     alone = {"llm": prefixed.model.networks["llm"]}
     without = dataclasses.replace(

@@ -219,7 +219,7 @@ def test_the_search_goes_into_loops_branches_and_gradients():
 def test_a_batch_keeps_its_arrays(tmp_path):
     """Through the file of one host, and joined from the files of three, two of them alike."""
     rng = np.random.default_rng(0)
-    batch = zeros(4, 6, 3, {"image": (1, (2, 2, 3))})
+    batch = zeros(4, 6, 3, 2, {"image": (1, (2, 2, 3))})
     batch = jax.tree.map(lambda x: rng.integers(0, 2, x.shape).astype(x.dtype), batch)
     halves = [jax.tree.map(lambda x, i=i: x[2 * i : 2 * i + 2], batch) for i in range(2)]
     about = {"step": 1, "seed": 0, "values": {}, "checkpoint": None}

@@ -12,25 +12,34 @@ import pytest
 
 from xllm_jax.convert.sources import chatglm
 from xllm_jax.core.errors import UserError
-from xllm_jax.data.text.chatglm_tokenizer import ChatGLMTokenizer
+from xllm_jax.data.text import glm_layout
 from xllm_jax.data.text.glm_layout import Specials
+from xllm_jax.data.text.llm_families.glm import XLLM_NAMES, Family, process_response
 from xllm_jax.inference.decoding import (
-    XLLM_NAMES,
+    BUCKETS,
     Decoding,
     feed,
     filter_logits,
     generate,
     prefill,
-    process_response,
-    text_prompts,
+    prompt_batch,
     texts,
 )
 from xllm_jax.models import glm
 from xllm_jax.models.xllm import XLLM
 
+STEP = Family.position_step
+
 
 def decoding(specials, **fields) -> Decoding:
-    return Decoding(**({"eos": specials.eop, "pad": specials.pad} | fields))
+    ends = (fields.pop("eos", specials.eop),)
+    return Decoding(ends, specials.pad, STEP, **fields)
+
+
+def text_prompts(prompts, specials, buckets=BUCKETS):
+    return prompt_batch(
+        [glm_layout.sequence(ids, specials) for ids in prompts], specials.pad, buckets
+    )
 
 
 @pytest.mark.golden
@@ -41,12 +50,12 @@ def test_texts_of_recorded_answers(golden):
     for case in cases["process_response"]:
         assert process_response(case["in"]) == case["chatglm"]
         assert process_response(case["in"], XLLM_NAMES) == case["xllm"]
-    tokenizer = ChatGLMTokenizer(folder / "tokenizer")
+    family = Family(str(folder / "tokenizer"))
     runs = json.loads((folder / "diagnostics.json").read_text())["info"]
     recording = np.load(folder / "cases_multimodal.npz")
     for name in ("gen_image", "gen_speech", "gen_both", "gen_batch"):
         start = recording[f"{name}.input_ids"].shape[1]
-        found = texts(recording[f"{name}.sequences"][:, start:], tokenizer)
+        found = texts(recording[f"{name}.sequences"][:, start:], family)
         # The reference's wrapper returns the first row alone.
         assert [found[0].strip()] == runs[f"{name}_response"], name
 
@@ -110,7 +119,7 @@ def test_best_of_wide_beams_is_the_best_answer(small):
         cache = {
             k: jnp.repeat(v, 64, axis=1 if k in ("key", "value") else 0) for k, v in cache.items()
         }
-        fed = feed(llm, wide | {"cache": cache}, jnp.arange(64), jnp.zeros(64, bool))
+        fed = feed(llm, wide | {"cache": cache}, jnp.arange(64), jnp.zeros(64, bool), STEP)
         return first[:, None] + jax.nn.log_softmax(fed["logits"])
 
     scores = np.asarray(every_pair(batch))

@@ -11,7 +11,7 @@ from xllm_jax.convert.sources import chatglm
 from xllm_jax.convert.verify.chatglm_model import Reference, forward, layout_of
 from xllm_jax.core import rules
 from xllm_jax.core.errors import UserError
-from xllm_jax.data.text import blank_infilling, glm_layout
+from xllm_jax.data.text import blank_infilling, glm_layout, token_rows
 from xllm_jax.data.text.glm_layout import Specials
 from xllm_jax.models import glm
 from xllm_jax.objectives.answer import cross_entropy
@@ -69,10 +69,10 @@ def test_packed_sequences_do_not_see_each_other(tiny):
     model, params = tiny
     generator = np.random.default_rng(2)
     rows = [blank_infilling.example(text, SPECIALS, generator) for text in texts(4)]
-    packed = glm_layout.pack([rows[:2], rows[2:]], 40, 32, SPECIALS.pad)
+    packed = token_rows.pack([rows[:2], rows[2:]], 40, 32, SPECIALS.pad)
     layout = (packed.segments, packed.context, packed.positions)
     states = states_of(model, params, packed.ids, layout)
-    alone = glm_layout.pack([[row] for row in rows], 40, 32, SPECIALS.pad)
+    alone = token_rows.pack([[row] for row in rows], 40, 32, SPECIALS.pad)
     layout = (alone.segments, alone.context, alone.positions)
     single = states_of(model, params, alone.ids, layout)
     for i, row in enumerate(rows):
@@ -84,7 +84,7 @@ def test_packed_sequences_do_not_see_each_other(tiny):
 def test_pack_refuses_what_does_not_fit():
     row = glm_layout.sequence([5, 6, 91, 92, 7, 93], SPECIALS)
     with pytest.raises(UserError, match="12 tokens"):
-        glm_layout.pack([[row, row]], 11, 9, SPECIALS.pad)
+        token_rows.pack([[row, row]], 11, 9, SPECIALS.pad)
     with pytest.raises(UserError, match="no <sop>"):
         glm_layout.sequence([5, 6, 91], SPECIALS)
     with pytest.raises(UserError, match="neither"):
@@ -97,7 +97,7 @@ def test_cache_equals_full_forward_with_rows_of_different_length(tiny):
     prompts = [[*text, SPECIALS.gmask, SPECIALS.sop] for text in texts(3)]
     answer = np.arange(20, 24)
     rows = [glm_layout.sequence([*prompt, *answer], SPECIALS) for prompt in prompts]
-    whole = glm_layout.pack([[row] for row in rows], 24, 24, SPECIALS.pad)
+    whole = token_rows.pack([[row] for row in rows], 24, 24, SPECIALS.pad)
     layout = (whole.segments, whole.context, whole.positions)
     expected = states_of(model, params, whole.ids, layout)
 
@@ -107,7 +107,7 @@ def test_cache_equals_full_forward_with_rows_of_different_length(tiny):
         return model.apply({"params": params}, x, *layout, cache)
 
     starts = [glm_layout.sequence(prompt, SPECIALS) for prompt in prompts]
-    first = glm_layout.pack([[row] for row in starts], 16, 16, SPECIALS.pad)
+    first = token_rows.pack([[row] for row in starts], 16, 16, SPECIALS.pad)
     cache = model.init_cache(3, 24)
     states, cache = feed(cache, first.ids, first.segments, first.context, first.positions)
     for i, prompt in enumerate(prompts):

@@ -12,7 +12,7 @@ from xllm_jax.convert import export_tree, files, import_tree, run_export, run_im
 from xllm_jax.convert.sources import chatglm, chatglm_prefix
 from xllm_jax.core import rules
 from xllm_jax.core.errors import UserError
-from xllm_jax.data.text import glm_layout
+from xllm_jax.data.text import glm_layout, token_rows
 from xllm_jax.data.text.glm_layout import Specials
 from xllm_jax.inference import decoding
 from xllm_jax.models import glm, glm_prefix
@@ -151,7 +151,7 @@ def test_logits_behind_a_prefix(llm, projection, tmp_path):
     network, states, _ = load_prefix(tmp_path)
     prompts = [[7, 8, 9, 91, 92, 20, 21], [10, 11, 91, 92, 22], [30, 31, 32, 90, 33, 92, 23]]
     rows = [glm_layout.sequence(prompt, SPECIALS) for prompt in prompts]
-    packed = glm_layout.pack([rows[:2], rows[2:]], 16, 16, SPECIALS.pad)
+    packed = token_rows.pack([rows[:2], rows[2:]], 16, 16, SPECIALS.pad)
 
     @jax.jit
     def run(params, states, ids, *layout):
@@ -182,9 +182,10 @@ def test_generation_behind_a_prefix(llm, tmp_path):
     past = prefix_file(model, False, tmp_path)
     network, states, _ = load_prefix(tmp_path)
     prompts = [[7, 8, 9, 12, 91, 92], [10, 11, 91, 92]]
-    batch = decoding.text_prompts(prompts, SPECIALS, buckets=(8,))
+    rows = [glm_layout.sequence(prompt, SPECIALS) for prompt in prompts]
+    batch = decoding.prompt_batch(rows, SPECIALS.pad, (8,))
     xllm = XLLM({"llm": model, "llm_prefix": network})
-    options = decoding.Decoding(eos=93, pad=3, max_new_tokens=4, beams=3)
+    options = decoding.Decoding((93,), 3, (0, 1), max_new_tokens=4, beams=3)
     made = decoding.generate(xllm, {"llm": params, "llm_prefix": states}, batch, options)
     for number, prompt in enumerate(prompts):
         for answer, score in zip(made.tokens[number].tolist(), made.scores[number]):

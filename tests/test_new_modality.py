@@ -379,4 +379,4 @@ def test_zeros_of_the_batch_have_its_shape():
     """What initializes networks and compiles ahead of time."""
     data = stage().data
     shapes = {n: (count, modalities.find(n, data).shape(data)) for n, count in data.items.items()}
-    assert batch.zeros(2, 8, 4, shapes).media["sensor"].values.shape == (2, 2, STEPS, CHANNELS)
+    assert batch.zeros(2, 8, 4, 2, shapes).media["sensor"].values.shape == (2, 2, STEPS, CHANNELS)

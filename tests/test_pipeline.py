@@ -512,7 +512,7 @@ def test_the_blank_infilling_format_fills_blanks_and_answers_questions(pipeline)
     made = pipeline(
         {"a": [*sentences, *texts(8)]}, batch_format="blank_infilling", items={}, rows=8
     )
-    specials = made.resources.tokenizer.specials
+    specials = made.resources.family.tokens
     ids = np.concatenate([batch.ids for batch, _ in take(made.iterate(), 6)])
     assert (ids == specials.mask).any() and (ids == specials.gmask).any()
 

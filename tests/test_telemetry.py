@@ -35,7 +35,7 @@ def quickly_compiled():
 
 def packed(rng, rows=3, length=12, answers=5):
     """A batch of packed examples with images and speech here and there."""
-    batch = zeros(rows, length, answers, {"image": (1, (2,)), "speech": (1, (2,))})
+    batch = zeros(rows, length, answers, 2, {"image": (1, (2,)), "speech": (1, (2,))})
     batch.segments[:] = np.sort(rng.integers(0, 4, (rows, length)))[:, ::-1]
     batch.answer_index[:] = rng.integers(0, length, (rows, answers))
     batch.weights[:] = rng.integers(0, 2, (rows, answers))
@@ -76,7 +76,7 @@ def test_losses_of_modalities_are_those_of_their_examples():
 
 
 def test_a_batch_that_can_hold_no_media_has_one_loss():
-    assert carriers(zeros(1, 4, 2)) == {}
+    assert carriers(zeros(1, 4, 2, 2)) == {}
 
 
 def test_means_leave_out_what_is_no_number():

@@ -80,7 +80,7 @@ def filled(batch: Batch, modality: str, index, seed: int) -> Batch:
 def test_slots_in_any_order_and_number(small):
     """Two images around a sound, one row without media: each embedding stands where it should."""
     model, params = small
-    batch = zeros(2, 8, 2, {"image": (2, (4,)), "sound": (1, (4,))})
+    batch = zeros(2, 8, 2, 2, {"image": (2, (4,)), "sound": (1, (4,))})
     batch.ids[:] = np.arange(16).reshape(2, 8)
     none = [-1] * 8
     batch = filled(batch, "image", [[2, 3, -1, -1, -1, 0, 1, -1], none], 1)
@@ -100,7 +100,7 @@ def test_slots_in_any_order_and_number(small):
 def test_items_of_a_row_are_encoded_one_by_one(small):
     """The second frame of a video is what it would be as the first."""
     model, params = small
-    batch = filled(zeros(1, 4, 1, {"video": (2, (4,))}), "video", [[0, 1, 2, 3]], 3)
+    batch = filled(zeros(1, 4, 1, 2, {"video": (2, (4,))}), "video", [[0, 1, 2, 3]], 3)
     both, _ = model.encode(params, "video", batch.media["video"])
     second = dataclasses.replace(
         batch.media["video"],
@@ -114,16 +114,16 @@ def test_items_of_a_row_are_encoded_one_by_one(small):
 
 def test_a_modality_without_items_is_skipped(small):
     model, params = small
-    empty = zeros(1, 4, 1, {"image": (0, (4,)), "sound": (0, (4,))})
-    plain = zeros(1, 4, 1)
+    empty = zeros(1, 4, 1, 2, {"image": (0, (4,)), "sound": (0, (4,))})
+    plain = zeros(1, 4, 1, 2)
     np.testing.assert_array_equal(model.embed(params, empty), model.embed(params, plain))
     with pytest.raises(UserError, match="unknown modality 'smell'"):
-        model.embed(params, zeros(1, 4, 1, {"smell": (1, (4,))}))
+        model.embed(params, zeros(1, 4, 1, 2, {"smell": (1, (4,))}))
 
 
 def test_gradients_stop_at_frozen_encoders(small):
     model, params = small
-    batch = zeros(1, 6, 2, {"image": (1, (4,))})
+    batch = zeros(1, 6, 2, 2, {"image": (1, (4,))})
     batch = filled(batch, "image", [[0, 1, -1, -1, -1, -1]], 4)
     batch.segments[:], batch.weights[:], batch.context[:, :3] = 1, 1.0, True
     batch.answer_index[:] = [[3, 4]]
@@ -142,7 +142,7 @@ def test_gradients_stop_at_frozen_encoders(small):
 
 def test_dropout_follows_the_key_and_spares_frozen_encoders(small):
     model, params = small
-    batch = filled(zeros(1, 4, 1, {"image": (1, (4,))}), "image", [[0, 1, -1, -1]], 5)
+    batch = filled(zeros(1, 4, 1, 2, {"image": (1, (4,))}), "image", [[0, 1, -1, -1]], 5)
     keys = jax.random.split(jax.random.key(1))
     one, again, two = (model.embed(params, batch, True, k) for k in (keys[0], keys[0], keys[1]))
     np.testing.assert_array_equal(one, again)
@@ -154,7 +154,7 @@ def test_dropout_follows_the_key_and_spares_frozen_encoders(small):
 
 def test_text_objective_reports_perplexity(small):
     model, params = small
-    batch = zeros(1, 4, 2)
+    batch = zeros(1, 4, 2, 2)
     batch.segments[:], batch.weights[:] = 1, 1.0
     loss, metrics = answer.loss(model, params, batch, perplexity=True)
     np.testing.assert_allclose(metrics["perplexity"], np.exp(loss), rtol=1e-6)

@@ -13,6 +13,7 @@ from xllm_jax.core.stage import Data
 from xllm_jax.data.example import Example
 from xllm_jax.data.media import image, modalities
 from xllm_jax.data.media.modality import Modality
+from xllm_jax.data.text.llm_family import LLMFamily, Tokenizer
 
 WORDS, SLOT, SPECIAL, LEARNT = "words", "slot", "special", "learnt"
 PIXELS = ("picture", "frames")  # views of images
@@ -68,7 +69,7 @@ def _packed(
 ) -> Sample:
     """An example of a packed row."""
     places = np.flatnonzero(batch.segments[row] == segment)
-    tokenizer, owners, media = resources.tokenizer, np.full(len(places), "", object), []
+    family, owners, media = resources.family, np.full(len(places), "", object), []
     tokens = {"tokens": len(places)}
     for name, entry in batch.media.items():
         index = entry.index[row, places]
@@ -80,9 +81,11 @@ def _packed(
         media += _items(name, kind, entry.values[row, items], entry.lengths[row, items], paths)
     learnt = (batch.weights[row] > 0) & np.isin(batch.answer_index[row], places)
     targets = batch.targets[row, learnt]
-    shown = batch.context[row, places]
-    pieces = _runs(batch.ids[row, places][shown], owners[shown], tokenizer)
-    pieces += [(LEARNT, _token(tokenizer, int(token))) for token in targets]
+    context = batch.context[row, places]
+    # The context of a causal LLM is empty; its prompt is what nothing is learnt of.
+    shown = context if context.any() else ~np.isin(places, batch.answer_index[row, learnt] + 1)
+    pieces = _runs(batch.ids[row, places][shown], owners[shown], family)
+    pieces += [(LEARNT, _token(family.tokenizer, int(token))) for token in targets]
     tokens["supervised"] = len(targets)
     return Sample(example.key, source, example.task, tuple(media), tuple(pieces), tokens)
 
@@ -104,10 +107,10 @@ def pixels(values: np.ndarray) -> np.ndarray:
     return np.clip((values * image.STD + image.MEAN) * 255 + 0.5, 0, 255).astype(np.uint8)
 
 
-def _runs(ids: np.ndarray, owners: np.ndarray, tokenizer: Any) -> list[tuple[str, str]]:
+def _runs(ids: np.ndarray, owners: np.ndarray, family: LLMFamily) -> list[tuple[str, str]]:
     """Neighboring tokens of one kind as one piece each; a slot tells how many it takes."""
     pieces: list[tuple[str, str]] = []
-    specials = set(dataclasses.astuple(tokenizer.specials))
+    tokenizer, specials = family.tokenizer, family.specials
     start = 0
     while start < len(ids):
         end = start + 1
@@ -126,7 +129,7 @@ def _runs(ids: np.ndarray, owners: np.ndarray, tokenizer: Any) -> list[tuple[str
     return pieces
 
 
-def _token(tokenizer: Any, token: int) -> str:
+def _token(tokenizer: Tokenizer, token: int) -> str:
     """One supervised token: its text, or its name where it has none."""
     return tokenizer.decode([token]) or tokenizer.piece(token).replace("▁", " ")
 

@@ -1,7 +1,8 @@
 """Batch: every array that a training step, an evaluation step or a prefill may see.
 
-Letters: B rows, T tokens of a row, A supervised tokens of a row, M media items of a row. A row may
-hold several packed examples; `segments` keeps them apart. All arrays are row-local, so the batch is
+Letters: B rows, T tokens of a row, P numbers to a position (as many as the LLM's family needs), A
+supervised tokens of a row, M media items of a row. A row may hold several packed examples;
+`segments` keeps them apart. All arrays are row-local, so the batch is
 sharded along B and nothing in it refers to another row.
 """
 
@@ -46,7 +47,7 @@ class Batch:
 
     Attributes:
       ids: `[B, T]` int32 token ids; whatever stands under a media embedding is ignored.
-      positions: `[B, T, 2]` int32, position and block position of GLM.
+      positions: `[B, T, P]` int32, counted as the LLM's family does.
       segments: `[B, T]` int32, 0 = padding; tokens of different segments do not see each other.
       context: `[B, T]` bool, the token belongs to the bidirectional context of its segment.
       answer_index: `[B, A]` int32, positions whose hidden state predicts a supervised token.
@@ -69,12 +70,13 @@ def zeros(
     rows: int,
     length: int,
     answers: int,
+    axes: int,
     media: Mapping[str, tuple[Any, ...]] | None = None,
 ) -> Batch:
     """An all-padding batch of the given sizes, for init, tests and ahead-of-time compilation.
 
     Args:
-      rows, length, answers: B, T and A.
+      rows, length, answers, axes: B, T, A and P.
       media: {modality: (items per row M, shape of one item[, its dtype])}.
     """
 
@@ -91,7 +93,7 @@ def zeros(
 
     return Batch(
         ids=integers(rows, length),
-        positions=integers(rows, length, 2),
+        positions=integers(rows, length, axes),
         segments=integers(rows, length),
         context=np.zeros((rows, length), bool),
         answer_index=integers(rows, answers),

@@ -94,6 +94,7 @@ class Data:
       batch_format: what a batch looks like: a file of `data/batching` with a class `Format`, or
         'package.module:Class' of another package.
       template: named prompt template of `data/text/prompt.py`.
+      llm_family: of the LLM, a file of `data/text/llm_families/`, or 'package.module:Class'.
       tokenizer: folder of the LLM's tokenizer.
       characters: file of the ASR model's character vocabulary, one a line.
       vocabulary: WordPiece vocab.txt of the Q-Former's text branch.
@@ -131,6 +132,7 @@ class Data:
     mix: dict[str, float] = dataclasses.field(default_factory=dict)
     batch_format: str = "conversation"
     template: str = "chatglm_zh"
+    llm_family: str = "glm"
     tokenizer: str = ""
     characters: str = ""
     vocabulary: str = ""

@@ -9,8 +9,8 @@ from xllm_jax.core.errors import UserError
 from xllm_jax.core.fingerprint import digest
 from xllm_jax.core.stage import Data
 from xllm_jax.data.example import Example
+from xllm_jax.data.text import llm_family
 
-TOKENIZER = ("ice_text.model", "tokenizer_config.json", "config.json")
 FILES = ("manifest.json", "dataset_info.json")  # of prepared and of TFDS sets: they hold checksums
 
 
@@ -26,7 +26,7 @@ def manifest(data: Data, sources: Mapping[str, Sequence[Example]]) -> dict[str, 
       the description that a prepared set has.
     """
     folder = Path(data.tokenizer)
-    texts = [folder / file for file in TOKENIZER] if data.tokenizer else []
+    texts = [folder / file for file in llm_family.find(data).files] if data.tokenizer else []
     texts += [Path(file) for file in (data.characters, data.vocabulary) if file]
     found = {str(file): _description(file) for file in texts}
     for name, examples in sources.items():

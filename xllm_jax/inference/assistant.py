@@ -19,11 +19,11 @@ import numpy as np
 
 from xllm_jax.core import checksum
 from xllm_jax.core.batch import Batch, Media
+from xllm_jax.core.types import Params
 from xllm_jax.data.example import Example
 from xllm_jax.data.media import modalities, paths
 from xllm_jax.data.record import Record
-from xllm_jax.data.text import glm_layout, prompt
-from xllm_jax.data.text.chatglm_tokenizer import ChatGLMTokenizer
+from xllm_jax.data.text import llm_family, prompt
 from xllm_jax.inference import decoding
 from xllm_jax.inference.decoding import Decoding
 from xllm_jax.inference.load_run import Restored
@@ -32,7 +32,6 @@ from xllm_jax.models.xllm import XLLM
 
 Files = Mapping[tuple[str, str], Encoded]  # by (modality, path)
 
-LENGTHS = (64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048)
 ITEMS = 32  # media items encoded at a time
 
 
@@ -52,15 +51,13 @@ class Assistant:
         self.model, self.params = restored.model, restored.params
         self.data = restored.stage.data
         self.rows, self.max_tokens = rows, max_tokens
-        self.tokenizer = ChatGLMTokenizer(self.data.tokenizer)
+        self.family = llm_family.load(self.data)
         self.style = prompt.template(self.data.template)
         self.cache = MediaCache(cache_bytes)
 
     def decoding(self, **options: Any) -> Decoding:
         """How to decode; greedy unless `options` (fields of `Decoding`) say otherwise."""
-        specials = self.tokenizer.specials
-        options = {"max_new_tokens": self.max_tokens} | options
-        return Decoding(eos=specials.eop, pad=specials.pad, **options)
+        return Decoding.of(self.family, **{"max_new_tokens": self.max_tokens} | options)
 
     def answers(
         self, examples: Sequence[Example], how: Decoding | None = None, seed: int = 0
@@ -104,11 +101,9 @@ class Assistant:
             items, stride, _ = encoded.embeddings.shape
             return prompt.Slot(modality, path, items, encoded.size, stride)
 
-        limits = prompt.Limits(LENGTHS[-1], self.max_tokens, strict=True)
+        limits = prompt.Limits(decoding.BUCKETS[-1], self.max_tokens, strict=True)
         generator = np.random.default_rng(zlib.crc32(example.key.encode()))
-        return prompt.build(
-            example, self.tokenizer, self.style, slot, limits, generator, answer=False
-        )
+        return prompt.build(example, self.family, self.style, slot, limits, generator, answer=False)
 
     def encode(self, examples: Sequence[Example]) -> dict[tuple[str, str], Encoded]:
         """All files of the examples; those that are not remembered by their content are encoded."""
@@ -164,18 +159,11 @@ class Assistant:
 
     def batch(self, prompts: Sequence[prompt.Prompt], files: Files) -> Batch:
         """Prompts and the finished embeddings of their media, as `XLLM.encoded` reads them."""
-        # Rows without a prompt hold a bare [gMASK] <sop>, so that they end like any other.
-        specials = self.tokenizer.specials
-        empty = glm_layout.sequence([specials.gmask, specials.sop], specials)
-        longest = max(len(one.ids) for one in prompts)
-        length = next((size for size in LENGTHS if size >= longest), LENGTHS[-1])
-        batch = glm_layout.pack([[empty]] * self.rows, length, 1, specials.pad)
-        for row, one in enumerate(prompts):
-            here = slice(0, len(one.ids))
-            batch.ids[row, here], batch.positions[row, here] = one.ids, one.positions
-            batch.context[row, here], batch.segments[row, here] = one.context, 1
+        # Rows without a prompt hold an empty one, so that they end like any other.
+        empty = [self.family.row(())] * (self.rows - len(prompts))
+        batch = decoding.prompt_batch([*prompts, *empty], self.family.pad)
         names = sorted({slot.modality for one in prompts for slot in one.slots})
-        media = {name: self._media(name, prompts, files, length) for name in names}
+        media = {name: self._media(name, prompts, files, batch.ids.shape[1]) for name in names}
         return dataclasses.replace(batch, media=media)
 
     def _media(
@@ -203,11 +191,11 @@ class Assistant:
         made = decoding.generate(self.model.encoded, self.params, batch, how, key)
         tokens = np.asarray(made.tokens)
         tokens = tokens[:, 0] if how.beams > 1 else tokens
-        return list(map(decoding.process_response, decoding.texts(tokens, self.tokenizer)))
+        return list(map(self.family.finish, decoding.texts(tokens, self.family)))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "modality"))
 def _encode(
-    model: XLLM, modality: str, params: Mapping[str, Any], items: Media
+    model: XLLM, modality: str, params: Params, items: Media
 ) -> tuple[jax.Array, jax.Array]:
     return model.encode(params, modality, items)

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,23 +18,15 @@ import numpy as np
 
 from xllm_jax.core.batch import Batch
 from xllm_jax.core.errors import UserError
-from xllm_jax.data.text import glm_layout
+from xllm_jax.core.types import Params
+from xllm_jax.data.text.llm_family import LLMFamily
+from xllm_jax.data.text.token_rows import Row, pack
 from xllm_jax.models.xllm import LLM, XLLM
 
 Array = jax.Array
 State = dict[str, Any]
 
-FULL_WIDTH = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
-# X-LLM's demo renames the model and its makers in every answer, in this order.
-XLLM_NAMES = (
-    ("ChatGLM-6B", "百灵（Lark）"),
-    ("ChatGLM", "百灵（Lark）"),
-    ("清华大学 KEG 实验室和智谱 AI 公司", "中科院自动化所认知计算小组"),
-    ("清华大学 KEG 实验室", "中科院自动化所"),
-    ("智谱 AI 公司", "认知计算小组"),
-    ("中科院自动化所和智谱AI", "中科院自动化所"),
-    ("智谱AI", ""),
-)
+BUCKETS = (64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048)  # lengths of prompts in tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +34,9 @@ class Decoding:
     """How to decode; every field is static, a new value compiles once more.
 
     Attributes:
-      eos, pad: ids that end a row and fill what follows.
+      ends: ids that end a row.
+      pad: id that fills what follows.
+      position_step: what each token adds to the position of the token before it.
       max_new_tokens: N, length of the answer, the end token included.
       sample: draw tokens instead of taking the best.
       temperature, top_k, top_p: filters of sampling, in this order; top_k 0 and top_p 1 are off.
@@ -53,8 +46,9 @@ class Decoding:
       early_stopping: a row ends as soon as it has `beams` finished hypotheses.
     """
 
-    eos: int
+    ends: tuple[int, ...]
     pad: int
+    position_step: tuple[int, ...]
     max_new_tokens: int = 64
     sample: bool = False
     temperature: float = 1.0
@@ -63,6 +57,11 @@ class Decoding:
     beams: int = 1
     length_penalty: float = 1.0
     early_stopping: bool = False
+
+    @classmethod
+    def of(cls, family: LLMFamily, **options: Any) -> Decoding:
+        """Decoding of one family's LLM; `options` are the other fields."""
+        return cls(family.ends, family.pad, family.position_step, **options)
 
 
 @jax.tree_util.register_dataclass
@@ -81,34 +80,32 @@ class Generated:
     logits: Array | None = None
 
 
-def text_prompts(
-    sequences: Sequence[Sequence[int]],
-    specials: glm_layout.Specials,
-    buckets: Sequence[int] = (32, 64, 128, 256, 512, 1024, 2048),
-) -> Batch:
-    """Text prompts as a batch whose length is a bucket, so that few shapes are ever compiled.
+def prompt_batch(prompts: Sequence[Row], pad: int, buckets: Sequence[int] = BUCKETS) -> Batch:
+    """Prompts as a batch whose length is a bucket, so that few shapes are ever compiled.
 
     Args:
-      sequences: token ids of B prompts, each ending in [gMASK] <sop>.
-      specials: special ids.
+      prompts: B open sequences.
+      pad: id of the padding.
       buckets: lengths T to choose from, ascending.
 
+    Returns:
+      NumPy batch without media.
+
     Raises:
-      UserError: a prompt longer than the last bucket, or without <sop>.
+      UserError: a prompt longer than the last bucket.
     """
-    longest = max(len(ids) for ids in sequences)
+    longest = max(len(row.ids) for row in prompts)
     length = next((bucket for bucket in buckets if bucket >= longest), None)
     if length is None:
         raise UserError(f"a prompt of {longest} tokens", field="prompt", hint="Shorten it")
-    rows = [[glm_layout.sequence(ids, specials)] for ids in sequences]
-    answers = max(len(row[0].targets) for row in rows)
-    return glm_layout.pack(rows, length, answers, specials.pad)
+    answers = max(len(row.targets) for row in prompts)
+    return pack([[row] for row in prompts], length, answers, pad)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "decoding"))
 def generate(
     model: XLLM,
-    params: Mapping[str, Any],
+    params: Params,
     batch: Batch,
     decoding: Decoding,
     key: Array | None = None,
@@ -118,7 +115,7 @@ def generate(
     Args:
       model: compiled once per object, so keep it.
       params: {part: parameters}; a part 'llm_prefix' goes before every prompt.
-      batch: B prompts, one segment per row, ending in <sop>, padded on either side, with media.
+      batch: B prompts, one open segment per row, padded on either side, with media.
       decoding: how.
       key: random key of the sampling.
     """
@@ -139,7 +136,7 @@ def prefill(
     segments: Array,
     context: Array,
     positions: Array,
-    room: int,
+    max_new_tokens: int,
     prefix: Array | None = None,
 ) -> State:
     """Reads the prompts.
@@ -147,16 +144,16 @@ def prefill(
     Args:
       llm: the LLM's bound `apply`.
       x: `[B, T, D]` spliced embeddings; segments, context, positions: see `core.batch`.
-      room: tokens to reserve in the cache behind the prompts.
-      prefix: learned keys and values before the prompts, see `ChatGLM.init_cache`.
+      max_new_tokens: tokens to reserve in the cache behind the prompts.
+      prefix: learned keys and values before the prompts, see `XLLM.prefix`.
 
     Returns:
       cache; `logits [B, V]` float32 behind each prompt's last token; that token's `position
-      [B, 2]` and `segment [B]`; and the prompts' `lengths [B]`, padding not counted.
+      [B, P]` and `segment [B]`; and the prompts' `lengths [B]`, padding not counted.
     """
     segments, positions = jnp.asarray(segments), jnp.asarray(positions)
     rows, length = segments.shape
-    cache = llm(rows, length + room, prefix=prefix, method="init_cache")
+    cache = llm(rows, length + max_new_tokens, prefix=prefix, method="init_cache")
     start = cache["length"]
     states, cache = llm(x, segments, context, positions, cache)
     last = jnp.where(segments > 0, jnp.arange(length), -1).max(axis=1)
@@ -171,9 +168,22 @@ def prefill(
     }
 
 
-def feed(llm: Any, state: State, tokens: Array, done: Array) -> State:
-    """Feeds one token per row, `[B]`; rows that are done add nothing to the cache."""
-    position = state["position"] + jnp.array([0, 1])  # only the block position goes on
+def feed(
+    llm: Any, state: State, tokens: Array, done: Array, position_step: tuple[int, ...]
+) -> State:
+    """Feeds one token per row.
+
+    Args:
+      llm: the LLM's bound `apply`.
+      state: of `prefill` or of the step before.
+      tokens: `[B]` int32.
+      done: `[B]` bool; rows that are done add nothing to the cache.
+      position_step: see `Decoding`.
+
+    Returns:
+      The state behind these tokens.
+    """
+    position = state["position"] + jnp.array(position_step)
     segments = jnp.where(done, 0, state["segment"])[:, None]
     context = jnp.zeros(segments.shape, bool)
     x = llm(tokens[:, None], method="embed")
@@ -204,6 +214,8 @@ def choose(logits: Array, decoding: Decoding, key: Array | None, step: Array) ->
         return logits.argmax(-1).astype(jnp.int32)
     logits = filter_logits(logits, decoding.temperature, decoding.top_k, decoding.top_p)
 
+    assert key is not None, "generate has refused to sample without one"
+
     def draw(row: Array, logits: Array) -> Array:
         stream = jax.random.fold_in(jax.random.fold_in(key, row), step)
         return jax.random.categorical(stream, logits)
@@ -229,7 +241,7 @@ def decode(llm: Any, state: State, decoding: Decoding, key: Array | None) -> Gen
         return state | {
             "tokens": state["tokens"].at[:, state["step"]].set(chosen),
             "scores": state["scores"] + jnp.where(state["done"], 0.0, gain),
-            "done": state["done"] | (chosen == decoding.eos),
+            "done": state["done"] | _ends(chosen, decoding),
             "step": state["step"] + 1,
         }
 
@@ -238,10 +250,15 @@ def decode(llm: Any, state: State, decoding: Decoding, key: Array | None) -> Gen
 
     def advance(state: State) -> State:
         last = state["tokens"][:, state["step"] - 1]
-        return emit(feed(llm, state, last, state["done"]))
+        return emit(feed(llm, state, last, state["done"], decoding.position_step))
 
     state = jax.lax.while_loop(more, advance, emit(state))
     return Generated(state["tokens"], state["scores"], state["logits"])
+
+
+def _ends(tokens: Array, decoding: Decoding) -> Array:
+    """Which tokens end a row, of the tokens' shape, bool."""
+    return (tokens[..., None] == jnp.array(decoding.ends)).any(-1)
 
 
 def beam_search(llm: Any, state: State, decoding: Decoding, start: int) -> Generated:
@@ -264,7 +281,8 @@ def beam_search(llm: Any, state: State, decoding: Decoding, start: int) -> Gener
     def advance(state: State) -> State:
         last = jnp.take(state["tokens"], state["step"] - 1, axis=2)
         done = jnp.repeat(state["done"], decoding.beams)
-        return _beam_step(feed(llm, state, last.reshape(-1), done), decoding, start)
+        fed = feed(llm, state, last.reshape(-1), done, decoding.position_step)
+        return _beam_step(fed, decoding, start)
 
     state = jax.lax.while_loop(more, advance, _beam_step(state, decoding, start))
     # A row that did not end by itself also offers the beams that are still running.
@@ -301,7 +319,7 @@ def _beam_step(state: State, decoding: Decoding, start: int) -> State:
     """Extends every beam by one token, given the logits behind its last one."""
     beams = decoding.beams
     sums, parents, tokens = _candidates(state, beams)
-    ends = tokens == decoding.eos
+    ends = _ends(tokens, decoding)
     length = _penalty(state, state["step"], decoding)
     # Only an end among the best K candidates counts; its own token is not part of the length.
     counts = ends & (jnp.arange(2 * beams) < beams) & ~state["done"][:, None]
@@ -361,24 +379,10 @@ def _reorder(cache: dict[str, Array], parents: Array, start: int) -> dict[str, A
     return cache | {"key": move(cache["key"]), "value": move(cache["value"])}
 
 
-def texts(tokens: Any, tokenizer: Any) -> list[str]:
-    """Text of generated tokens `[B, N]`, up to each row's end token."""
-    eop = tokenizer.specials.eop
-    rows = [list(row) for row in np.asarray(tokens)]
-    return [tokenizer.decode(row[: row.index(eop)] if eop in row else row) for row in rows]
-
-
-def process_response(text: str, names: Sequence[tuple[str, str]] = ()) -> str:
-    """Finishes an answer as ChatGLM does: full-width punctuation next to Chinese characters.
-
-    Args:
-      text: decoded answer.
-      names: (old, new) replacements in order; XLLM_NAMES is what the reference's demo does.
-    """
-    text = text.strip().replace("[[训练时间]]", "2023年")
-    for old, new in names:
-        text = text.replace(old, new)
-    for half, full in FULL_WIDTH.items():
-        text = re.sub(rf"(?<=[\u4e00-\u9fff]){re.escape(half)}", full, text)
-        text = re.sub(rf"{re.escape(half)}(?=[\u4e00-\u9fff])", full, text)
-    return text
+def texts(tokens: np.ndarray, family: LLMFamily) -> list[str]:
+    """Text of generated tokens `[B, N]`, up to each row's end token, not finished yet."""
+    found = []
+    for row in tokens.tolist():
+        end = next((place for place, token in enumerate(row) if token in family.ends), len(row))
+        found.append(family.tokenizer.decode(row[:end]))
+    return found

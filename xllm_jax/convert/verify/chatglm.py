@@ -18,7 +18,7 @@ from xllm_jax.convert.verify.chatglm_model import Reference, forward, layout_of,
 from xllm_jax.convert.verify.recording import Replay
 from xllm_jax.convert.verify.tolerances import Stated
 from xllm_jax.core import rules
-from xllm_jax.data.text import glm_layout
+from xllm_jax.data.text import glm_layout, token_rows
 from xllm_jax.models import glm, layers
 from xllm_jax.objectives.answer import answer_loss
 
@@ -149,7 +149,7 @@ def _training(replay: Replay, reference: Reference) -> None:
     compare_layout(replay, "train", layout)
     rows = [glm_layout.sequence(one, reference.specials) for one in ids]
     answers = max(len(row.targets) for row in rows)
-    packed = glm_layout.pack([[row] for row in rows], ids.shape[1], answers, reference.specials.pad)
+    packed = token_rows.pack([[row] for row in rows], ids.shape[1], answers, reference.specials.pad)
     labels = chatglm_media.labels_of(packed)
     replay.compare("train.labels", labels)
     x, _, logits, _ = forward(model, params, ids, layout)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,20 +13,22 @@ import numpy as np
 
 from xllm_jax.convert.verify.chatglm_model import Reference, layout_of
 from xllm_jax.convert.verify.recording import Replay, read_json
-from xllm_jax.core.batch import zeros
+from xllm_jax.core.batch import Batch, Media, zeros
 from xllm_jax.data.text import glm_layout
+from xllm_jax.data.text.llm_families.glm import Family
+from xllm_jax.data.text.token_rows import Row
 from xllm_jax.inference.decoding import (
     Decoding,
-    beam_search,
-    decode,
     feed,
     filter_logits,
     generate,
     prefill,
-    text_prompts,
+    prompt_batch,
 )
 from xllm_jax.models import glm
+from xllm_jax.models.xllm import XLLM
 
+STEP = Family.position_step
 # The reference's filters of sampling: temperature and top-p are X-LLM's, top-k its library's.
 FILTERS = (0.95, 50, 0.7)
 
@@ -43,14 +47,16 @@ def decoding(replay: Replay, reference: Reference) -> None:
 def _steps(replay: Replay, reference: Reference) -> None:
     model, params = reference.loaded
     prompt, fed = replay.input("prompt_ids"), replay.input("step.token_ids")
-    batch = text_prompts(prompt, reference.specials, buckets=(prompt.shape[1],))
+    batch = prompt_batch(
+        rows_of(prompt, reference.specials), reference.specials.pad, (prompt.shape[1],)
+    )
     replay.compare("prefill.position_ids", batch.positions.transpose(0, 2, 1))
     llm = functools.partial(model.apply, {"params": params})
     x = llm(batch.ids, method="embed")
     layout = (batch.segments, batch.context, batch.positions)
     state = jax.jit(lambda x: prefill(llm, x, *layout, len(fed)))(x)
     replay.compare("prefill.last_logits", state["logits"])
-    step = jax.jit(lambda state, token: feed(llm, state, token, jnp.zeros(1, bool)))
+    step = jax.jit(lambda state, token: feed(llm, state, token, jnp.zeros(1, bool), STEP))
     logits, positions = [], []
     for token in fed:
         state = step(state, token[None])
@@ -69,8 +75,9 @@ def _answers(replay: Replay, reference: Reference, name: str) -> None:
     eos = int(replay.input(f"{name}.eos_token_id")) if ended else specials.eop
     new = replay.recorded(f"{name.split('_')[0]}.sequences").shape[1] - start
     beams = sequences.shape[0] if name.startswith("beam") else 1
-    how = Decoding(eos=eos, pad=specials.pad, max_new_tokens=new, beams=beams)
-    found = generate(*reference.composed, text_prompts(prompt, specials), how)
+    how = Decoding((eos,), specials.pad, STEP, max_new_tokens=new, beams=beams)
+    batch = prompt_batch(rows_of(prompt, specials), specials.pad)
+    found = generate(*reference.composed, batch, how)
     expected = finished(sequences, start, new, eos, specials.pad)
     tokens = np.asarray(found.tokens).reshape(expected.shape)
     replay.compare(f"{name}.sequences", tokens, expected)
@@ -99,41 +106,45 @@ def left_padded(replay: Replay, reference: Reference) -> None:
     replay.compare("leftpad.attention_mask", ~np.asarray(mask))
     names = ("ids", "positions", "segments", "context")
     parts = {name: getattr(layout, name) for name in names}
-    batch = dataclasses.replace(zeros(*ids.shape, 1), **parts)
+    batch = dataclasses.replace(zeros(*ids.shape, 1, len(STEP)), **parts)
     logits = jax.jit(lambda p, b: model.logits(p, model.hidden(p, b)))(params, batch)
     replay.compare("leftpad.logits", logits)
     if "leftpad.greedy_sequences" in replay:
         sequences = replay.recorded("leftpad.greedy_sequences")
         new = sequences.shape[1] - ids.shape[1]
-        how = Decoding(eos=specials.eop, pad=specials.pad, max_new_tokens=new)
+        how = Decoding((specials.eop,), specials.pad, STEP, max_new_tokens=new)
         found = generate(model, params, batch, how)
         replay.compare("leftpad.greedy_sequences", found.tokens, sequences[:, ids.shape[1] :])
         # Padding on the right, in a longer bucket, is the same to every row.
-        right = generate(model, params, text_prompts(prompts, specials), how)
+        moved = prompt_batch(rows_of(prompts, specials), specials.pad)
+        right = generate(model, params, moved, how)
         replay.compare("leftpad.greedy_sequences", right.tokens, sequences[:, ids.shape[1] :])
         replay.compare("leftpad.greedy_last_scores", found.logits)
 
 
-def behind_media(replay: Replay, reference: Reference, name: str) -> None:
-    """An answer behind recorded prefix embeddings: greedy or by beams, as the recording says."""
-    model, params = reference.loaded
-    specials, llm = reference.specials, functools.partial(model.apply, {"params": params})
-    x, layout = _spliced(replay, reference, name)
-    length, sequences = x.shape[1], replay.recorded(f"{name}.sequences")
+def rows_of(prompts: Iterable[Sequence[int]], specials: glm_layout.Specials) -> list[Row]:
+    """The reference's layout of recorded prompts."""
+    return [glm_layout.sequence(one, specials) for one in prompts]
+
+
+def behind_media(replay: Replay, reference: Reference, model: XLLM, params: Any, name: str) -> None:
+    """An answer behind recorded prefix embeddings: greedy or by beams, as the recording says.
+
+    Args:
+      replay: the recording.
+      reference: its LLM.
+      model, params: X-LLM around that LLM.
+      name: of the case.
+    """
+    batch, specials = _behind_prefix(replay, reference, name), reference.specials
+    length, sequences = batch.ids.shape[1], replay.recorded(f"{name}.sequences")
     settings = read_json(replay.folder / "diagnostics.json")["info"][f"{name}_args"]
     new, beams = sequences.shape[1] - length, settings["num_beams"]
-    how = Decoding(eos=specials.eop, pad=specials.pad, max_new_tokens=new, beams=beams)
-
-    @jax.jit
-    def run(x: jax.Array, layout: tuple):
-        state = prefill(llm, x, *layout, new)
-        first = feed(llm, state, jnp.zeros(len(x), jnp.int32), jnp.zeros(len(x), bool))
-        if beams > 1:
-            return first["position"], beam_search(llm, state, how, length)
-        return first["position"], decode(llm, state, how, None)
-
-    position, found = run(x, layout)
-    replay.compare(f"{name}.step1_position_ids", position[:1, :, None])
+    how = Decoding((specials.eop,), specials.pad, STEP, max_new_tokens=new, beams=beams)
+    replay.compare(f"{name}.position_ids", batch.positions[:1].transpose(0, 2, 1))
+    following = batch.positions[:1, -1] + np.asarray(how.position_step)
+    replay.compare(f"{name}.step1_position_ids", following[:, :, None])
+    found = generate(model.encoded, params, batch, how)
     best = np.asarray(found.tokens)[:, 0] if beams > 1 else found.tokens
     expected = finished(sequences, length, new, specials.eop, specials.pad)
     replay.compare(f"{name}.sequences", best, expected)
@@ -141,17 +152,17 @@ def behind_media(replay: Replay, reference: Reference, name: str) -> None:
         replay.compare(f"{name}.sequences_scores", found.scores[:, 0])
 
 
-def _spliced(replay: Replay, reference: Reference, name: str) -> tuple[jax.Array, tuple]:
-    """Recorded prompt with its recorded prefix embeddings: (embeddings, layout)."""
-    model, params = reference.loaded
+def _behind_prefix(replay: Replay, reference: Reference, name: str) -> Batch:
+    """Recorded prompt with its recorded prefix embeddings, tags included, as finished media."""
     ids = replay.input(f"{name}.input_ids")
-    layout = layout_of(ids, reference.specials)
-    replay.compare(f"{name}.position_ids", layout[2][:1].transpose(0, 2, 1))
-    x = model.apply({"params": params}, ids, method="embed")
-    start = 0
-    for given in ("input_image", "input_speech"):
-        if f"{name}.{given}" in replay:
-            prefix = replay.input(f"{name}.{given}")
-            x = x.at[:, start : start + prefix.shape[1]].set(prefix)
-            start += prefix.shape[1]
-    return x, layout
+    segments, context, positions = layout_of(ids, reference.specials)
+    found, start = {}, 0
+    for kind in ("image", "speech"):
+        if f"{name}.input_{kind}" in replay:
+            prefix = replay.input(f"{name}.input_{kind}")[:, None]
+            index = np.full(ids.shape, -1, np.int32)
+            index[:, start : start + prefix.shape[2]] = np.arange(prefix.shape[2])
+            found[kind] = Media(prefix, np.ones(prefix.shape[:2], np.int32), None, index)
+            start += prefix.shape[2]
+    parts = dict(ids=ids, segments=segments, context=context, positions=positions, media=found)
+    return dataclasses.replace(zeros(*ids.shape, 1, len(STEP)), **parts)

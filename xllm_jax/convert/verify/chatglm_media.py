@@ -14,7 +14,7 @@ from xllm_jax.convert.verify import chatglm_decode
 from xllm_jax.convert.verify.chatglm_model import Reference
 from xllm_jax.convert.verify.recording import Replay
 from xllm_jax.core.batch import Batch, Media
-from xllm_jax.data.text import glm_layout
+from xllm_jax.data.text import glm_layout, token_rows
 from xllm_jax.data.text.chatglm_tokenizer import ChatGLMTokenizer
 from xllm_jax.models import glm
 from xllm_jax.models.xllm import XLLM
@@ -75,7 +75,7 @@ def media(replay: Replay, reference: Reference) -> None:
         if kinds:
             replay.attempt(_training, name, kinds, whole, tree, reference.tokenizer)
         if f"{name}.sequences" in replay:
-            replay.attempt(chatglm_decode.behind_media, reference, name)
+            replay.attempt(chatglm_decode.behind_media, reference, whole, tree, name)
 
 
 def _training(
@@ -106,7 +106,7 @@ def _batch(
     layout = [glm_layout.sequence(row, words.specials, padding_visible=True) for row in ids]
     rows = [glm_layout.sequence(row, words.specials) for row in ids]
     answers = max(len(row.targets) for row in rows)
-    batch = glm_layout.pack([[row] for row in rows], ids.shape[1], answers, words.specials.pad)
+    batch = token_rows.pack([[row] for row in rows], ids.shape[1], answers, words.specials.pad)
     found, starts, end = {}, [], 0
     for kind in kinds:
         features, tag, _ = KINDS[kind]

@@ -1,6 +1,6 @@
-"""The blank-infilling format: conversations, and plain text whose spans are to be filled in.
+"""The blank-infilling format: conversations, and plain text as the LLM's family trains on it alone.
 
-GLM's text pre-training (arXiv 2103.10360, section 2.1).
+Such text may lose spans that are to be filled in (arXiv 2103.10360, section 2.1).
 """
 
 from __future__ import annotations
@@ -18,5 +18,5 @@ class Format(conversation.Format):
         example = record.example
         if example.task != "text" or example.instruction or example.media or example.history:
             return super().sequence(record, mode)
-        limits, tokenizer = self.limits(mode), self.resources.tokenizer
-        return prompt.infilled(example, tokenizer, limits, record.generator(PROMPT))
+        family = self.resources.family
+        return prompt.text_only(example, family, self.limits(mode), record.generator(PROMPT))

@@ -22,15 +22,14 @@ from xllm_jax.data.cached_features import Features
 from xllm_jax.data.example import Example
 from xllm_jax.data.media import modalities
 from xllm_jax.data.record import PROMPT, DoesNotFit, Mode, Record, Skipped
-from xllm_jax.data.text import prompt
-from xllm_jax.data.text.chatglm_tokenizer import ChatGLMTokenizer
+from xllm_jax.data.text import llm_family, prompt, token_rows
 
 
 @dataclasses.dataclass(frozen=True)
 class Resources:
     """What planning needs besides the data's settings."""
 
-    tokenizer: ChatGLMTokenizer
+    family: llm_family.LLMFamily
     style: prompt.Template
     features: Features | None = None
 
@@ -44,7 +43,7 @@ class Placed(Entry):
     @property
     def supervised(self) -> int:
         """Supervised tokens of the sequence."""
-        return int(self.prompt.weights.sum())
+        return len(self.prompt.targets)
 
     @property
     def cut(self) -> int:
@@ -71,8 +70,8 @@ class Format(BatchFormat[Placed, Batch, Resources]):
                     field="data.embeddings",
                 )
             modalities.find(modality, data)
-        tokenizer = ChatGLMTokenizer(data.tokenizer)
-        return Resources(tokenizer, prompt.template(data.template), self.features)
+        family = llm_family.load(data)
+        return Resources(family, prompt.template(data.template), self.features)
 
     @functools.cached_property
     def features(self) -> Features | None:
@@ -102,7 +101,8 @@ class Format(BatchFormat[Placed, Batch, Resources]):
             return known or (modalities.find(name, data).shape(data), np.float32)
 
         media = {name: (items, *item(name)) for name, items in data.items.items()}
-        return zeros(rows, data.length, data.answers, media)
+        axes = len(llm_family.find(data).position_step)
+        return zeros(rows, data.length, data.answers, axes, media)
 
     def _at(self, bucket: int) -> Data:
         """The settings with one length bucket alone."""
@@ -158,7 +158,7 @@ class Format(BatchFormat[Placed, Batch, Resources]):
 
         return prompt.build(
             example,
-            self.resources.tokenizer,
+            self.resources.family,
             self.resources.style,
             slot,
             self.limits(mode),
@@ -284,17 +284,9 @@ def _write(
     used: dict[str, int],
 ) -> None:
     """Writes one example behind what `used` says is taken, and moves that on."""
-    made = placed.prompt
-    start, answer = used["tokens"], used["answers"]
+    made, start = placed.prompt, used["tokens"]
     tokens = slice(start, start + len(made.ids))
-    supervised = slice(answer, answer + len(made.targets))
-    batch.ids[row, tokens] = made.ids
-    batch.positions[row, tokens] = made.positions
-    batch.context[row, tokens] = made.context
-    batch.segments[row, tokens] = segment
-    batch.answer_index[row, supervised] = made.answer_index + start
-    batch.targets[row, supervised] = made.targets
-    batch.weights[row, supervised] = made.weights
+    token_rows.write(batch, row, segment, made, start, used["answers"])
     for modality, index in made.index.items():
         stride = next(slot.stride for slot in made.slots if slot.modality == modality)
         shifted = np.where(index >= 0, index + used[modality] * stride, -1)
@@ -307,4 +299,4 @@ def _write(
         entry.lengths[row, items] = lengths
         entry.counts[row, items] = slot.size
         used[slot.modality] += slot.items
-    used["tokens"], used["answers"] = tokens.stop, supervised.stop
+    used["tokens"], used["answers"] = tokens.stop, used["answers"] + len(made.targets)

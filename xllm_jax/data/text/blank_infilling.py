@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.data.text.glm_layout import Row, Specials, positions_of
+from xllm_jax.data.text.glm_layout import Specials, positions_of
+from xllm_jax.data.text.token_rows import Row
 
 Span = tuple[int, int]  # first token, one past the last
 

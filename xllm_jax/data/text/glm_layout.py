@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from xllm_jax.core.batch import Batch, zeros
 from xllm_jax.core.errors import UserError
+from xllm_jax.data.text.token_rows import Row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,23 +25,6 @@ class Specials:
     sop: int
     eop: int
     pad: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One sequence as the LLM reads it.
-
-    Attributes:
-      ids, segments: `[T]` int32. positions: `[T, 2]` int32. context: `[T]` bool.
-      answer_index, targets: `[A]` int32, the position that predicts and the token to be predicted.
-    """
-
-    ids: np.ndarray
-    positions: np.ndarray
-    context: np.ndarray
-    segments: np.ndarray
-    answer_index: np.ndarray
-    targets: np.ndarray
 
 
 def mask_position(ids: Sequence[int], specials: Specials) -> int:
@@ -136,50 +119,3 @@ def _left_padded(ids: list[int], length: int, specials: Specials) -> tuple[np.nd
         (places >= pad) & (places < pad + context),
         (places >= pad).astype(np.int32),
     )
-
-
-def pack(groups: Sequence[Sequence[Row]], length: int, answers: int, pad: int) -> Batch:
-    """Packs sequences into rows: group i becomes row i, its sequences one behind the other.
-
-    Args:
-      groups: B lists of sequences; a row may stay empty.
-      length, answers: T and A, static sizes of the batch.
-      pad: id of the padding.
-
-    Returns:
-      NumPy batch without media; sequences of a row are the segments 1, 2, ..
-
-    Raises:
-      UserError: a group has more tokens or supervised tokens than fit.
-    """
-    batch = zeros(len(groups), length, answers)
-    batch.ids[:] = pad
-    for row, group in enumerate(groups):
-        used, supervised = (sum(len(x) for x in xs) for xs in _parts(group))
-        if used > length or supervised > answers:
-            raise UserError(
-                f"{used} tokens, {supervised} supervised, in a row of {length} and {answers}",
-                field="data.length",
-                hint="Enlarge data.length or data.answers",
-            )
-        _fill(batch, row, group)
-    return batch
-
-
-def _parts(group: Sequence[Row]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    return [sequence.ids for sequence in group], [sequence.targets for sequence in group]
-
-
-def _fill(batch: Batch, row: int, group: Sequence[Row]) -> None:
-    start, first = 0, 0
-    for number, part in enumerate(group, start=1):
-        tokens = slice(start, start + len(part.ids))
-        batch.ids[row, tokens] = part.ids
-        batch.positions[row, tokens] = part.positions
-        batch.segments[row, tokens] = np.where(part.segments > 0, number, 0)
-        batch.context[row, tokens] = part.context
-        supervised = slice(first, first + len(part.targets))
-        batch.answer_index[row, supervised] = part.answer_index + start
-        batch.targets[row, supervised] = part.targets
-        batch.weights[row, supervised] = 1.0
-        start, first = tokens.stop, supervised.stop

@@ -1,4 +1,4 @@
-"""The prompt: an Example becomes token ids, media slots and the GLM layout of one sequence.
+"""The prompt: an Example becomes token ids and media slots, laid out as the LLM's family does.
 
 A prompt is a list of segments: text, or a slot that interface outputs fill. Slots stand where
 `<image>`, `<video>`, `<speech>` markers in the text say, or first, in the order of the example's
@@ -17,9 +17,9 @@ import numpy as np
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
 from xllm_jax.data.record import DoesNotFit
-from xllm_jax.data.text import blank_infilling
-from xllm_jax.data.text.glm_layout import positions_of
 from xllm_jax.data.text.instructions import instructions
+from xllm_jax.data.text.llm_family import LLMFamily
+from xllm_jax.data.text.token_rows import Row
 
 WRITTEN = "text:"  # prefix of media that are written out instead of shown
 PLACEHOLDER = 0  # token id under a media embedding; the model ignores it
@@ -47,7 +47,7 @@ TEMPLATES = {
         earlier="Question: {question} \n Answer: {answer}\n",
         last="Question: {question} \n Answer:",
     ),
-    # repository, xllm.py; the form ChatGLM was tuned on
+    # repository, xllm.py; the form its LLM was tuned on
     "chatglm_zh": Template(
         question="问：{question}\n答：",
         earlier="[Round {round}]\n问：{question}\n答：{answer}\n",
@@ -91,30 +91,16 @@ class Slot:
 
 
 @dataclasses.dataclass(frozen=True)
-class Prompt:
-    """One sequence in GLM's layout: prompt [gMASK] <sop> answer <eop>.
-
-    T tokens, A supervised tokens (0 without an answer).
+class Prompt(Row):
+    """One sequence with its media slots.
 
     Attributes:
-      ids: `[T]` int32.
-      positions: `[T, 2]` int32, position and block position.
-      context: `[T]` bool, up to and including [gMASK].
       index: {modality: `[T]` int32}, -1 or the flat position in the example's interface outputs.
-      answer_index: `[A]` int32; the first is [gMASK], whose logits predict <sop>.
-      targets: `[A]` int32, <sop>, the answer, <eop>.
-      weights: `[A]` float32.
       slots: the slots in order.
       cut: how many tokens of the prompt and of the answer were left out.
     """
 
-    ids: np.ndarray
-    positions: np.ndarray
-    context: np.ndarray
     index: dict[str, np.ndarray]
-    answer_index: np.ndarray
-    targets: np.ndarray
-    weights: np.ndarray
     slots: tuple[Slot, ...]
     cut: tuple[int, int] = (0, 0)
 
@@ -125,15 +111,12 @@ class Limits:
 
     Attributes:
       length: tokens in all.
-      answers: supervised tokens, <sop> and <eop> included.
-      prompt: prompt tokens without slots, tags and written media, [gMASK] included; None leaves
-        only `length`.
+      answers: supervised tokens, those that the family adds included.
       strict: a prompt that is too long is an error instead of being cut.
     """
 
     length: int
     answers: int
-    prompt: int | None = None
     strict: bool = False
 
 
@@ -219,7 +202,7 @@ def _wrapped(
 
 def build(
     example: Example,
-    tokenizer,
+    family: LLMFamily,
     style: Template,
     slot: Callable[[str, str], Slot],
     limits: Limits,
@@ -229,16 +212,16 @@ def build(
     """Turns an example into one sequence.
 
     Long text is cut as the reference cuts it: the prompt's last tokens go, then the answer's, and
-    <eop> is still trained after a cut answer. Slots, tags and written media are never cut.
+    the end is still trained after a cut answer. Slots, tags and written media are never cut.
 
     Args:
       example: what to ask and to answer.
-      tokenizer: `encode(text)` without special tokens, and `specials` (glm_layout.Specials).
+      family: of the LLM.
       style: the template.
       slot: (modality, path) -> Slot; sizes the slots.
       limits: static sizes.
       generator: draws the instruction where the example has none.
-      answer: False ends the sequence at <sop>, ready to generate.
+      answer: False leaves the sequence open, ready to generate.
 
     Raises:
       DoesNotFit: slots and answer alone are too long, or the prompt is and `limits.strict`.
@@ -248,113 +231,79 @@ def build(
     encoded = [
         [PLACEHOLDER] * (part.items * part.size)
         if isinstance(part, Slot)
-        else list(tokenizer.encode(part.text))
+        else family.tokenizer.encode(part.text)
         for part in parts
     ]
-    reply, lost = [], 0
+    frame = family.row((), () if answer else None)  # what the family adds
+    reply, lost = None, 0
     if answer:
         if not example.answer.strip():
             raise UserError("has no answer to learn", field=example.key)
-        whole = list(tokenizer.encode(example.answer))
-        reply = whole[: max(limits.answers - 2, 0)]
+        whole = family.tokenizer.encode(example.answer)
+        reply = whole[: max(limits.answers - len(frame.targets), 0)]
         lost = len(whole) - len(reply)
-    supervised = len(reply) + 2 if answer else 1
-    kept, dropped = _shorten(parts, encoded, limits, supervised, example.key)
-    return _layout(parts, kept, reply if answer else None, tokenizer, (dropped, lost))
+    others = len(frame.ids) + len(reply or ())
+    kept, dropped = _shorten(parts, encoded, limits, others, example.key)
+    row = family.row([token for ids in kept for token in ids], reply)
+    index = _index(parts, kept, row)
+    slots = tuple(part for part in parts if isinstance(part, Slot))
+    return Prompt(**vars(row), index=index, slots=slots, cut=(dropped, lost))
 
 
-def infilled(example: Example, tokenizer, limits: Limits, generator: np.random.Generator) -> Prompt:
-    """Turns an example's answer into a row of GLM's pre-training: spans to be filled in.
+def text_only(
+    example: Example, family: LLMFamily, limits: Limits, generator: np.random.Generator
+) -> Prompt:
+    """Turns an example's answer into a row of the family's text-only training.
 
     A text that is longer than a row gives a random window of itself.
 
     Raises:
-      UserError: fewer than two tokens.
+      UserError: the text is too short.
     """
-    ids = list(tokenizer.encode(example.answer))
-    # Short spans cover 15 % of the text; each adds its mask, <sop> and <eop> at worst.
-    most = max(min(int(limits.length / 1.5) - 3, limits.answers - 2), 2)
+    ids = family.tokenizer.encode(example.answer)
+    most = family.text_capacity(limits.length, limits.answers)
     start = int(generator.integers(max(len(ids) - most, 0) + 1))
-    row = blank_infilling.example(ids[start : start + most], tokenizer.specials, generator)
-    return Prompt(
-        ids=row.ids,
-        positions=row.positions,
-        context=row.context,
-        index={},
-        answer_index=row.answer_index,
-        targets=row.targets,
-        weights=np.ones(len(row.targets), np.float32),
-        slots=(),
-        cut=(0, max(len(ids) - most, 0)),
-    )
+    row = family.text_row(ids[start : start + most], generator)
+    return Prompt(**vars(row), index={}, slots=(), cut=(0, max(len(ids) - most, 0)))
 
 
 def _shorten(
-    parts: Sequence[Text | Slot],
-    encoded: list[list[int]],
-    limits: Limits,
-    supervised: int,
-    key: str,
+    parts: Sequence[Text | Slot], encoded: list[list[int]], limits: Limits, others: int, key: str
 ) -> tuple[list[list[int]], int]:
-    """Cuts the text from its end until the prompt fits; returns the parts and the tokens cut."""
+    """Cuts the text from its end until the prompt fits beside `others` tokens.
+
+    Returns:
+      (ids of each part, tokens that were cut).
+    """
     free = [isinstance(part, Text) and part.cut for part in parts]
     fixed = sum(len(ids) for ids, cut in zip(encoded, free) if not cut)
     total = sum(len(ids) for ids, cut in zip(encoded, free) if cut)
-    room = limits.length - fixed - supervised - 1  # one for [gMASK]
-    if limits.prompt is not None:
-        room = min(room, limits.prompt - 1)
-    if room < 0 or (limits.strict and total > room):
+    capacity = limits.length - fixed - others
+    if capacity < 0 or (limits.strict and total > capacity):
         raise DoesNotFit(
-            f"takes {fixed + total + supervised + 1} tokens, its bucket holds {limits.length}",
+            f"takes {fixed + total + others} tokens, its bucket holds {limits.length}",
             field=key,
             hint="Raise data.length, or shorten the text or the media",
         )
-    kept = []
-    left = room
+    kept: list[list[int]] = []
+    left = capacity
     for ids, cut in zip(encoded, free):
         kept.append(ids[:left] if cut else ids)
         left -= len(kept[-1]) if cut else 0
-    return kept, max(total - room, 0)
-
-
-def _layout(
-    parts: Sequence[Text | Slot],
-    encoded: Sequence[Sequence[int]],
-    reply: Sequence[int] | None,
-    tokenizer,
-    cut: tuple[int, int],
-) -> Prompt:
-    """Joins the parts and adds GLM's special tokens, positions, context and targets."""
-    specials = tokenizer.specials
-    context = [token for ids in encoded for token in ids] + [specials.gmask]
-    tail = [specials.sop] + ([*reply, specials.eop] if reply is not None else [])
-    ids = np.asarray(context + tail, np.int32)
-    count, mask = len(ids), len(context) - 1
-    supervised = len(tail) if reply is not None else 0
-    return Prompt(
-        ids=ids,
-        positions=positions_of(mask + 1, count, mask),
-        context=np.arange(count) <= mask,
-        index=_index(parts, encoded, count),
-        answer_index=(mask + np.arange(supervised)).astype(np.int32),
-        targets=np.asarray(tail[:supervised], np.int32),
-        weights=np.ones(supervised, np.float32),
-        slots=tuple(part for part in parts if isinstance(part, Slot)),
-        cut=cut,
-    )
+    return kept, max(total - capacity, 0)
 
 
 def _index(
-    parts: Sequence[Text | Slot], encoded: Sequence[Sequence[int]], count: int
+    parts: Sequence[Text | Slot], encoded: Sequence[Sequence[int]], row: Row
 ) -> dict[str, np.ndarray]:
-    """{modality: `[count]` flat positions in the example's interface outputs, -1 elsewhere}."""
+    """{modality: `[T]` flat positions in the example's interface outputs, -1 elsewhere}."""
     index: dict[str, np.ndarray] = {}
     items: dict[str, int] = {}
-    start = 0
+    start = row.start
     for part, ids in zip(parts, encoded):
         if isinstance(part, Slot):
-            row = index.setdefault(part.modality, np.full(count, -1, np.int32))
-            row[start : start + len(ids)] = part.index(items.get(part.modality, 0))
+            places = index.setdefault(part.modality, np.full(len(row.ids), -1, np.int32))
+            places[start : start + len(ids)] = part.index(items.get(part.modality, 0))
             items[part.modality] = items.get(part.modality, 0) + part.items
         start += len(ids)
     return index

@@ -1,0 +1,1 @@
+"""One file for each LLM family, see `llm_family.py`."""
