@@ -65,7 +65,8 @@ def jitter_color(color: str, rng: np.random.Generator) -> tuple[int, int, int]:
     hue = (hue + float(rng.uniform(-0.015, 0.015))) % 1
     saturation = saturation * float(rng.uniform(0.9, 1.0))
     value = min(1.0, value * float(rng.uniform(0.92, 1.04)))
-    return tuple(round(255 * channel) for channel in colorsys.hsv_to_rgb(hue, saturation, value))
+    red, green, blue = (round(255 * x) for x in colorsys.hsv_to_rgb(hue, saturation, value))
+    return red, green, blue
 
 
 def outline(shape: str, x: float, y: float, radius: float, turn: float) -> list:
@@ -96,7 +97,8 @@ def draw(base: np.ndarray, items: list) -> np.ndarray:
         # Only the part around the shape: its mask is a tenth of the picture.
         low = np.clip(np.floor(points.min(0)).astype(int) - 1, 0, side)
         high = np.clip(np.ceil(points.max(0)).astype(int) + 2, 0, side)
-        mask = Image.new("L", tuple(int(n) for n in (high - low) * SUPERSAMPLING), 0)
+        width, height = (int(n) for n in (high - low) * SUPERSAMPLING)
+        mask = Image.new("L", (width, height), 0)
         ImageDraw.Draw(mask).polygon([tuple(p) for p in (points - low) * SUPERSAMPLING], fill=255)
         alpha = np.asarray(mask.reduce(SUPERSAMPLING), np.float32)[..., None] / 255
         part = picture[low[1] : high[1], low[0] : high[0]]
@@ -136,4 +138,4 @@ def _pattern(texture: str, rng: np.random.Generator, pixels: int) -> np.ndarray:
         return (np.sin(math.tau * waves * along) + np.sin(math.tau * waves * across)) / 2
     cells = 6 if texture == "clouds" else 32
     coarse = rng.standard_normal((cells, cells)).astype(np.float32)
-    return np.asarray(Image.fromarray(coarse).resize((pixels, pixels), Image.BICUBIC))
+    return np.asarray(Image.fromarray(coarse).resize((pixels, pixels), Image.Resampling.BICUBIC))

@@ -6,6 +6,7 @@ import _ctypes
 import ctypes
 import dataclasses
 import pathlib
+from typing import Any
 
 import numpy as np
 import scipy.fft
@@ -148,14 +149,15 @@ def trim(samples: np.ndarray, floor: float = 0.01) -> np.ndarray:
 
 def noise(kind: str, count: int, rng: np.random.Generator) -> np.ndarray:
     """White, pink or babble-like noise, `[count]` float32 of no particular level."""
-    length = scipy.fft.next_fast_len(count, real=True)  # prime lengths cost a hundred times more
+    fft: Any = scipy.fft  # whose types are those of a dispatcher
+    length = fft.next_fast_len(count, real=True)  # prime lengths cost a hundred times more
     white = rng.standard_normal(length, np.float32)
     if kind == "white":
         return white[:count].astype(np.float32)
     frequency = np.fft.rfftfreq(length, 1 / RATE)
     if kind == "pink":
-        shaped = scipy.fft.rfft(white) / np.sqrt(np.maximum(frequency, 20))
-        return scipy.fft.irfft(shaped, length)[:count].astype(np.float32)
+        shaped = fft.rfft(white) / np.sqrt(np.maximum(frequency, 20))
+        return fft.irfft(shaped, length)[:count].astype(np.float32)
     # Babble: a few talkers, each a band of noise that swells at the pace of syllables.
     time, total = np.arange(length) / RATE, np.zeros(length)
     for _ in range(4):
@@ -164,7 +166,7 @@ def noise(kind: str, count: int, rng: np.random.Generator) -> np.ndarray:
         spectrum = rng.standard_normal((len(frequency), 2), np.float32).view(np.complex64)[:, 0]
         spectrum *= np.exp(-(((frequency - center) / (0.5 * center)) ** 2))
         swell = 0.55 + 0.45 * np.sin(2 * np.pi * (pace * time + rng.random()))
-        total += swell * scipy.fft.irfft(spectrum, length)
+        total += swell * fft.irfft(spectrum, length)
     return total[:count].astype(np.float32)
 
 
