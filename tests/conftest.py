@@ -1,9 +1,15 @@
-"""Shared fixtures. Matrix products run in true float32, since recordings need the last digits."""
+"""Shared fixtures. Matrix products run in true float32, since recordings need the last digits.
+
+Compiling programs that run for a few steps takes most of the time, so they are compiled quickly, in
+processes that tests start as well.
+"""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # before JAX reads it
 
 import jax
 import pytest

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -107,11 +109,12 @@ def test_padding_changes_nothing_and_dropout_only_in_training(ours):
     model, params = ours
     ids = np.arange(12).reshape(1, 12) % 50
     mask = np.arange(12)[None] < 7
-    short, _ = model.apply(params, ids[:, :7])
-    long, _ = model.apply(params, ids, mask)
+    run, train = jax.jit(model.apply), jax.jit(functools.partial(model.apply, train=True))
+    short, _ = run(params, ids[:, :7])
+    long, _ = run(params, ids, mask)
     np.testing.assert_allclose(long[:, :7], short, atol=1e-5)
     rngs = {"dropout": jax.random.key(1)}
-    noisy, _ = model.apply(params, ids, mask, train=True, rngs=rngs)
+    noisy, _ = train(params, ids, mask, rngs=rngs)
     assert np.abs(noisy - long).max() > 0.1
     with pytest.raises(ValueError, match="positions"):
         model.apply(params, np.zeros((1, 25), np.int32))
@@ -120,9 +123,10 @@ def test_padding_changes_nothing_and_dropout_only_in_training(ours):
 def test_scan_unroll_and_remat_agree_and_every_leaf_has_a_sharding_row():
     ids = np.arange(10).reshape(1, 10)
     model = BertEncoder(**SMALL)
-    params = model.init(jax.random.key(0), ids)
-    expected, _ = model.apply(params, ids)
-    value, _ = BertEncoder(**SMALL, unroll=3, remat="all").apply(params, ids)
+    params = jax.jit(model.init)(jax.random.key(0), ids)
+    expected, _ = jax.jit(model.apply)(params, ids)
+    other = BertEncoder(**SMALL, unroll=3, remat="all")
+    value, _ = jax.jit(other.apply)(params, ids)
     np.testing.assert_allclose(value, expected, atol=1e-5)
     rules.assign(SHARDING, params["params"], what="bert.SHARDING")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -59,7 +61,7 @@ def test_words_and_queries_start_as_transformers_bert(base, peer):
     """The text branch, loaded as stage 1 loads it, gives BERT's logits; the queries' copies too."""
     output, done = base
     model = ContrastModel(**FIELDS | {"vocabulary": WORDS + 1})
-    drawn = model.init(jax.random.key(1), *model.example())["params"]
+    drawn = jax.jit(model.init)(jax.random.key(1), *model.example())["params"]
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = {
         path: jax.ShapeDtypeStruct(x.shape, np.float32, sharding=here)
@@ -87,7 +89,7 @@ def test_words_and_queries_start_as_transformers_bert(base, peer):
         states, _ = module.qformer(ids=ids, text_mask=np.ones(ids.shape, bool), causal=True)
         return module.scores(states)
 
-    ours = np.asarray(model.apply(params, ids, method=logits))
+    ours = np.asarray(jax.jit(functools.partial(model.apply, method=logits))(params, ids))
     np.testing.assert_allclose(ours[..., :-1], expected, atol=2e-5 * np.abs(expected).max())
     assert done.options["added"] == 1 and not done.fresh
 

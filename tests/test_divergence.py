@@ -25,14 +25,6 @@ ROW = 5
 HUGE = 2e38  # finite itself; a sum of several is not
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quickly_compiled():
-    """What runs here runs a few steps: compiling it well takes most of the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 class Poisoned:
     """Batches of a run of which one has a row of huge weights, or which lack that one."""
 

@@ -73,13 +73,23 @@ def test_losses_are_means_over_hidden_and_over_written_pieces(batch):
         queries=2, width=16, depth=2, heads=2, hidden=24, vocabulary=len(PIECES) + 1,
         positions=2 * LENGTH, embed=8, encoder_width=8, dropout=0.0,
     )  # fmt: skip
-    params = network.init(jax.random.key(0), *network.example())["params"]
+    params = jax.jit(network.init)(jax.random.key(0), *network.example())["params"]
     model = XLLM(networks={"text_model": network})
-    whole, metrics = unilm.loss(model, {"text_model": params}, batch, train=True)
-    apply = lambda *inputs, method: network.apply({"params": params}, *inputs, method=method)  # noqa: E731
+    run = jax.jit(lambda params, batch: unilm.loss(model, params, batch, train=True))
+    whole, metrics = run({"text_model": params}, batch)
 
-    states, _ = apply(batch["joined"], batch["joined_mask"], method="text")
-    logits = np.asarray(apply(states, method="scores"), np.float64)
+    @jax.jit
+    def scores(ids, mask):
+        states, _ = network.apply({"params": params}, ids, mask, method="text")
+        return network.apply({"params": params}, states, method="scores")
+
+    @jax.jit
+    def captioned(first, first_mask, ids, mask):
+        read = lambda m: m.qformer(ids=first, text_mask=first_mask, keep_cache=True)  # noqa: E731
+        _, cache = network.apply({"params": params}, method=read)
+        return network.apply({"params": params}, ids, mask, cache, method="caption")[1]
+
+    logits = np.asarray(scores(batch["joined"], batch["joined_mask"]), np.float64)
     masked = _losses(logits, batch["targets"])[batch["hidden"] > 0].mean()
 
     # One pass over both texts, each row without padding: the first sees itself, the second what
@@ -89,14 +99,8 @@ def test_losses_are_means_over_hidden_and_over_written_pieces(batch):
     found = []
     for row in range(len(ids)):
         real = batch["second_mask"][row]
-        one = {name: values[row : row + 1] for name, values in batch.items()}
-        _, cache = network.apply(
-            {"params": params},
-            method=lambda m, one=one: m.qformer(
-                ids=one["first"], text_mask=one["first_mask"], keep_cache=True
-            ),
-        )
-        _, logits = apply(ids[row : row + 1, real], real[None, real], cache, method="caption")
+        read = (batch[name][row : row + 1] for name in ("first", "first_mask"))
+        logits = captioned(*read, ids[row : row + 1, real], real[None, real])
         found.append(_losses(np.asarray(logits, np.float64)[0, :-1], ids[row, real][1:]))
     written = np.concatenate(found).mean()
     np.testing.assert_allclose(metrics["masked"], masked, rtol=1e-5)

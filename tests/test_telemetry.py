@@ -25,14 +25,6 @@ from xllm_jax.training import loop, telemetry
 from xllm_jax.training.step import gradient_norms
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quickly_compiled():
-    """What runs here runs a few steps: compiling it well takes most of the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def packed(rng, rows=3, length=12, answers=5):
     """A batch of packed examples with images and speech here and there."""
     batch = zeros(rows, length, answers, 2, {"image": (1, (2,)), "speech": (1, (2,))})

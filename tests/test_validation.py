@@ -35,14 +35,6 @@ from xllm_jax.training.trainer import Trainer, stage_loss
 EXAMPLES, EVERY = 21, 2  # three batches, the last one of few examples
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quickly_compiled():
-    """What runs here runs a few steps: compiling it well takes most of the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def measured(**changes):
     """A small stage with held-out text."""
     source = Source("world_text", split="val", options={"count": 50})

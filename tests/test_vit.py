@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +19,7 @@ def test_scan_remat_and_unroll_agree():
     sizes = vit.SIZES["tiny"]
     x = jax.random.normal(jax.random.key(1), (2, 96, 96, 3))
     plain = vit.VisionTransformer(**sizes)
-    params = plain.init(jax.random.key(0), x)
+    params = jax.jit(plain.init)(jax.random.key(0), x)
     value, _ = jax.jit(plain.apply)(params, x)
     other = vit.VisionTransformer(**sizes, unroll=6, remat="all")
     np.testing.assert_allclose(jax.jit(other.apply)(params, x)[0], value, atol=2e-5)
@@ -33,12 +35,13 @@ def test_scan_remat_and_unroll_agree():
 def test_drop_path_drops_whole_branches_and_only_in_training():
     model = vit.VisionTransformer(**vit.SIZES["tiny"] | {"depth": 2}, drop_path=0.999999)
     x = jax.random.normal(jax.random.key(1), (4, 96, 96, 3))
-    params = model.init(jax.random.key(0), x)
-    calm, _ = model.apply(params, x)
-    wild, _ = model.apply(params, x, train=True, rngs={"dropout": jax.random.key(2)})
+    params = jax.jit(model.init)(jax.random.key(0), x)
+    calm, _ = jax.jit(model.apply)(params, x)
+    train = jax.jit(functools.partial(model.apply, train=True))
+    wild, _ = train(params, x, rngs={"dropout": jax.random.key(2)})
     shorter = vit.VisionTransformer(**vit.SIZES["tiny"] | {"depth": 1})
     first = jax.tree.map(lambda leaf: leaf[:1], params["params"]["layers"])
-    alone, _ = shorter.apply({"params": params["params"] | {"layers": first}}, x)
+    alone, _ = jax.jit(shorter.apply)({"params": params["params"] | {"layers": first}}, x)
     np.testing.assert_allclose(wild, alone, atol=1e-5)  # block 0 never drops, block 1 always
     assert np.abs(calm - alone).max() > 1e-4
 

@@ -63,7 +63,7 @@ def small():
     )
     keys = jax.random.split(jax.random.key(0), len(model.networks))
     params = {
-        part: network.init(key, *network.example())["params"]
+        part: jax.jit(network.init)(key, *network.example())["params"]
         for key, (part, network) in zip(keys, model.networks.items())
     }
     return model, params
