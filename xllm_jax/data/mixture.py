@@ -139,7 +139,8 @@ def _bucket(
         size = len(sources[name])
         places = np.flatnonzero(buckets[name] == bucket) if buckets else range(size)
         if len(places):
-            parts.append(_shuffled(sources, name, places, seed, bucket))
+            chosen = cast(Sequence[int], places)  # an array will do
+            parts.append(_shuffled(sources, name, chosen, seed, bucket))
             shares.append((size if weight is None else weight) * len(places) / size)
     mixed = grain.MapDataset.mix(parts, shares) if len(parts) > 1 else parts[0]
     return mixed, sum(shares)
