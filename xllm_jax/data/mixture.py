@@ -6,6 +6,7 @@ import inspect
 import os
 import zlib
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import grain
 import numpy as np

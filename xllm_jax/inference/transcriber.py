@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import Any, cast
 
 import jax
 import numpy as np
 
 from xllm_jax.core.errors import UserError
+from xllm_jax.core.types import Params
 from xllm_jax.data.example import Example
 from xllm_jax.data.media import modalities
 from xllm_jax.data.record import Record
 from xllm_jax.data.text.characters import CharacterVocabulary
 from xllm_jax.inference.load_run import Restored
 from xllm_jax.models import asr_search
+from xllm_jax.models.asr import ASRDecoder
 from xllm_jax.models.xllm import XLLM
 
 Array = Any
@@ -82,9 +84,7 @@ def require(parts: Collection[str], field: str) -> None:
         )
 
 
-def decode(
-    model: XLLM, params: Mapping[str, Any], values: Array, lengths: Array, beams: int = 1
-) -> Array:
+def decode(model: XLLM, params: Params, values: Array, lengths: Array, beams: int = 1) -> Array:
     """What the ASR model hears.
 
     Args:
@@ -96,10 +96,10 @@ def decode(
     Returns:
       Best tokens `[batch, steps]` int32, for `CharacterVocabulary.decode`.
     """
-    nets = model.networks
-    features, lengths = nets[ENCODER].apply({"params": params[ENCODER]}, values, lengths)
-    fired = nets[INTERFACE].apply({"params": params[INTERFACE]}, features, lengths, method="fire")
-    found = asr_search.search(nets[DECODER], params[DECODER], fired.embeddings, fired.counts, beams)
+    features, lengths = model.apply(params, ENCODER, values, lengths)
+    fired = model.apply(params, INTERFACE, features, lengths, method="fire")
+    decoder = cast(ASRDecoder, model.networks[DECODER])
+    found = asr_search.search(decoder, params[DECODER], fired.embeddings, fired.counts, beams)
     return found.tokens[:, 0]
 
 

@@ -85,13 +85,13 @@ def infill(ids: Sequence[int], spans: Sequence[Span], mask: int, specials: Speci
     context, places = _context(list(ids), spans, mask)
     tokens, positions = list(context), [positions_of(len(context), len(context), 0)]
     answer_index: list[int] = []
-    if places[tuple(spans[0])] == len(context) - 1:
+    if places[spans[0][0], spans[0][1]] == len(context) - 1:
         answer_index.append(len(context) - 1)
     for span in spans:
         filled = [specials.sop, *ids[span[0] : span[1]], specials.eop]
         answer_index += range(len(tokens), len(tokens) + len(filled) - 1)
         tokens += filled
-        positions.append(positions_of(0, len(filled), places[tuple(span)]))
+        positions.append(positions_of(0, len(filled), places[span[0], span[1]]))
     index = np.asarray(answer_index, np.int32)
     row = np.asarray(tokens, np.int32)
     return Row(

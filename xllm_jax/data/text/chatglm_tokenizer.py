@@ -71,8 +71,8 @@ class ChatGLMTokenizer:
             raise UserError("no such file", field=str(path), hint="Give the tokenizer's folder")
         self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         self._options = DEFAULTS | _read_json(Path(folder) / "tokenizer_config.json")
-        configured = self._options.get("num_image_tokens", 20000)
-        self.image_tokens = configured if image_tokens is None else image_tokens
+        configured: Any = self._options.get("num_image_tokens", 20000)
+        self.image_tokens: int = configured if image_tokens is None else image_tokens
         self.pieces = self._model.get_piece_size() + self.image_tokens
         names = [self._options[name] for name in SPLITTING]
         self._split = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
@@ -263,7 +263,8 @@ def _reordered(model: bytes) -> bytes:
     """Puts the pieces into the published order: learned ones before special tokens and bytes."""
     from sentencepiece import sentencepiece_model_pb2
 
-    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    messages: Any = sentencepiece_model_pb2  # whose classes are made when it is imported
+    proto = messages.ModelProto.FromString(model)
     late = [*CONTROLS, TAB, *map(blank, range(2, LONGEST_BLANK + 1))]
     late += [f"<0x{byte:02X}>" for byte in range(256)]
     order = {piece: number for number, piece in enumerate(late, start=1)}

@@ -65,23 +65,23 @@ def sequence(ids: Sequence[int], specials: Specials, padding_visible: bool = Fal
     Raises:
       UserError: no <sop>, or no mask token before it.
     """
-    ids = np.asarray(ids, np.int32)
-    starts = np.flatnonzero(ids == specials.sop)
+    row = np.asarray(ids, np.int32)
+    starts = np.flatnonzero(row == specials.sop)
     if not len(starts):
         raise UserError("no <sop> in the sequence", field="ids")
-    context, total = int(starts[0]), len(ids)
+    context, total = int(starts[0]), len(row)
     mask = mask_position(ids, specials)
-    padded = np.flatnonzero(ids[context:] == specials.pad)
+    padded = np.flatnonzero(row[context:] == specials.pad)
     end = context + int(padded[0]) if len(padded) else total
     real = np.arange(total) < (total if padding_visible else end)
     index = np.arange(context - 1, end - 1, dtype=np.int32)
     return Row(
-        ids=ids,
+        ids=row,
         positions=positions_of(context, total, mask) * real[:, None].astype(np.int32),
         context=np.arange(total) < context,
         segments=real.astype(np.int32),
         answer_index=index,
-        targets=ids[index + 1],
+        targets=row[index + 1],
     )
 
 
