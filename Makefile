@@ -39,11 +39,13 @@ chat: .venv/ready
 test: .venv/ready-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyright
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/ready-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/pyright
 
 # Writes the versions that requirements.txt and the extras of pyproject.toml resolve to, for every
 # Python. Pins that still fit are kept; UPGRADE=1 takes the newest.
