@@ -120,7 +120,7 @@ def test_the_same_command_does_nothing_and_a_killed_one_continues(table, written
     assert shards == [written.shards.file(number).read_bytes() for number in range(3)]
 
 
-def test_the_command_tells_what_it_did_and_mistakes_in_a_line(table, written):
+def test_the_command_prints_what_it_did_and_mistakes_in_a_line(table, written):
     def run(*options):
         flags = ["--source=table", f"--input={table}", f"--output={written.output}", *options]
         command = [sys.executable, "-m", "xllm_jax.launch.prepare", "--name=pictures", *flags]
@@ -287,7 +287,7 @@ print("read", [m for m in ("tensorflow", "apache_beam") if m in sys.modules])
     assert done.stdout.strip() == "read []", done.stderr or done.returncode
 
 
-def test_without_beam_the_mend_is_told(table, tmp_path, monkeypatch):
+def test_without_beam_the_error_names_the_extra(table, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "apache_beam", None)
     with pytest.raises(UserError, match=r"Apache Beam is not installed.*prepare"):
         engine.run(planned(table, tmp_path / "pictures"))

@@ -139,7 +139,16 @@ def make(
 def scan(
     stage: Stage, sources: mixture.Sources, names: Sequence[str]
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """{modality: digests `[m]` uint64 and places `[m, 3]` int64 of every medium}."""
+    """Finds every medium of the sources, without reading one.
+
+    Args:
+      stage: that will read the cache.
+      sources: {name: examples}.
+      names: modalities to be found.
+
+    Returns:
+      {modality: digests `[m]` uint64 and places `[m, 3]` int64 of every medium}.
+    """
     digests = {name: array("Q") for name in names}
     places = {name: array("q") for name in names}
     total = sum(map(len, sources.values()))

@@ -162,7 +162,7 @@ def _records(
       decoded: media of a shard.
       compute: the steps.
       capacity: shape of the values of a batch, `(media, items, ...)`.
-      quarantine: hears of the shard's media before the shard is whole.
+      quarantine: gets the bad media before the shard is complete; too many raise an error.
       bar: counts media.
     """
     rejects, total = [], 0

@@ -1,4 +1,4 @@
-"""The description of a finished set: our manifest, and TFDS's own files beside it."""
+"""The description of a finished set: our manifest, and TFDS's own files next to it."""
 
 from __future__ import annotations
 

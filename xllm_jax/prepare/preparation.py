@@ -24,7 +24,7 @@ from xllm_jax.data.rows import prepared
 
 PLAN = "plan.json"
 PER_SHARD = 1024  # records
-LOOKED_AT = 100  # records, spread over the source, that tell which media a set has
+LOOKED_AT = 100  # records, spread over the source, that show which media a set has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +108,7 @@ def make(
         modalities; None decides by a look at some records.
 
     Raises:
-      UserError: nothing to read, no record whose media can be told, or another plan's folder.
+      UserError: no record can be read, a modality is unknown, or the folder holds another plan.
     """
     if not name.isidentifier() or not name.islower():
         hint = "Lower-case letters, digits and underscores"

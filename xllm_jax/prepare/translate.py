@@ -76,8 +76,8 @@ class Translator:
             try:
                 model = MBartForConditionalGeneration.from_pretrained(self.folder).eval()
             except (OSError, ValueError) as error:
-                told = " ".join(str(error).split())[:160]
-                raise UserError(f"no mBART-50 model ({told})", field=self.folder) from error
+                message = " ".join(str(error).split())[:160]
+                raise UserError(f"no mBART-50 model ({message})", field=self.folder) from error
             self._loaded = model, vocabulary
         return self._loaded
 

@@ -117,10 +117,11 @@ def build(
     pick.write(output, "train", whole, np.asarray(rows, np.int64)[order], texts)
     stored = prepare(output, beam, workers)
     reasons = dict(Counter(one["reason"] for one in rejects).most_common())
-    told = {"records": stored, "sources": {name: wanted[name] for name in whole}}
-    told |= {"rejected": len(rejects), "reasons": reasons}
-    atomic.write_json(Path(output) / "instructions.json", told | {"seed": seed, "rejects": rejects})
-    return told
+    summary = {"records": stored, "sources": {name: wanted[name] for name in whole}}
+    summary |= {"rejected": len(rejects), "reasons": reasons}
+    file = Path(output) / "instructions.json"
+    atomic.write_json(file, summary | {"seed": seed, "rejects": rejects})
+    return summary
 
 
 def prepare(output: str, beam: Sequence[str], workers: int) -> int:

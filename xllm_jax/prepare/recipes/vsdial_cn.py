@@ -164,7 +164,7 @@ def speak(
     beam: Sequence[str],
     workers: int,
 ) -> None:
-    """Every question in Chinese, once, to a file; what was said is noted beside it."""
+    """Says every Chinese question once, to a file; its text is in a JSON file next to it."""
     import apache_beam
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -182,7 +182,7 @@ def speak(
 
 
 def note(said: tuple[str, str]) -> None:
-    """Writes the text that an audio file speaks into a JSON file beside it."""
+    """Writes the text that an audio file speaks into a JSON file next to it."""
     text, file = said
     atomic.write_json(Path(file).with_suffix(".json"), {"text": text})
 
