@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from xllm_jax.core import rules
+from xllm_jax.core.batch import TranscriptionBatch
 from xllm_jax.models import asr, asr_search
 from xllm_jax.models.cif import CIF
 from xllm_jax.models.conformer import SpeechEncoder
@@ -112,20 +113,18 @@ def test_empty_rows_change_nothing():
         "asr_decoder": asr.ASRDecoder(**SMALL, dropout=0.0),
     }
     model = XLLM(networks=networks)
-    batch = {
-        "features": rng.normal(size=(2, 30, 10)).astype(np.float32),
-        "lengths": np.array([30, 25]),
-        "tokens": np.array([[4, 5, 6, 2], [7, 2, 1, 1]]),
-        "token_lengths": np.array([4, 2]),
-    }
+    batch = TranscriptionBatch(
+        features=rng.normal(size=(2, 30, 10)).astype(np.float32),
+        lengths=np.array([30, 25]),
+        tokens=np.array([[4, 5, 6, 2], [7, 2, 1, 1]]),
+        token_lengths=np.array([4, 2]),
+    )
     params = {
         name: jax.jit(network.init)(jax.random.key(0), *network.example())["params"]
         for name, network in networks.items()
     }
-    empty = {
-        name: np.concatenate([x, np.full_like(x[:1], name == "tokens")])
-        for name, x in batch.items()
-    }
+    empty = jax.tree.map(lambda x: np.concatenate([x, np.zeros_like(x[:1])]), batch)
+    empty.tokens[-1] = 1
     run = jax.jit(lambda p, b: objective.loss(model, p, b, train=True))
     (loss, metrics), (same, others) = run(params, batch), run(params, empty)
     np.testing.assert_allclose(loss, same, rtol=1e-5)

@@ -338,10 +338,10 @@ def test_evaluation_of_transcripts_pads_the_last_batch(pipeline, folder):
     seen = list(made.iterate())
     assert [key for _, info in seen for key in info["keys"]] == [e.key for e in examples]
     last, _ = seen[-1]
-    assert (last["token_lengths"] > 0).tolist() == [True] * (len(examples) % 4 or 4) + [False] * (
+    assert (last.token_lengths > 0).tolist() == [True] * (len(examples) % 4 or 4) + [False] * (
         -len(examples) % 4
     )
-    assert not last["features"][last["token_lengths"] == 0].any()
+    assert not last.features[last.token_lengths == 0].any()
 
 
 def test_a_prompt_too_long_for_evaluation_is_refused(pipeline):
@@ -365,11 +365,11 @@ def test_buckets_hold_utterances_of_their_length(pipeline, folder):
     )
     seen = take(made.iterate(), 12)
     for batch, info in seen:
-        frames = batch["features"].shape[1]
+        frames = batch.features.shape[1]
         smaller = {60: 0, 110: 60, 200: 110}[frames]
-        assert all(smaller < length <= frames for length in batch["lengths"])
+        assert all(smaller < length <= frames for length in batch.lengths)
         assert not info["skipped"]
-    assert {batch["features"].shape[1] for batch, _ in seen} == {60, 110, 200}
+    assert {batch.features.shape[1] for batch, _ in seen} == {60, 110, 200}
     keys = Counter(key for _, info in seen for key in info["keys"])
     assert set(keys.values()) == {2} and len(keys) == 24
 
@@ -502,9 +502,9 @@ def test_a_stream_with_nothing_to_learn_is_an_error(pipeline, folder):
 def test_pairs_hold_images_and_word_pieces(pipeline, folder):
     made = pipeline({"a": mixed(folder, 8)[1::4] * 4}, batch_format="image_text_pairs")
     batch, _ = next(made.iterate())
-    assert batch["images"].shape == (8, SIZE, SIZE, 3) and batch["ids"].shape == (8, 12)
-    assert (batch["ids"][:, 0] == made.resources.begin).all() and batch["weights"].all()
-    assert (batch["mask"] == (batch["ids"] != made.resources.pad)).all()
+    assert batch.images.shape == (8, SIZE, SIZE, 3) and batch.ids.shape == (8, 12)
+    assert (batch.ids[:, 0] == made.resources.begin).all() and batch.weights.all()
+    assert (batch.mask == (batch.ids != made.resources.pad)).all()
 
 
 def test_the_blank_infilling_format_fills_blanks_and_answers_questions(pipeline):

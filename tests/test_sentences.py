@@ -45,22 +45,22 @@ def batch(data):
 
 def test_joined_texts_hide_some_pieces_and_never_the_ends(data, batch):
     kit = WordPiece(data.vocabulary)
-    hidden = batch["hidden"] > 0
-    assert 0 < hidden.sum() < 0.4 * batch["joined_mask"].sum()
-    assert (batch["joined"][hidden] == PIECES.index("[MASK]")).all()
-    assert (batch["joined"][~hidden] == batch["targets"][~hidden]).all()
-    assert not np.isin(batch["targets"][hidden], [kit.begin, kit.end, kit.pad]).any()
+    hidden = batch.hidden > 0
+    assert 0 < hidden.sum() < 0.4 * batch.joined_mask.sum()
+    assert (batch.joined[hidden] == PIECES.index("[MASK]")).all()
+    assert (batch.joined[~hidden] == batch.targets[~hidden]).all()
+    assert not np.isin(batch.targets[hidden], [kit.begin, kit.end, kit.pad]).any()
     for row in range(6):
-        first = batch["first"][row][batch["first_mask"][row]]
-        second = batch["second"][row][batch["second_mask"][row]]
+        first = batch.first[row][batch.first_mask[row]]
+        second = batch.second[row][batch.second_mask[row]]
         assert first[0] == second[0] == kit.begin and first[-1] == second[-1] == kit.end
-        pieces = batch["targets"][row][batch["joined_mask"][row]]
+        pieces = batch.targets[row][batch.joined_mask[row]]
         assert pieces.tolist() == [*first, *second[1:]]
 
 
 def test_the_same_step_hides_the_same_pieces(data, batch):
     again = next(Pipeline(data, 3).iterate())[0]
-    assert all(np.array_equal(batch[name], again[name]) for name in batch)
+    jax.tree.map(np.testing.assert_array_equal, batch, again)
 
 
 def test_an_unknown_kind_of_text_is_refused():
@@ -89,17 +89,17 @@ def test_losses_are_means_over_hidden_and_over_written_pieces(batch):
         _, cache = network.apply({"params": params}, method=read)
         return network.apply({"params": params}, ids, mask, cache, method="caption")[1]
 
-    logits = np.asarray(scores(batch["joined"], batch["joined_mask"]), np.float64)
-    masked = _losses(logits, batch["targets"])[batch["hidden"] > 0].mean()
+    logits = np.asarray(scores(batch.joined, batch.joined_mask), np.float64)
+    masked = _losses(logits, batch.targets)[batch.hidden > 0].mean()
 
     # One pass over both texts, each row without padding: the first sees itself, the second what
     # stands before it. A row alone must be written with the same loss as in the batch.
-    ids = batch["second"].copy()
+    ids = batch.second.copy()
     ids[:, 0] = len(PIECES)
     found = []
     for row in range(len(ids)):
-        real = batch["second_mask"][row]
-        read = (batch[name][row : row + 1] for name in ("first", "first_mask"))
+        real = batch.second_mask[row]
+        read = (x[row : row + 1] for x in (batch.first, batch.first_mask))
         logits = captioned(*read, ids[row : row + 1, real], real[None, real])
         found.append(_losses(np.asarray(logits, np.float64)[0, :-1], ids[row, real][1:]))
     written = np.concatenate(found).mean()

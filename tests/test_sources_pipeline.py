@@ -83,7 +83,7 @@ def test_every_set_of_stage_2_reaches_a_batch(root, tmp_path):
     read = [member[2] for _, info in steps for member in info["members"]]
     wanted = {"cc3m", "coco", "flickr", "sbu", "challenger", "wukong", "genome"}
     assert len(read) == 7 and {example.answer for example in read} == wanted
-    assert sum(batch["weights"].sum() for batch, _ in steps) == 7
+    assert sum(batch.weights.sum() for batch, _ in steps) == 7
     bad = [json.loads(line) for line in listed.read_text("utf-8").splitlines()]
     tar = f"{root}/cc3m/00000.tar"
     assert sorted(line["file"].split(":")[0] for line in bad) == [tar, tar]

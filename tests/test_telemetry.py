@@ -204,7 +204,7 @@ def test_a_run_compiles_once_for_every_length_bucket(tmp_path, monkeypatch, caps
     monkeypatch.setattr(
         telemetry.Interval,
         "work",
-        lambda self, state, batch: shapes.add(batch["features"].shape) or noted(self, state, batch),
+        lambda self, state, batch: shapes.add(batch.features.shape) or noted(self, state, batch),
     )
     loop.fit(stage, tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]

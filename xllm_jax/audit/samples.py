@@ -8,7 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from xllm_jax.core.batch import Batch
+from xllm_jax.core.batch import (
+    Batch,
+    ImageTextPairs,
+    SceneAttributes,
+    TextPairs,
+    TranscriptionBatch,
+)
 from xllm_jax.core.stage import Data
 from xllm_jax.data.example import Example
 from xllm_jax.data.media import image, modalities
@@ -135,7 +141,7 @@ def _token(tokenizer: Tokenizer, token: int) -> str:
 
 
 def _row(
-    batch: Mapping[str, np.ndarray],
+    batch: Any,
     row: int,
     segment: int,
     example: Example,
@@ -145,19 +151,26 @@ def _row(
 ) -> Sample:
     """A row of the formats that hold one example each."""
     paths = [path for _, path in example.media] or [example.key]
-    if "features" in batch:
-        features = batch["features"][row, : batch["lengths"][row]]
+    media: tuple[Medium, ...] = ()
+    ids = np.zeros(0, np.int32)
+    tokens: dict[str, int] = {}
+    if isinstance(batch, TranscriptionBatch):
+        features = batch.features[row, : batch.lengths[row]]
         media = (Medium("speech", features, paths[0], modalities.find("speech", data)),)
-        ids = batch["tokens"][row, : batch["token_lengths"][row]]
+        ids = batch.tokens[row, : batch.token_lengths[row]]
+        tokens["speech"] = len(features)
+    if isinstance(batch, ImageTextPairs | SceneAttributes):
+        found = modalities.find("image", data)
+        media = (Medium("image", pixels(batch.images[row]), paths[0], found),)
+        tokens["image"] = 1
+    if isinstance(batch, ImageTextPairs):
+        ids = batch.ids[row][batch.mask[row]]
+    if isinstance(batch, TextPairs):
+        ids = batch.targets[row][batch.joined_mask[row]]
+    if isinstance(batch, TranscriptionBatch):
         pieces = [(LEARNT, resources.decode([token]) or "⏎") for token in ids]
-        tokens = {"speech": len(features), "supervised": len(ids)}
     else:
-        media = (
-            Medium("image", pixels(batch["images"][row]), paths[0], modalities.find("image", data)),
-        )
-        ids = batch["ids"][row][batch["mask"][row]] if "ids" in batch else ()
         pieces = [(LEARNT, resources.piece(int(token))) for token in ids]
-        tokens = {"image": 1, "supervised": len(ids) or 1}
-    total = tokens["supervised"]
+    tokens["supervised"] = total = len(ids) or 1
     counted = {"tokens": total, **tokens}
     return Sample(example.key, source, example.task, media, tuple(pieces), counted)

@@ -1,8 +1,8 @@
-"""Batch: every array that a training step, an evaluation step or a prefill may see.
+"""Batches: every array that a training step, an evaluation step or a prefill may see.
 
 Letters: B rows, T tokens of a row, P numbers to a position (as many as the LLM's family needs), A
 supervised tokens of a row, M media items of a row. A row may hold several packed examples;
-`segments` keeps them apart. All arrays are row-local, so the batch is
+`segments` keeps them apart. All arrays are row-local, so a batch is
 sharded along B and nothing in it refers to another row.
 """
 
@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
 Array = Any  # NumPy on the host, jax.Array on the device, ShapeDtypeStruct when compiling ahead
+
+B = TypeVar("B")
+"""The batch of some format: a dataclass of arrays that JAX knows as a pytree."""
 
 
 @jax.tree_util.register_dataclass
@@ -64,6 +67,84 @@ class Batch:
     targets: Array
     weights: Array
     media: dict[str, Media] = dataclasses.field(default_factory=dict)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TranscriptionBatch:
+    """Utterances and their characters.
+
+    Letters: U filterbank frames of the length bucket, F bins, S characters.
+
+    Attributes:
+      features: `[B, U, F]` float32 filterbanks.
+      lengths: `[B]` int32, valid frames; 0 where the row holds no utterance.
+      token_lengths: `[B]` int32, valid characters; 0 where the row holds no utterance.
+      tokens: `[B, S]` int32 character ids, the end token included, then padding.
+    """
+
+    features: Array
+    lengths: Array
+    token_lengths: Array
+    tokens: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ImageTextPairs:
+    """Images and captions.
+
+    Attributes:
+      ids: `[B, T]` int32 word pieces, `[CLS] … [SEP] [PAD]*`.
+      images: `[B, height, width, 3]` float32, normalized.
+      mask: `[B, T]` bool, False where `ids` is padding.
+      weights: `[B]` float32, 0 for a row without a pair: a gray image and an empty caption.
+    """
+
+    ids: Array
+    images: Array
+    mask: Array
+    weights: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TextPairs:
+    """Two texts that belong together, apart and joined.
+
+    Attributes:
+      first: `[B, T]` int32 word pieces, `[CLS] … [SEP] [PAD]*`; `first_mask` `[B, T]` bool.
+      hidden: `[B, 2T]` float32, 1 where a piece of `joined` was hidden.
+      joined: `[B, 2T]` int32, the first and then the second without its [CLS], pieces hidden;
+        `joined_mask` `[B, 2T]` bool.
+      second: as `first`; `second_mask` `[B, T]` bool.
+      targets: `[B, 2T]` int32, `joined` before pieces were hidden.
+    """
+
+    first: Array
+    first_mask: Array
+    hidden: Array
+    joined: Array
+    joined_mask: Array
+    second: Array
+    second_mask: Array
+    targets: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SceneAttributes:
+    """Drawn scenes and what stands on them; the classes are of shape, color and size.
+
+    Attributes:
+      cells: `[B, 9, 3]` int32, classes of the object in each place.
+      images: `[B, height, width, 3]` float32, normalized.
+      patches: `[B, N, 3]` int32, classes of the object that covers each patch.
+    """
+
+    cells: Array
+    images: Array
+    patches: Array
 
 
 def zeros(

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from xllm_jax.core import rules
+from xllm_jax.core.batch import TranscriptionBatch
 from xllm_jax.core.types import Metrics, Params
 from xllm_jax.models.asr import previous_tokens
 from xllm_jax.models.cif import Fired
@@ -205,7 +206,7 @@ class Outputs(NamedTuple):
 def forward(
     model: XLLM,
     params: Params,
-    batch: Mapping[str, Array],
+    batch: TranscriptionBatch,
     train: bool = False,
     key: Array | None = None,
 ) -> Outputs:
@@ -214,8 +215,7 @@ def forward(
     Args:
       model: has `networks` `{'speech_encoder', 'speech_interface', 'asr_decoder'}`.
       params: {part: parameters}.
-      batch: 'features' `[B, U, bins]`, 'lengths' `[B]`, 'tokens' `[B, S]` (END included, padded
-        with PAD), 'token_lengths' `[B]`; optionally 'visual' and 'linguistic' contexts.
+      batch: utterances and their characters.
       train, key: dropout and its key.
     """
     keys = [None] * 3 if key is None else list(jax.random.split(key, 3))
@@ -223,8 +223,8 @@ def forward(
     features, lengths, statistics = model.apply(
         params,
         "speech_encoder",
-        batch["features"],
-        batch["lengths"],
+        batch.features,
+        batch.lengths,
         train=train,
         statistics=True,
         rngs=rngs[0],
@@ -234,20 +234,18 @@ def forward(
         "speech_interface",
         features,
         lengths,
-        batch["token_lengths"],
+        batch.token_lengths,
         train=train,
         rngs=rngs[1],
         method="fire",
     )
-    width = min(fired.embeddings.shape[1], batch["tokens"].shape[1])
+    width = min(fired.embeddings.shape[1], batch.tokens.shape[1])
     logits, ctc_logits = model.apply(
         params,
         "asr_decoder",
-        previous_tokens(batch["tokens"])[:, :width],
+        previous_tokens(batch.tokens)[:, :width],
         fired.embeddings[:, :width],
         features,
-        batch.get("visual"),
-        batch.get("linguistic"),
         train=train,
         rngs=rngs[2],
     )
@@ -255,7 +253,7 @@ def forward(
     return Outputs(fired, features, lengths, logits, ctc_logits, statistics)
 
 
-def counts(batch: Mapping[str, Array], metrics: Mapping[str, Array]) -> dict[str, Array]:
+def counts(batch: TranscriptionBatch, metrics: Mapping[str, Array]) -> dict[str, Array]:
     """{metric: over how many target tokens it is the mean}, scalars.
 
     Args:
@@ -269,7 +267,7 @@ def counts(batch: Mapping[str, Array], metrics: Mapping[str, Array]) -> dict[str
 def loss(
     model: XLLM,
     params: Params,
-    batch: Mapping[str, Array],
+    batch: TranscriptionBatch,
     key: Array | None = None,
     *,
     train: bool = False,
@@ -295,8 +293,8 @@ def loss(
         outputs.ctc_logits,
         outputs.lengths,
         outputs.fired.quantity,
-        batch["tokens"],
-        batch["token_lengths"],
+        batch.tokens,
+        batch.token_lengths,
         label_smoothing,
     )
     count = jnp.maximum(parts.count, 1.0)

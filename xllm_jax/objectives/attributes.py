@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 import jax
 import jax.numpy as jnp
 
+from xllm_jax.core.batch import SceneAttributes
 from xllm_jax.core.types import Params
 from xllm_jax.models.attribute_head import AttributeHead
 from xllm_jax.models.xllm import XLLM
@@ -19,7 +20,7 @@ Array = jax.Array
 def loss(
     model: XLLM,
     params: Params,
-    batch: Mapping[str, Array],
+    batch: SceneAttributes,
     key: Array | None = None,
     *,
     train: bool = False,
@@ -29,21 +30,18 @@ def loss(
     Args:
       model: `models.xllm.XLLM` with the parts 'vision_encoder' and 'attribute_head'.
       params: {part: parameters}.
-      batch: 'images' `[B, height, width, 3]` float32, 'patches' `[B, N, attributes]` and 'cells'
-        `[B, cells, attributes]` int32 classes.
+      batch: drawn scenes and their labels.
       key, train: of the encoder's drop path.
 
     Returns:
       (scalar, metrics `patch_accuracy` and `cell_accuracy`: every attribute right).
     """
     rngs = None if key is None else {"dropout": key}
-    features, _ = model.apply(
-        params, "vision_encoder", batch["images"], None, train=train, rngs=rngs
-    )
+    features, _ = model.apply(params, "vision_encoder", batch.images, None, train=train, rngs=rngs)
     patches, cells = model.apply(params, "attribute_head", features)
     classes = cast(AttributeHead, model.networks["attribute_head"]).classes
-    patch_loss, patch_accuracy = classification(patches, batch["patches"], classes)
-    cell_loss, cell_accuracy = classification(cells, batch["cells"], classes)
+    patch_loss, patch_accuracy = classification(patches, batch.patches, classes)
+    cell_loss, cell_accuracy = classification(cells, batch.cells, classes)
     metrics = {"patch_accuracy": patch_accuracy, "cell_accuracy": cell_accuracy}
     return patch_loss + cell_loss, metrics | {"cell_loss": cell_loss}
 

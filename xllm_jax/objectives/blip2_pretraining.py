@@ -14,6 +14,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
+from xllm_jax.core.batch import ImageTextPairs
 from xllm_jax.core.types import Metrics, Params
 from xllm_jax.models.blip2_pretraining import ContrastModel
 from xllm_jax.models.qformer import interleave
@@ -28,7 +29,7 @@ ABSENT = -1e9  # the score of a candidate that does not exist
 def loss(
     model: XLLM,
     params: Params,
-    batch: Mapping[str, Array],
+    batch: ImageTextPairs,
     key: Array | None = None,
     *,
     train: bool = False,
@@ -40,8 +41,7 @@ def loss(
     Args:
       model: `models.xllm.XLLM` whose interface for `modality` is a `ContrastModel`.
       params: {part: parameters}.
-      batch: 'images' `[B, height, width, 3]` float32, 'ids' `[B, T]` int32 starting with the text's
-        first token, 'mask' `[B, T]` bool, 'weights' `[B]` float32, 0 for a row without a pair.
+      batch: the pairs.
       key: of dropout and negatives; needed with `train`.
       train: switches dropout on.
       modality: which modality of the model is aligned with text.
@@ -51,27 +51,27 @@ def loss(
       (scalar, metrics).
     """
     encoder, interface = model.parts(modality)
-    features, _ = model.apply(params, encoder, batch["images"], None)
+    features, _ = model.apply(params, encoder, batch.images, None)
     return pair_loss(
         cast(ContrastModel, model.networks[interface]),
         params[interface],
         features,
-        batch["ids"],
-        batch["mask"],
+        batch.ids,
+        batch.mask,
         key,
-        weights=batch["weights"],
+        weights=batch.weights,
         train=train,
         **options,
     )
 
 
-def counts(batch: Mapping[str, Array], metrics: Metrics) -> dict[str, Array]:
+def counts(batch: ImageTextPairs, metrics: Metrics) -> dict[str, Array]:
     """{metric: over how many pairs, or tokens of ITG, it is the mean}, scalars."""
-    pairs = batch["weights"].sum()
-    tokens = (batch["mask"][:, 1:] & (batch["weights"] > 0)[:, None]).sum()
+    pairs = batch.weights.sum()
+    tokens = (batch.mask[:, 1:] & (batch.weights > 0)[:, None]).sum()
     written = {"itg": tokens, "itg_accuracy": tokens}
     names = ("loss", "itc", "itm", "itc_accuracy", "itm_accuracy")
-    return dict.fromkeys(names, pairs) | written
+    return {name: pairs for name in names} | written
 
 
 def pair_loss(

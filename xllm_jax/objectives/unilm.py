@@ -15,6 +15,7 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 
+from xllm_jax.core.batch import TextPairs
 from xllm_jax.core.types import Params
 from xllm_jax.models.blip2_pretraining import ContrastModel
 from xllm_jax.models.xllm import XLLM
@@ -23,11 +24,11 @@ from xllm_jax.objectives.answer import cross_entropy
 Array = jax.Array
 
 
-def counts(batch: Mapping[str, Array], metrics: Mapping[str, Array]) -> dict[str, Array]:
+def counts(batch: TextPairs, metrics: Mapping[str, Array]) -> dict[str, Array]:
     """{metric: over how many pieces, or rows for the sum of both, it is the mean}, scalars."""
-    hidden, written = batch["hidden"].sum(), batch["second_mask"][:, 1:].sum()
+    hidden, written = batch.hidden.sum(), batch.second_mask[:, 1:].sum()
     return {
-        "loss": batch["first_mask"].any(1).sum(),
+        "loss": batch.first_mask.any(1).sum(),
         **dict.fromkeys(("masked", "masked_accuracy"), hidden),
         **dict.fromkeys(("written", "written_accuracy"), written),
     }
@@ -36,7 +37,7 @@ def counts(batch: Mapping[str, Array], metrics: Mapping[str, Array]) -> dict[str
 def loss(
     model: XLLM,
     params: Params,
-    batch: Mapping[str, Array],
+    batch: TextPairs,
     key: Array | None = None,
     *,
     train: bool = False,
@@ -56,21 +57,19 @@ def loss(
     """
     keys = (None, None) if key is None or not train else jax.random.split(key)
     apply = functools.partial(model.apply, params, part)
-    logits = apply(
-        batch["joined"], batch["joined_mask"], train, method=_masked, rngs=_dropout(keys[0])
-    )
-    masked, masked_accuracy = _mean(logits, batch["targets"], batch["hidden"])
+    logits = apply(batch.joined, batch.joined_mask, train, method=_masked, rngs=_dropout(keys[0]))
+    masked, masked_accuracy = _mean(logits, batch.targets, batch.hidden)
     ids = (
-        jnp.asarray(batch["second"])
+        jnp.asarray(batch.second)
         .at[:, 0]
         .set(cast(ContrastModel, model.networks[part]).vocabulary - 1)
     )
     logits = apply(
-        *(batch["first"], batch["first_mask"], ids, batch["second_mask"], train),
+        *(batch.first, batch.first_mask, ids, batch.second_mask, train),
         method=_written,
         rngs=_dropout(keys[1]),
     )
-    weights = batch["second_mask"][:, 1:].astype(jnp.float32)
+    weights = batch.second_mask[:, 1:].astype(jnp.float32)
     written, written_accuracy = _mean(logits[:, :-1], ids[:, 1:], weights)
     metrics = {"masked": masked, "masked_accuracy": masked_accuracy}
     metrics |= {"written": written, "written_accuracy": written_accuracy}

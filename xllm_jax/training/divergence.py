@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xllm_jax.core.batch import Batch, Media
+from xllm_jax.core.batch import B
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Divergence, Stage
 from xllm_jax.core.types import Metrics
@@ -213,29 +213,21 @@ def format_message(entry: Entry, values: Mapping[str, float], file: Path) -> str
 
 
 def flat(batch: Any) -> dict[str, np.ndarray]:
-    """{path: array} of a `Batch` or of a dict of arrays; what is None is left out."""
-    if not isinstance(batch, Batch):
-        return {name: np.asarray(leaf) for name, leaf in batch.items()}
-    found = {
-        field.name: np.asarray(getattr(batch, field.name))
-        for field in dataclasses.fields(batch)
-        if field.name != "media"
-    }
-    for name, entry in batch.media.items():
-        for field in dataclasses.fields(entry):
-            if getattr(entry, field.name) is not None:
-                found[f"media/{name}/{field.name}"] = np.asarray(getattr(entry, field.name))
-    return found
+    """{path: array} of a batch, such as 'media/image/values'."""
+    leaves = jax.tree_util.tree_leaves_with_path(batch)
+    return {_name(path): np.asarray(leaf) for path, leaf in leaves}
 
 
-def unflat(arrays: Mapping[str, np.ndarray]) -> Any:
-    """Inverse of `flat`."""
-    if "segments" not in arrays:
-        return dict(arrays)
-    media: dict[str, dict[str, Any]] = {}
-    for path, leaf in arrays.items():
-        if path.startswith("media/"):
-            _, name, field = path.split("/")
-            media.setdefault(name, {"counts": None})[field] = leaf
-    plain = {path: leaf for path, leaf in arrays.items() if "/" not in path}
-    return Batch(**plain, media={name: Media(**fields) for name, fields in media.items()})
+def unflat(arrays: Mapping[str, np.ndarray], like: B) -> B:
+    """Inverse of `flat`.
+
+    Args:
+      arrays: {path: array}.
+      like: a batch of the same structure, whatever its leaves are.
+    """
+    leaves, structure = jax.tree_util.tree_flatten_with_path(like)
+    return structure.unflatten([arrays[_name(path)] for path, _ in leaves])
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")

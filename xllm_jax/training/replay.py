@@ -19,6 +19,7 @@ from xllm_jax.core import checkpoint, mesh, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Stage, parse_stage
 from xllm_jax.core.types import Params
+from xllm_jax.data.batching import batch_format
 from xllm_jax.training import divergence, nonfinite, startup
 from xllm_jax.training.step import TrainState, gradient_norms, step_key
 from xllm_jax.training.trainer import Trainer
@@ -76,10 +77,13 @@ def read(file: str | Path) -> Recording:
         for row, key in about["rows"]:
             rows[before + row] = (*rows.get(before + row, ()), key)
         before += _height(arrays)
+    stage = parse_stage(abouts[0]["stage"])
+    # A batch of cached features has the structure of one of media; the cache may be elsewhere.
+    like = batch_format.find(dataclasses.replace(stage.data, cache="")).shapes()
     return Recording(
         step=abouts[0]["step"],
-        stage=parse_stage(abouts[0]["stage"]),
-        batch=divergence.unflat(joined),
+        stage=stage,
+        batch=divergence.unflat(joined, like),
         values=abouts[0]["values"],
         keys=tuple(key for about in abouts for key in about["keys"]),
         rows=rows,

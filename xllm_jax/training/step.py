@@ -8,18 +8,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from xllm_jax.core import prng, rules
+from xllm_jax.core.batch import B
 from xllm_jax.core.stage import Divergence
 from xllm_jax.core.types import Metrics, Params
 from xllm_jax.training import divergence
 
-Loss = Callable[[Params, Any, jax.Array | None], tuple[jax.Array, Metrics]]
+Loss = Callable[[Params, B, jax.Array | None], tuple[jax.Array, Metrics]]
 """(params, batch, key) -> (scalar, metrics); without a key nothing is drawn at random."""
 
 
@@ -42,9 +43,9 @@ class TrainState:
 
 def train_step(
     state: TrainState,
-    batch: Any,
+    batch: B,
     *,
-    loss: Loss,
+    loss: Loss[B],
     optimizer: optax.GradientTransformation,
     policy: Divergence,
     seed: int,
@@ -53,7 +54,7 @@ def train_step(
 
     Args:
       state: donated; the result takes its buffers.
-      batch: pytree of global arrays.
+      batch: global arrays.
       loss: (params, batch, key) -> (scalar, metrics); `metrics['assign']`, when there, holds new
         values for trainable leaves that follow the data rather than a gradient (BatchNorm's running
         statistics).

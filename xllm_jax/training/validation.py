@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from xllm_jax.assembly.system import System
 from xllm_jax.core import hosts, lookup, mesh, rules
+from xllm_jax.core.batch import TranscriptionBatch
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data, Stage
 from xllm_jax.core.types import Params
@@ -76,10 +77,10 @@ class CharacterErrors:
         transcriber.require(system.stage.parts, "validation.metrics")
         return cls(system.model, CharacterVocabulary.load(system.stage.data.characters))
 
-    def outputs(self, params: Params, batch: Mapping[str, Any]) -> tuple[Any, Any]:
+    def outputs(self, params: Params, batch: TranscriptionBatch) -> tuple[Any, Any]:
         """(tokens `[B, steps]`, target lengths `[B]`, 0 where a file could not be read)."""
-        tokens = transcriber.decode(self.model, params, batch["features"], batch["lengths"])
-        return tokens, batch["token_lengths"]
+        tokens = transcriber.decode(self.model, params, batch.features, batch.lengths)
+        return tokens, batch.token_lengths
 
     def measured(self, outputs: tuple[Any, Any], planned: Planned) -> WeightedMean:
         """Errors, and characters of the references."""

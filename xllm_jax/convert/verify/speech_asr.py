@@ -14,6 +14,7 @@ from xllm_jax.convert.sources.cif_asr import DROPPED, decoder_layer_rows, rows
 from xllm_jax.convert.verify.recording import Replay
 from xllm_jax.convert.verify.speech_cif import durations
 from xllm_jax.core import rules
+from xllm_jax.core.batch import TranscriptionBatch
 from xllm_jax.models import asr, asr_search
 from xllm_jax.models.cif import Fired
 from xllm_jax.models.conformer import SpeechEncoder
@@ -82,11 +83,12 @@ class Recorded:
         apply = jax.jit(functools.partial(self.networks[part].apply, **options))
         return apply({"params": self.params[part]}, *inputs)
 
-    def batch(self) -> dict[str, np.ndarray]:
+    def batch(self) -> TranscriptionBatch:
         """The recorded utterances and their texts."""
         names = {"features": "src", "lengths": "src_len"}
         names |= {"tokens": "target", "token_lengths": "target_len"}
-        return {ours: self.replay.input(theirs) for ours, theirs in names.items()}
+        recorded = {ours: self.replay.input(theirs) for ours, theirs in names.items()}
+        return TranscriptionBatch(**recorded)
 
 
 def _encoder(args: dict[str, Any], pools: tuple[int, ...]) -> SpeechEncoder:
@@ -116,7 +118,7 @@ def model(replay: Replay) -> None:
 
 def _encode(replay: Replay, recorded: Recorded) -> tuple[jax.Array, Fired]:
     batch = recorded.batch()
-    inputs = batch["features"], batch["lengths"]
+    inputs = batch.features, batch.lengths
     (features, lengths), seen = recorded.run("speech_encoder", *inputs, capture=True)
     seen = seen["intermediates"]
     replay.compare("eval/subsample", seen["front_end"]["__call__"][0])
@@ -130,7 +132,7 @@ def _encode(replay: Replay, recorded: Recorded) -> tuple[jax.Array, Fired]:
     replay.compare("eval/encoder_out", features)
     steps = np.arange(features.shape[1])
     replay.compare("eval/encoder_pad_mask", steps >= np.asarray(lengths)[:, None])
-    replay.compare("eval/conv_lengths", (batch["lengths"] - 1) // 2)
+    replay.compare("eval/conv_lengths", (batch.lengths - 1) // 2)
     fired = recorded.run("speech_interface", features, lengths, method="fire")
     replay.compare("eval/cif_out", fired.embeddings)
     counts, frames = np.asarray(fired.counts), np.asarray(fired.frames)
@@ -167,7 +169,7 @@ def _search(replay: Replay, recorded: Recorded, fired: Fired) -> None:
         tokens, lengths = asr_search.cut_at_end(found.tokens[:, 0], fired.counts)
         for row, one in enumerate(expected):
             cut = tokens[row, : lengths[row]].tolist(), int(fired.counts[row])
-            different = float(cut != (one["tokens"], one["cif_length"]))
+            different = float(cut != (one.tokens, one.cif_length))
             replay.check(f"decoding.{name}", different, 0.0, f"row {row}, cut at its end")
         scores = np.asarray(found.scores[:, 0], np.float64)
         scores = np.exp(scores) if beams == 1 else scores
@@ -186,7 +188,7 @@ def _train(replay: Replay, recorded: Recorded) -> None:
     def total(trainable):
         params = rules.join(trainable, fixed)
         outputs = objective.forward(composed, params, batch, train=True)
-        quantity, texts = outputs.fired.quantity, (batch["tokens"], batch["token_lengths"])
+        quantity, texts = outputs.fired.quantity, (batch.tokens, batch.token_lengths)
         logits = outputs.logits, outputs.ctc_logits
         parts = objective.terms(*logits, outputs.lengths, quantity, *texts)
         return objective.combine(parts, *weights), (parts, outputs)

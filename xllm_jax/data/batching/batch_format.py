@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import jax
 
 from xllm_jax.core import lookup
+from xllm_jax.core.batch import B
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data
 from xllm_jax.data.example import Example
@@ -44,7 +45,6 @@ class Entry:
 
 
 E = TypeVar("E", bound=Entry)
-B = TypeVar("B")  # the arrays of a batch
 R = TypeVar("R")  # resources
 
 

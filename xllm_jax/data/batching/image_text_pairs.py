@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 
+from xllm_jax.core.batch import ImageTextPairs
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.batching.batch_format import BatchPlan, Entry, RowPerRecord
 from xllm_jax.data.media import modalities
@@ -24,7 +25,7 @@ class Pair(Entry):
     caption: str
 
 
-class Format(RowPerRecord[Pair, dict[str, np.ndarray], WordPiece]):
+class Format(RowPerRecord[Pair, ImageTextPairs, WordPiece]):
     """Images and captions."""
 
     def load_resources(self) -> WordPiece:
@@ -36,16 +37,16 @@ class Format(RowPerRecord[Pair, dict[str, np.ndarray], WordPiece]):
         """Word pieces of a caption."""
         return self.data.text_length
 
-    def zeros(self, rows: int, bucket: int = -1) -> dict[str, np.ndarray]:
+    def zeros(self, rows: int, bucket: int = -1) -> ImageTextPairs:
         """An empty batch, see `BatchFormat.zeros`."""
         length = self.data.text_length
         shape = modalities.find(IMAGE, self.data).shape(self.data)
-        return {
-            "images": np.zeros((rows, *shape), np.float32),
-            "ids": np.zeros((rows, length), np.int32),
-            "mask": np.zeros((rows, length), bool),
-            "weights": np.zeros(rows, np.float32),
-        }
+        return ImageTextPairs(
+            images=np.zeros((rows, *shape), np.float32),
+            ids=np.zeros((rows, length), np.int32),
+            mask=np.zeros((rows, length), bool),
+            weights=np.zeros(rows, np.float32),
+        )
 
     def entry(self, record: Record, mode: Mode) -> Pair:
         """The row of one record.
@@ -68,7 +69,7 @@ class Format(RowPerRecord[Pair, dict[str, np.ndarray], WordPiece]):
         rows: slice,
         mode: Mode,
         load: modalities.Load = modalities.load,
-    ) -> tuple[dict[str, np.ndarray], list[Skipped]]:
+    ) -> tuple[ImageTextPairs, list[Skipped]]:
         """Opens the images of some rows, see `BatchFormat.fill`.
 
         Returns:
@@ -85,14 +86,14 @@ class Format(RowPerRecord[Pair, dict[str, np.ndarray], WordPiece]):
             except UserError as error:
                 skipped.append(Skipped(pair.record.example.key, error.what, True, error.field))
                 continue
-            batch["images"][number], batch["weights"][number] = values[0], 1
+            batch.images[number], batch.weights[number] = values[0], 1
             captions[number] = pair.caption
         ids, mask = self.resources.rows(captions, self.data.text_length)
-        return batch | {"ids": ids, "mask": mask}, skipped
+        return dataclasses.replace(batch, ids=ids, mask=mask), skipped
 
-    def padding(self, batch: dict[str, np.ndarray]) -> dict[str, tuple[int, int]]:
+    def padding(self, batch: ImageTextPairs) -> dict[str, tuple[int, int]]:
         """{kind of place: (used, capacity)}: images and word pieces."""
         return {
-            IMAGE: (int(batch["weights"].sum()), len(batch["weights"])),
-            "word pieces": (int(batch["mask"][batch["weights"] > 0].sum()), batch["mask"].size),
+            IMAGE: (int(batch.weights.sum()), len(batch.weights)),
+            "word pieces": (int(batch.mask[batch.weights > 0].sum()), batch.mask.size),
         }

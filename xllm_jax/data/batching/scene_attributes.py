@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from xllm_jax.core.batch import SceneAttributes
 from xllm_jax.data.batching.batch_format import BatchPlan, Entry, RowPerRecord
 from xllm_jax.data.media import image, modalities
 from xllm_jax.data.record import Mode, Record, Skipped
@@ -26,7 +27,7 @@ from xllm_jax.data.synthetic_world.scene import (
 ATTRIBUTES = 3
 
 
-class Format(RowPerRecord[Entry, dict[str, np.ndarray], None]):
+class Format(RowPerRecord[Entry, SceneAttributes, None]):
     """Drawn pictures and their labels."""
 
     def load_resources(self) -> None:
@@ -46,13 +47,13 @@ class Format(RowPerRecord[Entry, dict[str, np.ndarray], None]):
         """Patches of an image."""
         return self._grid**2
 
-    def zeros(self, rows: int, bucket: int = -1) -> dict[str, np.ndarray]:
+    def zeros(self, rows: int, bucket: int = -1) -> SceneAttributes:
         """An empty batch, see `BatchFormat.zeros`."""
-        return {
-            "images": np.zeros((rows, self._size, self._size, 3), np.float32),
-            "patches": np.zeros((rows, self._grid**2, ATTRIBUTES), np.int32),
-            "cells": np.zeros((rows, len(PLACES), ATTRIBUTES), np.int32),
-        }
+        return SceneAttributes(
+            images=np.zeros((rows, self._size, self._size, 3), np.float32),
+            patches=np.zeros((rows, self._grid**2, ATTRIBUTES), np.int32),
+            cells=np.zeros((rows, len(PLACES), ATTRIBUTES), np.int32),
+        )
 
     def entry(self, record: Record, mode: Mode) -> Entry:
         """The row of one record."""
@@ -64,7 +65,7 @@ class Format(RowPerRecord[Entry, dict[str, np.ndarray], None]):
         rows: slice,
         mode: Mode,
         load: modalities.Load = modalities.load,
-    ) -> tuple[dict[str, np.ndarray], list[Skipped]]:
+    ) -> tuple[SceneAttributes, list[Skipped]]:
         """Draws some rows, see `BatchFormat.fill`; rows without a record are left out.
 
         Returns:
@@ -74,11 +75,11 @@ class Format(RowPerRecord[Entry, dict[str, np.ndarray], None]):
         keys = [entry.record.example.key for row in plan.rows[rows] for entry in row]
         drawn = [draw(key, self._size, self._grid) for key in keys]
         images, patches, cells = (np.stack(values) for values in zip(*drawn))
-        return {"images": images, "patches": patches, "cells": cells}, []
+        return SceneAttributes(cells, images, patches), []
 
-    def padding(self, batch: dict[str, np.ndarray]) -> dict[str, tuple[int, int]]:
+    def padding(self, batch: SceneAttributes) -> dict[str, tuple[int, int]]:
         """{kind of place: (used, capacity)}: every row holds a picture."""
-        return {"image": (len(batch["images"]), len(batch["images"]))}
+        return {"image": (len(batch.images), len(batch.images))}
 
 
 def draw(key: str, size: int, grid: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -11,6 +11,7 @@ import dataclasses
 
 import numpy as np
 
+from xllm_jax.core.batch import TextPairs
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.batching.batch_format import BatchPlan, Entry, RowPerRecord
 from xllm_jax.data.media import modalities
@@ -31,7 +32,7 @@ class Pair(Entry):
     second: str
 
 
-class Format(RowPerRecord[Pair, dict[str, np.ndarray], WordPiece]):
+class Format(RowPerRecord[Pair, TextPairs, WordPiece]):
     """Pairs of texts, apart and joined."""
 
     def load_resources(self) -> WordPiece:
@@ -43,19 +44,19 @@ class Format(RowPerRecord[Pair, dict[str, np.ndarray], WordPiece]):
         """Word pieces of both texts."""
         return 2 * self.data.text_length
 
-    def zeros(self, rows: int, bucket: int = -1) -> dict[str, np.ndarray]:
+    def zeros(self, rows: int, bucket: int = -1) -> TextPairs:
         """An empty batch, see `BatchFormat.zeros`."""
         apart, joined = (rows, self.data.text_length), (rows, 2 * self.data.text_length)
-        return {
-            "first": np.zeros(apart, np.int32),
-            "first_mask": np.zeros(apart, bool),
-            "second": np.zeros(apart, np.int32),
-            "second_mask": np.zeros(apart, bool),
-            "joined": np.zeros(joined, np.int32),
-            "joined_mask": np.zeros(joined, bool),
-            "targets": np.zeros(joined, np.int32),
-            "hidden": np.zeros(joined, np.float32),
-        }
+        return TextPairs(
+            first=np.zeros(apart, np.int32),
+            first_mask=np.zeros(apart, bool),
+            second=np.zeros(apart, np.int32),
+            second_mask=np.zeros(apart, bool),
+            joined=np.zeros(joined, np.int32),
+            joined_mask=np.zeros(joined, bool),
+            targets=np.zeros(joined, np.int32),
+            hidden=np.zeros(joined, np.float32),
+        )
 
     def entry(self, record: Record, mode: Mode) -> Pair:
         """The row of one record.
@@ -77,7 +78,7 @@ class Format(RowPerRecord[Pair, dict[str, np.ndarray], WordPiece]):
         rows: slice,
         mode: Mode,
         load: modalities.Load = modalities.load,
-    ) -> tuple[dict[str, np.ndarray], list[Skipped]]:
+    ) -> tuple[TextPairs, list[Skipped]]:
         """Tokenizes some rows, see `BatchFormat.fill`; nothing is opened.
 
         Returns:
@@ -93,7 +94,7 @@ class Format(RowPerRecord[Pair, dict[str, np.ndarray], WordPiece]):
         empty = [not row for row in mine]
         first_mask[empty] = second_mask[empty] = False
         batch = self.zeros(len(mine))
-        targets, joined_mask, hidden = batch["targets"], batch["joined_mask"], batch["hidden"]
+        targets, joined_mask, hidden = batch.targets, batch.joined_mask, batch.hidden
         targets[:] = pieces.pad
         for number, pair in ((n, entry) for n, row in enumerate(mine) for entry in row):
             both = [*first[number, first_mask[number]], *second[number, second_mask[number]][1:]]
@@ -105,8 +106,8 @@ class Format(RowPerRecord[Pair, dict[str, np.ndarray], WordPiece]):
         joined = np.where(hidden > 0, pieces.encode_special(MASK), targets).astype(np.int32)
         texts = {"first": first, "first_mask": first_mask}
         texts |= {"second": second, "second_mask": second_mask, "joined": joined}
-        return batch | texts, []
+        return dataclasses.replace(batch, **texts), []
 
-    def padding(self, batch: dict[str, np.ndarray]) -> dict[str, tuple[int, int]]:
+    def padding(self, batch: TextPairs) -> dict[str, tuple[int, int]]:
         """{kind of place: (used, capacity)}: word pieces."""
-        return {"word pieces": (int(batch["joined_mask"].sum()), batch["joined_mask"].size)}
+        return {"word pieces": (int(batch.joined_mask.sum()), batch.joined_mask.size)}

@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 
+from xllm_jax.core.batch import TranscriptionBatch
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.batching.batch_format import BatchPlan, Entry, RowPerRecord
 from xllm_jax.data.example import Example
@@ -29,7 +30,7 @@ class Utterance(Entry):
         return len(self.tokens)
 
 
-class Format(RowPerRecord[Utterance, dict[str, np.ndarray], CharacterVocabulary]):
+class Format(RowPerRecord[Utterance, TranscriptionBatch, CharacterVocabulary]):
     """Filterbanks and transcripts."""
 
     def load_resources(self) -> CharacterVocabulary:
@@ -57,15 +58,15 @@ class Format(RowPerRecord[Utterance, dict[str, np.ndarray], CharacterVocabulary]
         """Length bucket of an utterance by its file's header; the last where that is unreadable."""
         return modalities.bucket(example, self.data, len(self.data.frames) - 1)
 
-    def zeros(self, rows: int, bucket: int = -1) -> dict[str, np.ndarray]:
+    def zeros(self, rows: int, bucket: int = -1) -> TranscriptionBatch:
         """An empty batch, see `BatchFormat.zeros`."""
         shape = modalities.find(SPEECH, self.data).shape(self.data)
-        return {
-            "features": np.zeros((rows, self.data.frames[bucket], *shape[1:]), np.float32),
-            "lengths": np.zeros(rows, np.int32),
-            "tokens": np.full((rows, self.data.characters_length), PAD, np.int32),
-            "token_lengths": np.zeros(rows, np.int32),
-        }
+        return TranscriptionBatch(
+            features=np.zeros((rows, self.data.frames[bucket], *shape[1:]), np.float32),
+            lengths=np.zeros(rows, np.int32),
+            tokens=np.full((rows, self.data.characters_length), PAD, np.int32),
+            token_lengths=np.zeros(rows, np.int32),
+        )
 
     def entry(self, record: Record, mode: Mode) -> Utterance:
         """The row of one record.
@@ -94,7 +95,7 @@ class Format(RowPerRecord[Utterance, dict[str, np.ndarray], CharacterVocabulary]
         rows: slice,
         mode: Mode,
         load: modalities.Load = modalities.load,
-    ) -> tuple[dict[str, np.ndarray], list[Skipped]]:
+    ) -> tuple[TranscriptionBatch, list[Skipped]]:
         """Opens the utterances of some rows, see `BatchFormat.fill`.
 
         Returns:
@@ -118,18 +119,18 @@ class Format(RowPerRecord[Utterance, dict[str, np.ndarray], CharacterVocabulary]
             except UserError as error:
                 skipped.append(Skipped(record.example.key, error.what, True, error.field))
                 continue
-            batch["features"][number, :length] = values[0, :length]
-            batch["lengths"][number] = length
-            batch["tokens"][number, : len(utterance.tokens)] = utterance.tokens
-            batch["token_lengths"][number] = len(utterance.tokens)
+            batch.features[number, :length] = values[0, :length]
+            batch.lengths[number] = length
+            batch.tokens[number, : len(utterance.tokens)] = utterance.tokens
+            batch.token_lengths[number] = len(utterance.tokens)
         return batch, skipped
 
-    def padding(self, batch: dict[str, np.ndarray]) -> dict[str, tuple[int, int]]:
+    def padding(self, batch: TranscriptionBatch) -> dict[str, tuple[int, int]]:
         """{kind of place: (used, capacity)}: filterbank frames and characters."""
-        rows, frames = batch["features"].shape[:2]
+        rows, frames = batch.features.shape[:2]
         return {
-            SPEECH: (int(batch["lengths"].sum()), rows * frames),
-            "characters": (int(batch["token_lengths"].sum()), batch["tokens"].size),
+            SPEECH: (int(batch.lengths.sum()), rows * frames),
+            "characters": (int(batch.token_lengths.sum()), batch.tokens.size),
         }
 
 
