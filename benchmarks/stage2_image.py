@@ -103,7 +103,7 @@ def sizes_of(stage: Any) -> dict[str, dict[str, Any]]:
 
 def batch_of(stage: Any) -> Any:
     """Full rows: a picture's embeddings, a prompt, an answer; drawn numbers."""
-    from xllm_jax.core.batch import Batch, Media
+    from xllm_jax.core.batch import ConversationBatch, Media
 
     rng, data = np.random.default_rng(0), stage.data
     rows, length, answers = data.rows, data.length, data.answers
@@ -118,7 +118,7 @@ def batch_of(stage: Any) -> Any:
     index[:, 1 : 1 + queries] = np.arange(queries)
     picture = rng.normal(size=(rows, 1, side, side, 3)).astype(np.float32)
     one = np.ones((rows, 1), np.int32)
-    return Batch(
+    return ConversationBatch(
         ids=ids,
         positions=np.tile(positions, (rows, 1, 1)),
         segments=np.ones((rows, length), np.int32),

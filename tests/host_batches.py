@@ -11,7 +11,7 @@ import numpy as np
 from xllm_jax.assembly.system import System
 from xllm_jax.configs import stage3_instruction
 from xllm_jax.core import mesh, rules
-from xllm_jax.core.batch import Batch, zeros
+from xllm_jax.core.batch import ConversationBatch, zeros
 from xllm_jax.core.stage import Optimizer
 from xllm_jax.data.media import modalities
 from xllm_jax.training import divergence, telemetry
@@ -43,7 +43,7 @@ def stage():
     return made
 
 
-def batch(made) -> Batch:
+def batch(made) -> ConversationBatch:
     """Two rows: the first text alone, the second a video of two frames and a spoken sentence."""
     rng = np.random.default_rng(0)
     data = made.data

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from xllm_jax.core.batch import Batch, zeros
+from xllm_jax.core.batch import ConversationBatch, zeros
 from xllm_jax.core.errors import UserError
 from xllm_jax.models import glm
 from xllm_jax.models.xllm import XLLM
@@ -69,7 +69,7 @@ def small():
     return model, params
 
 
-def filled(batch: Batch, modality: str, index, seed: int) -> Batch:
+def filled(batch: ConversationBatch, modality: str, index, seed: int) -> ConversationBatch:
     """Puts random items into a modality, with their embeddings at `index`."""
     media = batch.media[modality]
     values = np.random.default_rng(seed).normal(size=media.values.shape).astype(np.float32)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from xllm_jax.core.batch import (
-    Batch,
+    ConversationBatch,
     ImageTextPairs,
     SceneAttributes,
     TextPairs,
@@ -63,7 +63,7 @@ def taken_apart(batch: Any, info: Mapping[str, Any], resources: Any, data: Data)
       resources: of the batch format.
       data: of the stage.
     """
-    read: Callable[..., Sample] = _packed if isinstance(batch, Batch) else _row
+    read: Callable[..., Sample] = _packed if isinstance(batch, ConversationBatch) else _row
     return [
         read(batch, row, segment, example, source, resources, data)
         for (row, segment, example), source in zip(info["members"], info["sources"])
@@ -71,7 +71,13 @@ def taken_apart(batch: Any, info: Mapping[str, Any], resources: Any, data: Data)
 
 
 def _packed(
-    batch: Batch, row: int, segment: int, example: Example, source: str, resources: Any, data: Data
+    batch: ConversationBatch,
+    row: int,
+    segment: int,
+    example: Example,
+    source: str,
+    resources: Any,
+    data: Data,
 ) -> Sample:
     """An example of a packed row."""
     places = np.flatnonzero(batch.segments[row] == segment)

@@ -45,7 +45,7 @@ class Media:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Batch:
+class ConversationBatch:
     """Rows for the LLM.
 
     Attributes:
@@ -153,7 +153,7 @@ def zeros(
     answers: int,
     axes: int,
     media: Mapping[str, tuple[Any, ...]] | None = None,
-) -> Batch:
+) -> ConversationBatch:
     """An all-padding batch of the given sizes, for init, tests and ahead-of-time compilation.
 
     Args:
@@ -172,7 +172,7 @@ def zeros(
             index=integers(rows, length) - 1,
         )
 
-    return Batch(
+    return ConversationBatch(
         ids=integers(rows, length),
         positions=integers(rows, length, axes),
         segments=integers(rows, length),

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from xllm_jax.core import checksum
-from xllm_jax.core.batch import Batch, Media
+from xllm_jax.core.batch import ConversationBatch, Media
 from xllm_jax.core.types import Params
 from xllm_jax.data.example import Example
 from xllm_jax.data.media import modalities, paths
@@ -157,7 +157,7 @@ class Assistant:
                 made.append(Encoded(embeddings[row].copy(), size))
         return made
 
-    def batch(self, prompts: Sequence[prompt.Prompt], files: Files) -> Batch:
+    def batch(self, prompts: Sequence[prompt.Prompt], files: Files) -> ConversationBatch:
         """Prompts and the finished embeddings of their media, as `XLLM.encoded` reads them."""
         # Rows without a prompt hold an empty one, so that they end like any other.
         empty = [self.family.row(())] * (self.rows - len(prompts))
@@ -187,7 +187,7 @@ class Assistant:
                 values[row, : len(joined)] = joined
         return Media(values, np.ones(values.shape[:2], np.int32), None, index)
 
-    def _texts(self, batch: Batch, how: Decoding, key: jax.Array) -> list[str]:
+    def _texts(self, batch: ConversationBatch, how: Decoding, key: jax.Array) -> list[str]:
         made = decoding.generate(self.model.encoded, self.params, batch, how, key)
         tokens = np.asarray(made.tokens)
         tokens = tokens[:, 0] if how.beams > 1 else tokens

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xllm_jax.core.batch import Batch
+from xllm_jax.core.batch import ConversationBatch
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.types import Params
 from xllm_jax.data.text.llm_family import LLMFamily
@@ -80,7 +80,9 @@ class Generated:
     logits: Array | None = None
 
 
-def prompt_batch(prompts: Sequence[Row], pad: int, buckets: Sequence[int] = BUCKETS) -> Batch:
+def prompt_batch(
+    prompts: Sequence[Row], pad: int, buckets: Sequence[int] = BUCKETS
+) -> ConversationBatch:
     """Prompts as a batch whose length is a bucket, so that few shapes are ever compiled.
 
     Args:
@@ -106,7 +108,7 @@ def prompt_batch(prompts: Sequence[Row], pad: int, buckets: Sequence[int] = BUCK
 def generate(
     model: XLLM,
     params: Params,
-    batch: Batch,
+    batch: ConversationBatch,
     decoding: Decoding,
     key: Array | None = None,
 ) -> Generated:

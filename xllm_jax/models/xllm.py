@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from xllm_jax.core import mesh
-from xllm_jax.core.batch import Batch, Media
+from xllm_jax.core.batch import ConversationBatch, Media
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.types import Params
 from xllm_jax.models.sections import Section, parted, sections_of
@@ -168,7 +168,11 @@ class XLLM:
         return tuple(dict.fromkeys(section for section in done if section not in asked))
 
     def embed(
-        self, params: Params, batch: Batch, train: bool = False, key: Array | None = None
+        self,
+        params: Params,
+        batch: ConversationBatch,
+        train: bool = False,
+        key: Array | None = None,
     ) -> Array:
         """Word embeddings of the batch with the media in their places, `[B, T, D]`.
 
@@ -186,7 +190,11 @@ class XLLM:
         return x
 
     def hidden(
-        self, params: Params, batch: Batch, train: bool = False, key: Array | None = None
+        self,
+        params: Params,
+        batch: ConversationBatch,
+        train: bool = False,
+        key: Array | None = None,
     ) -> Array:
         """Final states of the LLM, `[B, T, D]`, the input of `logits`.
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from xllm_jax.core import mesh
-from xllm_jax.core.batch import Batch
+from xllm_jax.core.batch import ConversationBatch
 from xllm_jax.core.types import Metrics, Params
 from xllm_jax.core.weighted_mean import WeightedMean
 from xllm_jax.models.xllm import XLLM
@@ -109,7 +109,7 @@ def answer_loss(
     return loss, metrics
 
 
-def carriers(batch: Batch) -> dict[str, Array]:
+def carriers(batch: ConversationBatch) -> dict[str, Array]:
     """Which supervised tokens belong to examples that carry a modality: {name: `[B, A]` bool}.
 
     An example with several media counts in each; 'text' are the examples without any. Nothing
@@ -126,7 +126,7 @@ def carriers(batch: Batch) -> dict[str, Array]:
     return found | {"text": ~jnp.stack(list(found.values())).any(0)}
 
 
-def counts(batch: Batch, metrics: Metrics) -> dict[str, Array]:
+def counts(batch: ConversationBatch, metrics: Metrics) -> dict[str, Array]:
     """{metric: over how many tokens it is the mean}, scalars; `WeightedMean` know theirs."""
     return dict.fromkeys(("loss", "accuracy"), batch.weights.sum())
 
@@ -134,7 +134,7 @@ def counts(batch: Batch, metrics: Metrics) -> dict[str, Array]:
 def loss(
     model: XLLM,
     params: Params,
-    batch: Batch,
+    batch: ConversationBatch,
     key: Array | None = None,
     *,
     train: bool = False,

@@ -13,7 +13,7 @@ import numpy as np
 
 from xllm_jax.convert.verify.chatglm_model import Reference, layout_of
 from xllm_jax.convert.verify.recording import Replay, read_json
-from xllm_jax.core.batch import Batch, Media, zeros
+from xllm_jax.core.batch import ConversationBatch, Media, zeros
 from xllm_jax.data.text import glm_layout
 from xllm_jax.data.text.llm_families.glm import Family
 from xllm_jax.data.text.token_rows import Row
@@ -152,7 +152,7 @@ def behind_media(replay: Replay, reference: Reference, model: XLLM, params: Any,
         replay.compare(f"{name}.sequences_scores", found.scores[:, 0])
 
 
-def _behind_prefix(replay: Replay, reference: Reference, name: str) -> Batch:
+def _behind_prefix(replay: Replay, reference: Reference, name: str) -> ConversationBatch:
     """Recorded prompt with its recorded prefix embeddings, tags included, as finished media."""
     ids = replay.input(f"{name}.input_ids")
     segments, context, positions = layout_of(ids, reference.specials)

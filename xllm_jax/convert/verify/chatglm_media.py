@@ -13,7 +13,7 @@ import numpy as np
 from xllm_jax.convert.verify import chatglm_decode
 from xllm_jax.convert.verify.chatglm_model import Reference
 from xllm_jax.convert.verify.recording import Replay
-from xllm_jax.core.batch import Batch, Media
+from xllm_jax.core.batch import ConversationBatch, Media
 from xllm_jax.data.text import glm_layout, token_rows
 from xllm_jax.data.text.chatglm_tokenizer import ChatGLMTokenizer
 from xllm_jax.models import glm
@@ -100,7 +100,7 @@ def _training(
 
 def _batch(
     replay: Replay, name: str, kinds: list[str], words: ChatGLMTokenizer
-) -> tuple[Batch, list[int], int]:
+) -> tuple[ConversationBatch, list[int], int]:
     """(the recorded rows, start of each modality's tags, length of the whole prefix)."""
     ids = replay.input(f"{name}.input_ids").copy()
     layout = [glm_layout.sequence(row, words.specials, padding_visible=True) for row in ids]
@@ -127,11 +127,11 @@ def _batch(
     return dataclasses.replace(batch, ids=ids, media=found, **stacked), starts, end
 
 
-def _run(model: XLLM, params: Any, batch: Batch) -> tuple:
+def _run(model: XLLM, params: Any, batch: ConversationBatch) -> tuple:
     """(embeddings, loss, logits, gradient of the embeddings, gradients of the features)."""
 
     @jax.jit
-    def run(params: Any, batch: Batch) -> tuple:
+    def run(params: Any, batch: ConversationBatch) -> tuple:
         x = model.embed(params, batch)
         layout = (batch.segments, batch.context, batch.positions)
 
@@ -143,7 +143,7 @@ def _run(model: XLLM, params: Any, batch: Batch) -> tuple:
             answers = (batch.answer_index, batch.targets, batch.weights)
             return answer.answer_loss(head, states, *answers)[0], head(states)
 
-        def from_batch(batch: Batch) -> Array:
+        def from_batch(batch: ConversationBatch) -> Array:
             return answer.loss(model, params, batch)[0]
 
         (_, logits), by_x = jax.value_and_grad(from_embeddings, has_aux=True)(x)
@@ -153,7 +153,7 @@ def _run(model: XLLM, params: Any, batch: Batch) -> tuple:
     return run(params, batch)
 
 
-def _compare_layout(replay: Replay, name: str, batch: Batch) -> None:
+def _compare_layout(replay: Replay, name: str, batch: ConversationBatch) -> None:
     replay.compare(f"{name}.position_ids", batch.positions.transpose(0, 2, 1))
     slots = np.broadcast_to(np.arange(batch.ids.shape[1]), batch.ids.shape)
     mask = glm.visible(batch.segments, slots, batch.segments, batch.context, slots)
@@ -161,7 +161,7 @@ def _compare_layout(replay: Replay, name: str, batch: Batch) -> None:
     replay.compare(f"{name}.labels", labels_of(batch))
 
 
-def labels_of(batch: Batch) -> np.ndarray:
+def labels_of(batch: ConversationBatch) -> np.ndarray:
     """The reference's labels `[B, T]`: the token that stands here, -100 where none is taught."""
     labels = np.full(batch.ids.shape, -100)
     real = batch.weights > 0

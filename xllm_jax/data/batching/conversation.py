@@ -1,4 +1,4 @@
-"""The conversation format: examples become prompts, prompts become packed rows of one Batch.
+"""The conversation format: examples become prompts, prompts become packed rows of one batch.
 
 Rows are planned before any file is opened, so the global batch does not depend on the number of
 hosts, and nobody decodes a file that no row has room for.
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from xllm_jax.core.batch import Batch, zeros
+from xllm_jax.core.batch import ConversationBatch, zeros
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data
 from xllm_jax.data.batching import packing
@@ -51,7 +51,7 @@ class Placed(Entry):
         return sum(self.prompt.cut)
 
 
-class Format(BatchFormat[Placed, Batch, Resources]):
+class Format(BatchFormat[Placed, ConversationBatch, Resources]):
     """Conversations in packed rows."""
 
     packs = caches = True
@@ -92,7 +92,7 @@ class Format(BatchFormat[Placed, Batch, Resources]):
         """Length bucket of an example by its speech files' headers; the first without any."""
         return modalities.bucket(example, self.data, 0)
 
-    def zeros(self, rows: int, bucket: int = -1) -> Batch:
+    def zeros(self, rows: int, bucket: int = -1) -> ConversationBatch:
         """An empty batch, see `BatchFormat.zeros`."""
         data = self._at(bucket)
 
@@ -211,7 +211,7 @@ class Format(BatchFormat[Placed, Batch, Resources]):
         rows: slice,
         mode: Mode,
         load: modalities.Load = modalities.load,
-    ) -> tuple[Batch, list[Skipped]]:
+    ) -> tuple[ConversationBatch, list[Skipped]]:
         """Opens the media of some rows and writes their arrays, see `BatchFormat.fill`.
 
         A row goes on without an example whose files cannot be read.
@@ -239,7 +239,7 @@ class Format(BatchFormat[Placed, Batch, Resources]):
                 _write(batch, number, segment, placed, loaded, used)
         return batch, skipped
 
-    def padding(self, batch: Batch) -> dict[str, tuple[int, int]]:
+    def padding(self, batch: ConversationBatch) -> dict[str, tuple[int, int]]:
         """{kind of place: (used, capacity)}: tokens, places of answers, and of each modality its
         items or, where they differ in length, their steps."""
         found = {
@@ -276,7 +276,7 @@ def capacity(data: Data) -> packing.Need:
 
 
 def _write(
-    batch: Batch,
+    batch: ConversationBatch,
     row: int,
     segment: int,
     placed: Placed,

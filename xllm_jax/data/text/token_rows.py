@@ -1,4 +1,4 @@
-"""Token sequences as an LLM reads them, and how several are packed into the rows of a Batch."""
+"""Token sequences as an LLM reads them, and how several are packed into the rows of a batch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from xllm_jax.core.batch import Batch, zeros
+from xllm_jax.core.batch import ConversationBatch, zeros
 from xllm_jax.core.errors import UserError
 
 
@@ -31,7 +31,9 @@ class Row:
     start: int = dataclasses.field(default=0, kw_only=True)
 
 
-def write(batch: Batch, row: int, segment: int, made: Row, start: int, first: int) -> None:
+def write(
+    batch: ConversationBatch, row: int, segment: int, made: Row, start: int, first: int
+) -> None:
     """Writes one sequence into a batch of NumPy arrays.
 
     Args:
@@ -51,7 +53,7 @@ def write(batch: Batch, row: int, segment: int, made: Row, start: int, first: in
     batch.weights[row, supervised] = 1.0
 
 
-def pack(groups: Sequence[Sequence[Row]], length: int, answers: int, pad: int) -> Batch:
+def pack(groups: Sequence[Sequence[Row]], length: int, answers: int, pad: int) -> ConversationBatch:
     """Packs sequences into rows: group i becomes row i, its sequences one behind the other.
 
     Args:
