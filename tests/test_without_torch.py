@@ -43,6 +43,13 @@ from xllm_jax.launch import generate
 
 flags.FLAGS(["x", f"--checkpoint={folder / 'run'}", "--prompt=红色的圆在哪里？"])
 generate.main([])
+from xllm_jax.convert import files
+from xllm_jax.core.errors import UserError
+
+try:
+    list(files.open_checkpoint("tests/golden/vision/weights/eva_vit_g.pth"))
+except UserError as error:
+    print(error)
 print("torch" in sys.modules)
 """
 
@@ -55,6 +62,7 @@ def test_everything_but_pytorch_files_works_without_torch(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()
     assert lines[0].startswith("world: 63 float16 tensors") and lines[-1] == "False"
+    assert "needs PyTorch to be read. pip install -e '.[convert]'" in lines[-2]
     folders = (shipped, tmp_path / "out")
     before, after = (load_file(folder / "model.safetensors") for folder in folders)
     assert after.keys() == before.keys()

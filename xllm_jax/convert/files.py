@@ -82,8 +82,11 @@ class TorchFile(Mapping):
         return len(self._headers)
 
     def _load(self) -> dict[str, Any]:
-        import torch
-
+        try:
+            import torch
+        except ImportError as error:
+            hint = "pip install -e '.[convert]' brings it; safetensors need nothing"
+            raise UserError("needs PyTorch to be read", field=str(self.path), hint=hint) from error
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self._mapped)
         except Exception as error:
