@@ -48,7 +48,7 @@ def batch(made) -> ConversationBatch:
     rng = np.random.default_rng(0)
     data = made.data
     shapes = {n: (count, modalities.find(n, data).shape(data)) for n, count in data.items.items()}
-    found = jax.tree.map(np.array, zeros(ROWS, LENGTH, ANSWERS, shapes))
+    found = jax.tree.map(np.array, zeros(ROWS, LENGTH, ANSWERS, 2, shapes))
     found.ids[:] = rng.integers(20, 400, found.ids.shape)
     found.positions[..., 0] = np.arange(LENGTH)
     found.segments[:], found.context[:, : LENGTH - ANSWERS] = 1, True

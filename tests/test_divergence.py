@@ -215,7 +215,10 @@ def test_a_batch_keeps_its_arrays(tmp_path):
     batch = jax.tree.map(lambda x: rng.integers(0, 2, x.shape).astype(x.dtype), batch)
     halves = [jax.tree.map(lambda x, i=i: x[2 * i : 2 * i + 2], batch) for i in range(2)]
     about = {"step": 1, "seed": 0, "values": {}, "checkpoint": None}
-    about["stage"] = dataclasses.asdict(small_stage.stage())
+    stage = small_stage.stage()
+    stage.data.items, stage.data.embeddings = {"image": 1}, {"image": 2}
+    stage.data.image = {"size": 2}
+    about["stage"] = dataclasses.asdict(stage)
     about["hosts"] = 3
     for host, share in enumerate((0, 0, 1)):
         half, own = halves[share], about | {"share": share, "keys": [f"k{share}"]}

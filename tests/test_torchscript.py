@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 import zipfile
 
 import numpy as np
@@ -46,7 +47,9 @@ def archive(tmp_path):
     torch.manual_seed(0)
     module = Outer().eval()
     path = tmp_path / "ViT-B-16.pt"
-    torch.jit.save(torch.jit.trace(module, torch.randn(3, 8)), path)
+    with warnings.catch_warnings():  # the format is deprecated; published files have it
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.save(torch.jit.trace(module, torch.randn(3, 8)), path)
     return path, module.state_dict()
 
 

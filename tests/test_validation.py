@@ -20,6 +20,7 @@ from test_configs import NAMES
 from xllm_jax.assembly import parameters
 from xllm_jax.assembly.system import System
 from xllm_jax.core import hosts, mesh, rules, watchdog
+from xllm_jax.core.batch import ImageTextPairs
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Best, Source, Validation, parse_stage
 from xllm_jax.data import mixture
@@ -145,7 +146,7 @@ def test_captions_add_up_over_batches_with_empty_rows():
     weights = np.array([1, 1, 1, 1, 0, 0], np.float32)
     total = count = 0.0
     for rows in (slice(0, 3), slice(3, 6)):
-        batch = {"mask": mask[rows], "weights": weights[rows]}
+        batch = ImageTextPairs(ids[rows], np.zeros((3, 1, 1, 3)), mask[rows], weights[rows])
         real = jnp.asarray(mask[rows] & (weights[rows] > 0)[:, None])
         mean, _ = blip2_pretraining.captioning(jnp.asarray(logits[rows]), ids[rows], real, 0.1)
         counts = blip2_pretraining.counts(batch, {})

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import platform
 from collections.abc import Mapping
 from importlib import metadata, resources
@@ -41,10 +42,10 @@ def code(package: Path | None = None) -> dict[str, str]:
       package: its folder; None is the whole of xllm_jax, wherever the caller lies in it.
     """
     package = package or Path(str(resources.files("xllm_jax")))
-    found = {
-        str(file.relative_to(package.parent)): digest(file.read_bytes())
-        for file in sorted(package.rglob("*.py"))
-    }
+    # In a checkout some folders are links, which rglob does not enter.
+    folders = [Path(folder) for folder, _, _ in os.walk(package, followlinks=True)]
+    files = sorted(file for folder in folders for file in folder.glob("*.py"))
+    found = {str(file.relative_to(package.parent)): digest(file.read_bytes()) for file in files}
     versions = {name: metadata.version(name) for name in PACKAGES}
     return found | versions | {"python": platform.python_version()}
 

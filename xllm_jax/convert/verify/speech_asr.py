@@ -169,7 +169,7 @@ def _search(replay: Replay, recorded: Recorded, fired: Fired) -> None:
         tokens, lengths = asr_search.cut_at_end(found.tokens[:, 0], fired.counts)
         for row, one in enumerate(expected):
             cut = tokens[row, : lengths[row]].tolist(), int(fired.counts[row])
-            different = float(cut != (one.tokens, one.cif_length))
+            different = float(cut != (one["tokens"], one["cif_length"]))
             replay.check(f"decoding.{name}", different, 0.0, f"row {row}, cut at its end")
         scores = np.asarray(found.scores[:, 0], np.float64)
         scores = np.exp(scores) if beams == 1 else scores
