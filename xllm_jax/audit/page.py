@@ -98,7 +98,7 @@ def _kinds(found: Audit) -> Table:
 def _padding(found: Audit) -> Table:
     waste = found.counts.waste
     rows = tuple(
-        (Cell(kind), Cell(f"{waste.used[kind]:,}"), Cell(f"{waste.room[kind]:,}"))
+        (Cell(kind), Cell(f"{waste.used[kind]:,}"), Cell(f"{waste.capacity[kind]:,}"))
         + (Cell(f"{share:.1%}", False if share > MOST else None),)
         for kind, share in waste.shares().items()
     )

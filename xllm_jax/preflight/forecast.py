@@ -65,7 +65,7 @@ class Forecast:
     limit: int = 0
 
     @property
-    def room(self) -> int:
+    def capacity(self) -> int:
         """Bytes of a chip that the step may take."""
         return self.limit or self.target.chip.memory
 
@@ -325,7 +325,7 @@ def largest(
         if found.fits:
             return found
         account = found.memory
-        room = found.room - (account.total - account.temporaries - account.batch)
-        share = room / (account.temporaries + account.batch)
+        free = found.capacity - (account.total - account.temporaries - account.batch)
+        share = free / (account.temporaries + account.batch)
         options = [option for option in options if option <= max(rows * share, options[0])]
     return None

@@ -47,7 +47,7 @@ def _forecast(step: Forecast) -> dict[str, Any]:
         "compile_seconds": step.seconds,
         "memory_per_chip": memory.as_dict(step.memory),
         "chip_memory": step.target.chip.memory,
-        "room": step.room,
+        "room": step.capacity,
         "flops": step.flops,
         "minimum_flops": step.minimum,
         "traffic_per_chip": step.traffic,
@@ -128,7 +128,8 @@ def _gain(step: Forecast, largest: Forecast) -> list[str]:
 
 def _refused(step: Forecast) -> list[str]:
     """In words, whether the compiler or the arithmetic says so, and by how much."""
-    over = f"{gib(step.memory.total)} GiB a chip, {gib(step.memory.total - step.room)} too many."
+    excess = step.memory.total - step.capacity
+    over = f"{gib(step.memory.total)} GiB a chip, {gib(excess)} too many."
     if not step.compiled:
         return [f"It does not fit by arithmetic: {over}"]
     lines = [f"It does not fit: the compiler wants {over}"]
@@ -154,7 +155,7 @@ def _batch(step: Forecast) -> list[str]:
 
 
 def _memory(step: Forecast) -> list[str]:
-    used, held = step.memory, step.room
+    used, held = step.memory, step.capacity
     parts = ", ".join(f"{name} {gib(size)}" for name, size in dataclasses.asdict(used).items())
     of = f" of {gib(held)}: {'fits' if step.fits else 'DOES NOT FIT'}" if held else ""
     how = "" if step.compiled else " (arithmetic, not compiled: what autodiff keeps, no kernels)"

@@ -87,7 +87,7 @@ class BatchFormat(abc.ABC, Generic[E, B, R]):
 
     Attributes:
       packs: whether several examples may share a row; then there are `data.rows` rows.
-      caches: whether a batch may hold cached features in the place of media.
+      caches: whether a batch may hold cached features instead of media.
       data: settings of the stage.
     """
 

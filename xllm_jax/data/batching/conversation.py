@@ -75,7 +75,7 @@ class Format(BatchFormat[Placed, ConversationBatch, Resources]):
 
     @functools.cached_property
     def features(self) -> Features | None:
-        """The cache that holds features in the place of media."""
+        """The cache that holds features instead of media."""
         return Features(self.data.cache) if self.data.cache else None
 
     @property

@@ -16,7 +16,7 @@ HINTS = {
     "word pieces": "lower data.text_length",
 }
 
-Places = Mapping[str, tuple[int, int]]  # {what: (used, room)}
+Places = Mapping[str, tuple[int, int]]  # {what: (used, capacity)}
 
 
 def hints(data: Data) -> dict[str, str]:
@@ -37,19 +37,19 @@ class Waste:
     def __init__(self, hints: Mapping[str, str] = HINTS) -> None:
         self.hints = hints
         self.used: dict[str, int] = {}
-        self.room: dict[str, int] = {}
+        self.capacity: dict[str, int] = {}
         self.batches = 0
 
     def add(self, places: Places) -> None:
         """Counts one batch."""
         self.batches += 1
-        for name, (used, room) in places.items():
+        for name, (used, capacity) in places.items():
             self.used[name] = self.used.get(name, 0) + used
-            self.room[name] = self.room.get(name, 0) + room
+            self.capacity[name] = self.capacity.get(name, 0) + capacity
 
     def shares(self) -> dict[str, float]:
         """{what: share of its places that are empty}; kinds without places are left out."""
-        return {name: 1 - self.used[name] / room for name, room in self.room.items() if room}
+        return {name: 1 - self.used[name] / most for name, most in self.capacity.items() if most}
 
     def warning(self, most: float = MOST) -> str:
         """What is wasted and the hint in words, '' where every share is at most `most`."""
