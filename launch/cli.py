@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections.config_flags import config_flags
 
-from xllm_jax.core import hosts
+from xllm_jax.core import hosts, memory_allocator
 from xllm_jax.core.errors import Diverged, UserError
 from xllm_jax.launch import dict_overrides
 
@@ -40,6 +40,7 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
     names file or field and the hint), with 3 when a run diverges, or with 130 after Ctrl-C. Other
     exceptions keep their traceback: they are defects.
     """
+    memory_allocator.keep_freed_memory()
     try:
         app.run(lambda argv: guard(main, argv), flags_parser=parse)
     except KeyboardInterrupt:

@@ -14,6 +14,9 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # before JAX reads
 import jax
 import pytest
 
+from xllm_jax.core import memory_allocator
+
+memory_allocator.keep_freed_memory()
 jax.config.update("jax_default_matmul_precision", "highest")
 
 # Folder of the PyTorch recordings; XLLM_GOLDEN chooses another one of the same form.
