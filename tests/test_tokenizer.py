@@ -50,6 +50,18 @@ def test_encode_and_decode(tokenizer, cases):
 
 
 @pytest.mark.golden
+def test_only_published_blanks_become_spaces(tokenizer):
+    """Whatever number the LLM writes between the signs: 2 to 80 are blanks, all else is text."""
+    numbers = [*range(100), 100, 800, 10**8, 10**30, "02", "٣", "-5", "", "9" * 5000]
+    for number in numbers:
+        text = f"甲<|blank_{number}|>乙"
+        spaces = " " * number if number in range(2, 81) else None
+        expected = f"甲{spaces}乙" if spaces else text
+        assert tokenizer.decode(tokenizer.encode(text)) == expected
+    assert tokenizer.piece_id(f"<image_{'9' * 5000}>") == tokenizer.unk
+
+
+@pytest.mark.golden
 def test_pairs(tokenizer, cases):
     for case in cases["pairs"]:
         assert tokenizer.pair(case["a"], case["b"]) == case["ids"]

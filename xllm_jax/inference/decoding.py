@@ -2,7 +2,8 @@
 
 Rows are independent: each has its own length, its own random stream and stops by itself. The cache
 has a static size, so one compilation serves every batch of the same bucket. Beam search and the
-order of the filters are those of transformers 4.27.1, which X-LLM runs on.
+order of the filters are those of transformers 4.27.1, which X-LLM runs on, with one row at a time:
+in a batch it counts a running beam of row i as i tokens longer than it is.
 """
 
 from __future__ import annotations
@@ -330,7 +331,8 @@ def _beam_step(state: State, decoding: Decoding, start: int) -> State:
     longer = longer.at[:, :, state["step"]].set(tokens)
     state = state | _keep_best(state, ended, longer)
     worst = state["ended_scores"].min(axis=1)
-    beaten = worst >= sums[:, 0] / length
+    # What runs on is longer by the new token than what ended, so it is judged by that length.
+    beaten = worst >= sums[:, 0] / _penalty(state, state["step"] + 1, decoding)
     full = worst > -jnp.inf
     done = state["done"] | (full if decoding.early_stopping else full & beaten)
     kept = jnp.argsort(ends, axis=1, stable=True)[:, :beams]  # the best K that go on

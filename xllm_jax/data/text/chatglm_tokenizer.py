@@ -23,6 +23,9 @@ CONTROLS = ("[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<EN
 LINE, TAB = "<n>", "<|tab|>"
 LONGEST_BLANK = 80
 BLANKS = re.compile(f" {{2,{LONGEST_BLANK}}}")
+# What stands for a run of spaces; any other number is text that the LLM wrote.
+BLANK_PIECE = re.compile(r"<\|blank_([2-9]|[1-7][0-9]|80)\|>")
+IMAGE_PIECE = re.compile(r"<image_([0-9]{1,9})>")
 
 # Published names of the special tokens that are found inside a text. The others, such as [gMASK],
 # are plain text when somebody types them.
@@ -111,11 +114,11 @@ class ChatGLMTokenizer:
         kept = [int(token) for token in ids if int(token) != self.specials.pad]
         kept = [i - self.image_tokens for i in kept if self.image_tokens <= i < self.pieces]
         text = self._model.decode(kept).replace(LINE, "\n").replace(TAB, "\t")
-        return re.sub(r"<\|blank_(\d+)\|>", lambda found: " " * int(found.group(1)), text)
+        return BLANK_PIECE.sub(lambda found: " " * int(found.group(1)), text)
 
     def piece_id(self, piece: str) -> int:
         """Id of a piece; <unk>'s when there is none."""
-        image = re.fullmatch(r"<image_(\d+)>", piece)
+        image = IMAGE_PIECE.fullmatch(piece)
         if image and int(image.group(1)) < self.image_tokens:
             return int(image.group(1))
         return self._model.piece_to_id(piece) + self.image_tokens
