@@ -9,6 +9,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from xllm_jax.data.media import image as data_image
+from xllm_jax.data.media import speech, video
+
 SIDE = 168  # longest side of a picture in pixels
 FRAMES = 4
 
@@ -29,24 +32,16 @@ def picture(image: Image.Image) -> str:
 
 def image(path: str | Path) -> str:
     """An image file."""
-    with Image.open(path) as opened:
-        return picture(opened)
+    return picture(data_image.read(path))
 
 
 def frames(path: str | Path) -> list[str]:
     """Frames at the centers of FRAMES equal parts of a video."""
-    import av
-
-    with av.open(str(path)) as container:
-        decoded = [frame.to_image() for frame in container.decode(video=0)]
-    chosen = [int((i + 0.5) * len(decoded) / FRAMES) for i in range(FRAMES)]
-    return [picture(decoded[i]) for i in chosen]
+    return [picture(frame) for frame in video.pictures(path, FRAMES)]
 
 
 def spectrogram(path: str | Path) -> str:
     """Log-mel filterbanks of a speech file, time to the right, low frequencies below."""
-    from xllm_jax.data.media import speech
-
     return shade(speech.filterbank(speech.read(path), 80))
 
 
@@ -64,7 +59,6 @@ def sound(path: str | Path) -> str:
     """A speech file that any browser plays."""
     import soundfile
 
-    samples, rate = soundfile.read(path, dtype="float32")
     stream = io.BytesIO()
-    soundfile.write(stream, samples, rate, format="MP3")
+    soundfile.write(stream, speech.read(path) / 32768, speech.RATE, format="MP3")
     return uri(stream.getvalue(), "audio/mpeg")

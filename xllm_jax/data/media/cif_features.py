@@ -7,6 +7,7 @@ without it an example that has one is left out by name.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from typing import Any, BinaryIO
@@ -15,9 +16,10 @@ import numpy as np
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data
-from xllm_jax.data.media import paths, speech
+from xllm_jax.data.media import formats, paths, speech
 from xllm_jax.data.media.modality import Modality
 
+MOST_BYTES = 1 << 28  # of an array
 WIDTH = 512  # of the speech encoder and CIF
 MEND = "Give .npy files of CIF features, or sounds without data.speech_features"
 
@@ -29,13 +31,27 @@ def count(path: str | os.PathLike) -> int:
       UserError: the file is missing, or not `.npy`.
     """
 
-    def head(file: BinaryIO) -> tuple[int, ...]:
-        first = np.lib.format.read_magic(file) == (1, 0)
-        read = np.lib.format.read_array_header_1_0
-        return (read if first else np.lib.format.read_array_header_2_0)(file)[0]
-
-    shape = _opened(path, head)
+    shape = _opened(path, _shape_and_bytes)[0]
     return shape[0] if shape else 0
+
+
+def _shape_and_bytes(file: BinaryIO) -> tuple[tuple[int, ...], int]:
+    """What the head of a `.npy` file says: the array's shape and bytes."""
+    first = np.lib.format.read_magic(file) == (1, 0)
+    read = np.lib.format.read_array_header_1_0
+    shape, _, dtype = (read if first else np.lib.format.read_array_header_2_0)(file)
+    return shape, math.prod(shape) * dtype.itemsize
+
+
+def _array(file: BinaryIO) -> np.ndarray:
+    """The array of a `.npy` file, which holds what its head says, and not too much."""
+    _, wanted = _shape_and_bytes(file)
+    start = file.tell()
+    there = file.seek(0, os.SEEK_END) - start
+    if wanted > min(there, MOST_BYTES):
+        raise ValueError(f"its array of {wanted:,} bytes does not fit into {there:,}")
+    file.seek(0)
+    return np.lib.format.read_array(file)
 
 
 def load(path: str | os.PathLike, width: int = WIDTH) -> np.ndarray:
@@ -44,7 +60,7 @@ def load(path: str | os.PathLike, width: int = WIDTH) -> np.ndarray:
     Raises:
       UserError: the file is missing, not `.npy`, of another shape or type, empty or not finite.
     """
-    values = _opened(path, np.lib.format.read_array)
+    values = _opened(path, _array)
     if values.ndim != 2 or values.shape[1] != width:
         raise UserError(f"has the shape {values.shape}, not (tokens, {width})", field=str(path))
     if not len(values):
@@ -61,6 +77,7 @@ def _opened(path: str | os.PathLike, read: Callable[[BinaryIO], Any]) -> Any:
       UserError: the file is missing, or not `.npy`.
     """
     source = paths.source(path)
+    formats.check(path, "cif")
     try:
         with open(source, "rb") if isinstance(source, str) else source as file:
             return read(file)

@@ -17,12 +17,13 @@ from PIL import Image, UnidentifiedImageError
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data
-from xllm_jax.data.media import paths
+from xllm_jax.data.media import formats, paths
 from xllm_jax.data.media.modality import Modality
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 MOST_PIXELS = 100_000_000
+MOST_BYTES = 1 << 28  # of a file
 ASPECTS = (3 / 4, 4 / 3)
 
 
@@ -62,7 +63,9 @@ def read(path: str | Path, most_pixels: int = MOST_PIXELS) -> Image.Image:
       UserError: the file is missing, not an image, damaged or larger than `most_pixels`.
     """
     try:
-        with Image.open(paths.whole(path, "image")) as picture:
+        content = paths.whole(path, "image", MOST_BYTES)
+        formats.check(path, "image", content.getbuffer()[: formats.HEAD].tobytes())
+        with Image.open(content, formats=formats.IMAGES) as picture:
             if picture.width * picture.height > most_pixels:
                 raise UserError(
                     f"has {picture.width} x {picture.height} pixels, more than {most_pixels:,}",

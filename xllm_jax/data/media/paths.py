@@ -24,6 +24,9 @@ PATH = re.compile(
 )
 
 
+MOST_BYTES = 1 << 30  # of a medium that is read into memory
+
+
 @dataclasses.dataclass(frozen=True)
 class Place:
     """What a media path says.
@@ -103,14 +106,19 @@ def source(path: str | os.PathLike, kind: str = "", spans: bool = False) -> str 
     return io.BytesIO(read(path)) if found.part else found.file
 
 
-def whole(path: str | os.PathLike, kind: str = "") -> io.BytesIO:
+def whole(path: str | os.PathLike, kind: str = "", most: int = MOST_BYTES) -> io.BytesIO:
     """A medium in memory, by one read where a decoder would ask for many small ones.
 
+    Args:
+      path: of the medium.
+      kind: 'image', 'video' … for the message.
+      most: bytes that it may have.
+
     Raises:
-      UserError: as `source`, without spans.
+      UserError: as `source`, without spans, or it is larger.
     """
     found = source(path, kind)
-    return found if isinstance(found, io.BytesIO) else io.BytesIO(read(path))
+    return found if isinstance(found, io.BytesIO) else io.BytesIO(read(path, most=most))
 
 
 def sha256(path: str | os.PathLike, kind: str = "") -> str:
@@ -132,23 +140,32 @@ def sha256(path: str | os.PathLike, kind: str = "") -> str:
         raise UserError(f"cannot be read ({error.strerror})", field=str(path)) from error
 
 
-def read(path: str | os.PathLike) -> bytes:
+def read(path: str | os.PathLike, first: int | None = None, most: int = MOST_BYTES) -> bytes:
     """The bytes of a medium, as they lie on disk.
 
+    Args:
+      path: of the medium.
+      first: how many of them, if it has so many; None is all.
+      most: bytes that are read at most.
+
     Raises:
-      UserError: no such file, or a part beyond its end.
+      UserError: no such file, a part beyond its end, or more bytes than `most`.
     """
     if isinstance(path, Carried):
-        return path.content
+        return path.content[:first]
     found = place(path)
-    offset, length = found.part or (0, -1)
     try:
         with open(found.file, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            offset, length = found.part or (0, size)
+            if offset + length > size:
+                what = f"ends {offset + length - size} bytes before this part does"
+                raise UserError(what, field=str(path), hint="Download the archive again")
+            length = length if first is None else min(first, length)
+            if length > most:
+                what = f"has {length:,} bytes, more than {most:,}"
+                raise UserError(what, field=str(path), hint="Shrink it")
             file.seek(offset)
-            content = file.read(length)
+            return file.read(length)
     except OSError as error:
         raise UserError(f"cannot be read ({error.strerror})", field=str(path)) from error
-    if found.part and len(content) < length:
-        what = f"ends {length - len(content)} bytes before this part does"
-        raise UserError(what, field=str(path), hint="Download the archive again")
-    return content

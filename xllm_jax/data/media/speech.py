@@ -20,7 +20,7 @@ import scipy.fft
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data
-from xllm_jax.data.media import paths, wav
+from xllm_jax.data.media import formats, paths, wav
 from xllm_jax.data.media.modality import FRAMES, Modality
 
 RATE = 16_000
@@ -28,6 +28,7 @@ WINDOW, HOP, FFT = 400, 160, 512
 AT_ONCE = 128  # frames that are transformed together: what a core's own cache holds
 PREEMPHASIS = np.float32(0.97)
 RATES = (4_000, 384_000)  # samples a second that a recording may have
+MOST_BYTES = 1 << 29  # of a WAV file
 MOST_SAMPLES = 100_000_000  # over all channels; a small file of silence can unpack to anything
 LEAST_FRAMES = 9  # fewer leave the speech encoder, which reduces 8 x, nothing to read
 
@@ -91,8 +92,10 @@ def _plain(path: str | Path) -> tuple[np.ndarray, int] | None:
     """Samples `[samples, channels]` and rate of an ordinary WAV file, None for all others."""
     source = paths.source(path)
     with open(source, "rb") if isinstance(source, str) else source as file:
-        head = file.read(12)
-        found = wav.samples(head + file.read()) if head[8:] == b"WAVE" else None
+        head = file.read(formats.HEAD)
+    formats.check(path, "speech", head)
+    waved = head[8:12] == b"WAVE"
+    found = wav.samples(paths.read(path, most=MOST_BYTES)) if waved else None
     if found:
         _check_header(found[1], found[0].size, path)
     return found
@@ -108,6 +111,7 @@ def _decoded(path: str | Path) -> tuple[np.ndarray, int]:
 
     try:
         with soundfile.SoundFile(paths.source(path)) as sound:
+            _check_format(sound.format, path)
             _check_header(sound.samplerate, sound.frames * sound.channels, path)
             rate, samples = sound.samplerate, sound.read(dtype="float32", always_2d=True)
             waved = sound.format.startswith("WAV")
@@ -116,6 +120,12 @@ def _decoded(path: str | Path) -> tuple[np.ndarray, int]:
     if waved:
         _check_whole(path, len(samples))
     return samples, rate
+
+
+def _check_format(name: str, path: str | Path) -> None:
+    """Raises UserError for a format of libsndfile that is not among the known ones."""
+    if name not in formats.SOUNDS:
+        raise UserError(f"not a readable audio file (of the format {name})", field=str(path))
 
 
 def _check_header(rate: int, samples: int, path: str | Path) -> None:
@@ -150,6 +160,7 @@ def count_frames(path: str | Path) -> int:
     import soundfile
 
     source = paths.source(path)
+    formats.check(path, "speech")
     try:
         info = soundfile.info(source)
     except (soundfile.SoundFileError, RuntimeError) as error:

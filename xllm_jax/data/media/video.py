@@ -19,11 +19,13 @@ from PIL import Image
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data
-from xllm_jax.data.media import image, paths, video_packets
+from xllm_jax.data.media import formats, image, paths, video_packets
 from xllm_jax.data.media.modality import Modality
 
 REFERENCE_SECONDS = 60  # the repository reads at most this many seconds after the first frame
 END_SECONDS = 2.0  # annotated clips may start so much behind the last frame
+# Neither playlists, which name other files, nor text and single pictures, which are no videos.
+ALLOWED = {"format_whitelist": formats.VIDEOS, "protocol_whitelist": "file"}
 MOST_FRAMES = 200_000  # decoded at most; a damaged index cannot keep the reader busy forever
 
 
@@ -54,6 +56,19 @@ def load(
     indices, frames = _straight(path, wanted, sampling) or _through(path, wanted, sampling)
     pixels = {number: image.normalize(center(frame, size)) for number, frame in frames.items()}
     return _stacked([pixels[number] for number in indices], wanted, size)
+
+
+def pictures(path: str | Path, wanted: int) -> list[Image.Image]:
+    """So many frames spread over a video, as they are.
+
+    Raises:
+      UserError: as in `load`.
+    """
+    span = paths.place(path).span
+    if span:
+        return decode_times(path, span_times(*span, wanted))
+    indices, frames = _straight(path, wanted, "uniform") or _through(path, wanted, "uniform")
+    return [frames[number] for number in indices]
 
 
 def _straight(
@@ -275,8 +290,11 @@ class _opened:
 
         source = paths.source(self.path, "video", spans=True)
         self.errors = (FFmpegError, ValueError, EOFError)
+        formats.check(self.path, "video")
+        # Otherwise what stands before a colon in a file's name is taken for a protocol.
+        source = f"file:{source}" if isinstance(source, str) else source
         try:
-            self.container = av.open(source)
+            self.container = av.open(source, container_options=ALLOWED)
         except self.errors as error:
             raise self._told(error) from error
         return self.container
@@ -292,9 +310,13 @@ class _opened:
 
 
 def _stream(container: Any, path: str | Path) -> Any:
-    if not container.streams.video:
+    from av.stream import Disposition
+
+    cover = Disposition.attached_pic
+    moving = [stream for stream in container.streams.video if not stream.disposition & cover]
+    if not moving:
         raise UserError("has no video stream", field=str(path), hint="Remove it from the data")
-    stream = container.streams.video[0]
+    stream = moving[0]
     stream.codec_context.thread_count = 1  # files are read in parallel, not parts of one
     pixels = (stream.codec_context.width or 0) * (stream.codec_context.height or 0)
     if pixels > image.MOST_PIXELS:

@@ -24,8 +24,8 @@ import numpy as np
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
+from xllm_jax.data.media import formats, paths
 from xllm_jax.data.media import modalities as media
-from xllm_jax.data.media import paths
 from xllm_jax.data.media.modality import Modality
 
 TEXTS = ("key", "task", "question", "answer", "transcript", "history", "tags")
@@ -86,15 +86,16 @@ def row(
     }
     for name, modality in wanted.items():
         places = [path for other, path in example.media if other == name]
-        contents = [_content(modality, path, check) for path in places]
+        contents = [_content(name, modality, path, check) for path in places]
         made[name] = contents if several else _single(modality, contents[0])
         made[f"{name}_name"] = [str(path) for path in places] if several else str(places[0])
     return made
 
 
-def _content(modality: Modality, path: str, check: bool) -> bytes:
+def _content(name: str, modality: Modality, path: str, check: bool) -> bytes:
     if check:
         decodable(modality, path)
+    formats.check(path, name)
     return paths.read(path)
 
 
