@@ -32,6 +32,7 @@ class Conversion:
       dtypes: {dtype: number of tensors} as stored; nothing is cast but what `computed` names.
       computed: {tensor: how it came about} of those that are not in the file as they stand.
       version: ours.
+      renamed: {what was left out of the tensors' names, such as 'module.': of how many}.
     """
 
     source: str
@@ -44,6 +45,7 @@ class Conversion:
     computed: Mapping[str, str]
     version: str
     format: int = FORMAT
+    renamed: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(
@@ -75,6 +77,7 @@ class Conversion:
             dtypes=dict(sorted(dtypes.items())),
             computed=_computed(tensors, opened),
             version=importlib.metadata.version("xllm_jax"),
+            renamed=opened.renamed,
         )
 
     def write(self, folder: Path) -> None:
@@ -85,9 +88,10 @@ class Conversion:
     def line(self) -> str:
         """The record in one line."""
         kinds = ", ".join(f"{count} {dtype}" for dtype, count in self.dtypes.items())
+        left = "".join(f"; {what!r} left out of {n} names" for what, n in self.renamed.items())
         return (
             f"{self.source}: {kinds} tensors of {len(self.files)} files used, "
-            f"{len(self.dropped)} dropped, {len(self.fresh)} leaves fresh"
+            f"{len(self.dropped)} dropped, {len(self.fresh)} leaves fresh{left}"
         )
 
 

@@ -7,6 +7,7 @@ in use.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -18,25 +19,29 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from xllm_jax.convert.header import Header
+from xllm_jax.convert import inert, weight_files
+from xllm_jax.convert.header import Header, known
+from xllm_jax.convert.safetensors_file import SafetensorsFile
 from xllm_jax.core.errors import UserError
 
 KEPT = 1 << 26
 """Bytes that a mapped file may hand out before its pages are let go of."""
 
-SAFETENSORS = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-    "I64": np.int64,
-    "I32": np.int32,
-    "I16": np.int16,
-    "I8": np.int8,
-    "U8": np.uint8,
-    "BOOL": np.bool_,
-}
-"""Names of dtypes in a safetensors header."""
+USUAL = (
+    "model",
+    "state_dict",
+    "module",
+    "model_state_dict",
+    "state",
+    "net",
+    "network",
+    "weights",
+    "params",
+    "model_ema",
+    "state_dict_ema",
+    "ema",
+)
+"""Where trainers keep the state dict within a file; moving averages where there is nothing else."""
 
 
 class TorchFile(Mapping):
@@ -58,12 +63,13 @@ class TorchFile(Mapping):
         if not self.path.exists():
             raise UserError("no such file", field=str(path), hint="Give the checkpoint's path")
         self._mapped = zipfile.is_zipfile(self.path)
+        self._stand_ins: list[tuple[Any, str]] | None = None
         self._state, self._handed_out = self._load(), 0
         self._headers = {name: _torch_header(tensor) for name, tensor in self._state.items()}
 
     def header(self, name: str) -> Header:
         """Shape and dtype; reads nothing."""
-        return _known(self._headers[name], self.path, name)
+        return known(self._headers[name], self.path, name)
 
     def __getitem__(self, name: str) -> np.ndarray:
         header = self.header(name)
@@ -88,79 +94,21 @@ class TorchFile(Mapping):
             hint = "pip install -e '.[convert]' brings it; safetensors need nothing"
             raise UserError("needs PyTorch to be read", field=str(self.path), hint=hint) from error
         try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self._mapped)
+            if self._stand_ins is None:
+                self._stand_ins = inert.stand_ins(inert.named(self.path))
+            with torch.serialization.safe_globals(self._stand_ins):
+                content = torch.load(
+                    self.path, map_location="cpu", weights_only=True, mmap=self._mapped
+                )
         except Exception as error:
             raise UserError(
                 f"not a PyTorch file of plain tensors ({type(error).__name__})",
                 field=str(self.path),
                 hint="Download it again; files that carry code are refused",
             ) from error
-        state = _state_dict(state, self._key, self.path)
+        self.settings = inert.settings(content)
+        state = _state_dict(content, self._key, self.path)
         return {str(k): v for k, v in state.items() if isinstance(v, torch.Tensor)}
-
-
-class SafetensorsFile(Mapping):
-    """A `.safetensors` file; each tensor is mapped when it is asked for (bfloat16 included).
-
-    Raises:
-      UserError: not there, not such a file, or shorter than its header says.
-    """
-
-    def __init__(self, path: str | Path):
-        from safetensors import safe_open
-
-        self.path = Path(path)
-        if not self.path.exists():
-            raise UserError("no such file", field=str(path), hint="Give the checkpoint's path")
-        try:
-            with self.path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                self._start = 8 + length
-                header = json.loads(file.read(min(length, self.path.stat().st_size)))
-            entries = {k: v for k, v in header.items() if k != "__metadata__"}
-            self._check_end(entries)
-            with safe_open(str(path), framework="numpy"):  # checks every offset against the file
-                pass
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(
-                f"not a safetensors file ({type(error).__name__})",
-                field=str(path),
-                hint="Download it again",
-            ) from error
-        self._entries = entries
-
-    def header(self, name: str) -> Header:
-        """Shape and dtype; reads nothing."""
-        entry = self._entries[name]
-        dtype = SAFETENSORS.get(entry["dtype"])
-        header = None if dtype is None else Header(tuple(entry["shape"]), np.dtype(dtype))
-        return _known(header, self.path, name)
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        header, start = self.header(name), self._start + self._entries[name]["data_offsets"][0]
-        size = math.prod(header.shape) * header.dtype.itemsize
-        if not size:
-            return np.empty(header.shape, header.dtype)
-        mapped = np.asarray(np.memmap(self.path, np.uint8, "r", start, size))
-        return mapped.view(header.dtype).reshape(header.shape)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def _check_end(self, entries: Mapping[str, Any]) -> None:
-        end = self.path.stat().st_size - self._start
-        for name, entry in entries.items():
-            if entry["data_offsets"][1] > end:
-                raise UserError(
-                    f"the file ends {entry['data_offsets'][1] - end} bytes before this tensor does",
-                    field=f"{self.path}: {name}",
-                    hint="Download it again",
-                )
 
 
 class Checkpoint(Mapping):
@@ -169,11 +117,13 @@ class Checkpoint(Mapping):
     Attributes:
       path: file or folder that the user named.
       files: the files with tensors.
+      renamed: {wrapper that was left out of names: of how many}.
     """
 
     def __init__(self, path: Path, files: Mapping[Path, Mapping[str, np.ndarray]]):
         self.path, self.files = Path(path), list(files)
-        self._home: dict[str, tuple[Path, Any]] = {}
+        self._home: dict[str, tuple[Path, Any, str]] = {}
+        self.renamed: dict[str, int] = {}
         for where, file in files.items():
             for name in file:
                 if name in self._home:
@@ -182,15 +132,43 @@ class Checkpoint(Mapping):
                         field=f"{where}: {name}",
                         hint="Keep one set of shards in the folder",
                     )
-                self._home[name] = where, file
+                self._home[name] = where, file, name
 
     def header(self, name: str) -> Header:
         """Shape and dtype; reads nothing."""
-        return self._home[name][1].header(name)
+        _, file, stored = self._home[name]
+        return file.header(stored)
 
     def where(self, name: str) -> str:
         """'FILE: NAME' for errors; the whole checkpoint's path for a tensor it lacks."""
-        return f"{self._home[name][0] if name in self._home else self.path}: {name}"
+        if name not in self._home:
+            return f"{self.path}: {name}"
+        where, _, stored = self._home[name]
+        return f"{where}: {stored}"
+
+    def under(self, names: Mapping[str, str], renamed: Mapping[str, int]) -> Checkpoint:
+        """The same checkpoint under other names.
+
+        Args:
+          names: {name: new name} of every tensor.
+          renamed: what was left out of them, and of how many, for the report.
+
+        Raises:
+          UserError: two tensors get one name.
+        """
+        other = copy.copy(self)
+        other._home, other.renamed = {}, dict(renamed)
+        for name, new in names.items():
+            if new in other._home:
+                what = f"is the same tensor as {other._home[new][2]} without their wrappers"
+                raise UserError(what, field=self.where(name), hint="Keep one of the two")
+            other._home[new] = self._home[name]
+        return other
+
+    def settings(self) -> dict[str, Any]:
+        """What fairseq's trainer wrote of the model into the file; empty elsewhere."""
+        files = {id(file): file for _, file, _ in self._home.values()}
+        return next((s for file in files.values() if (s := getattr(file, "settings", None))), {})
 
     def config(self) -> dict[str, Any]:
         """The config.json beside the tensors; empty when there is none.
@@ -209,7 +187,8 @@ class Checkpoint(Mapping):
         return config if isinstance(config, dict) else {}
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self._home[name][1][name]
+        _, file, stored = self._home[name]
+        return file[stored]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._home)
@@ -284,26 +263,14 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     if path.is_file():
         return Checkpoint(path, {path: _open_file(path)})
-    for index in _indices(path):
+    index = weight_files.index_of(path)
+    if index:
         return _open_shards(path, index)
-    ends = ("safetensors", "bin", "pth", "pt")
-    found = next((files for end in ends if (files := sorted(path.glob(f"*.{end}")))), [])
-    if not found:
-        raise UserError(
-            f"no checkpoint here ({', '.join(f'.{end}' for end in ends)})",
-            field=str(path),
-            hint="Give the folder or file of the published checkpoint",
-        )
-    return Checkpoint(path, {file: _open_file(file) for file in found})
-
-
-def _indices(path: Path) -> list[Path]:
-    """Index files, those of safetensors first: repositories often hold both forms."""
-    return sorted(path.glob("*.index.json"), key=lambda p: ("safetensors" not in p.name, p.name))
+    return Checkpoint(path, {file: _open_file(file) for file in weight_files.without_index(path)})
 
 
 def _open_shards(path: Path, index: Path) -> Checkpoint:
-    names = _weight_map(index)
+    names = weight_files.shards_of(index)
     shards = {path / name: None for name in sorted(set(names.values()))}
     for shard in shards:
         if not shard.exists():
@@ -334,26 +301,11 @@ def _open_file(path: Path) -> Mapping[str, np.ndarray]:
     return TorchFile(path)
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        return dict(json.loads(index.read_text("utf-8"))["weight_map"].items())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"not an index of shards ({type(error).__name__})",
-            field=str(index),
-            hint="Download it again",
-        ) from error
-
-
 def _state_dict(content: Any, key: str | None, path: Path) -> Mapping[str, Any]:
     """The mapping of tensors within a file: under `key`, under a usual name, or the file itself."""
-    usual = ("model", "state_dict", "module") if key is None else (key,)
-    if isinstance(content, Mapping):
-        inner = next((content[k] for k in usual if isinstance(content.get(k), Mapping)), None)
-        if inner is not None:
-            return inner
-        if key is None:
-            return content
+    place = content.get(key) if key and isinstance(content, Mapping) else content
+    if isinstance(place, Mapping):
+        return _of_tensors(place) or place
     raise UserError(
         "holds no state dict" + (f" under {key!r}" if key else ""),
         field=str(path),
@@ -361,14 +313,16 @@ def _state_dict(content: Any, key: str | None, path: Path) -> Mapping[str, Any]:
     )
 
 
-def _known(header: Header | None, path: Path, name: str) -> Header:
-    if header is None:
-        raise UserError(
-            "is of a dtype that NumPy cannot hold",
-            field=f"{path}: {name}",
-            hint="Store the weights as float16, bfloat16 or float32",
-        )
-    return header
+def _of_tensors(content: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What lies under the first of the usual names and holds tensors, or the mapping itself."""
+    import torch
+
+    for name in USUAL:
+        inner = content.get(name)
+        found = _of_tensors(inner) if isinstance(inner, Mapping) else None
+        if found is not None:
+            return found
+    return content if any(isinstance(x, torch.Tensor) for x in content.values()) else None
 
 
 def _torch_header(tensor) -> Header | None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
+
+from xllm_jax.core.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,3 +16,22 @@ class Header:
 
     shape: tuple[int, ...]
     dtype: np.dtype
+
+
+def known(header: Header | None, path: Path, name: str) -> Header:
+    """The header of a tensor that NumPy can hold.
+
+    Args:
+      header: None where it cannot.
+      path, name: of the tensor.
+
+    Raises:
+      UserError: it cannot.
+    """
+    if header is None:
+        raise UserError(
+            "is of a dtype that NumPy cannot hold",
+            field=f"{path}: {name}",
+            hint="Store the weights as float16, bfloat16 or float32",
+        )
+    return header

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from xllm_jax.convert import ConversionPlan, Row, check_table, conversion_record, run_import
-from xllm_jax.convert.files import SAFETENSORS
 from xllm_jax.convert.header import Header
+from xllm_jax.convert.safetensors_file import SAFETENSORS
 from xllm_jax.core import checkpoint
 from xllm_jax.core.errors import UserError
 

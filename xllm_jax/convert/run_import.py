@@ -34,6 +34,7 @@ from xllm_jax.convert import (
     conversion_record,
     files,
     place,
+    wrapped_names,
 )
 from xllm_jax.core import checkpoint, lookup, rules
 from xllm_jax.core.errors import UserError
@@ -79,7 +80,11 @@ def check_kind(name: str, opened: files.Checkpoint) -> None:
     known = sources()
     if known[name].recognize(opened):
         return
-    like = [other for other, module in known.items() if module.recognize(opened)]
+    like = [
+        other
+        for other, module in known.items()
+        if module.recognize(wrapped_names.unwrapped(opened, module.recognize))
+    ]
     raise UserError(
         f"this looks like {' or '.join(like)}, not {name}" if like else f"this is no {name}",
         field=str(opened.path),
@@ -150,7 +155,8 @@ def examine(
     Raises:
       UserError: the files are not what was said, or are incomplete.
     """
-    module, opened = source_named(source), files.open_checkpoint(path)
+    module = source_named(source)
+    opened = wrapped_names.unwrapped(files.open_checkpoint(path), module.recognize)
     check_kind(source, opened)
     options = module.options(opened, size) if options is None else options
     plan = module.plan(options)
@@ -172,7 +178,11 @@ def laid_out(
     rows = {name for row in plan.table for name in row.names()}
     drop = [Drop(re.escape(name), f"repeats {other}") for name, other in tied.items()]
     leaves, report = arrange(
-        plan.table, tensors, plan.shapes, drop=(*drop, *plan.drop), fresh=plan.fresh
+        plan.table,
+        tensors,
+        plan.shapes,
+        drop=(*drop, *plan.drop, *wrapped_names.DROP),
+        fresh=plan.fresh,
     )
     for name in sorted(rows):
         if tensors.header(name).dtype.name not in FLOATS:

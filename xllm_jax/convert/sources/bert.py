@@ -142,6 +142,7 @@ def prefix_of(names: Iterable[str]) -> str:
     """
     pattern = r"(|.*\.)encoder\.layer\.0\.attention\.self\.query\.weight"
     found = {match[1] for name in names if (match := re.fullmatch(pattern, name))}
+    found = found & {"", "bert."} or found  # a moving average may stand beside it
     if len(found) != 1:
         raise UserError(
             f"expected one BERT encoder, found {len(found)}",

@@ -1,0 +1,116 @@
+"""Stand-ins for the settings that trainers pickle beside their tensors.
+
+fairseq keeps its arguments as `argparse.Namespace`, others theirs in omegaconf, Lightning's
+dictionaries or NumPy's scalars, and PyTorch's `weights_only` reader refuses a file for naming any
+of them. Names of the closed list below are read as boxes that take their contents and do nothing:
+the classes are never imported, nothing of theirs ever runs. A file that names anything else is
+refused.
+"""
+
+from __future__ import annotations
+
+import collections
+import pickletools
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+LEGACY = 4  # pickles before PyTorch 1.6: number, version, machine, content
+PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # as the format still calls them
+LIBRARIES = (
+    "omegaconf",
+    "fairseq",
+    "pytorch_lightning",
+    "lightning",
+    "lightning_fabric",
+    "lightning_utilities",
+    "transformers",
+    "accelerate",
+    "deepspeed",
+)
+"""Packages whose objects are settings, counters and states of a trainer, and no weights."""
+
+MAPPING = re.compile(
+    r"collections\.defaultdict|(yacs\.config\.CfgNode|easydict\.EasyDict|addict(\.addict)?\.Dict"
+    r"|(pytorch_lightning|lightning|lightning_fabric)\..*\.AttributeDict)"
+)
+"""Classes that are filled entry by entry, as a dict is."""
+
+BOX = re.compile(
+    r"argparse\.Namespace|types\.SimpleNamespace|typing\.\w+|pathlib(\._local)?\.\w*Path"
+    r"|datetime\.(date|time|datetime|timedelta|timezone)|decimal\.Decimal|uuid\.UUID"
+    r"|copyreg\._reconstructor"
+    r"|builtins\.(object|dict|list|tuple|int|float|str|bool|bytes|frozenset|range|slice)"
+    r"|numpy(\._?core\.(multiarray|numeric))?\.(scalar|_reconstruct|_frombuffer|ndarray|dtype)"
+    r"|numpy\.(dtypes\.\w+DType|bool_?|u?int\d+|float\d+)"
+    r"|(" + "|".join(LIBRARIES) + r")\.[\w.]+"
+)
+
+
+class Box:
+    """Takes what an object is made of; of what comes as a dict, its entries become attributes."""
+
+    def __init__(self, *_: Any, **__: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            vars(self).update({str(name): value for name, value in state.items()})
+
+
+class Entries:
+    """Makes an empty OrderedDict, the one kind of dict whose attributes the reader fills too."""
+
+    def __new__(cls, *_: Any, **__: Any) -> Any:
+        """Returns the dict instead of an instance."""
+        return collections.OrderedDict()
+
+
+def named(path: Path) -> set[str]:
+    """Classes and functions that a file of `torch.save` names; nothing is built or run."""
+    if not zipfile.is_zipfile(path):
+        with path.open("rb") as file:
+            return set().union(*(_globals(file) for _ in range(LEGACY)))
+    with zipfile.ZipFile(path) as archive:
+        pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+        with archive.open(pickles[0]) as file:
+            return _globals(file)
+
+
+def stand_ins(names: set[str]) -> list[tuple[Any, str]]:
+    """(stand-in, name) of those names that are on the lists, as `safe_globals` takes them."""
+    pairs = [(name, Entries if MAPPING.fullmatch(name) else Box) for name in sorted(names)]
+    return [(made, name) for name, made in pairs if made is Entries or BOX.fullmatch(name)]
+
+
+def settings(content: Any) -> dict[str, Any]:
+    """The model's settings in a checkpoint of fairseq, such as its number of heads; else nothing.
+
+    They stand in `cfg.model` or, from before fairseq 0.10, in `args`.
+    """
+    if not isinstance(content, Mapping):
+        return {}
+    config = content.get("cfg")
+    for place in (
+        config.get("model") if isinstance(config, Mapping) else None,
+        content.get("args"),
+    ):
+        if isinstance(place, Mapping | Box):
+            return dict(place) if isinstance(place, Mapping) else vars(place)
+    return {}
+
+
+def _globals(file: BinaryIO) -> set[str]:
+    """'module.name' of everything that one pickle names."""
+    found, words = set(), ["", ""]
+    for opcode, argument, _ in pickletools.genops(file):
+        if opcode.name == "GLOBAL":
+            module, _, name = str(argument).partition(" ")
+            found.add(f"{PYTHON_2.get(module, module)}.{name}")
+        elif opcode.name == "STACK_GLOBAL":
+            found.add(".".join(words))
+        elif isinstance(argument, str):
+            words = [words[1], argument]
+    return found
