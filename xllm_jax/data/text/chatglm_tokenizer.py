@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import sentencepiece
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.text.glm_layout import Specials
@@ -264,10 +265,7 @@ def train_tokenizer(
 
 def _reordered(model: bytes) -> bytes:
     """Puts the pieces into the published order: learned ones before special tokens and bytes."""
-    from sentencepiece import sentencepiece_model_pb2
-
-    messages: Any = sentencepiece_model_pb2  # whose classes are made when it is imported
-    proto = messages.ModelProto.FromString(model)
+    proto = _model_message().FromString(model)
     late = [*CONTROLS, TAB, *map(blank, range(2, LONGEST_BLANK + 1))]
     late += [f"<0x{byte:02X}>" for byte in range(256)]
     order = {piece: number for number, piece in enumerate(late, start=1)}
@@ -277,6 +275,23 @@ def _reordered(model: bytes) -> bytes:
     del proto.pieces[:]
     proto.pieces.extend(first + rest)
     return proto.SerializeToString()
+
+
+def _model_message() -> Any:
+    """The class of SentencePiece's model file, as far as it is edited here; all else in it is kept.
+
+    The class that sentencepiece ships demands the version of protobuf that it was generated with,
+    and each package that needs protobuf has limits of its own: Apache Beam refuses version 7.
+    """
+    file = descriptor_pb2.FileDescriptorProto(name="pieces.proto", package="xllm_jax")
+    piece, model = (file.message_type.add(name=name) for name in ("Piece", "Model"))
+    field = descriptor_pb2.FieldDescriptorProto
+    piece.field.add(name="piece", number=1, type=field.TYPE_STRING, label=field.LABEL_OPTIONAL)
+    pieces = model.field.add(name="pieces", number=1, type=field.TYPE_MESSAGE)
+    pieces.label, pieces.type_name = field.LABEL_REPEATED, ".xllm_jax.Piece"
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("xllm_jax.Model"))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
