@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.data.media import image, video, video_packets
+from xllm_jax.data.media import image, video, video_packets, video_readings, video_times
+from xllm_jax.data.media.video_times import Stamp
 
 
 def write(path, count: int, rate: int = 10, size: tuple[int, int] = (96, 64)) -> None:
@@ -40,20 +42,27 @@ def test_reference_sampling_is_the_recorded_one(golden):
         assert video.reference_frames(count, rate) == case["frames_read_ok"]
         kept = case["frames_kept(value = frame index mod 251, null = zero frame)"]
         mask = case["video_mask(not passed to the model)"]
-        ours = video.choose(count, rate, len(kept), "reference")
+        ours = video.reference_frames(count, rate)[: len(kept)]
         assert [number % 251 for number in ours] == [value for value in kept if value is not None]
         assert mask == [1] * len(ours) + [0] * (len(kept) - len(ours))
 
 
+def uniform(count: int, wanted: int) -> list[int]:
+    """Frames chosen of a video of so many equally long ones."""
+    tick = Fraction(1, 30)
+    shown = video_times.timeline([Stamp(n, None, 1) for n in range(count)], tick, tick)
+    return [shown.at(time) for time in video_times.uniform_times(Fraction(0), shown.length, wanted)]
+
+
 def test_uniform_frames_are_centers_and_repeat_in_short_videos():
-    assert video.uniform_frames(100, 5) == [10, 30, 50, 70, 90]
-    assert video.uniform_frames(8, 4) == [1, 3, 5, 7]
-    assert video.uniform_frames(2, 5) == [0, 0, 1, 1, 1]
-    assert video.uniform_frames(1, 3) == [0, 0, 0]
+    assert uniform(100, 5) == [10, 30, 50, 70, 90]
+    assert uniform(8, 4) == [1, 3, 5, 7]
+    assert uniform(2, 5) == [0, 0, 1, 1, 1]
+    assert uniform(1, 3) == [0, 0, 0]
     for count in range(1, 40):
         for wanted in range(1, 12):
-            frames = video.uniform_frames(count, wanted)
-            assert frames == sorted(frames) and frames[0] >= 0 and frames[-1] < count
+            centers = [(2 * part + 1) * count // (2 * wanted) for part in range(wanted)]
+            assert uniform(count, wanted) == centers
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "avi", "mkv"])
@@ -109,7 +118,14 @@ def test_frames_decoded_alone_are_those_of_the_whole_clip(moving, numbers):
 @pytest.mark.parametrize("times", [[0.0], [0.31, 0.32, 0.9], [0.5, 1.55], [1.2, 1.9], [1.56, 3.0]])
 def test_pictures_at_some_times_are_those_of_decoding_through(moving, times):
     path, frames = moving
-    straight, through = video._straight_times(path, times), video._through_times(path, times)
+    exact = [Fraction(time) for time in times]
+
+    def pick(shown: video_times.Timeline) -> list[int]:
+        return [shown.at(time) for time in exact]
+
+    straight = video_readings.by_packets(path, pick, exact)
+    through = video_readings.by_frames(path, pick, exact)
+    assert through is not None
     for one, other in zip(straight or through, through, strict=True):
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
     assert straight or times[0] > len(frames) / 25 - 0.05
@@ -128,14 +144,6 @@ def test_short_videos_repeat_frames(tmp_path):
     path = tmp_path / "short.mp4"
     write(path, 2)
     assert levels(video.load(path, {"frames": 4, "size": 16})) == [0, 0, 1, 1]
-
-
-def test_a_header_that_promises_too_much(tmp_path, monkeypatch):
-    path = tmp_path / "clip.mp4"
-    write(path, 10)
-    monkeypatch.setattr(video_packets, "collect", lambda found: None)
-    monkeypatch.setattr(video, "describe", lambda path: (1000, 10.0))
-    assert levels(video.load(path, {"frames": 5, "size": 16})) == [1, 3, 5, 7, 9]
 
 
 def test_unreadable_files_are_told_by_name(tmp_path):

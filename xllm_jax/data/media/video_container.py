@@ -1,0 +1,76 @@
+"""Opening video files with PyAV: their first video stream, and going to a time in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from xllm_jax.core.errors import UserError
+from xllm_jax.data.media import formats, image, paths
+
+# Neither playlists, which name other files, nor text and single pictures, which are no videos.
+ALLOWED = {"format_whitelist": formats.VIDEOS, "protocol_whitelist": "file"}
+
+
+@contextmanager
+def opened(path: str | Path) -> Iterator[tuple[Any, Any]]:
+    """(container, its first video stream), closed in the end.
+
+    Raises:
+      UserError: the file is missing, not a video, too large, or its decoder fails inside.
+    """
+    import av
+    from av.error import FFmpegError
+
+    source = paths.source(path, "video", spans=True)
+    formats.check(path, "video")
+    # Otherwise what stands before a colon in a file's name is taken for a protocol.
+    source = f"file:{source}" if isinstance(source, str) else source
+    try:
+        with av.open(source, container_options=ALLOWED) as container:
+            yield container, _stream(container, path)
+    except (FFmpegError, ValueError, EOFError) as error:
+        what = f"cannot be read as a video ({error})"
+        raise UserError(what, field=str(path), hint="Download it again") from error
+
+
+def _stream(container: Any, path: str | Path) -> Any:
+    from av.stream import Disposition
+
+    cover = Disposition.attached_pic
+    moving = [stream for stream in container.streams.video if not stream.disposition & cover]
+    if not moving:
+        raise UserError("has no video stream", field=str(path), hint="Remove it from the data")
+    stream = moving[0]
+    stream.codec_context.thread_count = 1  # files are read in parallel, not parts of one
+    pixels = (stream.codec_context.width or 0) * (stream.codec_context.height or 0)
+    if pixels > image.MOST_PIXELS:
+        what = f"has frames of {pixels:,} pixels, more than {image.MOST_PIXELS:,}"
+        raise UserError(what, field=str(path), hint="Shrink it")
+    return stream
+
+
+def seek(container: Any, stream: Any, time: Fraction) -> int | None:
+    """Goes to the key frame before a time.
+
+    Args:
+      container, stream: of `opened`.
+      time: seconds behind the first frame.
+
+    Returns:
+      The first frame's stamp in ticks of the stream; None where it is not known, or the file is of
+      a form in which nobody can seek.
+    """
+    from av.error import FFmpegError
+
+    first = next((packet for packet in container.demux(stream) if packet.size), None)
+    if first is None or first.pts is None:
+        return None
+    try:
+        container.seek(first.pts + int(time / stream.time_base), stream=stream)
+    except FFmpegError:
+        return None
+    return first.pts
