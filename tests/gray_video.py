@@ -39,7 +39,7 @@ def write(
         stream.width, stream.height, stream.options = 96, 64, dict(coding or {})
         if codec in ("mpeg4", "mjpeg", "wmv2"):
             stream.options |= {"qscale": "2"}
-        stream.pix_fmt = {"gif": "rgb8", "mjpeg": "yuvj420p"}.get(codec, "yuv420p")
+        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
         stream.codec_context.time_base = tick
         for number, time in enumerate(times):
             gray = np.full((64, 96, 3), STEP * number, np.uint8)

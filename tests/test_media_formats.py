@@ -124,7 +124,7 @@ def test_texts_are_no_clips(kind, good, tmp_path, monkeypatch):
     (tmp_path / "clip.mp4").write_bytes(good["video"][0].read_bytes())
     for name in ("a.txt", "a.mp4"):
         (tmp_path / name).write_text(CLIPS[kind].format("clip.mp4"))
-        for read_any in (lambda path: read("video", path), video.describe, media.frames):
+        for read_any in (lambda path: read("video", path), media.frames):
             with pytest.raises(UserError, match="cannot be read as a video"):
                 read_any(str(tmp_path / name))
 
@@ -144,7 +144,7 @@ def test_decoders_have_the_lists_too(good, tmp_path, monkeypatch):
     (tmp_path / "a.mp4").write_text(CLIPS["ffconcat"].format("clip.mp4"))
     (tmp_path / "a.jpg").write_bytes(EPS)
     with pytest.raises(UserError, match="cannot be read as a video"):
-        video.describe(tmp_path / "a.mp4")
+        video.pictures(tmp_path / "a.mp4", 1)
     with pytest.raises(UserError, match="cannot be read as an image"):
         image.read(tmp_path / "a.jpg")
     soundfile.write(tmp_path / "a.wav", np.zeros(8000), 16000, format="VOC")
