@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from xllm_jax.core.text_lines import split_lines
 from xllm_jax.data.synthetic_world.text_stream import text_examples
 from xllm_jax.data.text.chatglm_tokenizer import LINE, LONGEST_BLANK, TAB, ChatGLMTokenizer, blank
 
@@ -44,7 +45,7 @@ def main() -> None:
     flags = parser.parse_args()
     tokenizer = ChatGLMTokenizer(flags.folder)
     if flags.texts:
-        texts = flags.texts.read_text("utf-8").splitlines()
+        texts = split_lines(flags.texts.read_text("utf-8"))
     else:
         texts = [example.answer for example in text_examples(0, 4000) if example.answer]
     for joined in (1, 10, 100):

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from absl import flags
 
 from xllm_jax.core.errors import UserError
+from xllm_jax.core.text_lines import split_lines
 from xllm_jax.data.example import Example
 from xllm_jax.data.media import modalities
 from xllm_jax.data.media.modalities import MODALITIES
@@ -33,7 +34,7 @@ MAX_TOKENS = flags.DEFINE_integer(
     "max_tokens", 64, "Length of the longest answer in tokens, the end token included.", 2
 )
 
-HELP = "\n".join((__doc__ or "").splitlines()[4:-1])
+HELP = "\n".join(split_lines(__doc__ or "")[4:-1])
 
 Answer = Callable[[Example], str]
 

@@ -25,6 +25,7 @@ from absl import flags
 from tqdm import tqdm
 
 from xllm_jax.configs import networks
+from xllm_jax.core.text_lines import split_lines
 from xllm_jax.launch import cli, commands
 
 OUTPUT = flags.DEFINE_string(
@@ -129,7 +130,7 @@ class Running:
         """Where the job is, from the last line of its metrics."""
         file = folder / "runs" / self.job.name / "metrics.jsonl"
         try:
-            last = json.loads(file.read_text().splitlines()[-1])
+            last = json.loads(split_lines(file.read_text())[-1])
             return f"{self.job.name} step {last['step']} loss {last['loss']:.3f}"
         except (OSError, IndexError, ValueError, KeyError):
             return f"{self.job.name} {time.monotonic() - self.began:.0f} s"
@@ -191,7 +192,7 @@ def pick_cores(cores: list[int], running: list[Running], slots: int, job: Job) -
 
 def fail(failed: Running) -> NoReturn:
     """Leaves, showing why a job failed."""
-    tail = "\n".join(failed.log.read_text(errors="replace").splitlines()[-15:])
+    tail = "\n".join(split_lines(failed.log.read_text(errors="replace"))[-15:])
     raise SystemExit(f"{failed.job.name} failed (whole log: {failed.log}):\n{tail}")
 
 

@@ -69,14 +69,16 @@ def test_flickr30k(form, tmp_path):
     assert names(opened(flickr30k.examples(str(tmp_path), "val"))) == ["1.jpg"]
     (tmp_path / "zh").write_text("1.jpg#0\t狗\n1.jpg#1\t\n", "utf-8")
     translated = flickr30k.examples(str(tmp_path), captions=str(tmp_path / "zh"))
+    assert translated[0].references == ("狗",)
     with pytest.raises(UserError, match=r"1\.jpg: has an empty caption"):
-        translated[0]
+        translated[1]
 
 
 def test_flickr30k_mistakes(tmp_path):
     with pytest.raises(UserError, match=r"results_20130124\.token: no such file"):
         flickr30k.examples(str(tmp_path))
     (tmp_path / "results_20130124.token").write_text("1.jpg A cat\n")
+    (tmp_path / "images").mkdir()
     with pytest.raises(UserError, match="row 1: is not a name"):
         flickr30k.examples(str(tmp_path))
 

@@ -183,7 +183,7 @@ def test_instructions_about_one_modality(root, modality):
     everything = instructions.examples(f"{root}/instructions", "train")
     wanted = [e for e in everything if {kind for kind, _ in e.media} == {modality}]
     assert wanted and len(wanted) < len(everything)
-    assert instructions.examples(f"{root}/instructions", "train", modality=modality) == wanted
+    assert list(instructions.examples(f"{root}/instructions", "train", modality=modality)) == wanted
 
 
 def test_instructions_of_other_publishers(tmp_path):
@@ -211,8 +211,10 @@ def test_instructions_of_other_publishers(tmp_path):
         "b-1",
     ]
     (tmp_path / "val.jsonl").write_text(lines[0] + '\n{"id": ', "utf-8")
-    with pytest.raises(UserError, match=r"val\.jsonl: broken JSON at line 2"):
-        instructions.examples(str(tmp_path), "val")
+    found = instructions.examples(str(tmp_path), "val")
+    assert [found[place].key for place in range(2)] == ["a-0", "a-1"] and len(found) == 3
+    with pytest.raises(UserError, match=r"val\.jsonl: \[1\]: broken JSON at line 1, column 8"):
+        found[2]
     (tmp_path / "filter_cap.json").write_text(
         json.dumps({"annotations": [{"image_id": "7", "caption": "一只猫"}]}), "utf-8"
     )
@@ -372,9 +374,13 @@ def test_mistakes_are_named(root, tmp_path, number):
 FOLDER_MISTAKES = [
     ("captions.json", '["a.jpg"]', r"\[0\]: is a text, not an object"),
     ("captions.json", '{"a.jpg": 3}', r"a\.jpg: has no caption"),
-    ("captions.jsonl", '{"image": "a.jpg", "caption": "b"}\n{"image', r"broken JSON at line 2"),
+    (
+        "captions.jsonl",
+        '{"image": "a.jpg", "caption": "b"}\n{"image',
+        r"broken JSON at line 1, column 2",
+    ),
     ("captions.csv", "picture,caption\na,b\n", r"no column 'image'.*picture"),
-    ("captions.tsv", "image\tcaption\na.jpg\n", r"line 2 is not complete"),
+    ("captions.tsv", "image\tcaption\na.jpg\n", r"row 2: has 1 fields for 2 columns"),
     ("other.json", "{}", r"has no captioned images"),
 ]
 
@@ -383,7 +389,7 @@ FOLDER_MISTAKES = [
 def test_folder_mistakes_are_named(name, text, message, tmp_path):
     (tmp_path / name).write_text(text, "utf-8")
     with pytest.raises(UserError, match=message):
-        captions_folder.examples(str(tmp_path))
+        list(captions_folder.examples(str(tmp_path)))
 
 
 def test_splits_that_a_set_does_not_have(tmp_path):

@@ -19,6 +19,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
 from xllm_jax.core.errors import UserError
+from xllm_jax.core.text_lines import split_lines
 
 
 class Log:
@@ -62,7 +63,7 @@ class Log:
     def _truncate(self, start: int) -> None:
         if not self._file.exists():
             return
-        kept = [line for line in self._file.read_text().splitlines() if _step(line) <= start]
+        kept = [line for line in split_lines(self._file.read_text()) if _step(line) <= start]
         partial = self._file.with_suffix(".partial")
         partial.write_text("".join(line + "\n" for line in kept))
         os.replace(partial, self._file)

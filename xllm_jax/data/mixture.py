@@ -14,6 +14,7 @@ import numpy as np
 from xllm_jax.core import lookup
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data, Source
+from xllm_jax.data import guarded
 from xllm_jax.data.example import Example
 from xllm_jax.data.record import Record, Skipped
 
@@ -29,7 +30,8 @@ def read(name: str, source: Source, root: str) -> Sequence[Example]:
     """Opens one source with its reader.
 
     Raises:
-      UserError: unknown reader or option, no files, or no records.
+      UserError: unknown reader or option, no files, no records or none that can be read; of the
+        sequence, a record that cannot be read, and nothing else.
     """
     field = f"data.sources.{name}"
     reader = lookup.module(READERS, source.reader, f"{field}.reader")
@@ -42,11 +44,9 @@ def read(name: str, source: Source, root: str) -> Sequence[Example]:
             hint=f"Choices: {', '.join(known) or 'none'}",
         )
     path = os.path.join(root, source.path)
-    found = reader.examples(path, source.split, **source.options)
-    found = found if hasattr(found, "__getitem__") and hasattr(found, "__len__") else list(found)
-    if not len(found):
-        raise UserError("has no records", field=field, hint=f"Look at {path} ({source.split})")
-    return found
+    return guarded.opened(
+        lambda: reader.examples(path, source.split, **source.options), field, path
+    )
 
 
 def mixture(data: Data) -> dict[str, float | None]:
@@ -77,26 +77,9 @@ def mixture(data: Data) -> dict[str, float | None]:
 def draw(sources: Sources, name: str, epoch: int, index: int, seed: int, bucket: int) -> Drawn:
     """The record at one place of one source."""
     try:
-        return Record(checked(sources[name][index]), name, epoch, index, seed, bucket)
+        return Record(guarded.example(sources[name], index), name, epoch, index, seed, bucket)
     except UserError as error:
         return Skipped(f"{name}[{index}]", error.what, bad=True, file=error.field)
-
-
-def checked(example: Example) -> Example:
-    """The example, if its texts can be written.
-
-    Raises:
-      UserError: a text was not UTF-8 in its file.
-    """
-    rounds = [text for pair in example.history for text in pair]
-    texts = (example.instruction, example.answer, example.transcript, *example.references, *rounds)
-    try:
-        "".join(texts).encode("utf-8")
-    except UnicodeEncodeError:
-        paths = [path for _, path in example.media]
-        file = ascii(next(iter(paths), example.key))[1:-1]
-        raise UserError("its text is not UTF-8", field=file, hint="Save it as UTF-8") from None
-    return example
 
 
 def batches(

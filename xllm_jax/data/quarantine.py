@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from xllm_jax.core.errors import UserError
+from xllm_jax.core.text_lines import split_lines
 from xllm_jax.data.record import Skipped
 
 ENOUGH = 100  # records seen before a share says anything
@@ -80,7 +81,7 @@ class Quarantine:
         """Drops the lines from `drawn` on; counts of the files on those that stay."""
         if self.path is None or not self.path.exists():
             return {}
-        lines = self.path.read_text("utf-8").splitlines()
+        lines = split_lines(self.path.read_text("utf-8"))
         kept = [(line, found) for line in lines if (found := _parsed(line))["drawn"] < drawn]
         if len(kept) < len(lines):
             partial = self.path.with_suffix(".partial")

@@ -17,6 +17,7 @@ import numpy as np
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
+from xllm_jax.core.text_lines import split_lines
 from xllm_jax.data import mixture
 from xllm_jax.data.example import Example
 from xllm_jax.evaluation import measure, scorers
@@ -161,7 +162,7 @@ def curves(runs: str | Path, points: int = 160) -> dict[str, list[list[float]]]:
     """{run: [[step, loss], ...]} of every run below a folder, thinned out to `points`."""
     found = {}
     for file in sorted(Path(runs).glob("*/metrics.jsonl")):
-        rows = [json.loads(line) for line in file.read_text("utf-8").splitlines() if line]
+        rows = [json.loads(line) for line in split_lines(file.read_text("utf-8")) if line]
         pairs = [[row["step"], row["loss"]] for row in rows if "loss" in row]
         if pairs:
             step = max(1, len(pairs) // points)

@@ -12,6 +12,8 @@ import math
 import re
 from collections.abc import Iterator
 
+from xllm_jax.core.text_lines import split_lines
+
 ITEM_BITS = {
     "pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "bf16": 16, "f16": 16,
     "s32": 32, "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64,
@@ -135,7 +137,7 @@ def parse(text: str) -> Program:
     """Reads the text of `compiled.as_text()`."""
     computations: dict[str, dict[str, Instruction]] = {}
     entry, current = "", {}
-    for line in text.splitlines():
+    for line in split_lines(text):
         header = HEADER.match(line)
         if header and not line.startswith(" "):
             current = computations.setdefault(header.group(2), {})

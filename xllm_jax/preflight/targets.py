@@ -20,6 +20,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from xllm_jax.core import mesh
 from xllm_jax.core.chips import CHIPS, UNKNOWN, Chip
 from xllm_jax.core.errors import UserError
+from xllm_jax.core.text_lines import split_lines
 from xllm_jax.core.types import Device
 
 
@@ -135,7 +136,7 @@ def devices(target: Target) -> list[Device]:
         described = topologies.get_topology_desc(target.name, "tpu", **options)
     except Exception as error:
         raise UserError(
-            f"cannot compile for {target.name}: {str(error).splitlines()[0]}",
+            f"cannot compile for {target.name}: {split_lines(str(error))[0]}",
             field="--topology",
             hint="pip install -e '.[preflight]' brings the TPU compiler",
         ) from error

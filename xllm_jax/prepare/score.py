@@ -30,7 +30,7 @@ from xllm_jax.core.errors import UserError
 from xllm_jax.core.parallel import overlapped
 from xllm_jax.core.sharded_job import Shards
 from xllm_jax.core.stage import Source
-from xllm_jax.data import mixture
+from xllm_jax.data import guarded
 from xllm_jax.data.example import Example
 from xllm_jax.data.media import image
 from xllm_jax.data.text.chatglm_tokenizer import ClipTokenizer
@@ -147,7 +147,7 @@ def pair(example: Example, side: int) -> Pair:
     Raises:
       UserError: not one image and one caption, or the image cannot be read.
     """
-    example = mixture.checked(example)
+    example = guarded.checked(example)
     paths = [path for modality, path in example.media if modality == "image"]
     if len(paths) != 1 or not example.answer.strip():
         what = f"is no pair ({len(paths)} images, {len(example.answer)} letters of a caption)"

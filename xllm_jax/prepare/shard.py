@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.data import mixture
+from xllm_jax.data import guarded
 from xllm_jax.data.example import Example
 from xllm_jax.data.rows import prepared
 from xllm_jax.prepare.preparation import PreparationPlan, rejected
@@ -40,7 +40,7 @@ def _records(
     kinds = prepared.features(media, plan.several)
     for place in plan.shards.rows(shard):
         try:
-            example = mixture.checked(found[place])
+            example = guarded.example(found, place)
             row = prepared.row(example, media, plan.check, plan.several)
         except UserError as error:
             yield None, rejected(plan.name, place, error)

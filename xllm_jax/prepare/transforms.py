@@ -147,7 +147,7 @@ class Usable:
             self._found = mixture.read(self._name, self._source, "")
         known = stored(self._source)
         try:
-            example = mixture.checked(self._found[place])
+            example = self._found[place]
             for modality, path in example.media:
                 prepared.decodable(known[modality], path)
         except UserError as error:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from xllm_jax.core.errors import UserError
+from xllm_jax.core.text_lines import split_lines
 
 FILE, README = "tolerances.json", "README.md"
 NUMBER = re.compile(r"(?<![\w.])(?:\d+(?:\.\d+)?e[-+]?\d+|0\.\d+)")
@@ -123,7 +124,7 @@ def names_listed(folder: Path, file: str) -> list[str]:
     names = list(read(folder).listed.get(file, {}))
     readme = folder / README
     inside = False
-    for line in readme.read_text("utf-8").splitlines() if readme.exists() else ():
+    for line in split_lines(readme.read_text("utf-8")) if readme.exists() else ():
         if line.startswith("#"):
             inside = line.lstrip("# ").split(" ")[0] == file
         cells = _cells(line)
@@ -154,7 +155,7 @@ def _largest(recorded: np.ndarray) -> float:
 def _tolerance_rows(text: str) -> dict[str, str]:
     """{first cell: second cell} of the tables below headings that speak of tolerances."""
     rows, inside = {}, False
-    for line in text.splitlines():
+    for line in split_lines(text):
         if line.startswith("#"):
             inside = "tolerance" in line.lower()
         cells = _cells(line)

@@ -24,6 +24,7 @@ import numpy as np
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data
+from xllm_jax.core.text_lines import split_lines
 from xllm_jax.data.media import modalities
 from xllm_jax.data.record import DoesNotFit, Record
 
@@ -184,7 +185,7 @@ def bound_memory(more: int) -> None:
 def _status(field: str) -> int:
     """Bytes that Linux counts for this process; 0 on systems that do not tell."""
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = split_lines(Path("/proc/self/status").read_text())
     except OSError:
         return 0
     return next((int(x.split()[1]) * 1024 for x in lines if x.startswith(f"{field}:")), 0)

@@ -1,36 +1,47 @@
 """Where the rows of a JSON file stand, without keeping the rows: offsets into lists of any depth.
 
 The file is read in pieces as Latin-1, one character a byte, which leaves JSON's own signs as they
-are; so memory holds one piece, one row, and a few numbers for every row.
+are; so memory holds one piece, one row, and a few numbers for every row. A row that is no JSON
+though its brackets show where it ends (`{"a": tru}`, a number of 5000 digits) is a row like any
+other: it is reported when it is read.
 """
 
 from __future__ import annotations
 
+import io
 import json
-import pathlib
+import os
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
 from xllm_jax.core.errors import UserError
+from xllm_jax.data.rows import files
 
 CHUNK = 1 << 24  # bytes of a file looked at at once
 SPACE = re.compile(r"[ \t\r\n]*")
 ENDS = tuple(",:]}")
-MEND = "Check data.root and the source's path, or see the reader's docstring"
+TEXT = r'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
+BRACKET = re.compile(rf'{TEXT}|["\[\]{{}}]', re.DOTALL)  # strings are passed over
+SCALAR = re.compile(rf'{TEXT}|[^",:\[\]{{}}\s]+', re.DOTALL)
 MARK = "\xef\xbb\xbf"  # of UTF-8, read as Latin-1
 
-Note = Callable[[Any, int], Any] | None  # from (row, its number) to what shall be kept of it
+# From (row, its number) to what shall be kept of it; the row is None where it is no JSON.
+Note = Callable[[Any, int], Any] | None
 
 
 class Rows:
-    """The rows of one list: `spans` `[rows, 2]` int64 (first byte and end) and their notes."""
+    """The rows of one list: `spans` `[rows, 2]` int64 (first byte and end) and their notes.
+
+    Of an object its members are the rows, and `names` their keys; of a list it is None.
+    """
 
     def __init__(self, note: Note):
         self._note, self._spans, self.notes = note, bytearray(), []
         self.spans = np.zeros((0, 2), np.int64)
+        self.names: list[str] | None = None
 
     def add(self, start: int, end: int, value: Any) -> None:
         """Takes down one row."""
@@ -45,26 +56,27 @@ class Rows:
         return self
 
 
-def find(path: pathlib.Path, wanted: Mapping[str, Note]) -> dict[str, Rows]:
+def find(
+    path: str | os.PathLike, wanted: Mapping[str, Note], objects: bool = False
+) -> dict[str, Rows]:
     """The rows of some lists of a JSON file.
 
     Args:
       path: the file.
       wanted: {place: note}; a place is '' for the file's own list, or keys such as 'data.dialogs'.
         Texts that a note meets are not yet UTF-8.
+      objects: an object in the place of a list will do, and its members are the rows.
 
     Raises:
       UserError: the file is no list or object where one is wanted, a list is missing, or the JSON
-        is broken.
+        is so broken that its rows cannot be told apart.
     """
-    if not path.is_file():
-        raise UserError("no such file", field=str(path), hint=MEND)
     found = {place: Rows(note) for place, note in wanted.items()}
     seen: set[str] = set()
-    with open(path, encoding="latin-1", newline="") as file:
-        scanner = _Scanner(file, path)
+    with io.TextIOWrapper(files.opened(path), "latin-1", newline="") as file:
+        scanner = _Scanner(file, str(path))
         scanner.skip(MARK)
-        _value(scanner, "", found, seen)
+        _Walk(scanner, found, seen, objects).value("")
         if scanner.peek():
             raise scanner.broken()
     for place in found.keys() - seen:
@@ -73,21 +85,40 @@ def find(path: pathlib.Path, wanted: Mapping[str, Note]) -> dict[str, Rows]:
     return {place: rows.close() for place, rows in found.items()}
 
 
-def _value(scanner: _Scanner, place: str, found: Mapping[str, Rows], seen: set[str]) -> None:
-    """Goes over one value: a wanted list, an object with one in it, or one that is passed over."""
-    sign = scanner.peek()
-    if place in found and sign == "[":
-        seen.add(place)
-        for _ in scanner.members("[", "]"):
-            found[place].add(*scanner.value())
-    elif sign == "{" and any(other.startswith(_below(place)) for other in found):
-        for _ in scanner.members("{", "}"):
-            _value(scanner, _below(place) + scanner.key(), found, seen)
-    elif sign == "[":
-        for _ in scanner.members("[", "]"):  # row by row, since it may be long
-            scanner.value()
-    elif sign:
-        scanner.value()
+class _Walk:
+    """Goes over the values of a file: wanted lists, objects with one in them, and all others."""
+
+    def __init__(self, scanner: _Scanner, found: dict[str, Rows], seen: set[str], objects: bool):
+        self._scanner, self._found, self._seen, self._objects = scanner, found, seen, objects
+
+    def value(self, place: str) -> None:
+        """Passes the value that stands at a place."""
+        sign, rows = self._scanner.peek(), self._found.get(place)
+        if rows and (sign == "[" or (sign == "{" and self._objects)):
+            self._seen.add(place)
+        if sign == "[":
+            self._list(rows)
+        elif sign == "{" and rows and self._objects:
+            self._object(rows)
+        elif sign == "{":
+            inside = any(other.startswith(_below(place)) for other in self._found)
+            for _ in self._scanner.members("{", "}"):
+                name = self._scanner.key()
+                self.value(_below(place) + name) if inside else self._scanner.value()
+        elif sign:
+            self._scanner.value()
+
+    def _list(self, rows: Rows | None) -> None:
+        for _ in self._scanner.members("[", "]"):  # row by row, since it may be long
+            start, end, value = self._scanner.value()
+            if rows is not None:
+                rows.add(start, end, value)
+
+    def _object(self, rows: Rows) -> None:
+        rows.names = []
+        for _ in self._scanner.members("{", "}"):
+            rows.names.append(self._scanner.key())
+            rows.add(*self._scanner.value())
 
 
 def _below(place: str) -> str:
@@ -97,7 +128,7 @@ def _below(place: str) -> str:
 class _Scanner:
     """A place in a JSON file that moves on; `text` holds what is read and not yet passed."""
 
-    def __init__(self, file: Any, path: pathlib.Path):
+    def __init__(self, file: TextIO, path: str):
         self._file, self._path, self._decoder = file, path, json.JSONDecoder()
         self._text, self._base, self._at, self._ended = "", 0, 0, False
         self._more()
@@ -131,33 +162,63 @@ class _Scanner:
         self._at += 1
 
     def key(self) -> str:
-        """Passes a key and its colon."""
-        _, _, name = self.value()
+        """Passes a key and its colon; returns it as it is meant, in Unicode."""
+        start, end, name = self.value()
+        raw = self._text[self._at - (end - start) : self._at]
         if not isinstance(name, str) or self.peek() != ":":
             raise self.broken()
         self._at += 1
-        return name
+        return json.loads(raw.encode("latin-1").decode("utf-8", "surrogateescape"), strict=False)
 
     def value(self) -> tuple[int, int, Any]:
-        """Passes a value: (first byte, end, value)."""
+        """Passes a value: (first byte, end, value or None where it is no JSON)."""
         self.peek()
-        while True:
+        value, length = self._decoded()
+        behind = _behind_space(self._text, self._at + length)
+        # A number is whole once something stands behind it that ends it.
+        if not length or self._text[behind : behind + 1] not in ENDS:
+            whole = self._whole()
             value, length = self._decoded()
-            behind = _behind_space(self._text, self._at + length)
-            # A number is whole once something stands behind it that ends it.
-            whole = length and self._text[behind : behind + 1] in ENDS
-            if whole or not self._more():
-                if not length:
-                    raise self.broken()
-                start = self._base + self._at
-                self._at += length
-                return start, start + length, value
+            value, length = (value, length) if length == whole else (None, whole)
+        start = self._base + self._at
+        self._at += length
+        return start, start + length, value
+
+    def _whole(self) -> int:
+        """Reads on until a value is there to its end, as its brackets show; returns its length."""
+        if self.peek() not in ("[", "{"):
+            return self._whole_scalar()
+        depth, length = 0, 0
+        while True:
+            found = BRACKET.search(self._text, self._at + length)
+            sign = found.group() if found else ""
+            if found is None or sign == '"':  # a string that goes on
+                length = (found.start() if found else len(self._text)) - self._at
+                self._go_on()
+                continue
+            depth += (sign in ("[", "{")) - (sign in ("]", "}"))
+            length = found.end() - self._at
+            if not depth:
+                return length
+
+    def _whole_scalar(self) -> int:
+        while True:
+            found = SCALAR.match(self._text, self._at)
+            if found and (found.end() < len(self._text) or not self._more()):
+                return found.end() - found.start()
+            if not found:
+                self._go_on()
+
+    def _go_on(self) -> None:
+        """Reads on in the middle of a value."""
+        if len(self._text) - self._at > files.MOST or not self._more():
+            raise self.broken()
 
     def _decoded(self) -> tuple[Any, int]:
         """The value that stands here and its length, 0 where it is cut off or broken."""
         try:
             value, end = self._decoder.raw_decode(self._text, self._at)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # of broken JSON, too many digits, deep nesting
             return None, 0
         return value, end - self._at
 

@@ -5,22 +5,19 @@ A record is read when it is asked for, so one broken row costs one record, never
 
 from __future__ import annotations
 
-import csv
-import json
+import abc
 import operator
 import os
 import pathlib
-import re
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.data.rows import json_spans
+from xllm_jax.data.rows import csv_rows, files, json_spans, json_text
 
 CHUNK = 1 << 24  # bytes of a file looked at at once
-MEND = json_spans.MEND
 
 
 class Lazy(Sequence):
@@ -58,26 +55,65 @@ class Chain(Sequence):
         return self._parts[part][index - (int(self._ends[part - 1]) if part else 0)]
 
 
-class Lines(Sequence):
-    """The lines of a text file, blank ones left out.
+class FileRows(Sequence, abc.ABC):
+    """Rows that are read from a file when they are asked for."""
+
+    path: pathlib.Path
+
+    @abc.abstractmethod
+    def read(self, file: BinaryIO, index: int) -> Any:
+        """One row of the opened file.
+
+        Raises:
+          UserError: it is broken.
+        """
+
+    @abc.abstractmethod
+    def place(self, index: int) -> str:
+        """Where a row is, for messages."""
+
+    def __getitem__(self, index: int) -> Any:
+        index = range(len(self))[index]
+        with files.opened(self.path) as file:
+            return self.read(file, index)
+
+    def tried(self, places: Iterable[int] | None = None) -> Iterator[Any]:
+        """Every row in order, or the UserError that says why not; the file is opened once.
+
+        Args:
+          places: of some rows alone.
+        """
+        with files.opened(self.path) as file:
+            for index in range(len(self)) if places is None else places:
+                try:
+                    found = self.read(file, index)
+                except UserError as error:
+                    found = error
+                yield found
+
+
+class Lines(FileRows):
+    """The lines of a text file, which end at newline characters alone; blank ones are left out.
 
     Args:
       path: the file.
-      quoted: line breaks inside double quotes belong to the line, as in CSV.
+      quoted: the rows of a CSV file instead, which may hold line breaks; only empty ones are left
+        out, as the csv module does it.
 
     Raises:
       UserError: no such file; on access, a line that is not UTF-8.
     """
 
     def __init__(self, path: str | os.PathLike, quoted: bool = False):
-        self.path = pathlib.Path(path)
-        if not self.path.is_file():
-            raise UserError("no such file", field=str(path), hint=MEND)
-        ends = _line_ends(self.path, quoted)
-        starts = np.concatenate([[0], ends[:-1]]).astype(np.int64)
-        kept = ends - starts > 2  # a line break has one or two bytes; shorter lines are looked into
-        short = np.flatnonzero(~kept)
-        kept[short] = [bool(_bytes(self.path, starts[i], ends[i]).strip()) for i in short]
+        self.path, self._quoted = pathlib.Path(path), quoted
+        with files.opened(path) as file:
+            ends = csv_rows.row_ends(file) if quoted else _line_ends(file)
+            starts = np.concatenate([[0], ends[:-1]]).astype(np.int64)
+            kept = ends - starts > 2  # a line end has two bytes at most; look into shorter lines
+            for index in np.flatnonzero(~kept):
+                file.seek(int(starts[index]))
+                content = file.read(int(ends[index] - starts[index]))
+                kept[index] = bool(content.strip(b"\r\n" if quoted else None))
         self._starts, self._ends = starts[kept], ends[kept]
 
     def __len__(self) -> int:
@@ -87,13 +123,14 @@ class Lines(Sequence):
         """Where a line is, for messages."""
         return f"{self.path}: row {index + 1}"
 
-    def __getitem__(self, index: int) -> str:
-        index = range(len(self))[index]
-        found = _bytes(self.path, self._starts[index], self._ends[index])
-        return _text(found, self.place(index)).strip("\r\n").removeprefix("\ufeff")
+    def read(self, file: BinaryIO, index: int) -> str:
+        """One line without its end, which a row of CSV keeps: see `FileRows.read`."""
+        start, end = int(self._starts[index]), int(self._ends[index])
+        text = files.part(file, start, end, self.place(index)).removeprefix("\ufeff")
+        return text if self._quoted else text.removesuffix("\n").removesuffix("\r")
 
 
-class Spans(Sequence):
+class Spans(FileRows):
     """JSON values of a file by their places (`json_spans.Rows.spans`).
 
     Args:
@@ -102,7 +139,7 @@ class Spans(Sequence):
       name: of the list, for messages.
 
     Raises:
-      UserError: on access, a row that is not UTF-8.
+      UserError: on access, a row that is broken or not UTF-8.
     """
 
     def __init__(self, path: str | os.PathLike, spans: np.ndarray, name: str = ""):
@@ -115,71 +152,104 @@ class Spans(Sequence):
         """Where a row is, for messages."""
         return f"{self.path}: {self._name}[{index}]"
 
-    def __getitem__(self, index: int) -> Any:
-        return self.several([range(len(self))[index]])[0]
-
     def several(self, places: Sequence[int]) -> list[Any]:
         """Some rows; the file is opened once."""
-        found = []
-        with open(self.path, "rb") as file:
-            for index in places:
-                start, end = self._spans[index].tolist()
-                file.seek(start)
-                found.append(json.loads(_text(file.read(end - start), self.place(index))))
-        return found
+        with files.opened(self.path) as file:
+            return [self.read(file, index) for index in places]
+
+    def read(self, file: BinaryIO, index: int) -> Any:
+        """One value, see `FileRows.read`."""
+        start, end = self._spans[index].tolist()
+        where = self.place(index)
+        return json_text.parsed(files.part(file, start, end, where), where)
 
 
-class Rows(Sequence):
-    """The objects of a JSON list, or of a file with one JSON value a line (.jsonl).
-
-    Args:
-      path: the file.
-      measure: a number to be known of every row of a list; the texts it meets are not yet UTF-8.
-
-    Attributes:
-      measures: `[rows]` int64, what `measure` said.
+class JsonLines(FileRows):
+    """The values of a file with one JSON value a line (.jsonl).
 
     Raises:
-      UserError: no such file, or no JSON list; on access, a row that is broken or not UTF-8.
+      UserError: no such file; on access, a row that is broken or not UTF-8.
     """
 
-    def __init__(self, path: str | os.PathLike, measure: Callable[[Any], int] | None = None):
-        self.path = pathlib.Path(path)
-        self._lines = Lines(path) if self.path.suffix == ".jsonl" else None
-        if self._lines is None:
-            note = measure and (lambda row, number: measure(row))
-            found = json_spans.find(self.path, {"": note})[""]
-            self._spans, self.measures = Spans(path, found.spans), np.asarray(found.notes, np.int64)
+    def __init__(self, path: str | os.PathLike):
+        self.path, self._lines = pathlib.Path(path), Lines(path)
 
     def __len__(self) -> int:
-        return len(self._spans) if self._lines is None else len(self._lines)
+        return len(self._lines)
 
     def place(self, index: int) -> str:
         """Where a row is, for messages."""
         return f"{self.path}: [{index}]"
 
-    def __getitem__(self, index: int) -> Any:
-        if self._lines is None:
-            return self._spans[index]
-        index = range(len(self))[index]
-        try:
-            return json.loads(self._lines[index])
-        except json.JSONDecodeError as error:
-            what = f"broken JSON at column {error.colno}: {error.msg}"
-            raise UserError(what, field=self.place(index)) from None
+    def read(self, file: BinaryIO, index: int) -> Any:
+        """One value, see `FileRows.read`."""
+        return json_text.parsed(self._lines.read(file, index), self.place(index))
 
 
-class Table(Sequence):
-    """Rows of a CSV (',') or TSV file as {column: text}, its first line naming the columns.
+class Rows(FileRows):
+    """The objects of a JSON list, or of a file with one JSON value a line (.jsonl).
+
+    Args:
+      path: the file.
+      measure: a number to be known of every row; the texts it meets are not yet UTF-8, and it meets
+        None where a row is broken.
+      name: keys of the list where it is not the file itself, as 'data.dialogs'.
+      objects: an object will do for a list; its members are the rows.
+
+    Attributes:
+      measures: `[rows]` int64, what `measure` said.
+      names: keys of the rows of an object; None for a list.
+
+    Raises:
+      UserError: no such file, or no JSON list; on access, a row that is broken or not UTF-8.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        measure: Callable[[Any], int] | None = None,
+        name: str = "",
+        objects: bool = False,
+    ):
+        self.path = pathlib.Path(path)
+        self.names: list[str] | None = None
+        if self.path.suffix.lower() == ".jsonl":
+            self._rows: FileRows = JsonLines(path)
+            rows = self._rows.tried() if measure else ()
+            notes = [measure(None if isinstance(x, UserError) else x) for x in rows if measure]
+        else:
+            note = measure and (lambda row, number: measure(row))
+            found = json_spans.find(self.path, {name: note}, objects)[name]
+            self._rows, self.names, notes = Spans(path, found.spans, name), found.names, found.notes
+        self.measures = np.asarray(notes, np.int64)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def place(self, index: int) -> str:
+        """Where a row is, for messages."""
+        return f"{self.path}: {self.names[index]}" if self.names else self._rows.place(index)
+
+    def read(self, file: BinaryIO, index: int) -> Any:
+        """One row, see `FileRows.read`."""
+        return self._rows.read(file, index)
+
+
+class Table(FileRows):
+    """Rows of a CSV or TSV file as {column: text}, its first line naming the columns.
+
+    The fields of a TSV (.tsv, .txt) end at tabs and its rows at newlines, and quotes are letters
+    like any other; a CSV is read as the csv module reads it.
 
     Raises:
       UserError: no such file, or no such columns; on access, a row with more or fewer fields.
     """
 
     def __init__(self, path: str | os.PathLike, columns: Sequence[str] = ()):
-        self._tabs = pathlib.Path(path).suffix in (".tsv", ".txt")
+        self.path = pathlib.Path(path)
+        self._tabs = self.path.suffix.lower() in (".tsv", ".txt")
         self._lines = Lines(path, quoted=not self._tabs)
-        self.columns = self._split(self._lines[0]) if len(self._lines) else []
+        self.columns = self._split(self._lines[0], 0) if len(self._lines) else []
         for column in columns:
             if column not in self.columns:
                 hint = f"The first line names the columns; found: {', '.join(self.columns)[:200]}"
@@ -192,95 +262,23 @@ class Table(Sequence):
         """Where a row is, for messages."""
         return self._lines.place(index + 1)
 
-    def __getitem__(self, index: int) -> dict[str, str]:
-        index = range(len(self))[index]
-        fields = self._split(self._lines[index + 1])
+    def read(self, file: BinaryIO, index: int) -> dict[str, str]:
+        """One row, see `FileRows.read`."""
+        fields = self._split(self._lines.read(file, index + 1), index + 1)
         if len(fields) != len(self.columns):
             what = f"has {len(fields)} fields for {len(self.columns)} columns"
             raise UserError(what, field=self.place(index))
         return dict(zip(self.columns, fields))
 
-    def _split(self, line: str) -> list[str]:
-        return line.split("\t") if self._tabs else next(csv.reader([line]), [])
+    def _split(self, text: str, line: int) -> list[str]:
+        return text.split("\t") if self._tabs else csv_rows.fields(text, self._lines.place(line))
 
 
-class Names:
-    """The files of a folder and its sub-folders, found by a key of their names, in NumPy arrays.
-
-    Args:
-      folder: where to look.
-      key: from a file's name to its key, a number or a text; None leaves the file out.
-    """
-
-    def __init__(self, folder: str | os.PathLike, key: Callable[[str], int | str | None]):
-        self._folder, keys, paths = str(folder), [], []
-        for place, inner, names in os.walk(folder):
-            inner.sort()
-            below = os.path.relpath(place, folder)
-            found = [(key(name), name) for name in sorted(names)]
-            found = [(one, os.path.normpath(os.path.join(below, name))) for one, name in found
-                     if one is not None]  # fmt: skip
-            if found:
-                keys.append(_compact([one for one, _ in found]))
-                paths.append(_compact([path for _, path in found]))
-        self._keys = np.concatenate(keys) if keys else np.zeros(0, np.int64)
-        order = np.argsort(self._keys, kind="stable")
-        self._keys = self._keys[order]
-        self._paths = (np.concatenate(paths) if paths else np.zeros(0, "S1"))[order]
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def find(self, keys: Sequence[int | str]) -> np.ndarray:
-        """Place of each key among the files, -1 where there is none."""
-        wanted = _compact(keys) if len(keys) else np.zeros(0, self._keys.dtype)
-        if not len(self._keys) or wanted.dtype.kind != self._keys.dtype.kind:
-            return np.full(len(wanted), -1)
-        at = np.minimum(np.searchsorted(self._keys, wanted), len(self._keys) - 1)
-        return np.where(self._keys[at] == wanted, at, -1)
-
-    def path(self, at: int) -> str:
-        """The file at a place that `find` gave."""
-        return os.path.join(self._folder, os.fsdecode(bytes(self._paths[at])))
-
-
-def number(name: str) -> int | None:
-    """The number that a file's name starts with, as downloaders call the n-th picture of a list."""
-    found = re.match(r"\d{1,18}(?=[._]|$)", name)
-    return int(found.group()) if found else None
-
-
-def _compact(values: Sequence[int | str]) -> np.ndarray:
-    if isinstance(values, range) or isinstance(values[0], (int, np.integer)):
-        return np.asarray(values, np.int64)
-    return np.asarray([os.fsencode(str(value)) for value in values])
-
-
-def _bytes(path: pathlib.Path, start: int, end: int) -> bytes:
-    with open(path, "rb") as file:
-        file.seek(int(start))
-        return file.read(int(end) - int(start))
-
-
-def _text(content: bytes, place: str) -> str:
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"is not UTF-8 text ({error.reason})", field=place) from None
-
-
-def _line_ends(path: pathlib.Path, quoted: bool) -> np.ndarray:
+def _line_ends(file: BinaryIO) -> np.ndarray:
     """`[lines]` int64: where each line ends, its line break included."""
-    found, offset, inside = [], 0, 0
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            data = np.frombuffer(chunk, np.uint8)
-            ends = np.flatnonzero(data == ord("\n"))
-            if quoted:
-                quotes = np.flatnonzero(data == ord('"'))
-                ends = ends[(np.searchsorted(quotes, ends) + inside) % 2 == 0]
-                inside += len(quotes)
-            found.append(ends + (offset + 1))
-            offset += len(chunk)
+    found, offset = [], 0
+    while chunk := file.read(CHUNK):
+        found.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + (offset + 1))
+        offset += len(chunk)
     ends = np.concatenate([*found, np.zeros(0, np.int64)])
     return ends if len(ends) and ends[-1] == offset else np.append(ends, offset)

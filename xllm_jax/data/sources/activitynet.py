@@ -13,14 +13,17 @@ there, are left out. The option `captions` reads another file of the form, such 
 
 from __future__ import annotations
 
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
 from xllm_jax.data.media import paths
-from xllm_jax.data.rows.lazy import Lazy
+from xllm_jax.data.rows.lazy import Lazy, Rows
 from xllm_jax.data.sources import layout
 
 NAMES = {"train": "train.json", "val": "val_1.json", "test": "val_2.json"}
@@ -48,31 +51,43 @@ def examples(
         raise UserError(f"unknown kind {kind!r}", field="kind", hint=f"Choices: {', '.join(KINDS)}")
     root = pathlib.Path(path)
     file = pathlib.Path(captions) if captions else root / NAMES[split]
-    data = layout.read_json(file)
-    if not isinstance(data, dict):
+    rows = Rows(file, lambda row: _count(row, kind), objects=True)
+    if rows.names is None:
         raise UserError("is not an object of videos", field=str(file))
+    names = rows.names
     there = layout.files([pathlib.Path(videos) if videos else root], layout.VIDEOS)
-    names = [name for name in data if name in there]
-    slots = [(name, i) for name in names for i in range(_count(data[name], kind))]
+    wanted = [place for place, name in enumerate(names) if name in there]
+    places = np.repeat(np.asarray(wanted, np.int64), rows.measures[wanted])
+    firsts = np.cumsum(rows.measures[wanted]) - rows.measures[wanted]
+    inside = np.arange(len(places)) - np.repeat(firsts, rows.measures[wanted])
 
     def example(index: int) -> Example:
-        name, number = slots[index]
-        where = f"{file}: {name}"
-        sentences = layout.get(data[name], "sentences", list, where)
-        sentences = [str(one).strip() for one in sentences]
-        if not sentences or not all(sentences):
-            raise UserError("has an empty sentence", field=where)
+        place, number = int(places[index]), int(inside[index])
+        row, name, where = rows[place], names[place], rows.place(place)
+        sentences = layout.get(row, "sentences", list, where)
         if kind == "whole":
-            said = " ".join(sentences) if sentences[0].isascii() else "".join(sentences)
+            said = _joined(sentences, where)
             media = (("video", there[name]),)
             return Example(name, media, answer=said, task="video_caption", references=(said,))
-        start, end = _span(data[name], number, where)
-        media = (("video", paths.span(there[name], start, end)),)
-        said = sentences[number]
+        said = _sentence(sentences, number, where)
+        media = (("video", paths.span(there[name], *_span(row, number, where))),)
         key = f"{name}#{number}"
         return Example(key, media, answer=said, task="video_caption", references=(said,))
 
-    return layout.not_empty(Lazy(len(slots), example), root, f"videos of {file.name}")
+    return layout.not_empty(Lazy(len(places), example), root, f"videos of {file.name}")
+
+
+def _sentence(sentences: list, number: int, where: str) -> str:
+    said = sentences[number] if number < len(sentences) else None
+    if not isinstance(said, str) or not said.strip():
+        raise UserError("has an empty sentence", field=f"{where}.sentences[{number}]")
+    return said.strip()
+
+
+def _joined(sentences: list, where: str) -> str:
+    """All sentences as one text; languages of ASCII letters have spaces between them."""
+    said = [_sentence(sentences, number, where) for number in range(max(len(sentences), 1))]
+    return " ".join(said) if said[0].isascii() else "".join(said)
 
 
 def _count(row: Any, kind: str) -> int:
@@ -85,10 +100,10 @@ def _span(row: dict, number: int, where: str) -> tuple[float, float]:
     spans = layout.get(row, "timestamps", list, where)
     try:
         start, end = (float(value) for value in spans[number])
-    except (IndexError, TypeError, ValueError):
+    except (IndexError, TypeError, ValueError, OverflowError):
         what = f"has no start and end of sentence {number}"
         raise UserError(what, field=f"{where}.timestamps") from None
-    if not 0 <= start < end:
+    if not 0 <= start < end < math.inf:
         what = f"sentence {number} lasts from {start} s to {end} s"
         raise UserError(what, field=f"{where}.timestamps")
     return start, end

@@ -18,11 +18,12 @@ AISHELL-2 (PATH is iOS/data; 'val' and 'test' are PATH/dev and PATH/test with th
 from __future__ import annotations
 
 import pathlib
+import re
 from collections.abc import Sequence
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
-from xllm_jax.data.rows.lazy import Lazy
+from xllm_jax.data.rows.lazy import Lazy, Lines
 from xllm_jax.data.sources import layout
 
 FOLDERS = {"val": "dev"}
@@ -36,28 +37,33 @@ def examples(path: str, split: str = "train") -> Sequence[Example]:
       split: 'train', 'val' (their 'dev') or 'test'.
 
     Raises:
-      UserError: no such file or folder, a line without text, or no utterance with a transcript.
+      UserError: no such file or folder, or no utterance with a transcript; on access, a line
+        without text.
     """
     root = pathlib.Path(path)
     second = next((place for place in _second(root, split) if place.is_file()), None)
     if second is not None:
-        texts, sounds = _transcripts(second), _paths(second.with_name("wav.scp"))
+        said, broken = _lines(second)
+        places, lost = _lines(second.with_name("wav.scp"))
+        sounds = {name: str(second.parent / place.strip()) for name, place in places.items()}
+        broken += lost
     else:
-        texts = _transcripts(_first(root))
+        said, broken = _lines(_first(root))
         folder = root / "wav" / FOLDERS.get(split, split)
         sounds = layout.files([layout.first_folder([folder])], layout.SOUNDS)
     tagged = root / "tags.json"
     tags = layout.read_json(tagged) if tagged.is_file() else {}
-    names = sorted(sounds.keys() & texts.keys())
+    names = sorted(sounds.keys() & said.keys())
 
     def example(index: int) -> Example:
         name = names[index]
-        said, media = texts[name], (("speech", sounds[name]),)
-        known = tuple(tags.get(name, ()))
-        return Example(name, media, "", said, "asr", (), (said,), transcript=said, tags=known)
+        # The spaces between words, which nobody says, are taken out.
+        text, media = "".join(said[name].split()), (("speech", sounds[name]),)
+        known = layout.tags(tags, name)
+        return Example(name, media, "", text, "asr", (), (text,), transcript=text, tags=known)
 
     what = f"utterances with a transcript for {split!r}"
-    return layout.not_empty(Lazy(len(names), example), root, what)
+    return layout.not_empty(layout.with_broken(Lazy(len(names), example), broken), root, what)
 
 
 def _second(root: pathlib.Path, split: str) -> list[pathlib.Path]:
@@ -70,20 +76,17 @@ def _first(root: pathlib.Path) -> pathlib.Path:
     return found[0] if found else root / "transcript" / "aishell_transcript_v0.8.txt"
 
 
-def _lines(file: pathlib.Path):
-    for number, line in enumerate(layout.read_text(file).splitlines(), start=1):
-        if line.strip():
-            name, *rest = line.split(maxsplit=1)
-            if not rest:
-                what = f"line {number} has a name and nothing else"
-                raise UserError(what, field=str(file), hint="A name, a space, the text")
-            yield name, rest[0]
-
-
-def _transcripts(file: pathlib.Path) -> dict[str, str]:
-    """{name: text}; the spaces between words, which nobody says, are taken out."""
-    return {name: "".join(text.split()) for name, text in _lines(file)}
-
-
-def _paths(file: pathlib.Path) -> dict[str, str]:
-    return {name: str(file.parent / place.strip()) for name, place in _lines(file)}
+def _lines(file: pathlib.Path) -> tuple[dict[str, str], list[UserError]]:
+    """({name: the rest of its line}, what is wrong with the lines that are broken)."""
+    found, broken = {}, []
+    for number, line in enumerate(Lines(file).tried(), start=1):
+        if isinstance(line, UserError):
+            broken.append(line)
+            continue
+        name, rest = (*re.split(r"[ \t]+", line.strip(), maxsplit=1), "")[:2]
+        if rest:
+            found[name] = rest
+        else:
+            what = f"line {number} has a name and nothing else"
+            broken.append(UserError(what, field=str(file), hint="A name, a space, the text"))
+    return found, broken

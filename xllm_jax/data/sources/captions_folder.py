@@ -13,19 +13,20 @@ Image names are relative to the folder.
 
 from __future__ import annotations
 
-import csv
-import io
 import pathlib
+from collections.abc import Iterable, Sequence
 
 from xllm_jax.core.errors import UserError
+from xllm_jax.core.text_lines import split_lines
 from xllm_jax.data.example import Example
+from xllm_jax.data.rows.lazy import Rows, Table
 from xllm_jax.data.sources import layout
 
-Pairs = list[tuple[str, str]]
+Pairs = Iterable[tuple[str, Sequence[str]] | UserError]
 
 
-def examples(path: str, split: str = "train", per_caption: bool | None = None) -> list[Example]:
-    """Caption examples, in the order of the file (or sorted by name).
+def examples(path: str, split: str = "train", per_caption: bool | None = None) -> Sequence[Example]:
+    """Caption examples, in the order of the file (or sorted by name); broken rows come last.
 
     Args:
       path: folder of one of the layouts above.
@@ -33,70 +34,67 @@ def examples(path: str, split: str = "train", per_caption: bool | None = None) -
       per_caption: one example for each caption; default in training only.
 
     Raises:
-      UserError: no such folder, no captions, a broken or misshapen file.
+      UserError: no such folder, no captions, a misshapen file; on access, a broken row.
     """
     root = layout.first_folder([layout.split_folder(pathlib.Path(path), split)])
     captions: dict[str, list[str]] = {}
-    for name, caption in _pairs(root):
-        if caption.strip():
-            captions.setdefault(name, []).append(caption.strip())
+    broken: list[UserError] = []
+    for pair in _pairs(root):
+        if isinstance(pair, UserError):
+            broken.append(pair)
+        elif said := [caption.strip() for caption in pair[1] if caption.strip()]:
+            captions.setdefault(pair[0], []).extend(said)
     each = split == "train" if per_caption is None else per_caption
     found: list[Example] = []
     for name, said in captions.items():
         found += layout.captioned(name, (("image", str(root / name)),), said, "caption", each)
-    return layout.not_empty(found, root, "captioned images")
+    return layout.not_empty(layout.with_broken(found, broken), root, "captioned images")
 
 
 def _pairs(root: pathlib.Path) -> Pairs:
     for name in ("captions.json", "captions.jsonl"):
         if (root / name).is_file():
-            return _from_json(root / name)
-    for name, mark in (("captions.csv", ","), ("captions.tsv", "\t")):
+            return _from_json(Rows(root / name, objects=True))
+    for name in ("captions.csv", "captions.tsv"):
         if (root / name).is_file():
-            return _from_table(root / name, mark)
+            return _from_table(Table(root / name, ("image", "caption")))
     return _from_texts(root)
 
 
-def _from_json(file: pathlib.Path) -> Pairs:
-    data = layout.read_json_lines(file) if file.suffix == ".jsonl" else layout.read_json(file)
-    if isinstance(data, dict):
-        named = list(data.items())
-        places = [f"{file}: {name}" for name in data]
-    else:
-        places = [f"{file}: [{index}]" for index in range(len(layout.rows(data, str(file))))]
-        named = [
-            (layout.get(row, "image", str, where), row.get("captions", row.get("caption")))
-            for row, where in zip(data, places)
-        ]
-    pairs = []
-    for (name, said), where in zip(named, places):
-        said = [said] if isinstance(said, str) else said
-        if not isinstance(said, list) or not all(isinstance(one, str) for one in said):
-            raise UserError("has no caption", field=where, hint="A text, or a list of texts")
-        pairs += [(name, one) for one in said]
-    return pairs
+def _from_json(rows: Rows) -> Pairs:
+    for index, row in enumerate(rows.tried()):
+        where = rows.place(index)
+        try:
+            if isinstance(row, UserError):
+                raise row
+            if rows.names is not None:
+                name, said = rows.names[index], row
+            else:
+                name = layout.get(row, "image", str, where)
+                said = row.get("captions", row.get("caption"))
+            said = [said] if isinstance(said, str) else said
+            if not isinstance(said, list) or not all(isinstance(one, str) for one in said):
+                raise UserError("has no caption", field=where, hint="A text, or a list of texts")
+            yield name, said
+        except UserError as error:
+            yield error
 
 
-def _from_table(file: pathlib.Path, mark: str) -> Pairs:
-    table = csv.DictReader(io.StringIO(layout.read_text(file)), delimiter=mark)
-    for column in ("image", "caption"):
-        if column not in (table.fieldnames or ()):
-            found = ", ".join(table.fieldnames or ()) or "none"
-            hint = f"The first line names the columns; found: {found}"
-            raise UserError(f"no column {column!r}", field=str(file), hint=hint)
-    pairs = []
-    for row in table:
-        if not row["image"] or row["caption"] is None:
-            raise UserError(f"line {table.line_num} is not complete", field=str(file))
-        pairs.append((row["image"], row["caption"]))
-    return pairs
+def _from_table(table: Table) -> Pairs:
+    for index, row in enumerate(table.tried()):
+        if isinstance(row, UserError):
+            yield row
+        elif not row["image"].strip():
+            yield UserError("names no image", field=table.place(index))
+        else:
+            yield row["image"].strip(), [row["caption"]]
 
 
 def _from_texts(root: pathlib.Path) -> Pairs:
-    pairs = []
     for path in sorted(root.rglob("*")):
         text = path.with_suffix(".txt")
         if path.suffix.lower() in layout.IMAGES and text.is_file():
-            name = path.relative_to(root).as_posix()
-            pairs += [(name, line) for line in layout.read_text(text, False).splitlines()]
-    return pairs
+            try:
+                yield path.relative_to(root).as_posix(), split_lines(layout.read_text(text))
+            except UserError as error:
+                yield error

@@ -20,7 +20,8 @@ import numpy as np
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
-from xllm_jax.data.rows.lazy import Lazy, Lines, Names, number
+from xllm_jax.data.rows.lazy import Lazy, Lines
+from xllm_jax.data.rows.names import Names, number
 from xllm_jax.data.sources import layout, webdataset
 
 FILES = {"train": "*GCC*raining*.tsv", "val": "*GCC*alidation*.tsv"}

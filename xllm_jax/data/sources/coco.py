@@ -56,14 +56,8 @@ def examples(
         place = int(groups.whole[group])
         image, where = groups.above[place], groups.above.place(place)
         media = (("image", str(folder / layout.get(image, "file_name", str, where))),)
-        members = groups.members(group)
-        rows = groups.below.several(members)
-        said = [
-            layout.get(row, "caption", str, groups.below.place(at)).strip()
-            for row, at in zip(rows, members)
-        ]
-        key, tags = str(image["id"]), layout.tags(rows[0])
-        return layout.captioned(key, media, said, "caption", each, tags)[number]
+        said, at, tags = layout.grouped(groups, group, number if each else None)
+        return layout.captioned(str(image["id"]), media, said, "caption", each, tags)[at]
 
     return layout.not_empty(Lazy(count + len(groups.lost), example), file, "captions")
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
-from xllm_jax.data.rows.lazy import Lazy, Lines
+from xllm_jax.data.rows.lazy import Lazy, Lines, Rows
 from xllm_jax.data.sources import layout
 
 FOLDERS = ("flickr30k-images", "flickr30k_images", "images")
@@ -41,10 +41,10 @@ def examples(
       per_caption: one example for each caption; default in training only.
 
     Raises:
-      UserError: no such file, folder or split, broken lines; on access, an empty caption.
+      UserError: no such file, folder or split; on access, a broken line, an empty caption.
     """
     root = pathlib.Path(path)
-    said = _captions(root, captions)
+    said, broken = _captions(root, captions)
     places = [root / name for name in FOLDERS]
     folder = layout.first_folder([pathlib.Path(images)] if images else places)
     wanted = _split(root, split)
@@ -54,26 +54,31 @@ def examples(
 
     def example(index: int) -> Example:
         name, number = slots[index]
-        if not all(said[name]):
-            raise UserError("has an empty caption", field=name)
+        found, at = layout.said(said[name], number if each else None, "", name)
         media = (("image", str(folder / name)),)
-        return layout.captioned(name, media, said[name], "caption", each)[number]
+        return layout.captioned(name, media, found, "caption", each)[at]
 
-    return layout.not_empty(Lazy(len(slots), example), root, f"captions for {split!r}")
+    examples = layout.with_broken(Lazy(len(slots), example), broken)
+    return layout.not_empty(examples, root, f"captions for {split!r}")
 
 
-def _captions(root: pathlib.Path, captions: str) -> dict[str, list[str]]:
+def _captions(root: pathlib.Path, captions: str) -> tuple[dict[str, list[str]], list[UserError]]:
+    """({name: captions}, what is wrong with the lines that are broken)."""
     token, table = root / "results_20130124.token", root / "results.csv"
-    if captions or token.is_file() or not table.is_file():
-        lines = Lines(captions or token)
-        parts = [_token(lines[i], lines.place(i)) for i in range(len(lines))]
-    else:
-        lines = Lines(table)
-        parts = [_row(lines[i], lines.place(i)) for i in range(1, len(lines))]
+    numbered = captions or token.is_file() or not table.is_file()
+    lines, read = (Lines(captions or token), _token) if numbered else (Lines(table), _row)
     found: dict[str, list[str]] = {}
-    for name, caption in parts:
-        found.setdefault(name, []).append(caption.strip())
-    return found
+    broken: list[UserError] = []
+    for number, line in enumerate(lines.tried()):
+        try:
+            if isinstance(line, UserError):
+                raise line
+            if numbered or number:  # the table's first line names its columns
+                name, caption = read(line, lines.place(number))
+                found.setdefault(name, []).append(caption.strip())
+        except UserError as error:
+            broken.append(error)
+    return found, broken
 
 
 def _token(line: str, where: str) -> tuple[str, str]:
@@ -97,12 +102,14 @@ def _split(root: pathlib.Path, split: str) -> set[str] | None:
     """Names, without suffix, of a split's images; None for all."""
     listed, karpathy = root / f"{split}.txt", root / "dataset_flickr30k.json"
     if listed.is_file():
-        return {name.strip().removesuffix(".jpg") for name in Lines(listed)}
+        lines = Lines(listed).tried()
+        return {one.strip().removesuffix(".jpg") for one in lines if isinstance(one, str)}
     if karpathy.is_file():
-        rows = layout.get(layout.read_json(karpathy), "images", list, str(karpathy))
-        where = f"{karpathy}: images"
-        chosen = [one for one in rows if layout.get(one, "split", str, where) == split]
-        return {layout.get(one, "filename", str, where).rsplit(".", 1)[0] for one in chosen}
+        rows = Rows(karpathy, name="images").tried()  # a broken one belongs to no split
+        chosen = [one["filename"] for one in rows
+                  if isinstance(one, dict) and one.get("split") == split
+                  and isinstance(one.get("filename"), str)]  # fmt: skip
+        return {name.rsplit(".", 1)[0] for name in chosen}
     if split != "train":
         hint = f"Put dataset_flickr30k.json or {split}.txt there"
         raise UserError(f"does not say which images are {split!r}", field=str(root), hint=hint)

@@ -18,14 +18,20 @@ research; the paper translates its captions into Chinese in the same file.
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
 from xllm_jax.data.media.modalities import named, task
 from xllm_jax.data.media.modality import Modality
+from xllm_jax.data.rows.lazy import Lazy, Rows
 from xllm_jax.data.sources import layout
 
 Known = Mapping[str, Modality]
@@ -37,7 +43,7 @@ def examples(
     media: str = "",
     modality: str = "",
     modalities: Mapping[str, str] | None = None,
-) -> list[Example]:
+) -> Sequence[Example]:
     """One example per answer, earlier rounds of its conversation as history.
 
     Args:
@@ -48,8 +54,8 @@ def examples(
       modalities: {name: 'package.module:NAME'} of the records of further modalities.
 
     Raises:
-      UserError: no such file, broken JSON, a missing key, turns out of order, slots and files that
-        do not match.
+      UserError: no such file, no list; on access, a broken record: a missing key, turns out of
+        order, slots and files that do not match.
     """
     root = pathlib.Path(path)
     captions = root / "filter_cap.json"
@@ -57,86 +63,135 @@ def examples(
         return _captions(captions)
     names = [root, root / f"{split}.json", root / f"{split}.jsonl"]
     file = next((name for name in names if name.is_file()), names[1])
-    lined = file.suffix == ".jsonl"
-    data = layout.read_json_lines(file) if lined else layout.rows(layout.read_json(file), str(file))
     known = named(modalities or {}, "modalities")
-    folder = pathlib.Path(media) if media else _folder(data, file, known)
-    found: list[Example] = []
-    for index, record in enumerate(data):
-        found += _conversation(record, folder, known, f"{file}: [{index}]", str(index))
-    if modality:
-        kinds = set(modality.split("+"))
-        found = [example for example in found if {kind for kind, _ in example.media} == kinds]
-    return layout.not_empty(found, file, "conversations")
+    looks = _Looks(known, set(modality.split("+")) if modality else set())
+    rows = Rows(file, looks)
+    if len(rows) and not looks.good:
+        _talk(rows[0], known, rows.place(0))  # says what is wrong with all of them
+    folder = pathlib.Path(media) if media else _folder(rows, looks.first, known)
+    ends = np.cumsum(rows.measures)
+
+    def example(index: int) -> Example:
+        place = int(np.searchsorted(ends, index, side="right"))
+        inside = index - (int(ends[place - 1]) if place else 0)
+        talk = _talk(rows[place], known, rows.place(place))
+        return _example(talk, inside, folder, str(place))
+
+    return layout.not_empty(Lazy(int(rows.measures.sum()), example), file, "conversations")
 
 
-def _captions(file: pathlib.Path) -> list[Example]:
-    data = layout.read_json(file)
+@dataclasses.dataclass(frozen=True)
+class Talk:
+    """A conversation: its slots with their files, its (question, answer) rounds, and the record."""
+
+    media: tuple[tuple[str, str], ...]
+    rounds: list[tuple[str, str]]
+    task: str
+    record: dict[str, Any]
+
+
+class _Looks:
+    """Counts the examples of a record that is about some modalities, or any.
+
+    A broken record counts once, and is reported when it is read.
+
+    Attributes:
+      first: number of the first record that names a file, -1 while there is none.
+      good: records that are not broken.
+    """
+
+    def __init__(self, known: Known, kinds: set[str]):
+        # Records that are met while a file is gone over are not yet UTF-8, so no keys are either.
+        self._known = {_latin(name): one for name, one in known.items()}
+        self._kinds, self._seen, self.first, self.good = set(map(_latin, kinds)), 0, -1, 0
+
+    def __call__(self, record: Any) -> int:
+        number, self._seen = self._seen, self._seen + 1
+        try:
+            talk = _talk(record, self._known, "")
+        except UserError:
+            return 1
+        self.good += 1
+        self.first = number if talk.media and self.first < 0 else self.first
+        asked = not self._kinds or {kind for kind, _ in talk.media} == self._kinds
+        return len(talk.rounds) if asked else 0
+
+
+def _latin(name: str) -> str:
+    return name.encode("utf-8").decode("latin-1")
+
+
+def _captions(file: pathlib.Path) -> Sequence[Example]:
+    """MiniGPT-4's captions."""
+    rows = Rows(file, name="annotations")
     files = layout.files([file.parent / "image"], layout.IMAGES)
-    found: list[Example] = []
-    for index, row in enumerate(layout.get(data, "annotations", list, str(file))):
-        where = f"{file}: annotations[{index}]"
+
+    def example(index: int) -> Example:
+        row, where = rows[index], rows.place(index)
         name = str(layout.get(row, "image_id", (str, int), where))
         path = files.get(name, str(file.parent / "image" / f"{name}.jpg"))
-        said = [layout.get(row, "caption", str, where).strip()]
-        found += layout.captioned(name, (("image", path),), said, "caption", False)
-    return layout.not_empty(found, file, "captions")
+        return layout.captioned_image(name, path, layout.get(row, "caption", str, where), where)
+
+    return layout.not_empty(Lazy(len(rows), example), file, "captions")
 
 
 def _files(record: dict, known: Known, where: str) -> dict[str, list[str]]:
     found = {}
     for name in known:
         value = layout.get(record, name, (str, list), where) if record.get(name) else []
-        found[name] = [value] if isinstance(value, str) else [str(one) for one in value]
+        found[name] = [value] if isinstance(value, str) else value
+        if not all(isinstance(one, str) for one in found[name]):
+            raise UserError("names a file that is no text", field=f"{where}.{name}")
     return found
 
 
-def _folder(data: list, file: pathlib.Path, known: Known) -> pathlib.Path:
-    places = (file.parent.parent, file.parent)
-    for index, record in enumerate(data):
-        if not isinstance(record, dict):
-            continue
-        for names in _files(record, known, f"{file}: [{index}]").values():
-            for name in names:
-                return next((place for place in places if (place / name).exists()), places[1])
-    return places[1]
+def _folder(rows: Rows, first: int, known: Known) -> pathlib.Path:
+    """Where the files of a list are: PATH's parent or PATH, whichever has the first one."""
+    places = (rows.path.parent.parent, rows.path.parent)
+    if first < 0:
+        return places[1]
+    _, name = _talk(rows[first], known, rows.place(first)).media[0]
+    return next((place for place in places if os.path.exists(place / name)), places[1])
 
 
-def _conversation(
-    record: dict, folder: pathlib.Path, known: Known, where: str, name: str
-) -> list[Example]:
+def _talk(record: Any, known: Known, where: str) -> Talk:
+    """A record, checked; paths as they stand there."""
     turns = layout.get(record, "conversations", list, where)
-    files, marker = (
-        _files(record, known, where),
-        re.compile(f"<({'|'.join(map(re.escape, known))})>"),
-    )
+    files = _files(record, known, where)
+    marker = re.compile(f"<({'|'.join(map(re.escape, known))})>")
     texts = [
         layout.get(t, "value", str, f"{where}.conversations[{i}]") for i, t in enumerate(turns)
     ]
     _check_order(turns, where)
     slots = [slot for text in texts[::2] for slot in marker.findall(text)]
-    slots = slots or [name for name in known for _ in files[name]]
-    if sorted(slots) != sorted(name for name in known for _ in files[name]):
-        what = f"slots {slots} do not match the files of {[n for n in known if files[n]]}"
+    named = [name for name in known for _ in files[name]]
+    slots = slots or named
+    if sorted(slots) != sorted(named):
+        what = f"slots {slots[:8]} do not match the files of {[n for n in known if files[n]]}"
         raise UserError(what, field=where, hint="One slot for each file")
     rest = {name: iter(paths) for name, paths in files.items()}
-    media = tuple((slot, str(folder / next(rest[slot]))) for slot in slots)
+    media = tuple((slot, next(rest[slot])) for slot in slots)
     rounds = [(marker.sub("", q).strip(), a.strip()) for q, a in zip(texts[::2], texts[1::2])]
-    key, kind = str(record.get("id", name)), record.get("task", _task(files, known))
-    return [
-        Example(
-            f"{key}-{index}" if len(rounds) > 1 else key,
-            media,
-            question,
-            answer,
-            kind,
-            tuple(rounds[:index]),
-            references=(answer,),
-            transcript=record.get("transcript", ""),
-            tags=layout.tags(record),
-        )
-        for index, (question, answer) in enumerate(rounds)
-    ]
+    kind = layout.get(record, "task", str, where) if record.get("task") else _task(files, known)
+    return Talk(media, rounds, kind, record)
+
+
+def _example(talk: Talk, number: int, folder: pathlib.Path, name: str) -> Example:
+    """One round of a conversation, those before it as history."""
+    record, (question, answer) = talk.record, talk.rounds[number]
+    key = str(record.get("id", name))
+    said = layout.get(record, "transcript", str, key) if record.get("transcript") else ""
+    return Example(
+        f"{key}-{number}" if len(talk.rounds) > 1 else key,
+        tuple((slot, str(folder / path)) for slot, path in talk.media),
+        question,
+        answer,
+        talk.task,
+        tuple(talk.rounds[:number]),
+        references=(answer,),
+        transcript=said,
+        tags=layout.tags(record),
+    )
 
 
 def _check_order(turns: list, where: str) -> None:

@@ -2,74 +2,48 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
-import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
+from xllm_jax.data.rows import files as files_of_rows
+from xllm_jax.data.rows import json_text
+from xllm_jax.data.rows.joined_lists import Groups
+from xllm_jax.data.rows.lazy import Lazy
 
 Examples = TypeVar("Examples", bound=Sequence[Example])
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 SOUNDS = (".wav", ".flac", ".ogg", ".mp3", ".opus")
-BROKEN = re.compile("[\ud800-\udfff]")  # what 'surrogateescape' makes of a byte that is not UTF-8
-FEW = 10  # one line in so many may be broken before a file is refused
 VIDEOS = (".mp4", ".webm", ".mkv", ".avi", ".mov")
 
 
-def read_text(path: pathlib.Path, table: bool = True) -> str:
-    """The file's text; `table` says that it holds many records, not one.
+def read_text(path: pathlib.Path) -> str:
+    """The text of a small file.
 
-    Single bytes that are not UTF-8 become lone surrogates: `stream.draw` finds them in the records
-    that hold them, and the others of the file can be used.
+    Bytes that are not UTF-8 become lone surrogates: `mixture.draw` finds them in the records that
+    hold them.
 
     Raises:
-      UserError: no such file, or one that is written in another encoding altogether.
+      UserError: no such file, it cannot be read, or it is larger than a row may be.
     """
-    try:
-        text = path.read_text("utf-8-sig", "surrogateescape")
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        hint = "Check data.root and the source's path, or see the reader's docstring"
-        raise UserError("no such file", field=str(path), hint=hint) from None
-    lines = text.splitlines() if table and BROKEN.search(text) else []
-    broken = [number for number, line in enumerate(lines, start=1) if BROKEN.search(line)]
-    if len(broken) > len(lines) // FEW:
-        what = f"is not UTF-8 text in {len(broken)} of {len(lines)} lines, first in {broken[0]}"
-        raise UserError(what, field=str(path), hint="Save the file as UTF-8")
-    return text
+    with files_of_rows.opened(path) as file:
+        content = file.read(files_of_rows.MOST + 1)
+    if len(content) > files_of_rows.MOST:
+        raise UserError(f"has more than {files_of_rows.MOST:,} bytes", field=str(path))
+    return content.decode("utf-8-sig", "surrogateescape")
 
 
 def read_json(path: pathlib.Path) -> Any:
-    """The file's JSON value.
+    """The JSON value of a small file.
 
     Raises:
-      UserError: no such file, or broken JSON.
+      UserError: as `read_text`, or broken JSON.
     """
-    try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        what = f"broken JSON at line {error.lineno}, column {error.colno}: {error.msg}"
-        raise UserError(what, field=str(path), hint="Fetch or write the file again") from None
-
-
-def read_json_lines(path: pathlib.Path) -> list:
-    """The JSON values of the file's lines, blank ones left out.
-
-    Raises:
-      UserError: no such file, or a line that is not JSON.
-    """
-    found = []
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
-        try:
-            found += [json.loads(line)] if line.strip() else []
-        except json.JSONDecodeError as error:
-            what = f"broken JSON at line {number}, column {error.colno}: {error.msg}"
-            raise UserError(what, field=str(path), hint="One JSON object a line") from None
-    return found
+    return json_text.parsed(read_text(path), str(path))
 
 
 def get(record: Any, name: str, kind: type | tuple[type, ...], where: str) -> Any:
@@ -105,20 +79,81 @@ def _kind(value: Any) -> str:
     return _NAMES.get(type(value), type(value).__name__)
 
 
-def rows(value: Any, where: str) -> list:
-    """The value, checked to be a list.
+def tags(record: dict, name: str = "tags") -> tuple[str, ...]:
+    """The record's tags; published sets have none.
 
     Raises:
-      UserError: it is not.
+      UserError: they are no list.
     """
-    if not isinstance(value, list):
-        raise UserError(f"is {_kind(value)}, not a list", field=where)
-    return value
+    found = record.get(name) or []
+    if not isinstance(found, list):
+        raise UserError(f"is {_kind(found)}, not a list", field=name)
+    return tuple(map(str, found))
 
 
-def tags(record: dict) -> tuple[str, ...]:
-    """The record's tags; published sets have none."""
-    return tuple(map(str, record.get("tags", ())))
+def said(
+    rows: Sequence[Any], number: int | None, name: str, where: str
+) -> tuple[tuple[str, ...], int]:
+    """The captions of one image or video, broken and empty ones left out: they cost their own
+    record, and the others stand without them.
+
+    Args:
+      rows: its annotations: texts, objects with a text in `name`, or UserErrors of broken ones.
+      number: of the row that is asked for; None for any.
+      name: key of the text in an object.
+      where: place for messages.
+
+    Returns:
+      (the texts, which of them is the row's).
+
+    Raises:
+      UserError: the row has no text, or none has one.
+    """
+    texts = [row.get(name) if isinstance(row, dict) else row for row in rows]
+    good = [isinstance(text, str) and bool(text.strip()) for text in texts]
+    if not any(good):
+        number = 0
+    if number is not None and not (number < len(good) and good[number]):
+        row = rows[number] if rows else None
+        if isinstance(row, UserError):
+            raise row
+        text = get(row, name, str, where) if isinstance(row, dict) else row
+        what = "has an empty caption" if isinstance(text, str) else f"is {_kind(text)}, not a text"
+        raise UserError(what, field=where)
+    found = tuple(str(text).strip() for text, one in zip(texts, good) if one)
+    return found, sum(good[: number or 0])
+
+
+def grouped(
+    groups: Groups, group: int, number: int | None
+) -> tuple[tuple[str, ...], int, tuple[str, ...]]:
+    """The captions of a group, which of them is the number-th row's, and their tags; see `said`.
+
+    Raises:
+      UserError: as `said`.
+    """
+    members = groups.members(group)
+    rows = list(groups.below.tried(members))
+    found, at = said(rows, number, "caption", groups.below.place(members[number or 0]))
+    return found, at, tags(next(row for row in rows if isinstance(row, dict)))
+
+
+def with_broken(examples: Sequence[Example], broken: Sequence[UserError]) -> Sequence[Example]:
+    """The examples, and behind them a place for every row that is none: reading it says why.
+
+    Raises:
+      UserError: there are broken rows alone; that of the first.
+    """
+    if broken and not len(examples):
+        raise broken[0]
+
+    def at(index: int) -> Example:
+        if index < len(examples):
+            return examples[index]
+        error = broken[index - len(examples)]
+        raise UserError(error.what, field=error.field, hint=error.hint)
+
+    return Lazy(len(examples) + len(broken), at) if broken else examples
 
 
 def split_folder(root: pathlib.Path, split: str) -> pathlib.Path:

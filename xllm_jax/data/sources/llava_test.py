@@ -12,6 +12,7 @@ Chinese: the options `questions` and `answers` name other files of the form.
 
 from __future__ import annotations
 
+import os
 import pathlib
 from collections.abc import Sequence
 
@@ -36,7 +37,7 @@ def examples(
       answers: file of other answers. Without one, the answers are empty.
 
     Raises:
-      UserError: no such split, file or folder, broken answers; on access, a broken question.
+      UserError: no such split, file or folder; on access, a broken question.
     """
     if split != "test":
         raise UserError(f"has no split {split!r}", field=path, hint="It is for evaluation: test")
@@ -54,7 +55,7 @@ def examples(
         if not text:
             raise UserError("asks nothing", field=where)
         other = folder / f"COCO_val2014_{name}"
-        media = (("image", str(other if other.is_file() else folder / name)),)
+        media = (("image", str(other if os.path.isfile(other) else folder / name)),)
         answer = said.get(str(number), "")
         tags = (str(row["category"]),) if row.get("category") else ()
         return Example(str(number), media, text, answer, "dialogue", tags=tags)
@@ -66,10 +67,10 @@ def _answers(root: pathlib.Path, answers: str) -> dict[str, str]:
     file = pathlib.Path(answers) if answers else root / ANSWERS
     if not answers and not file.is_file():
         return {}
-    rows = Rows(file)
     found = {}
-    for index in range(len(rows)):
-        row, where = rows[index], rows.place(index)
-        number = layout.get(row, "question_id", (int, str), where)
-        found[str(number)] = layout.get(row, "text", str, where).strip()
+    for row in Rows(file).tried():  # a broken answer is none
+        known = row if isinstance(row, dict) else {}
+        number, text = known.get("question_id"), known.get("text")
+        if isinstance(number, int | str) and isinstance(text, str):
+            found[str(number)] = text.strip()
     return found

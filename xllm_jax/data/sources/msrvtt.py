@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
 from xllm_jax.data.rows.joined_lists import Groups
-from xllm_jax.data.rows.lazy import Chain, Lazy, Names
+from xllm_jax.data.rows.lazy import Chain, Lazy
+from xllm_jax.data.rows.names import Names
 from xllm_jax.data.sources import layout
 
 NAMES = {"val": "validate"}
@@ -62,16 +63,13 @@ def _read(info: pathlib.Path, split: str, files: Names, root: pathlib.Path, each
             raise _lost(groups, *groups.lost[index - count])
         group, number = groups.group(index) if each else (index, 0)
         video = groups.above[int(groups.whole[group])]
-        name, members = video["video_id"], groups.members(group)
-        said = [
-            layout.get(row, "caption", str, groups.below.place(at)).strip()
-            for row, at in zip(groups.below.several(members), members)
-        ]
+        name = str(video["video_id"])
+        said, place, _ = layout.grouped(groups, group, number if each else None)
         (at,) = files.find([name])
         # A file that is not there is reported when it is opened.
         file = files.path(at) if at >= 0 else str(root / f"{name}.mp4")
         media, tags = (("video", file),), layout.tags(video)
-        return layout.captioned(name, media, said, "video_caption", each, tags)[number]
+        return layout.captioned(name, media, said, "video_caption", each, tags)[place]
 
     return Lazy(count + len(groups.lost), example)
 

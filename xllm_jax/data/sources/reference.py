@@ -105,7 +105,7 @@ def _captioned(row: dict, key: str, where: str, folders: Folders) -> Example:
     else:
         captions = layout.get(row, "caption", (str, list), where)
         captions = [captions] if isinstance(captions, str) else captions
-        said = [str(one).strip() for one in captions]
+        said = [one.strip() if isinstance(one, str) else "" for one in captions]
         image = layout.get(row, "image", str, where)
         packed = row.get("dataset") in PACKED
         medium = ("image", _packed(image, where) if packed else _image(image, folders))

@@ -18,7 +18,8 @@ from collections.abc import Sequence
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
-from xllm_jax.data.rows.lazy import Lines
+from xllm_jax.data.rows import json_spans
+from xllm_jax.data.rows.lazy import FileRows, Lines, Spans
 from xllm_jax.data.sources import cc3m, layout, webdataset
 
 JSON = "sbu-captions-all.json"
@@ -51,11 +52,17 @@ def examples(
     if len(links) != len(said):
         what = f"has {len(said)} captions for {len(links)} links"
         raise UserError(what, field=captions or str(root), hint="One caption for each link")
-    names = [link.strip().rsplit("/", 1)[-1] for link in links]
+    # A link that cannot be read has no image, like a dead one.
+    names = [
+        link.strip().rsplit("/", 1)[-1] if isinstance(link, str) else "" for link in links.tried()
+    ]
     folder = layout.first_folder([pathlib.Path(images)] if images else [root / "images", root])
 
     def caption(index: int) -> str:
-        return said[index]
+        text = said[index]
+        if not isinstance(text, str):
+            raise UserError("is no text", field=said.place(index))
+        return text
 
     def key(name: str) -> str | None:
         return name if name.lower().endswith(layout.IMAGES) else None
@@ -63,11 +70,10 @@ def examples(
     return cc3m.downloaded(len(names), caption, folder, names, key)
 
 
-def _lists(root: pathlib.Path) -> tuple[Sequence[str], Sequence[str]]:
+def _lists(root: pathlib.Path) -> tuple[FileRows, FileRows]:
     if (root / LINKS).is_file():
         return Lines(root / LINKS), Lines(root / TEXTS)
-    data = layout.read_json(root / JSON)
-    links, said = (
-        layout.get(data, name, list, str(root / JSON)) for name in ("image_urls", "captions")
-    )
-    return list(map(str, links)), list(map(str, said))
+    wanted = ("image_urls", "captions")
+    found = json_spans.find(root / JSON, dict.fromkeys(wanted))
+    links, said = (Spans(root / JSON, found[name].spans, name) for name in wanted)
+    return links, said

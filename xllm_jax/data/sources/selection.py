@@ -21,6 +21,7 @@ from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
 from xllm_jax.data import mixture
 from xllm_jax.data.example import Example
+from xllm_jax.data.rows import files
 from xllm_jax.data.rows.lazy import Lazy
 from xllm_jax.data.sources import layout
 
@@ -89,13 +90,7 @@ def described(named: Mapping[str, Source], root: pathlib.Path) -> dict[str, dict
 
 
 def _picked(file: pathlib.Path) -> np.ndarray:
-    try:
-        found = np.load(file, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        hint = "Check the path and the split"
-        raise UserError("no such file", field=str(file), hint=hint) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"is no list of records ({error})", field=str(file)) from None
+    found = files.array(file, "list of records", mapped=True)
     if found.ndim != 2 or found.shape[1] != COLUMNS or found.dtype.kind != "i":
         what = f"has the shape {found.shape} of {found.dtype}, not (records, {COLUMNS}) of int64"
         raise UserError(what, field=str(file))

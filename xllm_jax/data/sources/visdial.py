@@ -25,7 +25,8 @@ import numpy as np
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
 from xllm_jax.data.rows import json_spans
-from xllm_jax.data.rows.lazy import Lazy, Names, Spans
+from xllm_jax.data.rows.lazy import Lazy, Spans
+from xllm_jax.data.rows.names import Names
 from xllm_jax.data.sources import layout
 
 KINDS = ("dialogue", "spoken", "asr")
@@ -74,7 +75,7 @@ def examples(
         talk, where = talks[place], talks.place(place)
         number = layout.get(talk, "image_id", int, where)
         rows = layout.get(talk, "dialog", list, where)
-        spoken = [n for n, row in enumerate(rows) if kind == "dialogue" or row.get("speech")]
+        spoken = [n for n, row in enumerate(rows) if kind == "dialogue" or _speech(row, where)]
         now = spoken[inside] if inside < len(spoken) else inside
         rounds = _rounds(rows[: now + 1], pools, root, where)
         picture = "" if kind == "asr" else _picture(pictures, number, where)
@@ -111,17 +112,32 @@ def _rounds(
         for number, place in zip(numbers, places):
             if not 0 <= number < len(pool):
                 raise UserError(f"{number} is not in 0..{len(pool) - 1}", field=f"{place}.{name}")
-        said.append([str(text).strip() for text in pool.several(numbers)])
+        said.append(
+            [_text(text, pool.place(at)) for text, at in zip(pool.several(numbers), numbers)]
+        )
     return [
         Round(
             question,
             answer,
-            str(root / row["speech"]) if row.get("speech") else "",
+            str(root / spoken) if (spoken := _speech(row, where)) else "",
             layout.tags(row),
-            tuple(map(str, row.get("speech_tags", ()))),
+            layout.tags(row, "speech_tags"),
         )
         for row, question, answer in zip(rows, *said)
     ]
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise UserError("is no text", field=where)
+    return value.strip()
+
+
+def _speech(row: Any, where: str) -> str:
+    """The speech file of a round, '' where it was only written."""
+    if not isinstance(row, dict):
+        raise UserError("has a round that is no object", field=f"{where}.dialog")
+    return layout.get(row, "speech", str, where) if row.get("speech") else ""
 
 
 def _example(key: str, rounds: list[Round], kind: str, picture: str, history: bool) -> Example:

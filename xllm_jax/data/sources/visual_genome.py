@@ -19,7 +19,8 @@ import numpy as np
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
-from xllm_jax.data.rows.lazy import Lazy, Names, Rows, number
+from xllm_jax.data.rows.lazy import Lazy, Rows
+from xllm_jax.data.rows.names import Names, number
 from xllm_jax.data.sources import layout
 
 FILES = {"regions": "region_descriptions.json", "questions": "question_answers.json"}
@@ -82,15 +83,13 @@ def _count(row: Any, name: str) -> int:
 
 def _region(row: Any, where: str, index: int, image: Image) -> Example:
     regions = layout.get(row, "regions", list, where)
-    phrases = tuple(
-        layout.get(one, "phrase", str, f"{where}.regions[{n}]").strip()
-        for n, one in enumerate(regions)
-    )
-    region, place = regions[index], f"{where}.regions[{index}]"
+    place = f"{where}.regions[{index}]"
+    phrases, at = layout.said(regions, index, "phrase", place)
+    region = regions[index]
     media = image(layout.get(region, "image_id", int, place))
     key = f"region-{layout.get(region, 'region_id', int, place)}"
     tags = layout.tags(region)
-    return Example(key, media, "", phrases[index], "region", (), phrases, tags=tags)
+    return Example(key, media, "", phrases[at], "region", (), phrases, tags=tags)
 
 
 def _question(row: Any, where: str, index: int, image: Image) -> Example:

@@ -13,7 +13,7 @@ The tars are not unpacked: their members' offsets are read once, kept beside the
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import pathlib
 import tarfile
@@ -24,6 +24,7 @@ import numpy as np
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
 from xllm_jax.data.media import paths
+from xllm_jax.data.rows import files, json_text
 from xllm_jax.data.rows.lazy import Chain, Lazy
 from xllm_jax.data.sources import layout
 
@@ -69,9 +70,9 @@ def index(tar: pathlib.Path) -> np.ndarray:
     kept = tar.parent / ".index" / f"{tar.stem}.npy"
     state = tar.stat()
     stamp = [state.st_size, state.st_mtime_ns, 0, 0, 0]
-    if kept.is_file():
-        found = np.load(kept, allow_pickle=False)
-        if found.ndim == 2 and found[0].tolist() == stamp:
+    with contextlib.suppress(UserError):  # without it, or where it is damaged, a new one is made
+        found = files.array(kept, "index of a tar")
+        if found.ndim == 2 and found.dtype == np.int64 and found[:1].tolist() == [stamp]:
             return found[1:]
     found = _scan(tar)
     try:
@@ -135,8 +136,6 @@ def _read(tar: pathlib.Path, root: pathlib.Path) -> Lazy:
 def _caption(content: bytes, is_json: bool, where: str) -> str:
     try:
         text = content.decode("utf-8")
-        return layout.get(json.loads(text), "caption", str, where) if is_json else text
     except UnicodeDecodeError as error:
         raise UserError(f"is not UTF-8 text ({error.reason})", field=where) from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"broken JSON: {error.msg}", field=where) from None
+    return layout.get(json_text.parsed(text, where), "caption", str, where) if is_json else text

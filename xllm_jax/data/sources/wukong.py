@@ -19,7 +19,8 @@ from collections.abc import Sequence
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
-from xllm_jax.data.rows.lazy import Chain, Table, number
+from xllm_jax.data.rows.lazy import Chain, Table
+from xllm_jax.data.rows.names import number
 from xllm_jax.data.sources import cc3m, layout, table, webdataset
 
 PATHS = ("dir", "image", "filepath")

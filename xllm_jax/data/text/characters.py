@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from xllm_jax.core.errors import UserError
+from xllm_jax.core.text_lines import split_lines
 
 BLANK, PAD, END, UNKNOWN = range(4)  # fairseq: <s> (the CTC blank), <pad>, </s>, <unk>
 FIRST = 4
@@ -35,7 +36,7 @@ class CharacterVocabulary:
         if len(self._ids) != len(self.characters):
             twice = Counter(self.characters).most_common(1)[0][0]
             raise UserError(f"lists {twice!r} twice", field=field)
-        wrong = next((c for c in self.characters if len(c) != 1 or c.isspace()), None)
+        wrong = next((c for c in self.characters if len(c) != 1 or c in " \t\r\n"), None)
         if wrong is not None:
             raise UserError(f"{wrong!r} is not one character", field=field, hint="One a line")
 
@@ -48,8 +49,10 @@ class CharacterVocabulary:
         """
         if not Path(path).is_file():
             raise UserError("no such file", field=str(path), hint="data.characters names it")
-        lines = Path(path).read_text("utf-8").splitlines()
-        return cls([line.split()[0] for line in lines if line.strip()], str(path))
+        lines = split_lines(Path(path).read_text("utf-8"))
+        # Characters that Unicode counts as spaces or line ends may be entries, and keep their ids.
+        entries = (line.strip(" \t").replace("\t", " ").partition(" ")[0] for line in lines)
+        return cls([entry for entry in entries if entry], str(path))
 
     @classmethod
     def build(cls, texts: Iterable[str], least: int = 1) -> CharacterVocabulary:

@@ -12,6 +12,7 @@ import numpy as np
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from xllm_jax.core.errors import UserError
+from xllm_jax.core.text_lines import split_lines
 
 
 class WordPiece:
@@ -34,7 +35,7 @@ class WordPiece:
         if not path.is_file():
             raise UserError("no such file", field=str(path), hint="data.vocabulary names it")
         self._path = path
-        self._ids = {p: i for i, p in enumerate(path.read_text("utf-8").splitlines())}
+        self._ids = {p: i for i, p in enumerate(split_lines(path.read_text("utf-8")))}
         self._pieces_by_id = {i: p for p, i in self._ids.items()}
         missing = {"[CLS]", "[SEP]", "[PAD]", "[UNK]"} - self._ids.keys()
         if missing:

@@ -25,6 +25,7 @@ from xllm_jax.core import atomic
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
 from xllm_jax.data import mixture
+from xllm_jax.data.rows import files
 from xllm_jax.data.rows.lazy import Lines, Rows
 from xllm_jax.data.sources import layout
 from xllm_jax.prepare import pick, runner, transforms
@@ -163,7 +164,7 @@ def read(scores: str, found: Sequence[Any]) -> np.ndarray:
       UserError: no such file, another number of records, a line of another form.
     """
     if scores.endswith(".npy"):
-        known = _array(scores)
+        known = files.array(scores, "list of numbers")
         if known.shape != (len(found),):
             what = f"has the shape {known.shape} for {len(found)} records"
             raise UserError(what, field=scores, hint="One number for each record, in order")
@@ -171,13 +172,6 @@ def read(scores: str, found: Sequence[Any]) -> np.ndarray:
     table = _by_key(scores)
     known = (table.get(_key(found, place), np.nan) for place in range(len(found)))
     return np.fromiter(known, np.float32, len(found))
-
-
-def _array(scores: str) -> np.ndarray:
-    try:
-        return np.load(scores, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot be read as numbers ({error})", field=scores) from None
 
 
 def _by_key(scores: str) -> dict[str, float]:

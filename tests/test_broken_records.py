@@ -1,0 +1,247 @@
+"""One broken record costs itself: the others of its reader are read, and nothing is raised."""
+
+import json
+
+import numpy as np
+import pytest
+import reader_fixtures as fixtures
+
+from xllm_jax.core.errors import UserError
+from xllm_jax.core.stage import Source
+from xllm_jax.data import guarded, mixture
+from xllm_jax.data.example import Example
+from xllm_jax.data.record import Record, Skipped
+
+
+def drawn(source):
+    """(examples that are read, reasons of the others) of a source."""
+    found = {"a": mixture.read("a", source, "")}
+    every = mixture.in_order(found, {"a": None})
+    assert all(one.bad and one.reason for one in every if isinstance(one, Skipped))
+    return (
+        [one.example for one in every if isinstance(one, Record)],
+        [one.reason for one in every if isinstance(one, Skipped)],
+    )
+
+
+def human(text):
+    return {"from": "human", "value": text}
+
+
+def model(text):
+    return {"from": "gpt", "value": text}
+
+
+GOOD = [
+    {"id": f"g{i}", "image": "a.jpg", "conversations": [human("<image>\n问"), model("答")]}
+    for i in range(9)
+]
+TALKS = {
+    "literal <video>": ([human("HTML5 的 <video> 标签怎么用？"), model("写")], "slots"),
+    "the model speaks first": ([model("hi"), human("q"), model("a")], "3 turns are no rounds"),
+    "the last answer is missing": ([human("q"), model("a"), human("q")], "3 turns are no rounds"),
+    "the model asks": ([model("q"), human("a")], "is 'gpt', not 'human'"),
+    "a turn is no object": (["q", "a"], "is a text, not an object"),
+    "a turn is no text": ([human(3), model("a")], "is a number, not a text"),
+    "no turns": (None, "is NoneType, not a list"),
+}
+
+
+@pytest.mark.parametrize("lined", [False, True])
+@pytest.mark.parametrize("case", TALKS)
+def test_a_broken_conversation(case, lined, tmp_path):
+    turns, reason = TALKS[case]
+    rows = [*GOOD[:4], {"id": "broken", "conversations": turns}, *GOOD[4:]]
+    texts = [json.dumps(row, ensure_ascii=False) for row in rows]
+    text = "\n".join(texts) if lined else f"[{', '.join(texts)}]"
+    (tmp_path / f"train.json{'l' * lined}").write_text(text, "utf-8")
+    examples, reasons = drawn(Source("instructions", str(tmp_path)))
+    assert [one.key for one in examples] == [row["id"] for row in GOOD]
+    assert len(reasons) == 1 and reason in reasons[0]
+
+
+@pytest.mark.parametrize("field", ["transcript", "task", "image"])
+@pytest.mark.parametrize("value", [{"a": 1}, 3, [[1]]])
+def test_a_conversation_with_a_field_of_another_type(field, value, tmp_path):
+    rows = [*GOOD, {**GOOD[0], field: value}]
+    (tmp_path / "train.json").write_text(json.dumps(rows), "utf-8")
+    examples, reasons = drawn(Source("instructions", str(tmp_path)))
+    assert len(examples) == len(GOOD) and len(reasons) == 1
+
+
+def test_a_conversation_of_null_fields(tmp_path):
+    """Null is what tools write for nothing."""
+    (tmp_path / "train.json").write_text(
+        json.dumps([{**GOOD[0], "transcript": None, "tags": None}])
+    )
+    ((found,), reasons) = drawn(Source("instructions", str(tmp_path)))
+    assert (found.transcript, found.tags, reasons) == ("", (), [])
+
+
+def test_a_file_of_broken_conversations_is_refused(tmp_path):
+    (tmp_path / "train.json").write_text(json.dumps([{"conversations": [human("q")]}] * 3))
+    with pytest.raises(UserError, match=r"train\.json: \[0\].*1 turns are no rounds"):
+        mixture.read("a", Source("instructions", str(tmp_path)), "")
+
+
+# A row that is no JSON: a wrong word, a number of 5000 digits, nesting of 100,000 levels.
+WORSE = {
+    "word": '{"a": tru}',
+    "digits": f'{{"a": {"9" * 5000}}}',
+    "deep": "[" * 10**5 + "]" * 10**5,
+}
+# {reader: (its file, where its rows begin)}
+FILES = {
+    "ai_challenger": "caption_train_annotations_20170902.json",
+    "coco": "annotations/captions_train2017.json",
+    "instructions": "train.json",
+    "minigpt4": "filter_cap.json",
+    "msrvtt": "train_val_videodatainfo.json",
+    "reference": "captions.json",
+    "visdial": "visdial_1.0_train.json",
+    "visual_genome": "region_descriptions.json",
+}
+BEGINS = {"coco": '"annotations": [', "minigpt4": '"annotations": [', "msrvtt": '"sentences": ['}
+BEGINS["visdial"] = '"dialogs": ['
+
+
+@pytest.mark.parametrize("row", WORSE)
+@pytest.mark.parametrize("case", FILES)
+def test_a_row_that_is_no_json(case, row, tmp_path):
+    getattr(fixtures, case)(tmp_path)
+    reader = {"minigpt4": "instructions"}.get(case, case)
+    path = tmp_path / FILES[case] if case == "reference" else tmp_path
+    options = {"images": f"{tmp_path}/images"} if case == "reference" else {}
+    source = Source(reader, str(path), "train", options)
+    wanted, _ = drawn(source)
+    file, begin = tmp_path / FILES[case], BEGINS.get(case, "[")
+    file.write_text(file.read_text("utf-8").replace(begin, f"{begin}{WORSE[row]}, ", 1), "utf-8")
+    examples, reasons = drawn(source)
+    assert sorted(one.answer for one in examples) == sorted(one.answer for one in wanted)
+    assert len(reasons) == 1
+
+
+@pytest.mark.parametrize("row", WORSE)
+def test_a_member_or_line_that_is_no_json(row, tmp_path):
+    fixtures.activitynet(tmp_path / "videos")
+    fixtures.pictures(tmp_path / "pictures", "a.jpg", "b.jpg")
+    (tmp_path / "pictures/captions.json").write_text(f'{{"a.jpg": "猫", "b.jpg": {WORSE[row]}}}')
+    examples, reasons = drawn(Source("captions_folder", str(tmp_path / "pictures")))
+    assert ([one.answer for one in examples], len(reasons)) == (["猫"], 1)
+    file = tmp_path / "videos/train.json"
+    file.write_text(file.read_text("utf-8")[:-1] + f', "v_a": {WORSE[row]}}}', "utf-8")
+    examples, reasons = drawn(Source("activitynet", str(tmp_path / "videos")))
+    assert (len(examples), len(reasons)) == (2, 1)
+    fixtures.instructions_by_line(tmp_path / "talks")
+    with (tmp_path / "talks/train.jsonl").open("a") as lines:
+        lines.write(f"\n{WORSE[row]}\n")
+    examples, reasons = drawn(Source("instructions", str(tmp_path / "talks")))
+    assert (len(examples), len(reasons)) == (4, 1)
+
+
+def broken_rounds():
+    good = {"question": 0, "answer": 0, "speech": "audio/0.flac"}
+    yield from ("text", None, [good], {**good, "speech": 3}, {**good, "speech": [1]})
+    yield from ({**good, "tags": 3}, {**good, "speech_tags": {"a": 1}}, {**good, "question": "x"})
+
+
+@pytest.mark.parametrize("kind", ["spoken", "asr", "dialogue"])
+def test_visdial_of_wrong_types(kind, tmp_path):
+    fixtures.visdial(tmp_path)
+    file = tmp_path / "visdial_1.0_train.json"
+    source = Source("visdial", str(tmp_path), "train", {"kind": kind})
+    whole, _ = drawn(source)
+    data = json.loads(file.read_text("utf-8"))
+    talks = data["data"]["dialogs"]
+    for broken in broken_rounds():
+        talks.append({"image_id": 1, "caption": "", "dialog": [broken]})
+    talks.append({"image_id": 10**30, "caption": "", "dialog": talks[0]["dialog"][:1]})
+    file.write_text(json.dumps(data), "utf-8")
+    examples, reasons = drawn(source)
+    assert len(examples) >= len(whole) and len(reasons) >= 4
+    data["data"]["answers"][1] = {"no": "text"}
+    file.write_text(json.dumps(data), "utf-8")
+    assert "is no text" in drawn(source)[1]
+
+
+def test_one_caption_of_an_image(tmp_path):
+    """The others of the image are read, and stand among its references alone."""
+    fixtures.coco(tmp_path)
+    file = tmp_path / FILES["coco"]
+    data = json.loads(file.read_text("utf-8"))
+    data["annotations"] += [{"image_id": 1, "caption": None}, {"image_id": 1, "caption": "好"}]
+    file.write_text(json.dumps(data), "utf-8")
+    examples, reasons = drawn(Source("coco", str(tmp_path)))
+    assert reasons == ["is NoneType, not a text"]
+    first = [one for one in examples if one.key.startswith("1#")]
+    assert first[0].references == (fixtures.TEXTS[0], "好") == tuple(one.answer for one in first)
+
+
+class Wild:
+    """A reader's sequence whose records raise whatever they hold."""
+
+    def __init__(self, records):
+        self._records = records
+
+    def __len__(self):
+        return len(self._records)
+
+    def __getitem__(self, index):
+        made = self._records[index]
+        if isinstance(made, Exception):
+            raise made
+        return made
+
+
+FOREIGN = (
+    *(IndexError("x"), StopIteration(), KeyError("x"), OverflowError("x"), RecursionError("x")),
+    *(MemoryError(), ValueError("two\nlines"), OSError(36, "File name too long"), EOFError()),
+    *("no example", None, Example("k", transcript={"a": 1}), Example(3), Example("k", tags=(1,))),
+    *(Example("k", media=(("image", b"x"),)), Example("k", answer="\ud800"), Example("k", "ab")),
+    *(Example("k", media=3), Example("k", history=(("a",), 1))),
+)
+
+
+def test_whatever_a_reader_raises_costs_its_record():
+    records = [Example("a", answer="x"), *FOREIGN, Example("b", answer="y")]
+    found = guarded.opened(lambda: Wild(records), "data.sources.a", "somewhere")
+    every = mixture.in_order({"a": found}, {"a": None})
+    assert [isinstance(one, Record) for one in every] == [True, *[False] * len(FOREIGN), True]
+    assert all("\n" not in one.reason for one in every if isinstance(one, Skipped))
+    raw = mixture.in_order({"a": Wild(records)}, {"a": None})  # as sources of one's own come
+    assert [type(one) for one in raw] == [type(one) for one in every]
+
+
+@pytest.mark.parametrize("error", [OSError(36, "File name too long"), MemoryError(), KeyError("x")])
+def test_an_error_while_opening_names_the_file(error):
+    def opens():
+        raise error
+
+    with pytest.raises(UserError, match=r"^somewhere: cannot be opened \("):
+        guarded.opened(opens, "data.sources.a", "somewhere")
+    with pytest.raises(UserError, match=r"none of its records can be read; the first: cannot"):
+        guarded.opened(lambda: Wild([error] * 3), "data.sources.a", "somewhere")
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "\ud800"])
+def test_names_that_no_file_system_knows(name, tmp_path):
+    for reader in ("instructions", "table", "coco", "cc3m", "aishell", "selection", "llava_test"):
+        with pytest.raises(UserError):
+            mixture.read("a", Source(reader, f"{tmp_path}/{name}", "test"), "")
+
+
+@pytest.mark.parametrize("content", [b"", b"x", b"PK\x03\x04", b"\x93NUMPY\x01\x00\xff\xff"])
+def test_an_array_that_is_damaged(content, tmp_path):
+    fixtures.selection(tmp_path)
+    (tmp_path / "train.npy").write_bytes(content)
+    with pytest.raises(UserError, match=r"train\.npy: is no list of records"):
+        mixture.read("a", Source("selection", str(tmp_path)), "")
+    (tmp_path / "tars").mkdir()
+    fixtures.webdataset(tmp_path / "tars")
+    (tmp_path / "tars/.index").mkdir()
+    (tmp_path / "tars/.index/00000.npy").write_bytes(content)
+    assert (
+        len(mixture.read("a", Source("webdataset", str(tmp_path / "tars")), "")) == fixtures.COUNT
+    )
+    kept = np.load(tmp_path / "tars/.index/00000.npy")
+    assert len(kept) == fixtures.COUNT + 1
