@@ -80,6 +80,7 @@ OWN = (
     ),
     flags.DEFINE_integer("seed", None, "instructions: seed of the random draw.", 0),
 )
+flags.declare_key_flag("allow_paths")
 
 
 def arguments(recipe: ModuleType) -> dict[str, Any]:
@@ -104,6 +105,7 @@ def arguments(recipe: ModuleType) -> dict[str, Any]:
         given["options"] = read_object(given["options"], "--options")
     given |= {"input": INPUT.value, "output": OUTPUT.value}
     engine = {"beam": BEAM.value, "workers": WORKERS.value}
+    engine["allow_paths"] = cli.ALLOW_PATHS.value
     given |= {name: value for name, value in engine.items() if name in known}
     for name, parameter in known.items():
         if parameter.default is parameter.empty and given.get(name) is None:

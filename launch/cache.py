@@ -40,6 +40,7 @@ MOST = flags.DEFINE_float(
 BATCH = flags.DEFINE_integer("batch", 32, "Number of files that this host computes at a time.", 1)
 SHARD = flags.DEFINE_integer("shard_records", 1024, "Number of files in a shard.", 1)
 AGAIN = flags.DEFINE_bool("again", False, "Replace the cache that is in the folder.")
+flags.declare_key_flag("allow_paths")
 
 
 def main(_: list[str]) -> None:

@@ -16,6 +16,7 @@ from ml_collections.config_flags import config_flags
 
 from xllm_jax.core import hosts, memory_allocator
 from xllm_jax.core.errors import Diverged, UserError
+from xllm_jax.core.stage import Stage
 from xllm_jax.launch import dict_overrides
 
 # Exit codes. 0: done. After SAVED and LOST the same command continues the run; after FAILED and
@@ -26,6 +27,12 @@ SAVED = hosts.SAVED  # 75, SIGTERM: what there was to save is saved
 LOST = hosts.LOST  # 76, a host stalled or was lost
 STOPPED = 130  # Ctrl-C
 
+ALLOW_PATHS = flags.DEFINE_multi_string(
+    "allow_paths",
+    [],
+    "Folder that a data set's files may lie in, beyond data.root and the set's own folder; may be "
+    "repeated.",
+)
 HELP = ("--help", "-help", "-h", "-?")
 STAGE_HELP = (
     "Stage to run: the name of a packaged one, such as stage2_image, or the path of a file that "
@@ -75,6 +82,8 @@ def parse(argv: Sequence[str]) -> list[str]:
         rest = parsed(given)
         for setting in settings:
             setting.apply(flags.FLAGS[setting.flag].value)
+        for name in config_flag_names():
+            allow_paths(flags.FLAGS[name].value)
         if len(rest) > 1:
             raise UserError(f"unexpected argument {rest[1]!r}", hint="Flags start with --")
         return rest
@@ -87,6 +96,13 @@ def parse(argv: Sequence[str]) -> list[str]:
         if line is None:
             raise
         fail(line)
+
+
+def allow_paths(stage: Any) -> None:
+    """Lets the sources of a stage, if it is one, read the folders of --allow_paths."""
+    if isinstance(stage, Stage):
+        for source in (*stage.data.sources.values(), *stage.validation.sources.values()):
+            source.allow_paths = (*source.allow_paths, *ALLOW_PATHS.value)
 
 
 def parsed(argv: list[str]) -> list[str]:

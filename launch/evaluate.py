@@ -34,11 +34,12 @@ LIMIT = flags.DEFINE_integer(
 ROWS = flags.DEFINE_integer("rows", 32, "Number of questions that are answered at a time.", 1)
 
 ASR, NO_INIT, STAGE3 = "stage1_speech", "stage2_image_no_init", "stage3"
+flags.declare_key_flag("allow_paths")
 
 
 def main(_: list[str]) -> None:
     began = time.monotonic()
-    todo = demo_suite.tasks(DATA.value, LIMIT.value)
+    todo = demo_suite.tasks(DATA.value, LIMIT.value, cli.ALLOW_PATHS.value)
     results = demo_suite.run(todo, models(Path(RUNS.value)))
     results["curves"] = demo_suite.curves(RUNS.value)
     results["timings"] = timings(time.monotonic() - began)

@@ -19,6 +19,7 @@ from xllm_jax.launch import cli
 CONFIG = config_flags.DEFINE_config_file("config", None, cli.STAGE_HELP)
 SAMPLES = flags.DEFINE_integer("samples", 24, "Number of samples on the page.", 1)
 OUTPUT = flags.DEFINE_string("output", ".", "Folder in which audit.html is written.")
+flags.declare_key_flag("allow_paths")
 
 
 def main(_: list[str]) -> None:

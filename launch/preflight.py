@@ -33,6 +33,7 @@ RECORDS = flags.DEFINE_integer(
 SEARCH = flags.DEFINE_bool(
     "search", True, "Also search for the largest micro-batch that fits; takes several compilations."
 )
+flags.declare_key_flag("allow_paths")
 
 
 def main(_: list[str]) -> int:

@@ -44,6 +44,7 @@ CHECK = flags.DEFINE_bool(
     "check", True, "Decode every file before it is stored, and leave out what cannot be decoded."
 )
 BEAM = flags.DEFINE_multi_string("beam", [], "Pipeline option for Apache Beam")
+flags.declare_key_flag("allow_paths")
 
 
 def options() -> dict[str, Any]:
@@ -64,7 +65,8 @@ def options() -> dict[str, Any]:
 
 
 def main(_: list[str]) -> None:
-    source = Source(SOURCE.value, INPUT.value, SPLIT.value, options())
+    allowed = tuple(cli.ALLOW_PATHS.value)
+    source = Source(SOURCE.value, INPUT.value, SPLIT.value, options(), allowed)
     name = NAME.value or SOURCE.value
     made = preparation.make(name, source, OUTPUT.value, SHARD.value, CHECK.value)
     found = engine.run(made, BEAM.value, WORKERS.value)["splits"][SPLIT.value]

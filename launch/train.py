@@ -24,6 +24,7 @@ flags.adopt_module_key_flags(hosts)
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run, for its checkpoints, logs and result."
 )
+flags.declare_key_flag("allow_paths")
 
 
 def main(_: list[str]) -> None:

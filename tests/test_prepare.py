@@ -249,11 +249,12 @@ def test_several_files_of_a_modality_and_records_of_several_kinds(table, tmp_pat
 
 
 def test_a_source_that_has_changed_is_another_plan(table, tmp_path):
+    allowed = {"allow_paths": (str(table),)}
     (tmp_path / "train.tsv").write_text(f"filepath\ttitle\n{table}/0.png\tred\n", "utf-8")
-    planned(tmp_path, tmp_path / "out")
+    planned(tmp_path, tmp_path / "out", **allowed)
     (tmp_path / "train.tsv").write_text(f"filepath\ttitle\n{table}/0.png\tblue\n", "utf-8")
     with pytest.raises(UserError, match="prepared with another content"):
-        planned(tmp_path, tmp_path / "out")
+        planned(tmp_path, tmp_path / "out", **allowed)
 
 
 def test_a_set_that_cannot_be_used_says_why(table, tmp_path):

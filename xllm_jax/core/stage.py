@@ -74,12 +74,22 @@ class Optimizer:
 
 @dataclasses.dataclass
 class Source:
-    """One data set: a reader (file of `data/sources`), where it lies, and the reader's options."""
+    """One data set: a reader (file of `data/sources`), where it lies, and the reader's options.
+
+    Attributes:
+      reader: file of `data/sources`.
+      path: file or folder, below `data.root` unless it is absolute.
+      split: 'train', 'val' or 'test'.
+      options: of the reader.
+      allow_paths: folders that its files may lie in, too; else they lie below `data.root`, in the
+        source's own folder, or where its options say (`data/media/reach.py`).
+    """
 
     reader: str = ""
     path: str = ""
     split: str = "train"
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    allow_paths: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass
@@ -326,7 +336,7 @@ def parse_stage(record: Mapping[str, Any]) -> Stage:
     """A Stage from the plain data of `dataclasses.asdict`, of this version or an older one."""
     record = _todays(record)
     data = dict(record["data"])
-    data["sources"] = {name: Source(**source) for name, source in data["sources"].items()}
+    data["sources"] = {name: _source(source) for name, source in data["sources"].items()}
     data["frames"] = tuple(data["frames"])
     optimizer = dict(record["optimizer"])
     optimizer["no_decay"] = tuple(optimizer["no_decay"])
@@ -344,7 +354,11 @@ def parse_stage(record: Mapping[str, Any]) -> Stage:
     return Stage(**{**record, **changed})
 
 
+def _source(record: Mapping[str, Any]) -> Source:
+    return Source(**{**record, "allow_paths": tuple(record.get("allow_paths", ()))})
+
+
 def _validation(record: Mapping[str, Any]) -> Validation:
-    sources = {name: Source(**source) for name, source in record.get("sources", {}).items()}
+    sources = {name: _source(source) for name, source in record.get("sources", {}).items()}
     metrics = tuple(record.get("metrics", ()))
     return Validation(**{**record, "sources": sources, "metrics": metrics})

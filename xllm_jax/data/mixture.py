@@ -16,6 +16,7 @@ from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data, Source
 from xllm_jax.data import guarded
 from xllm_jax.data.example import Example
+from xllm_jax.data.media import reach
 from xllm_jax.data.record import Record, Skipped
 
 READERS = "xllm_jax.data.sources"
@@ -26,8 +27,16 @@ Buckets = Mapping[str, np.ndarray]  # {source: bucket of each record}
 Drawn = Record | Skipped  # Skipped where the reader could not make the example
 
 
-def read(name: str, source: Source, root: str) -> Sequence[Example]:
+def read(
+    name: str, source: Source, root: str, within: reach.Reach | None = None
+) -> Sequence[Example]:
     """Opens one source with its reader.
+
+    Args:
+      name: of the source.
+      source: reader, path, split and options.
+      root: folder that its path starts from, or ''.
+      within: what it may read; None is what `reach.of` says.
 
     Raises:
       UserError: unknown reader or option, no files, no records or none that can be read; of the
@@ -36,6 +45,9 @@ def read(name: str, source: Source, root: str) -> Sequence[Example]:
     field = f"data.sources.{name}"
     reader = lookup.module(READERS, source.reader, f"{field}.reader")
     known = list(inspect.signature(reader.examples).parameters)[2:]
+    within = within or reach_of(source, root)
+    passed = {"within": within} if "within" in known else {}
+    known = [option for option in known if option not in passed]
     unknown = sorted(set(source.options) - set(known))
     if unknown:
         raise UserError(
@@ -44,9 +56,20 @@ def read(name: str, source: Source, root: str) -> Sequence[Example]:
             hint=f"Choices: {', '.join(known) or 'none'}",
         )
     path = os.path.join(root, source.path)
-    return guarded.opened(
-        lambda: reader.examples(path, source.split, **source.options), field, path
-    )
+    within.check(path)
+    within.check_links(path)
+
+    def examples() -> Sequence[Example]:
+        found = reader.examples(path, source.split, **source.options, **passed)
+        return reach.Confined(found, within)
+
+    return guarded.opened(examples, field, path)
+
+
+def reach_of(source: Source, root: str) -> reach.Reach:
+    """What a source may read; its reader says which folders next to it belong to the layout."""
+    reader = lookup.module(READERS, source.reader, "reader")
+    return reach.of(source, root, getattr(reader, "BESIDE", ()))
 
 
 def mixture(data: Data) -> dict[str, float | None]:

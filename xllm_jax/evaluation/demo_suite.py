@@ -72,21 +72,28 @@ COMPARED = {
 }
 
 
-def tasks(data: str | Path, limit: int = 0) -> dict[str, measure.Task]:
+def tasks(
+    data: str | Path, limit: int = 0, allow_paths: Sequence[str] = ()
+) -> dict[str, measure.Task]:
     """The held-out tasks of a data folder in the world's layout; what it lacks is left out.
 
     Args:
       data: folder with coco/, visual_genome/, msrvtt/, aishell/ and visdial/.
       limit: most samples of a task, spread over it; 0 takes MOST.
+      allow_paths: folders that its files may lie in, too.
 
     Raises:
       UserError: the folder has none of them, or one is broken.
     """
     if not Path(data).is_dir():
         raise UserError("no such folder", field=str(data), hint="xllm world builds one")
+    allowed = {
+        name: dataclasses.replace(source, allow_paths=tuple(allow_paths))
+        for name, source in SOURCES.items()
+    }
     found = {
         name: spread(mixture.read(name, source, str(data)), limit or MOST.get(name, 300))
-        for name, source in SOURCES.items()
+        for name, source in allowed.items()
         if (Path(data) / source.path).is_dir()
     }
     if not found:

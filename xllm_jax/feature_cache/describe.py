@@ -107,8 +107,8 @@ def difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, st
 
 def sources(data: Data, sizes: Mapping[str, int]) -> dict[str, dict[str, Any]]:
     """{name: reader, path, split, options and records} of the sources that take part."""
-    about = {
-        name: dataclasses.asdict(data.sources[name]) | {"records": sizes[name]}
-        for name in mixture.mixture(data)
-    }
+    about = {}
+    for name in mixture.mixture(data):
+        about[name] = dataclasses.asdict(data.sources[name]) | {"records": sizes[name]}
+        del about[name]["allow_paths"]
     return json.loads(json.dumps(about))

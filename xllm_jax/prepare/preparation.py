@@ -65,7 +65,9 @@ class PreparationPlan:
 
     def identity(self) -> str:
         """Hash of everything that the shards depend on, except where they lie."""
-        return checksum.of_json(dataclasses.asdict(dataclasses.replace(self, output="")))
+        about = dataclasses.asdict(dataclasses.replace(self, output=""))
+        del about["source"]["allow_paths"]  # sets may move with the folders that they came from
+        return checksum.of_json(about)
 
     def media(self) -> dict[str, Modality]:
         """{name: Modality} of the set, in the order of `modalities`."""
@@ -133,14 +135,14 @@ def make(
 
 def _seen(found: Sequence[Example], name: str) -> list[Example]:
     """Some records of a source, those that can be read."""
-    seen = []
+    seen, why = [], ""
     for place in np.unique(np.linspace(0, len(found) - 1, LOOKED_AT).astype(int)):
         try:
             seen.append(found[int(place)])
-        except UserError:
-            continue
+        except UserError as error:
+            why = why or str(error)
     if not seen:
-        raise UserError(f"none of {LOOKED_AT} records can be read", field=name)
+        raise UserError(f"none of {LOOKED_AT} records can be read; the first: {why}", field=name)
     return seen
 
 

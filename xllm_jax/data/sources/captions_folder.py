@@ -95,6 +95,8 @@ def _from_texts(root: pathlib.Path) -> Pairs:
         text = path.with_suffix(".txt")
         if path.suffix.lower() in layout.IMAGES and text.is_file():
             try:
+                if text.is_symlink():
+                    raise UserError("is a link", field=str(text), hint="Copy the text itself")
                 yield path.relative_to(root).as_posix(), split_lines(layout.read_text(text))
             except UserError as error:
                 yield error

@@ -22,6 +22,7 @@ from xllm_jax.data.rows.lazy import Lazy, Rows
 from xllm_jax.data.sources import layout
 
 QUESTIONS, ANSWERS = "qa90_questions.jsonl", "qa90_gpt4_answer.jsonl"
+BESIDE = ("coco",)  # may lie next to PATH
 
 
 def examples(

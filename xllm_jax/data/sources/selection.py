@@ -21,6 +21,7 @@ from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
 from xllm_jax.data import mixture
 from xllm_jax.data.example import Example
+from xllm_jax.data.media.reach import Reach
 from xllm_jax.data.rows import files
 from xllm_jax.data.rows.lazy import Lazy
 from xllm_jax.data.sources import layout
@@ -28,16 +29,17 @@ from xllm_jax.data.sources import layout
 FILE, COLUMNS = "selection.json", 3
 
 
-def examples(path: str, split: str = "train") -> Sequence[Example]:
+def examples(path: str, split: str = "train", within: Reach | None = None) -> Sequence[Example]:
     """The picked records, in the order of the list; keys start with the name of their source.
 
     Args:
       path: folder of the layout above.
       split: 'train', 'val' or 'test'.
+      within: what the sources may read; None is what each may of its own.
 
     Raises:
-      UserError: no such file, a list of another shape, a record or instruction that is not there,
-        and what the sources' readers raise; on access, too.
+      UserError: no such file, a source out of reach, a list of another shape, a record or
+        instruction that is not there, and what the sources' readers raise; on access, too.
     """
     root = pathlib.Path(path)
     about = layout.read_json(root / FILE)
@@ -45,7 +47,7 @@ def examples(path: str, split: str = "train") -> Sequence[Example]:
     named = sources(about, root, where)
     texts = layout.get(about, "instructions", list, where)
     picked = _picked(root / f"{split}.npy")
-    opened = [mixture.read(name, source, "") for name, source in named.items()]
+    opened = [mixture.read(name, source, "", within) for name, source in named.items()]
     _check(picked, [len(one) for one in opened], len(texts), str(root / f"{split}.npy"))
     names = list(named)
 

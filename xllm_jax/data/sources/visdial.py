@@ -44,6 +44,9 @@ class Round:
     speech_tags: tuple[str, ...]
 
 
+BESIDE = ("coco",)  # may lie next to PATH
+
+
 def examples(
     path: str, split: str = "train", kind: str = "dialogue", images: str = "", history: bool = False
 ) -> Sequence[Example]:

@@ -19,6 +19,7 @@ from xllm_jax.data.example import Example
 from xllm_jax.data.sources import reference, visdial
 
 FILES = {"asr": "vsdial_asr_zh", "spoken": "vsdial_zh", "masr": "vsdial_zh"}
+BESIDE = ("coco",)  # may lie next to PATH
 
 
 def examples(

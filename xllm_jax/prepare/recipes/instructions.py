@@ -11,9 +11,10 @@ instructions.
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,7 @@ def build(
     seed: int = 0,
     beam: Sequence[str] = (),
     workers: int = 0,
+    allow_paths: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Draws the set.
 
@@ -82,6 +84,7 @@ def build(
       instructions: JSON file {task: [text, …]}; '' takes INSTRUCTIONS.
       seed: of the draw.
       beam, workers: as of `runner.options`.
+      allow_paths: folders that the sources' files may lie in, too.
 
     Returns:
       {'records', 'sources': {name: records}, 'rejected', 'reasons': {reason: count}}.
@@ -94,11 +97,7 @@ def build(
     if odd:
         hint = f"Sources: {', '.join(sources)}"
         raise UserError(f"there is no source {odd[0]!r}", field="--counts", hint=hint)
-    whole = {
-        name: Source(one.reader, str(Path(input) / one.path), one.split, one.options)
-        for name, one in sources.items()
-        if wanted[name]
-    }
+    whole = _placed({n: one for n, one in sources.items() if wanted[n]}, input, allow_paths)
     lists = read_lists(instructions) if instructions else INSTRUCTIONS
     texts = [text for task in sorted(lists) for text in lists[task]]
 
@@ -115,7 +114,7 @@ def build(
         rows += [(number, place, asked(found[place], lists, texts, seed)) for place in drawn]
     order = np.random.default_rng(seed).permutation(len(rows))
     pick.write(output, "train", whole, np.asarray(rows, np.int64)[order], texts)
-    stored = prepare(output, beam, workers)
+    stored = prepare(output, whole.values(), beam, workers)
     reasons = dict(Counter(one["reason"] for one in rejects).most_common())
     summary = {"records": stored, "sources": {name: wanted[name] for name in whole}}
     summary |= {"rejected": len(rejects), "reasons": reasons}
@@ -124,9 +123,23 @@ def build(
     return summary
 
 
-def prepare(output: str, beam: Sequence[str], workers: int) -> int:
-    """Writes the shards of what was drawn; returns how many records they hold."""
-    source, shards = Source("selection", output), f"{output}/shards"
+def _placed(
+    sources: Mapping[str, Source], input: str, allow_paths: Sequence[str]
+) -> dict[str, Source]:
+    """The sources with whole paths, and what they may read beyond them."""
+    return {
+        name: dataclasses.replace(
+            one, path=str(Path(input) / one.path), allow_paths=(*one.allow_paths, *allow_paths)
+        )
+        for name, one in sources.items()
+    }
+
+
+def prepare(output: str, sources: Iterable[Source], beam: Sequence[str], workers: int) -> int:
+    """Writes the shards of what was drawn from sources; returns how many records they hold."""
+    places = {place for one in sources for place in mixture.reach_of(one, "").places}
+    source = Source("selection", output, allow_paths=tuple(sorted(places)))
+    shards = f"{output}/shards"
     made = preparation.make("instructions", source, shards, preparation.PER_SHARD, several=True)
     return engine.run(made, beam, workers)["splits"]["train"]["records"]
 

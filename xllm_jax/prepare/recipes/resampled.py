@@ -15,25 +15,36 @@ from typing import Any
 
 from xllm_jax.core import atomic
 from xllm_jax.core.errors import UserError
+from xllm_jax.data.media.reach import Reach
 from xllm_jax.data.sources import layout
 from xllm_jax.prepare import engine, runner, transforms
 
 
-def build(input: str, output: str, beam: Sequence[str] = (), workers: int = 0) -> dict[str, Any]:
+def build(
+    input: str,
+    output: str,
+    beam: Sequence[str] = (),
+    workers: int = 0,
+    allow_paths: Sequence[str] = (),
+) -> dict[str, Any]:
     """Converts a folder.
 
     Args:
       input: folder with audio files, sub-folders included.
       output: folder of the new ones.
       beam, workers: as of `runner.options`.
+      allow_paths: folders that links among the files may lead to.
 
     Returns:
       {'files', 'copied', 'rejected', 'reasons': {reason: count}}.
 
     Raises:
-      UserError: no audio file, or none that can be used.
+      UserError: no audio file, none that can be used, or a link that leads outside.
     """
     sounds, others = found(Path(input))
+    within = Reach([input, *allow_paths])
+    for path in (*sounds, *others):
+        within.check(path)
     if not sounds:
         raise UserError("has no audio files", field=input, hint="Check the path")
     if Path(output).resolve() == Path(input).resolve():

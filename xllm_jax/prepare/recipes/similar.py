@@ -46,6 +46,7 @@ def build(
     batch: int = 256,
     beam: Sequence[str] = (),
     workers: int = 0,
+    allow_paths: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Keeps the pairs of one split that are alike enough.
 
@@ -63,6 +64,7 @@ def build(
       batch: pairs that CLIP looks at together.
       beam, workers: as of `runner.options`; where one is given, Beam filters, otherwise NumPy does,
         which on one machine is the faster.
+      allow_paths: folders that the source's files may lie in, too.
 
     Returns:
       {'records', 'kept', 'unknown' (without a score), 'threshold'}, and with `clip` 'reasons', {why
@@ -74,7 +76,7 @@ def build(
     if bool(scores) == bool(clip):
         what = "one of --scores and --clip is needed" + (", not both" if clip else "")
         raise UserError(what, field="--scores", hint="--clip=bases/clip computes scores")
-    source, about = Source(reader, input, split, options or {}), {}
+    source, about = Source(reader, input, split, options or {}, tuple(allow_paths)), {}
     if clip:
         known, about = computed(source, output, clip, tokenizer, batch)
     else:
