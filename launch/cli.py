@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections.config_flags import config_flags
 
-from xllm_jax.core import hosts, memory_allocator
+from xllm_jax.core import hosts, litter, memory_allocator
 from xllm_jax.core.errors import Diverged, UserError
 from xllm_jax.core.stage import Stage
 from xllm_jax.launch import dict_overrides
@@ -198,7 +198,7 @@ def locate(flag: str, value: str) -> str:
 def packaged_stages() -> dict[str, Path]:
     """{name: file} of the stages that ship with the package, by name."""
     (folder,) = importlib.import_module("xllm_jax.configs").__path__
-    files = sorted(Path(folder).glob("*.py"))
+    files = litter.glob(folder, "*.py")
     return {file.stem: file for file in files if "def get_config(" in file.read_text("utf-8")}
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from xllm_jax.convert import ConversionPlan, Row, check_table, conversion_record, run_import
 from xllm_jax.convert.header import Header
 from xllm_jax.convert.safetensors_file import SAFETENSORS
-from xllm_jax.core import checkpoint
+from xllm_jax.core import checkpoint, litter
 from xllm_jax.core.errors import UserError
 
 SHARD = 4 << 30
@@ -123,7 +123,7 @@ def run_export(source: str, path: str | Path, output: str | Path, size: str = ""
     tensors: Mapping[str, np.ndarray] = Exported(plan, leaves, path)
     restore = getattr(module, "restore", None)
     tensors = restore(tensors, options) if restore else tensors
-    if output.exists() and (output.is_file() or any(output.iterdir())):
+    if output.exists() and (output.is_file() or litter.filled(output)):
         raise UserError("is there already", field=str(output), hint="Choose another --output")
     run_import.check_room(output, sum(_bytes(header_of(tensors, name)) for name in tensors))
     partial = output.with_name(output.name + ".partial")

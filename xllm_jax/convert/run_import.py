@@ -36,7 +36,7 @@ from xllm_jax.convert import (
     place,
     wrapped_names,
 )
-from xllm_jax.core import checkpoint, lookup, rules
+from xllm_jax.core import checkpoint, litter, lookup, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.streamed_leaf import Blocks
 
@@ -278,7 +278,7 @@ def check_output(output: str | Path, source: Path) -> None:
     output = Path(output)
     if output.resolve() == source.resolve():
         raise UserError("is the input", field=str(output), hint="Choose another --output")
-    filled = output.is_file() or (output.is_dir() and any(output.iterdir()))
+    filled = output.is_file() or (output.is_dir() and litter.filled(output))
     if filled and not (output / "about.json").exists():
         raise UserError(
             "is there already and is no base of ours",

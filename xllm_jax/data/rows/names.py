@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from xllm_jax.core import litter
+
 LONGEST = 256  # letters of a name that are looked at; no file system has longer ones
 
 
@@ -21,10 +23,9 @@ class Names:
 
     def __init__(self, folder: str | os.PathLike, key: Callable[[str], int | str | None]):
         self._folder, keys, paths = str(folder), [], []
-        for place, inner, names in os.walk(folder):
-            inner.sort()
+        for place, names in litter.walk(folder, lambda name: key(name) is not None):
             below = os.path.relpath(place, folder)
-            found = [(key(name), name) for name in sorted(names)]
+            found = [(key(name), name) for name in names]
             found = [(one, os.path.normpath(os.path.join(below, name))) for one, name in found
                      if one is not None]  # fmt: skip
             if found:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from xllm_jax.core import litter
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
 from xllm_jax.data.rows.lazy import Lazy, Rows
@@ -41,7 +42,7 @@ def examples(
     """
     root, name = pathlib.Path(path), NAMES.get(split, split)
     pattern = f"caption_{name}*_annotations_*.json"
-    found = sorted(root.glob(pattern)) + sorted(root.glob(f"*/{pattern}"))
+    found = litter.glob(root, pattern) + litter.glob(root, f"*/{pattern}")
     if not found:
         raise UserError("no such file", field=str(root / pattern), hint="Check the path and split")
     file = found[0]
@@ -73,5 +74,5 @@ def _count(row: Any) -> int:
 
 def _images(file: pathlib.Path, images: str) -> pathlib.Path:
     kind = file.stem.partition("_annotations_")[0]
-    default = sorted(file.parent.glob(f"{kind}_images_*")) or [file.parent / f"{kind}_images"]
+    default = litter.glob(file.parent, f"{kind}_images_*") or [file.parent / f"{kind}_images"]
     return layout.first_folder([pathlib.Path(images)] if images else default)

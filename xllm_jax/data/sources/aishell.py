@@ -21,6 +21,7 @@ import pathlib
 import re
 from collections.abc import Sequence
 
+from xllm_jax.core import litter
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
 from xllm_jax.data.rows.lazy import Lazy, Lines
@@ -72,7 +73,7 @@ def _second(root: pathlib.Path, split: str) -> list[pathlib.Path]:
 
 
 def _first(root: pathlib.Path) -> pathlib.Path:
-    found = sorted((root / "transcript").glob("*.txt"))
+    found = litter.glob(root / "transcript", "*.txt")
     return found[0] if found else root / "transcript" / "aishell_transcript_v0.8.txt"
 
 

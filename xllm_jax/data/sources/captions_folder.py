@@ -16,6 +16,7 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Iterable, Sequence
 
+from xllm_jax.core import litter
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.text_lines import split_lines
 from xllm_jax.data.example import Example
@@ -91,9 +92,10 @@ def _from_table(table: Table) -> Pairs:
 
 
 def _from_texts(root: pathlib.Path) -> Pairs:
-    for path in sorted(root.rglob("*")):
+    walked = litter.walk(root, lambda name: layout.ending(name) in layout.IMAGES)
+    for path in sorted(pathlib.Path(place, name) for place, names in walked for name in names):
         text = path.with_suffix(".txt")
-        if path.suffix.lower() in layout.IMAGES and text.is_file():
+        if text.is_file():
             try:
                 if text.is_symlink():
                     raise UserError("is a link", field=str(text), hint="Copy the text itself")

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from xllm_jax.core import litter
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
 from xllm_jax.data.rows.lazy import Lazy, Lines
@@ -48,7 +49,7 @@ def examples(
     if split not in FILES:
         raise UserError(f"has no split {split!r}", field=path, hint="Choices: train, val")
     root = pathlib.Path(path)
-    found = sorted(root.glob(FILES[split]))
+    found = litter.glob(root, FILES[split])
     lines = Lines(found[0] if found else root / FILES[split].replace("*", ""))
     said = Lines(captions) if captions else lines
     if len(said) != len(lines):

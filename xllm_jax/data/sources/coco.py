@@ -13,6 +13,7 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Sequence
 
+from xllm_jax.core import litter
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
 from xllm_jax.data.rows.joined_lists import Groups
@@ -75,7 +76,7 @@ def _lost(groups: Groups, which: str, place: int) -> UserError:
 
 def _captions_file(root: pathlib.Path, split: str) -> pathlib.Path:
     folder = root / "annotations"
-    found = sorted(folder.glob(f"captions_{split}*.json"))
+    found = litter.glob(folder, f"captions_{split}*.json")
     if len(found) > 1:
         names = ", ".join(file.name for file in found)
         hint = "Name one by the source's option 'annotations'"

@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
+from xllm_jax.core import litter
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
 from xllm_jax.data.rows import files as files_of_rows
@@ -192,13 +193,15 @@ def files(folders: Iterable[pathlib.Path], suffixes: Sequence[str]) -> dict[str,
     """
     found: dict[str, str] = {}
     for folder in folders:
-        for place, inner, names in os.walk(folder):
-            inner.sort()
-            for name in sorted(names):
-                stem, suffix = os.path.splitext(name)
-                if suffix.lower() in suffixes:
-                    found.setdefault(stem, os.path.join(place, name))
+        for place, names in litter.walk(folder, lambda name: ending(name) in suffixes):
+            for name in names:
+                found.setdefault(os.path.splitext(name)[0], os.path.join(place, name))
     return found
+
+
+def ending(name: str) -> str:
+    """The suffix of a file's name, in small letters."""
+    return os.path.splitext(name)[1].lower()
 
 
 def unpunctuated(text: str) -> str:

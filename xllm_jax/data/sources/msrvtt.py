@@ -15,6 +15,7 @@ import os
 import pathlib
 from collections.abc import Sequence
 
+from xllm_jax.core import litter
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
 from xllm_jax.data.rows.joined_lists import Groups
@@ -41,7 +42,7 @@ def examples(
         sentence of no video.
     """
     root = pathlib.Path(path)
-    infos = sorted(root.glob("*videodatainfo*.json")) or [root / "train_val_videodatainfo.json"]
+    infos = litter.glob(root, "*videodatainfo*.json") or [root / "train_val_videodatainfo.json"]
     files = Names(videos or root, _stem)
     each = split == "train" if per_caption is None else per_caption
     wanted = NAMES.get(split, split)

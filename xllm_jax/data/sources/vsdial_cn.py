@@ -14,6 +14,7 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Sequence
 
+from xllm_jax.core import litter
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
 from xllm_jax.data.sources import reference, visdial
@@ -50,7 +51,7 @@ def examples(
     if (root / f"visdial_1.0_{split}.json").is_file() and kind != "masr":
         return visdial.examples(path, split, kind, images, history)
     pattern = f"{split}_{FILES[kind]}*.json"
-    found = sorted(root.glob(pattern))
+    found = litter.glob(root, pattern)
     if not found:
         hint = f"Wanted: {pattern} or visdial_1.0_{split}.json"
         raise UserError("no such file", field=str(root / pattern), hint=hint)

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from xllm_jax.core import litter
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
 from xllm_jax.data.media import paths
@@ -57,8 +58,8 @@ def has_tars(path: str, split: str) -> bool:
 
 def _tars(root: pathlib.Path) -> list[pathlib.Path]:
     """The folder's tars, or those of its folders, which are not other splits."""
-    below = [tar for tar in sorted(root.glob("*/*.tar")) if tar.parent.name not in ("val", "test")]
-    return sorted(root.glob("*.tar")) or below
+    below = [t for t in litter.glob(root, "*/*.tar") if t.parent.name not in ("val", "test")]
+    return litter.glob(root, "*.tar") or below
 
 
 def index(tar: pathlib.Path) -> np.ndarray:
@@ -87,7 +88,7 @@ def index(tar: pathlib.Path) -> np.ndarray:
 
 def _scan(tar: pathlib.Path) -> np.ndarray:
     samples: dict[str, list[int]] = {}
-    size = tar.stat().st_size
+    size, left = tar.stat().st_size, litter.LeftOut(tar)
     try:
         with tarfile.open(tar, "r:") as archive:
             while (member := archive.next()) is not None:
@@ -95,7 +96,7 @@ def _scan(tar: pathlib.Path) -> np.ndarray:
                 archive.members = []  # pyright: ignore[reportAttributeAccessIssue]
                 if member.offset_data + member.size > size:
                     raise tarfile.ReadError(f"{member.name} is cut off")
-                if member.isfile():
+                if member.isfile() and not left.takes(member.name, member.size):
                     _note(samples, member)
             archive.fileobj.seek(archive.offset)
             if archive.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
@@ -103,6 +104,7 @@ def _scan(tar: pathlib.Path) -> np.ndarray:
     except (tarfile.TarError, EOFError, OSError) as error:
         hint = "Download it again, or take it away"
         raise UserError(f"is a damaged tar ({error})", field=str(tar), hint=hint) from error
+    left.report()
     whole = [row for row in samples.values() if row[0] and row[2]]
     return np.asarray(whole, np.int64).reshape(-1, COLUMNS)
 

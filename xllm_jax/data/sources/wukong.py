@@ -17,6 +17,7 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Sequence
 
+from xllm_jax.core import litter
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
 from xllm_jax.data.rows.lazy import Chain, Table
@@ -42,7 +43,7 @@ def examples(path: str, split: str = "train", images: str = "") -> Sequence[Exam
     if webdataset.has_tars(path, split):
         return webdataset.examples(path, split)
     root = pathlib.Path(path)
-    found = sorted(root.glob(FILES[split])) or sorted(root.glob(f"wukong_release/{FILES[split]}"))
+    found = litter.glob(root, FILES[split]) or litter.glob(root, f"wukong_release/{FILES[split]}")
     if not found:
         hint = f"Wanted: tars, or {FILES[split]}"
         raise UserError("no such files", field=str(root), hint=hint)

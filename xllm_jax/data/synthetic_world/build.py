@@ -21,6 +21,7 @@ import pathlib
 import shutil
 from collections.abc import Callable, Iterator
 
+from xllm_jax.core import litter
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.synthetic_world import annotations, motion, plan, render, speak
 from xllm_jax.data.synthetic_world.plan import SPLITS, Split, WorldSizes
@@ -105,7 +106,7 @@ def identity(sizes: WorldSizes, seed: int) -> dict:
 
 
 def _is_built(directory: pathlib.Path, sizes: WorldSizes, seed: int) -> bool:
-    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+    if not directory.exists() or (directory.is_dir() and not litter.filled(directory)):
         return False
     marker = directory / "world.json"
     if not marker.is_file():

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from xllm_jax.core import atomic
+from xllm_jax.core import atomic, litter
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.media.reach import Reach
 from xllm_jax.data.sources import layout
@@ -68,7 +68,8 @@ def build(
 
 def found(root: Path) -> tuple[list[str], list[Path]]:
     """(audio files, other files) below a folder, sorted."""
-    files = sorted(path for path in root.rglob("*") if path.is_file())
+    walked = litter.walk(root, lambda name: True)
+    files = sorted(Path(place, name) for place, names in walked for name in names)
     heard = [path for path in files if path.suffix.lower() in layout.SOUNDS]
     return list(map(str, heard)), [path for path in files if path not in set(heard)]
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from xllm_jax.core import atomic
+from xllm_jax.core import atomic, litter
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
 from xllm_jax.data.sources import layout
@@ -189,7 +189,7 @@ def note(said: tuple[str, str]) -> None:
 
 def spoken(folder: Path) -> dict[str, str]:
     """{text: name of its file} of everything that has been said."""
-    notes = sorted(folder.glob("*.json"))
+    notes = litter.glob(folder, "*.json")
     return {json.loads(one.read_text("utf-8"))["text"]: f"{one.stem}.flac" for one in notes}
 
 
