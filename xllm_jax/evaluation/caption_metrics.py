@@ -17,6 +17,7 @@ from xllm_jax.core.errors import UserError
 from xllm_jax.evaluation import error_rate
 
 ORDERS = (1, 2, 3, 4)
+MOST = 10.0  # CIDEr-D of a caption that is its reference
 SIGMA = 6.0  # width of CIDEr-D's penalty on a difference in length
 
 Vector = dict[str, float]
@@ -64,7 +65,7 @@ def cider(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> np.
         for sample, (text, accepted) in enumerate(zip(hypotheses, references)):
             scores = [_similarity(text, one, order, weights, unseen) for one in accepted]
             total[sample] += sum(scores) / len(scores)
-    return 10.0 * total / len(ORDERS)
+    return MOST * total / len(ORDERS)
 
 
 def document_weights(references: Sequence[Sequence[str]], order: int) -> Vector:
@@ -134,6 +135,16 @@ def bleu_value(sums: np.ndarray) -> np.ndarray:
     logs = np.log(np.where(precision > 0, precision, 1.0)).mean(axis=-1)
     brevity = np.minimum(0.0, 1.0 - wanted / np.maximum(length, 1.0))
     return np.where(found, np.exp(logs + brevity), 0.0)
+
+
+def bleu_ends(statistics: np.ndarray) -> np.ndarray:
+    """`bleu_statistics` of a caption of mean length, no run matched and every one: `[2, K]`."""
+    order = (statistics.shape[1] - 2) // 2
+    typical = statistics.mean(axis=0)
+    wanted = typical[-1]
+    total = np.maximum(wanted - np.arange(order), 1.0)
+    wrong, right = ([*total * share, *total, wanted, wanted] for share in (0.0, 1.0))
+    return np.array([wrong, right])
 
 
 def _check(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> None:

@@ -144,13 +144,22 @@ def difference(first: scorers.Score, second: scorers.Score) -> dict[str, Any]:
     Positive is better, also for error rates.
     """
     sign = 1.0 if second.higher else -1.0
-    pairs = np.concatenate([first.sums, second.sums], axis=1)
+    if first.is_mean and second.is_mean:
+        return _plain(bootstrap.mean_difference(sign * first.samples, sign * second.samples))
     size = first.sums.shape[1]
+    worst, best = (0, 1) if second.higher else (1, 0)
+    ends = [
+        np.concatenate([first.ends[best], second.ends[worst]]),
+        np.concatenate([first.ends[worst], second.ends[best]]),
+    ]
 
     def value(sums: np.ndarray) -> np.ndarray:
         return sign * (second.value(sums[..., size:]) - first.value(sums[..., :size]))
 
-    return _plain(bootstrap.estimate(pairs, value))
+    pairs = np.concatenate([first.sums, second.sums], axis=1)
+    found = bootstrap.estimate(pairs, value, ends=np.array(ends))
+    width = max(first.scale[1], second.scale[1]) - min(first.scale[0], second.scale[0])
+    return _plain(scorers.within(found, (-width, width)))
 
 
 def compare(first: dict[str, Any], second: dict[str, Any], metric: str) -> dict[str, Any] | None:

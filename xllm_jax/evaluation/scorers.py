@@ -23,34 +23,48 @@ class Score:
 
     Attributes:
       sums: `[N, K]` float64, what each sample adds.
-      value: sums `[..., K]` of n samples to scores `[...]`; see `statistics.estimate`.
+      value: sums `[..., K]` of n samples to scores `[...]`; see `bootstrap.estimate`.
+      ends: `[2, K]`, what a sample at the low and at the high end of the metric's scale adds.
       samples: `[N]` float64, the score of each sample alone, for showing and paired differences.
       higher: whether more is better.
     """
 
     sums: np.ndarray
     value: bootstrap.Value
+    ends: np.ndarray
     samples: np.ndarray
     higher: bool = True
 
     def estimate(self, chosen: Sequence[int] | None = None) -> bootstrap.Estimate:
         """The score with its interval, of all samples or of the chosen ones."""
         sums = self.sums if chosen is None else self.sums[list(chosen)]
-        return bootstrap.estimate(sums, self.value)
+        return within(bootstrap.estimate(sums, self.value, ends=self.ends), self.scale)
+
+    @property
+    def is_mean(self) -> bool:
+        """Whether the score is the mean of the samples' own scores."""
+        return self.value is bootstrap.rate and bool((self.sums[:, 1] == 1).all())
+
+    @property
+    def scale(self) -> tuple[float, float]:
+        """The lowest and the highest score that there can be, or that a sample has."""
+        ends = [float(self.value(end)) for end in self.ends]
+        return min(ends[0], *self.samples), max(ends[1], *self.samples)
+
+
+def within(found: bootstrap.Estimate, scale: tuple[float, float]) -> bootstrap.Estimate:
+    """The estimate with an interval that does not leave the scale."""
+    return found._replace(low=max(found.low, scale[0]), high=min(found.high, scale[1]))
 
 
 Scorer = Callable[[Sequence[str], Sequence[Example]], dict[str, Score]]
 
 
-def average(values: Sequence[float], higher: bool = True) -> Score:
-    """A metric that is the mean of its samples."""
+def average(values: Sequence[float], most: float = 1.0) -> Score:
+    """A metric that is the mean of its samples, each between 0 and `most`."""
     values = np.asarray(values, np.float64)
     sums = np.stack([values, np.ones_like(values)], axis=1)
-    return Score(sums, _ratio, values, higher)
-
-
-def _ratio(sums: np.ndarray) -> np.ndarray:
-    return sums[..., 0] / np.where(sums[..., 1] == 0, np.nan, sums[..., 1])
+    return Score(sums, bootstrap.rate, np.array([[0.0, 1.0], [most, 1.0]]), values)
 
 
 def transcription(answers: Sequence[str], examples: Sequence[Example]) -> dict[str, Score]:
@@ -58,7 +72,8 @@ def transcription(answers: Sequence[str], examples: Sequence[Example]) -> dict[s
     counts = [error_rate.character_errors(reference(e), a) for a, e in zip(answers, examples)]
     sums = np.asarray(counts, np.float64)
     alone = sums[:, 0] / np.maximum(sums[:, 1], 1)
-    return {"cer": Score(sums, _ratio, alone, higher=False)}
+    ends = bootstrap.rate_ends(sums)
+    return {"cer": Score(sums, bootstrap.rate, ends, alone, higher=False)}
 
 
 def short_answer(answers: Sequence[str], examples: Sequence[Example]) -> dict[str, Score]:
@@ -71,9 +86,10 @@ def caption(answers: Sequence[str], examples: Sequence[Example]) -> dict[str, Sc
     """CIDEr, BLEU-4, and how well the named objects are those of the picture (F1)."""
     accepted = [references(example) for example in examples]
     bleu = caption_metrics.bleu_statistics(answers, accepted)
+    alone = caption_metrics.bleu_value(bleu)
     found = {
-        "cider": average(caption_metrics.cider(answers, accepted)),
-        "bleu4": Score(bleu, caption_metrics.bleu_value, caption_metrics.bleu_value(bleu)),
+        "cider": average(caption_metrics.cider(answers, accepted), caption_metrics.MOST),
+        "bleu4": Score(bleu, caption_metrics.bleu_value, caption_metrics.bleu_ends(bleu), alone),
     }
     true = [language.parse_objects(texts[0]) for texts in accepted]
     if any(true):
@@ -91,7 +107,7 @@ def _agreement(claimed: frozenset, true: frozenset) -> float:
 def video_caption(answers: Sequence[str], examples: Sequence[Example]) -> dict[str, Score]:
     """Share of captions with the right object (color and shape) and the right motion; CIDEr."""
     accepted = [references(example) for example in examples]
-    found = {"cider": average(caption_metrics.cider(answers, accepted))}
+    found = {"cider": average(caption_metrics.cider(answers, accepted), caption_metrics.MOST)}
     true = [language.parse_motion(texts[0]) for texts in accepted]
     if any(true):
         claimed = [language.parse_motion(answer) for answer in answers]
