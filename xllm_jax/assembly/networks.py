@@ -63,6 +63,13 @@ def network(part: Part, stage: Stage, name: str) -> nn.Module:
             field=f"parts.{name}.fields",
             hint="Change 'width' or 'heads'",
         )
+    activation = given.get("activation", "gelu")
+    if activation not in layers.ACTIVATIONS:
+        raise UserError(
+            f"unknown activation {activation!r}",
+            field=f"parts.{name}.fields.activation",
+            hint=f"Choices: {', '.join(layers.ACTIVATIONS)}",
+        )
     return kind(**given)
 
 

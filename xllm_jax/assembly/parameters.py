@@ -44,6 +44,7 @@ def parameters(system: System, only: Collection[str] | None = None) -> Params:
         if not wanted and not others:
             raise UserError("no part has this subtree", field=f"init.{prefix}", hint="See parts")
         if source and wanted:
+            check_fields(system.model.networks, source, prefix)
             params |= load(source, prefix, wanted, others)
     for name, net in system.model.networks.items():
         missing = {p: x for p, x in like.items() if p.startswith(name + "/") and p not in params}
@@ -52,6 +53,27 @@ def parameters(system: System, only: Collection[str] | None = None) -> Params:
             key = jax.random.fold_in(jax.random.key(system.stage.seed), stream)
             params |= draw(net, name, key, missing)
     return rules.unflatten(params)
+
+
+def check_fields(networks: Mapping[str, nn.Module], source: str, prefix: str) -> None:
+    """Compares a part's network with what a converted base was made for.
+
+    Args:
+      networks: {part: network}.
+      source: where the subtree comes from.
+      prefix: of the subtree.
+
+    Raises:
+      UserError: a field that no shape shows has another value; names it.
+    """
+    place, inner = origin(source, prefix)
+    part = prefix.partition("/")[0]
+    for name, value in checkpoint.base_fields(place, inner).items():
+        have = getattr(networks[part], name, value)
+        if have != value:
+            flag = f"--config.parts.{part}.fields.{name}={value}"
+            what = f"is {have}, and {place} was made for {value}"
+            raise UserError(what, field=f"parts.{part}.fields.{name}", hint=f"Say {flag}")
 
 
 def ordered(init: Mapping[str, str]) -> list[tuple[str, str]]:

@@ -113,6 +113,8 @@ class ConversionPlan:
       tied: {name: other name}: tensors that repeat another one bit by bit. They are compared on
         import and written again on export.
       extra_files: files of the input folder that are copied into the output where they exist.
+      fields: {part: {field of its network: value}} that the parameters were made for, where a shape
+        does not show it and the network has another value by default.
     """
 
     table: tuple[Row, ...]
@@ -121,6 +123,7 @@ class ConversionPlan:
     fresh: tuple[str, ...] = ()
     tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
     extra_files: tuple[str, ...] = ()
+    fields: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

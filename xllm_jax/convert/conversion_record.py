@@ -32,6 +32,8 @@ class Conversion:
       dtypes: {dtype: number of tensors} as stored; nothing is cast but what `computed` names.
       computed: {tensor: how it came about} of those that are not in the file as they stand.
       version: ours.
+      fields: {part: {field of its network: value}} that no shape shows; a stage with another value
+        does not load the part.
       renamed: {what was left out of the tensors' names, such as 'module.': of how many}.
     """
 
@@ -45,6 +47,7 @@ class Conversion:
     computed: Mapping[str, str]
     version: str
     format: int = FORMAT
+    fields: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     renamed: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @classmethod
@@ -77,6 +80,7 @@ class Conversion:
             dtypes=dict(sorted(dtypes.items())),
             computed=_computed(tensors, opened),
             version=importlib.metadata.version("xllm_jax"),
+            fields={part: dict(fields) for part, fields in plan.fields.items() if fields},
             renamed=opened.renamed,
         )
 

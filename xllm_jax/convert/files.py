@@ -170,14 +170,17 @@ class Checkpoint(Mapping):
         files = {id(file): file for _, file, _ in self._home.values()}
         return next((s for file in files.values() if (s := getattr(file, "settings", None))), {})
 
+    def config_file(self) -> Path:
+        """Where its config.json is, or would be."""
+        return (self.path if self.path.is_dir() else self.path.parent) / "config.json"
+
     def config(self) -> dict[str, Any]:
         """The config.json beside the tensors; empty when there is none.
 
         Raises:
           UserError: it is not JSON.
         """
-        folder = self.path if self.path.is_dir() else self.path.parent
-        file = folder / "config.json"
+        file = self.config_file()
         if not file.is_file():
             return {}
         try:

@@ -30,6 +30,41 @@ def row(sizes: Mapping[str, Mapping[str, Any]], size: str, **known: Any) -> dict
     return dict(fits[0]) if fits and known else lookup.size_row(sizes, "real", "--size")
 
 
+def fitting(
+    sizes: Mapping[str, Mapping[str, Any]], size: str, checkpoint: Checkpoint, **measured: Any
+) -> dict[str, Any]:
+    """The row of SIZES of a network without config.json: the named one, or the one that fits.
+
+    Args:
+      sizes: a model file's SIZES.
+      size: name of a row, '' when the user gave none.
+      checkpoint: for errors.
+      measured: fields that the tensors show.
+
+    Returns:
+      the row with the measured fields in it.
+
+    Raises:
+      UserError: no row of this name, the named one has another size, or none fits: then the heads
+        are told by nothing.
+    """
+    rows = [lookup.size_row(sizes, size, "--size")] if size else list(sizes.values())
+    wrong = [{k: v for k, v in measured.items() if row.get(k, v) != v} for row in rows]
+    fits = next((row for row, other in zip(rows, wrong) if not other), None)
+    if fits is not None:
+        return dict(fits) | measured
+    if size:
+        name, value = next(iter(wrong[0].items()))
+        what = f"{size} has {name} {rows[0][name]}, the file {value}"
+        raise UserError(what, field="--size", hint="Choose the size that fits the checkpoint")
+    shown = ", ".join(f"{name} {value}" for name, value in measured.items())
+    raise UserError(
+        f"weights of {shown} are of no published size, and do not tell the number of heads",
+        field=str(checkpoint.path),
+        hint="Put config.json beside them, or give --size",
+    )
+
+
 def axis(checkpoint: Checkpoint, name: str, number: int) -> int:
     """Length of one axis of a tensor.
 

@@ -328,6 +328,19 @@ def base_origin(directory: str | Path) -> str:
     return f"converted from {done['source']}: {files}{more}; {lost}; version {done['version']}"
 
 
+def base_fields(directory: str | Path, path: str) -> dict[str, Any]:
+    """Fields of a network that a converted base was made for, where no shape shows them.
+
+    Args:
+      directory: of the base; one that was not converted says nothing.
+      path: of a subtree in it, such as 'llm' or 'bert/layers'.
+    """
+    file = atomic.whole_folder(directory) / CONVERSION
+    if not file.exists():
+        return {}
+    return json.loads(file.read_text("utf-8")).get("fields", {}).get(path.partition("/")[0], {})
+
+
 def load_leaves(
     directory: str | Path,
     prefix: str,

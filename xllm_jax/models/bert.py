@@ -164,6 +164,7 @@ class Layer(nn.Module):
 
     heads: int
     hidden: int
+    activation: str
     epsilon: float
     dropout: float
     dtype: DTypeLike
@@ -175,8 +176,9 @@ class Layer(nn.Module):
         attention = Attention(self.heads, self.dropout, self.dtype, name="attention")
         y, _ = attention(x, x, mask, train=self.train)
         x = self._residual("attention_end")(x, y, self.train)
+        activation = layers.ACTIVATIONS[self.activation]
         feed_forward = layers.FeedForward(
-            self.hidden, layers.gelu_exact, dtype=self.dtype, name="feed_forward"
+            self.hidden, activation, dtype=self.dtype, name="feed_forward"
         )
         return self._residual("feed_forward_end")(x, feed_forward(x), self.train), None
 
@@ -189,6 +191,8 @@ class Sizes(nn.Module):
 
     Attributes:
       width, depth, heads, hidden: sizes of the stack (`hidden`: feed-forward).
+      activation: of the feed-forwards, a row of `layers.ACTIVATIONS`.
+      epsilon: of every norm in the stack.
       dropout: rate of all dropouts in training (embeddings, attention probabilities, sub-layers).
       remat: row of `layers.REMAT`.
       unroll: layers, of the Q-Former groups of layers, per scan step.
@@ -198,6 +202,8 @@ class Sizes(nn.Module):
     depth: int = 12
     heads: int = 12
     hidden: int = 3072
+    activation: str = "gelu"
+    epsilon: float = 1e-12
     dropout: float = 0.1
     dtype: DTypeLike = jnp.float32
     remat: str = "none"
@@ -205,7 +211,8 @@ class Sizes(nn.Module):
 
     def sizes(self) -> dict[str, Any]:
         """These fields, for the stack inside."""
-        names = ("width", "depth", "heads", "hidden", "dropout", "dtype", "remat", "unroll")
+        names = ("width", "depth", "heads", "hidden", "activation", "epsilon")
+        names += ("dropout", "dtype", "remat", "unroll")
         return {name: getattr(self, name) for name in names}
 
 
@@ -215,7 +222,6 @@ class BertEncoder(Sizes):
     Attributes:
       vocabulary, positions, types: rows of the embedding tables; 0 = the table does not exist.
       pooler: also return the pooled first token.
-      epsilon: of every norm.
       The others as in `Sizes`.
     """
 
@@ -223,7 +229,6 @@ class BertEncoder(Sizes):
     positions: int = 512
     types: int = 2
     pooler: bool = False
-    epsilon: float = 1e-12
 
     @nn.compact
     def __call__(
@@ -266,6 +271,7 @@ class BertEncoder(Sizes):
         x, _ = layers.stack(Layer, self.depth, broadcast=1, remat=self.remat, unroll=self.unroll)(
             heads=self.heads,
             hidden=self.hidden,
+            activation=self.activation,
             epsilon=self.epsilon,
             dropout=self.dropout,
             dtype=self.dtype,

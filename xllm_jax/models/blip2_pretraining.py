@@ -23,12 +23,14 @@ class LanguageHead(nn.Module):
 
     epsilon: float = 1e-12
     dtype: DTypeLike = jnp.float32
+    activation: str = "gelu"
 
     @nn.compact
     def __call__(self, x: Array, words: Array) -> Array:
         """`[..., width]` states and the `[vocabulary, width]` table to float32 logits."""
         x = layers.Dense(x.shape[-1], dtype=self.dtype, name="dense")(x)
-        x = layers.LayerNorm(self.epsilon, self.dtype, name="norm")(layers.gelu_exact(x))
+        x = layers.ACTIVATIONS[self.activation](x)
+        x = layers.LayerNorm(self.epsilon, self.dtype, name="norm")(x)
         bias = self.param("bias", nn.initializers.zeros_init(), words.shape[:1], jnp.float32)
         logits = jnp.einsum(
             "...d,vd->...v", x, words.astype(x.dtype), preferred_element_type=jnp.float32
@@ -54,7 +56,6 @@ class ContrastModel(bert.Sizes):
     embed: int = 256
     encoder_width: int = 1408
     norm_epsilon: float = 1e-5
-    epsilon: float = 1e-12
 
     def setup(self):
         self.norm = layers.LayerNorm(self.norm_epsilon, self.dtype)
@@ -66,12 +67,11 @@ class ContrastModel(bert.Sizes):
             cross_attention_frequency=self.cross_attention_frequency,
             vocabulary=self.vocabulary,
             positions=self.positions,
-            epsilon=self.epsilon,
         )
         self.image_projection = layers.Dense(self.embed, dtype=self.dtype)
         self.text_projection = layers.Dense(self.embed, dtype=self.dtype)
         self.match_head = layers.Dense(2, dtype=self.dtype)
-        self.language_head = LanguageHead(self.epsilon, self.dtype)
+        self.language_head = LanguageHead(self.epsilon, self.dtype, self.activation)
         self.temperature = self.param("temperature", nn.initializers.constant(0.07), ())
 
     def example(self) -> tuple[Array, Array, Array]:

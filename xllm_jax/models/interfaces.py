@@ -34,7 +34,6 @@ class QFormerInterface(bert.Sizes):
     encoder_width: int = 1408
     llm_width: int = 4096
     norm_epsilon: float = 1e-5
-    epsilon: float = 1e-12
 
     SECTIONS: ClassVar = (("norm", "queries", "qformer"), ("adapter",))
 
@@ -78,7 +77,6 @@ class QFormerInterface(bert.Sizes):
         states, _ = qformer.QFormer(
             **self.sizes(),
             cross_attention_frequency=self.cross_attention_frequency,
-            epsilon=self.epsilon,
             name="qformer",
         )(
             jnp.broadcast_to(tokens, (features.shape[0], *tokens.shape)),

@@ -169,6 +169,36 @@ def gelu_quick(x: Array) -> Array:
     return x * jax.nn.sigmoid(1.702 * x)
 
 
+def gelu_clipped(x: Array) -> Array:
+    """Exact GELU between -10 and 10."""
+    return jnp.clip(gelu_exact(x), -10, 10)
+
+
+ACTIVATIONS = {
+    "gelu": gelu_exact,
+    "gelu_python": gelu_exact,
+    "gelu_new": gelu_tanh,
+    "gelu_fast": gelu_tanh,
+    "gelu_accurate": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh,
+    "gelu_python_tanh": gelu_tanh,
+    "gelu_10": gelu_clipped,
+    "quick_gelu": gelu_quick,
+    "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+    "relu6": jax.nn.relu6,
+    "leaky_relu": jax.nn.leaky_relu,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "mish": jax.nn.mish,
+    "hardswish": jax.nn.hard_swish,
+    "tanh": jnp.tanh,
+    "sigmoid": jax.nn.sigmoid,
+    "linear": lambda x: x,
+}
+"""Activations by the names that transformers' `hidden_act` has for them."""
+
+
 def narrow_products(primitive: Any, *operands: Any, **parameters: Any) -> bool:
     """Whether an operation is a product with parameters whose result is no wider than its input.
 

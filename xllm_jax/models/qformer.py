@@ -80,6 +80,7 @@ class Layer(nn.Module):
     queries: int
     heads: int
     hidden: int
+    activation: str
     epsilon: float
     dropout: float
     dtype: DTypeLike
@@ -122,7 +123,8 @@ class Layer(nn.Module):
         return bert.Attention(self.heads, self.dropout, self.dtype, name=name)
 
     def _feed_forward(self, name: str, x: Array) -> Array:
-        block = layers.FeedForward(self.hidden, layers.gelu_exact, dtype=self.dtype, name=name)
+        activation = layers.ACTIVATIONS[self.activation]
+        block = layers.FeedForward(self.hidden, activation, dtype=self.dtype, name=name)
         return self._end(name, x, block(x))
 
     def _end(self, name: str, x: Array, y: Array) -> Array:
@@ -164,14 +166,12 @@ class QFormer(bert.Sizes):
     Attributes:
       cross_attention_frequency: layers 0, f, 2f ... attend to the image.
       vocabulary, positions: rows of the text tables; 0 = no text branch.
-      epsilon: of every norm.
       The others as in `bert.Sizes`; `remat` is by groups.
     """
 
     cross_attention_frequency: int = 2
     vocabulary: int = 0
     positions: int = 0
-    epsilon: float = 1e-12
 
     @nn.compact
     def __call__(
@@ -238,7 +238,8 @@ class QFormer(bert.Sizes):
         train: bool,
     ) -> tuple[Array, Cache | None]:
         """The whole groups as one scan, then a shorter group where the depth leaves one."""
-        fields = {name: getattr(self, name) for name in ("heads", "hidden", "epsilon", "dropout")}
+        names = ("heads", "hidden", "activation", "epsilon", "dropout")
+        fields = {name: getattr(self, name) for name in names}
         fields |= {"queries": rows, "dtype": self.dtype, "train": train}
         count, rest = divmod(self.depth, self.cross_attention_frequency)
         images, kept = images or {}, {IMAGES: {}}

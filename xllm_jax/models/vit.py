@@ -87,6 +87,7 @@ class VisionTransformer(nn.Module):
       image_size: side in pixels that the position table is made for.
       patch: side of a patch in pixels.
       width, depth, heads, hidden: sizes of the stack (`hidden`: feed-forward).
+      activation: of the feed-forwards, a row of `layers.ACTIVATIONS`.
       drop_path: largest drop-path rate, reached at the last block (0 in every published config).
       attention: implementation of `layers.attention`.
       remat: row of `layers.REMAT`.
@@ -99,6 +100,7 @@ class VisionTransformer(nn.Module):
     depth: int = 39
     heads: int = 16
     hidden: int = 6144
+    activation: str = "gelu"
     epsilon: float = 1e-6
     drop_path: float = 0.0
     attention: layers.Kernel | None = None
@@ -129,7 +131,8 @@ class VisionTransformer(nn.Module):
             values
         )
         rates = jnp.linspace(0, self.drop_path, self.depth) if self.drop_path else None
-        x = run_blocks(self, x, rates, train=train)
+        activation = layers.ACTIVATIONS[self.activation]
+        x = run_blocks(self, x, rates, train=train, activation=activation)
         return x, jnp.full(x.shape[:1], x.shape[1], jnp.int32)
 
 

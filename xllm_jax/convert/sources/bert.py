@@ -7,13 +7,14 @@ the same tensors.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 
-from xllm_jax.convert import ConversionPlan, Drop, Row, sizes
+from xllm_jax.convert import ConversionPlan, Drop, Row, published_config, sizes
 from xllm_jax.convert.files import Checkpoint
 from xllm_jax.core.errors import UserError
 from xllm_jax.models.bert import SIZES, BertEncoder
@@ -151,6 +152,19 @@ def prefix_of(names: Iterable[str]) -> str:
     return found.pop()
 
 
+UNSEEN = ("activation", "epsilon", "norm_epsilon", "alpha")
+DEFAULTS = dict(num_attention_heads=12, hidden_act="gelu", layer_norm_eps=1e-12)
+"""Of transformers' BertConfig."""
+FIELDS = {
+    "width": "hidden_size",
+    "depth": "num_hidden_layers",
+    "hidden": "intermediate_size",
+}
+TABLES = {
+    "vocab_size": "word",
+    "max_position_embeddings": "position",
+    "type_vocab_size": "token_type",
+}
 DROP = (
     Drop(r"cls\..*", "heads of BERT's own pre-training"),
     Drop(r".*embeddings\.position_ids", "the numbers 0, 1, 2 …"),
@@ -169,6 +183,43 @@ def recognize(checkpoint: Checkpoint) -> bool:
     )
 
 
+def described(
+    checkpoint: Checkpoint,
+    prefix: str,
+    row: Callable[..., dict[str, Any]],
+    decoder: bool = False,
+) -> dict[str, Any]:
+    """Width, depth, heads and so on of a BERT, by its tensors and its config.json.
+
+    Args:
+      checkpoint: the opened files.
+      prefix: of the encoder's names.
+      row: the row of SIZES that fits the measured fields; taken where there is no config.json.
+      decoder: it may be one that sees only what stands before a token.
+
+    Raises:
+      UserError: config.json contradicts the tensors, or describes what no network here computes.
+    """
+    layer = f"{prefix}encoder.layer"
+    measured = dict(
+        width=sizes.axis(checkpoint, f"{prefix}embeddings.word_embeddings.weight", 1),
+        depth=sizes.depth(checkpoint, re.escape(layer) + r"\.(\d+)\..*"),
+        hidden=sizes.axis(checkpoint, f"{layer}.0.intermediate.dense.bias", 0),
+    )
+    config = published_config.read(checkpoint, DEFAULTS, ("bert",))
+    if config is None:
+        return row(**measured)
+    tables = {
+        field: sizes.axis(checkpoint, f"{prefix}embeddings.{name}_embeddings.weight", 0)
+        for field, name in TABLES.items()
+    }
+    config.only(add_cross_attention=False, **({} if decoder else {"is_decoder": False}))
+    config.agree(**tables, **{theirs: measured[ours] for ours, theirs in FIELDS.items()})
+    told = dict(activation=config.activation(), epsilon=config.epsilon())
+    told = published_config.other_than(BertEncoder, **told)
+    return measured | {"heads": config.heads(measured["width"])} | told
+
+
 def options(checkpoint: Checkpoint | None, size: str) -> dict[str, Any]:
     """Fields of `BertEncoder`, the `prefix` of the names in the file, and whether it says `gamma`.
 
@@ -178,13 +229,23 @@ def options(checkpoint: Checkpoint | None, size: str) -> dict[str, Any]:
     if checkpoint is None:
         return sizes.row(SIZES, size) | {"prefix": "bert.", "gamma": False}
     prefix = prefix_of(checkpoint)
-    words = f"{prefix}embeddings.word_embeddings.weight"
-    width = sizes.axis(checkpoint, words, 1)
-    return sizes.row(SIZES, size, width=width) | {
-        "vocabulary": sizes.axis(checkpoint, words, 0),
+    row = functools.partial(sizes.fitting, SIZES, size, checkpoint)
+    fields = described(checkpoint, prefix, row)
+    if size:
+        row(**{name: fields[name] for name in (*FIELDS, "heads")})
+    start = f"{prefix}embeddings"
+    return fields | {
+        "vocabulary": sizes.axis(checkpoint, f"{start}.word_embeddings.weight", 0),
+        "positions": sizes.axis(checkpoint, f"{start}.position_embeddings.weight", 0),
+        "types": sizes.axis(checkpoint, f"{start}.token_type_embeddings.weight", 0),
         "prefix": prefix,
         "gamma": f"{prefix}embeddings.LayerNorm.gamma" in checkpoint,
     }
+
+
+def told(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Those fields of a network that no shape shows."""
+    return {name: value for name, value in fields.items() if name in UNSEEN}
 
 
 def plan(options: Mapping[str, Any]) -> ConversionPlan:
@@ -198,4 +259,5 @@ def plan(options: Mapping[str, Any]) -> ConversionPlan:
         shapes={"bert": sizes.shapes_of(model, ids, jnp.ones((1, 2), bool))},
         drop=tuple(rule for rule in DROP if "word_embeddings" not in rule.pattern),
         extra_files=("vocab.txt",),
+        fields={"bert": told(options)},
     )

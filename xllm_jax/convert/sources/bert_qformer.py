@@ -8,6 +8,7 @@ distribution with the deviation that BERT itself starts from, and its bias in th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,7 +26,6 @@ HEAD = "cls.predictions"
 WORDS, BIAS = "bert.embeddings.word_embeddings.weight", f"{HEAD}.bias"
 POSITIONS = "bert.embeddings.position_embeddings.weight"
 QUERY = "bert.encoder.layer.0.attention.self.query.weight"
-UP = "bert.encoder.layer.0.intermediate.dense.bias"
 DECODER = {f"{HEAD}.decoder.weight": WORDS, f"{HEAD}.decoder.bias": BIAS}
 ADDED, SEED, DEVIATION = "[DEC]", 0, 0.02
 DROP = (
@@ -55,15 +55,13 @@ def options(checkpoint: Checkpoint | None, size: str) -> dict[str, Any]:
     """
     if checkpoint is None:
         return dict(interface=sizes.row(SIZES, size), added=1, seed=SEED, gamma=False)
-    words, width = (sizes.axis(checkpoint, WORDS, number) for number in (0, 1))
+    words = sizes.axis(checkpoint, WORDS, 0)
     added = _added(checkpoint, words)
-    known = dict(
-        vocabulary=words + added,
-        positions=sizes.axis(checkpoint, POSITIONS, 0),
-        hidden=sizes.axis(checkpoint, UP, 0),
-        depth=sizes.depth(checkpoint, r"bert\.encoder\.layer\.(\d+)\..*"),
+    known = dict(vocabulary=words + added, positions=sizes.axis(checkpoint, POSITIONS, 0))
+    described = bert.described(
+        checkpoint, "bert.", functools.partial(sizes.fitting, SIZES, size, checkpoint), decoder=True
     )
-    row = sizes.row(SIZES, size, width=width) | known
+    row = sizes.row(SIZES, size, width=described["width"]) | described | known
     gamma = "bert.embeddings.LayerNorm.gamma" in checkpoint
     return dict(interface=row, added=added, seed=SEED, gamma=gamma)
 
@@ -77,7 +75,11 @@ def plan(options: Mapping[str, Any]) -> ConversionPlan:
         if path.startswith(("qformer/", "language_head/")) and "cross_attention" not in path
     }
     return ConversionPlan(
-        table=_table(options), shapes=rules.unflatten(shapes), drop=DROP, extra_files=("vocab.txt",)
+        table=_table(options),
+        shapes=rules.unflatten(shapes),
+        drop=DROP,
+        extra_files=("vocab.txt",),
+        fields=dict.fromkeys(("qformer", "language_head"), bert.told(options["interface"])),
     )
 
 

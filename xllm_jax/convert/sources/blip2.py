@@ -12,9 +12,16 @@ from typing import Any
 import numpy as np
 
 from xllm_jax.convert import ConversionPlan, Drop, Row, import_tree, mount, sizes
-from xllm_jax.convert.files import Checkpoint
-from xllm_jax.convert.sources import eva_vit
-from xllm_jax.convert.sources.bert import attention_rows, feed_forward_rows, linear, named_as, norm
+from xllm_jax.convert.files import Checkpoint, Derived, View
+from xllm_jax.convert.sources import blip2_hugging_face, eva_vit
+from xllm_jax.convert.sources.bert import (
+    attention_rows,
+    feed_forward_rows,
+    linear,
+    named_as,
+    norm,
+    told,
+)
 from xllm_jax.core import rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.models import blip2_pretraining as contrast_model
@@ -26,9 +33,8 @@ LAVIS = "Qformer.bert."
 DECODER = "Qformer.cls.predictions.decoder"
 WORDS = f"{LAVIS}embeddings.word_embeddings.weight"
 
-HF_MARK = "qformer.layernorm.weight"
 VISION = {"lavis": "visual_encoder.", "hf": "vision_model."}
-VISION_MARK = {"lavis": "cls_token", "hf": "embeddings.class_embedding"}
+VISION_MARK = {"lavis": "visual_encoder.cls_token", "hf": blip2_hugging_face.SEEN}
 
 TEXT_LAYERS = r".*encoder\.layer\.\d+\.(intermediate|output)\..*"
 DROP = (
@@ -199,8 +205,10 @@ def _first_rows(longer: np.ndarray, shorter: np.ndarray, path: str) -> np.ndarra
 
 def recognize(checkpoint: Checkpoint) -> bool:
     """Whether the tensors are those of BLIP-2: LAVIS stage 1 or 2, or Hugging Face."""
-    marks = (HF_MARK, f"{LAVIS}embeddings.LayerNorm.weight")
-    return "video_query_tokens" not in checkpoint and any(mark in checkpoint for mark in marks)
+    if "video_query_tokens" in checkpoint:
+        return False
+    lavis = f"{LAVIS}embeddings.LayerNorm.weight" in checkpoint
+    return lavis or blip2_hugging_face.missing_start(checkpoint) is not None
 
 
 def options(checkpoint: Checkpoint | None, size: str) -> dict[str, Any]:
@@ -209,7 +217,8 @@ def options(checkpoint: Checkpoint | None, size: str) -> dict[str, Any]:
     Returns:
       `kind` 'lavis' or 'hf'; `text`: with text branch and stage-1 heads; `adapter`: with the
       projection to an LLM; `vision`: fields of the vision encoder or None; `interface`: fields of
-      the Q-Former's network.
+      the Q-Former's network; `alone`: 'vision_model.' or 'qformer.' where the file holds that
+      network of Hugging Face's alone.
 
     Raises:
       UserError: unknown size, or a file without the tensors that tell it.
@@ -217,45 +226,76 @@ def options(checkpoint: Checkpoint | None, size: str) -> dict[str, Any]:
     if checkpoint is None:
         row = sizes.row(interfaces.SIZES, size)
         return dict(kind="lavis", text=False, adapter=True, vision=None, interface=row)
-    hf = HF_MARK in checkpoint
-    adapter = ("language_projection" if hf else "opt_proj") + ".weight"
+    start = blip2_hugging_face.missing_start(checkpoint)
+    if start:
+        return _alone(blip2_hugging_face.whole(checkpoint), start, size)
+    kind = "lavis" if start is None else "hf"
+    adapter = ("language_projection" if kind == "hf" else "opt_proj") + ".weight"
     text = "itm_head.weight" in checkpoint and adapter not in checkpoint
-    vision = VISION["hf" if hf else "lavis"] + VISION_MARK["hf" if hf else "lavis"]
+    known = _known(checkpoint, kind, text)
+    if adapter in checkpoint:
+        known["llm_width"] = sizes.axis(checkpoint, adapter, 0)
     width = sizes.axis(checkpoint, "query_tokens", -1)
-    known = {"queries": sizes.axis(checkpoint, "query_tokens", -2)}
-    norm_name = "vision_model.post_layernorm.weight" if hf else "ln_vision.weight"
-    known["encoder_width"] = sizes.axis(checkpoint, norm_name, 0)
+    table = contrast_model.SIZES if text else interfaces.SIZES
+    row = sizes.row(table, size, width=width) | known
+    seen = sizes.row(vit.SIZES, size, width=known["encoder_width"])
+    if kind == "hf":
+        row |= blip2_hugging_face.qformer_fields(checkpoint) or {}
+        fields, norm = blip2_hugging_face.vision_fields(checkpoint) or (seen, {})
+        seen, row = fields, row | norm
+    elif VISION_MARK[kind] in checkpoint:
+        eva_vit.check_depth(checkpoint, seen["depth"], VISION["lavis"])
+    return {
+        "kind": kind,
+        "text": text,
+        "adapter": adapter in checkpoint,
+        "vision": seen if VISION_MARK[kind] in checkpoint else None,
+        "interface": row,
+    }
+
+
+def _known(checkpoint: Checkpoint, kind: str, text: bool) -> dict[str, int]:
+    """Fields of the Q-Former's network that any file of a layout shows."""
+    hf = kind == "hf"
+    norm_name = blip2_hugging_face.NORM if hf else "ln_vision.weight"
+    known = {
+        "queries": sizes.axis(checkpoint, "query_tokens", -2),
+        "encoder_width": sizes.axis(checkpoint, norm_name, 0),
+    }
     if text:
         start = "embeddings" if hf else f"{LAVIS}embeddings"
         known["vocabulary"] = sizes.axis(checkpoint, f"{start}.word_embeddings.weight", 0)
         known["positions"] = sizes.axis(checkpoint, f"{start}.position_embeddings.weight", 0)
         head = "text_projection" if hf else "text_proj"
         known["embed"] = sizes.axis(checkpoint, f"{head}.weight", 0)
-    elif adapter in checkpoint:
-        known["llm_width"] = sizes.axis(checkpoint, adapter, 0)
-    row = sizes.row(contrast_model.SIZES if text else interfaces.SIZES, size, width=width)
-    seen = sizes.row(vit.SIZES, size, width=known["encoder_width"])
-    if vision in checkpoint and not hf:
-        eva_vit.check_depth(checkpoint, seen["depth"], VISION["lavis"])
-    return {
-        "kind": "hf" if hf else "lavis",
-        "text": text,
-        "adapter": adapter in checkpoint,
-        "vision": seen if vision in checkpoint else None,
-        "interface": row | known,
-    }
+    return known
+
+
+def _alone(checkpoint: Checkpoint, start: str, size: str) -> dict[str, Any]:
+    """Options of a vision model or a Q-Former that stands alone, under the whole model's names."""
+    found = dict(kind="hf", text=False, adapter=False, alone=start)
+    if start == VISION["hf"]:
+        width = sizes.axis(checkpoint, blip2_hugging_face.NORM, 0)
+        row = sizes.row(vit.SIZES, size, width=width)
+        vision, norm = blip2_hugging_face.vision_fields(checkpoint) or (row, {})
+        return found | dict(vision=vision, interface={"encoder_width": width} | norm)
+    width = sizes.axis(checkpoint, blip2_hugging_face.MARKS[""], 0)
+    row = sizes.row(interfaces.SIZES, size, width=width)
+    fields = row | (blip2_hugging_face.qformer_fields(checkpoint) or {})
+    return found | dict(vision=None, interface=fields)
 
 
 def plan(options: Mapping[str, Any]) -> ConversionPlan:
     """Part 'image_interface', and 'vision_encoder' where the file holds it."""
-    kind, text, adapter = options["kind"], options["text"], options["adapter"]
+    kind, text, alone = options["kind"], options["text"], options.get("alone", "")
     model = (ContrastModel if text else QFormerInterface)(**options["interface"])
-    table = rows(model.depth, model.heads, model.cross_attention_frequency, kind, text)
-    table += head_rows(kind) if text else ()
-    projection = "language_projection" if kind == "hf" else "opt_proj"
-    table += linear(projection, "adapter") if adapter else ()
+    table, shapes = _interface(options, model), sizes.shapes_of(model)
     fresh = ("language_head/.*", "temperature") if kind == "hf" and text else ("adapter/.*",)
-    table, shapes = mount("image_interface", table), {"image_interface": sizes.shapes_of(model)}
+    if alone:  # the other networks' parameters are no part of the base
+        held = "norm/" if alone == VISION["hf"] else "qformer/"
+        table = tuple(row for row in table if row.target.startswith(held))
+        shapes = {name: tree for name, tree in shapes.items() if f"{name}/" == held}
+    table, shapes = mount("image_interface", table), {"image_interface": shapes}
     drop = DROP if text else (*DROP, *DROP_TEXT)
     if options["vision"]:
         seen = vit.VisionTransformer(**options["vision"])
@@ -274,4 +314,37 @@ def plan(options: Mapping[str, Any]) -> ConversionPlan:
         drop=drop,
         fresh=tuple(f"image_interface/{pattern}" for pattern in fresh),
         tied=tied if kind == "lavis" else {},
+        fields={
+            "image_interface": told(options["interface"]),
+            "vision_encoder": told(options["vision"] or {}),
+        },
     )
+
+
+def _interface(
+    options: Mapping[str, Any], model: ContrastModel | QFormerInterface
+) -> tuple[Row, ...]:
+    """Rows of the Q-Former's network, with its heads or its adapter."""
+    kind, text = options["kind"], options["text"]
+    table = rows(model.depth, model.heads, model.cross_attention_frequency, kind, text)
+    table += head_rows(kind) if text else ()
+    projection = "language_projection" if kind == "hf" else "opt_proj"
+    return table + (linear(projection, "adapter") if options["adapter"] else ())
+
+
+def prepare(checkpoint: Checkpoint, options: Mapping[str, Any]) -> Checkpoint:
+    """The checkpoint under the names of the whole model."""
+    return blip2_hugging_face.whole(checkpoint) if options.get("alone") else checkpoint
+
+
+def restore(tensors: Mapping[str, Any], options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Exported tensors under the names of a network that stands alone, where it came so."""
+    start = options.get("alone", "")
+    if not start:
+        return tensors
+    derived = {
+        name.removeprefix(start): Derived((name,), header.shape, header.dtype, lambda x: x)
+        for name in tensors
+        for header in [tensors.header(name)]
+    }
+    return View(tensors, derived)

@@ -21,6 +21,7 @@ from xllm_jax.convert import (
     Row,
     files,
     mount,
+    published_config,
     sizes,
 )
 from xllm_jax.convert.sources import chatglm_quantized
@@ -30,6 +31,7 @@ from xllm_jax.models.glm import SIZES, ChatGLM
 
 HEAD = "lm_head.weight"
 WORDS = "transformer.word_embeddings.weight"
+UP = "transformer.layers.0.mlp.dense_h_to_4h.bias"
 EXTRA_FILES = ("config.json", "ice_text.model", "tokenizer_config.json")
 
 DROP = (
@@ -179,6 +181,7 @@ def plan(options: Mapping[str, Any]) -> ConversionPlan:
         drop=tuple(rule for rule in DROP if rule.pattern != re.escape(HEAD)),
         tied={HEAD: WORDS},
         extra_files=EXTRA_FILES,
+        fields={"llm": {"norm_epsilon": model.norm_epsilon, "alpha": model.alpha}},
     )
 
 
@@ -208,10 +211,19 @@ def _check_heads(checkpoint: files.Checkpoint, width: int, heads: int) -> None:
 
 
 def _fields_of(checkpoint: files.Checkpoint, size: str) -> dict[str, Any]:
-    if size:
-        return sizes.row(SIZES, size)
-    if checkpoint.config():
-        path = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-        return fields(read_config(path))
     vocab, width = (sizes.axis(checkpoint, WORDS, number) for number in (0, 1))
-    return sizes.row(SIZES, size, vocab=vocab, width=width)
+    config = published_config.read(checkpoint, {}, ("chatglm",))
+    if config is None:
+        return sizes.row(SIZES, size, vocab=vocab, width=width)
+    found = fields(read_config(checkpoint.config_file().parent))
+    hidden = sizes.axis(checkpoint, UP, 0)
+    config.agree(
+        vocab_size=vocab,
+        hidden_size=width,
+        num_layers=sizes.depth(checkpoint, r"transformer\.layers\.(\d+)\..*"),
+        inner_hidden_size=hidden,
+    )
+    found |= {"hidden": hidden, "heads": config.heads(width)}
+    if "layernorm_epsilon" in config.said:
+        found["norm_epsilon"] = config.epsilon("layernorm_epsilon")
+    return sizes.fitting(SIZES, size, checkpoint, **found) if size else found

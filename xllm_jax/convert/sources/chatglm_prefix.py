@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from xllm_jax.convert import ConversionPlan, Drop, Row, mount, sizes
+from xllm_jax.convert import ConversionPlan, Drop, Row, mount, published_config, sizes
 from xllm_jax.convert.files import Checkpoint, Derived, View
 from xllm_jax.core.errors import UserError
 from xllm_jax.models.glm_prefix import SIZES, Prefix
@@ -99,11 +99,16 @@ def project(table: np.ndarray, *maps: np.ndarray) -> np.ndarray:
 
 def _sizes_beside(checkpoint: Checkpoint) -> dict[str, int]:
     """The LLM's sizes from a ChatGLM's config.json beside the file, or nothing."""
-    config = checkpoint.config()
+    config = published_config.read(checkpoint, {}, ("chatglm",))
     names = {"depth": "num_layers", "width": "hidden_size", "heads": "num_attention_heads"}
-    if not config.keys() >= set(names.values()):
+    if config is None or not config.said >= set(names.values()):
         return {}
-    return {ours: config[theirs] for ours, theirs in names.items()}
+    config.agree(
+        pre_seq_len=sizes.axis(checkpoint, TABLE, 0),
+        prefix_projection=any(name in checkpoint for name in PROJECTION),
+    )
+    found = {ours: config.values[theirs] for ours, theirs in names.items()}
+    return found | {"heads": config.heads(found["width"])}
 
 
 def _check(checkpoint: Checkpoint, row: Mapping[str, int], projected: bool) -> int:

@@ -13,8 +13,8 @@ from xllm_jax.convert import ConversionPlan, Drop, Row, mount, sizes
 from xllm_jax.convert.files import Checkpoint
 from xllm_jax.convert.sources import clip_vision
 from xllm_jax.convert.sources.bert import norm
-from xllm_jax.core.errors import UserError
 from xllm_jax.models.clip import SIZES, Clip
+from xllm_jax.models.clip_text import ClipText
 
 PART = "clip"
 TEXT = {
@@ -29,7 +29,8 @@ TOKENIZER = (
     "tokenizer_config.json",
     "special_tokens_map.json",
 )
-ACTIVATION = "quick_gelu"
+DEFAULTS = clip_vision.DEFAULTS | dict(num_attention_heads=8, eos_token_id=49407)
+"""Of transformers' CLIPTextConfig."""
 OLD_END = 2  # a wrong number of old files, which transformers takes for the largest id
 NEW_END = 49407  # what transformers supposes where a file says nothing
 DROP = tuple(
@@ -94,12 +95,6 @@ def options(checkpoint: Checkpoint | None, size: str) -> dict[str, Any]:
     if checkpoint is None:
         return {"mark": clip_vision.PUBLISHED, "sizes": sizes.row(SIZES, size)}
     mark = next(one for one, text in TEXT.items() if one in checkpoint and text in checkpoint)
-    for kind in ("text_config", "vision_config"):
-        found = checkpoint.config().get(kind, {}).get("hidden_act", ACTIVATION)
-        if found != ACTIVATION:
-            what = f"{kind} has the activation {found!r}, this network {ACTIVATION!r}"
-            hint = "Give one of OpenAI's models, such as openai/clip-vit-base-patch16"
-            raise UserError(what, field=str(checkpoint.path), hint=hint)
     row = sizes.row(SIZES, size) if size else _sizes(checkpoint, mark)
     return {"mark": mark, "sizes": row}
 
@@ -120,19 +115,24 @@ def _sizes(checkpoint: Checkpoint, mark: str) -> dict[str, Any]:
     def axis(target: str, number: int) -> int:
         return sizes.axis(checkpoint, source[target].replace("{layer}", "0"), number)
 
-    config = checkpoint.config().get("text_config", {})
+    config = clip_vision.read_config(checkpoint, "text_config", DEFAULTS)
     width = axis("text/embeddings/words", 1)
     start, end = source["text/layers/attention_norm/scale"].split("{layer}")
-    ending = config.get("eos_token_id", NEW_END) if mark != clip_vision.OPENAI else OLD_END
-    text = dict(
+    text: dict[str, Any] = dict(
         vocabulary=axis("text/embeddings/words", 0),
         positions=axis("text/embeddings/positions", 0),
         width=width,
         depth=sum(name.startswith(start) and name.endswith(end) for name in checkpoint),
-        heads=config.get("num_attention_heads") or max(1, width // clip_vision.HEAD_WIDTH),
         hidden=axis("text/layers/feed_forward/up/bias", 0),
-        end=None if ending == OLD_END else ending,
     )
+    ending = OLD_END if mark == clip_vision.OPENAI else NEW_END
+    if config:
+        config.agree(vocab_size=text["vocabulary"], max_position_embeddings=text["positions"])
+        if not isinstance(config.values["eos_token_id"], int):
+            raise config.refuse("eos_token_id", "one token ends a text")
+        ending = ending if mark == clip_vision.OPENAI else config.values["eos_token_id"]
+    text |= clip_vision.described(config, ClipText, text)
+    text["end"] = None if ending == OLD_END else ending
     projection = next(row for row in first_layer if row.target == "text_projection/kernel")
     return dict(
         vision_fields=clip_vision.options(checkpoint, "")["sizes"],

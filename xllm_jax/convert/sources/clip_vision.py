@@ -9,18 +9,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from xllm_jax.convert import ConversionPlan, Drop, Row, mount, sizes
+from xllm_jax.convert import ConversionPlan, Drop, Row, mount, published_config, sizes
 from xllm_jax.convert.files import Checkpoint
-from xllm_jax.convert.sources.bert import linear, norm
+from xllm_jax.convert.published_config import PublishedConfig
+from xllm_jax.convert.sources.bert import linear, norm, told
 from xllm_jax.convert.sources.cif_asr import heads_in, heads_out
 from xllm_jax.convert.sources.eva_vit import PATCHES
 from xllm_jax.core.errors import UserError
+from xllm_jax.models.clip_text import ClipText
 from xllm_jax.models.clip_vision import SIZES, ClipVision
 
 PART = "clip_vision"
 OPENAI = "visual.ln_pre.weight"
 PUBLISHED = "vision_model.pre_layrnorm.weight"  # spelt so in the files
 MARKS = (PUBLISHED, "pre_layrnorm.weight", OPENAI)
+ACTIVATION, CHANNELS = "quick_gelu", 3
+KINDS = ("clip", "clip_vision_model", "chinese_clip", "chinese_clip_vision_model", "metaclip_2")
+DEFAULTS = dict(num_attention_heads=12, hidden_act=ACTIVATION, layer_norm_eps=1e-5)
+"""Of transformers' CLIPVisionConfig."""
 HEAD_WIDTH = 64  # of every published CLIP; heads cannot be read off the shapes
 DROP = (
     Drop(r".*embeddings\.position_ids", "the numbers 0, 1, 2 …"),
@@ -162,13 +168,17 @@ def plan(options: Mapping[str, Any]) -> ConversionPlan:
     """The part 'clip_vision' of one layout and size."""
     model = ClipVision(**options["sizes"])
     rows = table(options["mark"], model.depth, model.heads)
-    return ConversionPlan(table=mount(PART, rows), shapes={PART: sizes.shapes_of(model)}, drop=DROP)
+    return ConversionPlan(
+        table=mount(PART, rows),
+        shapes={PART: sizes.shapes_of(model)},
+        drop=DROP,
+        fields={PART: told(options["sizes"])},
+    )
 
 
 def _sizes(checkpoint: Checkpoint, first_layer: Iterable[Row]) -> dict[str, int]:
-    """Fields of `ClipVision` from a file's shapes; heads from a config.json, or as published."""
-    config = checkpoint.config()
-    config = config.get("vision_config") or config
+    """Fields of `ClipVision` from a file's shapes; the rest from config.json, or as published."""
+    config = read_config(checkpoint, "vision_config", DEFAULTS)
     source = {row.target: row.source for row in first_layer}
 
     def axis(target: str, number: int) -> int:
@@ -177,14 +187,63 @@ def _sizes(checkpoint: Checkpoint, first_layer: Iterable[Row]) -> dict[str, int]
     positions, width = (axis("embeddings/positions", number) for number in (0, 1))
     patch = axis("embeddings/patches/kernel", -1)
     start, end = source["layers/attention_norm/scale"].split("{layer}")
-    return dict(
+    fields = dict(
         image_size=round((positions - 1) ** 0.5) * patch,
         patch=patch,
         width=width,
         depth=sum(name.startswith(start) and name.endswith(end) for name in checkpoint),
-        heads=config.get("num_attention_heads") or max(1, width // HEAD_WIDTH),
         hidden=axis("layers/feed_forward/up/bias", 0),
     )
+    if config:
+        config.agree(image_size=fields["image_size"], patch_size=patch)
+    return fields | described(config, ClipVision, fields)
+
+
+def described(
+    config: PublishedConfig | None,
+    network: type[ClipVision] | type[ClipText],
+    fields: Mapping[str, int],
+) -> dict[str, Any]:
+    """Heads and the epsilon of a tower: those of its config.json, else as published.
+
+    Args:
+      config: of the tower.
+      network: its class.
+      fields: that its shapes tell.
+
+    Raises:
+      UserError: config.json contradicts them, or describes what the network does not compute.
+    """
+    if config is None:
+        return {"heads": max(1, fields["width"] // HEAD_WIDTH)}
+    names = dict(width="hidden_size", depth="num_hidden_layers", hidden="intermediate_size")
+    config.agree(**{theirs: fields[ours] for ours, theirs in names.items()})
+    told = published_config.other_than(network, epsilon=config.epsilon())
+    return {"heads": config.heads(fields["width"]), **told}
+
+
+def read_config(
+    checkpoint: Checkpoint, section: str, defaults: Mapping[str, Any]
+) -> PublishedConfig | None:
+    """What config.json says of one tower; None where there is none, as beside OpenAI's files.
+
+    Args:
+      checkpoint: the opened files.
+      section: such as 'vision_config'.
+      defaults: of transformers.
+
+    Raises:
+      UserError: another activation than CLIP's, or another model.
+    """
+    config = published_config.read(checkpoint, defaults, KINDS, section)
+    if config and config.values["hidden_act"] != ACTIVATION:
+        found = config.values["hidden_act"]
+        what = f"{section} has the activation {found!r}, this network {ACTIVATION!r}"
+        hint = "Give one of OpenAI's models, such as openai/clip-vit-base-patch16"
+        raise UserError(what, field=f"{config.place}hidden_act", hint=hint)
+    if config:
+        config.only(num_channels=CHANNELS)
+    return config
 
 
 def _tables(token: str, positions: str, patches: str, target: str) -> tuple[Row, ...]:
