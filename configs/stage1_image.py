@@ -54,7 +54,7 @@ def _data() -> Data:
         vocabulary="bases/bert/vocab.txt",
         examples=2320,
         text_length=32,
-        image={"size": 224, "scale": (0.5, 1.0), "flip": True},
+        image={"size": 224, "orientation": "exif", "scale": (0.5, 1.0), "flip": True},
         threads=16,
     )
 

@@ -53,7 +53,7 @@ def _data() -> Data:
         answers=33,
         items={"image": 1},
         embeddings={"image": 32},
-        image={"size": 224, "scale": (0.5, 1.0), "flip": True},
+        image={"size": 224, "orientation": "exif", "scale": (0.5, 1.0), "flip": True},
         threads=16,
     )
 

@@ -61,7 +61,7 @@ def _data() -> Data:
         items={"image": 1, "video": 10, "speech": 1},
         embeddings={"image": 32, "video": 32, "speech": 48},
         frames=(1600,),
-        image={"size": 224},
+        image={"size": 224, "orientation": "exif"},
         video={"frames": 10},
         threads=16,
     )

@@ -119,12 +119,14 @@ class Data:
         holds examples of one bucket; those without speech belong to the first.
       characters_length: largest transcript in characters, the end token included.
       text_length: tokens of a caption for the Q-Former's text branch.
-      image: options of the image processor (size, crop scale, flip …).
+      image: options of the image processor (size, crop scale, flip, orientation …).
       video: options of the video reader (frames …).
       speech: options of the filterbanks and SpecAugment.
       modalities: {name: 'package.module:NAME' of its record} of modalities beyond image, video and
         speech, see `data/media/modality.py`.
       options: {name: its options} of those modalities.
+      libraries: 'same' stops a run that resumes, or takes a cache, where another version of a
+        library made the pixels and samples until then; 'any' goes on and says so.
       speech_features: '' reads sounds; 'cif' `.npy` files of what CIF has made, a vector a token.
       speech_width: numbers of such a vector.
       threads: decoding threads per host.
@@ -160,6 +162,7 @@ class Data:
     speech: dict[str, Any] = dataclasses.field(default_factory=dict)
     modalities: dict[str, str] = dataclasses.field(default_factory=dict)
     options: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    libraries: str = "same"
     speech_features: str = ""
     speech_width: int = 512
     threads: int = 4

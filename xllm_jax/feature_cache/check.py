@@ -8,6 +8,7 @@ way and continue in the other.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,15 @@ from xllm_jax.core.stage import Stage
 from xllm_jax.core.types import Params
 from xllm_jax.data import cached_features, mixture
 from xllm_jax.data.batching import batch_format
+from xllm_jax.data.media import modalities, preprocessing
+from xllm_jax.data.media.preprocessing import is_library
 from xllm_jax.feature_cache import describe
 from xllm_jax.models.xllm import XLLM
+
+OLDER = (
+    "The cache {} does not say which libraries and rules made its {} features. Turned or "
+    "mirrored files may lie in it as they were coded; to be sure, write it again"
+)
 
 
 def verified(system: System) -> dict[str, str]:
@@ -73,10 +81,18 @@ def _steps(stage: Stage, xllm: XLLM, about: Mapping[str, Any]) -> tuple[str, str
 
 def _settings(stage: Stage, xllm: XLLM, about: Mapping[str, Any]) -> tuple[str, str]:
     for name, kind in about["modalities"].items():
-        now = describe.fields(stage, xllm, name, kind["steps"])
-        field, how = describe.difference(kind["fields"], now)
+        then, now = kind["fields"], describe.fields(stage, xllm, name, kind["steps"])
+        media = preprocessing.of_modality(modalities.find(name, stage.data), stage.data)
+        libraries = {key: then[key] for key in media.keys() & then.keys() if is_library(key)}
+        if not libraries and any(map(is_library, media)):
+            print(OLDER.format(stage.data.cache, name), file=sys.stderr, flush=True)
+        apart = libraries or media
+        field, how = describe.difference(
+            *({key: value for key, value in one.items() if key not in apart} for one in (then, now))
+        )
         if field:
             return field, how
+        preprocessing.compare(libraries, media, "when the cache was written", stage.data)
     return "", ""
 
 

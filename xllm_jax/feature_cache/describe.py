@@ -11,7 +11,7 @@ from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data, Stage
 from xllm_jax.data import mixture
 from xllm_jax.data.batching import batch_format
-from xllm_jax.data.media import modalities
+from xllm_jax.data.media import modalities, preprocessing
 from xllm_jax.models.xllm import XLLM
 
 
@@ -78,12 +78,13 @@ def fields(stage: Stage, xllm: XLLM, modality: str, count: int) -> dict[str, Any
     found |= _flat(f"modalities.{modality}", dataclasses.asdict(stage.modalities[modality]))
     for part in dict.fromkeys(step.part for step in xllm.chain(modality)[:count]):
         found |= _flat(f"parts.{part}", dataclasses.asdict(stage.parts[part]))
-    for name in medium.fields:
-        found |= _flat(f"data.{name}", getattr(stage.data, name))
+    for name, value in medium.values(stage.data).items():
+        found |= _flat(f"data.{name}", value)
     if modality in stage.data.modalities:
         found[f"data.modalities.{modality}"] = stage.data.modalities[modality]
     if medium.spoken:
         found[f"data.embeddings.{modality}"] = stage.data.embeddings[modality]
+    found |= preprocessing.of_modality(medium, stage.data)
     return json.loads(json.dumps(found))
 
 

@@ -131,8 +131,7 @@ class Assistant:
     def _key(self, modality: str, path: str) -> str:
         """Of a file's content and all that turns it into media items."""
         self.model.parts(modality)
-        fields = modalities.find(modality, self.data).fields
-        options = {name: getattr(self.data, name) for name in fields}
+        options = modalities.find(modality, self.data).values(self.data)
         stride = self.data.embeddings[modality]
         return checksum.of_json([modality, paths.sha256(path, modality), stride, options])
 

@@ -21,6 +21,7 @@ from xllm_jax.core.optim import Schedule
 from xllm_jax.core.stage import Stage
 from xllm_jax.core.types import Metrics
 from xllm_jax.core.weighted_mean import WeightedMean
+from xllm_jax.data import manifest
 from xllm_jax.data.batching import padding
 from xllm_jax.data.pipeline import Batches, Pipeline
 from xllm_jax.feature_cache import check
@@ -61,7 +62,7 @@ def fit(stage: Stage, workdir: str | Path, stop_after: int | None = None) -> Pat
         hosts.agree(store, "frozen base", base)
         best = stage.best
         checkpoints = checkpoint.Checkpoints(workdir, stage.keep, best.metric, best.lowest)
-        state, position = startup.resume(state, checkpoints, base, store)
+        state, position = startup.resume(state, checkpoints, base, stage.data, store)
         loop = assemble(trainer, state, workdir, checkpoints, base, watch)
         loop.evaluation = validation.opened(system, state, workdir, watch, store, loop.log.log)
         batches = open_batches(pipeline, device_mesh, position)
@@ -325,6 +326,7 @@ class Loop:
             "data": self.everywhere(number, position),
             "stage": dataclasses.asdict(self.stage),
             "base": dict(self.base),
+            "media": manifest.media_settings(self.stage.data),
         }
         metric, scores = self.stage.best.metric, jax.device_get(self.scores)
         self.scores = []

@@ -14,8 +14,9 @@ from jax.sharding import Mesh
 from xllm_jax.assembly.system import System
 from xllm_jax.core import checkpoint, fingerprint, hosts, mesh, rules
 from xllm_jax.core.errors import UserError
-from xllm_jax.core.stage import Stage
+from xllm_jax.core.stage import Data, Stage
 from xllm_jax.data import manifest
+from xllm_jax.data.media import preprocessing
 from xllm_jax.data.pipeline import Pipeline
 from xllm_jax.training.step import TrainState
 
@@ -99,6 +100,7 @@ def resume(
     state: TrainState,
     checkpoints: checkpoint.Checkpoints,
     base: Mapping[str, str],
+    data: Data,
     store: hosts.Store | None = None,
 ) -> tuple[TrainState, Any]:
     """Loads the newest checkpoint that is whole, if there is one.
@@ -107,13 +109,15 @@ def resume(
       state: the initial one; its frozen half stays.
       checkpoints: of the run.
       base: {part: identity of its frozen parameters}.
+      data: of the stage.
       store: of the hosts; None with one.
 
     Returns:
       (state, data position or None).
 
     Raises:
-      UserError: the checkpoint belongs to another frozen base; names the part.
+      UserError: the checkpoint belongs to another frozen base, or media were read otherwise; names
+        the part, or the setting or library.
     """
     latest = hosts.share(store, "checkpoint", lambda: newest(checkpoints))
     checkpoints.steps()  # every host takes notice of what was set aside
@@ -127,6 +131,8 @@ def resume(
                 field=str(checkpoints.directory),
                 hint=f"Give init.{part} the base it was trained on, or choose a new --workdir",
             )
+    then = f"at checkpoint {latest}"
+    preprocessing.compare(about.get("media", {}), manifest.media_settings(data), then, data)
     arrays = checkpoints.restore(latest, saved_arrays(state))
     print(f"Resumes at micro-batch {latest}", flush=True)
     return TrainState(**arrays, frozen=state.frozen), about["data"]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
 import jax
@@ -96,6 +96,11 @@ class BatchFormat(abc.ABC, Generic[E, B, R]):
 
     def __init__(self, data: Data):
         self.data = data
+
+    @property
+    def media(self) -> Collection[str]:
+        """Modalities whose files a batch may hold."""
+        return self.data.items
 
     @functools.cached_property
     def resources(self) -> R:

@@ -28,6 +28,11 @@ class Pair(Entry):
 class Format(RowPerRecord[Pair, ImageTextPairs, WordPiece]):
     """Images and captions."""
 
+    @property
+    def media(self) -> tuple[str, ...]:
+        """Modalities whose files a batch may hold."""
+        return (IMAGE,)
+
     def load_resources(self) -> WordPiece:
         """Loads the WordPiece vocabulary that the data names."""
         return WordPiece(self.data.vocabulary)

@@ -30,6 +30,11 @@ ATTRIBUTES = 3
 class Format(RowPerRecord[Entry, SceneAttributes, None]):
     """Drawn pictures and their labels."""
 
+    @property
+    def media(self) -> tuple[str, ...]:
+        """Modalities whose files a batch may hold."""
+        return ("image",)
+
     def load_resources(self) -> None:
         """There is no file to read."""
 

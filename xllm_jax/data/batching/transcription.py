@@ -33,6 +33,11 @@ class Utterance(Entry):
 class Format(RowPerRecord[Utterance, TranscriptionBatch, CharacterVocabulary]):
     """Filterbanks and transcripts."""
 
+    @property
+    def media(self) -> tuple[str, ...]:
+        """Modalities whose files a batch may hold."""
+        return (SPEECH,)
+
     def load_resources(self) -> CharacterVocabulary:
         """Loads the characters that the data names.
 

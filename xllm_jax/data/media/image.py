@@ -2,7 +2,8 @@
 
 Training crops a random box and may mirror it; evaluation squashes the whole image into a square;
 CLIP, whose mean and deviation these are, wants the central square. Pillow's bicubic filter with
-antialiasing does the resizing in all of them.
+antialiasing does the resizing in all of them. A picture is held as its EXIF orientation says, by
+the option `orientation`; the reference ignores it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data
@@ -25,6 +26,16 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 MOST_PIXELS = 100_000_000
 MOST_BYTES = 1 << 28  # of a file
 ASPECTS = (3 / 4, 4 / 3)
+ORIENTATIONS = ("exif", "ignore")
+TURNS = {  # EXIF's numbers
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def load(
@@ -35,16 +46,17 @@ def load(
     Args:
       path: the file.
       options: 'size' in pixels (224); for training 'scale', the range of the share of the area that
-        a random crop keeps, None for no crop (None), and 'flip', mirror every second image (False).
+        a random crop keeps, None for no crop (None), and 'flip', mirror every second image (False);
+        'orientation': 'exif' or 'ignore' ('exif').
       rng: randomness of training; None prepares the image as in evaluation.
 
     Returns:
       `[size, size, 3]` float32, normalized by BLIP-2's mean and standard deviation.
 
     Raises:
-      UserError: the file is missing, not an image, damaged or too large.
+      UserError: the file is missing, not an image, damaged or too large; unknown orientation.
     """
-    size, picture = options.get("size", 224), read(path)
+    size, picture = options.get("size", 224), read(path, orientation=orientation(options))
     if rng is None:
         return normalize(resize(picture, size))
     scale = options.get("scale")
@@ -53,11 +65,32 @@ def load(
     return normalize(augment(picture, size, box, flip))
 
 
-def read(path: str | Path, most_pixels: int = MOST_PIXELS) -> Image.Image:
-    """Opens a file as 8-bit RGB; an alpha channel is dropped and EXIF orientation ignored.
+def orientation(options: Mapping[str, Any]) -> str:
+    """The option 'orientation', which is 'exif' where nothing is said.
 
-    Both follow the reference. Images of 16 bits a channel are scaled to 8 (Pillow alone would
+    Raises:
+      UserError: unknown.
+    """
+    chosen = options.get("orientation", "exif")
+    if chosen not in ORIENTATIONS:
+        what = f"unknown orientation {chosen!r}"
+        raise UserError(what, field="data.image.orientation", hint="exif or ignore")
+    return chosen
+
+
+def read(
+    path: str | Path, most_pixels: int = MOST_PIXELS, orientation: str = "exif"
+) -> Image.Image:
+    """Opens a file as 8-bit RGB; of several pictures in it the first is read.
+
+    An alpha channel is dropped. Images of 16 bits a channel are scaled to 8 (Pillow alone would
     saturate them).
+
+    Args:
+      path: the file.
+      most_pixels: that it may have.
+      orientation: 'exif' turns and mirrors the picture as its EXIF says; 'ignore' leaves it as its
+        pixels lie, which the reference does. TIFF is always turned, for Pillow itself does it.
 
     Raises:
       UserError: the file is missing, not an image, damaged or larger than `most_pixels`.
@@ -73,7 +106,9 @@ def read(path: str | Path, most_pixels: int = MOST_PIXELS) -> Image.Image:
                     hint="Shrink it",
                 )
             picture.load()
-            return _to_rgb(picture)
+            turn = TURNS.get(_exif_orientation(picture)) if orientation == "exif" else None
+            found = _to_rgb(picture)
+            return found if turn is None else found.transpose(turn)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UserError("has too many pixels", field=str(path), hint="Shrink it") from error
     except UnidentifiedImageError as error:
@@ -83,6 +118,14 @@ def read(path: str | Path, most_pixels: int = MOST_PIXELS) -> Image.Image:
         raise UserError(
             f"cannot be read as an image ({error})", field=str(path), hint="Download it again"
         ) from error
+
+
+def _exif_orientation(picture: Image.Image) -> int:
+    """EXIF's number, 1 where there is none or nobody can read it."""
+    try:
+        return int(picture.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # what damaged tags raise has no bounds, and the picture is there
+        return 1
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
@@ -175,6 +218,10 @@ def _shape(data: Data) -> tuple[int, ...]:
     return size, size, 3
 
 
+def _settings(data: Data) -> dict[str, str]:
+    return {"data.image.orientation": orientation(data.image)}
+
+
 def _random(data: Data) -> tuple[str, ...]:
     return tuple(f"data.image.{name}" for name in ("scale", "flip") if data.image.get(name))
 
@@ -184,6 +231,8 @@ MODALITY = Modality(
     read=read,
     shape=_shape,
     fields=("image",),
+    settings=_settings,
+    libraries=("Pillow",),
     random=_random,
     tasks=("caption", "vqa"),
     view="picture",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -32,6 +32,10 @@ def _nothing(_: Data) -> tuple[str, ...]:
     return ()
 
 
+def _no_settings(_: Data) -> Mapping[str, str]:
+    return {}
+
+
 @dataclasses.dataclass(frozen=True)
 class Modality:
     """One modality, up to the batch; `core.stage.Route` says which networks read it.
@@ -42,7 +46,10 @@ class Modality:
       read: reads a whole file by the cheapest way through its decoder, to see whether it can be
         read at all; for the view 'plot' it returns `[steps, channels]`.
       shape: of one item under the settings of the data.
-      fields: names of the fields of Data that the values depend on.
+      fields: names of the fields of Data that the values depend on, or of options as 'image.size'.
+      settings: {full name: value} of options that the values depend on where the stage does not
+        name them.
+      libraries: that make the values, by their names in `preprocessing.VERSIONS` or of packages.
       items: media items that one file becomes.
       random: options, by their full names, that change the values from one epoch to the next.
       bound: the setting that bounds an item's steps, `shape[0]`, where files differ in length: they
@@ -63,6 +70,8 @@ class Modality:
     read: Callable[[str], Any]
     shape: Callable[[Data], tuple[int, ...]]
     fields: tuple[str, ...]
+    settings: Callable[[Data], Mapping[str, str]] = _no_settings
+    libraries: tuple[str, ...] = ()
     items: Callable[[Data], int] = _one
     random: Callable[[Data], tuple[str, ...]] = _nothing
     bound: str = ""
@@ -78,6 +87,15 @@ class Modality:
     def spoken(self) -> bool:
         """Whether its slot is as long as what is said."""
         return self.slot != "fixed"
+
+    def values(self, data: Data) -> dict[str, Any]:
+        """{name: value} of `fields`, as far as they are set."""
+        found: dict[str, Any] = {}
+        for name in self.fields:
+            field, _, option = name.partition(".")
+            value = getattr(data, field)
+            found[field] = {key: value[key] for key in value if key == option} if option else value
+        return found
 
     def bytes(self, data: Data) -> int:
         """Bytes of one item."""

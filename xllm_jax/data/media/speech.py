@@ -349,6 +349,7 @@ MODALITY = Modality(
     read=read,
     shape=_shape,
     fields=("speech", "frames"),
+    libraries=("libsndfile", "soxr", "SciPy"),
     random=_random,
     bound=FRAMES,
     count=count_frames,
