@@ -223,7 +223,7 @@ def test_similarity_mistakes(pairs, tmp_path):
     np.save(tmp_path / "a.npy", np.zeros(3))
     wrong = {
         r"shape \(3,\) for 4 records": str(tmp_path / "a.npy"),
-        "cannot be read as numbers": write(tmp_path / "b.npy", "x"),
+        "is no array of numbers": write(tmp_path / "b.npy", "x"),
         "'high' is no similarity": write(tmp_path / "c.tsv", "train-0\thigh"),
         "keeps nothing": write(tmp_path / "d.tsv", "train-0\t0.1"),
     }

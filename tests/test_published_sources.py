@@ -141,7 +141,7 @@ def test_activitynet(tmp_path):
     }
     write(tmp_path / "train.json", rows)
     film(tmp_path / "videos/v_one.mp4")
-    (tmp_path / "videos/v_two.mp4").touch()
+    (tmp_path / "videos/v_two.mp4").write_bytes(b"x")
     found = activitynet.examples(str(tmp_path))
     assert len(found) == 5
     first, second = found[0], found[1]

@@ -132,7 +132,7 @@ def test_visdial_finds_published_image_names(root, tmp_path):
     (tmp_path / "VisualDialog_val2018").mkdir()
     for talk in data["data"]["dialogs"]:
         name = f"VisualDialog_val2018_{talk['image_id']:012d}.jpg"
-        (tmp_path / "VisualDialog_val2018" / name).touch()
+        (tmp_path / "VisualDialog_val2018" / name).write_bytes(b"x")
     assert check(visdial.examples(str(tmp_path), "val"))
 
 
@@ -238,7 +238,7 @@ FOLDERS = {
 def test_captions_folder(name, tmp_path):
     (tmp_path / "b").mkdir()
     for file in ("a.jpg", "b/c.png", "lonely.jpg"):
-        (tmp_path / file).touch()
+        (tmp_path / file).write_bytes(b"x")
     if name:
         (tmp_path / name).write_text(FOLDERS[name], "utf-8")
     else:

@@ -166,7 +166,7 @@ def read(scores: str, found: Sequence[Any]) -> np.ndarray:
       UserError: no such file, another number of records, a line of another form.
     """
     if scores.endswith(".npy"):
-        known = files.array(scores, "list of numbers")
+        known = files.array(scores, "array of numbers")
         if known.shape != (len(found),):
             what = f"has the shape {known.shape} for {len(found)} records"
             raise UserError(what, field=scores, hint="One number for each record, in order")
