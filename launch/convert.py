@@ -30,7 +30,10 @@ INPUT = flags.DEFINE_string(
 )
 OUTPUT = flags.DEFINE_string("output", "", "Folder to write; it appears when it is complete.")
 SIZE = flags.DEFINE_string(
-    "size", "", "Size of the network, a row of its SIZES; needed where the files do not state it."
+    "size",
+    "",
+    "Size of the network, a row of its SIZES; needed where the files do not state it. An export "
+    "takes its sizes from the base.",
 )
 DIRECTION = flags.DEFINE_enum(
     "direction",

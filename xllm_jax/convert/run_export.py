@@ -8,16 +8,19 @@ import math
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from xllm_jax.convert import ConversionPlan, Row, check_table, conversion_record, run_import
+from xllm_jax.convert.base_sizes import Base
 from xllm_jax.convert.header import Header
 from xllm_jax.convert.safetensors_file import SAFETENSORS
-from xllm_jax.core import checkpoint, litter
+from xllm_jax.core import checkpoint, litter, rules
 from xllm_jax.core.errors import UserError
 
+COMPARED = ("width", "depth", "heads", "hidden")
 SHARD = 4 << 30
 """Largest file in bytes, unless one tensor is larger."""
 
@@ -100,7 +103,7 @@ def run_export(source: str, path: str | Path, output: str | Path, size: str = ""
       source: name of the source.
       path: folder of the base; its conversion.json, where it has one, tells the layout.
       output: folder to write; must not exist, or be empty.
-      size: row of SIZES, for a base without conversion.json.
+      size: row of SIZES that the base must be of; '' takes the sizes that its parameters tell.
 
     Returns:
       names of the weight files.
@@ -118,7 +121,7 @@ def run_export(source: str, path: str | Path, output: str | Path, size: str = ""
             field=str(path),
             hint=f"Say --source={made.source}",
         )
-    options = made.options if made else module.options(None, size)
+    options = made.options if made else _measured(module, leaves, path, size)
     plan = module.plan(options)
     tensors: Mapping[str, np.ndarray] = Exported(plan, leaves, path)
     restore = getattr(module, "restore", None)
@@ -139,6 +142,35 @@ def run_export(source: str, path: str | Path, output: str | Path, size: str = ""
         output.rmdir()
     partial.rename(output)
     return names
+
+
+def _measured(
+    module: ModuleType, leaves: Mapping[str, Any], base: Path, size: str
+) -> Mapping[str, Any]:
+    """Options of a source from a base's parameters.
+
+    Args:
+      module: of the source.
+      leaves: {path: store} of the base.
+      base: its folder, for errors.
+      size: row of SIZES that the user named, or ''.
+
+    Raises:
+      UserError: the base is of another kind, or of another size than was named.
+    """
+    if not hasattr(module, "options_of"):
+        return module.options(None, size)
+    shapes = {path: tuple(store.shape) for path, store in leaves.items()}
+    found = module.options_of(Base(shapes, base))
+    if not size:
+        return found
+    named = rules.flatten(module.options(None, size))
+    for path, value in rules.flatten(found).items():
+        if path.rpartition("/")[2] in COMPARED and named.get(path, value) != value:
+            what = f"{size} has {path} {named[path]}, and {base} has {value}"
+            hint = "Leave --size out: the base tells its sizes"
+            raise UserError(what, field="--size", hint=hint)
+    return found
 
 
 def header_of(tensors: Mapping[str, np.ndarray], name: str) -> Header:

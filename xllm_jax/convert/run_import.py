@@ -5,6 +5,7 @@ where its tensors are to be computed first, such as quantized ones):
 
     recognize(checkpoint) -> bool              from names, headers and config.json
     options(checkpoint | None, size) -> dict   all that the table depends on, as JSON
+    options_of(base) -> dict                   the same, from a base that has no conversion.json
     plan(options) -> ConversionPlan                      table, shapes, what may be dropped or fresh
     prepare(checkpoint, options) -> Mapping    a view of the tensors that the table names
 

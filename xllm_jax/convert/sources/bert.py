@@ -14,7 +14,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from xllm_jax.convert import ConversionPlan, Drop, Row, published_config, sizes
+from xllm_jax.convert import ConversionPlan, Drop, Row, base_sizes, published_config, sizes
+from xllm_jax.convert.base_sizes import Base
 from xllm_jax.convert.files import Checkpoint
 from xllm_jax.core.errors import UserError
 from xllm_jax.models.bert import SIZES, BertEncoder
@@ -241,6 +242,11 @@ def options(checkpoint: Checkpoint | None, size: str) -> dict[str, Any]:
         "prefix": prefix,
         "gamma": f"{prefix}embeddings.LayerNorm.gamma" in checkpoint,
     }
+
+
+def options_of(base: Base) -> dict[str, Any]:
+    """Fields of `BertEncoder` from a base's parameters, and the usual names."""
+    return base_sizes.bert(base, "bert") | {"prefix": "bert.", "gamma": False}
 
 
 def told(fields: Mapping[str, Any]) -> dict[str, Any]:

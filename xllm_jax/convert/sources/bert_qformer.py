@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from xllm_jax.convert import ConversionPlan, Drop, Row, sizes
+from xllm_jax.convert import ConversionPlan, Drop, Row, base_sizes, sizes
+from xllm_jax.convert.base_sizes import Base
 from xllm_jax.convert.files import Checkpoint, Derived, View
 from xllm_jax.convert.sources import bert, blip2
 from xllm_jax.core import rules
@@ -64,6 +65,12 @@ def options(checkpoint: Checkpoint | None, size: str) -> dict[str, Any]:
     row = sizes.row(SIZES, size, width=described["width"]) | described | known
     gamma = "bert.embeddings.LayerNorm.gamma" in checkpoint
     return dict(interface=row, added=added, seed=SEED, gamma=gamma)
+
+
+def options_of(base: Base) -> dict[str, Any]:
+    """Layout and sizes from a base's parameters; the usual names."""
+    interface = base_sizes.qformer(base, "qformer")
+    return dict(interface=interface, added=1, seed=SEED, gamma=False)
 
 
 def plan(options: Mapping[str, Any]) -> ConversionPlan:

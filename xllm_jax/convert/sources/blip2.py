@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from xllm_jax.convert import ConversionPlan, Drop, Row, import_tree, mount, sizes
+from xllm_jax.convert import ConversionPlan, Drop, Row, base_sizes, import_tree, mount, sizes
+from xllm_jax.convert.base_sizes import Base
 from xllm_jax.convert.files import Checkpoint, Derived, View
 from xllm_jax.convert.sources import blip2_hugging_face, eva_vit
 from xllm_jax.convert.sources.bert import (
@@ -252,6 +253,13 @@ def options(checkpoint: Checkpoint | None, size: str) -> dict[str, Any]:
         "vision": seen if VISION_MARK[kind] in checkpoint else None,
         "interface": row,
     }
+
+
+def options_of(base: Base) -> dict[str, Any]:
+    """Layout and sizes from a base's parameters: LAVIS' names, of the stage that it is of."""
+    interface = base_sizes.interface(base, "image_interface")
+    text = "image_interface/match_head/kernel" in base
+    return dict(kind="lavis", text=text, adapter=not text, vision=None, interface=interface)
 
 
 def _known(checkpoint: Checkpoint, kind: str, text: bool) -> dict[str, int]:

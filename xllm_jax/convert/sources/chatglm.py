@@ -24,6 +24,7 @@ from xllm_jax.convert import (
     published_config,
     sizes,
 )
+from xllm_jax.convert.base_sizes import Base
 from xllm_jax.convert.sources import chatglm_quantized
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.text.glm_layout import Specials
@@ -165,6 +166,18 @@ def options(checkpoint: files.Checkpoint | None, size: str) -> dict[str, Any]:
     _check_heads(checkpoint, model["width"], model["heads"])
     bits = chatglm_quantized.bits_of(checkpoint, model["width"], model["hidden"])
     return model | ({BITS[0]: bits} if bits else {})
+
+
+def options_of(base: Base) -> dict[str, Any]:
+    """Fields of `ChatGLM` from a base's parameters."""
+    qkv = "llm/layers/attention/qkv/kernel"  # [depth, width, 3, heads, head width]
+    return dict(
+        vocab=base.axis("llm/embedding", 0),
+        width=base.axis(qkv, 1),
+        depth=base.axis(qkv, 0),
+        heads=base.axis(qkv, 3),
+        hidden=base.axis("llm/layers/feed_forward/up/kernel", 2),
+    )
 
 
 def network(options: Mapping[str, Any]) -> ChatGLM:

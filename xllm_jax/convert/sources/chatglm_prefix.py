@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from xllm_jax.convert import ConversionPlan, Drop, Row, mount, published_config, sizes
+from xllm_jax.convert.base_sizes import Base
 from xllm_jax.convert.files import Checkpoint, Derived, View
 from xllm_jax.core.errors import UserError
 from xllm_jax.models.glm_prefix import SIZES, Prefix
@@ -62,6 +63,12 @@ def options(checkpoint: Checkpoint | None, size: str) -> dict[str, Any]:
     projected = any(name in checkpoint for name in PROJECTION)
     length = _check(checkpoint, row, projected)
     return row | {"length": length, "projected": projected}
+
+
+def options_of(base: Base) -> dict[str, Any]:
+    """Sizes of a prefix from a base's parameters."""
+    depth, _, length, heads, one = (base.axis(f"{PART}/states", number) for number in range(5))
+    return dict(length=length, depth=depth, width=heads * one, heads=heads, projected=False)
 
 
 def plan(options: Mapping[str, Any]) -> ConversionPlan:

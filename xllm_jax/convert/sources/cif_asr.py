@@ -13,7 +13,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from xllm_jax.convert import ConversionPlan, Drop, Row, sizes
+from xllm_jax.convert import ConversionPlan, Drop, Row, base_sizes, sizes
+from xllm_jax.convert.base_sizes import Base
 from xllm_jax.convert.files import Checkpoint
 from xllm_jax.convert.sources import bert
 from xllm_jax.convert.sources.bert import Layers, linear, norm
@@ -227,6 +228,23 @@ def options(checkpoint: Checkpoint | None, size: str) -> dict[str, Any]:
         "encoder": encoder | {"pools": list(encoder["pools"])},
         "decoder": {name: decoder[name] for name in names},
         "kernel": kernel,
+    }
+
+
+def options_of(base: Base) -> dict[str, Any]:
+    """Sizes from a base's parameters."""
+    layer, fires = "asr_decoder/self_blocks", "speech_interface/cif/conv/kernel"
+    query = f"{layer}/self_attention/query/kernel"
+    return {
+        "encoder": base_sizes.speech_encoder(base, "speech_encoder"),
+        "decoder": dict(
+            vocab=base.axis("asr_decoder/embed", 0),
+            width=base.axis(query, 1),
+            hidden=base.axis(f"{layer}/feed_forward/up/kernel", 2),
+            heads=base.axis(query, 2),
+            self_blocks=base.axis(query, 0),
+        ),
+        "kernel": base.axis(fires, 0) if fires in base else 0,
     }
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from xllm_jax.convert import ConversionPlan, Drop, Row, mount, sizes
+from xllm_jax.convert import ConversionPlan, Drop, Row, base_sizes, mount, sizes
+from xllm_jax.convert.base_sizes import Base
 from xllm_jax.convert.files import Checkpoint
 from xllm_jax.convert.sources import clip_vision
 from xllm_jax.convert.sources.bert import norm
@@ -97,6 +98,20 @@ def options(checkpoint: Checkpoint | None, size: str) -> dict[str, Any]:
     mark = next(one for one, text in TEXT.items() if one in checkpoint and text in checkpoint)
     row = sizes.row(SIZES, size) if size else _sizes(checkpoint, mark)
     return {"mark": mark, "sizes": row}
+
+
+def options_of(base: Base) -> dict[str, Any]:
+    """The published names, and the sizes from a base's parameters."""
+    text = base_sizes.stack(base, f"{PART}/text/layers") | {
+        "vocabulary": base.axis(f"{PART}/text/embeddings/words", 0),
+        "positions": base.axis(f"{PART}/text/embeddings/positions", 0),
+    }
+    found = dict(
+        vision_fields=base_sizes.tower(base, f"{PART}/vision"),
+        text_fields=text,
+        shared=base.axis(f"{PART}/text_projection/kernel", 1),
+    )
+    return {"mark": clip_vision.PUBLISHED, "sizes": found}
 
 
 def plan(options: Mapping[str, Any]) -> ConversionPlan:

@@ -9,7 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from xllm_jax.convert import ConversionPlan, Drop, Row, mount, published_config, sizes
+from xllm_jax.convert import (
+    ConversionPlan,
+    Drop,
+    Row,
+    base_sizes,
+    mount,
+    published_config,
+    sizes,
+)
+from xllm_jax.convert.base_sizes import Base
 from xllm_jax.convert.files import Checkpoint
 from xllm_jax.convert.published_config import PublishedConfig
 from xllm_jax.convert.sources.bert import linear, norm, told
@@ -162,6 +171,11 @@ def options(checkpoint: Checkpoint | None, size: str) -> dict[str, Any]:
     first_layer = table(found[0], 1, 1)
     row = sizes.row(SIZES, size) if size else _sizes(checkpoint, first_layer)
     return {"mark": found[0], "sizes": row}
+
+
+def options_of(base: Base) -> dict[str, Any]:
+    """The published names, and the tower's sizes from a base's parameters."""
+    return {"mark": PUBLISHED, "sizes": base_sizes.tower(base, PART)}
 
 
 def plan(options: Mapping[str, Any]) -> ConversionPlan:

@@ -10,7 +10,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from xllm_jax.convert import ConversionPlan, Drop, Row, sizes
+from xllm_jax.convert import ConversionPlan, Drop, Row, base_sizes, sizes
+from xllm_jax.convert.base_sizes import Base
 from xllm_jax.convert.files import Checkpoint
 from xllm_jax.convert.sources.bert import linear, norm
 from xllm_jax.core.errors import UserError
@@ -133,6 +134,11 @@ def options(checkpoint: Checkpoint | None, size: str) -> dict[str, Any]:
     chosen = sizes.row(SIZES, size, width=sizes.axis(checkpoint, "cls_token", -1))
     check_depth(checkpoint, chosen["depth"])
     return chosen
+
+
+def options_of(base: Base) -> dict[str, Any]:
+    """Fields of `VisionTransformer` from a base's parameters."""
+    return base_sizes.tower(base, "vision_encoder")
 
 
 def plan(options: Mapping[str, Any]) -> ConversionPlan:

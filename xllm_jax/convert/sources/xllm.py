@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from xllm_jax.convert import ConversionPlan, Drop, Row, mount, sizes
+from xllm_jax.convert import ConversionPlan, Drop, Row, base_sizes, mount, sizes
+from xllm_jax.convert.base_sizes import Base
 from xllm_jax.convert.files import Checkpoint, Derived, View
 from xllm_jax.convert.sources import blip2, cif_asr, xllm_sizes
 from xllm_jax.convert.sources.bert import linear
@@ -87,6 +88,38 @@ def options(checkpoint: Checkpoint | None, size: str) -> dict[str, Any]:
         )
     fields = {part: xllm_sizes.read(part, checkpoint, size) for part in pieces}
     return {"pieces": pieces, "sizes": fields}
+
+
+def options_of(base: Base) -> dict[str, Any]:
+    """Pieces that a base holds, and their sizes.
+
+    Raises:
+      UserError: it holds none.
+    """
+    pieces = {
+        part: [name for name, starts in names.items() if _starts_with(base, part, starts)]
+        for part, names in PIECES.items()
+    }
+    pieces = {part: names for part, names in pieces.items() if names}
+    if not pieces:
+        base.axis(f"{IMAGE}/adapter/kernel", 0)
+    whole = {IMAGE: base_sizes.interface, VIDEO: base_sizes.interface}
+    whole |= {SPEECH: base_sizes.speech_interface}
+    needs = {IMAGE: "qformer", VIDEO: "qformer", SPEECH: "c_former/bert"}
+    fields = {
+        part: xllm_sizes.named(part, "")
+        | (whole[part](base, part) if needs[part] in names else base_sizes.ends(base, part))
+        for part, names in pieces.items()
+    }
+    if SPEECH in fields:  # no more tokens than positions
+        longest = SpeechInterface.max_tokens
+        fields[SPEECH]["max_tokens"] = min(longest, fields[SPEECH].get("positions", longest))
+    return {"pieces": pieces, "sizes": fields}
+
+
+def _starts_with(base: Base, part: str, starts: tuple[str, ...]) -> bool:
+    whole = tuple(f"{part}/{start}" for start in starts)
+    return any(path.startswith(whole) for path in base.shapes)
 
 
 def plan(options: Mapping[str, Any]) -> ConversionPlan:
