@@ -43,6 +43,16 @@ WORKERS = flags.DEFINE_integer(
 CHECK = flags.DEFINE_bool(
     "check", True, "Decode every file before it is stored, and leave out what cannot be decoded."
 )
+DEADLINE = flags.DEFINE_float(
+    "deadline",
+    preparation.DEADLINE,
+    "Time that decoding one file may take, in seconds; then it is left out. 0 decodes in the "
+    "writing process, without a deadline or a limit of memory.",
+    0.0,
+)
+MEMORY = flags.DEFINE_float(
+    "memory", preparation.MEMORY, "Memory that decoding one file may take, in gigabytes.", 0.1
+)
 BEAM = flags.DEFINE_multi_string("beam", [], "Pipeline option for Apache Beam")
 flags.declare_key_flag("allow_paths")
 
@@ -68,7 +78,15 @@ def main(_: list[str]) -> None:
     allowed = tuple(cli.ALLOW_PATHS.value)
     source = Source(SOURCE.value, INPUT.value, SPLIT.value, options(), allowed)
     name = NAME.value or SOURCE.value
-    made = preparation.make(name, source, OUTPUT.value, SHARD.value, CHECK.value)
+    made = preparation.make(
+        name,
+        source,
+        OUTPUT.value,
+        SHARD.value,
+        CHECK.value,
+        deadline=DEADLINE.value,
+        memory=MEMORY.value,
+    )
     found = engine.run(made, BEAM.value, WORKERS.value)["splits"][SPLIT.value]
     print(
         f"{found['records']:,} records in {len(found['shards'])} shards, {found['bytes']:,} bytes; "

@@ -24,6 +24,8 @@ from xllm_jax.data.rows import prepared
 
 PLAN = "plan.json"
 PER_SHARD = 1024  # records
+DEADLINE = 60.0  # seconds that decoding one file may take
+MEMORY = 2.0  # gigabytes that it may take
 LOOKED_AT = 100  # records, spread over the source, that show which media a set has
 
 
@@ -41,6 +43,9 @@ class PreparationPlan:
       check: whether every medium is decoded before it is stored.
       several: records have any number of files of each modality (`data/rows/prepared.py`).
       content: hash of some records' texts, so that a source that has changed is another plan.
+      deadline: seconds that decoding one file may take in a process of its own; 0 decodes in this
+        one, without a deadline.
+      memory: gigabytes that it may take there.
     """
 
     name: str
@@ -52,6 +57,8 @@ class PreparationPlan:
     check: bool = True
     several: bool = False
     content: str = ""
+    deadline: float = DEADLINE
+    memory: float = MEMORY
 
     @functools.cached_property
     def shards(self) -> Shards:
@@ -65,9 +72,13 @@ class PreparationPlan:
 
     def identity(self) -> str:
         """Hash of everything that the shards depend on, except where they lie."""
-        about = dataclasses.asdict(dataclasses.replace(self, output=""))
-        del about["source"]["allow_paths"]  # sets may move with the folders that they came from
-        return checksum.of_json(about)
+        return checksum.of_json(self.described() | {"output": ""})
+
+    def described(self) -> dict[str, Any]:
+        """The plan as JSON, without what holds off bad files and is another on another machine."""
+        about = dataclasses.asdict(self)
+        del about["deadline"], about["memory"], about["source"]["allow_paths"]
+        return about
 
     def media(self) -> dict[str, Modality]:
         """{name: Modality} of the set, in the order of `modalities`."""
@@ -97,6 +108,8 @@ def make(
     per_shard: int,
     check: bool = True,
     several: bool | None = None,
+    deadline: float = DEADLINE,
+    memory: float = MEMORY,
 ) -> PreparationPlan:
     """Plans a source, or takes up the plan that the output folder holds.
 
@@ -108,6 +121,7 @@ def make(
       check: whether every medium is decoded before it is stored.
       several: whether records may have several files of a modality, or not all the same
         modalities; None decides by a look at some records.
+      deadline, memory: of decoding one file, as in `PreparationPlan`.
 
     Raises:
       UserError: no record can be read, a modality is unknown, or the folder holds another plan.
@@ -127,7 +141,17 @@ def make(
     wanted = tuple(known) if several else prepared.modalities(seen[0])
     content = _hash([dataclasses.replace(one, media=()) for one in seen])
     made = PreparationPlan(
-        name, source, output, len(found), per_shard, wanted, check, several, content
+        name,
+        source,
+        output,
+        len(found),
+        per_shard,
+        wanted,
+        check,
+        several,
+        content,
+        deadline,
+        memory,
     )
     _begin(made)
     return made
@@ -151,7 +175,7 @@ def _hash(value: object) -> str:
 
 
 def _begin(made: PreparationPlan) -> None:
-    about = dataclasses.asdict(made)
+    about = made.described()
 
     def difference(known: dict[str, Any]) -> str:
         odd = [key for key in about if json.loads(json.dumps(about[key])) != known.get(key)]

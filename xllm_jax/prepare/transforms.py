@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import weakref
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,14 +18,13 @@ import numpy as np
 
 from xllm_jax.core import atomic
 from xllm_jax.core.errors import UserError
-from xllm_jax.core.stage import Source
+from xllm_jax.core.stage import Data, Source
 from xllm_jax.data import mixture
 from xllm_jax.data.media import speech
-from xllm_jax.data.media.modalities import stored
-from xllm_jax.data.rows import prepared
+from xllm_jax.data.media.decode_workers import Decoders
 from xllm_jax.data.sources import layout
 from xllm_jax.data.synthetic_world import speak
-from xllm_jax.prepare.preparation import rejected
+from xllm_jax.prepare.preparation import DEADLINE, MEMORY, rejected
 from xllm_jax.prepare.translate import TranslateBatch
 
 THRESHOLD = 0.45  # the paper's, of image and caption by CLIP
@@ -137,19 +137,23 @@ class Usable:
 
     def __init__(self, name: str, source: Source):
         self._name, self._source, self._found = name, source, None
+        self._decoders: Decoders | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_found": None}
+        return self.__dict__ | {"_found": None, "_decoders": None}
 
     def __call__(self, place: int) -> tuple[int, dict[str, str] | None]:
         """The place, and {'key', 'file', 'reason'} if it cannot be used."""
         if self._found is None:
             self._found = mixture.read(self._name, self._source, "")
-        known = stored(self._source)
+        if self._decoders is None:
+            limits = Data(deadline=DEADLINE, memory=MEMORY, threads=1)
+            self._decoders = Decoders(limits)
+            weakref.finalize(self, self._decoders.close)
         try:
             example = self._found[place]
             for modality, path in example.media:
-                prepared.decodable(known[modality], path)
+                self._decoders.check(modality, path, self._source)
         except UserError as error:
             return place, rejected(self._name, place, error)
         return place, None

@@ -23,13 +23,14 @@ from typing import Any
 import numpy as np
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.core.stage import Data
+from xllm_jax.core.stage import Data, Source
 from xllm_jax.core.text_lines import split_lines
 from xllm_jax.data.media import modalities
 from xllm_jax.data.record import DoesNotFit, Record
 
 START_SECONDS = 120.0  # a worker may take to start on a busy machine
 GRACE_SECONDS = 30.0  # after the deadline a worker ends by itself, should its owner be gone
+TASKS = {"load": modalities.load, "check": modalities.check}
 MODULE = "xllm_jax.data.media.decode_workers"
 ROOT = str(Path(__file__).parents[3])  # where the package lies, for the worker to import it
 
@@ -61,8 +62,8 @@ class Worker:
             )
         self._ready = False
 
-    def ask(self, arguments: tuple[Any, ...], deadline: float) -> Any:
-        """What `media.load` returns, or the UserError that it raises, as a value.
+    def ask(self, task: str, arguments: tuple[Any, ...], deadline: float) -> Any:
+        """What `answer` returns.
 
         Raises:
           Lost: no answer within `deadline` seconds, or the worker has died.
@@ -71,7 +72,7 @@ class Worker:
             self._receive(START_SECONDS, "did not start")
             self._ready = True
         try:
-            self._connection.send((deadline, arguments))
+            self._connection.send((deadline, task, arguments))
         except OSError as error:
             raise Lost("ended its decoder") from error
         made, self.resident = self._receive(deadline, f"took longer than {deadline:g} s to decode")
@@ -116,10 +117,21 @@ class Decoders:
         Raises:
           UserError: as there, and for a file whose decoder was late or died.
         """
+        return self._ask("load", (modality, path, data, record, part, train), path)
+
+    def check(self, modality: str, path: str, source: Source) -> None:
+        """`media.check` with a deadline.
+
+        Raises:
+          UserError: as there, and for a file whose decoder was late or died.
+        """
+        self._ask("check", (modality, path, source), path)
+
+    def _ask(self, task: str, arguments: tuple[Any, ...], path: str) -> Any:
         worker = self._idle.get()
         try:
             worker = worker or Worker(self._memory)
-            answer = worker.ask((modality, path, data, record, part, train), self._deadline)
+            answer = worker.ask(task, arguments, self._deadline)
             if worker.resident > self._memory:  # it may not give back what a large file took
                 worker.end()
                 worker = None
@@ -129,7 +141,7 @@ class Decoders:
             worker = None
             if not isinstance(error, Lost):
                 raise
-            hint = "Leave it out, or raise data.deadline"
+            hint = "Leave it out, or raise the deadline"
             raise UserError(str(error), field=str(path), hint=hint) from None
         finally:
             self._idle.put(worker)
@@ -144,30 +156,30 @@ class Decoders:
             self._idle.put(None)
 
 
-def _told(answer: tuple[Any, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """The arrays of an answer.
+def _told(answer: tuple[Any, ...]) -> Any:
+    """The value of an answer.
 
     Raises:
       UserError: the one that the worker met.
     """
     kind, *rest = answer
-    if kind == "arrays":
-        values, lengths = rest
-        return values, lengths
+    if kind == "made":
+        return rest[0]
     what, field, line = rest
     error = (DoesNotFit if kind == "does not fit" else UserError)(what, field=field)
     error.args = (line,)
     raise error
 
 
-def answer(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What a worker sends back: ('arrays', values, lengths) or (kind of error, what, field, line).
+def answer(task: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a worker sends back: ('made', value) or (kind of error, what, field, line).
 
     Args:
-      arguments: of `media.load`.
+      task: 'load' or 'check', the function of `modalities`.
+      arguments: of it.
     """
     try:
-        return ("arrays", *modalities.load(*arguments))
+        return "made", TASKS[task](*arguments)
     except UserError as error:
         kind = "does not fit" if isinstance(error, DoesNotFit) else "cannot be read"
         return kind, error.what, error.field, str(error)
@@ -199,12 +211,12 @@ def serve(connection: Connection, memory: int) -> None:
     connection.send("ready")
     while True:
         try:
-            deadline, arguments = connection.recv()
+            deadline, task, arguments = connection.recv()
         except EOFError:
             return
         # The kernel's clock ends a hanging worker even where Python does not come to run.
         signal.setitimer(signal.ITIMER_REAL, deadline + GRACE_SECONDS)
-        made = answer(arguments)
+        made = answer(task, arguments)
         signal.setitimer(signal.ITIMER_REAL, 0)
         connection.send((made, _status("VmRSS")))
 

@@ -24,6 +24,7 @@ from xllm_jax.data.media.modality import Modality
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 MOST_PIXELS = 100_000_000
+BUDGET = 1 << 29  # bytes that decoding one image may take
 MOST_BYTES = 1 << 28  # of a file
 ASPECTS = (3 / 4, 4 / 3)
 ORIENTATIONS = ("exif", "ignore")
@@ -83,7 +84,8 @@ def read(
 ) -> Image.Image:
     """Opens a file as 8-bit RGB; of several pictures in it the first is read.
 
-    An alpha channel is dropped. Images of 16 bits a channel are scaled to 8 (Pillow alone would
+    An alpha channel is dropped. JPEG files above the limits are decoded at a half, a quarter or
+    an eighth of their sides. Images of 16 bits a channel are scaled to 8 (Pillow alone would
     saturate them).
 
     Args:
@@ -93,18 +95,14 @@ def read(
         pixels lie, which the reference does. TIFF is always turned, for Pillow itself does it.
 
     Raises:
-      UserError: the file is missing, not an image, damaged or larger than `most_pixels`.
+      UserError: the file is missing, not an image, damaged, larger than `most_pixels`, or would
+        take more memory than BUDGET.
     """
     try:
         content = paths.whole(path, "image", MOST_BYTES)
         formats.check(path, "image", content.getbuffer()[: formats.HEAD].tobytes())
         with Image.open(content, formats=formats.IMAGES) as picture:
-            if picture.width * picture.height > most_pixels:
-                raise UserError(
-                    f"has {picture.width} x {picture.height} pixels, more than {most_pixels:,}",
-                    field=str(path),
-                    hint="Shrink it",
-                )
+            _check_size(picture, most_pixels, path)
             picture.load()
             turn = TURNS.get(_exif_orientation(picture)) if orientation == "exif" else None
             found = _to_rgb(picture)
@@ -128,10 +126,41 @@ def _exif_orientation(picture: Image.Image) -> int:
         return 1
 
 
+def _check_size(picture: Any, most_pixels: int, path: str | Path) -> None:
+    """Looks at an opened image before it is decoded; a JPEG that is too large is made smaller.
+
+    Raises:
+      UserError: too many pixels, or too much memory for them.
+    """
+    width, height = picture.size
+    # Coefficients of progressive files are kept at full size, two bytes for each of three channels.
+    kept = 6 * width * height if picture.info.get("progressive") else 0
+    for share in (1, 2, 4, 8):
+        if share > 1:
+            picture.draft(None, (width // share, height // share))
+        pixels = picture.width * picture.height
+        wanted = kept + pixels * _pixel_bytes(picture)
+        if pixels <= most_pixels and wanted <= BUDGET:
+            return
+        if picture.format not in ("JPEG", "MPO"):
+            break
+    what = f"has {width} x {height} pixels, more than {most_pixels:,}"
+    if pixels <= most_pixels:
+        what = f"would take {wanted:,} bytes to decode, more than {BUDGET:,}"
+    raise UserError(what, field=str(path), hint="Shrink it")
+
+
+def _pixel_bytes(picture: Image.Image) -> int:
+    """Bytes that a decoded pixel takes on its way to RGB, as measured."""
+    if picture.format == "WEBP":
+        return 16  # libwebp keeps the canvas of an animation several times
+    return {"RGB": 4, "1": 5, "L": 5, "P": 5}.get(picture.mode, 8 if len(picture.mode) > 2 else 12)
+
+
 def _to_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith("I;16") or picture.mode == "I":
-        gray = np.asarray(picture).astype(np.int64)
-        return Image.fromarray(np.clip(gray // 256, 0, 255).astype(np.uint8)).convert("RGB")
+        gray = np.asarray(picture) >> 8
+        return Image.fromarray(np.clip(gray, 0, 255).astype(np.uint8)).convert("RGB")
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 

@@ -168,6 +168,26 @@ def load(
     return padded, np.full(len(values), count, np.int32)
 
 
+def check(modality: str, path: str, source: Source) -> None:
+    """Decodes a file once, by the cheapest way, to see whether it can be.
+
+    Args:
+      modality: of the file, or CIF.
+      path: the file.
+      source: whose options may name further modalities.
+
+    Raises:
+      UserError: it cannot be read, or its decoder fails in any way of its own.
+    """
+    try:
+        stored(source)[modality].read(path)
+    except UserError:
+        raise
+    except Exception as error:  # as above
+        what = f"its decoder failed ({type(error).__name__}: {error})"
+        raise UserError(what, field=str(path)) from error
+
+
 def bucketed(data: Data) -> bool:
     """Whether files of `data.items` differ in length and have the length buckets `data.frames`."""
     return any(find(name, data).bound == FRAMES for name in data.items)

@@ -29,7 +29,7 @@ AT_ONCE = 128  # frames that are transformed together: what a core's own cache h
 PREEMPHASIS = np.float32(0.97)
 RATES = (4_000, 384_000)  # samples a second that a recording may have
 MOST_BYTES = 1 << 29  # of a WAV file
-MOST_SAMPLES = 100_000_000  # over all channels; a small file of silence can unpack to anything
+MOST_SAMPLES = 24_000_000  # over all channels; a small file of silence can unpack to anything
 LEAST_FRAMES = 9  # fewer leave the speech encoder, which reduces 8 x, nothing to read
 
 

@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.data.media import formats, image, paths
+from xllm_jax.data.media import formats, paths
 
 # Neither playlists, which name other files, nor text and single pictures, which are no videos.
 ALLOWED = {"format_whitelist": formats.VIDEOS, "protocol_whitelist": "file"}
+MOST_PIXELS = 4096 * 2304  # of a frame, many of which a decoder holds
+EDGES = 1 << 20  # pixels beyond a frame that FFmpeg counts with it
+# Codecs that can be decoded at a half, a quarter or an eighth of their sides.
+REDUCING = ("mpeg4", "mpeg2video", "mpeg1video", "h263", "flv1", "mjpeg", "msmpeg4v2", "msmpeg4v3")
 
 
 @contextmanager
@@ -46,10 +50,17 @@ def _stream(container: Any, path: str | Path) -> Any:
         raise UserError("has no video stream", field=str(path), hint="Remove it from the data")
     stream = moving[0]
     stream.codec_context.thread_count = 1  # files are read in parallel, not parts of one
-    pixels = (stream.codec_context.width or 0) * (stream.codec_context.height or 0)
-    if pixels > image.MOST_PIXELS:
-        what = f"has frames of {pixels:,} pixels, more than {image.MOST_PIXELS:,}"
+    context = stream.codec_context
+    pixels = (context.width or 0) * (context.height or 0)
+    shares = range(4) if context.codec.canonical_name in REDUCING else range(1)
+    share = next((n for n in shares if pixels >> 2 * n <= MOST_PIXELS), None)
+    if share is None:
+        what = f"has frames of {pixels:,} pixels, more than {MOST_PIXELS:,}"
         raise UserError(what, field=str(path), hint="Shrink it")
+    # Frames within may be larger than the file says at first; the decoder refuses those.
+    context.options = {"max_pixels": str((MOST_PIXELS << 2 * share) + EDGES)}
+    if share:
+        context.options = {**context.options, "lowres": str(share)}
     return stream
 
 

@@ -17,15 +17,15 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
-from xllm_jax.data.media import formats, paths
 from xllm_jax.data.media import modalities as media
+from xllm_jax.data.media import paths
 from xllm_jax.data.media.modality import Modality
 
 TEXTS = ("key", "task", "question", "answer", "transcript", "history", "tags")
@@ -56,18 +56,21 @@ def modalities(example: Example) -> tuple[str, ...]:
 
 
 def row(
-    example: Example, wanted: Mapping[str, Modality], check: bool = True, several: bool = False
+    example: Example,
+    wanted: Mapping[str, Modality],
+    check: Callable[[str, str], None],
+    several: bool = False,
 ) -> dict[str, Any]:
     """The row of an example.
 
     Args:
       example: of a reader.
       wanted: {name: Modality} of the set, in the order of the media.
-      check: decode every file once.
+      check: (modality, path) -> None; raises UserError where a file cannot be used.
       several: as in `features`.
 
     Raises:
-      UserError: other media than the set's, or a file that is missing or cannot be decoded.
+      UserError: other media than the set's, or a file that is missing or cannot be used.
     """
     has = modalities(example)
     if has != tuple(wanted) and not (several and set(has) <= set(wanted)):
@@ -86,36 +89,19 @@ def row(
     }
     for name, modality in wanted.items():
         places = [path for other, path in example.media if other == name]
-        contents = [_content(name, modality, path, check) for path in places]
+        contents = [_content(name, path, check) for path in places]
         made[name] = contents if several else _single(modality, contents[0])
         made[f"{name}_name"] = [str(path) for path in places] if several else str(places[0])
     return made
 
 
-def _content(name: str, modality: Modality, path: str, check: bool) -> bytes:
-    if check:
-        decodable(modality, path)
-    formats.check(path, name)
+def _content(name: str, path: str, check: Callable[[str, str], None]) -> bytes:
+    check(name, path)
     return paths.read(path)
 
 
 def _single(modality: Modality, content: bytes) -> Any:
     return io.BytesIO(content) if modality.picture else content
-
-
-def decodable(modality: Modality, path: str) -> None:
-    """Decodes a file once.
-
-    Raises:
-      UserError: it cannot be.
-    """
-    try:
-        modality.read(path)
-    except UserError:
-        raise
-    except Exception as error:  # what foreign decoders raise on damaged files has no bounds
-        what = f"its decoder failed ({type(error).__name__}: {error})"
-        raise UserError(what, field=str(path)) from error
 
 
 def serialized(made: Mapping[str, Any], kinds: Any) -> bytes:
