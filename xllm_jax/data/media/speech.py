@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 import itertools
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,11 +22,12 @@ import scipy.fft
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data
-from xllm_jax.data.media import formats, paths, wav
+from xllm_jax.data.media import formats, paths, unsized, wav
 from xllm_jax.data.media.modality import FRAMES, Modality
 
 RATE = 16_000
 WINDOW, HOP, FFT = 400, 160, 512
+BLOCK = math.gcd(WINDOW, HOP)  # frames begin and end where blocks of so many samples do
 AT_ONCE = 128  # frames that are transformed together: what a core's own cache holds
 PREEMPHASIS = np.float32(0.97)
 RATES = (4_000, 384_000)  # samples a second that a recording may have
@@ -110,7 +113,7 @@ def _decoded(path: str | Path) -> tuple[np.ndarray, int]:
     import soundfile
 
     try:
-        with soundfile.SoundFile(paths.source(path)) as sound:
+        with soundfile.SoundFile(_sized(path)) as sound:
             _check_format(sound.format, path)
             _check_header(sound.samplerate, sound.frames * sound.channels, path)
             rate, samples = sound.samplerate, sound.read(dtype="float32", always_2d=True)
@@ -120,6 +123,14 @@ def _decoded(path: str | Path) -> tuple[np.ndarray, int]:
     if waved:
         _check_whole(path, len(samples))
     return samples, rate
+
+
+def _sized(path: str | Path) -> str | io.BytesIO:
+    """What libsndfile opens, with the true size in the header where that states none."""
+    source = paths.source(path)
+    with open(source, "rb") if isinstance(source, str) else source as file:
+        content = unsized.mended(file)
+    return io.BytesIO(content) if content else paths.source(path)
 
 
 def _check_format(name: str, path: str | Path) -> None:
@@ -142,7 +153,7 @@ def _check_header(rate: int, samples: int, path: str | Path) -> None:
 def _check_whole(path: str | Path, read: int) -> None:
     """Raises UserError for a WAV file that was cut off; libsndfile says nothing about it."""
     content = paths.read(path)
-    for name, start, size in wav.chunks(content):
+    for name, start, size in unsized.chunks(io.BytesIO(content)):
         missing = start + size - len(content)
         if name == b"data" and 0 < size < wav.STREAMED and missing > 0:
             what = f"is cut off after {read} samples: {missing} bytes are missing"
@@ -159,10 +170,9 @@ def count_frames(path: str | Path) -> int:
     """
     import soundfile
 
-    source = paths.source(path)
     formats.check(path, "speech")
     try:
-        info = soundfile.info(source)
+        info = soundfile.info(_sized(path))
     except (soundfile.SoundFileError, RuntimeError) as error:
         raise UserError(f"not a readable audio file ({error})", field=str(path)) from error
     return frames_of(-(-info.frames * RATE // max(info.samplerate, 1)))
@@ -187,20 +197,20 @@ def filterbank(samples: np.ndarray, bins: int = 80) -> np.ndarray:
     count = frames_of(len(samples))
     if not count:
         return np.zeros((0, bins), np.float32)
-    # Removing a frame's mean before the pre-emphasis is the same as removing 3 % of it behind it,
-    # so the whole signal is filtered once and overlapping frames are cut afterwards.
-    first = samples[: (count - 1) * HOP + 1 : HOP]
-    changes = np.empty_like(samples)
-    changes[1:] = samples[1:] - PREEMPHASIS * samples[:-1]
-    rest = np.float32(1) - PREEMPHASIS
-    mean = strided(samples, count).mean(axis=1)
-    frames, energy = strided(changes, count), np.empty((count, bins), np.float32)
+    # The mean is removed before the pre-emphasis, whose rounding would grow with it, and in two
+    # parts: what is left of a sample behind the whole number has no rounding of its own.
+    whole, rest = frame_means(samples, count)
+    frames, energy = strided(samples, count), np.empty((count, bins), np.float32)
+    centered = np.empty((AT_ONCE, WINDOW), np.float32)
     padded = np.zeros((AT_ONCE, FFT), np.float32)
     for start in range(0, count, AT_ONCE):
         part = slice(start, min(start + AT_ONCE, count))
-        cut = padded[: part.stop - start]
-        np.subtract(frames[part], rest * mean[part, None], out=cut[:, :WINDOW])
-        cut[:, 0] = rest * (first[part] - mean[part])
+        level, cut = centered[: part.stop - start], padded[: part.stop - start]
+        np.subtract(frames[part], whole[part, None], out=level)
+        level -= rest[part, None]
+        np.multiply(level[:, :-1], -PREEMPHASIS, out=cut[:, 1:WINDOW])
+        cut[:, 1:WINDOW] += level[:, 1:]
+        np.multiply(level[:, 0], np.float32(1) - PREEMPHASIS, out=cut[:, 0])
         cut[:, :WINDOW] *= povey_window()
         # SciPy transforms several frames at once in vector registers, NumPy one after the other.
         spectrum: Any = scipy.fft.rfft(cut, axis=1)
@@ -209,6 +219,19 @@ def filterbank(samples: np.ndarray, bins: int = 80) -> np.ndarray:
         for low, high, filters in banded_filters(bins):
             energy[part, low:high] = power[:, filters.start : filters.stop] @ filters.values
     return np.log(np.maximum(energy, np.finfo(np.float32).eps, out=energy), out=energy)
+
+
+def frame_means(samples: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Means of frames as whole numbers and what is left of them, `[count]` float32 each.
+
+    Summed in double precision, so that the mean of a constant is the constant itself.
+    """
+    blocks = samples[: len(samples) // BLOCK * BLOCK].reshape(-1, BLOCK)
+    sums = blocks.sum(axis=1, dtype=np.float64)
+    windows = np.lib.stride_tricks.sliding_window_view(sums, WINDOW // BLOCK)
+    means = windows[:: HOP // BLOCK][:count].sum(axis=1) / WINDOW
+    whole = np.rint(means)
+    return whole.astype(np.float32), (means - whole).astype(np.float32)
 
 
 def strided(samples: np.ndarray, count: int) -> np.ndarray:

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import struct
-from collections.abc import Iterator
 
 import numpy as np
 
+from xllm_jax.data.media.unsized import chunks
+
 STREAMED = 0x7FFFF000  # from here on, and 0, sizes that writers to a pipe leave in a header
 PCM = 1
-
-
-def chunks(content: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """(name, first byte of its content, size that it states) of every chunk of a WAV file."""
-    at = 12
-    while at + 8 <= len(content):
-        name, size = struct.unpack_from("<4sI", content, at)
-        yield name, at + 8, size
-        at += 8 + size + size % 2
 
 
 def samples(content: bytes) -> tuple[np.ndarray, int] | None:
@@ -33,7 +26,7 @@ def samples(content: bytes) -> tuple[np.ndarray, int] | None:
     if content[:4] != b"RIFF" or content[8:12] != b"WAVE":
         return None
     form = None
-    for name, start, size in chunks(content):
+    for name, start, size in chunks(io.BytesIO(content)):
         if name == b"fmt " and size >= 16 and start + 16 <= len(content):
             form = struct.unpack_from("<HHIIHH", content, start)
         if name == b"data":

@@ -1,0 +1,141 @@
+"""Recordings that were streamed: their header was written before anybody knew how long they are.
+
+WAV, RF64, AU and CAF then state 0 or the largest number, FLAC states 0 samples. libsndfile reads
+nothing of such a file, or refuses it; here it gets the size that the file really has.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+from collections.abc import Iterator
+from typing import BinaryIO, NamedTuple
+
+MOST_BYTES = 1 << 29  # of a file that is mended, in memory
+HEAD = 12  # bytes before the first chunk of a WAV file
+FLAC_TOTAL = 21  # place of FLAC's count, whose 36 bits begin in the middle of this byte
+
+
+class Size(NamedTuple):
+    """Where a header states the size of the samples.
+
+    Attributes:
+      at: place of the number.
+      form: of the number, as `struct` has it.
+      value: what it says.
+      start: place of the first sample.
+      order: of the bytes in the chunks behind, '' where no chunks can follow.
+    """
+
+    at: int
+    form: str
+    value: int
+    start: int
+    order: str = ""
+
+
+def mended(file: BinaryIO) -> bytes | None:
+    """The content of a recording with its true size in the header; None where nothing is wrong.
+
+    Args:
+      file: any file, read from its start.
+    """
+    if file.seek(0, io.SEEK_END) > MOST_BYTES:
+        return None
+    if _read(file, 0, 4) == b"fLaC":
+        return _flac(file)
+    found = _stated(file)
+    if found is None or not (found.value == 0 or found.value == -1):
+        return None
+    content = _read(file, 0)
+    rest = len(content) - found.start
+    if rest <= 0 or (found.order and _are_chunks(content, found.start, found.order)):
+        return None
+    made = bytearray(content)
+    struct.pack_into(found.form, made, found.at, rest)
+    return bytes(made)
+
+
+def _read(file: BinaryIO, at: int, size: int = -1) -> bytes:
+    file.seek(at)
+    return file.read(size)
+
+
+def _stated(file: BinaryIO) -> Size | None:
+    """The size by the header; None for other formats, and for headers that are not whole."""
+    head = _read(file, 0, HEAD)
+    if len(head) < HEAD:
+        return None
+    if head[:4] == b".snd":
+        start, value = struct.unpack_from(">II", head, 4)
+        return Size(8, ">I", value, start)
+    if head[:4] == b"caff":
+        return _caf(file)
+    if head[8:12] != b"WAVE" or head[:4] not in (b"RIFF", b"RIFX", b"RF64"):
+        return None
+    order, large = ">" if head[:4] == b"RIFX" else "<", None
+    for name, start, size in chunks(file, order):
+        if name == b"ds64" and head[:4] == b"RF64":
+            (value,) = struct.unpack("<Q", _read(file, start + 8, 8).ljust(8, b"\0"))
+            large = Size(start + 8, "<Q", value, 0, order)
+        if name == b"data":
+            return (
+                large._replace(start=start)
+                if large
+                else (Size(start - 4, f"{order}I", size, start, order))
+            )
+    return None
+
+
+def chunks(file: BinaryIO, order: str = "<") -> Iterator[tuple[bytes, int, int]]:
+    """(name, first byte of its content, size that it states) of every chunk of a WAV file."""
+    at = HEAD
+    while len(head := _read(file, at, 8)) == 8:
+        name, size = struct.unpack(f"{order}4sI", head)
+        yield name, at + 8, size
+        at += 8 + size + size % 2
+
+
+def _caf(file: BinaryIO) -> Size | None:
+    at = 8
+    while len(head := _read(file, at, 12)) == 12:
+        name, size = struct.unpack(">4sq", head)
+        if name == b"data":
+            return Size(at + 4, ">q", size, at + 12)
+        at += 12 + max(size, 0)
+    return None
+
+
+def _are_chunks(content: bytes, start: int, order: str) -> bool:
+    """Whether chunks with names fill what is behind an empty recording to the last byte."""
+    at = start
+    while at + 8 <= len(content):
+        name, size = struct.unpack_from(f"{order}4sI", content, at)
+        if not (name.isascii() and name.decode("ascii").isprintable()):
+            return False
+        at += 8 + size + size % 2
+    return at in (len(content), len(content) + 1)
+
+
+def _flac(file: BinaryIO) -> bytes | None:
+    """The same for FLAC, whose frames say how many samples each of them holds."""
+    head = _read(file, 0, FLAC_TOTAL + 5)
+    if len(head) < FLAC_TOTAL + 5 or int.from_bytes(head[FLAC_TOTAL:]) & (1 << 36) - 1:
+        return None
+    content = _read(file, 0)
+    above = content[FLAC_TOTAL] & 0xF0
+    total = (above << 32) | _flac_samples(content)
+    return content[:FLAC_TOTAL] + total.to_bytes(5) + content[FLAC_TOTAL + 5 :]
+
+
+def _flac_samples(content: bytes) -> int:
+    import av
+    from av.error import FFmpegError
+
+    try:
+        with av.open(io.BytesIO(content), "r", format="flac") as container:
+            stream = container.streams.audio[0]
+            ticks = sum(packet.duration or 0 for packet in container.demux(stream) if packet.size)
+            return round(ticks * (stream.time_base or 0) * stream.sample_rate)
+    except (FFmpegError, ValueError, IndexError):
+        return 0
