@@ -24,7 +24,7 @@ from xllm_jax.data.media.modality import Modality
 from xllm_jax.data.text.instructions import instructions
 from xllm_jax.inference import assistant
 from xllm_jax.inference.load_run import load_run
-from xllm_jax.launch import cli
+from xllm_jax.launch import cli, terminal
 
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Folder of a finished run, such as demo/runs/stage3.", required=True
@@ -102,11 +102,11 @@ def turn(chat: Chat, line: str, answer: Answer, say: Callable[[str], None], roun
     """The chat after one line: a command, a spoken question, or a written one.
 
     Raises:
-      UserError: an unknown command, or what the model cannot read; the chat stays as it was.
+      UserError: an unknown command, or what cannot be read; the chat stays as it was.
     """
     name, _, rest = line.removeprefix("/").partition(" ")
     if not line.startswith("/"):
-        return ask(chat, line, answer, say, rounds)
+        return ask(chat, terminal.decoded(line, "question"), answer, say, rounds)
     if name == "reset":
         say("Forgotten.")
         return Chat(known=chat.known)

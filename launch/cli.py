@@ -14,10 +14,10 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections.config_flags import config_flags
 
-from xllm_jax.core import hosts, litter, memory_allocator
+from xllm_jax.core import hosts, memory_allocator
 from xllm_jax.core.errors import Diverged, UserError
 from xllm_jax.core.stage import Stage
-from xllm_jax.launch import dict_overrides
+from xllm_jax.launch import dict_overrides, terminal
 
 # Exit codes. 0: done. After SAVED and LOST the same command continues the run; after FAILED and
 # DIVERGED it would fail again.
@@ -44,14 +44,15 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
     """Parses the flags and calls `main` with what is left of the command line.
 
     Exits with 0, with what `main` returns, with 2 after a user's mistake (one line on stderr that
-    names file or field and the hint), with 3 when a run diverges, or with 130 after Ctrl-C. Other
-    exceptions keep their traceback: they are defects.
+    names file or field and the hint), with 3 when a run diverges, with 130 after Ctrl-C, or with
+    141 when who reads the output has gone. Other exceptions keep their traceback: they are defects.
     """
     memory_allocator.keep_freed_memory()
-    try:
-        app.run(lambda argv: guard(main, argv), flags_parser=parse)
-    except KeyboardInterrupt:
-        fail("stopped", STOPPED)
+    with terminal.ready():
+        try:
+            app.run(lambda argv: guard(main, argv), flags_parser=parse)
+        except KeyboardInterrupt:
+            fail("stopped", STOPPED)
 
 
 def guard(main: Callable[[list[str]], Any], argv: list[str]) -> Any:
@@ -198,7 +199,7 @@ def locate(flag: str, value: str) -> str:
 def packaged_stages() -> dict[str, Path]:
     """{name: file} of the stages that ship with the package, by name."""
     (folder,) = importlib.import_module("xllm_jax.configs").__path__
-    files = litter.glob(folder, "*.py")
+    files = sorted(Path(folder).glob("[!.]*.py"))  # macOS leaves ._NAME.py beside some
     return {file.stem: file for file in files if "def get_config(" in file.read_text("utf-8")}
 
 

@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from xllm_jax.launch import terminal
+
 FOLDER = Path(__file__).parent
 # Command and module, in the order in which a newcomer needs them.
 COMMANDS = {
@@ -50,14 +52,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     given = list(sys.argv[1:] if argv is None else argv)
     first = given[0] if given else "--help"
-    if first in ("--help", "-h", "help"):
-        print(overview())
-    elif first == "--version":
-        print(f"xllm_jax {importlib.metadata.version('xllm_jax')}")
-    elif first in COMMANDS:
-        start(first, given[1:])
-    else:
-        refuse(first)
+    with terminal.ready():
+        if first in ("--help", "-h", "help"):
+            print(overview())
+        elif first == "--version":
+            print(f"xllm_jax {importlib.metadata.version('xllm_jax')}")
+        elif first in COMMANDS:
+            start(first, given[1:])
+        else:
+            refuse(first)
 
 
 def start(name: str, arguments: list[str]) -> None:

@@ -202,7 +202,7 @@ def main(_: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     seconds = run_all(jobs(), folder)
     seconds["whole run"] = time.monotonic() - began
-    print((folder / "report.txt").read_text())
+    print((folder / "report.txt").read_text("utf-8"))
     for name, value in seconds.items():
         print(f"{name:24s} {value:7.0f} s")
     print(f"\nThe report with pictures: {Path(OUTPUT.value) / 'report.html'}")

@@ -95,7 +95,7 @@ def ended(run: Path) -> bool:
 def timings(seconds: float) -> dict[str, float]:
     """Seconds of every step of the demo so far, and of this evaluation."""
     file = Path(OUTPUT.value) / "timings.json"
-    known = json.loads(file.read_text()) if file.is_file() else {}
+    known = json.loads(file.read_bytes()) if file.is_file() else {}
     return {**known, "evaluate": seconds}
 
 

@@ -20,7 +20,7 @@ from xllm_jax.data.example import Example
 from xllm_jax.data.media.modalities import MODALITIES, SPEECH, task
 from xllm_jax.data.text.instructions import instructions
 from xllm_jax.inference.load_run import load_run
-from xllm_jax.launch import cli
+from xllm_jax.launch import cli, terminal
 
 if TYPE_CHECKING:
     from xllm_jax.inference import assistant
@@ -62,7 +62,8 @@ HEARD = flags.DEFINE_bool("heard", False, "Also print the transcript of the spee
 
 
 def main(_: list[str]) -> None:
-    example, options = question(files(), PROMPT.value), decoding()
+    prompt = terminal.decoded(PROMPT.value, "--prompt")
+    example, options = question(files(), prompt), decoding()
     from xllm_jax.inference import assistant  # takes seconds, which a mistake need not wait for
 
     model = assistant.Assistant(load_run(CHECKPOINT.value), max_tokens=MAX_TOKENS.value)

@@ -60,11 +60,11 @@ def within(found: bootstrap.Estimate, scale: tuple[float, float]) -> bootstrap.E
 Scorer = Callable[[Sequence[str], Sequence[Example]], dict[str, Score]]
 
 
-def average(values: Sequence[float], most: float = 1.0) -> Score:
+def average(values: Sequence[float] | np.ndarray, most: float = 1.0) -> Score:
     """A metric that is the mean of its samples, each between 0 and `most`."""
-    values = np.asarray(values, np.float64)
-    sums = np.stack([values, np.ones_like(values)], axis=1)
-    return Score(sums, bootstrap.rate, np.array([[0.0, 1.0], [most, 1.0]]), values)
+    alone = np.asarray(values, np.float64)
+    sums = np.stack([alone, np.ones_like(alone)], axis=1)
+    return Score(sums, bootstrap.rate, np.array([[0.0, 1.0], [most, 1.0]]), alone)
 
 
 def transcription(answers: Sequence[str], examples: Sequence[Example]) -> dict[str, Score]:

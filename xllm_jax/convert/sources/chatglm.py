@@ -91,7 +91,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / "config.json"
     if not path.exists():
         raise UserError("no such file", field=str(path), hint="Give the checkpoint's folder")
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_bytes())
     missing = {"vocab_size", "hidden_size", "num_layers", "num_attention_heads"} - config.keys()
     if missing:
         raise UserError(

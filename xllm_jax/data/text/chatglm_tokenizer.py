@@ -295,4 +295,4 @@ def _model_message() -> Any:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
+    return json.loads(path.read_bytes()) if path.exists() else {}
