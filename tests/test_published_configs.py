@@ -46,9 +46,6 @@ def shaken(model, folder):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
-        for name, parameter in model.named_parameters():
-            if name.endswith("qkv.bias"):
-                parameter[len(parameter) // 3 : 2 * len(parameter) // 3] = 0
     model.eval().save_pretrained(folder)
     return model
 
@@ -322,11 +319,37 @@ def test_what_blip2_cannot_be_is_refused_by_the_field(section, field, value, tmp
         run_import.run_import("blip2", folder, tmp_path / "base")
 
 
+def test_a_key_bias_is_dropped_because_no_softmax_sees_it(tmp_path):
+    """The numbers with it are the test above's, whose models have one; here, what is said."""
+    model = shaken(
+        transformers.Blip2VisionModel(transformers.Blip2VisionConfig(**VISION)), tmp_path
+    )
+    name = "encoder.layers.{}.self_attn.qkv.bias"
+    done = run_import.run_import("blip2", tmp_path, tmp_path / "base")
+    told = {f"vision_model.{name.format(n)}, part 2 of 3" for n in range(2)}
+    assert done.dropped.keys() == told
+    assert all("softmax" in reason for reason in done.dropped.values())
+    with torch.no_grad():
+        model.encoder.layers[1].self_attn.qkv.bias[48:96] = 0
+    model.save_pretrained(tmp_path)
+    found = run_import.examine("blip2", tmp_path)
+    assert found.report.dropped.keys() == {name for name in told if ".0." in name}
+    with torch.no_grad():
+        model.encoder.layers[1].self_attn.qkv.bias[50] = torch.nan
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"layers\.1\.self_attn\.qkv\.bias: holds NaN"):
+        run_import.examine("blip2", tmp_path)
+
+
 def test_a_network_that_stands_alone_comes_back_under_its_names(tmp_path):
     from xllm_jax.convert import files, run_export
 
     config = transformers.Blip2VisionConfig(**VISION)
-    shaken(transformers.Blip2VisionModel(config), tmp_path / "in")
+    model = shaken(transformers.Blip2VisionModel(config), tmp_path / "in")
+    with torch.no_grad():
+        for layer in model.encoder.layers:
+            layer.self_attn.qkv.bias[48:96] = 0
+    model.save_pretrained(tmp_path / "in")
     run_import.run_import("blip2", tmp_path / "in", tmp_path / "base")
     run_export.run_export("blip2", tmp_path / "base", tmp_path / "out")
     old, new = (files.open_checkpoint(tmp_path / name) for name in ("in", "out"))

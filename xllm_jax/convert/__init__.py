@@ -36,6 +36,8 @@ class Row:
         pieces of one source must be in the table, or in `zero_pieces`.
       zero_pieces: pieces of the same source that are zero by construction and have no leaf (EVA's
         key bias); checked on import, written as zeros on export.
+      idle: why other values in `zero_pieces` change nothing; they are dropped with this reason. ''
+        refuses them.
     """
 
     source: str
@@ -45,6 +47,7 @@ class Row:
     sizes: tuple[tuple[str, int], ...] = ()
     piece: tuple[int, int] | None = None
     zero_pieces: tuple[int, ...] = ()
+    idle: str = ""
 
     def names(self) -> list[str]:
         """Source tensor names of this row, in stacking order."""
@@ -75,7 +78,7 @@ class Row:
             )
         pieces = np.split(tensor, count)
         for zero in self.zero_pieces:
-            if np.any(pieces[zero]):
+            if not self.idle and np.any(pieces[zero]):
                 raise UserError(
                     f"piece {zero} of {count} must be zero and is not",
                     field=name,

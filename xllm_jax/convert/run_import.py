@@ -194,7 +194,27 @@ def laid_out(
             )
     for name, other in tied.items():
         check_tied(tensors, name, other)
-    return leaves, report
+    return leaves, dataclasses.replace(report, dropped=report.dropped | idle(plan, tensors))
+
+
+def idle(plan: ConversionPlan, tensors: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """{'NAME, part 2 of 3': reason} of pieces that are not zero, change nothing and are dropped.
+
+    Raises:
+      UserError: such a piece holds NaN or infinities; names file and tensor.
+    """
+    found = {}
+    for row in plan.table:
+        for name in row.names() if row.idle and row.piece else ():
+            tensor = np.asarray(tensors[name])
+            check_finite(tensor, place(tensors, name))
+            pieces = np.split(tensor, row.piece[1])
+            found |= {
+                f"{name}, part {zero + 1} of {row.piece[1]}": row.idle
+                for zero in row.zero_pieces
+                if np.any(pieces[zero])
+            }
+    return found
 
 
 def check_tied(tensors: Mapping[str, np.ndarray], name: str, other: str) -> None:

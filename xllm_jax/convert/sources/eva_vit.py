@@ -17,6 +17,7 @@ from xllm_jax.convert.sources.bert import linear, norm
 from xllm_jax.core.errors import UserError
 from xllm_jax.models.vit import SIZES, VisionTransformer
 
+IDLE = "a bias on keys shifts all scores of a query alike, and the softmax stays as it is"
 PATCHES = "d c p q -> p q c d"
 
 
@@ -56,14 +57,14 @@ def hf_rows(
 ) -> tuple[Row, ...]:
     """Table of the vision model in a Hugging Face BLIP-2 folder.
 
-    There q, k and v share one bias, whose middle third must be zero. `post_layernorm` is our
-    interface's norm and is not in this table.
+    There q, k and v share one bias, whose middle third is of no effect, see IDLE.
+    `post_layernorm` is our interface's norm and is not in this table.
     """
     old, new = f"{source}encoder.layers.{{layer}}", f"{target}layers"
     layers, sizes, attention = tuple(range(depth)), (("h", heads),), f"{target}layers/attention"
     tables, bias = f"{source}embeddings", f"{old}.self_attn.qkv.bias"
     biases = [
-        Row(bias, f"{attention}/{name}/bias", "(h k) -> h k", layers, sizes, (piece, 3), (1,))
+        Row(bias, f"{attention}/{name}/bias", "(h k) -> h k", layers, sizes, (piece, 3), (1,), IDLE)
         for piece, name in ((0, "query"), (2, "value"))
     ]
     return (
