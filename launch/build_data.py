@@ -1,17 +1,19 @@
 r"""Builds the data that the paper made itself: one recipe of xllm_jax/prepare/recipes.
 
+    xllm build-data --recipe=translated --reader=coco --input=coco --output=coco_zh \
+        (--endpoint=URL --model=NAME [--prices=IN,OUT] | --translator=FOLDER | --translations=FILE)
     xllm build-data --recipe=vsdial_cn --input=visdial --output=vsdial_cn \
-        --translator=mbart-large-50-many-to-many-mmt [--images=coco]
+        --translator=mbart-large-50-many-to-many-mmt [--images=coco]  # or as translated does it
     xllm build-data --recipe=similar --reader=wukong --input=wukong --output=alike \
         (--clip=bases/clip [--tokenizer=FOLDER] | --scores=FILE) [--threshold=0.45]
     xllm build-data --recipe=instructions --input=data --output=data/instructions \
         [--counts=aishell2=2000] [--seed=0]
     xllm build-data --recipe=resampled --input=aishell2 --output=aishell2_16k
-    xllm build-data --recipe=questions --input=visdial --output=texts
+    xllm build-data --recipe=questions --input=visdial --output=texts [--reader=coco]
 
 The recipe's docstring says what it reads and writes. The same command continues after an
-interruption. Needs: pip install -e '.[prepare]', except similar without --beam and --workers;
---translator needs '.[prepare,convert]'.
+interruption. Needs: pip install -e '.[prepare]', except questions, translated and similar without
+--beam and --workers; --translator needs '.[convert]', too.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from xllm_jax.core import lookup
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
 from xllm_jax.launch import cli
+from xllm_jax.prepare.endpoint import Endpoint
 
 RECIPE = flags.DEFINE_string(
     "recipe", None, "Recipe to run: the name of a file in xllm_jax/prepare/recipes."
@@ -49,19 +52,23 @@ THRESHOLD_HELP = (
 OWN = (
     flags.DEFINE_string("split", None, "Split of the data set to read."),
     flags.DEFINE_string(
-        "translations", None, "vsdial_cn: JSON file of translations, {text: translation}."
+        "translations", None, "vsdial_cn, translated: JSON file, {text: translation}."
     ),
     flags.DEFINE_string(
-        "translator", None, "vsdial_cn: folder of an mBART-50 model that translates."
+        "translator", None, "vsdial_cn, translated: folder of an mBART-50 model that translates."
     ),
     flags.DEFINE_string(
         "engine", None, "vsdial_cn: module:function that speaks a text; without it, espeak-ng."
     ),
     flags.DEFINE_string("images", None, "vsdial_cn: folder of the images."),
     flags.DEFINE_string(
-        "reader", None, "similar: reader of the pairs, the name of a file in xllm_jax/data/sources."
+        "reader",
+        None,
+        "questions, similar, translated: reader of the source, a file of xllm_jax/data/sources.",
     ),
-    flags.DEFINE_string("options", None, "similar: options of the reader, as a JSON object."),
+    flags.DEFINE_string(
+        "options", None, "questions, similar, translated: options of the reader, as a JSON object."
+    ),
     flags.DEFINE_string("scores", None, "similar: file of similarities that were computed before."),
     flags.DEFINE_string("clip", None, "similar: base of the CLIP that computes similarities."),
     flags.DEFINE_string(
@@ -82,6 +89,31 @@ OWN = (
 )
 flags.declare_key_flag("allow_paths")
 
+URL = flags.DEFINE_string(
+    "endpoint",
+    None,
+    "vsdial_cn, translated: address of an OpenAI-compatible API that translates, such as "
+    "http://localhost:8000/v1. A key comes from the variable OPENAI_API_KEY, or from --key_file.",
+)
+# What else an endpoint may be told: the fields of xllm_jax/prepare/endpoint.py.
+ENDPOINT = (
+    flags.DEFINE_string("model", None, "With --endpoint: name of the model there."),
+    flags.DEFINE_string("key_file", None, "With --endpoint: file that holds the key alone."),
+    flags.DEFINE_string(
+        "prices", None, "With --endpoint: INPUT,OUTPUT prices of a million tokens, to count costs."
+    ),
+    flags.DEFINE_string(
+        "request",
+        None,
+        'With --endpoint: further fields of every request, as a JSON object; {"temperature": 0} '
+        "without it.",
+    ),
+    flags.DEFINE_integer("parallel", None, "With --endpoint: requests at a time; 8 without it.", 1),
+    flags.DEFINE_float(
+        "timeout", None, "With --endpoint: seconds that a reply may take; 120 without it.", 0.1
+    ),
+)
+
 
 def arguments(recipe: ModuleType) -> dict[str, Any]:
     """The arguments of a recipe's `build` from the flags.
@@ -91,6 +123,7 @@ def arguments(recipe: ModuleType) -> dict[str, Any]:
     """
     known = inspect.signature(recipe.build).parameters
     given = {flag.name: flag.value for flag in OWN if flag.value is not None}
+    given |= endpoint()
     for name in given:
         if name not in known:
             hint = f"It knows: {', '.join('--' + n for n in known if n not in ('beam', 'workers'))}"
@@ -111,6 +144,22 @@ def arguments(recipe: ModuleType) -> dict[str, Any]:
         if parameter.default is parameter.empty and given.get(name) is None:
             raise UserError(f"the recipe {RECIPE.value} needs it", field=f"--{name}")
     return given
+
+
+def endpoint() -> dict[str, Endpoint]:
+    """{'endpoint': …} where one is given.
+
+    Raises:
+      UserError: a flag of an endpoint that is not given, or what `Endpoint` raises.
+    """
+    about = {flag.name: flag.value for flag in ENDPOINT if flag.value is not None}
+    if URL.value is None:
+        for name in about:
+            raise UserError("belongs to an endpoint", field=f"--{name}", hint="Give --endpoint=URL")
+        return {}
+    if "request" in about:
+        about["request"] = read_object(about["request"], "--request")
+    return {"endpoint": Endpoint(URL.value, **about)}
 
 
 def count(text: str) -> tuple[str, int]:

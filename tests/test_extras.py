@@ -59,7 +59,7 @@ STEPS = {
     "evaluate": ("--runs=none --data=world", "has no videos"),
     "replay": ("--file=none.npz", "no such file"),
 }
-NEEDS_BEAM = ("prepare", "build-data")
+NEEDS_BEAM = ("prepare",)
 WITHOUT_BEAM = "Apache Beam is not installed. pip install -e '.[prepare]'"
 
 

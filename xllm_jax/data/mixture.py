@@ -18,6 +18,7 @@ from xllm_jax.data import guarded
 from xllm_jax.data.example import Example
 from xllm_jax.data.media import reach
 from xllm_jax.data.record import Record, Skipped
+from xllm_jax.data.rows.translated import Untranslated
 
 READERS = "xllm_jax.data.sources"
 ENDLESS = 2**50  # records; grain's own endless length overflows when batches hold one record
@@ -102,7 +103,8 @@ def draw(sources: Sources, name: str, epoch: int, index: int, seed: int, bucket:
     try:
         return Record(guarded.example(sources[name], index), name, epoch, index, seed, bucket)
     except UserError as error:
-        return Skipped(f"{name}[{index}]", error.what, bad=True, file=error.field)
+        bad = not isinstance(error, Untranslated)
+        return Skipped(f"{name}[{index}]", error.what, bad, error.field)
 
 
 def batches(

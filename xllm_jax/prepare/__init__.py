@@ -6,7 +6,10 @@
     runner.py       pipelines of any Beam runner
     manifest.py     counts, checksums and rejects of all shards; TFDS's own description
     transforms.py   translation, speech, resampling, filtering, deduplication as Beam transforms
+    translators.py  texts into Chinese by a table, mBART-50 or an endpoint, kept as they are made
     translate.py    mBART-50; the one place that needs PyTorch
+    endpoint.py     any OpenAI-compatible endpoint
+    translation_faults.py   why a translation is left out
     pick.py         lists of picked records, for the reader 'selection'
     recipes/        what the paper built itself (launch/build_data.py)
 

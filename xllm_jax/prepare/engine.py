@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -85,6 +86,22 @@ class Progress:
 
     def _look(self) -> None:
         self._bar.update(self._done() - self._bar.n)
+
+
+class Finished:
+    """How much is done of work that leaves files; a file that is there is not looked at again.
+
+    Args:
+      files: {file: what it counts for}.
+    """
+
+    def __init__(self, files: Mapping[Path, int]):
+        self._rest, self._done = dict(files), 0
+
+    def __call__(self) -> int:
+        for file in [file for file in self._rest if file.is_file()]:
+            self._done += self._rest.pop(file)
+        return self._done
 
 
 class Records:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from xllm_jax.core import atomic
 from xllm_jax.core.errors import UserError
+from xllm_jax.core.parallel import ahead
 
 # Local processes would tell their every step amid the progress bar; failures come as exceptions.
 QUIET = "--default_sdk_harness_log_level=ERROR"
@@ -44,6 +47,66 @@ def pipeline(arguments: Sequence[str] = (), workers: int = 0) -> Any:
         hint = "pip install -e '.[prepare]'"
         raise UserError("Apache Beam is not installed", field="prepare", hint=hint) from error
     return beam.Pipeline(options=PipelineOptions(options(arguments, workers)))
+
+
+def mapped(
+    call: Callable[[Any], Any],
+    elements: Sequence[Any],
+    file: Path,
+    arguments: Sequence[str] = (),
+    workers: int = 0,
+    threads: int = 1,
+    stop: Callable[[], None] = lambda: None,
+) -> list[Any]:
+    """What a function makes of every element: in threads here, or by Beam, which tells no order.
+
+    Args:
+      call: from an element to a JSON value.
+      elements: values.
+      file: where Beam writes what it collects; it is removed.
+      arguments, workers: as of `options`; where one is given, Beam does it.
+      threads: here.
+      stop: called when the work ends, however it ends, before threads are waited for.
+
+    Raises:
+      UserError: what the function raises.
+    """
+    if not arguments and not workers:
+        with ThreadPoolExecutor(threads) as pool, contextlib.ExitStack() as stack:
+            stack.callback(stop)
+            places = range(len(elements))
+            return list(ahead(pool, lambda place: call(elements[place]), places, 2 * threads))
+
+    def transform(found: Any) -> Any:
+        import apache_beam
+
+        return found | "apply" >> apache_beam.Map(Guarded(call))
+
+    made = collected(elements, transform, file, arguments, workers)
+    file.unlink()
+    failed = next((one["error"] for one in made if "error" in one), None)
+    if failed:
+        raise UserError(failed["what"], field=failed["field"], hint=failed["hint"])
+    return [one["value"] for one in made]
+
+
+class Guarded:
+    """Calls a function; a mistake of the user is its result, and ends the work of this process.
+
+    Beam would make a traceback of it.
+    """
+
+    def __init__(self, call: Callable[[Any], Any]):
+        self._call, self._failed = call, None
+
+    def __call__(self, element: Any) -> dict[str, Any]:
+        """{'value': …}, or {'error': {'what', 'field', 'hint'}}."""
+        if self._failed is None:
+            try:
+                return {"value": self._call(element)}
+            except UserError as error:
+                self._failed = {"what": error.what, "field": error.field, "hint": error.hint}
+        return {"error": self._failed}
 
 
 def collected(

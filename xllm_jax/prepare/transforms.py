@@ -10,7 +10,7 @@ import hashlib
 import os
 import weakref
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,11 @@ from xllm_jax.core.stage import Data, Source
 from xllm_jax.data import mixture
 from xllm_jax.data.media import speech
 from xllm_jax.data.media.decode_workers import Decoders
-from xllm_jax.data.sources import layout
+from xllm_jax.data.rows.translated import same
 from xllm_jax.data.synthetic_world import speak
 from xllm_jax.prepare.preparation import DEADLINE, MEMORY, rejected
-from xllm_jax.prepare.translate import TranslateBatch
 
 THRESHOLD = 0.45  # the paper's, of image and caption by CLIP
-Translate = Callable[[Sequence[str]], list[str]]
 Engine = Callable[[str], np.ndarray]  # text to `[samples]` float32 at 16 kHz within -1..1
 
 
@@ -38,11 +36,6 @@ def deduplicated(texts: Any) -> Any:
 
     keyed = texts | "by sense" >> beam.Map(lambda text: (same(text), text))
     return keyed | "together" >> beam.GroupByKey() | "least" >> beam.Map(lambda kv: min(kv[1]))
-
-
-def same(text: str) -> str:
-    """What texts have in common that say the same."""
-    return "".join(layout.unpunctuated(text).lower().split())
 
 
 def similar(pairs: Any, threshold: float = THRESHOLD) -> Any:
@@ -70,20 +63,6 @@ def translated(texts: Any, table: Mapping[str, str]) -> Any:
 
     known = texts | "known" >> beam.Filter(lambda text: bool(table.get(text, "").strip()))
     return known | "translate" >> beam.Map(lambda text: (text, table[text].strip()))
-
-
-def translated_by(batches: Any, folder: str, translator: Translate) -> Any:
-    """(text, its translation) of every text of lists of texts.
-
-    Args:
-      batches: lists of texts, as `translate.batches` makes them.
-      folder: keeps the translations of each list; what is there is not translated again.
-      translator: from a list of texts to that of their translations.
-    """
-    import apache_beam as beam
-
-    apart = batches | "apart" >> beam.Reshuffle()
-    return apart | "translate lists" >> beam.FlatMap(TranslateBatch(folder, translator))
 
 
 def usable(places: Any, name: str, source: Source) -> Any:
@@ -165,9 +144,13 @@ class Speak:
     def __init__(self, folder: str, engine: Engine):
         self._folder, self._engine = folder, engine
 
+    def file(self, text: str) -> Path:
+        """Where a text is said."""
+        return Path(self._folder) / f"{hashlib.sha1(text.encode()).hexdigest()}.flac"
+
     def __call__(self, text: str) -> tuple[str, str]:
         """The text and its file."""
-        file = Path(self._folder) / f"{hashlib.sha1(text.encode()).hexdigest()}.flac"
+        file = self.file(text)
         if not file.is_file():
             _write(file, self._engine(text))
         return text, str(file)

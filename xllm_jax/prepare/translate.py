@@ -8,19 +8,16 @@ imported here, when a text is translated, and nowhere that trains or reads.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from xllm_jax.core import atomic
+from xllm_jax.core import checksum
 from xllm_jax.core.errors import UserError
 
 MODEL_FILE = "sentencepiece.bpe.model"
 PAD, END, UNK, SHIFT = 1, 2, 3, 1  # <s> is 0; pieces stand one higher than in the model
-BATCH = 32
 BEAMS = 5  # the published generation_config.json's
 
 
@@ -41,6 +38,12 @@ class Translator:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_loaded": None}
+
+    @property
+    def identity(self) -> str:
+        """Hash of what translations depend on; the same model may move to another folder."""
+        config = (Path(self.folder) / "config.json").read_text("utf-8")
+        return checksum.of_json([config, self.source, self.target, self.beams])
 
     def __call__(self, texts: Sequence[str]) -> list[str]:
         """Translates some texts at once.
@@ -135,29 +138,3 @@ def check(folder: str) -> None:
     if importlib.util.find_spec("torch") is None:
         hint = "pip install -e '.[prepare,convert]', or give --translations"
         raise UserError("PyTorch is not installed", field="--translator", hint=hint)
-
-
-class TranslateBatch:
-    """Translates a batch into a file named after its texts; a file that is there is left alone."""
-
-    def __init__(self, folder: str, translator: Any):
-        self._folder, self._translator = folder, translator
-
-    def __call__(self, texts: Sequence[str]) -> list[tuple[str, str]]:
-        """(text, translation) of every text."""
-        file = batch_file(self._folder, texts)
-        if not file.is_file():
-            atomic.write_json(file, dict(zip(texts, self._translator(texts))))
-        return list(json.loads(file.read_text("utf-8")).items())
-
-
-def batch_file(folder: str, texts: Sequence[str]) -> Path:
-    """Where the translations of a batch are kept: JSON, {text: translation}."""
-    name = hashlib.sha256("\0".join(texts).encode("utf-8", "backslashreplace")).hexdigest()
-    return Path(folder) / f"{name[:32]}.json"
-
-
-def batches(texts: Sequence[str], size: int = BATCH) -> list[list[str]]:
-    """Texts in batches of about one length, always the same for the same texts."""
-    ordered = sorted(texts, key=lambda text: (len(text), text))
-    return [ordered[start : start + size] for start in range(0, len(ordered), size)]

@@ -23,6 +23,7 @@ import numpy as np
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
 from xllm_jax.data.media import paths
+from xllm_jax.data.rows import translated
 from xllm_jax.data.rows.lazy import Lazy, Rows
 from xllm_jax.data.sources import layout
 
@@ -41,7 +42,7 @@ def examples(
       kind: 'clips' (one example for each sentence, its video cut to the sentence's span) or 'whole'
         (one for each video, described by all its sentences).
       videos: folder of the videos, if it lies elsewhere.
-      captions: file of other captions.
+      captions: file of other captions, or a translation, as the recipe 'translated' writes it.
 
     Raises:
       UserError: unknown kind, no such file, broken JSON, no video; on access, a missing key, a
@@ -50,7 +51,8 @@ def examples(
     if kind not in KINDS:
         raise UserError(f"unknown kind {kind!r}", field="kind", hint=f"Choices: {', '.join(KINDS)}")
     root = pathlib.Path(path)
-    file = pathlib.Path(captions) if captions else root / NAMES[split]
+    own, translation = translated.told_apart(captions)
+    file = pathlib.Path(own) if own else root / NAMES[split]
     rows = Rows(file, lambda row: _count(row, kind), objects=True)
     if rows.names is None:
         raise UserError("is not an object of videos", field=str(file))
@@ -74,7 +76,8 @@ def examples(
         key = f"{name}#{number}"
         return Example(key, media, answer=said, task="video_caption", references=(said,))
 
-    return layout.not_empty(Lazy(len(places), example), root, f"videos of {file.name}")
+    found = layout.not_empty(Lazy(len(places), example), root, f"videos of {file.name}")
+    return translated.examples(found, translation, split)
 
 
 def _sentence(sentences: list, number: int, where: str) -> str:

@@ -20,36 +20,41 @@ from xllm_jax.core import litter
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.text_lines import split_lines
 from xllm_jax.data.example import Example
+from xllm_jax.data.rows import translated
 from xllm_jax.data.rows.lazy import Rows, Table
 from xllm_jax.data.sources import layout
 
 Pairs = Iterable[tuple[str, Sequence[str]] | UserError]
 
 
-def examples(path: str, split: str = "train", per_caption: bool | None = None) -> Sequence[Example]:
+def examples(
+    path: str, split: str = "train", per_caption: bool | None = None, captions: str = ""
+) -> Sequence[Example]:
     """Caption examples, in the order of the file (or sorted by name); broken rows come last.
 
     Args:
       path: folder of one of the layouts above.
       split: 'train', 'val' or 'test'.
       per_caption: one example for each caption; default in training only.
+      captions: translation of the texts, as the recipe 'translated' writes it.
 
     Raises:
       UserError: no such folder, no captions, a misshapen file; on access, a broken row.
     """
     root = layout.first_folder([layout.split_folder(pathlib.Path(path), split)])
-    captions: dict[str, list[str]] = {}
+    named: dict[str, list[str]] = {}
     broken: list[UserError] = []
     for pair in _pairs(root):
         if isinstance(pair, UserError):
             broken.append(pair)
         elif said := [caption.strip() for caption in pair[1] if caption.strip()]:
-            captions.setdefault(pair[0], []).extend(said)
+            named.setdefault(pair[0], []).extend(said)
     each = split == "train" if per_caption is None else per_caption
     found: list[Example] = []
-    for name, said in captions.items():
+    for name, said in named.items():
         found += layout.captioned(name, (("image", str(root / name)),), said, "caption", each)
-    return layout.not_empty(layout.with_broken(found, broken), root, "captioned images")
+    every = layout.not_empty(layout.with_broken(found, broken), root, "captioned images")
+    return translated.examples(every, captions, split)
 
 
 def _pairs(root: pathlib.Path) -> Pairs:

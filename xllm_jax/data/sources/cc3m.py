@@ -21,6 +21,7 @@ import numpy as np
 from xllm_jax.core import litter
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
+from xllm_jax.data.rows import translated
 from xllm_jax.data.rows.lazy import Lazy, Lines
 from xllm_jax.data.rows.names import Names, number
 from xllm_jax.data.sources import layout, webdataset
@@ -38,33 +39,40 @@ def examples(
       path: folder of one of the layouts above.
       split: 'train' or 'val'.
       images: folder of the images, if it lies elsewhere.
-      captions: file of other captions, line by line those of the TSV.
+      captions: file of other captions, line by line those of the TSV; or a
+        translation, as the recipe 'translated' writes it.
 
     Raises:
       UserError: no such split, file or folder, no image of any line, captions that are more or
         fewer than the lines; on access, a line without a tab or an empty caption.
     """
+    own, translation = translated.told_apart(captions)
     if webdataset.has_tars(path, split):
-        return webdataset.examples(path, split)
+        if own:
+            raise UserError(
+                "does not go with tars", field=own, hint="Give a translation, or the list"
+            )
+        return webdataset.examples(path, split, translation)
     if split not in FILES:
         raise UserError(f"has no split {split!r}", field=path, hint="Choices: train, val")
     root = pathlib.Path(path)
     found = litter.glob(root, FILES[split])
     lines = Lines(found[0] if found else root / FILES[split].replace("*", ""))
-    said = Lines(captions) if captions else lines
+    said = Lines(own) if own else lines
     if len(said) != len(lines):
         what = f"has {len(said)} lines for {len(lines)} in {lines.path}"
-        raise UserError(what, field=captions, hint="One caption for each line")
+        raise UserError(what, field=own, hint="One caption for each line")
 
     def caption(index: int) -> str:
         first, mark, _ = said[index].partition("\t")
-        if not (mark or captions):
+        if not (mark or own):
             raise UserError("has no tab between caption and link", field=said.place(index))
         return first
 
     folders = [root / FOLDERS[split], root / "images", root / split]
     folder = layout.first_folder([pathlib.Path(images)] if images else folders)
-    return downloaded(len(lines), caption, folder, range(len(lines)), number)
+    found = downloaded(len(lines), caption, folder, range(len(lines)), number)
+    return translated.examples(found, translation, split)
 
 
 def downloaded(

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from xllm_jax.core import litter
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
+from xllm_jax.data.rows import translated
 from xllm_jax.data.rows.joined_lists import Groups
 from xllm_jax.data.rows.lazy import Lazy
 from xllm_jax.data.sources import layout
@@ -27,6 +28,7 @@ def examples(
     images: str = "",
     annotations: str = "",
     per_caption: bool | None = None,
+    captions: str = "",
 ) -> Sequence[Example]:
     """Caption examples of a split, in the order of the images.
 
@@ -36,6 +38,7 @@ def examples(
       images: folder of the images, if it lies elsewhere.
       annotations: the captions file, if it has another name.
       per_caption: one example for each caption; default in training only. Otherwise one per image.
+      captions: translation of the texts, as the recipe 'translated' writes it.
 
     Raises:
       UserError: no such file or folder, broken JSON, no captions; on access, a missing key, an
@@ -60,7 +63,8 @@ def examples(
         said, at, tags = layout.grouped(groups, group, number if each else None)
         return layout.captioned(str(image["id"]), media, said, "caption", each, tags)[at]
 
-    return layout.not_empty(Lazy(count + len(groups.lost), example), file, "captions")
+    found = layout.not_empty(Lazy(count + len(groups.lost), example), file, "captions")
+    return translated.examples(found, captions, split)
 
 
 def _lost(groups: Groups, which: str, place: int) -> UserError:

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
+from xllm_jax.data.rows import translated
 from xllm_jax.data.rows.lazy import Lazy, Lines, Rows
 from xllm_jax.data.sources import layout
 
@@ -37,14 +38,15 @@ def examples(
       path: folder of the layout above.
       split: 'train', 'val' or 'test'.
       images: folder of the images, if it lies elsewhere.
-      captions: file of other captions.
+      captions: file of other captions, or a translation, as the recipe 'translated' writes it.
       per_caption: one example for each caption; default in training only.
 
     Raises:
       UserError: no such file, folder or split; on access, a broken line, an empty caption.
     """
     root = pathlib.Path(path)
-    said, broken = _captions(root, captions)
+    own, translation = translated.told_apart(captions)
+    said, broken = _captions(root, own)
     places = [root / name for name in FOLDERS]
     folder = layout.first_folder([pathlib.Path(images)] if images else places)
     wanted = _split(root, split)
@@ -59,7 +61,8 @@ def examples(
         return layout.captioned(name, media, found, "caption", each)[at]
 
     examples = layout.with_broken(Lazy(len(slots), example), broken)
-    return layout.not_empty(examples, root, f"captions for {split!r}")
+    found = layout.not_empty(examples, root, f"captions for {split!r}")
+    return translated.examples(found, translation, split)
 
 
 def _captions(root: pathlib.Path, captions: str) -> tuple[dict[str, list[str]], list[UserError]]:

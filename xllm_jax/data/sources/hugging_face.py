@@ -17,7 +17,7 @@ from typing import Any
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
-from xllm_jax.data.rows import columns
+from xllm_jax.data.rows import columns, translated
 from xllm_jax.data.rows.lazy import Lazy
 from xllm_jax.data.sources import layout
 
@@ -39,6 +39,7 @@ def examples(
     task: str = "",
     media: Mapping[str, str] | None = None,
     modalities: Mapping[str, str] | None = None,
+    captions: str = "",
 ) -> Sequence[Example]:
     """Rows of a split, in order, read from Arrow files when they are asked for.
 
@@ -50,6 +51,7 @@ def examples(
       image, video, speech, answer, question, transcript, task: see `data/rows/columns.py`.
       media: {modality: column} of further modalities.
       modalities: {modality: 'package.module:NAME'}, their records.
+      captions: translation of the texts, as the recipe 'translated' writes it.
 
     Raises:
       UserError: `datasets` is not installed, no such data set, split or column; on access, a
@@ -71,7 +73,8 @@ def examples(
         key = f"{split}-{index}"
         return columns.example(rows[index], wanted, key, f"{where}[{index}]", 0)
 
-    return layout.not_empty(Lazy(len(rows), example), name or path, f"rows in {split!r}")
+    found = layout.not_empty(Lazy(len(rows), example), name or path, f"rows in {split!r}")
+    return translated.examples(found, captions, split)
 
 
 def _library() -> Any:

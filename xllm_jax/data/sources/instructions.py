@@ -31,6 +31,7 @@ from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
 from xllm_jax.data.media.modalities import named, task
 from xllm_jax.data.media.modality import Modality
+from xllm_jax.data.rows import translated
 from xllm_jax.data.rows.lazy import Lazy, Rows
 from xllm_jax.data.sources import layout
 
@@ -43,6 +44,7 @@ def examples(
     media: str = "",
     modality: str = "",
     modalities: Mapping[str, str] | None = None,
+    captions: str = "",
 ) -> Sequence[Example]:
     """One example per answer, earlier rounds of its conversation as history.
 
@@ -52,15 +54,16 @@ def examples(
       media: folder that media paths start from, if it is another one.
       modality: one, or several as in 'image+speech': only conversations about just that.
       modalities: {name: 'package.module:NAME'} of the records of further modalities.
+      captions: translation of the texts, as the recipe 'translated' writes it.
 
     Raises:
       UserError: no such file, no list; on access, a broken record: a missing key, turns out of
         order, slots and files that do not match.
     """
     root = pathlib.Path(path)
-    captions = root / "filter_cap.json"
-    if split == "train" and captions.is_file():
-        return _captions(captions)
+    minigpt4 = root / "filter_cap.json"
+    if split == "train" and minigpt4.is_file():
+        return translated.examples(_captions(minigpt4), captions, split)
     names = [root, root / f"{split}.json", root / f"{split}.jsonl"]
     file = next((name for name in names if name.is_file()), names[1])
     known = named(modalities or {}, "modalities")
@@ -77,7 +80,8 @@ def examples(
         talk = _talk(rows[place], known, rows.place(place))
         return _example(talk, inside, folder, str(place))
 
-    return layout.not_empty(Lazy(int(rows.measures.sum()), example), file, "conversations")
+    found = layout.not_empty(Lazy(int(rows.measures.sum()), example), file, "conversations")
+    return translated.examples(found, captions, split)
 
 
 @dataclasses.dataclass(frozen=True)

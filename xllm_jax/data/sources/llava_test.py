@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
+from xllm_jax.data.rows import translated
 from xllm_jax.data.rows.lazy import Lazy, Rows
 from xllm_jax.data.sources import layout
 
@@ -26,7 +27,12 @@ BESIDE = ("coco",)  # may lie next to PATH
 
 
 def examples(
-    path: str, split: str = "test", images: str = "", questions: str = "", answers: str = ""
+    path: str,
+    split: str = "test",
+    images: str = "",
+    questions: str = "",
+    answers: str = "",
+    captions: str = "",
 ) -> Sequence[Example]:
     """Questions about images, in the order of the file; tags are their categories.
 
@@ -36,6 +42,7 @@ def examples(
       images: folder of the images, if it lies elsewhere.
       questions: file of other questions.
       answers: file of other answers. Without one, the answers are empty.
+      captions: translation of the texts, as the recipe 'translated' writes it.
 
     Raises:
       UserError: no such split, file or folder; on access, a broken question.
@@ -61,7 +68,8 @@ def examples(
         tags = (str(row["category"]),) if row.get("category") else ()
         return Example(str(number), media, text, answer, "dialogue", tags=tags)
 
-    return layout.not_empty(Lazy(len(asked), example), root, "questions")
+    found = layout.not_empty(Lazy(len(asked), example), root, "questions")
+    return translated.examples(found, captions, split)
 
 
 def _answers(root: pathlib.Path, answers: str) -> dict[str, str]:

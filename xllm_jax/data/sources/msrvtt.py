@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from xllm_jax.core import litter
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
+from xllm_jax.data.rows import translated
 from xllm_jax.data.rows.joined_lists import Groups
 from xllm_jax.data.rows.lazy import Chain, Lazy
 from xllm_jax.data.rows.names import Names
@@ -27,7 +28,11 @@ NAMES = {"val": "validate"}
 
 
 def examples(
-    path: str, split: str = "train", videos: str = "", per_caption: bool | None = None
+    path: str,
+    split: str = "train",
+    videos: str = "",
+    per_caption: bool | None = None,
+    captions: str = "",
 ) -> Sequence[Example]:
     """Video captions of a split, in the order of the videos.
 
@@ -36,6 +41,7 @@ def examples(
       split: 'train', 'val' or 'test'.
       videos: folder of the videos, if it lies elsewhere.
       per_caption: one example for each sentence; default in training only.
+      captions: translation of the texts, as the recipe 'translated' writes it.
 
     Raises:
       UserError: no such file, broken JSON, no video of the split; on access, a missing key, a
@@ -47,7 +53,8 @@ def examples(
     each = split == "train" if per_caption is None else per_caption
     wanted = NAMES.get(split, split)
     found = Chain([_read(info, wanted, files, root, each) for info in infos])
-    return layout.not_empty(found, root, f"videos with sentences of split {split!r}")
+    found = layout.not_empty(found, root, f"videos with sentences of split {split!r}")
+    return translated.examples(found, captions, split)
 
 
 def _stem(name: str) -> str | None:

@@ -17,18 +17,21 @@ from xllm_jax.core import lookup
 from xllm_jax.core.errors import UserError
 from xllm_jax.data import mixture
 from xllm_jax.data.example import Example
-from xllm_jax.data.rows import prepared
+from xllm_jax.data.rows import prepared, translated
 from xllm_jax.data.rows.lazy import Lazy
 from xllm_jax.data.sources import layout, tfds
 
 
-def examples(path: str, split: str = "train", kind: str = "") -> Sequence[Example]:
+def examples(
+    path: str, split: str = "train", kind: str = "", captions: str = ""
+) -> Sequence[Example]:
     """Examples of a split.
 
     Args:
       path: folder of the layout above.
       split: as it was prepared.
       kind: of the original reader's examples, so that a set can take its source's place in a stage.
+      captions: translation of the texts, as the recipe 'translated' writes it.
 
     Raises:
       UserError: no such set or split, no rows, another kind; on access, a broken row.
@@ -40,7 +43,8 @@ def examples(path: str, split: str = "train", kind: str = "") -> Sequence[Exampl
     def example(index: int) -> Example:
         return prepared.example(rows[index], f"{where}[{index}]")
 
-    return layout.not_empty(Lazy(len(rows), example), where, "rows")
+    found = layout.not_empty(Lazy(len(rows), example), where, "rows")
+    return translated.examples(found, captions, split)
 
 
 def _check_kind(plan: pathlib.Path, kind: str) -> None:

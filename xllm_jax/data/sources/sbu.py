@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
-from xllm_jax.data.rows import json_spans
+from xllm_jax.data.rows import json_spans, translated
 from xllm_jax.data.rows.lazy import FileRows, Lines, Spans
 from xllm_jax.data.sources import cc3m, layout, webdataset
 
@@ -36,22 +36,28 @@ def examples(
       path: folder of one of the layouts above.
       split: 'train'; the set has no other, unless it was packed into tars.
       images: folder of the images, if it lies elsewhere.
-      captions: file of other captions, line by line those of the list.
+      captions: file of other captions, line by line those of the list; or a
+        translation, as the recipe 'translated' writes it.
 
     Raises:
       UserError: no such split, file or folder, broken JSON, no image of any row, lists that are not
         of one length; on access, an empty caption.
     """
+    own, translation = translated.told_apart(captions)
     if webdataset.has_tars(path, split):
-        return webdataset.examples(path, split)
+        if own:
+            raise UserError(
+                "does not go with tars", field=own, hint="Give a translation, or the list"
+            )
+        return webdataset.examples(path, split, translation)
     if split != "train":
         raise UserError(f"has no split {split!r}", field=path, hint="Choices: train")
     root = pathlib.Path(path)
     links, said = _lists(root)
-    said = Lines(captions) if captions else said
+    said = Lines(own) if own else said
     if len(links) != len(said):
         what = f"has {len(said)} captions for {len(links)} links"
-        raise UserError(what, field=captions or str(root), hint="One caption for each link")
+        raise UserError(what, field=own or str(root), hint="One caption for each link")
     # A link that cannot be read has no image, like a dead one.
     names = [
         link.strip().rsplit("/", 1)[-1] if isinstance(link, str) else "" for link in links.tried()
@@ -67,7 +73,8 @@ def examples(
     def key(name: str) -> str | None:
         return name if name.lower().endswith(layout.IMAGES) else None
 
-    return cc3m.downloaded(len(names), caption, folder, names, key)
+    found = cc3m.downloaded(len(names), caption, folder, names, key)
+    return translated.examples(found, translation, split)
 
 
 def _lists(root: pathlib.Path) -> tuple[FileRows, FileRows]:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
+from xllm_jax.data.rows import translated
 from xllm_jax.data.rows.lazy import Lazy, Table
 from xllm_jax.data.sources import layout
 
@@ -26,6 +27,7 @@ def examples(
     image: str = "filepath",
     caption: str = "title",
     images: str = "",
+    captions: str = "",
 ) -> Sequence[Example]:
     """Captioned images, in the order of the table.
 
@@ -35,6 +37,7 @@ def examples(
       image: name of the column with the paths.
       caption: name of the column with the captions.
       images: folder that the paths start from, if it is another one.
+      captions: translation of the texts, as the recipe 'translated' writes it.
 
     Raises:
       UserError: no such file or column, no rows; on access, a broken row or an empty caption.
@@ -42,7 +45,8 @@ def examples(
     root = pathlib.Path(path)
     files = [root] if root.is_file() else [root / f"{split}{end}" for end in (".tsv", ".csv")]
     file = next((one for one in files if one.is_file()), files[-1])
-    return layout.not_empty(read(file, image, caption, images), file, "rows")
+    found = layout.not_empty(read(file, image, caption, images), file, "rows")
+    return translated.examples(found, captions, split)
 
 
 def read(file: pathlib.Path, image: str, caption: str, images: str = "") -> Lazy:

@@ -18,7 +18,7 @@ from typing import Any
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
-from xllm_jax.data.rows import columns
+from xllm_jax.data.rows import columns, translated
 from xllm_jax.data.rows.lazy import Lazy
 from xllm_jax.data.sources import layout
 
@@ -39,6 +39,7 @@ def examples(
     media: Mapping[str, str] | None = None,
     modalities: Mapping[str, str] | None = None,
     rate: int = 16_000,
+    captions: str = "",
 ) -> Sequence[Example]:
     """Rows of a split, in order, read from their shards when they are asked for.
 
@@ -50,6 +51,7 @@ def examples(
       media: {modality: column} of further modalities.
       modalities: {modality: 'package.module:NAME'}, their records.
       rate: samples a second of audio that is stored as numbers.
+      captions: translation of the texts, as the recipe 'translated' writes it.
 
     Raises:
       UserError: no such data set or split, a feature that needs TensorFlow, not kept as
@@ -66,7 +68,8 @@ def examples(
         key = f"{split}-{index}"
         return columns.example(rows[index], wanted, key, f"{where}[{index}]", rate)
 
-    return layout.not_empty(Lazy(len(rows), example), where, "rows")
+    found = layout.not_empty(Lazy(len(rows), example), where, "rows")
+    return translated.examples(found, captions, split)
 
 
 def rows(path: str, name: str, split: str) -> tuple[Sequence, str]:

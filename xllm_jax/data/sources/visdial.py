@@ -24,7 +24,7 @@ import numpy as np
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
-from xllm_jax.data.rows import json_spans
+from xllm_jax.data.rows import json_spans, translated
 from xllm_jax.data.rows.lazy import Lazy, Spans
 from xllm_jax.data.rows.names import Names
 from xllm_jax.data.sources import layout
@@ -48,7 +48,12 @@ BESIDE = ("coco",)  # may lie next to PATH
 
 
 def examples(
-    path: str, split: str = "train", kind: str = "dialogue", images: str = "", history: bool = False
+    path: str,
+    split: str = "train",
+    kind: str = "dialogue",
+    images: str = "",
+    history: bool = False,
+    captions: str = "",
 ) -> Sequence[Example]:
     """Examples of a split, one per round, in the order of the file.
 
@@ -59,6 +64,7 @@ def examples(
         question) or 'asr' (spoken question alone, whose transcript is the answer).
       images: folder of the images, if it lies elsewhere.
       history: give the earlier rounds to spoken questions, too.
+      captions: translation of the texts, as the recipe 'translated' writes it.
 
     Raises:
       UserError: unknown kind, no such file or folder, broken JSON, no rounds; on access, a missing
@@ -84,7 +90,8 @@ def examples(
         picture = "" if kind == "asr" else _picture(pictures, number, where)
         return _example(f"{number}-{now}", rounds, kind, picture, history)
 
-    return layout.not_empty(Lazy(int(counts.sum()), example), file, f"rounds for {kind!r}")
+    found = layout.not_empty(Lazy(int(counts.sum()), example), file, f"rounds for {kind!r}")
+    return translated.examples(found, captions, split)
 
 
 def _read(file: pathlib.Path, kind: str) -> tuple[Spans, tuple[Spans, ...], np.ndarray]:

@@ -19,6 +19,7 @@ import numpy as np
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
+from xllm_jax.data.rows import translated
 from xllm_jax.data.rows.lazy import Lazy, Rows
 from xllm_jax.data.rows.names import Names, number
 from xllm_jax.data.sources import layout
@@ -31,7 +32,7 @@ Image = Callable[[int], tuple[tuple[str, str], ...]]
 
 
 def examples(
-    path: str, split: str = "train", kind: str = "regions", images: str = ""
+    path: str, split: str = "train", kind: str = "regions", images: str = "", captions: str = ""
 ) -> Sequence[Example]:
     """Examples of a split, in the order of the file.
 
@@ -41,6 +42,7 @@ def examples(
       kind: 'regions' (task 'region', all the image's regions are references) or 'questions' (task
         'vqa').
       images: folder of the images, if it lies elsewhere.
+      captions: translation of the texts, as the recipe 'translated' writes it.
 
     Raises:
       UserError: unknown kind, no such file or folder, broken JSON; on access, a missing key.
@@ -68,7 +70,8 @@ def examples(
         inside = index - (int(ends[place - 1]) if place else 0)
         return read(rows[place], rows.place(place), inside, image)
 
-    return layout.not_empty(Lazy(int(rows.measures.sum()), example), root / FILES[kind], kind)
+    found = layout.not_empty(Lazy(int(rows.measures.sum()), example), root / FILES[kind], kind)
+    return translated.examples(found, captions, split)
 
 
 def _image_number(name: str) -> int | None:

@@ -25,19 +25,20 @@ from xllm_jax.core import litter
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
 from xllm_jax.data.media import paths
-from xllm_jax.data.rows import files, json_text
+from xllm_jax.data.rows import files, json_text, translated
 from xllm_jax.data.rows.lazy import Chain, Lazy
 from xllm_jax.data.sources import layout
 
 COLUMNS = 5  # image offset and length, caption offset and length, whether the caption is JSON
 
 
-def examples(path: str, split: str = "train") -> Sequence[Example]:
+def examples(path: str, split: str = "train", captions: str = "") -> Sequence[Example]:
     """Captioned images, tar by tar; samples without an image or a caption are left out.
 
     Args:
       path: folder of the layout above.
       split: 'train', 'val' or 'test'.
+      captions: translation of the texts, as the recipe 'translated' writes it.
 
     Raises:
       UserError: no tars, a damaged tar, no captioned image; on access, an empty or broken caption.
@@ -46,7 +47,8 @@ def examples(path: str, split: str = "train") -> Sequence[Example]:
     tars = _tars(root)
     if not tars:
         raise UserError("has no tar files", field=str(root), hint="Check the path and the split")
-    return layout.not_empty(Chain([_read(tar, root) for tar in tars]), root, "captioned images")
+    found = layout.not_empty(Chain([_read(tar, root) for tar in tars]), root, "captioned images")
+    return translated.examples(found, captions, split)
 
 
 def has_tars(path: str, split: str) -> bool:

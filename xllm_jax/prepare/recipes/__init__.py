@@ -1,6 +1,7 @@
 """How the paper built its data: one file a construction, each with `build(input, output, …)`.
 
-    questions.py      the texts of VisDial that need a translation, without doubles
+    translated.py     the texts of any source in Chinese
+    questions.py      the texts that need a translation, without doubles
     vsdial_cn.py      VSDial-CN: VisDial in Chinese, its questions spoken
     similar.py        image-text pairs that CLIP finds alike
     instructions.py   the instruction set of stage 3, drawn from its sources

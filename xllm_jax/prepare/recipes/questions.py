@@ -1,33 +1,43 @@
-"""The texts of VisDial, each once: what has to be translated for VSDial-CN.
+"""The texts of a source, each once: what has to be translated for the recipes that read a table.
 
-    OUTPUT/SPLIT_texts.json     {text: ""} of every question, answer and caption
+    OUTPUT/SPLIT_texts.json     {text: ""}; of VisDial every question, answer and caption
 
 Texts that differ in nothing but case, spaces and punctuation are one; the least stands for them
 all. Put translations in the empty places, by whatever translates best, and give the file to the
-recipe vsdial_cn.
+recipe vsdial_cn or translated as --translations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from xllm_jax.core import atomic
+from xllm_jax.core.stage import Source
+from xllm_jax.data.rows.translated import translatable
 from xllm_jax.data.sources import layout
-from xllm_jax.prepare import runner, transforms
+from xllm_jax.prepare.recipes import translated
 
 
 def build(
-    input: str, output: str, split: str = "train", beam: Sequence[str] = (), workers: int = 0
+    input: str,
+    output: str,
+    split: str = "train",
+    reader: str = "",
+    options: Mapping[str, Any] | None = None,
+    beam: Sequence[str] = (),
+    workers: int = 0,
 ) -> dict[str, Any]:
     """Writes the texts of one split.
 
     Args:
-      input: folder of visdial_1.0_SPLIT.json.
+      input: folder of visdial_1.0_SPLIT.json, or of the reader.
       output: folder of the texts.
-      split: of VisDial.
-      beam, workers: as of `runner.options`.
+      split: of the source.
+      reader: of the source; '' is VisDial with its captions, for the recipe vsdial_cn.
+      options: of the reader.
+      beam, workers: as of `runner.mapped`.
 
     Returns:
       {'texts', 'different'}: how many there are, and without doubles.
@@ -35,9 +45,12 @@ def build(
     Raises:
       UserError: no such file, or a misshapen one.
     """
-    found = texts(read(input, split))
-    written = collect(found, output, split, beam, workers)
-    return {"texts": len(found), "different": len(written)}
+    if reader:
+        source = Source(reader, input, split, dict(options or {}))
+        found, _ = translated.read(source, output, beam, workers)
+    else:
+        found = texts(read(input, split))
+    return {"texts": len(found), "different": len(collect(found, output, split))}
 
 
 def read(folder: str, split: str) -> dict[str, Any]:
@@ -62,11 +75,10 @@ def texts(data: dict[str, Any]) -> list[str]:
     return sorted((asked | answered | captions) - {""})
 
 
-def collect(
-    found: Sequence[str], output: str, split: str, beam: Sequence[str], workers: int
-) -> list[str]:
-    """The texts without doubles; writes them, too."""
+def collect(found: Sequence[str], output: str, split: str) -> list[str]:
+    """The texts that need a translation, without doubles; writes them, too."""
+    once = translated.unique(filter(translatable, found))
     file = Path(output) / f"{split}_texts.json"
-    once = runner.collected(found, transforms.deduplicated, file, beam, workers)
-    atomic.write_json(file, dict.fromkeys(sorted(once), ""))
-    return sorted(once)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    atomic.write_json(file, dict.fromkeys(once, ""))
+    return once

@@ -79,12 +79,7 @@ def convert(
 ) -> list[dict[str, str]]:
     """Converts every file; returns those that could not be, with their reasons."""
     step = transforms.Resample(output, root)
-    rest = {step.file(path) for path in sounds}
-
-    def done() -> int:
-        for file in [file for file in rest if file.is_file()]:
-            rest.remove(file)
-        return len(sounds) - len(rest)
+    done = engine.Finished({step.file(path): 1 for path in sounds})
 
     def bad(paths: Any) -> Any:
         import apache_beam

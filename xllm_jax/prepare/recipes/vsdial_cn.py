@@ -9,9 +9,10 @@ Writes the layout that `sources/vsdial_cn.py` reads, and shards of it:
                                         aligns speech on these, and recognizes all rounds before)
 
 Translations come from a table ({text: translation}, made by anything; the recipe 'questions' lists
-the texts) or from mBART-50; speech from espeak-ng or an engine of your own. Rounds whose question
-or answer has no translation are left out, and counted. What is translated or spoken already is not
-done again.
+the texts), from mBART-50 or an endpoint, as in the recipe 'translated'; speech from espeak-ng or an
+engine of your own. Rounds whose question or answer has no usable translation are left out, and
+counted; OUTPUT/SPLIT_translated.json says why. What is translated or spoken already is not done
+again.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ import numpy as np
 from xllm_jax.core import atomic, litter
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
-from xllm_jax.data.sources import layout
+from xllm_jax.data.rows.translated import same, translatable
 from xllm_jax.prepare import engine as engines
-from xllm_jax.prepare import pick, preparation, runner, transforms, translate
-from xllm_jax.prepare.recipes import questions
+from xllm_jax.prepare import pick, preparation, runner, transforms, translation_faults, translators
+from xllm_jax.prepare.endpoint import Endpoint
+from xllm_jax.prepare.recipes import questions, translated
 
 POOLS = ("questions", "answers")
 
@@ -43,6 +45,7 @@ def build(
     translator: str = "",
     engine: str = "",
     images: str = "",
+    endpoint: Endpoint | None = None,
     beam: Sequence[str] = (),
     workers: int = 0,
 ) -> dict[str, Any]:
@@ -52,45 +55,42 @@ def build(
       input: folder of visdial_1.0_SPLIT.json.
       output: folder of the new set.
       split: of VisDial.
-      translations: JSON file, {text: translation}; or
-      translator: folder of an mBART-50 model.
+      translations, translator, endpoint: as of `translators.Way`.
       engine: 'module:function' from a text to `[samples]` float32 at 16 kHz; '' is espeak-ng.
       images: folder of VisDial's images; without it there are no shards of 'spoken'.
       beam, workers: as of `runner.options`.
 
     Returns:
-      {'rounds', 'left_out', 'questions' (spoken, without doubles), 'shards': {kind: records}}.
+      {'rounds', 'left_out', 'questions' (spoken, without doubles), 'shards': {kind: records}}, and
+      what an endpoint cost.
 
     Raises:
-      UserError: not one of table and translator, a missing or misshapen file, no such engine, or no
-        round that is translated.
+      UserError: what `translators` raises, a missing or misshapen file, no such engine, or no round
+        that is translated.
     """
-    if bool(translations) == bool(translator):
-        hint = "Give --translations=FILE, or --translator=FOLDER of an mBART-50 model"
-        raise UserError("one of the two is needed", field="--translations", hint=hint)
     say = engine_named(engine)
+    way = translators.Way(translations, translator, endpoint)
     data = questions.read(input, split)
-    texts = questions.collect(questions.texts(data), output, split, beam, workers)
-    if translations:
-        table = read_table(translations)
-    else:
-        table = translated(texts, translator, output, beam, workers)
-    table = completed(data, table)
+    texts = questions.collect(questions.texts(data), output, split)
+    found, cost = translators.outputs(texts, way, output, beam, workers)
+    known, reasons = translation_faults.judged(found)
+    atomic.write_json(Path(output) / f"{split}_translated.json", cost | {"reasons": reasons})
+    table = completed(data, known)
     asked = {data["questions"][r["question"]] for d in data["dialogs"] for r in d["dialog"]}
     folder = Path(output) / "audio"
     speak(sorted(asked), table, folder, say, beam, workers)
     atomic.remove_partial(folder)
-    files = {transforms.same(text): name for text, name in spoken(folder).items()}
+    files = {same(text): name for text, name in spoken(folder).items()}
     made, counts = in_chinese(data, table, files)
     if not counts["rounds"]:
-        raise UserError("translates no round", field=translations or translator)
+        raise UserError("translates no round", field=way.name)
     file = Path(output) / f"visdial_1.0_{split}.json"
     atomic.write_json(file, {"split": split, "version": "1.0", "data": made})
     pick_once(made, output, split)
     kinds = ("asr", "spoken") if images else ("asr",)
     shards = {kind: prepare(output, split, kind, images, beam, workers) for kind in kinds}
     said = {name for d in made["dialogs"] for r in d["dialog"] for name in [r["speech"]]}
-    return counts | {"questions": len(said), "shards": shards}
+    return counts | {"questions": len(said), "shards": shards} | cost
 
 
 def engine_named(name: str) -> transforms.Engine:
@@ -111,49 +111,12 @@ def engine_named(name: str) -> transforms.Engine:
         ) from None
 
 
-def read_table(file: str) -> dict[str, str]:
-    """{text: translation} of a JSON file.
-
-    Raises:
-      UserError: it is something else.
-    """
-    table = layout.read_json(Path(file))
-    if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
-        raise UserError("is no table of texts", field=file, hint='{"text": "translation"}')
-    return table
-
-
-def translated(
-    texts: Sequence[str], translator: str, output: str, beam: Sequence[str], workers: int
-) -> dict[str, str]:
-    """{text: translation} by mBART-50, kept list by list in OUTPUT/translations."""
-    import apache_beam
-
-    translate.check(translator)
-    folder = Path(output) / "translations"
-    folder.mkdir(parents=True, exist_ok=True)
-    lists = translate.batches(texts)
-    files = [translate.batch_file(str(folder), one) for one in lists]
-    todo = [one for one, file in zip(lists, files) if not file.is_file()]
-
-    def done() -> int:
-        return sum(len(one) for one, file in zip(lists, files) if file.is_file())
-
-    with engines.Progress("translate", len(texts), done), runner.pipeline(beam, workers) as made:
-        found = made | apache_beam.Create(todo)
-        transforms.translated_by(found, str(folder), translate.Translator(translator))
-    return {k: v for file in files for k, v in json.loads(file.read_text("utf-8")).items()}
-
-
-def completed(data: Mapping[str, Any], table: Mapping[str, str]) -> dict[str, str]:
-    """The table for every text: where it lacks one, it has another that says the same."""
-    alike = {transforms.same(text): said for text, said in table.items() if said.strip()}
-    known = {}
-    for text in questions.texts(data):
-        said = table.get(text, "").strip() or alike.get(transforms.same(text), "").strip()
-        if said:
-            known[text] = said
-    return known
+def completed(data: dict[str, Any], known: Mapping[str, str]) -> dict[str, str]:
+    """{text: translation} of every text that has one, or that says what a text with one says."""
+    every = questions.texts(data)
+    found = translators.looked_up([text for text in every if translatable(text)], known)
+    found |= {text: text for text in every if not translatable(text)}
+    return {text: said for text, said in found.items() if said}
 
 
 def speak(
@@ -165,26 +128,22 @@ def speak(
     workers: int,
 ) -> None:
     """Says every Chinese question once, to a file; its text is in a JSON file next to it."""
-    import apache_beam
-
     folder.mkdir(parents=True, exist_ok=True)
-    total = len({transforms.same(table[text]) for text in asked if text in table})
-
-    def done() -> int:
-        return min(total, sum(1 for _ in folder.glob("*.json")))
-
-    with engines.Progress("speak", total, done), runner.pipeline(beam, workers) as made:
-        english = made | apache_beam.Create(list(asked))
-        chinese = transforms.translated(english, table)
-        chinese = chinese | "chinese" >> apache_beam.Map(lambda kv: kv[1])
-        once = transforms.deduplicated(chinese) | apache_beam.Reshuffle()
-        _ = transforms.spoken(once, str(folder), engine) | "note" >> apache_beam.Map(note)
+    once = translated.unique(table[text] for text in asked if text in table)
+    say = Say(str(folder), engine)
+    notes = {say.file(text).with_suffix(".json"): 1 for text in once}
+    with engines.Progress("speak", len(once), engines.Finished(notes)):
+        runner.mapped(say, once, folder.with_name("spoken.json"), beam, workers)
 
 
-def note(said: tuple[str, str]) -> None:
-    """Writes the text that an audio file speaks into a JSON file next to it."""
-    text, file = said
-    atomic.write_json(Path(file).with_suffix(".json"), {"text": text})
+class Say(transforms.Speak):
+    """Says a text to a file, and writes it into a JSON file next to it."""
+
+    def __call__(self, text: str) -> tuple[str, str]:
+        """The text and its audio file."""
+        said = super().__call__(text)
+        atomic.write_json(self.file(text).with_suffix(".json"), {"text": text})
+        return said
 
 
 def spoken(folder: Path) -> dict[str, str]:
@@ -204,7 +163,7 @@ def in_chinese(
         for one in talk["dialog"]:
             question, answer = (pools[n][one[n[:-1]]] if n[:-1] in one else "" for n in POOLS)
             if question and answer:
-                name = files[transforms.same(question)]
+                name = files[same(question)]
                 kept.append({**one, "speech": f"audio/{name}"})
             else:
                 left_out += 1
