@@ -76,4 +76,5 @@ class Groups:
 
 def _key(row: Any, name: str) -> Key:
     value = row.get(name) if isinstance(row, dict) else None
-    return value if isinstance(value, int | str) else None
+    # True is equal to 1, and no key.
+    return value if isinstance(value, int | str) and not isinstance(value, bool) else None

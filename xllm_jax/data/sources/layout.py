@@ -66,7 +66,7 @@ def get(record: Any, name: str, kind: type | tuple[type, ...], where: str) -> An
         hint = f"Keys found: {found}"
         raise UserError("missing key", field=f"{where}.{name}", hint=hint)
     value = record[name]
-    if not isinstance(value, kind):
+    if not isinstance(value, kind) or isinstance(value, bool):
         kinds = kind if isinstance(kind, tuple) else (kind,)
         wanted = " or ".join(_NAMES.get(one, one.__name__) for one in kinds)
         raise UserError(f"is {_kind(value)}, not {wanted}", field=f"{where}.{name}")
