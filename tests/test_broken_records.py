@@ -1,16 +1,19 @@
 """One broken record costs itself: the others of its reader are read, and nothing is raised."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 import reader_fixtures as fixtures
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.core.stage import Source
+from xllm_jax.core.stage import Data, Source
 from xllm_jax.data import guarded, mixture
 from xllm_jax.data.example import Example
+from xllm_jax.data.media import modalities, paths
 from xllm_jax.data.record import Record, Skipped
+from xllm_jax.prepare import preparation, shard
 
 
 def drawn(source):
@@ -175,6 +178,39 @@ def test_one_caption_of_an_image(tmp_path):
     assert reasons == ["is NoneType, not a text"]
     first = [one for one in examples if one.key.startswith("1#")]
     assert first[0].references == (fixtures.TEXTS[0], "好") == tuple(one.answer for one in first)
+
+
+ODD = ("a\0.jpg", "\ud800.jpg", "x" * 300 + ".jpg", f"a.jpg::{'9' * 5000}:5", "a.jpg::1:99999", "")
+
+
+def test_a_path_that_is_none(tmp_path):
+    """It is read from its row, and costs its record where the file would be opened."""
+    fixtures.pictures(tmp_path, "a.jpg")
+    rows = [GOOD[0], *({**GOOD[0], "id": name, "image": [name]} for name in ODD)]
+    (tmp_path / "train.json").write_text(json.dumps(rows), "utf-8")
+    source = Source("instructions", str(tmp_path))
+    examples, reasons = drawn(source)
+    assert len(examples) + len(reasons) == len(rows) and examples[0].key == GOOD[0]["id"]
+    assert all(reason.startswith("is no name of a file") for reason in reasons)
+    for example in examples[1:]:
+        with pytest.raises(UserError):
+            modalities.load("image", example.media[0][1], Data(), Record(example), 0, False)
+        with pytest.raises(UserError):
+            paths.read(example.media[0][1])
+    for check in (True, False):
+        plan = preparation.make("a_set", source, str(tmp_path / f"set{check}"), 8, check)
+        note = shard.write(plan, 0, plan.examples())
+        assert (note["records"], len(note["rejects"])) == (1, len(ODD))
+
+
+def test_names_that_are_no_utf8_are_prepared(tmp_path):
+    name = os.fsdecode(b"\xe9.jpg")
+    fixtures.pictures(tmp_path, name)
+    (tmp_path / os.fsdecode(b"\xe9.txt")).write_text("猫", "utf-8")
+    plan = preparation.make(
+        "a_set", Source("captions_folder", str(tmp_path)), str(tmp_path / "set"), 8
+    )
+    assert shard.write(plan, 0, plan.examples())["records"] == 1
 
 
 class Wild:

@@ -46,9 +46,8 @@ def read(
     field = f"data.sources.{name}"
     reader = lookup.module(READERS, source.reader, f"{field}.reader")
     known = list(inspect.signature(reader.examples).parameters)[2:]
-    within = within or reach_of(source, root)
-    passed = {"within": within} if "within" in known else {}
-    known = [option for option in known if option not in passed]
+    confined = "within" in known
+    known = [option for option in known if option != "within"]
     unknown = sorted(set(source.options) - set(known))
     if unknown:
         raise UserError(
@@ -57,12 +56,14 @@ def read(
             hint=f"Choices: {', '.join(known) or 'none'}",
         )
     path = os.path.join(root, source.path)
-    within.check(path)
-    within.check_links(path)
 
     def examples() -> Sequence[Example]:
+        allowed = within or reach_of(source, root)
+        allowed.check(path)
+        allowed.check_links(path)
+        passed = {"within": allowed} if confined else {}
         found = reader.examples(path, source.split, **source.options, **passed)
-        return reach.Confined(found, within)
+        return reach.Confined(found, allowed)
 
     return guarded.opened(examples, field, path)
 

@@ -212,7 +212,7 @@ def bucket(example: Example, data: Data, silent: int) -> int:
     ]
     try:
         frames = max((count(path) for count, path in counted), default=None)
-    except UserError:
+    except Exception:  # opening it reports it, as for all bad files
         return last
     if frames is None:
         return silent
@@ -243,7 +243,7 @@ def _steps(found: Modality, path: str) -> int:
     assert found.count is not None, "a slot of as many embeddings as steps"
     try:
         return found.count(path)
-    except UserError:
+    except Exception:
         return 1  # opening it reports it, as for all bad files
 
 

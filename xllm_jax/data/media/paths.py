@@ -18,7 +18,7 @@ import re
 from xllm_jax.core.errors import UserError
 
 PATH = re.compile(
-    r"(?P<file>.+?)(?:::(?P<offset>\d+):(?P<length>\d+))?"
+    r"(?P<file>.+?)(?:::(?P<offset>\d{1,18}):(?P<length>\d{1,18}))?"
     r"(?:#t=(?P<start>\d+(?:\.\d+)?),(?P<end>\d+(?:\.\d+)?))?",
     re.DOTALL,
 )
@@ -136,6 +136,8 @@ def sha256(path: str | os.PathLike, kind: str = "") -> str:
     try:
         with found if isinstance(found, io.BytesIO) else open(found, "rb") as file:
             return hashlib.file_digest(file, lambda: hashlib.sha256(span.encode())).hexdigest()
+    except ValueError as error:  # a name that no file system knows
+        raise UserError("no such file", field=str(path)) from error
     except OSError as error:
         raise UserError(f"cannot be read ({error.strerror})", field=str(path)) from error
 
@@ -167,5 +169,7 @@ def read(path: str | os.PathLike, first: int | None = None, most: int = MOST_BYT
                 raise UserError(what, field=str(path), hint="Shrink it")
             file.seek(offset)
             return file.read(length)
+    except ValueError as error:  # a name that no file system knows
+        raise UserError("no such file", field=str(path)) from error
     except OSError as error:
         raise UserError(f"cannot be read ({error.strerror})", field=str(path)) from error

@@ -77,7 +77,7 @@ def row(
         told, should = (" and ".join(m) or "no media" for m in (has, wanted))
         raise UserError(f"has {told}, the set holds {should}", field=example.key)
     made: dict[str, Any] = {
-        "key": example.key,
+        "key": _written(example.key),
         "task": example.task,
         "question": example.instruction,
         "answer": example.answer,
@@ -89,10 +89,16 @@ def row(
     }
     for name, modality in wanted.items():
         places = [path for other, path in example.media if other == name]
+        names = [_written(str(path)) for path in places]
         contents = [_content(name, path, check) for path in places]
         made[name] = contents if several else _single(modality, contents[0])
-        made[f"{name}_name"] = [str(path) for path in places] if several else str(places[0])
+        made[f"{name}_name"] = names if several else names[0]
     return made
+
+
+def _written(name: str) -> str:
+    """A name as UTF-8 can hold it; file systems and JSON have others."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _content(name: str, path: str, check: Callable[[str, str], None]) -> bytes:
