@@ -132,12 +132,12 @@ def test_a_run_says_what_changed_before_it_resumes(stage, tmp_path, monkeypatch,
 
 
 def test_what_only_one_side_knows_is_no_change():
-    preprocessing.compare({}, {"library SciPy": "1"}, "before", Data())
-    preprocessing.compare({"library SciPy": "1"}, {}, "before", Data())
+    preprocessing.compare({}, {"library SciPy": "1"}, "before", "same")
+    preprocessing.compare({"library SciPy": "1"}, {}, "before", "same")
     with pytest.raises(UserError, match="orientation was exif before and is ignore now"):
         preprocessing.compare(
             {"data.image.orientation": "exif"},
             {"data.image.orientation": "ignore"},
             "before",
-            Data(libraries="any"),
+            "any",
         )

@@ -13,7 +13,7 @@ from PIL import Image
 from xllm_jax.convert import run_import
 from xllm_jax.convert.sources import clip as tables
 from xllm_jax.core.errors import UserError
-from xllm_jax.data.media import image
+from xllm_jax.data.media import image, preprocessing
 from xllm_jax.data.sources import selection
 from xllm_jax.data.text.chatglm_tokenizer import ClipTokenizer
 from xllm_jax.prepare import score
@@ -122,6 +122,14 @@ def test_exactly_the_pairs_above_the_threshold_are_kept(
     with pytest.raises(UserError, match=r"keeps nothing \(the most is 0\.\d+\)"):
         similar.build(**build, threshold=1.5)
     assert len(asked) == 1
+    monkeypatch.setitem(preprocessing.VERSIONS, "Pillow", lambda: "1.7")
+    assert similar.build(**build, threshold=-1.0)["kept"] == 4  # what is finished is there
+    notes[1].unlink()
+    with pytest.raises(UserError, match=r"library Pillow was \S+ .*when scoring began and is 1\.7"):
+        similar.build(**build, threshold=-1.0)
+    monkeypatch.undo()
+    monkeypatch.setattr(score, "PER_SHARD", 4)
+    assert similar.build(**build, threshold=-1.0)["kept"] == 4
     shutil.copytree(peer[1], tmp_path / "other")
     with (tmp_path / "other/tokenizer_config.json").open("a") as opened:
         opened.write("\n")

@@ -92,7 +92,9 @@ def _settings(stage: Stage, xllm: XLLM, about: Mapping[str, Any]) -> tuple[str, 
         )
         if field:
             return field, how
-        preprocessing.compare(libraries, media, "when the cache was written", stage.data)
+        hint = f"{preprocessing.HINT}. {cached_features.again(stage.data.cache, about['config'])}"
+        when = "when the cache was written"
+        preprocessing.compare(libraries, media, when, stage.data.libraries, hint)
     return "", ""
 
 

@@ -29,10 +29,10 @@ from xllm_jax.core.atomic import sha256 as file_checksum
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.parallel import overlapped
 from xllm_jax.core.sharded_job import Shards
-from xllm_jax.core.stage import Source
+from xllm_jax.core.stage import Data, Source
 from xllm_jax.data import guarded
 from xllm_jax.data.example import Example
-from xllm_jax.data.media import image
+from xllm_jax.data.media import image, preprocessing
 from xllm_jax.data.text.chatglm_tokenizer import ClipTokenizer
 from xllm_jax.models.clip import Clip
 from xllm_jax.prepare import preparation
@@ -121,7 +121,8 @@ def run(source: Source, output: str, scorer: Scorer, batch: int) -> tuple[np.nda
       (`[records]` float32, NaN where there is none; {why there is none: count}).
 
     Raises:
-      UserError: nothing to read, or the folder holds scores of another source, CLIP or tokenizer.
+      UserError: nothing to read, or the folder holds scores of another source, CLIP or tokenizer,
+        or unfinished ones whose pixels another library made.
     """
     plan = preparation.make(source.reader, source, output, PER_SHARD, check=False)
     file, hint = (
@@ -129,10 +130,13 @@ def run(source: Source, output: str, scorer: Scorer, batch: int) -> tuple[np.nda
         "Choose another --output, or remove them",
     )
     another = "scores of another CLIP or tokenizer"
-    sharded_job.begin(file, scorer.identity, {}, lambda found: another, hint)
+    media = preprocessing.of_modality(image.MODALITY, Data())
+    held = (sharded_job.known(file) or {}).get("media", {})
+    sharded_job.begin(file, scorer.identity, {"media": media}, lambda found: another, hint)
     shards = Shards(Path(output), source.split, plan.records, plan.per_shard)
     todo = shards.todo()
     if todo:
+        preprocessing.compare(held, media, "when scoring began", "same", hint)
         read = functools.partial(_read, plan.examples(), scorer.side, plan.name)
         _write(shards, todo, read, scorer, batch)
     shards.remove_partial()

@@ -131,8 +131,8 @@ def resume(
                 field=str(checkpoints.directory),
                 hint=f"Give init.{part} the base it was trained on, or choose a new --workdir",
             )
-    then = f"at checkpoint {latest}"
-    preprocessing.compare(about.get("media", {}), manifest.media_settings(data), then, data)
+    then, now = about.get("media", {}), manifest.media_settings(data)
+    preprocessing.compare(then, now, f"at checkpoint {latest}", data.libraries)
     arrays = checkpoints.restore(latest, saved_arrays(state))
     print(f"Resumes at micro-batch {latest}", flush=True)
     return TrainState(**arrays, frozen=state.frozen), about["data"]

@@ -27,7 +27,7 @@ def _matrix(frame: Any) -> Matrix | None:
     from av.sidedata.sidedata import Type
 
     found = frame.side_data.get(Type.DISPLAYMATRIX)
-    return struct.unpack("=9i", bytes(found)) if found else None
+    return struct.unpack_from("=9i", bytes(found)) if found and len(bytes(found)) >= 36 else None
 
 
 def upright(shown: Image.Image, matrix: Matrix) -> Image.Image:

@@ -16,6 +16,8 @@ from xllm_jax.core.stage import Data
 from xllm_jax.data.media import modalities
 from xllm_jax.data.media.modality import Modality
 
+CHOICES = ("same", "any")
+HINT = "Install what made them, or go on with --config.data.libraries=any"
 LIBRARY = "library "  # begins the names of libraries among the settings
 
 
@@ -99,30 +101,32 @@ def _version(name: str) -> str:
         raise UserError("is not installed", field=f"library {name}") from error
 
 
-def compare(then: Mapping[str, str], now: Mapping[str, str], when: str, data: Data) -> None:
+def compare(
+    then: Mapping[str, str], now: Mapping[str, str], when: str, choice: str, hint: str = ""
+) -> None:
     """Stops where media are read otherwise than before; what only one side knows is no change.
 
     Args:
       then: {setting or library: value or version} that was written down.
       now: of this process.
       when: that was, in words.
-      data: whose `libraries` says whether other versions may go on.
+      choice: 'same', or 'any' where other libraries may go on, as `Data.libraries` says.
+      hint: what else the user may do about it.
 
     Raises:
-      UserError: something differs that may not; names all of it.
+      UserError: something differs that may not; names all of it. Unknown choice.
     """
     changed = [name for name in sorted(then.keys() & now.keys()) if then[name] != now[name]]
     if not changed:
         return
+    if choice not in CHOICES:
+        unknown = f"unknown choice {choice!r}"
+        raise UserError(unknown, field="data.libraries", hint=" or ".join(CHOICES))
     what = "; ".join(f"{name} was {then[name]} {when} and is {now[name]} now" for name in changed)
-    if data.libraries not in ("same", "any"):
-        unknown = f"unknown choice {data.libraries!r}"
-        raise UserError(unknown, field="data.libraries", hint="same or any")
-    if data.libraries == "any" and all(map(is_library, changed)):
+    if choice == "any" and all(map(is_library, changed)):
         print(f"Media may differ by rounding: {what}", file=sys.stderr, flush=True)
         return
-    hint = "Install what made them, or go on with --config.data.libraries=any"
-    raise UserError(f"media are read otherwise: {what}", field="data", hint=hint)
+    raise UserError(f"media are read otherwise: {what}", hint=hint or HINT)
 
 
 def is_library(name: str) -> bool:

@@ -82,6 +82,6 @@ def seek(container: Any, stream: Any, time: Fraction) -> int | None:
         return None
     try:
         container.seek(first.pts + int(time / stream.time_base), stream=stream)
-    except FFmpegError:
+    except (FFmpegError, OverflowError):  # nobody can seek in it, or it never lasts so long
         return None
     return first.pts
