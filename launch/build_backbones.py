@@ -101,4 +101,4 @@ def export(runs: Path, tokenizer: Path) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, "Bases that were finished are whole")

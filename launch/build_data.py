@@ -207,4 +207,4 @@ def format_message(value: Any) -> str:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["recipe", "input", "output"])
-    cli.run(main)
+    cli.run(main, "What was finished is kept, and the same command continues")

@@ -69,4 +69,4 @@ def compute(host: int, count: int, store: hosts.Store | None) -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "output"])
-    cli.run(main)
+    cli.run(main, "Finished shards are kept, and the same command continues")

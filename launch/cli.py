@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import importlib
+import os
 import runpy
 import sys
 from collections.abc import Callable, Collection, Sequence
@@ -14,19 +16,19 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections.config_flags import config_flags
 
-from xllm_jax.core import hosts, memory_allocator
+from xllm_jax.core import disk, errors, hosts, memory_allocator
 from xllm_jax.core.errors import Diverged, UserError
 from xllm_jax.core.stage import Stage
 from xllm_jax.launch import dict_overrides, terminal
 
 # Exit codes. 0: done. After SAVED and LOST the same command continues the run; after FAILED and
-# DIVERGED it would fail again.
+# DIVERGED it would fail again, after UNWRITABLE until there is room.
 FAILED = 2  # a user's mistake
+UNWRITABLE = errors.UNWRITABLE  # 74, the disk is full or read-only
 DIVERGED = 3  # the loss is not a number, or has left its path
 SAVED = hosts.SAVED  # 75, SIGTERM: what there was to save is saved
 LOST = hosts.LOST  # 76, a host stalled or was lost
 STOPPED = 130  # Ctrl-C
-
 ALLOW_PATHS = flags.DEFINE_multi_string(
     "allow_paths",
     [],
@@ -40,34 +42,55 @@ STAGE_HELP = (
 )
 
 
-def run(main: Callable[[list[str]], Any]) -> NoReturn:
+def run(main: Callable[[list[str]], Any], safe: str | Callable[[], str] = "") -> NoReturn:
     """Parses the flags and calls `main` with what is left of the command line.
 
     Exits with 0, with what `main` returns, with 2 after a user's mistake (one line on stderr that
-    names file or field and the hint), with 3 when a run diverges, with 130 after Ctrl-C, or with
-    141 when who reads the output has gone. Other exceptions keep their traceback: they are defects.
+    names file or field and the hint), with 3 when a run diverges, with 74 where something cannot be
+    written, with 130 after Ctrl-C, or with 141 when who reads the output has gone. Other exceptions
+    keep their traceback: they are defects.
+
+    Args:
+      main: the command.
+      safe: a sentence on what is intact when it cannot write or is stopped; '' for one that writes
+        no files.
     """
+    kept = safe if callable(safe) else lambda: safe
     memory_allocator.keep_freed_memory()
+    disk.say_once()
     with terminal.ready():
         try:
-            app.run(lambda argv: guard(main, argv), flags_parser=parse)
+            app.run(lambda argv: guard(main, argv, kept), flags_parser=parse)
         except KeyboardInterrupt:
-            fail("stopped", STOPPED)
+            fail(f"Stopped. {kept()}", STOPPED)
 
 
-def guard(main: Callable[[list[str]], Any], argv: list[str]) -> Any:
-    """Calls `main`, turning a `UserError` into its line.
+def guard(main: Callable[[list[str]], Any], argv: list[str], safe: Callable[[], str] = str) -> Any:
+    """Calls `main`, turning what a user may read into its line.
 
     Libraries report warnings only, unless --verbosity or `main` says otherwise.
+
+    Args:
+      main: the command.
+      argv: what is left of the command line.
+      safe: what is intact, in a sentence or ''.
     """
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
     try:
-        return main(argv)
+        with disk.told(safe):
+            result = main(argv)
+            sys.stdout.flush()
+        return result
     except UserError as error:
-        fail(str(error))
+        fail(str(error), getattr(error, "code", FAILED))
     except Diverged as error:
         fail(str(error), DIVERGED)
+    except OSError as error:
+        if safe() and terminal.unheard(error):
+            with contextlib.suppress(OSError):
+                print(f"Nobody reads the output any more. {safe()}", file=sys.stderr, flush=True)
+        raise
 
 
 def parse(argv: Sequence[str]) -> list[str]:
@@ -116,8 +139,12 @@ def parsed(argv: list[str]) -> list[str]:
 
 
 def fail(line: str, code: int = FAILED) -> NoReturn:
-    """Prints one line on stderr and leaves."""
-    print(" ".join(line.split()), file=sys.stderr)
+    """Prints one line on stderr, or none, and leaves."""
+    for stream, words in ((sys.stdout, ""), (sys.stderr, " ".join(line.split()))):
+        try:
+            print(words, end="\n" if words else "", file=stream, flush=True)
+        except OSError:  # Python would try again at the end, and print a traceback
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     raise SystemExit(code)
 
 

@@ -64,9 +64,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def start(name: str, arguments: list[str]) -> None:
-    """Runs a command's module as a script."""
+    """Runs a command's module as a script; Ctrl-C while it is still being imported is one line."""
     sys.argv = [f"xllm {name}", *arguments]
-    runpy.run_module(f"xllm_jax.launch.{COMMANDS[name]}", run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(f"xllm_jax.launch.{COMMANDS[name]}", run_name="__main__", alter_sys=True)
+    except KeyboardInterrupt:
+        print("Stopped. Nothing was begun", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def refuse(name: str) -> NoReturn:

@@ -71,4 +71,4 @@ def replay(recording: Path) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, "What was at --output before is intact")

@@ -25,6 +25,7 @@ from absl import flags
 from tqdm import tqdm
 
 from xllm_jax.configs import networks
+from xllm_jax.core import atomic, disk
 from xllm_jax.core.text_lines import split_lines
 from xllm_jax.launch import cli, commands
 
@@ -107,7 +108,7 @@ class Running:
     def __init__(self, job: Job, folder: Path, cores: set[int]):
         self.job, self.cores, self.began = job, cores, time.monotonic()
         self.log = folder / "logs" / f"{job.name}.log"
-        self.log.parent.mkdir(parents=True, exist_ok=True)
+        disk.make_folder(self.log.parent)
         # The same as `xllm`, which need not be on the PATH.
         xllm = (sys.executable, "-m", commands.__name__)
         environment = os.environ | {
@@ -171,7 +172,7 @@ def _run_all(todo: list[Job], running: list[Running], folder: Path) -> dict[str,
             if active.process.returncode:
                 fail(active)
             seconds[active.job.name] = time.monotonic() - active.began
-            (folder / "timings.json").write_text(json.dumps(seconds, indent=1))
+            atomic.write_json(folder / "timings.json", seconds)
             bar.write(f"  {active.job.name} done in {seconds[active.job.name]:.0f} s")
             bar.update()
         bar.set_postfix_str(" | ".join(r.progress(folder) for r in running))
@@ -191,15 +192,19 @@ def pick_cores(cores: list[int], running: list[Running], slots: int, job: Job) -
 
 
 def fail(failed: Running) -> NoReturn:
-    """Leaves, showing why a job failed."""
-    tail = "\n".join(split_lines(failed.log.read_text(errors="replace"))[-15:])
-    raise SystemExit(f"{failed.job.name} failed (whole log: {failed.log}):\n{tail}")
+    """Leaves, showing why a job failed: by its line and exit code, or the end of its log."""
+    code, lines = failed.process.returncode, split_lines(failed.log.read_text(errors="replace"))
+    said = f"{failed.job.name} failed (whole log: {failed.log}):"
+    if code in (cli.FAILED, cli.DIVERGED, cli.UNWRITABLE):
+        last = lines[-1].split("\r")[-1] if lines else f"exit code {code}"
+        cli.fail(f"{said} {last}", code)
+    raise SystemExit("\n".join([said, *lines[-15:]]))
 
 
 def main(_: list[str]) -> None:
     began = time.monotonic()
     folder = Path(OUTPUT.value).absolute()
-    folder.mkdir(parents=True, exist_ok=True)
+    disk.make_folder(folder)
     seconds = run_all(jobs(), folder)
     seconds["whole run"] = time.monotonic() - began
     print((folder / "report.txt").read_text("utf-8"))
@@ -209,4 +214,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, "Finished steps are kept, and the same command continues")

@@ -100,4 +100,4 @@ def timings(seconds: float) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, "The runs are as they were")

@@ -3,7 +3,7 @@
 
 # Reads the hosts' exit codes from stdin, one a line, and prints one word:
 #   finished  every host exited with 0
-#   2 or 3    a user's mistake, or training diverged: running it again cannot help
+#   2, 3, 74  a user's mistake, training diverged, a full disk: running it again cannot help
 #   again     saved after SIGTERM (75), a host stalled or was lost (76), or SIGTERM came while the
 #             command was starting (143): the same command continues
 #   crashed   anything else, also no code at all: worth a limited number of further attempts
@@ -13,7 +13,7 @@ verdict() {
     case $code in
       '') ;;
       0) [[ $word != none ]] || word=finished ;;
-      2 | 3) echo "$code" && cat >/dev/null && return ;;
+      2 | 3 | 74) echo "$code" && cat >/dev/null && return ;;
       75 | 76 | 143) [[ $word == crashed ]] || word=again ;;
       *) word=crashed ;;
     esac

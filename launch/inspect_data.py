@@ -30,4 +30,4 @@ def main(_: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config"])
-    cli.run(main)
+    cli.run(main, "The data are as they were")

@@ -47,8 +47,8 @@ def main(_: list[str]) -> int:
     look = records.scan(stage.data, RECORDS.value) if RECORDS.value else None
     page = report.text(made, largest, look)
     name = f"{stage.name}_{made.target.title.replace(':', '_').replace(' ', '')}"
-    files = report.write(OUTPUT.value, name, page, report.record(made, largest, look))
     print(page)
+    files = report.write(OUTPUT.value, name, page, report.record(made, largest, look))
     print("Written:", ", ".join(map(str, files)))
     return 0 if made.fits else 1
 
@@ -63,4 +63,4 @@ def prepare_compiler() -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "topology"])
-    cli.run(main)
+    cli.run(main, "An earlier page is whole")

@@ -96,4 +96,4 @@ def main(_: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["source", "input", "output"])
-    cli.run(main)
+    cli.run(main, "Finished shards are kept, and the same command continues")

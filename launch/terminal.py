@@ -58,7 +58,7 @@ def ready() -> Iterator[None]:
             for stream in filter(None, before[1:]):
                 stream.flush()
     except OSError as error:
-        if not _unheard(error):
+        if not unheard(error):
             raise
         _silence(before[1:])
         raise SystemExit(UNHEARD) from None
@@ -66,7 +66,7 @@ def ready() -> Iterator[None]:
         sys.stdin, sys.stdout, sys.stderr = before
 
 
-def _unheard(error: OSError) -> bool:
+def unheard(error: OSError) -> bool:
     """Whether the pipe behind an output of this process, and no other one, has no reader."""
     if error.errno != errno.EPIPE:
         return False

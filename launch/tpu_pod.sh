@@ -233,7 +233,7 @@ run() {
     fi
     case $word in
       finished) say "training is finished; launch/tpu_pod.sh delete gives the slices back" && exit ;;
-      2 | 3) fail "training ended with exit code $word, which another attempt cannot mend" "$word" ;;
+      2 | 3 | 74) fail "training ended with exit code $word, which another attempt cannot mend" "$word" ;;
       again) say "the same command continues" && continue ;;
     esac
     # Slices that were taken away are no failure of ours.

@@ -15,7 +15,8 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from xllm_jax.core import watchdog
+from xllm_jax.core import kept_checkpoints, watchdog
+from xllm_jax.core.errors import UserError
 from xllm_jax.launch import cli, hosts
 from xllm_jax.training import loop
 
@@ -28,6 +29,8 @@ flags.declare_key_flag("allow_paths")
 
 
 def main(_: list[str]) -> None:
+    if not WORKDIR.value:
+        raise UserError("names no folder", field="--workdir")
     hosts.join()
     try:
         result = loop.fit(CONFIG.value, WORKDIR.value)
@@ -39,4 +42,4 @@ def main(_: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    cli.run(main)
+    cli.run(main, lambda: kept_checkpoints.sentence(WORKDIR.value))

@@ -39,7 +39,11 @@ STRANGERS = {"data": ("models", "objectives"), "report": ("models",), "audit": (
 HOMES = {
     "flax": ("xllm_jax/models/", "xllm_jax/objectives/", "xllm_jax/assembly/"),
     "optax": ("xllm_jax/core/optim.py", "xllm_jax/training/step.py"),
-    "orbax": ("xllm_jax/core/checkpoint.py", "xllm_jax/core/streamed_leaf.py"),
+    "orbax": (
+        "xllm_jax/core/checkpoint.py",
+        "xllm_jax/core/kept_checkpoints.py",
+        "xllm_jax/core/streamed_leaf.py",
+    ),
     "grain": ("xllm_jax/data/",),
     "tensorflow_datasets": ("xllm_jax/data/",),
     # mBART exists for PyTorch alone; it translates texts while a data set is prepared.

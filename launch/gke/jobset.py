@@ -24,7 +24,7 @@ ACCELERATORS = {
     "h100": "nvidia-h100-80gb",
     "h200": "nvidia-h200-141gb",
 }
-HOPELESS = (2, 3)  # a user's mistake, a diverged loss
+HOPELESS = (2, 3, 74)  # a user's mistake, a diverged loss, a disk that cannot be written to
 CONTINUES = (75, 76, 143)  # saved after SIGTERM, a host stalled or was lost, SIGTERM while starting
 PORT = 8476  # of the coordination service on GPUs
 SHARED = "/shared"  # where the bucket or claim is mounted; the image links bases, data, runs to it
@@ -171,8 +171,8 @@ def job(run: Run) -> dict[str, Any]:
     """The Job of one slice, or of all GPU nodes.
 
     A pod that ends with 75, 76 or 143, or whose node was taken away, is replaced and joins the
-    others again without counting. 2 and 3 fail the Job for the reason PodFailurePolicy, which ends
-    the JobSet. Anything else fails it for another reason, and the JobSet starts anew.
+    others again without counting. 2, 3 and 74 fail the Job for the reason PodFailurePolicy, which
+    ends the JobSet. Anything else fails it for another reason, and the JobSet starts anew.
     """
     return {
         "completionMode": "Indexed",

@@ -13,6 +13,7 @@ from PIL import Image
 
 from xllm_jax.audit import Audit
 from xllm_jax.audit.samples import Medium, Sample
+from xllm_jax.core import atomic
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.batching.padding import MOST
 from xllm_jax.data.media import speech
@@ -191,9 +192,6 @@ def _wave(samples: np.ndarray) -> str:
 
 def write(found: Audit, directory: str | Path) -> Path:
     """Writes audit.html into a folder, made if needed; returns its path."""
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    file, partial = directory / "audit.html", directory / "audit.html.partial"
-    partial.write_text(render(found), "utf-8")
-    partial.replace(file)
+    file = Path(directory) / "audit.html"
+    atomic.write_text(file, render(found))
     return file

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +17,8 @@ from xllm_jax.convert.base_sizes import Base
 from xllm_jax.convert.header import Header
 from xllm_jax.convert.safetensors_file import SAFETENSORS
 from xllm_jax.core import checkpoint, litter, rules
-from xllm_jax.core.errors import UserError
+from xllm_jax.core.errors import CannotWrite, UserError
+from xllm_jax.core.new_folder import new_folder
 
 COMPARED = ("width", "depth", "heads", "hidden")
 SHARD = 4 << 30
@@ -129,18 +129,10 @@ def run_export(source: str, path: str | Path, output: str | Path, size: str = ""
     if output.exists() and (output.is_file() or litter.filled(output)):
         raise UserError("is there already", field=str(output), hint="Choose another --output")
     run_import.check_room(output, sum(_bytes(header_of(tensors, name)) for name in tensors))
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with new_folder(output) as partial:
+        partial.mkdir(parents=True)
         names = write_shards(tensors, partial)
         run_import.copy_extra_files(plan, path, partial)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if output.exists():
-        output.rmdir()
-    partial.rename(output)
     return names
 
 
@@ -211,7 +203,7 @@ def write_file(
     """Writes one safetensors file, holding one tensor at a time.
 
     Raises:
-      UserError: the disk is full; names file and tensor.
+      CannotWrite: the disk is full; names file and tensor.
     """
     names = {np.dtype(dtype): name for name, dtype in SAFETENSORS.items()}
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -233,11 +225,8 @@ def write_file(
                 tensor = np.ascontiguousarray(tensors[name])
                 file.write(tensor.reshape(-1).view(np.uint8).data)
     except OSError as error:
-        raise UserError(
-            f"cannot be written ({error.strerror})",
-            field=f"{path.name}: {name}",
-            hint="Make room on the disk, or choose another --output; nothing was left behind",
-        ) from error
+        reason, safe = error.strerror or str(error), "Nothing was left behind"
+        raise CannotWrite(f"{path.name}: {name}", reason, safe) from error
 
 
 def _bytes(header: Header) -> int:

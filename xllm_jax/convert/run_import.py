@@ -38,7 +38,7 @@ from xllm_jax.convert import (
     wrapped_names,
 )
 from xllm_jax.core import checkpoint, litter, lookup, rules
-from xllm_jax.core.errors import UserError
+from xllm_jax.core.errors import CannotWrite, UserError
 from xllm_jax.core.streamed_leaf import Blocks
 
 PACKAGE = "xllm_jax.convert.sources"
@@ -312,18 +312,15 @@ def check_room(output: str | Path, needed: int) -> None:
     """Refuses to start what the disk cannot hold; `needed` in bytes, before compression.
 
     Raises:
-      UserError: tells how much is missing.
+      CannotWrite: tells how much is missing.
     """
     folder = Path(output).absolute().parent
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise UserError(
-            f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
-            field=str(output),
-            hint="Make room on the disk, or choose another --output",
-        )
+        reason = f"needs {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free"
+        raise CannotWrite(str(output), reason, "Nothing was begun")
 
 
 def copy_extra_files(plan: ConversionPlan, source: Path, target: Path) -> None:

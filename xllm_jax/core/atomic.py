@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from xllm_jax.core import disk
+
 PARTIAL = ".partial"
 REPLACED = ".replaced"
 BLOCK = 1 << 20
@@ -29,10 +31,23 @@ def partial_name(file: Path) -> Path:
 
 @contextlib.contextmanager
 def whole(file: Path) -> Iterator[Path]:
-    """Where to write a file, which gets its name when the block has ended without an error."""
+    """Where to write a file, which gets its name when the block has ended without an error.
+
+    Its folder is made where it is not there; after an error nothing is left.
+
+    Raises:
+      CannotWrite: the disk does not let it be written.
+    """
     partial = partial_name(file)
-    yield partial
-    partial.replace(file)
+    try:
+        with disk.writing(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            partial.replace(file)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
 
 
 def remove_partial(folder: Path, names: Collection[str] = ()) -> None:
@@ -47,11 +62,15 @@ def remove_partial(folder: Path, names: Collection[str] = ()) -> None:
             left.unlink(missing_ok=True)
 
 
+def write_text(file: Path, text: str) -> None:
+    """Writes text as UTF-8, whole or not at all."""
+    with whole(file) as partial:
+        partial.write_text(text, "utf-8", "backslashreplace")
+
+
 def write_json(file: Path, content: object) -> None:
     """Writes JSON whole or not at all."""
-    text = json.dumps(content, ensure_ascii=False, indent=1)
-    with whole(file) as partial:
-        partial.write_text(text + "\n", "utf-8", "backslashreplace")
+    write_text(file, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 
 
 def write_array(file: Path, values: np.ndarray) -> None:

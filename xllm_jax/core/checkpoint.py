@@ -8,29 +8,30 @@ checkpoint that could be picked up.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
-import math
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 import tensorstore
 from jax.experimental import multihost_utils
-from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
-from xllm_jax.core import atomic, checksum, rules
+from xllm_jax.core import atomic, checksum, disk, interrupts, kept_checkpoints, new_folder, rules
 from xllm_jax.core.errors import UserError
-from xllm_jax.core.stage import metric_names
 from xllm_jax.core.streamed_leaf import Blocks, BlocksHandler, full
 from xllm_jax.core.types import Params
 
 FORMAT = 1
 CONVERSION = "conversion.json"
+TRIES = 30  # to remove what a failed save has left, 0.1 s apart
+PARTIAL = ".orbax-checkpoint-tmp"  # in the names of folders that orbax has not finished
 
 
 class Checkpoints:
@@ -46,13 +47,39 @@ class Checkpoints:
     def __init__(self, directory: str | Path, keep: int = 2, metric: str = "", lowest: bool = True):
         self.directory = Path(directory).absolute() / "checkpoints"
         self._metric = metric
-        options = ocp.CheckpointManagerOptions(
-            create=True,
-            enable_async_checkpointing=True,
-            preservation_policy=policy.AnyPreservationPolicy(_policies(keep, metric, lowest)),
-            best_fn=_value(metric, lowest) if metric else None,  # else no metric reaches the disk
-        )
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        options = kept_checkpoints.options(keep, metric, lowest)
+        with disk.writing(self.directory):
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+        self._saving: Path = self.directory
+
+    def __enter__(self) -> Checkpoints:
+        if jax.process_index() == 0:
+            self._remove_partial()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.close()
+        elif jax.process_count() == 1:  # several hosts may not wait for one another any more
+            with interrupts.held_back():
+                with contextlib.suppress(Exception):  # what ended the run is told already
+                    self.close()
+                self._remove_partial()
+
+    def _remove_partial(self) -> None:
+        """Removes what killed and failed saves have left."""
+        for _ in range(TRIES):  # threads of a save that was broken off may still write there
+            left = list(self.directory.glob(f"*{PARTIAL}*"))
+            for folder in left:
+                shutil.rmtree(folder, ignore_errors=True)
+            if not left:
+                break
+            time.sleep(0.1)
 
     def steps(self) -> list[int]:
         """Numbers of the complete checkpoints, ascending; waits for a save under way."""
@@ -80,15 +107,18 @@ class Checkpoints:
             never the best while another has it.
         """
         about = {**about, "checksums": checksum.of_leaves(_leaves(state))}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                about=ocp.args.JsonSave({**about, "hash": checksum.of_json(about)}),
-            ),
-            metrics=dict(metrics or {}) if self._metric else None,
-            force=True,
-        )
+        self.wait()  # for the one before, whose failure is its own
+        self._saving = self.directory / str(step)
+        with interrupts.held_back(), disk.writing(self._saving):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    about=ocp.args.JsonSave({**about, "hash": checksum.of_json(about)}),
+                ),
+                metrics=dict(metrics or {}) if self._metric else None,
+                force=True,
+            )
 
     def about(self, step: int) -> dict[str, Any]:
         """What was saved with the arrays of a checkpoint."""
@@ -145,41 +175,30 @@ class Checkpoints:
                 return f"{path} has shape {held[path]}, the stage {wanted[path]}"
         return ""
 
+    def check(self) -> None:
+        """Raises what the last save raised, if it has ended; waits for nothing."""
+        if not self._manager.is_saving_in_progress():
+            self.wait()
+
     def wait(self) -> None:
-        """Blocks until the save under way is complete."""
-        self._manager.wait_until_finished()
+        """Blocks until the save under way is complete.
+
+        Raises:
+          CannotWrite: the disk does not let it be written.
+        """
+        with disk.writing(self._saving, also=(ValueError, OSError)):
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits for the last save and releases the folder."""
-        self._manager.close()
+        with disk.writing(self._saving, also=(ValueError, OSError)):
+            self._manager.close()
 
 
 def _stored(folder: Path) -> Any:
     """Tree of what a checkpoint says that its arrays are."""
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.metadata(folder / "state").item_metadata.tree
-
-
-def _policies(keep: int, metric: str, lowest: bool) -> list[Any]:
-    best = policy.BestN(
-        get_metric_fn=_value(metric, lowest),
-        reverse=lowest,  # orbax sorts ascending and keeps the end of the list
-        n=1,
-        keep_checkpoints_without_metrics=False,
-    )
-    return [policy.LatestN(keep), best] if metric else [policy.LatestN(keep)]
-
-
-def _value(metric: str, lowest: bool) -> Callable[[Mapping[str, float]], float]:
-    """The metric of a checkpoint; the worst one where it has none, or it is NaN."""
-    worst = math.inf if lowest else -math.inf
-
-    def value(found: Mapping[str, float]) -> float:
-        names = [name for name in metric_names(metric) if name in found]
-        known = float(found[names[0]]) if names else worst
-        return worst if math.isnan(known) else known
-
-    return value
 
 
 def _leaves(tree: Any) -> dict[str, Any]:
@@ -211,23 +230,17 @@ def save_base(
       finish: writes further files into the folder that it is given, before it gets its name.
 
     Raises:
-      UserError: a leaf of `Blocks` cannot be written.
+      CannotWrite: the disk does not let it be written; names the leaf of `Blocks`.
+      UserError: another command writes the folder.
     """
     directory = Path(directory).absolute()
-    partial = directory.with_name(directory.name + ".partial")
     main = jax.process_index() == 0
-    if main:
-        shutil.rmtree(partial, ignore_errors=True)
-    try:
-        _save_params(partial / "params", params)  # every host writes what it holds
+    partial = new_folder.partial_folder(directory)
+    with new_folder.new_folder(directory) if main else contextlib.nullcontext():
+        with disk.writing(directory, also=(ValueError, OSError)):
+            _save_params(partial / "params", params)  # every host writes what it holds
         if main:
             _describe(partial, params, about, finish)
-    except BaseException:
-        if main:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if main:
-        atomic.replace_folder(directory, partial)
     if jax.process_count() > 1:  # no host goes on before the folder has its name
         multihost_utils.sync_global_devices("base written")
 

@@ -1,6 +1,8 @@
-"""The exceptions that a user may read: a mistake of theirs, and a run that diverged."""
+"""The exceptions that a user may read: a mistake of theirs, a closed disk, a run that diverged."""
 
 from __future__ import annotations
+
+UNWRITABLE = 74  # exit code: something could not be written
 
 
 class UserError(Exception):
@@ -14,6 +16,23 @@ class UserError(Exception):
         self.what, self.field, self.hint = what, field, hint
         line = f"{field}: {what}" if field else what
         super().__init__(f"{line}. {hint}" if hint else line)
+
+
+class CannotWrite(UserError):
+    """The disk is full or read-only, or a permission is missing. `launch/` exits with UNWRITABLE.
+
+    Args:
+      path: what could not be written; '' where nobody knows.
+      reason: the system's words.
+      safe: what is intact, in a sentence.
+    """
+
+    code = UNWRITABLE
+
+    def __init__(self, path: str, reason: str, safe: str = ""):
+        self.reason, self.safe = reason, safe
+        hint = f"{safe or 'What was whole before is intact'}. Make room, or let it be written to"
+        super().__init__(f"cannot be written ({reason})", field=path or "a file", hint=hint)
 
 
 class Diverged(Exception):

@@ -18,6 +18,7 @@ from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
+from xllm_jax.core import atomic, disk
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.text_lines import split_lines
 
@@ -50,13 +51,14 @@ class Log:
         self._main, self._start, self._began = main, start, time.monotonic()
         if not main:
             return
-        directory.mkdir(parents=True, exist_ok=True)
+        disk.make_folder(directory)
         self._sinks: list[Events | WeightsAndBiases] = (
             [WeightsAndBiases(directory, name, wandb)] if wandb else []
         )
         self._file = directory / "metrics.jsonl"
         self._truncate(start)
-        self._stream = self._file.open("a")
+        with disk.writing(self._file):
+            self._stream = self._file.open("a")
         self._sinks.append(Events(directory / "tensorboard", start))
         self._bar = tqdm(total=total, initial=start, desc=name, unit="step", dynamic_ncols=True)
 
@@ -64,16 +66,15 @@ class Log:
         if not self._file.exists():
             return
         kept = [line for line in split_lines(self._file.read_text()) if _step(line) <= start]
-        partial = self._file.with_suffix(".partial")
-        partial.write_text("".join(line + "\n" for line in kept))
-        os.replace(partial, self._file)
+        atomic.write_text(self._file, "".join(line + "\n" for line in kept))
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Records the scalars of a step and moves the bar there."""
         if not self._main:
             return
-        self._stream.write(json.dumps({"step": step, **scalars}) + "\n")
-        self._stream.flush()
+        with disk.writing(self._file):
+            self._stream.write(json.dumps({"step": step, **scalars}) + "\n")
+            self._stream.flush()
         for sink in self._sinks:
             sink.write(step, scalars)
         self._bar.set_postfix_str(
@@ -105,22 +106,25 @@ class Events:
     """
 
     def __init__(self, directory: Path, start: int):
-        directory.mkdir(parents=True, exist_ok=True)
+        disk.make_folder(directory)
         name = f"events.out.tfevents.{time.time_ns()}.{os.uname().nodename}"
-        self._records = RecordWriter((directory / name).open("wb"))
-        self._add(_EVENTS.Event(file_version="brain.Event:2"))
+        self._file = directory / name
+        with disk.writing(self._file):
+            self._records = RecordWriter(self._file.open("wb"))
         log = _EVENTS.SessionLog(status=_EVENTS.SessionLog.START)
+        self._add(_EVENTS.Event(file_version="brain.Event:2"))
         self._add(_EVENTS.Event(session_log=log, step=start + 1))
 
     def _add(self, event: Any) -> None:
         event.wall_time = time.time()
-        self._records.write(event.SerializeToString())
+        with disk.writing(self._file):
+            self._records.write(event.SerializeToString())
+            self._records.flush()
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Adds the scalars of one step."""
         values = [_SUMMARIES.Summary.Value(tag=k, simple_value=v) for k, v in scalars.items()]
         self._add(_EVENTS.Event(step=step, summary=_SUMMARIES.Summary(value=values)))
-        self._records.flush()
 
     def close(self) -> None:
         """Closes the file."""
@@ -150,7 +154,7 @@ class WeightsAndBiases:
             ) from error
         file = directory / "wandb_id"
         if not file.exists():
-            file.write_text(uuid.uuid4().hex)
+            atomic.write_text(file, uuid.uuid4().hex)
         self._run = wandb.init(
             project=project, name=name, id=file.read_text(), resume="allow", dir=str(directory)
         )

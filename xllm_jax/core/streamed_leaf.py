@@ -12,7 +12,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from xllm_jax.core.errors import UserError
+from xllm_jax.core import disk
+from xllm_jax.core.errors import CannotWrite, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,10 +81,8 @@ class BlocksHandler(ocp.type_handlers.NumpyHandler):
             start = stop
 
 
-def full(path: str, error: Exception) -> UserError:
+def full(path: str, error: Exception) -> CannotWrite:
     """The error about a leaf that the disk has no room for."""
-    return UserError(
-        f"cannot be written ({' '.join(str(error).split())[:200]})",
-        field=path,
-        hint="Make room on the disk, or choose another --output; nothing was left behind",
-    )
+    found = disk.failure(error)
+    reason = found[1] if found else " ".join(str(error).split())[:200]
+    return CannotWrite(path, reason, "Nothing was left behind")

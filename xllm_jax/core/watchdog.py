@@ -281,6 +281,10 @@ class Watch:
 
     def _dump(self, why: str) -> None:
         """Writes what every thread of this host is at, and which samples are under way."""
+        with contextlib.suppress(OSError):  # a full disk must not keep a stalled run alive
+            self._write_stacks(why)
+
+    def _write_stacks(self, why: str) -> None:
         self._directory.mkdir(parents=True, exist_ok=True)
         with (self._directory / f"stall-{self.index}.txt").open("w", encoding="utf-8") as file:
             file.write(f"{why}\n")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from xllm_jax.core import atomic, disk
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.text_lines import split_lines
 from xllm_jax.data.record import Skipped
@@ -84,15 +84,13 @@ class Quarantine:
         lines = split_lines(self.path.read_text("utf-8"))
         kept = [(line, found) for line in lines if (found := _parsed(line))["drawn"] < drawn]
         if len(kept) < len(lines):
-            partial = self.path.with_suffix(".partial")
-            partial.write_text("".join(f"{line}\n" for line, _ in kept), "utf-8")
-            os.replace(partial, self.path)
+            atomic.write_text(self.path, "".join(f"{line}\n" for line, _ in kept))
         return {found["file"]: found["count"] for _, found in kept}
 
     def _write(self, record: Skipped, name: str, drawn: int) -> None:
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        disk.make_folder(self.path.parent)
         line = {
             "file": name,
             "key": record.key,
@@ -100,7 +98,10 @@ class Quarantine:
             "count": self.counts[name],
             "drawn": drawn,
         }
-        with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+        with (
+            disk.writing(self.path),
+            self.path.open("a", encoding="utf-8", errors="backslashreplace") as file,
+        ):
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
+from xllm_jax.core import atomic
 from xllm_jax.data.batching import batch_format
 from xllm_jax.preflight import collectives, memory, micro_batch
 from xllm_jax.preflight.collectives import Collective
@@ -252,15 +252,10 @@ def write(directory: str | Path, name: str, page: str, plain: dict[str, Any]) ->
       page: the text.
       plain: the same as plain data.
     """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     written = []
     for ending, content in (("txt", page), ("json", json.dumps(plain, indent=1, default=_plain))):
-        file = directory / f"{name}.{ending}"
-        partial = file.with_name(file.name + ".partial")
-        partial.write_text(content, encoding="utf-8")
-        os.replace(partial, file)
-        written.append(file)
+        written.append(Path(directory) / f"{name}.{ending}")
+        atomic.write_text(written[-1], content)
     return written
 
 

@@ -18,11 +18,11 @@ All of it reads one plain dict, the JSON of an evaluation:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from xllm_jax.core import atomic
 from xllm_jax.report import page, tables, text
 
 
@@ -33,12 +33,9 @@ def write(results: Mapping[str, Any], directory: str | Path) -> str:
       results: see above; what is missing is left out of the tables.
       directory: folder, made if needed.
     """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    made = tables.build(results)
+    directory, made = Path(directory), tables.build(results)
     shown = text.report(made)
-    (directory / "report.txt").write_text(shown + "\n", "utf-8")
-    (directory / "report.html").write_text(page.render(made, results), "utf-8")
-    record = json.dumps(results, ensure_ascii=False, indent=1)
-    (directory / "report.json").write_text(record, "utf-8")
+    atomic.write_json(directory / "report.json", results)  # first: the others are made of it
+    atomic.write_text(directory / "report.txt", shown + "\n")
+    atomic.write_text(directory / "report.html", page.render(made, results))
     return shown

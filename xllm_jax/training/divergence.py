@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from xllm_jax.core import atomic
 from xllm_jax.core.batch import B
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Divergence, Stage
@@ -185,13 +185,10 @@ class Held:
             "share": self._share,
             "stage": dataclasses.asdict(self._stage),
         }
-        self._directory.mkdir(parents=True, exist_ok=True)
-        partial = self._directory / f"{name}.partial"
-        with partial.open("wb") as file:
+        with atomic.whole(self._directory / name) as partial, partial.open("wb") as file:
             arrays = {ABOUT: np.asarray(json.dumps(about))}
             arrays |= {f"batch/{path}": leaf for path, leaf in flat(entry.batch).items()}
             np.savez(file, allow_pickle=True, **arrays)
-        os.replace(partial, self._directory / name)
         return self._directory / name
 
 

@@ -14,7 +14,7 @@ import jax
 from jax.sharding import Mesh
 
 from xllm_jax.assembly.system import System
-from xllm_jax.core import checkpoint, hosts, mesh, rules, watchdog
+from xllm_jax.core import checkpoint, disk, hosts, kept_checkpoints, mesh, rules, watchdog
 from xllm_jax.core.errors import Diverged, UserError
 from xllm_jax.core.log import Log
 from xllm_jax.core.optim import Schedule
@@ -43,25 +43,49 @@ def fit(stage: Stage, workdir: str | Path, stop_after: int | None = None) -> Pat
       The folder of the trained parts, `workdir/final`.
 
     Raises:
-      UserError: the stage, its data or what lies in `workdir` do not fit together.
+      UserError: the stage, its data or what lies in `workdir` do not fit together, or another
+        process trains there.
+      CannotWrite: the disk is full or read-only; says which checkpoint is whole.
       Diverged: the stage's policy stops the run; the state before it is saved.
       Preempted: SIGTERM came, and the run was saved.
     """
     workdir, store = Path(workdir), hosts.store()
     validation.check_settings(stage)
-    with watchdog.Watch(workdir, stage.stall, store) as watch:
-        system = System.build(stage)
-        trainer, device_mesh = Trainer(system), system.device_mesh
-        pipeline = startup.open_pipeline(stage, device_mesh, workdir)
-        watch.reading = pipeline.activity.now
-        startup.compare(system, pipeline, store)
-        cached = check.verified(system)
-        state = trainer.initial_state()
-        startup.describe(state)
-        base = check.base(state.frozen, cached)
-        hosts.agree(store, "frozen base", base)
-        best = stage.best
-        checkpoints = checkpoint.Checkpoints(workdir, stage.keep, best.metric, best.lowest)
+    with (
+        watchdog.Watch(workdir, stage.stall, store) as watch,
+        disk.told(functools.partial(kept_checkpoints.sentence, workdir)),
+        startup.hold(workdir),
+    ):
+        train(stage, workdir, stop_after, watch, store)
+    return workdir / "final"
+
+
+def train(
+    stage: Stage,
+    workdir: Path,
+    stop_after: int | None,
+    watch: watchdog.Watch,
+    store: hosts.Store | None,
+) -> None:
+    """As `fit`, in a folder that is held, under a watch that has begun.
+
+    Args:
+      stage, workdir, stop_after: as of `fit`.
+      watch: over stalls, other hosts and SIGTERM.
+      store: of the hosts; None with one.
+    """
+    system = System.build(stage)
+    trainer, device_mesh = Trainer(system), system.device_mesh
+    pipeline = startup.open_pipeline(stage, device_mesh, workdir)
+    watch.reading = pipeline.activity.now
+    startup.compare(system, pipeline, store)
+    cached = check.verified(system)
+    state = trainer.initial_state()
+    startup.describe(state)
+    base = check.base(state.frozen, cached)
+    hosts.agree(store, "frozen base", base)
+    best = stage.best
+    with checkpoint.Checkpoints(workdir, stage.keep, best.metric, best.lowest) as checkpoints:
         state, position = startup.resume(state, checkpoints, base, stage.data, store)
         loop = assemble(trainer, state, workdir, checkpoints, base, watch)
         loop.evaluation = validation.opened(system, state, workdir, watch, store, loop.log.log)
@@ -69,13 +93,11 @@ def fit(stage: Stage, workdir: str | Path, stop_after: int | None = None) -> Pat
         total = stage.steps * stage.optimizer.accumulation
         with jax.set_mesh(device_mesh):
             state = loop.run(state, batches, device_mesh, min(total, stop_after or total))
-        checkpoints.close()
-        if int(state.step) == total:
-            watch.moved("writes the result")
-            write_result(system, state, base, cached, workdir / "final")
-        elif watch.stopping:
-            raise watchdog.Preempted(int(state.step))
-    return workdir / "final"
+    if int(state.step) == total:
+        watch.moved("writes the result")
+        write_result(system, state, base, cached, workdir / "final")
+    elif watch.stopping:
+        raise watchdog.Preempted(int(state.step))
 
 
 def assemble(
@@ -217,6 +239,7 @@ class Loop:
             if self.evaluation and measures:
                 scalars |= self.measure(self.evaluation, number, state, since)
             if scalars:
+                self.checkpoints.check()
                 self.log.write(number, scalars)
             since = self.interval() if logs else since
             self.watch.stepped()

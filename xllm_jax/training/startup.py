@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 
 from xllm_jax.assembly.system import System
-from xllm_jax.core import checkpoint, fingerprint, hosts, mesh, rules
+from xllm_jax.core import checkpoint, fingerprint, hosts, lock, mesh, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data, Stage
 from xllm_jax.data import manifest
@@ -33,6 +34,18 @@ def open_pipeline(stage: Stage, device_mesh: Mesh, workdir: Path) -> Pipeline:
     host = jax.process_index()  # hosts with the same rows would write one file
     name = "quarantine.jsonl" if share == host else f"quarantine-{host}.jsonl"
     return Pipeline(stage.data, stage.seed, share, shares, quarantine=workdir / name)
+
+
+def hold(workdir: Path) -> contextlib.AbstractContextManager[Any]:
+    """Keeps other processes from training in the run's folder, which is made; host 0 does.
+
+    Args:
+      workdir: the run's folder.
+    """
+    if jax.process_index():
+        return contextlib.nullcontext()
+    hint = "Wait for it, stop it, or choose another --workdir"
+    return lock.Lock(workdir / lock.NAME, str(workdir), hint)
 
 
 def compare(system: System, pipeline: Pipeline, store: hosts.Store | None) -> None:

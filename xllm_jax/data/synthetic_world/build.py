@@ -21,7 +21,7 @@ import pathlib
 import shutil
 from collections.abc import Callable, Iterator
 
-from xllm_jax.core import litter
+from xllm_jax.core import disk, litter
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.synthetic_world import annotations, motion, plan, render, speak
 from xllm_jax.data.synthetic_world.plan import SPLITS, Split, WorldSizes
@@ -63,11 +63,12 @@ def build(
     partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
     try:
         splits = [plan.plan_split(seed, split, sizes) for split in SPLITS]
-        partial.mkdir(parents=True)
-        _run(list(_jobs(partial, splits)), workers, progress)
-        _link_genome(partial, splits)
-        _write_annotations(partial, splits, sizes, seed)
-        _move(partial, directory, sizes, seed)
+        with disk.writing(directory):
+            partial.mkdir(parents=True)
+            _run(list(_jobs(partial, splits)), workers, progress)
+            _link_genome(partial, splits)
+            _write_annotations(partial, splits, sizes, seed)
+            _move(partial, directory, sizes, seed)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return directory

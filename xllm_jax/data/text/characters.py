@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from xllm_jax.core import atomic
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.text_lines import split_lines
 
@@ -63,7 +64,7 @@ class CharacterVocabulary:
 
     def save(self, path: str | Path) -> None:
         """Writes one character a line."""
-        Path(path).write_text("".join(f"{c}\n" for c in self.characters), "utf-8")
+        atomic.write_text(Path(path), "".join(f"{c}\n" for c in self.characters))
 
     def __len__(self) -> int:
         """Ids in all, special ones included."""
