@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from xllm_jax.convert import ConversionPlan, Report, files
+from xllm_jax.convert import ConversionPlan, Report, bounds, files
 from xllm_jax.core.checkpoint import CONVERSION
 from xllm_jax.core.errors import UserError
 
@@ -109,8 +109,8 @@ def read(folder: str | Path) -> Conversion | None:
     if not file.exists():
         return None
     try:
-        return Conversion(**json.loads(file.read_text("utf-8")))
-    except (ValueError, TypeError) as error:
+        return Conversion(**bounds.read_json(file))
+    except (UserError, TypeError) as error:
         raise UserError(
             "is not a record of a conversion", field=str(file), hint="Convert again"
         ) from error

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import math
+import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,11 +19,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from xllm_jax.convert import inert, weight_files
+from xllm_jax.convert import bounds, inert, weight_files
 from xllm_jax.convert.header import Header, known
 from xllm_jax.convert.safetensors_file import SafetensorsFile
 from xllm_jax.core.errors import UserError
 
+MOST_MAPPINGS = 100  # within each other that are looked into
 KEPT = 1 << 26
 """Bytes that a mapped file may hand out before its pages are let go of."""
 
@@ -63,6 +64,8 @@ class TorchFile(Mapping):
         if not self.path.exists():
             raise UserError("no such file", field=str(path), hint="Give the checkpoint's path")
         self._mapped = zipfile.is_zipfile(self.path)
+        if self._mapped:
+            self._check_archive()
         self._stand_ins: list[tuple[Any, str]] | None = None
         self._state, self._handed_out = self._load(), 0
         self._headers = {name: _torch_header(tensor) for name, tensor in self._state.items()}
@@ -86,6 +89,14 @@ class TorchFile(Mapping):
 
     def __len__(self) -> int:
         return len(self._headers)
+
+    def _check_archive(self) -> None:
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                bounds.check_archive(archive, self.path)
+        except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
+            what = f"not a PyTorch file of plain tensors ({type(error).__name__})"
+            raise UserError(what, field=str(self.path), hint="Download it again") from error
 
     def _load(self) -> dict[str, Any]:
         try:
@@ -126,6 +137,7 @@ class Checkpoint(Mapping):
         self.renamed: dict[str, int] = {}
         for where, file in files.items():
             for name in file:
+                bounds.check_name(name, where)
                 if name in self._home:
                     raise UserError(
                         f"the tensor stands in {self._home[name][0].name} too",
@@ -183,10 +195,7 @@ class Checkpoint(Mapping):
         file = self.config_file()
         if not file.is_file():
             return {}
-        try:
-            config = json.loads(file.read_text("utf-8"))
-        except ValueError as error:
-            raise UserError("is not JSON", field=str(file), hint="Download it again") from error
+        config = bounds.read_json(file)
         return config if isinstance(config, dict) else {}
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -276,11 +285,11 @@ def _open_shards(path: Path, index: Path) -> Checkpoint:
     names = weight_files.shards_of(index)
     shards = {path / name: None for name in sorted(set(names.values()))}
     for shard in shards:
-        if not shard.exists():
+        if not os.path.isfile(shard):
             tensor = min(name for name, file in names.items() if path / file == shard)
             raise UserError(
                 "this shard of the index is missing",
-                field=f"{shard}: {tensor}",
+                field=f"{str(shard)[:400]}: {tensor[: bounds.SHOWN]}",
                 hint="Download it again",
             )
         shards[shard] = _open_file(shard)
@@ -308,7 +317,7 @@ def _state_dict(content: Any, key: str | None, path: Path) -> Mapping[str, Any]:
     """The mapping of tensors within a file: under `key`, under a usual name, or the file itself."""
     place = content.get(key) if key and isinstance(content, Mapping) else content
     if isinstance(place, Mapping):
-        return _of_tensors(place) or place
+        return _of_tensors(place, set()) or place
     raise UserError(
         "holds no state dict" + (f" under {key!r}" if key else ""),
         field=str(path),
@@ -316,13 +325,15 @@ def _state_dict(content: Any, key: str | None, path: Path) -> Mapping[str, Any]:
     )
 
 
-def _of_tensors(content: Mapping[str, Any]) -> Mapping[str, Any] | None:
+def _of_tensors(content: Mapping[str, Any], seen: set[int]) -> Mapping[str, Any] | None:
     """What lies under the first of the usual names and holds tensors, or the mapping itself."""
     import torch
 
-    for name in USUAL:
+    seen.add(id(content))  # a file may hold one mapping in many places, or within itself
+    for name in USUAL if len(seen) < MOST_MAPPINGS else ():
         inner = content.get(name)
-        found = _of_tensors(inner) if isinstance(inner, Mapping) else None
+        new = isinstance(inner, Mapping) and id(inner) not in seen
+        found = _of_tensors(inner, seen) if new else None
         if found is not None:
             return found
     return content if any(isinstance(x, torch.Tensor) for x in content.values()) else None

@@ -11,6 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from xllm_jax.convert import bounds
 from xllm_jax.convert.header import Header, known
 from xllm_jax.core.errors import UserError
 
@@ -45,10 +46,14 @@ class SafetensorsFile(Mapping):
         try:
             with self.path.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")
+                self._check_length(length)
                 self._start = 8 + length
-                header = json.loads(file.read(min(length, self.path.stat().st_size)))
+                header = json.loads(file.read(length))
             entries = {k: v for k, v in header.items() if k != "__metadata__"}
+            for name in entries:
+                bounds.check_name(name, self.path)
             self._check_end(entries)
+            self._headers = {name: self._header(name, entry) for name, entry in entries.items()}
             with safe_open(str(path), framework="numpy"):  # checks every offset against the file
                 pass
         except UserError:
@@ -63,10 +68,7 @@ class SafetensorsFile(Mapping):
 
     def header(self, name: str) -> Header:
         """Shape and dtype; reads nothing."""
-        entry = self._entries[name]
-        dtype = SAFETENSORS.get(entry["dtype"])
-        header = None if dtype is None else Header(tuple(entry["shape"]), np.dtype(dtype))
-        return known(header, self.path, name)
+        return known(self._headers[name], self.path, name)
 
     def __getitem__(self, name: str) -> np.ndarray:
         header, start = self.header(name), self._start + self._entries[name]["data_offsets"][0]
@@ -81,6 +83,18 @@ class SafetensorsFile(Mapping):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def _header(self, name: str, entry: Mapping[str, Any]) -> Header | None:
+        """Shape and dtype, None for what NumPy cannot hold."""
+        dtype = SAFETENSORS.get(entry["dtype"])
+        shape = bounds.shape(entry["shape"], dtype or np.uint8, f"{self.path}: {name}")
+        return None if dtype is None else Header(shape, np.dtype(dtype))
+
+    def _check_length(self, length: int) -> None:
+        """Raises UserError for a header that is longer than its file, or than any can be."""
+        if length > min(bounds.MOST_JSON, self.path.stat().st_size):
+            what = f"says that its header has {length:,} bytes"
+            raise UserError(what, field=str(self.path), hint="Download it again")
 
     def _check_end(self, entries: Mapping[str, Any]) -> None:
         end = self.path.stat().st_size - self._start

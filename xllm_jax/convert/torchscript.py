@@ -9,7 +9,10 @@ the archive is ever run. PyTorch is not needed.
 from __future__ import annotations
 
 import collections
+import io
+import math
 import pickle
+import pickletools
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,9 +21,11 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from xllm_jax.convert import bounds
 from xllm_jax.convert.header import Header
 from xllm_jax.core.errors import UserError
 
+DEPTH, NAMES = 64, 1 << 20  # of modules within each other, of tensors on all levels
 STORAGES = {
     "HalfStorage": np.float16,
     "BFloat16Storage": ml_dtypes.bfloat16,
@@ -56,12 +61,14 @@ class TorchScriptFile(Mapping):
         self.path = Path(path)
         try:
             self._archive = zipfile.ZipFile(self.path)
+            bounds.check_archive(self._archive, self.path)
             root = next(n for n in self._archive.namelist() if n.endswith("/data.pkl"))
             self._root = root.removesuffix("data.pkl")
             with self._archive.open(root) as file:
-                self._places = dict(_tensors(_Reader(file).load()))
-        except UserError:
-            raise
+                self._places = _Walk().tensors(_load(file.read()))
+        except UserError as error:
+            where = f"{path}: {error.field}" if error.field else str(path)
+            raise UserError(error.what, field=where, hint=error.hint) from None
         except Exception as error:  # a damaged pickle can raise anything
             raise UserError(
                 f"not a TorchScript archive ({type(error).__name__})",
@@ -73,12 +80,17 @@ class TorchScriptFile(Mapping):
         place = self._places[name]
         try:
             data = self._archive.read(f"{self._root}data/{place.entry}")
-            storage = np.frombuffer(data, place.dtype)[place.offset :]
-            strides = tuple(stride * storage.itemsize for stride in place.strides)
-            reach = 1 + sum((n - 1) * s for n, s in zip(place.shape, place.strides))
-            if min(place.shape, default=1) and not 0 < reach <= len(storage):
+            storage = np.frombuffer(data, place.dtype)
+            count = math.prod(place.shape)
+            if not count:
+                return np.empty(place.shape, place.dtype)
+            # No step is negative, so the first element is the lowest and the last the highest.
+            last = place.offset + sum((n - 1) * s for n, s in zip(place.shape, place.strides))
+            if last >= len(storage) or count > len(storage):
                 raise ValueError("outside of its storage")
-            return np.lib.stride_tricks.as_strided(storage, place.shape, strides, writeable=False)
+            steps = tuple(stride * storage.itemsize for stride in place.strides)
+            first = storage[place.offset :]
+            return np.lib.stride_tricks.as_strided(first, place.shape, steps, writeable=False)
         except Exception as error:
             raise UserError(
                 f"cannot be read ({type(error).__name__})",
@@ -140,13 +152,58 @@ class _Reader(pickle.Unpickler):
 
 
 def _place(storage: tuple[Any, str], offset: int, shape: tuple, strides: tuple, *_: Any) -> Place:
-    return Place(*storage, int(offset), tuple(shape), tuple(strides))
+    dtype, entry = storage
+    known = bounds.shape(shape, dtype, entry)
+    steps = bounds.shape(strides, np.int8, entry)
+    if type(offset) is not int or offset < 0 or len(known) != len(steps):
+        raise ValueError("a tensor without a place")
+    return Place(dtype, entry, offset, known, steps)
 
 
-def _tensors(module: Any, prefix: str = "") -> Iterator[tuple[str, Place]]:
-    """(name as in `state_dict`, place) of every tensor below a module."""
-    for name, value in getattr(module, "state", {}).items():
-        if isinstance(value, Place):
-            yield prefix + name, value
-        elif isinstance(value, _Module):
-            yield from _tensors(value, f"{prefix}{name}.")
+def _load(content: bytes) -> Any:
+    """What `data.pkl` holds.
+
+    Raises:
+      ValueError: it asks for more memory than a description of modules needs.
+    """
+    if len(content) > bounds.MOST_PACKED:
+        raise ValueError("too large")
+    # The unpickler makes a table as long as the highest number that objects are remembered by.
+    for opcode, argument, _ in pickletools.genops(content):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(content):
+            raise ValueError("too many objects")
+    return _Reader(io.BytesIO(content)).load()
+
+
+class _Walk:
+    """Names of all tensors, as `state_dict` has them: a module that stands twice has two.
+
+    Each module is looked at once, and what a file can make of names is bounded.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, dict[str, Place]] = {}
+        self._names = 0
+
+    def tensors(self, module: Any, depth: int = 0) -> dict[str, Place]:
+        """{name: place} of every tensor below a module.
+
+        Raises:
+          ValueError: deeper than DEPTH, as a module that holds itself is, or more than NAMES.
+        """
+        if id(module) in self._known:
+            return self._known[id(module)]
+        if depth > DEPTH:
+            raise ValueError("modules too deep within each other")
+        found: dict[str, Place] = {}
+        for name, value in getattr(module, "state", {}).items():
+            if isinstance(value, Place):
+                found[name] = value
+            elif isinstance(value, _Module):
+                below = self.tensors(value, depth + 1)
+                self._names += len(below)
+                if self._names > NAMES or len(name) > bounds.LONGEST:
+                    raise ValueError("too many tensors, or too long a name")
+                found |= {f"{name}.{inner}": place for inner, place in below.items()}
+        self._known[id(module)] = found
+        return found

@@ -6,10 +6,10 @@ what another program left there. None of these is opened.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
+from xllm_jax.convert import bounds
 from xllm_jax.core.errors import UserError
 
 ENDS = ("safetensors", "bin", "pth", "pt", "ckpt")
@@ -38,16 +38,16 @@ def shards_of(index: Path) -> dict[str, str]:
       UserError: it is no index, or names files outside of its folder.
     """
     try:
-        places = dict(json.loads(index.read_text("utf-8"))["weight_map"].items())
+        places = dict(bounds.read_json(index)["weight_map"].items())
         outside = next((name for name in places.values() if Path(name).name != name), None)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"not an index of shards ({type(error).__name__})",
             field=str(index),
             hint="Download it again",
         ) from error
     if outside is not None:
-        what = f"names {outside!r}, which is no file of this folder"
+        what = f"names {outside[: bounds.SHOWN]!r}, which is no file of this folder"
         raise UserError(what, field=str(index), hint="Download it again")
     return places
 

@@ -6,7 +6,6 @@ Also its safetensors form, both vocabularies, and the INT8 and INT4 releases, wh
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from xllm_jax.convert import (
     ConversionPlan,
     Drop,
     Row,
+    bounds,
     files,
     mount,
     published_config,
@@ -91,7 +91,9 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / "config.json"
     if not path.exists():
         raise UserError("no such file", field=str(path), hint="Give the checkpoint's folder")
-    config = json.loads(path.read_bytes())
+    config = bounds.read_json(path)
+    if not isinstance(config, dict):
+        raise UserError("is not a configuration", field=str(path), hint="Download it again")
     missing = {"vocab_size", "hidden_size", "num_layers", "num_attention_heads"} - config.keys()
     if missing:
         raise UserError(
