@@ -1,4 +1,4 @@
-"""Learning-rate schedules and the AdamW chain; the one home of optax.
+"""Learning-rate schedules, the AdamW chain and accumulation; the one home of optax.
 
 Steps count optimizer updates, from 0: `schedule(0)` is the rate of the first update.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from xllm_jax.core.types import Params
 
 Step = jax.typing.ArrayLike
 Schedule = Callable[[Step], jax.Array]
-Transformation = optax.GradientTransformation
+Transformation = optax.GradientTransformationExtraArgs
 
 
 def cosine(
@@ -156,17 +156,19 @@ def decay_mask(params: Params, no_decay: Iterable[str] = NO_DECAY) -> Params:
 
 
 def make(
-    settings: Optimizer, params: Params, total_steps: int
-) -> tuple[optax.GradientTransformation, Schedule]:
+    settings: Optimizer, params: Params, total_steps: int, terms: int = 1
+) -> tuple[Transformation, Schedule]:
     """Builds clip -> AdamW -> schedule, over averaged micro-batches.
 
     With `accumulation` n, n - 1 calls of `update` return zeros and the n-th the update of the mean
-    gradient; the schedule counts only those. Decay is decoupled (rate * decay * parameter).
+    gradient (`accumulate`); the schedule counts only those. Decay is decoupled (rate *
+    decay * parameter).
 
     Args:
       settings: clip, moments, decay, schedule and accumulation.
       params: the trainable tree; only paths are read.
       total_steps: updates in all.
+      terms: of the loss, each with a normalizer of its own.
 
     Returns:
       (optax transformation, schedule for logging).
@@ -176,6 +178,10 @@ def make(
     """
     if settings.accumulation < 1:
         raise UserError("must be at least 1", field="optimizer.accumulation")
+    if settings.averaging not in ("tokens", "micro_batches"):
+        what = f"unknown average {settings.averaging!r}"
+        hint = "Use 'tokens' or 'micro_batches'"
+        raise UserError(what, field="optimizer.averaging", hint=hint)
     schedule = make_schedule(settings, total_steps)
     mask = decay_mask(params, settings.no_decay)
     chain = [optax.clip_by_global_norm(settings.clip)] if settings.clip else []
@@ -184,15 +190,133 @@ def make(
         optax.add_decayed_weights(settings.weight_decay, mask),
         optax.scale_by_learning_rate(schedule),
     ]
-    transformation = optax.chain(*chain)
+    transformation = optax.with_extra_args_support(optax.chain(*chain))
     if settings.accumulation > 1:
-        steps = optax.MultiSteps(transformation, settings.accumulation)
-        transformation = steps.gradient_transformation()
+        weighted = settings.averaging == "tokens"
+        transformation = accumulate(transformation, settings.accumulation, terms, weighted)
     return transformation, schedule
 
 
+class Accumulation(NamedTuple):
+    """The state between two updates; the first five fields are those of `optax.MultiStepsState`.
+
+    The mean of the micro-batches' means is not the mean over their tokens: one of 110 supervised
+    tokens would weigh as much as one of 156. The weighted mean is carried in the buffers that a
+    plain one needs, and is the plain one where all weights are equal.
+
+    Attributes:
+      mini_step: micro-batches since the last update.
+      gradient_step: updates so far.
+      inner_opt_state: of the optimizer that is given the mean.
+      acc_grads: mean gradient, so far, of the first term of the loss.
+      skip_state: always empty.
+      weights: `[terms]` float32, what each term's mean is over; negative = as many micro-batches
+        as `mini_step` says, of a run that did not count what they hold.
+      others: mean gradients of the other terms.
+    """
+
+    mini_step: jax.Array
+    gradient_step: jax.Array
+    inner_opt_state: optax.OptState
+    acc_grads: Params
+    skip_state: tuple[()]
+    weights: jax.Array
+    others: tuple[Params, ...]
+
+
+def accumulate(
+    inner: optax.GradientTransformation, count: int, terms: int = 1, weighted: bool = True
+) -> optax.GradientTransformationExtraArgs:
+    """Gives `inner` the mean gradient of `count` micro-batches; the calls between return zeros.
+
+    Its `update(gradients, state, params, weights=None)` takes one tree, or a tuple of one for each
+    term of the loss where there are several, and what each term is a mean over, `[terms]`: a term's
+    gradients are averaged by these weights, and the terms' means are added.
+
+    Args:
+      inner: optimizer.
+      count: micro-batches an update.
+      terms: of the loss, each with a normalizer of its own.
+      weighted: False lets every micro-batch weigh the same, whatever `weights` says.
+    """
+    terms = terms if weighted else 1
+
+    def init(params: optax.Params) -> Accumulation:
+        zero = jnp.zeros((), jnp.int32)
+        first, *others = (optax.tree.zeros_like(params, dtype=jnp.float32) for _ in range(terms))
+        weights = jnp.zeros(terms)
+        return Accumulation(zero, zero, inner.init(params), first, (), weights, tuple(others))
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        *,
+        weights: jax.Array | None = None,
+        **_: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        assert isinstance(state, Accumulation)
+        here = weights if weighted and weights is not None else jnp.ones(terms)
+        parts: tuple[Any, ...] = updates if isinstance(updates, tuple) else (updates,)
+        sums, after = _added(state, parts, here)
+        mean = jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *sums)
+        mean = optax.tree.cast_like(mean, parts[0])
+        ready = state.mini_step == count - 1
+        made, following = inner.update(mean, state.inner_opt_state, params)
+        first, *others = (jax.tree.map(lambda leaf: (1 - ready) * leaf, tree) for tree in sums)
+        following = jax.tree.map(
+            lambda new, old: jnp.where(ready, new, old), following, state.inner_opt_state
+        )
+        step, number = (state.mini_step + 1) % count, state.gradient_step + ready
+        state = Accumulation(
+            *(step, number, following, first, ()), (1 - ready) * after, tuple(others)
+        )
+        return jax.tree.map(lambda leaf: ready * leaf, made), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _added(
+    state: Accumulation, parts: tuple[Params, ...], weights: jax.Array
+) -> tuple[list[Params], jax.Array]:
+    """(each term's mean gradient with the new one, what it is over)."""
+    before = jnp.where(state.weights < 0, state.mini_step * weights, state.weights)
+    after = before + weights
+    some = weights > 0  # nothing joins where the micro-batch holds nothing
+    shares = jnp.where(some, after / jnp.where(some, weights, 1.0), jnp.inf)
+    groups = zip((state.acc_grads, *state.others), parts, shares, strict=True)
+    means = [jax.tree.map(lambda a, b, s=s: a + (b - a) / s, old, new) for old, new, s in groups]
+    return means, after
+
+
+def terms_of(state: optax.OptState) -> int:
+    """How many gradients, one for each term of the loss, an optimizer with this state takes."""
+    return 1 + len(state.others) if isinstance(state, Accumulation) else 1
+
+
+def older(state: optax.OptState) -> optax.OptState:
+    """The shape in which runs were saved that did not weigh their micro-batches."""
+    if not isinstance(state, Accumulation):
+        return state
+    return optax.MultiStepsState(*state[:5])
+
+
+def continued(saved: optax.OptState, fresh: optax.OptState) -> optax.OptState:
+    """The state of a run that did not weigh its micro-batches: those of the update under way
+    weigh as much as the next one.
+
+    Args:
+      saved: in the shape of `older`.
+      fresh: an initial state, for what is new.
+    """
+    if not isinstance(fresh, Accumulation) or not isinstance(saved, optax.MultiStepsState):
+        return saved
+    unknown = jnp.full_like(fresh.weights, -1.0)
+    return fresh._replace(**saved._asdict(), weights=unknown)
+
+
 def abstract_state(
-    optimizer: optax.GradientTransformation, params: Params, whole: NamedSharding
+    optimizer: Transformation, params: Params, whole: NamedSharding
 ) -> optax.OptState:
     """Shapes of the optimizer's state; every moment is sharded as its parameter.
 

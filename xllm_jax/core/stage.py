@@ -52,6 +52,9 @@ class Optimizer:
         last step.
       clip: largest global gradient norm; 0 turns clipping off.
       accumulation: micro-batches averaged into one update.
+      averaging: what weighs the same in that average: 'tokens' (every supervised token, pair or
+        whatever the objective's terms are means of, wherever it stands: the update of one large
+        batch), or 'micro_batches' (the paper's code: the mean of the micro-batches' means).
       no_decay: path patterns without weight decay.
     """
 
@@ -69,6 +72,7 @@ class Optimizer:
     weight_decay: float = 0.05
     clip: float = 0.0
     accumulation: int = 1
+    averaging: str = "tokens"
     no_decay: tuple[str, ...] = NO_DECAY
 
 

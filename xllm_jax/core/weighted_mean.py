@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 Scalar = jax.Array | float
 
@@ -22,3 +23,17 @@ class WeightedMean(NamedTuple):
 
     total: Scalar
     count: Scalar
+
+    @property
+    def mean(self) -> jax.Array:
+        """The quotient, 0 where nothing was summed."""
+        return self.total / divisor(self.count)
+
+
+Terms = dict[str, WeightedMean]
+"""{what they are counted in: sum}: the parts of a loss, which is the sum of their means."""
+
+
+def divisor(count: Scalar) -> jax.Array:
+    """What a sum over `count` is divided by: 1 where there is nothing."""
+    return jnp.where(jnp.asarray(count) > 0, count, 1.0)

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from xllm_jax.core import mesh
 from xllm_jax.core.batch import ConversationBatch
 from xllm_jax.core.types import Metrics, Params
-from xllm_jax.core.weighted_mean import WeightedMean
+from xllm_jax.core.weighted_mean import WeightedMean, divisor
 from xllm_jax.models.xllm import XLLM
 
 Array = jax.Array
+NORMALIZERS = ("tokens",)  # what the terms of the loss are means over
 
 
 def cross_entropy(logits: Array, targets: Array) -> Array:
@@ -90,18 +91,19 @@ def answer_loss(
       kinds: {name: `[B, A]` bool}, tokens whose loss is also reported apart.
 
     Returns:
-      (scalar float32; metrics `loss`, `accuracy` of tokens, `count`, the sum of weights, and a
-      `WeightedMean` `loss/NAME` for every kind).
+      (scalar float32; metrics `loss`, `accuracy` of tokens, `count`, the sum of weights, `terms`,
+      see `core.weighted_mean`, and a `WeightedMean` `loss/NAME` for every kind).
     """
     states = mesh.constrain_rows(jnp.take_along_axis(states, answer_index[..., None], axis=1))
     losses, hits = token_losses(logits, states, targets, chunk)
     count = weights.sum()
-    total = jnp.maximum(count, 1.0)
-    loss = (losses * weights).sum() / total
+    term = WeightedMean((losses * weights).sum(), count)
+    loss = term.total / divisor(count)
     metrics: Metrics = {
         "loss": loss,
-        "accuracy": (hits * weights).sum() / total,
+        "accuracy": (hits * weights).sum() / divisor(count),
         "count": count,
+        "terms": {"tokens": term},
     }
     for name, kind in (kinds or {}).items():
         own = weights * kind

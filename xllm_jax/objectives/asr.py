@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from xllm_jax.core import rules
 from xllm_jax.core.batch import TranscriptionBatch
 from xllm_jax.core.types import Metrics, Params
+from xllm_jax.core.weighted_mean import WeightedMean, divisor
 from xllm_jax.models.asr import previous_tokens
 from xllm_jax.models.cif import Fired
 from xllm_jax.models.xllm import XLLM
@@ -24,6 +25,7 @@ Array = jax.Array
 
 IMPOSSIBLE = -1e30  # log of a probability zero; finite, so that its gradient is no NaN
 BLANK = 0
+NORMALIZERS = ("tokens",)  # what the terms of the loss are means over
 
 
 def smoothed_cross_entropy(
@@ -258,7 +260,7 @@ def counts(batch: TranscriptionBatch, metrics: Mapping[str, Array]) -> dict[str,
 
     Args:
       batch: see `forward`.
-      metrics: of `loss` outside training.
+      metrics: of `loss`.
     """
     every: dict[str, Array] = dict.fromkeys(("loss", "ctc", "quantity"), metrics["count"])
     return every | dict.fromkeys(("cross_entropy", "accuracy"), metrics["supervised"])
@@ -284,8 +286,8 @@ def loss(
     Returns:
       (scalar float32 per target token, metrics). `metrics['assign']`, in training, holds the next
       BatchNorm statistics by parameter path; those leaves belong to the trainable half, so that
-      checkpoints keep them, and have no gradient. Outside training there is 'supervised', the
-      number of target tokens with an embedding.
+      checkpoints keep them, and have no gradient. 'supervised' is the number of target tokens with
+      an embedding; `terms` see `core.weighted_mean`.
     """
     outputs = forward(model, params, batch, train, key)
     parts = terms(
@@ -297,17 +299,18 @@ def loss(
         batch.token_lengths,
         label_smoothing,
     )
-    count = jnp.maximum(parts.count, 1.0)
-    value = combine(parts, quantity_weight, ctc_weight) / count
+    count, supervised = divisor(parts.count), divisor(parts.supervised)
+    term = WeightedMean(combine(parts, quantity_weight, ctc_weight), parts.count)
+    value = term.total / count
     metrics = {
         "loss": value,
-        "cross_entropy": parts.plain / jnp.maximum(parts.supervised, 1.0),
+        "cross_entropy": parts.plain / supervised,
         "ctc": parts.ctc / count,
         "quantity": parts.quantity / count,
-        "accuracy": parts.hits / jnp.maximum(parts.supervised, 1.0),
+        "accuracy": parts.hits / supervised,
         "impossible": parts.impossible,
         "count": parts.count,
+        "supervised": parts.supervised,
+        "terms": {"tokens": term},
     }
-    if train:
-        return value, metrics | {"assign": rules.flatten(outputs.statistics)}
-    return value, metrics | {"supervised": parts.supervised}
+    return value, metrics | ({"assign": rules.flatten(outputs.statistics)} if train else {})

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from xllm_jax.core.batch import ImageTextPairs
 from xllm_jax.core.types import Metrics, Params
+from xllm_jax.core.weighted_mean import WeightedMean, divisor
 from xllm_jax.models.blip2_pretraining import ContrastModel
 from xllm_jax.models.qformer import interleave
 from xllm_jax.models.xllm import XLLM
@@ -23,6 +24,7 @@ from xllm_jax.models.xllm import XLLM
 Array = jax.Array
 PASSES = ("image", "text", "match", "caption")  # methods of the network that use dropout
 
+NORMALIZERS = ("pairs", "tokens")  # what the terms of the loss are means over
 ABSENT = -1e9  # the score of a candidate that does not exist
 
 
@@ -67,11 +69,15 @@ def loss(
 
 def counts(batch: ImageTextPairs, metrics: Metrics) -> dict[str, Array]:
     """{metric: over how many pairs, or tokens of ITG, it is the mean}, scalars."""
-    pairs = batch.weights.sum()
-    tokens = (batch.mask[:, 1:] & (batch.weights > 0)[:, None]).sum()
+    pairs, tokens = batch.weights.sum(), _tokens(batch.mask, batch.weights).sum()
     written = {"itg": tokens, "itg_accuracy": tokens}
     names = ("loss", "itc", "itm", "itc_accuracy", "itm_accuracy")
     return {name: pairs for name in names} | written
+
+
+def _tokens(mask: Array, weights: Array) -> Array:
+    """Which tokens ITG writes, `[B, T - 1]` bool: those behind the first, of rows with a pair."""
+    return mask[:, 1:] & (weights > 0)[:, None]
 
 
 def pair_loss(
@@ -113,7 +119,7 @@ def pair_loss(
       shares: weights of 'itc', 'itm' and 'itg' in the sum; None = 1 each.
 
     Returns:
-      (scalar, metrics: 'itc', 'itm', 'itg' losses and '<name>_accuracy').
+      (scalar, metrics: 'itc', 'itm', 'itg' losses, '<name>_accuracy' and 'terms' of `_sum`).
     """
     ids, mask = jnp.asarray(ids), jnp.asarray(mask)
     start = model.vocabulary - 1 if start is None else start
@@ -132,16 +138,35 @@ def pair_loss(
     _, logits = run("caption", ids.at[:, 0].set(start), mask, cache)
     real = mask & (weights > 0)[:, None]
     found["itg"] = captioning(logits, ids, real, smoothing, shards)
-    return _sum(found, shares or dict.fromkeys(found, 1.0))
+    tokens = _tokens(mask, weights).sum() if shards == 1 else jnp.ones(())
+    return _sum(found, shares or dict.fromkeys(found, 1.0), weights.sum(), tokens)
 
 
 def _sum(
-    found: Mapping[str, tuple[Array, Array]], shares: Mapping[str, float]
+    found: Mapping[str, tuple[Array, Array]],
+    shares: Mapping[str, float],
+    pairs: Array,
+    tokens: Array,
 ) -> tuple[Array, Metrics]:
-    """The weighted sum of {name: (loss, accuracy)}, and all of them as metrics."""
-    metrics = {name: loss for name, (loss, _) in found.items()}
+    """The weighted sum of {name: (loss, accuracy)}, and all of them as metrics.
+
+    Its terms (`core.weighted_mean`): ITC and ITM are means over pairs, ITG is one over tokens.
+
+    Args:
+      found: losses and accuracies.
+      shares: weights of the losses.
+      pairs: number of pairs.
+      tokens: number of tokens that ITG writes; 1 where it is a mean over shards, so that every
+        batch weighs the same.
+    """
+    metrics: Metrics = {name: loss for name, (loss, _) in found.items()}
     metrics |= {f"{name}_accuracy": accuracy for name, (_, accuracy) in found.items()}
-    return jnp.asarray(sum(shares[name] * metrics[name] for name in found)), metrics
+    own = {name: shares[name] * metrics[name] for name in found}
+    terms = {
+        "pairs": WeightedMean((own["itc"] + own["itm"]) * pairs, pairs),
+        "tokens": WeightedMean(own["itg"] * tokens, tokens),
+    }
+    return jnp.asarray(sum(own.values())), metrics | {"terms": terms}
 
 
 def _run(model: ContrastModel, params: Params, keys: Any, method: str, *inputs: Array) -> Any:
@@ -196,7 +221,7 @@ def smoothed_cross_entropy(
 
 def weighted_mean(values: Array, weights: Array) -> Array:
     """Mean of `[rows]` values over the rows that count; 0 when none does."""
-    return (values * weights).sum() / jnp.maximum(weights.sum(), 1)
+    return (values * weights).sum() / divisor(weights.sum())
 
 
 def contrastive(

@@ -16,12 +16,14 @@ import jax
 import jax.numpy as jnp
 
 from xllm_jax.core.batch import TextPairs
-from xllm_jax.core.types import Params
+from xllm_jax.core.types import Metrics, Params
+from xllm_jax.core.weighted_mean import WeightedMean, divisor
 from xllm_jax.models.blip2_pretraining import ContrastModel
 from xllm_jax.models.xllm import XLLM
 from xllm_jax.objectives.answer import cross_entropy
 
 Array = jax.Array
+NORMALIZERS = ("hidden", "written")  # what the terms of the loss are means over
 
 
 def counts(batch: TextPairs, metrics: Mapping[str, Array]) -> dict[str, Array]:
@@ -42,7 +44,7 @@ def loss(
     *,
     train: bool = False,
     part: str = "text_model",
-) -> tuple[Array, dict[str, Array]]:
+) -> tuple[Array, Metrics]:
     """Mean loss of hidden pieces plus mean loss of the second texts' pieces.
 
     Args:
@@ -53,7 +55,8 @@ def loss(
       part: name of the network.
 
     Returns:
-      (scalar, metrics `masked`, `written` (losses), `masked_accuracy`, `written_accuracy`).
+      (scalar, metrics `masked`, `written` (losses), `masked_accuracy`, `written_accuracy`, and
+      `terms`, see `core.weighted_mean`).
     """
     keys = (None, None) if key is None or not train else jax.random.split(key)
     apply = functools.partial(model.apply, params, part)
@@ -71,9 +74,10 @@ def loss(
     )
     weights = batch.second_mask[:, 1:].astype(jnp.float32)
     written, written_accuracy = _mean(logits[:, :-1], ids[:, 1:], weights)
-    metrics = {"masked": masked, "masked_accuracy": masked_accuracy}
-    metrics |= {"written": written, "written_accuracy": written_accuracy}
-    return masked + written, metrics
+    metrics: Metrics = {"masked": masked.mean, "masked_accuracy": masked_accuracy}
+    metrics |= {"written": written.mean, "written_accuracy": written_accuracy}
+    metrics["terms"] = {"hidden": masked, "written": written}
+    return masked.mean + written.mean, metrics
 
 
 def _masked(network: ContrastModel, ids: Array, mask: Array, train: bool) -> Array:
@@ -88,10 +92,11 @@ def _written(
     return network.caption(ids, mask, cache or {}, train)[1]
 
 
-def _mean(logits: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
-    total = jnp.maximum(weights.sum(), 1)
+def _mean(logits: Array, targets: Array, weights: Array) -> tuple[WeightedMean, Array]:
+    count = jnp.asarray(weights).sum()
     hits = (logits.argmax(-1) == targets) * weights
-    return (cross_entropy(logits, targets) * weights).sum() / total, hits.sum() / total
+    loss = WeightedMean((cross_entropy(logits, targets) * weights).sum(), count)
+    return loss, hits.sum() / divisor(count)
 
 
 def _dropout(key: Array | None) -> dict[str, Array] | None:

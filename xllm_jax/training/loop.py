@@ -20,7 +20,7 @@ from xllm_jax.core.log import Log
 from xllm_jax.core.optim import Schedule
 from xllm_jax.core.stage import Stage
 from xllm_jax.core.types import Metrics
-from xllm_jax.core.weighted_mean import WeightedMean
+from xllm_jax.core.weighted_mean import Terms, WeightedMean
 from xllm_jax.data import manifest
 from xllm_jax.data.batching import padding
 from xllm_jax.data.pipeline import Batches, Pipeline
@@ -183,7 +183,7 @@ class Loop:
     loss: Loss
     store: hosts.Store | None = None
     evaluation: validation.Evaluation | None = None
-    scores: list[jax.Array | WeightedMean | float] = dataclasses.field(default_factory=list)
+    scores: list[jax.Array | WeightedMean | Terms | float] = dataclasses.field(default_factory=list)
 
     def run(self, state: TrainState, batches: Batches, device_mesh: Mesh, until: int) -> TrainState:
         """Steps until micro-batch `until`, or until all hosts agree to stop after SIGTERM.
@@ -376,10 +376,10 @@ class Loop:
             raise UserError(
                 f"no metric {name!r} in training",
                 field="best.metric",
-                hint=f"Choices: {', '.join(sorted(metrics))}",
+                hint=f"Choices: {', '.join(sorted(metrics.keys() - {telemetry.TERMS}))}",
             )
         if name:
-            self.scores.append(metrics[name])
+            self.scores.append(telemetry.score(metrics, name))
 
 
 def write_result(

@@ -213,9 +213,9 @@ def load(state: TrainState, workdir: Path, number: int) -> TrainState:
             field=str(workdir / "checkpoints"),
         )
     checkpoints = checkpoint.Checkpoints(workdir)
-    arrays = checkpoints.restore(number, startup.saved_arrays(state))
+    state = startup.restored(checkpoints, number, state)
     checkpoints.close()
-    return TrainState(**arrays, frozen=state.frozen)
+    return state
 
 
 def format_message(recording: Recording, result: Result) -> Iterator[str]:

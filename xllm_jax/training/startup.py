@@ -13,13 +13,18 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 
 from xllm_jax.assembly.system import System
-from xllm_jax.core import checkpoint, fingerprint, hosts, lock, mesh, rules
+from xllm_jax.core import checkpoint, fingerprint, hosts, lock, mesh, optim, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data, Stage
 from xllm_jax.data import manifest
 from xllm_jax.data.media import preprocessing
 from xllm_jax.data.pipeline import Pipeline
 from xllm_jax.training.step import TrainState
+
+OLDER_AVERAGE = (
+    "This run was begun when an update was the mean of its micro-batches' means. From here on it "
+    "is what optimizer.averaging says; --config.optimizer.averaging=micro_batches goes on as before"
+)
 
 
 def open_pipeline(stage: Stage, device_mesh: Mesh, workdir: Path) -> Pipeline:
@@ -146,9 +151,27 @@ def resume(
             )
     then, now = about.get("media", {}), manifest.media_settings(data)
     preprocessing.compare(then, now, f"at checkpoint {latest}", data.libraries)
-    arrays = checkpoints.restore(latest, saved_arrays(state))
+    state = restored(checkpoints, latest, state)
     print(f"Resumes at micro-batch {latest}", flush=True)
-    return TrainState(**arrays, frozen=state.frozen), about["data"]
+    return state, about["data"]
+
+
+def restored(checkpoints: checkpoint.Checkpoints, number: int, state: TrainState) -> TrainState:
+    """The state with everything that a checkpoint holds.
+
+    Args:
+      checkpoints: of the run.
+      number: of the checkpoint.
+      state: an initial one; its frozen half stays.
+    """
+    arrays, optimizer = saved_arrays(state), state.optimizer
+    if "averaging" not in checkpoints.about(number)["stage"]["optimizer"]:
+        arrays["optimizer"] = optim.older(optimizer)
+    found = checkpoints.restore(number, arrays)
+    if arrays["optimizer"] is not optimizer:
+        print(OLDER_AVERAGE, file=sys.stderr, flush=True)
+        found["optimizer"] = optim.continued(found["optimizer"], optimizer)
+    return TrainState(**found, frozen=state.frozen)
 
 
 def describe(state: TrainState) -> None:

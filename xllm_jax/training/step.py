@@ -7,21 +7,26 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import cast
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.interpreters import ad
 
-from xllm_jax.core import prng, rules
+from xllm_jax.core import optim, prng, rules
 from xllm_jax.core.batch import B
 from xllm_jax.core.stage import Divergence
 from xllm_jax.core.types import Metrics, Params
+from xllm_jax.core.weighted_mean import WeightedMean
 from xllm_jax.training import divergence
 
 Loss = Callable[[Params, B, jax.Array | None], tuple[jax.Array, Metrics]]
 """(params, batch, key) -> (scalar, metrics); without a key nothing is drawn at random."""
+
+Counts = Callable[[B, Metrics], Mapping[str, jax.Array]]
+"""(batch, metrics) -> {metric: over how many tokens and the like it is the mean}."""
 
 
 @functools.partial(
@@ -46,9 +51,10 @@ def train_step(
     batch: B,
     *,
     loss: Loss[B],
-    optimizer: optax.GradientTransformation,
+    optimizer: optim.Transformation,
     policy: Divergence,
     seed: int,
+    counts: Counts[B] | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One micro-batch: gradients of the trainable half only, one optimizer update.
 
@@ -58,23 +64,27 @@ def train_step(
       loss: (params, batch, key) -> (scalar, metrics); `metrics['assign']`, when there, holds new
         values for trainable leaves that follow the data rather than a gradient (BatchNorm's running
         statistics).
-      optimizer: optax chain.
+      optimizer: optax chain; it weighs the terms of the loss, `metrics['terms']`, by their counts.
       policy: what happens to an update that is not finite or leaps.
       seed: of the run; with the step number it gives every random key.
+      counts: over how many tokens and the like metrics are means; they are reported with it.
 
     Returns:
-      (new state, metrics: scalars or `WeightedMean`, with the loss and the gradient norms).
+      (new state, metrics: scalars or `WeightedMean`, with the loss, its terms and the gradient
+      norms).
     """
-    key = step_key(seed, state.step)
-
-    def objective(trainable: Params) -> tuple[jax.Array, Metrics]:
-        return loss(rules.join(trainable, state.frozen), batch, key)
-
-    (value, metrics), gradients = jax.value_and_grad(objective, has_aux=True)(state.trainable)
+    value, metrics, gradients = differentiated(loss, state, batch, step_key(seed, state.step))
     follows = metrics.pop("assign", {})
-    metrics |= {"loss": value} | gradient_norms(gradients)
+    total = jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *gradients)
+    metrics |= {"loss": value} | gradient_norms(total)
     verdict = divergence.judge(policy, state.guard, value, metrics["gradient_norm"])
-    updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
+    weights = [jnp.float32(term.count) for term in metrics.get("terms", {}).values()]
+    updates, optimizer_state = optimizer.update(
+        gradients if len(gradients) > 1 else total,
+        *(state.optimizer, state.trainable),
+        weights=jnp.stack(weights) if weights else None,
+    )
+    metrics |= weighted(metrics, counts(batch, metrics) if counts else {})
     trainable = cast(Params, optax.apply_updates(state.trainable, updates))
     trainable = rules.unflatten(rules.flatten(trainable) | follows)
     trainable, optimizer_state = jax.tree.map(
@@ -85,6 +95,41 @@ def train_step(
     number = state.step + ~verdict.halted
     after = TrainState(number, trainable, state.frozen, optimizer_state, verdict.guard)
     return after, metrics | verdict.metrics
+
+
+def differentiated(
+    loss: Loss[B], state: TrainState, batch: B, key: jax.Array
+) -> tuple[jax.Array, Metrics, tuple[Params, ...]]:
+    """(loss, metrics, gradients): one tree, or one for each term where the optimizer takes them.
+
+    Args:
+      loss, state, batch: see `train_step`.
+      key: of this micro-batch.
+    """
+    split = optim.terms_of(state.optimizer) > 1
+
+    def objective(trainable: Params) -> tuple[tuple[jax.Array, ...], Metrics]:
+        value, metrics = loss(rules.join(trainable, state.frozen), batch, key)
+        terms = [term.mean for term in metrics["terms"].values()] if split else [value]
+        return tuple(terms), metrics
+
+    means, pull, metrics = jax.vjp(objective, state.trainable, has_aux=True)
+    # A symbolic zero: a term's backward pass leaves out what only the others need.
+    zeros = [ad.Zero(jax.typeof(mean)) for mean in means]
+    gradients = tuple(
+        pull((*zeros[:place], jnp.ones_like(mean), *zeros[place + 1 :]))[0]
+        for place, mean in enumerate(means)
+    )
+    return sum(means[1:], means[0]), metrics, gradients
+
+
+def weighted(metrics: Metrics, counts: Mapping[str, jax.Array]) -> Metrics:
+    """The metrics that are means, with what they are means over; the loss has its terms."""
+    return {
+        name: WeightedMean(metrics[name] * count, jnp.float32(count))
+        for name, count in counts.items()
+        if name in metrics and name != "loss"
+    }
 
 
 def step_key(seed: int, number: int | jax.Array) -> jax.Array:

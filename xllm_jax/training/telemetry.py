@@ -19,7 +19,7 @@ from xllm_jax.core import chips, flops
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Stage
 from xllm_jax.core.types import Device, Metrics
-from xllm_jax.core.weighted_mean import WeightedMean
+from xllm_jax.core.weighted_mean import Terms, WeightedMean
 from xllm_jax.data.batching import batch_format
 from xllm_jax.training import divergence
 from xllm_jax.training.step import Loss, TrainState
@@ -29,6 +29,7 @@ R = TypeVar("R")
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 TOKENS = ("tokens", "characters", "word pieces")  # of `padding`, whichever a form has
+TERMS = "terms"  # of the loss
 INTERNAL = (divergence.WRONG, divergence.HALTED)
 LAST = (divergence.SKIPPED,)  # counters: the newest value counts
 GIB = 2**30
@@ -107,25 +108,41 @@ class Interval:
 def means(rows: Sequence[Metrics]) -> dict[str, float]:
     """Means over steps, of a `WeightedMean` by what it counts; counters as they are last.
 
-    A skipped micro-batch's values that are NaN are left out, and so is a scalar without any.
+    The loss is the sum of its terms' means, where it has them, as in an update and in validation. A
+    skipped micro-batch's values that are NaN are left out, and so is a scalar without any.
     """
     found = {}
-    for name in rows[0]:
+    for name in sorted(rows[0], key=TERMS.__eq__):  # terms last
         values = [row[name] for row in rows]
         if name in LAST:
             found[name] = float(values[-1])
+        elif name == TERMS:
+            found["loss"] = mean(values)
         elif name not in INTERNAL:
             found[name] = mean(values)
     return {name: value for name, value in found.items() if np.isfinite(value)}
 
 
-def mean(values: Sequence[float | WeightedMean]) -> float:
-    """Mean of fetched scalars that are numbers; of `WeightedMean`, the total over the count."""
-    if isinstance(values[0], WeightedMean):
-        parts = [v for v in values if isinstance(v, WeightedMean) and np.isfinite(v.total)]
-        count = sum(float(v.count) for v in parts)
-        return sum(float(v.total) for v in parts) / count if count else float("nan")
-    kept = [float(v) for v in values if not isinstance(v, WeightedMean) and np.isfinite(v)]
+def score(metrics: Metrics, name: str) -> jax.Array | WeightedMean | Terms:
+    """A metric of a step in the form that `mean` averages as the log does."""
+    return metrics[TERMS] if name == "loss" and TERMS in metrics else metrics[name]
+
+
+def mean(values: Sequence[float | WeightedMean | Terms]) -> float:
+    """Mean of fetched scalars that are numbers; of `WeightedMean`, the total over the count; of a
+    loss's terms, the sum of that."""
+    terms = [value for value in values if isinstance(value, dict)]
+    if terms:
+        kept = [row for row in terms if np.isfinite([float(t.total) for t in row.values()]).all()]
+        sums = ([row[name] for row in kept] for name in terms[0])
+        return sum(mean(s) for s in sums if any(t.count for t in s)) if kept else float("nan")
+    parts = [value for value in values if isinstance(value, WeightedMean)]
+    if parts:
+        parts = [part for part in parts if np.isfinite(part.total)]
+        count = sum(float(part.count) for part in parts)
+        return sum(float(part.total) for part in parts) / count if count else float("nan")
+    numbers = [float(v) for v in values if not isinstance(v, (dict, WeightedMean))]
+    kept = [number for number in numbers if np.isfinite(number)]
     return float(np.mean(kept)) if kept else float("nan")
 
 

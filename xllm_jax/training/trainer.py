@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from types import ModuleType
 from typing import Any, Protocol, cast
 
 import jax
@@ -13,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from xllm_jax.assembly import parameters
 from xllm_jax.assembly.system import System
 from xllm_jax.core import lookup, mesh, optim, rules
+from xllm_jax.core.stage import Stage
 from xllm_jax.core.types import Metrics, Params
 from xllm_jax.training import divergence
 from xllm_jax.training.step import Loss, TrainState, train_step
@@ -30,11 +32,19 @@ class JittedStep(Protocol):
         ...
 
 
+def objective(stage: Stage) -> ModuleType:
+    """The file of a stage's objective: `loss`, and where it has means `counts`, `NORMALIZERS`.
+
+    Raises:
+      UserError: there is no such objective.
+    """
+    return lookup.module("xllm_jax.objectives", stage.objective, "objective")
+
+
 def stage_loss(system: System, train: bool = True) -> Loss:
     """The stage's loss with its networks and options filled in; `train` is for dropout and such."""
     stage = system.stage
-    file = lookup.module("xllm_jax.objectives", stage.objective, "objective")
-    loss = functools.partial(file.loss, system.model, train=train, **stage.options)
+    loss = functools.partial(objective(stage).loss, system.model, train=train, **stage.options)
     if not stage.offload:
         return loss
     return lambda params, batch, key: loss(system.resident(params), batch, key)
@@ -65,7 +75,8 @@ class Trainer:
     @functools.cached_property
     def _optimization(self) -> tuple[optim.Transformation, optim.Schedule]:
         stage = self.system.stage
-        return optim.make(stage.optimizer, self._halves[0], total_steps=stage.steps)
+        terms = len(getattr(objective(stage), "NORMALIZERS", ("micro-batch",)))
+        return optim.make(stage.optimizer, self._halves[0], stage.steps, terms)
 
     @property
     def optimizer(self) -> optim.Transformation:
@@ -112,6 +123,7 @@ class Trainer:
         call = functools.partial(
             train_step,
             loss=self.loss,
+            counts=getattr(objective(stage), "counts", None),
             optimizer=self.optimizer,
             policy=stage.divergence,
             seed=stage.seed,

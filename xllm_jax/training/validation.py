@@ -20,11 +20,11 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from xllm_jax.assembly.system import System
-from xllm_jax.core import hosts, lookup, mesh, rules
+from xllm_jax.core import hosts, mesh, rules
 from xllm_jax.core.batch import TranscriptionBatch
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data, Stage
-from xllm_jax.core.types import Params
+from xllm_jax.core.types import Metrics, Params
 from xllm_jax.core.watchdog import Watch
 from xllm_jax.core.weighted_mean import WeightedMean
 from xllm_jax.data import manifest
@@ -38,11 +38,12 @@ from xllm_jax.inference import transcriber
 from xllm_jax.models.xllm import XLLM
 from xllm_jax.training import telemetry
 from xllm_jax.training.step import Loss, TrainState
-from xllm_jax.training.trainer import stage_loss
+from xllm_jax.training.trainer import objective, stage_loss
 
 PREFIX = "validation/"
 QUARANTINE = "validation_quarantine"
 THREADS = 4  # that read; a measurement comes seldom
+TERM = "term of the loss: "  # before the names of sums that are no metrics themselves
 SHOWN = ("loss", "accuracy", "cer")  # on the terminal
 
 Planned = Sequence[tuple[int, Example]]  # (row, example) of a global batch
@@ -118,9 +119,10 @@ def step(
     """
     state, unread = measured
     params = rules.join(rules.join(state.trainable, state.frozen), unread)
-    value, found = loss(params, batch, None)
-    found = found | {"loss": value}
+    value, metrics = loss(params, batch, None)
+    found: Metrics = {**metrics, "loss": value}
     sums = {name: part for name, part in found.items() if isinstance(part, WeightedMean)}
+    sums |= {f"{TERM}{name}": term for name, term in found.get("terms", {}).items()}
     for name, count in counts(batch, found).items():
         sums[name] = WeightedMean(found[name] * count, count)
     return sums, {name: outputs(params, batch) for name, outputs in task.items()}
@@ -171,7 +173,7 @@ class Evaluation:
         if self._following:
             batch, _ = next(self._batches())
             sums, outputs = jax.eval_shape(self._jitted, (state, self._unread), batch)
-            self._check_name(sums.keys() | outputs.keys())
+            self._check_name(outputs.keys() | {n for n in sums if not n.startswith(TERM)})
 
     def due(self, number: int) -> bool:
         """Whether the state behind micro-batch `number` is measured."""
@@ -197,7 +199,7 @@ class Evaluation:
                 before = sums.get(name, WeightedMean(0.0, 0.0))
                 total = before.total + float(part.total)
                 sums[name] = WeightedMean(total, before.count + float(part.count))
-        found = {name: part.total / part.count for name, part in sums.items() if part.count}
+        found = _means(sums)
         self._check(found)
         found |= {"count": sums["loss"].count, "seconds": time.monotonic() - began}
         return {PREFIX + name: x for name, x in sorted(found.items()) if math.isfinite(x)}
@@ -244,6 +246,13 @@ class Evaluation:
     def close(self) -> None:
         """Stops counting compilations."""
         self._compiled.close()
+
+
+def _means(sums: Mapping[str, WeightedMean]) -> dict[str, float]:
+    """Means by what they count; the loss is the sum of its terms', each over what it is of."""
+    found = {name: float(part.total / part.count) for name, part in sums.items() if part.count}
+    terms = [found.pop(name) for name in list(found) if name.startswith(TERM)]
+    return found | ({"loss": sum(terms)} if terms and "loss" in found else {})
 
 
 def opened(
@@ -375,10 +384,7 @@ def check_settings(stage: Stage) -> ModuleType:
     Raises:
       UserError: they contradict each other.
     """
-    held, file = (
-        stage.validation,
-        lookup.module("xllm_jax.objectives", stage.objective, "objective"),
-    )
+    held, file = stage.validation, objective(stage)
     for name in ("every", "examples"):
         if getattr(held, name) < 0:
             raise UserError("is negative", field=f"validation.{name}", hint="Give 0 or more")
