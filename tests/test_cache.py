@@ -246,7 +246,7 @@ def test_a_changed_weight_is_named(speech, tmp_path):
 
 
 def test_checksums_on_disk_are_those_in_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(checksum, "BLOCK", 7)
+    monkeypatch.setattr(checksum, "BLOCK", 28)  # bytes
     rng = np.random.default_rng(0)
     tree = {"b": rng.normal(size=(5, 3, 2)), "a": rng.normal(size=11), "c": rng.normal(size=())}
     tree = {"part": {name: np.asarray(leaf, np.float32) for name, leaf in tree.items()}}
@@ -256,9 +256,6 @@ def test_checksums_on_disk_are_those_in_memory(tmp_path, monkeypatch):
         kept = jax.tree.map(lambda leaf: leaf.astype(dtype), tree)  # noqa: B023
         wanted = checksum.of_tree(kept)
         assert {p: checksum.of_store(s, dtype) for p, s in stores.items()} == wanted
-        for path, leaf in rules.flatten(kept).items():
-            sums = [int(value) for value in checksum._on_devices(jax.numpy.asarray(leaf))]
-            assert wanted[path].endswith(f"{leaf.dtype} {sums}")
     swapped = {"part": tree["part"] | {"a": tree["part"]["a"][::-1]}}
     assert checksum.identity(swapped) != checksum.identity(tree)
     assert check.base({}, checksum.of_tree(tree)) == {"part": checksum.identity(tree["part"])}

@@ -1,50 +1,31 @@
-"""Checksums: the short text by which a parameter is known, and the identity of a tree of them.
+"""Checksums of runs and caches of before, to compare with what they have written.
 
-The text is shape, dtype and two exact integer sums of the values' bits, plain and weighted by
-place, modulo 2^32: the same for every sharding. They are computed where the array lies, so that a
-sharded one is not gathered on the host, or block by block from disk, so that a parameter that
-nobody needs in memory is not brought there.
+The text is shape, dtype and two integer sums of the values' bits, plain and weighted by place,
+modulo 2^32. It misses what changes both by a multiple of 2^32, such as the sign of an even number
+of values; nothing new is known by it.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xllm_jax.core import rules
-from xllm_jax.core.types import Flat, Params
+from xllm_jax.core.types import Flat
 
 PLACE = 2654435761  # an odd factor: no two places of a leaf weigh the same
 BLOCK = 1 << 22  # elements looked at at a time
 WIDTHS = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 
 
-def identity(tree: Params) -> str:
-    """Hash of a parameter tree: paths, shapes, dtypes and every value's bytes (hex, 16 digits)."""
-    return combined(of_tree(tree))
-
-
 def of_leaves(flat: Flat) -> dict[str, str]:
     """{path: checksum} of {path: array}; all are computed before the first is waited for."""
     started = {path: _start(leaf) for path, leaf in flat.items()}
     return {path: _written(flat[path].shape, flat[path].dtype, s) for path, s in started.items()}
-
-
-def of_json(value: Any) -> str:
-    """Hash of plain data, the same before and after it was a JSON file (hex, 16 digits)."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def of_tree(tree: Params) -> dict[str, str]:
-    """{path: checksum} of a tree of arrays."""
-    return of_leaves(rules.flatten(tree))
 
 
 def of_store(store: Any, dtype: Any) -> str:
@@ -56,14 +37,6 @@ def of_store(store: Any, dtype: Any) -> str:
     """
     dtype, shape = np.dtype(dtype), tuple(store.shape)
     return _written(shape, dtype, _sums(block.astype(dtype) for block in _blocks(store, shape)))
-
-
-def combined(checksums: Mapping[str, str]) -> str:
-    """The identity of a tree (hex, 16 digits) from its leaves' checksums, in any order."""
-    digest = hashlib.sha256()
-    for path in sorted(checksums, key=lambda path: path.split("/")):
-        digest.update(f"{path} {checksums[path]}\n".encode())
-    return digest.hexdigest()[:16]
 
 
 def _start(leaf: Any) -> Iterable[Any]:

@@ -13,7 +13,7 @@ Result = TypeVar("Result")
 
 
 def ahead(
-    pool: ThreadPoolExecutor, call: Callable[[int], Result], rows: Iterable[int], most: int
+    pool: ThreadPoolExecutor, call: Callable[[Entry], Result], rows: Iterable[Entry], most: int
 ) -> Iterator[Result]:
     """Calls a function in threads, ahead of whoever takes the results, in order.
 

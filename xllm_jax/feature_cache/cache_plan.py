@@ -306,6 +306,12 @@ def begin(plan: FeatureCachePlan, base: Mapping[str, str], again: bool = False) 
     return identity
 
 
+def begun_older(plan: FeatureCachePlan) -> bool:
+    """Whether the folder holds this plan with checksums of before, see `checksum.identity`."""
+    found = sharded_job.known(plan.output / PLAN)
+    return bool(found) and any(map(checksum.is_older, found["base"].values()))
+
+
 def _first_difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """The first difference of two plans, in words."""
     old, new = ({job["modality"]: job for job in about["jobs"]} for about in (then, now))

@@ -56,13 +56,17 @@ def verified(system: System) -> dict[str, str]:
         if what:
             raise UserError(what, field=field, hint=hint)
     known = about["base"]
-    found = checksums(system, known)
+    older = any(map(checksum.is_older, known.values()))
+    found = checksums(system, known, older)
     changed = [path for path in sorted(known) if found.get(path) != known[path]]
     if changed:
         part = changed[0].split("/")[0]
         what = f"another {part} than the cache was computed with ({changed[0]} differs)"
         raise UserError(what, field=f"init.{part}", hint=hint)
-    return found
+    if not older:
+        return found
+    checksum.warn(f"data.cache: {stage.data.cache}")
+    return checksums(system, known)
 
 
 def _steps(stage: Stage, xllm: XLLM, about: Mapping[str, Any]) -> tuple[str, str]:
@@ -123,8 +127,13 @@ def _shards(stage: Stage, xllm: XLLM, about: Mapping[str, Any]) -> tuple[str, st
     return "", ""
 
 
-def checksums(system: System, paths: Collection[str]) -> dict[str, str]:
+def checksums(system: System, paths: Collection[str], older: bool = False) -> dict[str, str]:
     """{parameter: checksum} of those of `paths` that the stage has, none of them kept.
+
+    Args:
+      system: of the stage.
+      paths: of parameters.
+      older: see `checksum.identity`.
 
     Raises:
       UserError: a base is missing.
@@ -138,9 +147,9 @@ def checksums(system: System, paths: Collection[str]) -> dict[str, str]:
     for path, (folder, name) in origins.items():
         stores = opened[folder]
         if name in stores and tuple(stores[name].shape) == tuple(shapes[path].shape):
-            found[path] = checksum.of_store(stores[name], stage.frozen)
+            found[path] = checksum.of_store(stores[name], stage.frozen, older)
     drawn = [path for path in paths if path not in origins]
-    return found | checksum.of_tree(loaded(system, drawn))
+    return found | checksum.of_tree(loaded(system, drawn), older)
 
 
 def loaded(system: System, paths: Collection[str]) -> Params:
@@ -148,18 +157,31 @@ def loaded(system: System, paths: Collection[str]) -> Params:
     return parameters.parameters(system.whole, set(paths)) if paths else {}
 
 
-def base(frozen: Params, cached: Mapping[str, str]) -> dict[str, str]:
+def base(frozen: Params, cached: Mapping[str, str], older: bool = False) -> dict[str, str]:
     """{part: identity} of a frozen base of which some parameters are known by checksum alone.
 
     Args:
       frozen: {part: tree} of those that are loaded.
       cached: {parameter: checksum} of the others.
+      older: see `checksum.identity`.
     """
     parts: dict[str, dict[str, str]] = {}
-    for path, text in (dict(cached) | checksum.of_tree(frozen)).items():
+    for path, text in (dict(cached) | checksum.of_tree(frozen, older)).items():
         part, _, rest = path.partition("/")
         parts.setdefault(part, {})[rest] = text
     return {part: checksum.combined(parts[part]) for part in sorted(parts)}
+
+
+def older_base(system: System, frozen: Params, cached: Collection[str]) -> dict[str, str]:
+    """As `base`, in the checksums of older runs.
+
+    Args:
+      system: of the stage.
+      frozen: see `base`.
+      cached: parameters that are not loaded.
+    """
+    unread = checksums(system, cached, older=True) if cached else {}
+    return base(frozen, unread, older=True)
 
 
 def completed(system: System, params: Mapping[str, Any], cached: Mapping[str, str]) -> Params:

@@ -74,7 +74,7 @@ def run(
     """
     device_mesh = mesh.make({"data": -1}, jax.local_devices())
     params = computing(plan, device_mesh)
-    base = checksum.of_tree(params)
+    base = checksum.of_tree(params, cache_plan.begun_older(plan) and not again)
     hosts.meet(store, "planned")  # reading the sources takes one longer than another
     hosts.agree(store, "cache", cache_plan.items(plan, base))
     identity = hosts.share(store, "cache", lambda: cache_plan.begin(plan, base, again))

@@ -71,12 +71,15 @@ def check_base(
       UserError: a part is another one now; names it.
     """
     for part in sorted(known.keys() & frozen.keys() & set(kept)):
-        if checksum.identity(frozen[part]) != known[part]:
+        older = checksum.is_older(known[part])
+        if checksum.identity(frozen[part], older) != known[part]:
             raise UserError(
                 f"was trained on another {part} (its frozen parameters differ)",
                 field=str(directory),
                 hint=f"Bring the {part} back that it was trained on, or train again",
             )
+    if any(map(checksum.is_older, known.values())):
+        checksum.warn(str(directory))
 
 
 def final(directory: str | Path) -> Path:

@@ -85,8 +85,9 @@ def train(
     base = check.base(state.frozen, cached)
     hosts.agree(store, "frozen base", base)
     best = stage.best
+    older = functools.partial(check.older_base, system, state.frozen, cached.keys())
     with checkpoint.Checkpoints(workdir, stage.keep, best.metric, best.lowest) as checkpoints:
-        state, position = startup.resume(state, checkpoints, base, stage.data, store)
+        state, position = startup.resume(state, checkpoints, base, stage.data, store, older)
         loop = assemble(trainer, state, workdir, checkpoints, base, watch)
         loop.evaluation = validation.opened(system, state, workdir, watch, store, loop.log.log)
         batches = open_batches(pipeline, device_mesh, position)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 
 from xllm_jax.assembly.system import System
-from xllm_jax.core import checkpoint, fingerprint, hosts, lock, mesh, optim, rules
+from xllm_jax.core import checkpoint, checksum, fingerprint, hosts, lock, mesh, optim, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data, Stage
 from xllm_jax.data import manifest
@@ -120,6 +120,7 @@ def resume(
     base: Mapping[str, str],
     data: Data,
     store: hosts.Store | None = None,
+    older: Callable[[], Mapping[str, str]] | None = None,
 ) -> tuple[TrainState, Any]:
     """Loads the newest checkpoint that is whole, if there is one.
 
@@ -129,6 +130,7 @@ def resume(
       base: {part: identity of its frozen parameters}.
       data: of the stage.
       store: of the hosts; None with one.
+      older: the base in the checksums of older runs, see `checksum.identity`.
 
     Returns:
       (state, data position or None).
@@ -142,6 +144,9 @@ def resume(
     if latest is None:
         return state, None
     about = checkpoints.about(latest)
+    if older and any(map(checksum.is_older, about["base"].values())):
+        base = older()
+        checksum.warn(f"Checkpoint {latest}")
     for part in sorted(base.keys() | about["base"].keys()):
         if base.get(part) != about["base"].get(part):
             raise UserError(
