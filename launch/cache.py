@@ -17,14 +17,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 from ml_collections import config_flags
 
-from xllm_jax.core import hosts, watchdog
-from xllm_jax.feature_cache import cache_plan, write
 from xllm_jax.launch import cli
 from xllm_jax.launch import hosts as host_flags
+
+if TYPE_CHECKING:
+    from xllm_jax.core import hosts
 
 CONFIG = config_flags.DEFINE_config_file("config", None, cli.STAGE_HELP)
 flags.adopt_module_key_flags(host_flags)
@@ -45,6 +47,8 @@ flags.declare_key_flag("allow_paths")
 
 def main(_: list[str]) -> None:
     host, count = host_flags.share()
+    from xllm_jax.core import hosts, watchdog  # takes seconds, which a mistake need not wait for
+
     store = hosts.store()
     # Finished shards stay: what SIGTERM or a lost host costs is the shards under way.
     with watchdog.Watch(Path(OUTPUT.value), 0, store):
@@ -53,6 +57,8 @@ def main(_: list[str]) -> None:
 
 def compute(host: int, count: int, store: hosts.Store | None) -> None:
     """Writes this host's share, and says what became of the cache."""
+    from xllm_jax.feature_cache import cache_plan, write
+
     config = cli.config_files(sys.argv)["config"]
     made = cache_plan.make(CONFIG.value, OUTPUT.value, config, SHARD.value, MODALITY.value)
     print(cache_plan.summary(made), flush=True)

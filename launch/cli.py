@@ -7,16 +7,17 @@ import dataclasses
 import difflib
 import importlib
 import os
+import re
 import runpy
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections.config_flags import config_flags
 
-from xllm_jax.core import disk, errors, hosts, memory_allocator
+from xllm_jax.core import disk, errors, limits, memory_allocator
 from xllm_jax.core.errors import Diverged, UserError
 from xllm_jax.core.stage import Stage
 from xllm_jax.launch import dict_overrides, terminal
@@ -26,9 +27,11 @@ from xllm_jax.launch import dict_overrides, terminal
 FAILED = 2  # a user's mistake
 UNWRITABLE = errors.UNWRITABLE  # 74, the disk is full or read-only
 DIVERGED = 3  # the loss is not a number, or has left its path
-SAVED = hosts.SAVED  # 75, SIGTERM: what there was to save is saved
-LOST = hosts.LOST  # 76, a host stalled or was lost
+SAVED = errors.SAVED  # 75, SIGTERM: what there was to save is saved
+LOST = errors.LOST  # 76, a host stalled or was lost
 STOPPED = 130  # Ctrl-C
+MESSAGE = 200  # characters of a library's message that are shown
+
 ALLOW_PATHS = flags.DEFINE_multi_string(
     "allow_paths",
     [],
@@ -102,11 +105,14 @@ def parse(argv: Sequence[str]) -> list[str]:
         app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)
     try:
         argv = locate_stages(argv)
-        given, settings = dict_overrides.take(argv, configurations(argv))
+        configs = configurations(argv)
+        given, settings = dict_overrides.take(argv, configs)
+        check_names(given, configs)
         rest = parsed(given)
         for setting in settings:
             setting.apply(flags.FLAGS[setting.flag].value)
-        for name in config_flag_names():
+        for name in configs:
+            check_settings(name, flags.FLAGS[name].value)
             allow_paths(flags.FLAGS[name].value)
         if len(rest) > 1:
             raise UserError(f"unexpected argument {rest[1]!r}", hint="Flags start with --")
@@ -115,31 +121,48 @@ def parse(argv: Sequence[str]) -> list[str]:
         fail(str(error))
     except flags.Error as error:
         fail(format_message(error))
-    except (KeyError, TypeError):  # how the configuration flag reports an unknown field
-        line = unknown_override(argv)
-        if line is None:
-            raise
-        fail(line)
 
 
-def allow_paths(stage: Any) -> None:
-    """Lets the sources of a stage, if it is one, read the folders of --allow_paths."""
-    if isinstance(stage, Stage):
-        for source in (*stage.data.sources.values(), *stage.validation.sources.values()):
-            source.allow_paths = (*source.allow_paths, *ALLOW_PATHS.value)
+def check_settings(flag: str, stage: Any) -> None:
+    """Looks at the values of a stage before anything heavy is imported.
+
+    Raises:
+      UserError: `get_config` gave no stage, or a field holds what it cannot.
+    """
+    if not isinstance(stage, Stage):
+        what = f"get_config gives a {type(stage).__name__}"
+        raise UserError(what, field=f"--{flag}", hint="Let it return a Stage")
+    limits.check(stage)
+
+
+def allow_paths(stage: Stage) -> None:
+    """Lets the sources of a stage read the folders of --allow_paths."""
+    for source in (*stage.data.sources.values(), *stage.validation.sources.values()):
+        source.allow_paths = (*source.allow_paths, *ALLOW_PATHS.value)
 
 
 def parsed(argv: list[str]) -> list[str]:
-    """What absl leaves of a command line; a configuration's flag reads `sys.argv` by itself."""
+    """What absl leaves of a command line; a configuration's flag reads `sys.argv` by itself.
+
+    Raises:
+      UserError: a value that a configuration's field cannot be given; names the flag.
+    """
     whole, sys.argv = sys.argv, argv
     try:
         return flags.FLAGS(argv)
+    except flags.Error:
+        raise
+    except Exception as error:  # ml_collections raises whatever a value makes it raise
+        names = [token.partition("=")[0] for token in argv[1:] if override(token)]
+        what = f"cannot be set to this value ({type(error).__name__}: {error})"[:MESSAGE]
+        raise UserError(what, field=" or ".join(names) or "command line") from error
     finally:
         sys.argv = whole
 
 
 def fail(line: str, code: int = FAILED) -> NoReturn:
-    """Prints one line on stderr, or none, and leaves."""
+    """Prints one line on stderr, or none, and leaves; too long a word of the user is cut."""
+    line = re.sub(rf"\S{{{MESSAGE},}}", lambda word: f"{word[0][:60]}…", line)
     for stream, words in ((sys.stdout, ""), (sys.stderr, " ".join(line.split()))):
         try:
             print(words, end="\n" if words else "", file=stream, flush=True)
@@ -239,16 +262,29 @@ def configurations(argv: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def unknown_override(argv: Sequence[str]) -> str | None:
-    """The line about the first `--config.some.field=` that the configuration does not have."""
-    for name, config in configurations(argv).items():
-        for token in argv[1:]:
-            path = token.lstrip("-").partition("=")[0].split(".")
-            if token.startswith("-") and path[0] == name and len(path) > 1:
-                line = unknown_field(config, path)
-                if line:
-                    return line
-    return None
+def check_names(argv: Sequence[str], configs: Mapping[str, Any]) -> None:
+    """Looks whether the fields of all `--config.some.field=` exist and are single values.
+
+    Raises:
+      UserError: the first that does not; names it and the nearest.
+    """
+    for path in filter(None, map(override, argv[1:])):
+        if path[0] not in configs:
+            continue
+        line = unknown_field(configs[path[0]], path)
+        if line:
+            raise UserError(line)
+        value = dict_overrides.holder(configs[path[0]], path[1:])
+        if isinstance(value, dict) or dataclasses.is_dataclass(value):
+            name = "--" + ".".join(path)
+            hint = f"Set one of its fields: {name}.{(fields(value) or ['NAME'])[0]}=…"
+            raise UserError("is no single value", field=name, hint=hint)
+
+
+def override(token: str) -> list[str]:
+    """['config', 'optimizer', 'peak'] of `--config.optimizer.peak=…`; [] of other flags."""
+    path = token.lstrip("-").partition("=")[0].split(".")
+    return path if token.startswith("-") and len(path) > 1 else []
 
 
 def unknown_field(holder: Any, path: Sequence[str]) -> str | None:

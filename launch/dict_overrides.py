@@ -79,7 +79,7 @@ def _setting(token: str, configs: dict[str, Any]) -> Setting | None:
     there = holder(config, path)
     if not isinstance(there, dict) or (key in there and "/" not in key):
         return None
-    value = _value(text)
+    value = text if path == ["init"] else _value(text)
     if MIX.fullmatch(".".join(path)):
         value = _weight(token, text, key, holder(config, [*path[:-1], "sources"]))
     return Setting(flag, tuple(path), key, value)
@@ -89,7 +89,7 @@ def _value(text: str) -> Any:
     """A Python literal, or the text itself."""
     try:
         return ast.literal_eval(text)
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
         return text
 
 

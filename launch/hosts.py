@@ -7,10 +7,8 @@
 
 from __future__ import annotations
 
-import jax
 from absl import flags
 
-from xllm_jax.core import hosts
 from xllm_jax.core.errors import UserError
 from xllm_jax.launch import cli
 
@@ -33,6 +31,8 @@ def join() -> None:
       UserError: the flags contradict each other, or there is no cluster.
     """
     check(HOSTS.value, COUNT.value, INDEX.value)
+    from xllm_jax.core import hosts  # brings JAX, which a mistake need not wait for
+
     if HOSTS.value:
         address = "" if HOSTS.value == "auto" else HOSTS.value
         try:
@@ -52,6 +52,8 @@ def share() -> tuple[int, int]:
     count, index = COUNT.value, INDEX.value
     if HOSTS.value or (count is None and index is None):
         join()
+        import jax
+
         return jax.process_index(), jax.process_count()
     check_numbers(count, index)
     return index, count

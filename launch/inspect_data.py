@@ -13,7 +13,6 @@ from __future__ import annotations
 from absl import flags
 from ml_collections import config_flags
 
-from xllm_jax.audit import audit, page
 from xllm_jax.launch import cli
 
 CONFIG = config_flags.DEFINE_config_file("config", None, cli.STAGE_HELP)
@@ -23,6 +22,8 @@ flags.declare_key_flag("allow_paths")
 
 
 def main(_: list[str]) -> None:
+    from xllm_jax.audit import audit, page  # takes seconds, which a mistake need not wait for
+
     found = audit(CONFIG.value, SAMPLES.value)
     print(page.terminal(found))
     print(f"\nWith samples: {page.write(found, OUTPUT.value)}")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 
-import jax
 from absl import flags
 from ml_collections import config_flags
 
@@ -58,6 +57,8 @@ def prepare_compiler() -> None:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     if TOPOLOGY.value != "local":
+        import jax  # takes seconds, which a mistake need not wait for
+
         jax.config.update("jax_platforms", "cpu")
 
 

@@ -15,10 +15,8 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from xllm_jax.core import kept_checkpoints, watchdog
 from xllm_jax.core.errors import UserError
 from xllm_jax.launch import cli, hosts
-from xllm_jax.training import loop
 
 CONFIG = config_flags.DEFINE_config_file("config", None, cli.STAGE_HELP)
 flags.adopt_module_key_flags(hosts)
@@ -32,6 +30,9 @@ def main(_: list[str]) -> None:
     if not WORKDIR.value:
         raise UserError("names no folder", field="--workdir")
     hosts.join()
+    from xllm_jax.core import watchdog  # takes seconds, which a mistake need not wait for
+    from xllm_jax.training import loop
+
     try:
         result = loop.fit(CONFIG.value, WORKDIR.value)
     except watchdog.Preempted as stop:
@@ -40,6 +41,13 @@ def main(_: list[str]) -> None:
     print(f"Trained parts: {result}")
 
 
+def kept() -> str:
+    """What is intact when the run ends early."""
+    from xllm_jax.core import kept_checkpoints
+
+    return kept_checkpoints.sentence(WORKDIR.value)
+
+
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    cli.run(main, lambda: kept_checkpoints.sentence(WORKDIR.value))
+    cli.run(main, kept)

@@ -338,7 +338,7 @@ def test_an_update_under_way_in_an_older_checkpoint_goes_on(tmp_path, capsys):
     checkpoints = startup.checkpoint.Checkpoints(tmp_path)
     checkpoints.save(3, startup.saved_arrays(saved), {"stage": record, "base": {}, "data": {}})
     checkpoints.wait()
-    state, _ = startup.resume(trainer.initial_state(), checkpoints, {})
+    state, _ = startup.resume(trainer.initial_state(), checkpoints, {}, made.data)
     checkpoints.close()
     assert "averaging=micro_batches" in capsys.readouterr().err
     saved, _ = call(saved, four[3], optimizer=older)  # weighs as much as each of them

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 UNWRITABLE = 74  # exit code: something could not be written
+SAVED = 75  # exit code: SIGTERM, what there was to save is; the same command continues
+LOST = 76  # exit code: a host stalled or was lost; the same command continues the run
 
 
 class UserError(Exception):

@@ -22,10 +22,10 @@ from typing import Any, NoReturn
 import jax
 from jax._src import distributed  # the store has no public name
 
+from xllm_jax.core.errors import LOST as LOST
+from xllm_jax.core.errors import SAVED as SAVED
 from xllm_jax.core.errors import UserError
 
-SAVED = 75  # exit code: SIGTERM, what there was to save is; the same command continues
-LOST = 76  # exit code: a host stalled or was lost; the same command continues the run
 START_SECONDS = 300  # hosts of a cluster may be minutes apart in starting
 SHOWN = 3  # differences that a message names
 WAIT_SECONDS = 3600  # for host 0, which may read a large checkpoint

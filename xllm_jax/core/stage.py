@@ -11,6 +11,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from xllm_jax.core.fields import limits, of_patterns, one_of, within
+
 
 @dataclasses.dataclass
 class Part:
@@ -58,22 +60,22 @@ class Optimizer:
       no_decay: path patterns without weight decay.
     """
 
-    schedule: str = "cosine"
-    peak: float = 3e-5
-    minimum: float = 1e-8
-    warmup_from: float = 1e-6
-    warmup_steps: int = 0
-    hold_steps: int = 0
-    decay_steps: int = 0
-    steps_per_epoch: int = 0
-    b1: float = 0.9
-    b2: float = 0.98
-    eps: float = 1e-8
-    weight_decay: float = 0.05
-    clip: float = 0.0
-    accumulation: int = 1
-    averaging: str = "tokens"
-    no_decay: tuple[str, ...] = NO_DECAY
+    schedule: str = one_of("cosine", "tri_stage", "epoch_cosine", "constant")
+    peak: float = within(3e-5, 0, 1e3)
+    minimum: float = within(1e-8, 0, 1e3)
+    warmup_from: float = within(1e-6, -1, 1e3)
+    warmup_steps: int = within(0, 0)
+    hold_steps: int = within(0, 0)
+    decay_steps: int = within(0, 0)
+    steps_per_epoch: int = within(0, 0)
+    b1: float = within(0.9, 0, 1)
+    b2: float = within(0.98, 0, 1)
+    eps: float = within(1e-8, 0, 1e6)
+    weight_decay: float = within(0.05, 0, 1e3)
+    clip: float = within(0.0, 0, 1e9)
+    accumulation: int = within(1, 1, 10**6)
+    averaging: str = one_of("tokens", "micro_batches")
+    no_decay: tuple[str, ...] = of_patterns(NO_DECAY)
 
 
 @dataclasses.dataclass
@@ -145,36 +147,36 @@ class Data:
 
     root: str = ""
     sources: dict[str, Source] = dataclasses.field(default_factory=dict)
-    mix: dict[str, float] = dataclasses.field(default_factory=dict)
+    mix: dict[str, float] = dataclasses.field(default_factory=dict, metadata=limits(0, 1e12))
     batch_format: str = "conversation"
     template: str = "chatglm_zh"
     llm_family: str = "glm"
     tokenizer: str = ""
     characters: str = ""
     vocabulary: str = ""
-    examples: int = 8
-    rows: int = 8
-    length: int = 128
-    answers: int = 64
-    items: dict[str, int] = dataclasses.field(default_factory=dict)
-    embeddings: dict[str, int] = dataclasses.field(default_factory=dict)
-    frames: tuple[int, ...] = (1600,)
-    characters_length: int = 64
-    text_length: int = 32
+    examples: int = within(8, 1, 10**6)
+    rows: int = within(8, 1, 10**6)
+    length: int = within(128, 1, 10**6)
+    answers: int = within(64, 1, 10**6)
+    items: dict[str, int] = dataclasses.field(default_factory=dict, metadata=limits(0, 10**6))
+    embeddings: dict[str, int] = dataclasses.field(default_factory=dict, metadata=limits(1, 10**6))
+    frames: tuple[int, ...] = within((1600,), 1, 10**7)
+    characters_length: int = within(64, 1, 10**6)
+    text_length: int = within(32, 1, 10**6)
     image: dict[str, Any] = dataclasses.field(default_factory=dict)
     video: dict[str, Any] = dataclasses.field(default_factory=dict)
     speech: dict[str, Any] = dataclasses.field(default_factory=dict)
     modalities: dict[str, str] = dataclasses.field(default_factory=dict)
     options: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-    libraries: str = "same"
-    speech_features: str = ""
-    speech_width: int = 512
-    threads: int = 4
-    deadline: float = 0.0
+    libraries: str = one_of("same", "any")
+    speech_features: str = one_of("", "cif")
+    speech_width: int = within(512, 1, 10**6)
+    threads: int = within(4, 1, 4096)
+    deadline: float = within(0.0, 0, 86400)
     cache: str = ""
-    memory: float = 2.0
-    waiting: float = 4.0
-    max_bad_share: float = 0.01
+    memory: float = within(2.0, 0.01, 1e5)
+    waiting: float = within(4.0, 0, 1e5)
+    max_bad_share: float = within(0.01, 0, 1)
 
 
 @dataclasses.dataclass
@@ -189,11 +191,11 @@ class Divergence:
       most_skipped: more skipped micro-batches than this stop the run.
     """
 
-    nonfinite: str = "stop"
-    spike: str = "ignore"
-    factor: float = 10.0
-    window: int = 100
-    most_skipped: int = 10
+    nonfinite: str = one_of("stop", "skip")
+    spike: str = one_of("ignore", "stop", "skip")
+    factor: float = within(10.0, 1, 1e12)
+    window: int = within(100, 1, 10**6)
+    most_skipped: int = within(10, 0)
 
 
 @dataclasses.dataclass
@@ -223,9 +225,9 @@ class Validation:
     """
 
     sources: dict[str, Source] = dataclasses.field(default_factory=dict)
-    mix: dict[str, float] = dataclasses.field(default_factory=dict)
-    examples: int = 256
-    every: int = 0
+    mix: dict[str, float] = dataclasses.field(default_factory=dict, metadata=limits(0, 1e12))
+    examples: int = within(256, 0)
+    every: int = within(0, 0)
     metrics: tuple[str, ...] = ()
 
 
@@ -270,32 +272,34 @@ class Stage:
     parts: dict[str, Part] = dataclasses.field(default_factory=dict)
     modalities: dict[str, Route] = dataclasses.field(default_factory=dict)
     init: dict[str, str] = dataclasses.field(default_factory=dict)
-    trainable: tuple[str, ...] = ()
+    trainable: tuple[str, ...] = of_patterns()
     objective: str = "answer"
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
     data: Data = dataclasses.field(default_factory=Data)
-    steps: int = 1000
+    steps: int = within(1000, 1)
     mesh: dict[str, int] = dataclasses.field(
-        default_factory=lambda: {"data": -1, "fsdp": 1, "tensor": 1}
+        default_factory=lambda: {"data": -1, "fsdp": 1, "tensor": 1}, metadata=limits(-1, 10**6)
     )
-    slices: dict[str, int] = dataclasses.field(default_factory=lambda: {"data": 1, "fsdp": 1})
-    compute: str = "bfloat16"
-    frozen: str = "bfloat16"
-    remat: str = "none"
-    offload: tuple[str, ...] = ()
-    unroll: int = 1
+    slices: dict[str, int] = dataclasses.field(
+        default_factory=lambda: {"data": 1, "fsdp": 1}, metadata=limits(1, 10**6)
+    )
+    compute: str = one_of("bfloat16", "float32", "float16")
+    frozen: str = one_of("bfloat16", "float32", "float16")
+    remat: str = one_of("none", "products", "all")
+    offload: tuple[str, ...] = of_patterns()
+    unroll: int = within(1, 1, 10**4)
     compiler: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-    seed: int = 0
-    log_every: int = 10
-    save_every: int = 500
-    keep: int = 2
+    seed: int = within(0, 0, 2**31 - 1)
+    log_every: int = within(10, 1)
+    save_every: int = within(500, 1)
+    keep: int = within(2, 1, 10**6)
     divergence: Divergence = dataclasses.field(default_factory=Divergence)
-    profile: tuple[int, ...] = ()
+    profile: tuple[int, ...] = within((), 1)
     wandb: str = ""
     best: Best = dataclasses.field(default_factory=Best)
     validation: Validation = dataclasses.field(default_factory=Validation)
-    stall: float = 600.0
+    stall: float = within(600.0, 0, 10**7)
 
 
 # How fields and values were called before; checkpoints of that time are still read.

@@ -146,7 +146,6 @@ def resume(
     about = checkpoints.about(latest)
     if older and any(map(checksum.is_older, about["base"].values())):
         base = older()
-        checksum.warn(f"Checkpoint {latest}")
     for part in sorted(base.keys() | about["base"].keys()):
         if base.get(part) != about["base"].get(part):
             raise UserError(
@@ -154,6 +153,8 @@ def resume(
                 field=str(checkpoints.directory),
                 hint=f"Give init.{part} the base it was trained on, or choose a new --workdir",
             )
+    if any(map(checksum.is_older, about["base"].values())):
+        checksum.warn(f"Checkpoint {latest}")
     then, now = about.get("media", {}), manifest.media_settings(data)
     preprocessing.compare(then, now, f"at checkpoint {latest}", data.libraries)
     state = restored(checkpoints, latest, state)

@@ -1,0 +1,26 @@
+"""Kinds of fields: what a setting may hold stands where it is declared (`core/limits.py` looks)."""
+
+import dataclasses
+from typing import Any
+
+MOST = 10**9  # of what is counted: records, updates, tokens
+
+
+def limits(least: float, most: float = MOST) -> dict[str, tuple[float, float]]:
+    """Between which bounds, both allowed, the numbers of a field lie (`core/limits.py`)."""
+    return {"limits": (least, most)}
+
+
+def within(default: Any, least: float, most: float = MOST) -> Any:
+    """A field with such `limits`."""
+    return dataclasses.field(default=default, metadata=limits(least, most))
+
+
+def one_of(default: str, *others: str) -> Any:
+    """A field that takes one of some words, `default` the first of them."""
+    return dataclasses.field(default=default, metadata={"choices": (default, *others)})
+
+
+def of_patterns(default: tuple[str, ...] = ()) -> Any:
+    """A field of regular expressions."""
+    return dataclasses.field(default=default, metadata={"patterns": True})
