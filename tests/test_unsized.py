@@ -83,6 +83,35 @@ def test_they_are_read_to_their_end(tmp_path, form, subtype, forget, sizes):
             assert speech.count_frames(place) == speech.frames_of(len(SOUND)) == 198
 
 
+def mp3(content: bytearray, frames: int | None) -> bytes:
+    """An MP3 of variable rate that states so many frames, or nothing at all."""
+    tag = content.find(b"Xing")
+    assert tag > 0
+    if frames is not None:
+        struct.pack_into(">I", content, tag + 8, frames)
+        return bytes(content)
+    first = content.find(content[:2], tag)  # the frame behind the one that holds the tag
+    return bytes(content[first:])
+
+
+@pytest.mark.parametrize("frames", [None, 0, 3, 1000])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_the_frames_of_an_mp3_tell_its_length(tmp_path, frames, channels):
+    rng, count = np.random.default_rng(0), 160_000
+    one = rng.normal(size=count) * 0.1 * np.sin(np.arange(count) / 9000)
+    sound = np.stack([one] * channels, axis=1)
+    path = tmp_path / "a.mp3"
+    soundfile.write(path, sound, 16_000)
+    wanted = speech.read(path)
+    assert len(wanted) == count
+    path.write_bytes(mp3(bytearray(path.read_bytes()), frames))
+    found = speech.read(path)
+    assert abs(len(found) - count) < 2500
+    # Without its header an MP3 also forgets how much its encoder has put before the sound.
+    shifts = [np.abs(found[s : s + 90_000] - wanted[:90_000]).mean() for s in range(0, 1800)]
+    assert min(shifts) < 0.02 * np.abs(wanted).mean()
+
+
 def test_channels_and_an_odd_end_are_kept(tmp_path):
     both = np.stack([SOUND, SOUND[::-1]], axis=1)
     content = written("WAV", sound=both)
@@ -115,6 +144,11 @@ def test_an_empty_recording_stays_empty(tmp_path, tail):
 @pytest.mark.parametrize("form", ["WAV", "AU", "AIFF", "CAF", "FLAC", "RF64", "W64"])
 def test_files_that_know_their_size_are_left_alone(form):
     assert unsized.mended(io.BytesIO(written(form))) is None
+
+
+def test_files_of_nothing_but_chunks_end_the_search():
+    for head in (b"RIFF\0\0\0\0WAVE", b"caff\0\1\0\0"):
+        assert unsized.mended(io.BytesIO(head + bytes(8_000_000))) is None
 
 
 def test_headers_that_end_too_early_are_no_recordings(tmp_path: Path):

@@ -117,12 +117,25 @@ def _decoded(path: str | Path) -> tuple[np.ndarray, int]:
             _check_format(sound.format, path)
             _check_header(sound.samplerate, sound.frames * sound.channels, path)
             rate, samples = sound.samplerate, sound.read(dtype="float32", always_2d=True)
-            waved = sound.format.startswith("WAV")
+            form = sound.format
     except (soundfile.SoundFileError, RuntimeError) as error:
         raise UserError(f"not a readable audio file ({error})", field=str(path)) from error
-    if waved:
+    if form.startswith("WAV"):
         _check_whole(path, len(samples))
-    return samples, rate
+    return (samples if form not in ("MP3", "MPEG") else _all_of_mp3(path, samples, rate)), rate
+
+
+def _all_of_mp3(path: str | Path, samples: np.ndarray, rate: int) -> np.ndarray:
+    """Samples of an MP3, also where its header stated fewer and only those were read."""
+    content = paths.read(path)
+    held = unsized.in_packets(content, "mp3")
+    if held - len(samples) <= unsized.MP3_PADDING:
+        return samples
+    _check_header(rate, held * samples.shape[1], path)
+    try:
+        return unsized.mp3(content)
+    except ValueError as error:
+        raise UserError(f"not a readable audio file ({error})", field=str(path)) from error
 
 
 def _sized(path: str | Path) -> str | io.BytesIO:

@@ -1,7 +1,8 @@
 """Recordings that were streamed: their header was written before anybody knew how long they are.
 
 WAV, RF64, AU and CAF then state 0 or the largest number, FLAC states 0 samples. libsndfile reads
-nothing of such a file, or refuses it; here it gets the size that the file really has.
+nothing of such a file, or refuses it; here it gets the size that the file really has. MP3 without
+a header of its own is as long as libsndfile guesses by its first frame; here it is read again.
 """
 
 from __future__ import annotations
@@ -11,7 +12,12 @@ import struct
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
+import numpy as np
+
 MOST_BYTES = 1 << 29  # of a file that is mended, in memory
+MOST_CHUNKS = 10_000  # looked at, be they empty
+MP3_TAG = 64  # bytes of the first frame that hold the tag with the length
+MP3_PADDING = 4 * 1152  # samples that an encoder may add at both ends
 HEAD = 12  # bytes before the first chunk of a WAV file
 FLAC_TOTAL = 21  # place of FLAC's count, whose 36 bits begin in the middle of this byte
 
@@ -87,10 +93,19 @@ def _stated(file: BinaryIO) -> Size | None:
     return None
 
 
-def chunks(file: BinaryIO, order: str = "<") -> Iterator[tuple[bytes, int, int]]:
-    """(name, first byte of its content, size that it states) of every chunk of a WAV file."""
-    at = HEAD
-    while len(head := _read(file, at, 8)) == 8:
+def chunks(file: BinaryIO, order: str = "<", start: int = HEAD) -> Iterator[tuple[bytes, int, int]]:
+    """(name, first byte of its content, size that it states) of the chunks of a WAV file.
+
+    Args:
+      file: any file.
+      order: of the bytes of a number, as `struct` has it.
+      start: place of the first chunk.
+    """
+    at = start
+    for _ in range(MOST_CHUNKS):
+        head = _read(file, at, 8)
+        if len(head) < 8:
+            return
         name, size = struct.unpack(f"{order}4sI", head)
         yield name, at + 8, size
         at += 8 + size + size % 2
@@ -98,7 +113,10 @@ def chunks(file: BinaryIO, order: str = "<") -> Iterator[tuple[bytes, int, int]]
 
 def _caf(file: BinaryIO) -> Size | None:
     at = 8
-    while len(head := _read(file, at, 12)) == 12:
+    for _ in range(MOST_CHUNKS):
+        head = _read(file, at, 12)
+        if len(head) < 12:
+            return None
         name, size = struct.unpack(">4sq", head)
         if name == b"data":
             return Size(at + 4, ">q", size, at + 12)
@@ -109,11 +127,10 @@ def _caf(file: BinaryIO) -> Size | None:
 def _are_chunks(content: bytes, start: int, order: str) -> bool:
     """Whether chunks with names fill what is behind an empty recording to the last byte."""
     at = start
-    while at + 8 <= len(content):
-        name, size = struct.unpack_from(f"{order}4sI", content, at)
+    for name, first, size in chunks(io.BytesIO(content), order, start):
         if not (name.isascii() and name.decode("ascii").isprintable()):
             return False
-        at += 8 + size + size % 2
+        at = first + size + size % 2
     return at in (len(content), len(content) + 1)
 
 
@@ -124,18 +141,57 @@ def _flac(file: BinaryIO) -> bytes | None:
         return None
     content = _read(file, 0)
     above = content[FLAC_TOTAL] & 0xF0
-    total = (above << 32) | _flac_samples(content)
+    total = (above << 32) | in_packets(content, "flac")
     return content[:FLAC_TOTAL] + total.to_bytes(5) + content[FLAC_TOTAL + 5 :]
 
 
-def _flac_samples(content: bytes) -> int:
+def in_packets(content: bytes, form: str) -> int:
+    """Samples of each channel in the packets of a recording, none of which is decoded.
+
+    Args:
+      content: of the file.
+      form: FFmpeg's name of its format.
+
+    Returns:
+      0 where the file is of another format.
+    """
     import av
     from av.error import FFmpegError
 
     try:
-        with av.open(io.BytesIO(content), "r", format="flac") as container:
+        with av.open(io.BytesIO(content), "r", format=form) as container:
             stream = container.streams.audio[0]
             ticks = sum(packet.duration or 0 for packet in container.demux(stream) if packet.size)
             return round(ticks * (stream.time_base or 0) * stream.sample_rate)
     except (FFmpegError, ValueError, IndexError):
         return 0
+
+
+def mp3(content: bytes) -> np.ndarray:
+    """All samples of an MP3, whatever length it states: `[samples, channels]` float32.
+
+    Raises:
+      ValueError: it cannot be decoded.
+    """
+    import av
+    from av.error import FFmpegError
+
+    try:
+        with av.open(io.BytesIO(_untagged(content)), "r", format="mp3") as container:
+            frames = [frame.to_ndarray() for frame in container.decode(audio=0)]
+    except (FFmpegError, IndexError) as error:
+        raise ValueError(str(error)) from error
+    return np.concatenate(frames, axis=1).T.astype(np.float32)
+
+
+def _untagged(content: bytes) -> bytes:
+    """An MP3 without its wrong length, behind which a decoder would leave samples out."""
+    start = 0
+    if content[:3] == b"ID3":  # four times seven bits
+        start = 10 + sum(byte << 7 * place for place, byte in enumerate(content[9:5:-1]))
+    head = content[start : start + MP3_TAG]
+    return (
+        content[:start]
+        + head.replace(b"Xing", bytes(4)).replace(b"Info", bytes(4))
+        + content[start + MP3_TAG :]
+    )
