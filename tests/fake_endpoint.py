@@ -7,7 +7,7 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 KEY = "sk-secret-0123456789"
@@ -20,7 +20,7 @@ def chinese(text: str) -> str:
 
 
 class Fake(ThreadingHTTPServer):
-    """The server; `plan` names what the next requests meet, `change` may alter a translation.
+    """The server; `plan` names what the next requests meet, `pause` is its Retry-After.
 
     Attributes:
       asked: the texts of every request that came, in order.
@@ -29,9 +29,9 @@ class Fake(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, plan: list[str], change: Callable[[str, str], str] | None = None):
+    def __init__(self, plan: list[str], pause: str):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.plan, self.change = list(plan), change or (lambda text, said: said)
+        self.plan, self.pause = list(plan), pause
         self.asked: list[list[str]] = []
         self.keys: list[str | None] = []
         self.delay = 0.0
@@ -60,12 +60,12 @@ class Handler(BaseHTTPRequestHandler):
             self.server.keys.append(self.headers.get("Authorization"))
             step = self.server.plan.pop(0) if self.server.plan else ""
         time.sleep(self.server.delay)
-        said = {n: self.server.change(text, chinese(text)) for n, text in texts.items()}
+        said = {number: chinese(text) for number, text in texts.items()}
         getattr(self, f"do_{step}" if step and not step.isdigit() else "do_answer")(said, step)
 
     def do_answer(self, said: dict[str, str], step: str) -> None:
         if step:
-            headers = {"Retry-After": "0"} if step == "429" else {}
+            headers = {"Retry-After": self.server.pause} if step == "429" else {}
             told = f"no: {self.headers.get('Authorization')}"
             self.send(int(step), json.dumps({"error": {"message": told}}), headers)
         else:
@@ -129,9 +129,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def serving(*plan: str, change: Callable[[str, str], str] | None = None) -> Iterator[Fake]:
+def serving(*plan: str, pause: str = "0") -> Iterator[Fake]:
     """A server for the block."""
-    server = Fake(list(plan), change)
+    server = Fake(list(plan), pause)
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +18,9 @@ from test_video import write as write_video
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
 from xllm_jax.data.media import image, speech
-from xllm_jax.data.sources import aishell, prepared, selection, vsdial_cn
+from xllm_jax.data.sources import aishell, prepared, selection, table, vsdial_cn
 from xllm_jax.prepare import translate
-from xllm_jax.prepare.recipes import instructions, questions, resampled, similar
+from xllm_jax.prepare.recipes import instructions, questions, resampled, similar, translated
 from xllm_jax.prepare.recipes import vsdial_cn as vsdial
 
 ROOT = Path(__file__).parents[1]
@@ -188,6 +189,40 @@ def test_vsdial_cn_by_mbart(visdial, mbart, tmp_path):
     assert vsdial.build(visdial, str(out), **options)["rounds"] == 4
     made = json.loads((out / "visdial_1.0_train.json").read_text("utf-8"))["data"]
     assert made["questions"] == ["好"] * 4
+
+
+def test_any_set_by_mbart(pairs, mbart, tmp_path):
+    """Captions of a table; the model has learned nothing, so that most of it is left out."""
+    lines = [
+        "filepath\ttitle",
+        "0.png\ta man and a dog",
+        "1.png\thow many?",
+        "2.png\tA man and a dog",
+    ]
+    write(tmp_path / "pairs/train.tsv", "\n".join(lines))
+    out = tmp_path / "out"
+
+    def build():
+        return translated.build(pairs, str(out), "table", translator=str(mbart))
+
+    try:
+        build()
+    except UserError as error:
+        assert "translates no text" in str(error)
+    (file,) = (out / "translations").iterdir()
+    texts = ["how many?", "A man and a dog"]
+    assert json.loads(file.read_text("utf-8")) == dict(
+        zip(texts, translate.Translator(str(mbart))(texts))
+    )
+    file.write_text(json.dumps({"how many?": "有几个？", "A man and a dog": "人和狗"}), "utf-8")
+    assert build()["translated"] == 2  # what is there is kept
+    found = table.examples(pairs, captions=str(out))
+    assert [one.answer for one in found] == ["人和狗", "有几个？", "人和狗"]
+    config = json.loads((mbart / "config.json").read_text())
+    shutil.copytree(mbart, tmp_path / "other")
+    (tmp_path / "other/config.json").write_text(json.dumps(config | {"d_model": 32}))
+    with pytest.raises(UserError, match="holds translations of another translator"):
+        translated.build(pairs, str(out), "table", translator=str(tmp_path / "other"))
 
 
 @pytest.fixture

@@ -204,6 +204,20 @@ def test_a_killed_run_goes_on_and_asks_nothing_twice(pictures, tmp_path):
     check(pictures, tmp_path / "out")
 
 
+def test_ctrl_c_ends_all_waits_at_once(pictures, tmp_path):
+    with serving(*["429"] * 99, pause="50") as server:
+        flags = ["--recipe=translated", "--reader=table", f"--input={pictures}", "--model=fake"]
+        flags += [f"--output={tmp_path / 'out'}", f"--endpoint={server.url}"]
+        command = [sys.executable, "-m", "xllm_jax.launch.build_data", *flags]
+        running = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        while len(server.asked) < 3:
+            time.sleep(0.02)
+        time.sleep(0.5)
+        running.send_signal(signal.SIGINT)
+        _, told = running.communicate(timeout=30)  # far below the pause that the server asks for
+    assert running.returncode == 130 and "Traceback" not in told
+
+
 def test_beam_does_the_same(pictures, tmp_path):
     pytest.importorskip("apache_beam", reason="Apache Beam comes with the extra 'prepare'")
     with serving("500") as server:
