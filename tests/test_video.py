@@ -51,7 +51,7 @@ def uniform(count: int, wanted: int) -> list[int]:
     """Frames chosen of a video of so many equally long ones."""
     tick = Fraction(1, 30)
     shown = video_times.timeline([Stamp(n, None, 1) for n in range(count)], tick, tick)
-    return [shown.at(time) for time in video_times.uniform_times(Fraction(0), shown.length, wanted)]
+    return video_times.uniform_frames(shown, wanted)
 
 
 def test_uniform_frames_are_centers_and_repeat_in_short_videos():

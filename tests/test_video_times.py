@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from xllm_jax.data.media import video, video_readings
-from xllm_jax.data.media.video_times import Timeline
+from xllm_jax.data.media.video_times import Stamp, Timeline, timeline, uniform_frames
 
 FORMS = {
     "whole.mp4": ("libx264", {}, {}),
@@ -188,3 +188,25 @@ def test_both_readings_give_the_same_frames(tmp_path):
         assert straight is not None and through is not None
         for one, other in zip(straight, through, strict=True):
             np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+
+
+@pytest.mark.parametrize("rate", [12, 15, 24, Fraction(24000, 1001), 25, Fraction(30000, 1001), 60])
+def test_stamps_that_are_rounded_to_milliseconds_move_no_frame(rate):
+    for count in (1, 2, 24, 97, 240, 1001):
+        stamps = [round(Fraction(1000 * n) / rate) for n in range(count)]
+        for duration in (int(1000 / rate), round(Fraction(1000) / rate), 0):
+            found = [Stamp(stamp, None, duration) for stamp in stamps]
+            shown = timeline(found, Fraction(1, 1000), 1 / Fraction(rate))
+            for wanted in (1, 2, 3, 5, 8, 12, 24):
+                centers = [(2 * part + 1) * count // (2 * wanted) for part in range(wanted)]
+                assert uniform_frames(shown, wanted) == centers
+
+
+def test_a_frame_that_was_left_out_is_no_rounding():
+    stamps = [0, 1, 2, 4, 5, 6, 7, 8, 9]  # of an AVI, whose tick is a frame
+    found = [Stamp(stamp, None, 1) for stamp in stamps]
+    shown = timeline(found, Fraction(1, 10), Fraction(1, 10))
+    assert not shown.even and uniform_frames(shown, 10) == [0, 1, 2, 2, 3, 4, 5, 6, 7, 8]
+    held = [Stamp(n, None, 1 if n < 4 else 6) for n in range(5)]  # the last one stays
+    shown = timeline(held, Fraction(1, 10), Fraction(1, 10))
+    assert uniform_frames(shown, 5) == [1, 3, 4, 4, 4]

@@ -88,8 +88,7 @@ def _of_whole(wanted: int, sampling: str) -> Pick:
 
 
 def _uniform(wanted: int, shown: Timeline) -> list[int]:
-    times = video_times.uniform_times(Fraction(0), shown.length, wanted)
-    return [shown.at(time) for time in times]
+    return video_times.uniform_frames(shown, wanted)
 
 
 def _reference(wanted: int, shown: Timeline) -> list[int]:

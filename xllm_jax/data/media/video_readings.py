@@ -64,9 +64,7 @@ def by_packets(
         if not found or not video_packets.sure(stream, found):
             return None
         shown = _timeline(container, stream, video_packets.stamps(found), origin)
-        start = (
-            shown.origin + (times[0] + video_times.TIE) / shown.tick if times else shown.stamps[0]
-        )
+        start = shown.stamp(times[0]) if times else shown.stamps[0]
         if found[0].pts > start or (times and times[0] > shown.last):
             return None
         numbers = pick(shown)
@@ -127,7 +125,7 @@ def _timeline(container: Any, stream: Any, found: Sequence[Stamp], origin: int |
 
 def _begins(shown: Timeline, times: Sequence[Fraction]) -> bool:
     """Whether a part of a video begins before the first time; seeking may end behind it."""
-    return shown.stamps[0] <= shown.origin + (times[0] + video_times.TIE) / shown.tick
+    return shown.stamps[0] <= shown.stamp(times[0])
 
 
 def _numbered(

@@ -15,7 +15,9 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
-TIE = Fraction(1, 1000)  # seconds; Matroska and others round stamps to milliseconds
+# Stamps are rounded to ticks; Matroska's is a millisecond. A longer one, as AVI's, is a frame, and
+# exact.
+TICK = Fraction(1, 1000)
 BACK = Fraction(1, 10)  # seconds that time may go back before it is another time, as ffmpeg has it
 JUMP = 10  # seconds that it may go on
 
@@ -64,13 +66,40 @@ class Timeline:
 
     def at(self, time: Fraction) -> int:
         """Number of the frame that is shown so many seconds behind the first."""
-        stamp = self.origin + (time + TIE) / self.tick
-        return max(bisect.bisect_right(self.stamps, stamp) - 1, 0)
+        return max(bisect.bisect_right(self.stamps, self.stamp(time)) - 1, 0)
+
+    def stamp(self, time: Fraction) -> Fraction:
+        """The latest stamp of what is shown so many seconds behind the first frame, in ticks."""
+        return self.origin + time / self.tick + 2 * self.rounding
+
+    @property
+    def rounding(self) -> Fraction:
+        """Ticks by which a stamp may be off."""
+        return min(Fraction(1), TICK / self.tick)
+
+    @property
+    def even(self) -> bool:
+        """Whether all frames are shown equally long, but for rounding."""
+        if len(self.stamps) < 2:
+            return True
+        first, last, steps = self.stamps[0], self.stamps[-1], len(self.stamps) - 1
+        whole = last - first
+        off = max(abs((x - first) * steps - n * whole) for n, x in enumerate(self.stamps))
+        held = abs((self.end - last) * steps - whole)
+        return off <= self.rounding * steps and held <= 2 * self.rounding * steps
 
 
 def uniform_times(start: Fraction, length: Fraction, wanted: int) -> list[Fraction]:
     """Centers of `wanted` equal parts of a time, in seconds."""
     return [start + (2 * part + 1) * length / (2 * wanted) for part in range(wanted)]
+
+
+def uniform_frames(shown: Timeline, wanted: int) -> list[int]:
+    """Numbers of the frames at the centers of `wanted` equal parts of a whole video."""
+    if shown.even:  # then rounded stamps need not decide between two frames
+        count = len(shown.stamps)
+        return [(2 * part + 1) * count // (2 * wanted) for part in range(wanted)]
+    return [shown.at(time) for time in uniform_times(Fraction(0), shown.length, wanted)]
 
 
 def timeline(
