@@ -189,12 +189,16 @@ def rotary(replay: Replay, reference: Reference) -> None:
     """Rotary tables of any number of channels, in both precisions."""
     for name in (n.removesuffix(".positions") for n in replay.names("*.positions")):
         positions = replay.input(f"{name}.positions")
-        channels = replay.recorded(f"{name}.cos_f32").shape[1]
-        replay.compare(f"{name}.inv_freq_f16", glm.rotary_frequencies(channels), exact=True)
-        for half, kind in ((False, "f32"), (True, "f16")):
-            cosine, sine = glm.rotary_table(positions, channels, half)
-            replay.compare(f"{name}.cos_{kind}", cosine)
-            replay.compare(f"{name}.sin_{kind}", sine)
+        if f"{name}.inv_freq_f16" in replay:
+            pairs = replay.recorded(f"{name}.inv_freq_f16").shape[0]
+            frequencies = glm.rotary_frequencies(2 * pairs)
+            replay.compare(f"{name}.inv_freq_f16", frequencies, exact=True)
+        for number, table in enumerate(("cos", "sin")):
+            for half, kind in ((False, "f32"), (True, "f16")):
+                array = f"{name}.{table}_{kind}"
+                if array in replay:
+                    channels = replay.recorded(array).shape[1]
+                    replay.compare(array, glm.rotary_table(positions, channels, half)[number])
 
 
 def half(replay: Replay, reference: Reference) -> None:

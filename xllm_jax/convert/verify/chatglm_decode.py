@@ -64,8 +64,10 @@ def _steps(replay: Replay, reference: Reference) -> None:
         positions.append(state["position"][0])
     replay.compare("step.logits", np.stack(logits))
     replay.compare("step.position_ids", np.stack(positions))
-    replay.compare("cache.key", state["cache"]["key"][:, 0])
-    replay.compare("cache.value", state["cache"]["value"][:, 0])
+    for name in ("key", "value"):
+        if f"cache.{name}" in replay:
+            tokens = replay.recorded(f"cache.{name}").shape[1]
+            replay.compare(f"cache.{name}", state["cache"][name][:, 0, :tokens])
 
 
 def _answers(replay: Replay, reference: Reference, name: str) -> None:
@@ -73,7 +75,7 @@ def _answers(replay: Replay, reference: Reference, name: str) -> None:
     specials, start = reference.specials, prompt.shape[1]
     ended = f"{name}.eos_token_id" in replay
     eos = int(replay.input(f"{name}.eos_token_id")) if ended else specials.eop
-    new = replay.recorded(f"{name.split('_')[0]}.sequences").shape[1] - start
+    new = _limit(replay, name, eos, start)
     beams = sequences.shape[0] if name.startswith("beam") else 1
     how = Decoding((eos,), specials.pad, STEP, max_new_tokens=new, beams=beams)
     batch = prompt_batch(rows_of(prompt, specials), specials.pad)
@@ -83,6 +85,20 @@ def _answers(replay: Replay, reference: Reference, name: str) -> None:
     replay.compare(f"{name}.sequences", tokens, expected)
     if beams > 1:
         replay.compare(f"{name}.scores", found.scores[0])
+
+
+def _limit(replay: Replay, name: str, eos: int, start: int) -> int:
+    """Tokens that a recorded search could make at most.
+
+    The search that never meets its end token is recorded up to the limit. Where every row ends and
+    nothing tells the limit, the search ended by itself: any longer limit gives the same.
+    """
+    plain = f"{name.split('_')[0]}.sequences"
+    sequences = replay.recorded(f"{name}.sequences")
+    own = sequences.shape[1] - start
+    if plain in replay and (new := replay.recorded(plain).shape[1] - start) >= own:
+        return new
+    return 2 * own if (sequences[:, start:] == eos).any(axis=1).all() else own
 
 
 def finished(sequences: np.ndarray, start: int, new: int, eos: int, pad: int) -> np.ndarray:
@@ -139,7 +155,8 @@ def behind_media(replay: Replay, reference: Reference, model: XLLM, params: Any,
     batch, specials = _behind_prefix(replay, reference, name), reference.specials
     length, sequences = batch.ids.shape[1], replay.recorded(f"{name}.sequences")
     settings = read_json(replay.folder / "diagnostics.json")["info"][f"{name}_args"]
-    new, beams = sequences.shape[1] - length, settings["num_beams"]
+    new = settings.get("max_new_tokens", sequences.shape[1] - length)
+    beams = settings["num_beams"]
     how = Decoding((specials.eop,), specials.pad, STEP, max_new_tokens=new, beams=beams)
     replay.compare(f"{name}.position_ids", batch.positions[:1].transpose(0, 2, 1))
     following = batch.positions[:1, -1] + np.asarray(how.position_step)

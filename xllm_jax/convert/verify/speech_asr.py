@@ -12,7 +12,7 @@ import numpy as np
 from xllm_jax.convert import export_tree, import_tree
 from xllm_jax.convert.sources.cif_asr import DROPPED, decoder_layer_rows, rows
 from xllm_jax.convert.verify.recording import Replay
-from xllm_jax.convert.verify.speech_cif import durations
+from xllm_jax.convert.verify.speech_cif import durations, shown
 from xllm_jax.core import rules
 from xllm_jax.core.batch import TranscriptionBatch
 from xllm_jax.models import asr, asr_search
@@ -36,7 +36,7 @@ class Recorded:
             "speech_encoder": _encoder(args, pools),
             "speech_interface": SpeechInterface(
                 encoder_width=args["encoder_embed_dim"],
-                max_tokens=replay.recorded("eval/cif_out").shape[1],
+                max_tokens=_capacity(replay),
                 kernel=args["conv_cif_width"],
                 threshold=args["cif_threshold"],
                 tail_threshold=args["tail_handling_firing_threshold"],
@@ -91,6 +91,11 @@ class Recorded:
         return TranscriptionBatch(**recorded)
 
 
+def _capacity(replay: Replay) -> int:
+    """Tokens that can fire: one a frame and the tail, or as many as the longest text has."""
+    return max(replay.input("src").shape[1] // 2 + 1, replay.input("target").shape[1])
+
+
 def _encoder(args: dict[str, Any], pools: tuple[int, ...]) -> SpeechEncoder:
     return SpeechEncoder(
         width=args["encoder_embed_dim"],
@@ -134,9 +139,11 @@ def _encode(replay: Replay, recorded: Recorded) -> tuple[jax.Array, Fired]:
     replay.compare("eval/encoder_pad_mask", steps >= np.asarray(lengths)[:, None])
     replay.compare("eval/conv_lengths", (batch.lengths - 1) // 2)
     fired = recorded.run("speech_interface", features, lengths, method="fire")
+    tokens = shown(fired, replay.recorded("eval/cif_out").shape[1])
+    fired = fired._replace(embeddings=fired.embeddings[:, :tokens], frames=fired.frames[:, :tokens])
     replay.compare("eval/cif_out", fired.embeddings)
     counts, frames = np.asarray(fired.counts), np.asarray(fired.frames)
-    replay.compare("eval/cif_mask", np.arange(frames.shape[1]) < counts[:, None])
+    replay.compare("eval/cif_mask", np.arange(tokens) < counts[:, None])
     replay.compare("eval/quantity", fired.quantity)
     replay.compare("eval/cif_durations", durations(frames, counts))
     return features, fired
@@ -145,7 +152,12 @@ def _encode(replay: Replay, recorded: Recorded) -> tuple[jax.Array, Fired]:
 def _decode(replay: Replay, recorded: Recorded, features: jax.Array, fired: Fired) -> None:
     previous = replay.recorded("prev_output_tokens")
     replay.compare("prev_output_tokens", asr.previous_tokens(replay.input("target")))
-    inputs = previous, fired.embeddings[:, : previous.shape[1]], features
+    # Where fewer tokens fire than a text has, the reference cuts the text, or adds empty tokens.
+    width = min(previous.shape[1], replay.recorded("eval/decoder_logits").shape[1])
+    embeddings = fired.embeddings[:, :width]
+    missing = width - embeddings.shape[1]
+    embeddings = jnp.pad(embeddings, ((0, 0), (0, max(missing, 0)), (0, 0)))
+    inputs = previous[:, :width], embeddings, features
     (logits, ctc), seen = recorded.run("asr_decoder", *inputs, capture=True)
     replay.compare("eval/decoder_logits", logits)
     replay.compare("eval/ctc_logits", ctc)
@@ -206,7 +218,7 @@ def _train(replay: Replay, recorded: Recorded) -> None:
 def _compare_outputs(replay: Replay, loss: jax.Array, parts: Any, outputs: Any) -> None:
     fired = outputs.fired
     replay.compare("train/encoder_out", outputs.features)
-    tokens = replay.recorded("train/cif_out").shape[1]
+    tokens = shown(fired, replay.recorded("train/cif_out").shape[1])
     replay.compare("train/cif_out", fired.embeddings[:, :tokens])
     replay.compare("train/cif_mask", np.arange(tokens) < np.asarray(fired.counts)[:, None])
     replay.compare("train/quantity", fired.quantity)

@@ -40,7 +40,7 @@ def _padded(
 ):
     """Runs `_fire` with empty rows and room for more tokens, so that cases share compiled code."""
     batch, steps = alpha.shape
-    capacity = max(steps, weights.shape[1])
+    capacity = max(steps + 1, weights.shape[1])  # a token a frame, and the tail
 
     def fill(x: np.ndarray, *sizes: int) -> np.ndarray:
         return np.pad(x, [(0, size - length) for size, length in zip(sizes, x.shape)])
@@ -65,6 +65,7 @@ def _case(replay: Replay, case: str, about: Mapping[str, Any], fire: Callable) -
     lengths = (~padded).sum(-1)
     counts = get("target_len") if about["training"] else None
     tokens, capacity = replay.recorded(f"{case}/out").shape[1], get("R").shape[1]
+    most = int(get("target_len").max(initial=0)) if about["training"] else 0
     firing = cif.Firing(
         about["theta"],
         about["tail_threshold"],
@@ -73,7 +74,9 @@ def _case(replay: Replay, case: str, about: Mapping[str, Any], fire: Callable) -
         accidents=about["quirk"],
     )
     weights = np.where(np.arange(capacity)[None, :, None] < tokens, get("R"), 0)
+    weights = np.pad(weights, ((0, 0), (0, max(0, most - capacity)), (0, 0)))
     fired, gradients = fire(get("h"), get("alpha"), lengths, counts, weights, firing)
+    tokens = shown(fired, tokens)
     replay.compare(f"{case}/out", fired.embeddings[:, :tokens])
     replay.compare(f"{case}/d_h", gradients[0])
     replay.compare(f"{case}/d_alpha", gradients[1])
@@ -87,6 +90,11 @@ def _case(replay: Replay, case: str, about: Mapping[str, Any], fire: Callable) -
     replay.compare(f"{case}/out_mask", mask | first if about["by"] == "CIF-HieraDist" else mask)
     replay.compare(f"{case}/hd_out_mask", mask | first)
     replay.compare(f"{case}/hd_durations", durations(np.asarray(fired.frames)[:, :tokens], found))
+
+
+def shown(fired: cif.Fired, tokens: int) -> int:
+    """How many tokens are compared: what is recorded, or more where more fired, which is a miss."""
+    return max(tokens, int(np.asarray(fired.counts).max(initial=0)))
 
 
 def durations(frames: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -107,7 +115,7 @@ def _variant(replay: Replay, variant: str, settings: Mapping[str, Any]) -> None:
     kernel = settings["conv_cif_width"] if settings["produce_weight_type"] == "conv" else 0
     table = cif_rows("", "", kernel, projected)
     network = cif.CIF(
-        max_tokens=replay.recorded(f"{variant}/eval_out").shape[1],
+        max_tokens=frames.shape[1] + 1,  # a token a frame, and the tail
         kernel=kernel,
         output_width=settings["cif_embedding_dim"] if projected else None,
         threshold=settings["cif_threshold"],
@@ -129,7 +137,7 @@ def _variant(replay: Replay, variant: str, settings: Mapping[str, Any]) -> None:
 
 
 def _fired(replay: Replay, prefix: str, fired: cif.Fired) -> None:
-    tokens = replay.recorded(f"{prefix}_out").shape[1]
+    tokens = shown(fired, replay.recorded(f"{prefix}_out").shape[1])
     replay.compare(f"{prefix}_out", fired.embeddings[:, :tokens])
     replay.compare(f"{prefix}_mask", np.arange(tokens) < np.asarray(fired.counts)[:, None])
     replay.compare(f"{prefix}_quantity", fired.quantity)
@@ -137,7 +145,9 @@ def _fired(replay: Replay, prefix: str, fired: cif.Fired) -> None:
 
 def _trained(replay: Replay, variant: str, network, params, frames, lengths, table) -> None:
     weights, counts = replay.input(f"{variant}/train_R"), replay.input("target_len")
-    network = network.clone(max_tokens=weights.shape[1])
+    capacity = max(network.max_tokens, weights.shape[1], int(counts.max(initial=0)))
+    weights = np.pad(weights, ((0, 0), (0, capacity - weights.shape[1]), (0, 0)))
+    network = network.clone(max_tokens=capacity)
 
     def total(params, frames):
         fired = network.apply({"params": params}, frames, lengths, counts, train=True)

@@ -27,7 +27,7 @@ def c_former(replay: Replay) -> None:
         heads=about["num_attention_heads"],
         hidden=about["intermediate_size"],
         positions=about["max_position_embeddings"],
-        llm_width=replay.recorded("out").shape[-1],
+        llm_width=replay.input("post_bert_proj.weight").shape[0],
         adapter_relu=True,
         mask_padding=False,
     )

@@ -28,8 +28,8 @@ def losses(replay: Replay) -> None:
 
 def _tokens(replay: Replay, variants: Mapping[str, Any]) -> None:
     logits = replay.input("decoder_logits")
-    width = logits.shape[1]
-    targets = replay.input("target")[:, :width]
+    width = min(logits.shape[1], replay.input("target").shape[1])
+    logits, targets = logits[:, :width], replay.input("target")[:, :width]
     valid = np.arange(width) < replay.input("target_len")[:, None]
     smoothing = max(variant["label_smoothing"] for variant in variants.values())
     smoothed, plain = objective.smoothed_cross_entropy(logits, targets, smoothing)
@@ -44,7 +44,10 @@ def _ctc(replay: Replay) -> None:
     if "per_utt_ctc_too_short" not in replay:
         return
     frames = logits.shape[1]
+    rows = replay.recorded("per_utt_ctc_too_short").shape[0]
     short = np.array([frames, frames - 3, 4, 2])  # too short for their targets, so infinite
+    if rows != len(short):
+        raise UserError(f"is of {rows} utterances, not {len(short)}", field="per_utt_ctc_too_short")
     replay.compare("per_utt_ctc_too_short", run(logits, short, targets, counts))
 
 
