@@ -395,6 +395,24 @@ def test_bad_media_are_quarantined_as_without_a_cache(tmp_path, arithmetic):
         write.run(cache_plan.make(strict, tmp_path / "strict", CONFIG, 9), 4)
 
 
+def test_a_continued_cache_lists_the_bad_media_of_all_its_starts(tmp_path, arithmetic):
+    """Its list of bad media is that of an uninterrupted one, byte for byte."""
+    folder = small_cache.draw(tmp_path / "pictures", 6)
+    for name in ("00.png", "03.png", "05.png"):
+        (folder / name).write_bytes((folder / name).read_bytes()[:200])
+    stage = small_cache.pictures(folder, max_bad_share=0.6, examples=4)
+    made = cache_plan.make(stage, tmp_path / "cache", CONFIG, 2)
+    write.run(made, 4)
+    whole = (tmp_path / "cache" / "quarantine.jsonl").read_bytes()
+    assert whole.count(b"\n") == 3
+    shards = made.shards(made.jobs[0])
+    for lost in ([2], [1, 2], []):
+        for shard in lost:
+            shards.note(shard).unlink()
+        write.run(made, 4)
+        assert (tmp_path / "cache" / "quarantine.jsonl").read_bytes() == whole, lost
+
+
 def test_a_new_modality_needs_nothing_here(tmp_path, arithmetic, monkeypatch):
     """A modality of the tests' own: a record, and parts of the model."""
     small_cache.draw(tmp_path / "pictures", 3)

@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from xllm_jax.assembly.networks import init_params
 from xllm_jax.assembly.system import System
-from xllm_jax.core import checkpoint, rules
+from xllm_jax.core import checkpoint, damage, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.types import Flat, Params, Shapes
 
@@ -174,6 +174,7 @@ def locate(directory: str | Path, part: str) -> Path:
     about = checkpoint.base_about(final)
     if any(path.startswith(part + "/") for path in about["shapes"]):
         return final
-    source = about["stage"]["init"].get(part, "").removesuffix("*")
-    inner, _, other = source.partition(":")
-    return locate(inner, other or part) if source else final
+    with damage.reading(final):
+        source = about["stage"]["init"].get(part, "").removesuffix("*")
+        inner, _, other = source.partition(":")
+        return locate(inner, other or part) if source else final

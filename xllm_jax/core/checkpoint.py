@@ -23,7 +23,16 @@ import orbax.checkpoint as ocp
 import tensorstore
 from jax.experimental import multihost_utils
 
-from xllm_jax.core import atomic, checksum, disk, interrupts, kept_checkpoints, new_folder, rules
+from xllm_jax.core import (
+    atomic,
+    checksum,
+    damage,
+    disk,
+    interrupts,
+    kept_checkpoints,
+    new_folder,
+    rules,
+)
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.streamed_leaf import Blocks, BlocksHandler, full
 from xllm_jax.core.types import Params
@@ -122,7 +131,7 @@ class Checkpoints:
 
     def about(self, step: int) -> dict[str, Any]:
         """What was saved with the arrays of a checkpoint."""
-        return json.loads((self.directory / str(step) / "about" / "metadata").read_text("utf-8"))
+        return damage.read_object(self.directory / str(step) / "about" / "metadata")
 
     def damage(self, step: int) -> str:
         """Reads a whole checkpoint on this host alone; says what is broken, '' when nothing is."""
@@ -137,7 +146,7 @@ class Checkpoints:
                 found = checksum.of_store(store, store.dtype.numpy_dtype, older)
                 if path in sums and sums[path] != found:
                     return f"{path} no longer has the values that were saved"
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+        except (UserError, *damage.ERRORS) as error:
             return " ".join(str(error).split())[:300]
         return ""
 
@@ -292,9 +301,15 @@ def open_leaves(directory: str | Path) -> dict[str, Any]:
       reads a part of it.
 
     Raises:
-      UserError: no base there.
+      UserError: no base there, or a damaged one.
     """
-    return _stores(atomic.whole_folder(directory) / "params", base_about(directory)["shapes"])
+    shapes = base_about(directory)["shapes"]
+    with damage.reading(directory):
+        stores = _stores(atomic.whole_folder(directory) / "params", shapes)
+        for path, store in stores.items():
+            if list(store.shape) != shapes[path][0]:
+                raise ValueError(f"{path} has the shape {store.shape}, not {shapes[path][0]}")
+    return stores
 
 
 def _stores(folder: Path, paths: Iterable[str]) -> dict[str, Any]:
@@ -318,7 +333,7 @@ def base_about(directory: str | Path) -> dict[str, Any]:
     """Reads `about.json` of a base.
 
     Raises:
-      UserError: the folder is missing or is not a base.
+      UserError: the folder is missing, is not a base, or its file is damaged.
     """
     file = atomic.whole_folder(directory) / "about.json"
     if not file.exists():
@@ -327,7 +342,13 @@ def base_about(directory: str | Path) -> dict[str, Any]:
             field=str(directory),
             hint="Run the stage that writes it, or xllm convert",
         )
-    return json.loads(file.read_text())
+    about = damage.read_object(file)
+    with damage.reading(file):
+        about["shapes"] = dict(about["shapes"])
+        for path, (shape, dtype) in about["shapes"].items():
+            if not all(type(size) is int and size >= 0 for size in shape):
+                raise ValueError(f"{path} has the shape {shape} of {dtype}")
+    return about
 
 
 def base_origin(directory: str | Path) -> str:
@@ -335,11 +356,13 @@ def base_origin(directory: str | Path) -> str:
     file = atomic.whole_folder(directory) / CONVERSION
     if not file.exists():
         return ""
-    done = json.loads(file.read_text("utf-8"))
-    files = ", ".join(f"{row['name']} (sha256 {row['sha256'][:12]})" for row in done["files"][:1])
-    more = f" and {len(done['files']) - 1} more" if len(done["files"]) > 1 else ""
-    lost = f"{len(done['dropped'])} tensors dropped, {len(done['fresh'])} leaves fresh"
-    return f"converted from {done['source']}: {files}{more}; {lost}; version {done['version']}"
+    done = damage.read_object(file)
+    with damage.reading(file):
+        names = [f"{row['name']} (sha256 {row['sha256'][:12]})" for row in done["files"][:1]]
+        more = f" and {len(done['files']) - 1} more" if len(done["files"]) > 1 else ""
+        lost = f"{len(done['dropped'])} tensors dropped, {len(done['fresh'])} leaves fresh"
+        said = f"{', '.join(names)}{more}; {lost}; version {done['version']}"
+        return f"converted from {done['source']}: {said}"
 
 
 def base_fields(directory: str | Path, path: str) -> dict[str, Any]:
@@ -352,7 +375,8 @@ def base_fields(directory: str | Path, path: str) -> dict[str, Any]:
     file = atomic.whole_folder(directory) / CONVERSION
     if not file.exists():
         return {}
-    return json.loads(file.read_text("utf-8")).get("fields", {}).get(path.partition("/")[0], {})
+    with damage.reading(file):
+        return damage.read_object(file).get("fields", {}).get(path.partition("/")[0], {})
 
 
 def load_leaves(
@@ -385,7 +409,10 @@ def load_leaves(
         lambda x: ocp.ArrayRestoreArgs(dtype=x.dtype, sharding=x.sharding, global_shape=x.shape),
         target,
     )
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    with (
+        damage.reading(directory),
+        ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer,
+    ):
         found = checkpointer.restore(
             atomic.whole_folder(directory) / "params",
             args=ocp.args.PyTreeRestore(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -85,6 +86,7 @@ def run(
         shards = plan.shards(job, identity)
         mine = range(host, shards.count, count)
         todo = shards.todo(mine)
+        _note_rejects(shards, sorted(set(mine) - set(todo)), quarantine)
         if todo:
             steady(plan, job, load)
             compute = computation(plan, job, device_mesh, params)
@@ -95,6 +97,13 @@ def run(
                 _write(plan, job, shards, todo, read, compute, batch, quarantine, bar)
     hosts.meet(store, "written")
     return hosts.share(store, "description", lambda: finish(plan, identity, base))
+
+
+def _note_rejects(shards: Shards, finished: Sequence[int], quarantine: Quarantine) -> None:
+    """Lists what earlier starts of the command have found wrong."""
+    for shard in finished:
+        note = json.loads(shards.note(shard).read_text("utf-8"))
+        quarantine.add(len(shards.rows(shard)), [Skipped(**one) for one in note["rejects"]])
 
 
 def computing(plan: FeatureCachePlan, device_mesh: Any) -> dict[str, Any]:

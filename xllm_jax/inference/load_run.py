@@ -9,7 +9,7 @@ from typing import Any
 
 from xllm_jax.assembly import parameters
 from xllm_jax.assembly.system import System
-from xllm_jax.core import checkpoint, checksum, mesh, rules
+from xllm_jax.core import checkpoint, checksum, damage, mesh, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Stage, parse_stage
 from xllm_jax.models.xllm import XLLM
@@ -100,7 +100,9 @@ def final(directory: str | Path) -> Path:
 
 def stage_of(directory: str | Path) -> Stage:
     """The stage of a finished run, its data's paths resolved; it reads media, not cached ones."""
-    stage = parse_stage(checkpoint.base_about(final(directory))["stage"])
+    about = checkpoint.base_about(final(directory))
+    with damage.reading(final(directory)):
+        stage = parse_stage(about["stage"])
     data = stage.data
     files = {
         name: place(getattr(data, name), directory)

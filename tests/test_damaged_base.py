@@ -1,0 +1,114 @@
+"""A base or a run's result that a stranger made, or a disk has changed, is refused in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from xllm_jax.assembly import parameters
+from xllm_jax.core import checkpoint
+from xllm_jax.core.errors import UserError
+from xllm_jax.inference import load_run
+
+ONE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+LIKE = {
+    "llm/a": jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=ONE),
+    "llm/b/c": jax.ShapeDtypeStruct((7,), jnp.float32, sharding=ONE),
+}
+VALUES = {"a": np.arange(64, dtype=np.float32).reshape(8, 8), "b": {"c": np.ones(7, np.float32)}}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base") / "base"
+    checkpoint.save_base(folder, {"llm": jax.tree.map(jnp.asarray, VALUES)}, {"stage": {}})
+    return folder
+
+
+def use(folder) -> dict:
+    """Whatever reads a base."""
+    checkpoint.base_about(folder)
+    checkpoint.base_origin(folder)
+    for store in checkpoint.open_leaves(folder).values():
+        assert store.shape
+    return checkpoint.load_leaves(folder, "llm", LIKE)
+
+
+def descriptions(about: dict) -> list[bytes]:
+    """What may stand in about.json or conversion.json instead of what we wrote."""
+    odd_shapes = [3, [], None, {"llm/a": 3}, {"llm/a": [["8", 8], "float32"], "llm/b/c": None}]
+    odd_shapes += [{"llm/a": [[8, 8], "float32"], "../../x": [[1], "float32"]}]
+    odd_shapes += [{"llm/a": [[2**62, 8], "float32"], "llm/b/c": [[-7], "float32"]}]
+    odd = [json.dumps(about | {"shapes": shapes}).encode() for shapes in odd_shapes]
+    return [b"", b"[]", b"null", b"{}", b"[" * 100_000, b"1" * 5000, b"\xff\xfe", *odd]
+
+
+@pytest.mark.parametrize("name", ["about.json", "conversion.json"])
+def test_a_description_of_another_form_is_refused(base, tmp_path, name):
+    about = json.loads((base / "about.json").read_text())
+    for number, content in enumerate(descriptions(about)):
+        folder = shutil.copytree(base, tmp_path / str(number))
+        (folder / name).write_bytes(content)
+        with pytest.raises(UserError, match=f"{number}"):
+            use(folder)
+
+
+def test_changed_files_give_the_values_or_one_line(base, tmp_path):
+    """In a process of its own: threads of tensorstore complain when orbax gives up on a base."""
+    code = "import sys, pathlib, test_damaged_base as t; t.change(*map(pathlib.Path, sys.argv[1:]))"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, base, tmp_path],
+        cwd=Path(__file__).parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def change(base: Path, tmp_path: Path) -> None:
+    """Uses a base with each file emptied, cut, turned round, gone, or with flipped bits; seeded."""
+    rng, outcomes = random.Random(0), {"read": 0, "refused": 0}
+    for file in sorted(f for f in base.rglob("*") if f.is_file()):
+        whole = file.read_bytes()
+        cases = [b"", whole[: len(whole) // 2], whole[::-1], None]
+        for _ in range(6):
+            case = bytearray(whole)
+            for place in rng.sample(range(len(case)), min(len(case), rng.choice((1, 4)))):
+                case[place] ^= 1 << rng.randrange(8)
+            cases.append(bytes(case))
+        for content in cases:
+            folder = shutil.copytree(base, tmp_path / "case")
+            changed = folder / file.relative_to(base)
+            changed.unlink() if content is None else changed.write_bytes(content)
+            try:
+                use(folder)
+                outcomes["read"] += 1
+            except UserError as error:
+                outcomes["refused"] += 1
+                assert str(folder) in str(error) and "\n" not in str(error)
+            shutil.rmtree(folder)
+    assert outcomes["refused"] > 30 and outcomes["read"] > 30, outcomes
+
+
+def test_a_run_that_starts_from_itself_is_refused(base, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(base, run / "final")
+    about = json.loads((run / "final" / "about.json").read_text())
+    for stage in ({"init": {"other": str(run)}}, {"init": 3}, {}, 7):
+        (run / "final" / "about.json").write_text(json.dumps(about | {"stage": stage}))
+        with pytest.raises(UserError, match=r"final(/about.json)?: is damaged"):
+            parameters.locate(run, "other")
+        with pytest.raises(UserError):
+            load_run.stage_of(run)

@@ -1,0 +1,50 @@
+"""Files of our own that somebody else has changed, or a disk: refused in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from xllm_jax.core.errors import UserError
+
+# What reading a file of another content than we wrote can raise, in Python, orbax or tensorstore.
+ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+
+
+@contextlib.contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Names the file or folder that a block reads, where its content makes no sense.
+
+    Raises:
+      UserError: it does not.
+    """
+    try:
+        yield
+    except ERRORS as error:
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        hint = "Bring it back from a copy, or make it again"
+        raise UserError(f"is damaged ({what})", field=str(path), hint=hint) from error
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+      UserError: the file holds something else.
+    """
+    with reading(file):
+        found = json.loads(file.read_text("utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"no JSON object but {type(found).__name__}")
+        return found
