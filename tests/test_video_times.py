@@ -173,6 +173,7 @@ def test_frames_outside_of_an_edit_list_are_not_seen(tmp_path):
     path.write_bytes(content)
     assert [number for _, number in shown(path)] == list(range(8, 16))
     assert read(path, 4) == [9, 11, 13, 15]
+    assert read(f"{path}#t=0.25,0.75", 2) == [11, 13]
 
 
 def test_both_readings_give_the_same_frames(tmp_path):

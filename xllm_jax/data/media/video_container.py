@@ -78,7 +78,7 @@ def seek(container: Any, stream: Any, time: Fraction) -> int | None:
     from av.error import FFmpegError
 
     first = next((packet for packet in container.demux(stream) if packet.size), None)
-    if first is None or first.pts is None:
+    if first is None or first.pts is None or first.is_discard:  # the edit list begins elsewhere
         return None
     try:
         container.seek(first.pts + int(time / stream.time_base), stream=stream)
