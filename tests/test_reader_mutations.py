@@ -201,7 +201,12 @@ def through(source, form):
 
 
 def test_no_reader_is_forgotten():
-    made_up = {"layout", "world_scenes", "world_text"}  # no reader, and two without files
+    made_up = {
+        "layout",
+        "captioned_list",
+        "world_scenes",
+        "world_text",
+    }  # no readers, and two without files
     library = {"hugging_face"}  # whose package reads the files
     readers = {reader for reader, _, _ in CASES.values()} | {"prepared", "tfds"}
     assert set(lookup.choices(mixture.READERS)) == readers | made_up | library

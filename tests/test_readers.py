@@ -82,6 +82,7 @@ CASES = {
     "wukong tars": ("wukong", "webdataset", "", "train", {}, "conversation"),
 }  # fmt: skip
 OTHERS = {
+    "captioned_list": "no reader",
     "layout": "no reader",
     "prepared": "what every case is read by",
     "world_scenes": "drawn when read, for its own objective: test_world.py",

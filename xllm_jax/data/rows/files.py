@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import BinaryIO
 
 import numpy as np
@@ -75,11 +76,18 @@ def array(path: str | os.PathLike, what: str, mapped: bool = False) -> np.ndarra
     return found if mapped else np.array(found)
 
 
-def missing(path: str | os.PathLike) -> UserError:
-    """What to raise where a file is not there; names what its folder holds instead."""
-    found = names(pathlib.Path(path).parent)
-    hint = f"{MEND}. Found there: {found}" if found else MEND
-    return UserError("no such file", field=str(path), hint=hint)
+def missing(path: str | os.PathLike, also: Sequence[str] = ()) -> UserError:
+    """What to raise where a file is not there; names what its folder holds instead.
+
+    Args:
+      path: of the file.
+      also: other names that would have done.
+    """
+    parents = [folder for folder in pathlib.Path(path).parents[:3] if os.path.isdir(folder)]
+    found = names(parents[0]) if parents else ""
+    parts = [f"Looked also for {', '.join(also)}" if also else MEND]
+    parts += [f"Found in {parents[0]}: {found}"] if found else []
+    return UserError("no such file", field=str(path), hint=". ".join(parts))
 
 
 def names(folder: str | os.PathLike) -> str:

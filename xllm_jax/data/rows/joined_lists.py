@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ class Groups:
 
     Args:
       path: the JSON file.
-      above: (name of the list, key of its rows, {field: value} that a row must have to be wanted).
+      above: (name of the list, key of its rows, whether a row is wanted).
       below: (name of the list, key by which its rows name one above).
 
     Attributes:
@@ -34,14 +34,14 @@ class Groups:
     def __init__(
         self,
         path: pathlib.Path,
-        above: tuple[str, str, Mapping[str, str]],
+        above: tuple[str, str, Callable[[Any], bool]],
         below: tuple[str, str],
     ):
         names, wanted = (above[0], below[0]), above[2]
 
         def own(row: Any, _: int) -> tuple[Key, bool]:
             known = _key(row, above[1])
-            return known, known is None or all(row.get(k) == v for k, v in wanted.items())
+            return known, known is None or wanted(row)
 
         notes = {names[0]: own, names[1]: lambda row, _: _key(row, below[1])}
         found = json_spans.find(path, notes)

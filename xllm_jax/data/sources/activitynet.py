@@ -5,6 +5,9 @@
                                                   "sentences": [text, …]}, …}
     PATH/videos/, or any folder below PATH      the videos, v_QOlSCBRmfWY.mp4 (.mkv, .webm)
 
+As mirrors have it: these files one folder deeper, or as activitynet_captions_train.json,
+…_val1.json and …_val2.json; videos without "v_".
+
 From cs.stanford.edu/people/ranjaykrishna/densevid (captions, for research) and activity-net.org
 (videos, on request; they belong to those who uploaded them). 'val' is val_1, 'test' is val_2, the
 second set of captions of the same videos. Videos that are gone from YouTube, and therefore not
@@ -27,7 +30,11 @@ from xllm_jax.data.rows import translated
 from xllm_jax.data.rows.lazy import Lazy, Rows
 from xllm_jax.data.sources import layout
 
-NAMES = {"train": "train.json", "val": "val_1.json", "test": "val_2.json"}
+NAMES = {
+    "train": ("train.json", "activitynet_captions_train.json"),
+    "val": ("val_1.json", "activitynet_captions_val1.json", "activitynet_captions_val_1.json"),
+    "test": ("val_2.json", "activitynet_captions_val2.json", "activitynet_captions_val_2.json"),
+}
 KINDS = ("clips", "whole")
 
 
@@ -52,12 +59,13 @@ def examples(
         raise UserError(f"unknown kind {kind!r}", field="kind", hint=f"Choices: {', '.join(KINDS)}")
     root = pathlib.Path(path)
     own, translation = translated.told_apart(captions)
-    file = pathlib.Path(own) if own else root / NAMES[split]
+    file = pathlib.Path(own) if own else _file(root, split)
     rows = Rows(file, lambda row: _count(row, kind), objects=True)
     if rows.names is None:
         raise UserError("is not an object of videos", field=str(file))
     names = rows.names
     there = layout.files([pathlib.Path(videos) if videos else root], layout.VIDEOS)
+    there |= {f"v_{name}": path for name, path in there.items() if not name.startswith("v_")}
     wanted = [place for place, name in enumerate(names) if name in there]
     places = np.repeat(np.asarray(wanted, np.int64), rows.measures[wanted])
     firsts = np.cumsum(rows.measures[wanted]) - rows.measures[wanted]
@@ -78,6 +86,11 @@ def examples(
 
     found = layout.not_empty(Lazy(len(places), example), root, f"videos of {file.name}")
     return translated.examples(found, translation, split)
+
+
+def _file(root: pathlib.Path, split: str) -> pathlib.Path:
+    names = NAMES[split]
+    return layout.first_file(root, [*names, *(f"*/{name}" for name in names)])
 
 
 def _sentence(sentences: list, number: int, where: str) -> str:

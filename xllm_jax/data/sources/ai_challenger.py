@@ -20,6 +20,7 @@ import numpy as np
 from xllm_jax.core import litter
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
+from xllm_jax.data.rows import files
 from xllm_jax.data.rows.lazy import Lazy, Rows
 from xllm_jax.data.sources import layout
 
@@ -44,7 +45,7 @@ def examples(
     pattern = f"caption_{name}*_annotations_*.json"
     found = litter.glob(root, pattern) + litter.glob(root, f"*/{pattern}")
     if not found:
-        raise UserError("no such file", field=str(root / pattern), hint="Check the path and split")
+        raise files.missing(root / pattern, (f"*/{pattern}",))
     file = found[0]
     folder = _images(file, images)
     each = split == "train" if per_caption is None else per_caption

@@ -9,6 +9,9 @@ AISHELL-1 (PATH is data_aishell):
     PATH/transcript/aishell_transcript_v0.8.txt         NAME, then words, divided by spaces
     PATH/tags.json                                      {NAME: [tag, …]}; our own worlds only
 
+Both are also found where their archives unpack them below PATH: data_aishell/, iOS/data/,
+AISHELL-DEV-TEST-SET/iOS/.
+
 AISHELL-2 (PATH is iOS/data; 'val' and 'test' are PATH/dev and PATH/test with the same files):
 
     PATH/trans.txt      NAME, a tab, the sentence
@@ -28,6 +31,7 @@ from xllm_jax.data.rows.lazy import Lazy, Lines
 from xllm_jax.data.sources import layout
 
 FOLDERS = {"val": "dev"}
+UNPACKED = ("data_aishell", "iOS/data", "AISHELL-2/iOS/data", "iOS", "AISHELL-DEV-TEST-SET/iOS")
 
 
 def examples(path: str, split: str = "train") -> Sequence[Example]:
@@ -41,7 +45,7 @@ def examples(path: str, split: str = "train") -> Sequence[Example]:
       UserError: no such file or folder, or no utterance with a transcript; on access, a line
         without text.
     """
-    root = pathlib.Path(path)
+    root = _root(pathlib.Path(path), split)
     second = next((place for place in _second(root, split) if place.is_file()), None)
     if second is not None:
         said, broken = _lines(second)
@@ -67,14 +71,22 @@ def examples(path: str, split: str = "train") -> Sequence[Example]:
     return layout.not_empty(layout.with_broken(Lazy(len(names), example), broken), root, what)
 
 
+def _root(root: pathlib.Path, split: str) -> pathlib.Path:
+    """The folder of the layout, which archives unpack below others."""
+    for place in (root, *(root / name for name in UNPACKED)):
+        if any(file.is_file() for file in (*_second(place, split), _first(place))):
+            return place
+    return root
+
+
 def _second(root: pathlib.Path, split: str) -> list[pathlib.Path]:
     inside = root / FOLDERS.get(split, split) / "trans.txt"
     return [inside, root / "trans.txt"] if split == "train" else [inside]
 
 
 def _first(root: pathlib.Path) -> pathlib.Path:
-    found = litter.glob(root / "transcript", "*.txt")
-    return found[0] if found else root / "transcript" / "aishell_transcript_v0.8.txt"
+    named = root / "transcript" / "aishell_transcript_v0.8.txt"
+    return named if named.is_file() else next(iter(litter.glob(named.parent, "*.txt")), named)
 
 
 def _lines(file: pathlib.Path) -> tuple[dict[str, str], list[UserError]]:

@@ -6,6 +6,8 @@
     PATH/training/, PATH/validation/           the images, called by their line, the first being 0:
                                                12_3456.jpg, 12.jpg, 00000/000000012.jpg
 
+As mirrors have it: cc3m.tsv, with or without a first line that names the columns.
+
 From ai.google.com/research/ConceptualCaptions; free for any purpose, the images belong to their
 sites. Many links are dead, so lines without an image are left out. The paper trains on Chinese
 translations: the option `captions`, a file with one line for each line of the TSV.
@@ -18,7 +20,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from xllm_jax.core import litter
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
 from xllm_jax.data.rows import translated
@@ -26,7 +27,15 @@ from xllm_jax.data.rows.lazy import Lazy, Lines
 from xllm_jax.data.rows.names import Names, number
 from xllm_jax.data.sources import layout, webdataset
 
-FILES = {"train": "*GCC*raining*.tsv", "val": "*GCC*alidation*.tsv"}
+FILES = {
+    "train": (
+        "Train_GCC-training.tsv",
+        "*GCC[-_][Tt]rain*.tsv",
+        "cc3m.tsv",
+        "cc3m_train.tsv",
+    ),
+    "val": ("Validation_GCC-1.1.0-Validation.tsv", "*GCC*alidation*.tsv", "cc3m_val.tsv"),
+}
 FOLDERS = {"train": "training", "val": "validation"}
 
 
@@ -56,23 +65,29 @@ def examples(
     if split not in FILES:
         raise UserError(f"has no split {split!r}", field=path, hint="Choices: train, val")
     root = pathlib.Path(path)
-    found = litter.glob(root, FILES[split])
-    lines = Lines(found[0] if found else root / FILES[split].replace("*", ""))
-    said = Lines(own) if own else lines
-    if len(said) != len(lines):
-        what = f"has {len(said)} lines for {len(lines)} in {lines.path}"
+    lines = Lines(layout.first_file(root, FILES[split]))
+    said, head = Lines(own) if own else lines, _head(lines)
+    count, first = len(lines) - head, 0 if own else head
+    if len(said) - first != count:
+        what = f"has {len(said)} lines for {count} in {lines.path}"
         raise UserError(what, field=own, hint="One caption for each line")
 
     def caption(index: int) -> str:
-        first, mark, _ = said[index].partition("\t")
+        text, mark, _ = said[index + first].partition("\t")
         if not (mark or own):
-            raise UserError("has no tab between caption and link", field=said.place(index))
-        return first
+            raise UserError("has no tab between caption and link", field=said.place(index + first))
+        return text
 
     folders = [root / FOLDERS[split], root / "images", root / split]
     folder = layout.first_folder([pathlib.Path(images)] if images else folders)
-    found = downloaded(len(lines), caption, folder, range(len(lines)), number)
+    found = downloaded(count, caption, folder, range(count), number)
     return translated.examples(found, translation, split)
+
+
+def _head(lines: Lines) -> int:
+    """1 where the first line names the columns, as img2dataset's recipe adds it, else 0."""
+    first = next(lines.tried(range(min(len(lines), 1))), "")
+    return int(isinstance(first, str) and first.split("\t")[:2] == ["caption", "url"])
 
 
 def downloaded(

@@ -4,6 +4,9 @@
                                                "annotations": [{"image_id", "caption"}, …]}
     PATH/SPLIT*/ or PATH/images/SPLIT*/       the images, called as the captions file is: train2014/
 
+As mirrors have it: the captions file in PATH or one folder deeper, Karpathy's dataset_coco.json or
+BLIP's coco_karpathy_SPLIT.json, with their images below PATH (train2014/, val2014/).
+
 From cocodataset.org; annotations CC BY 4.0, images under Flickr's terms. Our own worlds add "tags"
 to annotations.
 """
@@ -19,7 +22,15 @@ from xllm_jax.data.example import Example
 from xllm_jax.data.rows import translated
 from xllm_jax.data.rows.joined_lists import Groups
 from xllm_jax.data.rows.lazy import Lazy
-from xllm_jax.data.sources import layout
+from xllm_jax.data.sources import captioned_list, layout
+
+MIRRORS = (
+    *("annotations/captions_SPLIT.json", "captions_SPLIT*.json"),
+    *("*/annotations/captions_SPLIT*.json", "*/captions_SPLIT*.json"),
+    *("dataset_coco.json", "*/dataset_coco.json"),
+    *("coco_karpathy_SPLIT.json", "*/coco_karpathy_SPLIT.json"),
+)
+OTHER_FORMS = ("dataset_", "coco_karpathy_")
 
 
 def examples(
@@ -46,11 +57,14 @@ def examples(
     """
     root = pathlib.Path(path)
     file = pathlib.Path(annotations) if annotations else _captions_file(root, split)
-    groups = Groups(file, ("images", "id", {}), ("annotations", "image_id"))
+    each = split == "train" if per_caption is None else per_caption
+    if file.name.startswith(OTHER_FORMS):
+        found = _other_form(file, split, [pathlib.Path(images)] if images else [root], each)
+        return translated.examples(layout.not_empty(found, file, "captions"), captions, split)
+    groups = Groups(file, ("images", "id", lambda row: True), ("annotations", "image_id"))
     name = file.stem.removeprefix("captions_")
     default = (root / name, root / "images" / name, root / "images")
     folder = layout.first_folder([pathlib.Path(images)] if images else default)
-    each = split == "train" if per_caption is None else per_caption
     count = len(groups) if each else len(groups.whole)
 
     def example(index: int) -> Example:
@@ -78,6 +92,16 @@ def _lost(groups: Groups, which: str, place: int) -> UserError:
     return UserError(f"image {image} is not in the list of images", field=rows.place(place))
 
 
+def _other_form(
+    file: pathlib.Path, split: str, folders: Sequence[pathlib.Path], each: bool
+) -> Sequence[Example]:
+    """Karpathy's file of all splits, or a list that BLIP and LAVIS have made of it."""
+    path = captioned_list.below(*folders, *(folder / "images" for folder in folders))
+    if file.name.startswith("dataset_"):
+        return captioned_list.karpathy(file, split, path, each)
+    return captioned_list.read(file, "image", path, each)
+
+
 def _captions_file(root: pathlib.Path, split: str) -> pathlib.Path:
     folder = root / "annotations"
     found = litter.glob(folder, f"captions_{split}*.json")
@@ -85,4 +109,5 @@ def _captions_file(root: pathlib.Path, split: str) -> pathlib.Path:
         names = ", ".join(file.name for file in found)
         hint = "Name one by the source's option 'annotations'"
         raise UserError(f"holds {names}", field=str(folder), hint=hint)
-    return found[0] if found else folder / f"captions_{split}.json"
+    names = [name.replace("SPLIT", split) for name in MIRRORS]
+    return found[0] if found else layout.first_file(root, names)

@@ -6,6 +6,9 @@
     PATH/dataset_flickr30k.json      Karpathy's splits {"images": [{"filename", "split"}]}; or
     PATH/train.txt, val.txt, test.txt  a split's images, one a line, as Flickr30k Entities has them
 
+As mirrors have it: these files one folder deeper, the captions of dataset_flickr30k.json where no
+other file has them, or lists flickr30k_SPLIT.json as in LAVIS.
+
 From shannon.cs.illinois.edu/DenotationGraph, on request; for non-commercial research, under
 Flickr's terms. Without a file of splits everything is 'train'. The option `captions` reads another
 file of the first form, such as a Chinese translation.
@@ -20,9 +23,14 @@ from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
 from xllm_jax.data.rows import translated
 from xllm_jax.data.rows.lazy import Lazy, Lines, Rows
-from xllm_jax.data.sources import layout
+from xllm_jax.data.sources import captioned_list, layout
 
-FOLDERS = ("flickr30k-images", "flickr30k_images", "images")
+FOLDERS = ("flickr30k-images", "flickr30k_images/flickr30k_images", "flickr30k_images", "images")
+KARPATHY, TABLE = "dataset_flickr30k.json", "results.csv"
+FILES = (
+    *("results_20130124.token", "results.token", TABLE, KARPATHY, "flickr30k_SPLIT.json"),
+    *("*/results_20130124.token", "*/results.token", f"*/{TABLE}", f"*/{KARPATHY}"),
+)
 
 
 def examples(
@@ -46,12 +54,16 @@ def examples(
     """
     root = pathlib.Path(path)
     own, translation = translated.told_apart(captions)
-    said, broken = _captions(root, own)
+    file = pathlib.Path(own) if own else _file(root, split)
     places = [root / name for name in FOLDERS]
     folder = layout.first_folder([pathlib.Path(images)] if images else places)
+    each = split == "train" if per_caption is None else per_caption
+    if file.suffix == ".json":
+        found = _listed(file, split, folder, each)
+        return translated.examples(layout.not_empty(found, file, "captions"), translation, split)
+    said, broken = _captions(file)
     wanted = _split(root, split)
     names = [name for name in said if wanted is None or name.rsplit(".", 1)[0] in wanted]
-    each = split == "train" if per_caption is None else per_caption
     slots = [(name, i) for name in names for i in range(len(said[name]) if each else 1)]
 
     def example(index: int) -> Example:
@@ -65,11 +77,22 @@ def examples(
     return translated.examples(found, translation, split)
 
 
-def _captions(root: pathlib.Path, captions: str) -> tuple[dict[str, list[str]], list[UserError]]:
+def _file(root: pathlib.Path, split: str) -> pathlib.Path:
+    return layout.first_file(root, [name.replace("SPLIT", split) for name in FILES])
+
+
+def _listed(file: pathlib.Path, split: str, folder: pathlib.Path, each: bool) -> Sequence[Example]:
+    """Karpathy's file of all splits, or a list that LAVIS has made of it."""
+    place = captioned_list.below(folder, folder.parent)
+    if file.name == KARPATHY:
+        return captioned_list.karpathy(file, split, place, each)
+    return captioned_list.read(file, "image", place, each)
+
+
+def _captions(file: pathlib.Path) -> tuple[dict[str, list[str]], list[UserError]]:
     """({name: captions}, what is wrong with the lines that are broken)."""
-    token, table = root / "results_20130124.token", root / "results.csv"
-    numbered = captions or token.is_file() or not table.is_file()
-    lines, read = (Lines(captions or token), _token) if numbered else (Lines(table), _row)
+    numbered = file.name != TABLE
+    lines, read = Lines(file), _token if numbered else _row
     found: dict[str, list[str]] = {}
     broken: list[UserError] = []
     for number, line in enumerate(lines.tried()):
@@ -103,7 +126,7 @@ def _row(line: str, where: str) -> tuple[str, str]:
 
 def _split(root: pathlib.Path, split: str) -> set[str] | None:
     """Names, without suffix, of a split's images; None for all."""
-    listed, karpathy = root / f"{split}.txt", root / "dataset_flickr30k.json"
+    listed, karpathy = root / f"{split}.txt", root / KARPATHY
     if listed.is_file():
         lines = Lines(listed).tried()
         return {one.strip().removesuffix(".jpg") for one in lines if isinstance(one, str)}

@@ -12,6 +12,9 @@ parent or PATH, whichever has the first one, or to the option `media`.
     PATH/filter_cap.json     MiniGPT-4: {"annotations": [{"image_id", "caption"}, …]}
     PATH/image/              its images, IMAGE_ID.jpg
 
+LLaVA's own files (llava_instruct_150k.json, llava_v1_5_mix665k.json, chat.json …) stand for
+train.json, filter_cap_zh.json and a folder cc_sbu_align/ for MiniGPT-4's.
+
 MiniGPT-4's second-stage set (cc_sbu_align) is linked by github.com/Vision-CAIR/MiniGPT-4, for
 research; the paper translates its captions into Chinese in the same file.
 """
@@ -36,6 +39,11 @@ from xllm_jax.data.rows.lazy import Lazy, Rows
 from xllm_jax.data.sources import layout
 
 Known = Mapping[str, Modality]
+MINIGPT4 = ("filter_cap.json", "filter_cap_zh.json")
+LLAVA = (
+    *("llava_instruct_150k.json", "llava_v1_5_mix665k.json", "llava_instruct_80k.json"),
+    *("blip_laion_cc_sbu_558k.json", "chat.json"),
+)
 
 
 def examples(
@@ -61,11 +69,12 @@ def examples(
         order, slots and files that do not match.
     """
     root = pathlib.Path(path)
-    minigpt4 = root / "filter_cap.json"
-    if split == "train" and minigpt4.is_file():
-        return translated.examples(_captions(minigpt4), captions, split)
-    names = [root, root / f"{split}.json", root / f"{split}.jsonl"]
-    file = next((name for name in names if name.is_file()), names[1])
+    places = [root / place / name for place in ("", "cc_sbu_align") for name in MINIGPT4]
+    minigpt4 = [place for place in places if os.path.isfile(place)]
+    if split == "train" and minigpt4:
+        return translated.examples(_captions(minigpt4[0]), captions, split)
+    names = [f"{split}.json", f"{split}.jsonl", *(LLAVA if split == "train" else ())]
+    file = root if os.path.isfile(root) else layout.first_file(root, names)
     known = named(modalities or {}, "modalities")
     looks = _Looks(known, set(modality.split("+")) if modality else set())
     rows = Rows(file, looks)

@@ -171,6 +171,23 @@ def split_folder(root: pathlib.Path, split: str) -> pathlib.Path:
     return root
 
 
+def first_file(root: pathlib.Path, names: Sequence[str]) -> pathlib.Path:
+    """The file that a set is read from, under the first name or pattern that is there.
+
+    Args:
+      root: folder of the set.
+      names: the publisher's first, then those of well-known mirrors.
+
+    Raises:
+      UserError: there is none; names what is there.
+    """
+    for name in names:
+        for file in litter.glob(root, name):
+            if file.is_file():
+                return file
+    raise files_of_rows.missing(root / names[0], names[1:])
+
+
 def first_folder(candidates: Iterable[pathlib.Path]) -> pathlib.Path:
     """The first folder that exists.
 
@@ -181,8 +198,10 @@ def first_folder(candidates: Iterable[pathlib.Path]) -> pathlib.Path:
     for folder in candidates:
         if folder.is_dir():
             return folder
-    others = ", ".join(map(str, candidates[1:]))
-    hint = f"Looked also for {others}" if others else ""
+    others, found = ", ".join(map(str, candidates[1:])), files_of_rows.names(candidates[0].parent)
+    parts = [f"Looked also for {others}"] if others else []
+    parts += [f"Found in {candidates[0].parent}: {found}"] if found else []
+    hint = ". ".join(parts)
     raise UserError("no such folder", field=str(candidates[0]), hint=hint)
 
 

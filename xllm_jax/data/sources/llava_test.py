@@ -50,8 +50,8 @@ def examples(
     if split != "test":
         raise UserError(f"has no split {split!r}", field=path, hint="It is for evaluation: test")
     root = pathlib.Path(path)
-    asked = Rows(questions or root / QUESTIONS)
-    said = _answers(root, answers)
+    asked = Rows(questions or layout.first_file(root, (QUESTIONS, f"*/{QUESTIONS}")))
+    said = _answers(asked.path.parent, answers)
     places = [root / "images", root / "val2014", root.parent / "coco" / "val2014", root]
     folder = layout.first_folder([pathlib.Path(images)] if images else places)
 

@@ -4,6 +4,11 @@
                                          "sentences": [{"video_id", "caption"}, …]}
     PATH/TrainValVideo/, TestVideo/     the videos, VIDEO_ID.mp4 (or any folder below PATH)
 
+As mirrors have it: all of it in one MSRVTT_data.json (CLIP4Clip's, whose videos lie in
+MSRVTT_Videos/ or elsewhere below PATH), in MSR_VTT.json (COCO's form), or in lists of
+{"video", "caption"} (msrvtt_train_9k.json, cap_train.json …). Where a mirror does not say the split
+of a video, its number does: train to 6512, val to 7009, test from 7010.
+
 By Microsoft Research, for research; mirrored by github.com/ArrowLuo/CLIP4Clip, which the reference
 repository links. Splits are called train, validate and test in the files. Our own worlds add "tags"
 to videos.
@@ -11,9 +16,10 @@ to videos.
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from xllm_jax.core import litter
 from xllm_jax.core.errors import UserError
@@ -22,9 +28,22 @@ from xllm_jax.data.rows import translated
 from xllm_jax.data.rows.joined_lists import Groups
 from xllm_jax.data.rows.lazy import Chain, Lazy
 from xllm_jax.data.rows.names import Names
-from xllm_jax.data.sources import layout
+from xllm_jax.data.sources import captioned_list, layout
 
 NAMES = {"val": "validate"}
+FILES, FIRST, COCO_FORM = "*videodatainfo*.json", "train_val_videodatainfo.json", "MSR_VTT.json"
+MIRRORS = (
+    *("*/*videodatainfo*.json", "MSRVTT_data.json", "*/MSRVTT_data.json"),
+    *("msrvtt_data.json", COCO_FORM, f"*/{COCO_FORM}"),
+)
+LISTS = {
+    "train": ("msrvtt_train_9k.json", "msrvtt_train_7k.json", "cap_train.json"),
+    "val": ("msrvtt_val*.json", "cap_val.json"),
+    "test": ("msrvtt_test_1k.json", "cap_test.json"),
+}
+KEYS = ("videos", "video_id", "sentences", "video_id")
+COCO_KEYS = ("images", "id", "annotations", "image_id")
+STARTS = ((7010, "test"), (6513, "validate"), (0, "train"))  # the first video of each split
 
 
 def examples(
@@ -48,11 +67,17 @@ def examples(
         sentence of no video.
     """
     root = pathlib.Path(path)
-    infos = litter.glob(root, "*videodatainfo*.json") or [root / "train_val_videodatainfo.json"]
+    names = [*MIRRORS, *LISTS.get(split, ())]
+    infos = litter.glob(root, FILES) or [layout.first_file(root, [FIRST, *names])]
     files = Names(videos or root, _stem)
     each = split == "train" if per_caption is None else per_caption
-    wanted = NAMES.get(split, split)
-    found = Chain([_read(info, wanted, files, root, each) for info in infos])
+
+    def place(name: str) -> str:
+        (at,) = files.find([_stem(name) or name])
+        # A file that is not there is reported when it is opened.
+        return files.path(at) if at >= 0 else str(root / (name if _stem(name) else f"{name}.mp4"))
+
+    found = Chain([_read(info, NAMES.get(split, split), place, each) for info in infos])
     found = layout.not_empty(found, root, f"videos with sentences of split {split!r}")
     return translated.examples(found, captions, split)
 
@@ -62,31 +87,43 @@ def _stem(name: str) -> str | None:
     return stem if suffix.lower() in layout.VIDEOS else None
 
 
-def _read(info: pathlib.Path, split: str, files: Names, root: pathlib.Path, each: bool) -> Lazy:
-    groups = Groups(info, ("videos", "video_id", {"split": split}), ("sentences", "video_id"))
+def _official(name: object) -> str:
+    """The split of a video by its number, where a mirror does not say it."""
+    number = str(name).removeprefix("video")
+    place = int(number) if number.isascii() and number.isdigit() and len(number) < 9 else 0
+    return next(split for first, split in STARTS if place >= first)
+
+
+def _read(info: pathlib.Path, split: str, place: Callable[[str], str], each: bool) -> Sequence:
+    if any(fnmatch.fnmatch(info.name, pattern) for names in LISTS.values() for pattern in names):
+        return captioned_list.read(info, "video", place, each)
+    coco = info.name == COCO_FORM
+    videos, key, sentences, named = COCO_KEYS if coco else KEYS
+
+    def wanted(row: dict) -> bool:
+        return row.get("split", _official(row.get(key))) == split
+
+    groups = Groups(info, (videos, key, wanted), (sentences, named))
     count = len(groups) if each else len(groups.whole)
 
     def example(index: int) -> Example:
         if index >= count:
-            raise _lost(groups, *groups.lost[index - count])
+            raise _lost(groups, *groups.lost[index - count], {"above": key, "below": named})
         group, number = groups.group(index) if each else (index, 0)
         video = groups.above[int(groups.whole[group])]
-        name = str(video["video_id"])
-        said, place, _ = layout.grouped(groups, group, number if each else None)
-        (at,) = files.find([name])
-        # A file that is not there is reported when it is opened.
-        file = files.path(at) if at >= 0 else str(root / f"{name}.mp4")
-        media, tags = (("video", file),), layout.tags(video)
-        return layout.captioned(name, media, said, "video_caption", each, tags)[place]
+        name = str(video[key])
+        said, at, _ = layout.grouped(groups, group, number if each else None)
+        media, tags = (("video", place(name)),), layout.tags(video)
+        return layout.captioned(name, media, said, "video_caption", each, tags)[at]
 
     return Lazy(count + len(groups.lost), example)
 
 
-def _lost(groups: Groups, which: str, place: int) -> UserError:
+def _lost(groups: Groups, which: str, place: int, keys: Mapping[str, str]) -> UserError:
     """Why a row is not part of any video's sentences."""
     rows = groups.above if which == "above" else groups.below
     try:
-        name = layout.get(rows[place], "video_id", str, rows.place(place))
+        name = layout.get(rows[place], keys[which], str, rows.place(place))
     except UserError as error:
         return error
     return UserError(f"{name} is not in the list of videos", field=rows.place(place))

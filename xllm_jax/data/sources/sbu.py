@@ -78,9 +78,10 @@ def examples(
 
 
 def _lists(root: pathlib.Path) -> tuple[FileRows, FileRows]:
-    if (root / LINKS).is_file():
-        return Lines(root / LINKS), Lines(root / TEXTS)
+    file = layout.first_file(root, (LINKS, JSON, f"*/{LINKS}", f"*/{JSON}"))
+    if file.name == LINKS:
+        return Lines(file), Lines(file.with_name(TEXTS))
     wanted = ("image_urls", "captions")
-    found = json_spans.find(root / JSON, dict.fromkeys(wanted))
-    links, said = (Spans(root / JSON, found[name].spans, name) for name in wanted)
+    found = json_spans.find(file, dict.fromkeys(wanted))
+    links, said = (Spans(file, found[name].spans, name) for name in wanted)
     return links, said

@@ -4,6 +4,8 @@
                                      "dialogs": [{"image_id", "caption", "dialog":
                                        [{"question": number, "answer": number, "speech": file}]}]}}
 
+These files may lie one folder deeper; version 0.9 has the same form.
+
 From visualdialog.org; CC BY 4.0, images from COCO and Flickr.
 "speech", a path relative to PATH, is there in spoken sets only, and may be missing in some rounds.
 Images are found by the number at the end of their names (COCO_train2014_000000000123.jpg) in
@@ -73,7 +75,8 @@ def examples(
     if kind not in KINDS:
         raise UserError(f"unknown kind {kind!r}", field="kind", hint=f"Choices: {', '.join(KINDS)}")
     root = pathlib.Path(path)
-    file = root / f"visdial_1.0_{split}.json"
+    names = (f"visdial_1.0_{split}.json", f"visdial_0.9_{split}.json")
+    file = layout.first_file(root, [*names, *(f"*/{name}" for name in names)])
     talks, pools, counts = _read(file, kind)
     ends = np.cumsum(counts)
     pictures = [] if kind == "asr" else _pictures(root, split, images)

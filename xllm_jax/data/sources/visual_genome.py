@@ -26,7 +26,7 @@ from xllm_jax.data.sources import layout
 
 FILES = {"regions": "region_descriptions.json", "questions": "question_answers.json"}
 LISTS = {"regions": "regions", "questions": "qas"}
-FOLDERS = ("VG_100K", "VG_100K_2", "images")
+FOLDERS = ("VG_100K", "VG_100K_2", "images", "images2", "image")
 
 Image = Callable[[int], tuple[tuple[str, str], ...]]
 
@@ -53,7 +53,9 @@ def examples(
     folders = [pathlib.Path(images)] if images else [root / name for name in FOLDERS]
     first = layout.first_folder(folders)
     files = [Names(folder, _image_number) for folder in folders]
-    rows = Rows(root / FILES[kind], lambda row: _count(row, LISTS[kind]))
+    name = FILES[kind]
+    file = layout.first_file(root, (name, f"*/{name}", name.replace(".json", "_v*.json")))
+    rows = Rows(file, lambda row: _count(row, LISTS[kind]))
     ends = np.cumsum(rows.measures)
     read = _region if kind == "regions" else _question
 
@@ -70,7 +72,7 @@ def examples(
         inside = index - (int(ends[place - 1]) if place else 0)
         return read(rows[place], rows.place(place), inside, image)
 
-    found = layout.not_empty(Lazy(int(rows.measures.sum()), example), root / FILES[kind], kind)
+    found = layout.not_empty(Lazy(int(rows.measures.sum()), example), file, kind)
     return translated.examples(found, captions, split)
 
 

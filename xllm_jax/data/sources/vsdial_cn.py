@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from xllm_jax.core import litter
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
+from xllm_jax.data.rows import files
 from xllm_jax.data.sources import reference, visdial
 
 FILES = {"asr": "vsdial_asr_zh", "spoken": "vsdial_zh", "masr": "vsdial_zh"}
@@ -53,8 +54,7 @@ def examples(
     pattern = f"{split}_{FILES[kind]}*.json"
     found = litter.glob(root, pattern)
     if not found:
-        hint = f"Wanted: {pattern} or visdial_1.0_{split}.json"
-        raise UserError("no such file", field=str(root / pattern), hint=hint)
+        raise files.missing(root / pattern, (f"visdial_1.0_{split}.json",))
 
     def folder(given: str, name: str) -> str:
         return given or (str(root / name) if (root / name).is_dir() else "")

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from xllm_jax.core import litter
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
+from xllm_jax.data.rows import files
 from xllm_jax.data.rows.lazy import Chain, Table
 from xllm_jax.data.rows.names import number
 from xllm_jax.data.sources import cc3m, layout, table, webdataset
@@ -43,9 +44,9 @@ def examples(path: str, split: str = "train", images: str = "") -> Sequence[Exam
     if webdataset.has_tars(path, split):
         return webdataset.examples(path, split)
     root = pathlib.Path(path)
-    found = litter.glob(root, FILES[split]) or litter.glob(root, f"wukong_release/{FILES[split]}")
+    found = litter.glob(root, FILES[split]) or litter.glob(root, f"*/{FILES[split]}")
     if not found:
-        hint = f"Wanted: tars, or {FILES[split]}"
+        hint = f"Wanted: tars, or {FILES[split]}. Found there: {files.names(root) or 'nothing'}"
         raise UserError("no such files", field=str(root), hint=hint)
     places = [root / "images", root / "Data", root]
     folder = layout.first_folder([pathlib.Path(images)] if images else places)
