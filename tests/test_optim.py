@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ import pytest
 
 from xllm_jax.convert import export_tree
 from xllm_jax.convert.verify.vision_model import Reference, contrast_table, interface_table
-from xllm_jax.core import optim, rules
+from xllm_jax.core import optim, rules, sampling
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Optimizer
 
@@ -93,6 +95,47 @@ def test_a_new_epoch_begins_at_its_first_step():
         wanted = np.where(epochs < 1, 1.0, (1 + np.cos(np.pi * epochs / 4)) / 2)
         wrong += [length] if np.abs(np.asarray(schedule(steps)) - wanted).max() > 1e-6 else []
     assert wrong == []
+
+
+def test_places_are_spread_by_integers():
+    """Against fractions; the floor of a float misses some of these places."""
+    wrong, rough = [], 0
+    for size in (1, 2, 3, 7, 50, 99, 100, 1000, 4097):
+        for most in (1, 2, 5, 30, 50, 99, 100, 1000):
+            found, count = sampling.evenly(size, most), min(size, most)
+            exact = [Fraction(i * (size - 1), max(count - 1, 1)) for i in range(count)]
+            wrong += [] if found == [math.floor(place) for place in exact] else [(size, most)]
+            rough += int((np.linspace(0, size - 1, count).astype(int) != found).sum())
+    assert wrong == [] and sampling.evenly(0, 5) == []
+    assert rough > 0
+
+
+@pytest.mark.parametrize("name", ["cosine", "tri_stage", "constant", "epoch_cosine"])
+def test_compiled_schedules_are_those_of_exact_arithmetic(name):
+    """At every phase's first and last update, in float64 by hand; steps as the optimizer counts."""
+    for warm, hold, decay in ((3, 4, 41), (7, 5, 47), (41, 41, 82), (55, 3, 61)):
+        fields = dict(peak=1.0, minimum=0.01, warmup_from=0.1, warmup_steps=warm)
+        if name != "constant":
+            fields |= dict(hold_steps=hold, decay_steps=decay, steps_per_epoch=decay)
+        total = warm + hold + decay
+        schedule = jax.jit(optim.make_schedule(settings(schedule=name, **fields), total))
+        steps = np.unique([0, warm - 1, warm, warm + hold, decay - 1, decay, total - 1, total])
+        found = np.asarray(schedule(jnp.asarray(steps, jnp.int32)))
+        wanted = [exact_rate(name, int(s), warm, hold, decay, total) for s in steps]
+        np.testing.assert_allclose(found, wanted, rtol=2e-5)
+
+
+def exact_rate(name, step, warm, hold, decay, total) -> float:
+    """The rate as the docstrings of the schedules say it, from 0.1 to 1 and down to 0.01."""
+    rise, cosine = 0.1 + 0.9 * step / warm, lambda x: 0.01 + 0.495 * (1 + math.cos(math.pi * x))
+    if name == "epoch_cosine":
+        epoch = step // decay
+        return min(rise, 1.0) if epoch < 1 else cosine(min(epoch * decay / total, 1))
+    if step < warm:
+        return rise
+    if name == "tri_stage":
+        return 0.01 ** min(max((step - warm - hold) / decay, 0), 1)
+    return 1.0 if name == "constant" else cosine((step - warm) / (total - warm))
 
 
 def test_accumulated_micro_batches_are_one_update_of_their_mean():

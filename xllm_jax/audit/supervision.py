@@ -6,8 +6,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping
 
-import numpy as np
-
+from xllm_jax.core import sampling
 from xllm_jax.core.errors import UserError
 from xllm_jax.data import mixture
 from xllm_jax.data.pipeline import Pipeline
@@ -42,14 +41,13 @@ def of_sources(pipeline: Pipeline, records: int = RECORDS) -> dict[str, Supervis
 
 def _of_source(pipeline: Pipeline, name: str, records: int) -> Supervision:
     size = len(pipeline.sources[name])
-    places = np.unique(np.linspace(0, size - 1, min(records, size)).astype(int))
     taught, reasons = [], Counter()
-    for place in places:
-        drawn = mixture.draw(pipeline.sources, name, 0, int(place), pipeline.seed, 0)
+    for place in sampling.evenly(size, records):
+        drawn = mixture.draw(pipeline.sources, name, 0, place, pipeline.seed, 0)
         tokens, skipped = _planned(pipeline, drawn)
         taught.append(tokens)
         reasons.update(skip.reason for skip in skipped)
-    return Supervision(size, len(places), taught.count(0), sum(taught), dict(reasons))
+    return Supervision(size, len(taught), taught.count(0), sum(taught), dict(reasons))
 
 
 def _planned(pipeline: Pipeline, drawn: mixture.Drawn) -> tuple[int, tuple[Skipped, ...]]:

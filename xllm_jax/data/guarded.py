@@ -7,8 +7,7 @@ import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import numpy as np
-
+from xllm_jax.core import sampling
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
 
@@ -130,9 +129,9 @@ def _listed(found: Iterable[Example]) -> Sequence[Example]:
 def _check_any(examples: Sequence[Example], place: str) -> None:
     """Raises UserError where no record can be read, of all or of many spread over the source."""
     first = None
-    for index in np.unique(np.linspace(0, len(examples) - 1, LOOKED_AT).astype(int)):
+    for index in sampling.evenly(len(examples), LOOKED_AT):
         try:
-            examples[int(index)]
+            examples[index]
         except UserError as error:
             first = first or error
         else:

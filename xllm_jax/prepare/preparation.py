@@ -10,9 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from xllm_jax.core import checksum, sharded_job
+from xllm_jax.core import checksum, sampling, sharded_job
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.sharded_job import Shards
 from xllm_jax.core.stage import Source
@@ -160,9 +158,9 @@ def make(
 def _seen(found: Sequence[Example], name: str) -> list[Example]:
     """Some records of a source, those that can be read."""
     seen, why = [], ""
-    for place in np.unique(np.linspace(0, len(found) - 1, LOOKED_AT).astype(int)):
+    for place in sampling.evenly(len(found), LOOKED_AT):
         try:
-            seen.append(found[int(place)])
+            seen.append(found[place])
         except UserError as error:
             why = why or str(error)
     if not seen:

@@ -59,7 +59,7 @@ class Family(LLMFamily):
 
     def text_capacity(self, length: int, answers: int) -> int:
         """As many tokens as fit when short spans add their mask, <sop> and <eop> at worst."""
-        return max(min(int(length / 1.5) - 3, answers - 2), 2)
+        return max(min(length * 2 // 3 - 3, answers - 2), 2)
 
     def text_row(self, ids: Sequence[int], generator: np.random.Generator) -> Row:
         """A row of blank infilling: spans of the text are cut out and learnt."""
