@@ -12,14 +12,13 @@ r"""Builds the data that the paper made itself: one recipe of xllm_jax/prepare/r
     xllm build-data --recipe=questions --input=visdial --output=texts [--reader=coco]
 
 The recipe's docstring says what it reads and writes. The same command continues after an
-interruption. Needs: pip install -e '.[prepare]', except questions, translated and similar without
---beam and --workers; --translator needs '.[convert]', too.
+interruption. instructions, vsdial_cn, --beam and --workers need pip install -e '.[prepare]';
+--translator needs '.[convert]'.
 """
 
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
@@ -135,7 +134,7 @@ def arguments(recipe: ModuleType) -> dict[str, Any]:
     if "counts" in given:
         given["counts"] = dict(map(count, given["counts"]))
     if "options" in given:
-        given["options"] = read_object(given["options"], "--options")
+        given["options"] = cli.json_object(given["options"], "--options")
     given |= {"input": INPUT.value, "output": OUTPUT.value}
     engine = {"beam": BEAM.value, "workers": WORKERS.value}
     engine["allow_paths"] = cli.ALLOW_PATHS.value
@@ -158,7 +157,7 @@ def endpoint() -> dict[str, Endpoint]:
             raise UserError("belongs to an endpoint", field=f"--{name}", hint="Give --endpoint=URL")
         return {}
     if "request" in about:
-        about["request"] = read_object(about["request"], "--request")
+        about["request"] = cli.json_object(about["request"], "--request")
     return {"endpoint": Endpoint(URL.value, **about)}
 
 
@@ -170,22 +169,11 @@ def count(text: str) -> tuple[str, int]:
     return name, int(number)
 
 
-def read_object(text: str, field: str) -> dict[str, Any]:
-    """A JSON object."""
-    try:
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"no JSON object ({error})", field=field) from None
-    if not isinstance(found, dict):
-        raise UserError(f"no JSON object (is {type(found).__name__})", field=field)
-    return found
-
-
 def read_sources(file: str) -> Mapping[str, Source]:
     """{name: Source} of a JSON file."""
     try:
         with open(file, encoding="utf-8") as opened:
-            found = read_object(opened.read(), file)
+            found = cli.json_object(opened.read(), file)
         return {name: Source(**one) for name, one in found.items()}
     except (OSError, TypeError) as error:
         hint = '{"NAME": {"reader": "…", "path": "…", "split": "train", "options": {}}}'

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import difflib
 import importlib
+import json
 import os
 import re
 import runpy
@@ -183,6 +184,27 @@ def format_message(error: flags.Error) -> str:
         name = text.split("=")[0].removeprefix("flag --")
         return f"--{name}: this flag is required. {flags.FLAGS[name].help}"
     return text.removeprefix("flag ")
+
+
+def json_object(text: str, field: str, hint: str = "") -> dict[str, Any]:
+    """The JSON object that a flag or a file holds.
+
+    Args:
+      text: JSON.
+      field: flag or file, for the error.
+      hint: an example.
+
+    Raises:
+      UserError: it is none.
+    """
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"no JSON object ({error})", field=field, hint=hint) from None
+    if not isinstance(found, dict):
+        what = f"no JSON object (is {type(found).__name__})"
+        raise UserError(what, field=field, hint=hint)
+    return found
 
 
 def nearest(name: str, known: Collection[str], prefix: str = "") -> str:

@@ -12,12 +12,8 @@ Needs: pip install -e '.[prepare]'
 
 from __future__ import annotations
 
-import json
-from typing import Any
-
 from absl import flags
 
-from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
 from xllm_jax.launch import cli
 from xllm_jax.prepare import engine, preparation
@@ -57,26 +53,15 @@ BEAM = flags.DEFINE_multi_string("beam", [], "Pipeline option for Apache Beam")
 flags.declare_key_flag("allow_paths")
 
 
-def options() -> dict[str, Any]:
-    """The reader's options.
-
-    Raises:
-      UserError: not a JSON object.
-    """
-    try:
-        found = json.loads(OPTIONS.value)
-    except json.JSONDecodeError as error:
-        found, problem = None, str(error)
-    else:
-        problem = f"is {type(found).__name__}"
-    if not isinstance(found, dict):
-        raise UserError(f"no JSON object ({problem})", field="--options", hint='{"kind": "asr"}')
-    return found
-
-
 def main(_: list[str]) -> None:
     allowed = tuple(cli.ALLOW_PATHS.value)
-    source = Source(SOURCE.value, INPUT.value, SPLIT.value, options(), allowed)
+    source = Source(
+        SOURCE.value,
+        INPUT.value,
+        SPLIT.value,
+        cli.json_object(OPTIONS.value, "--options", '{"kind": "asr"}'),
+        allowed,
+    )
     name = NAME.value or SOURCE.value
     made = preparation.make(
         name,

@@ -1,4 +1,4 @@
-"""The steps that built the paper's data: what they do to elements, and through Beam."""
+"""The steps that built the paper's data: what they do to one element and to many."""
 
 from __future__ import annotations
 
@@ -7,20 +7,13 @@ import pytest
 import soundfile
 
 from xllm_jax.data.media import speech
-from xllm_jax.prepare import transforms
-
-WORDS = {
-    "is it red?": "是红色的吗？",
-    "Is it red": "是红色的吗",
-    "how many?": "有几个？",
-    "yes": "是",
-    "two": "两个",
-}
+from xllm_jax.data.rows.translated import same
+from xllm_jax.prepare import runner, transforms
 
 
 def test_the_same_question_is_one(tmp_path):
-    assert transforms.same("Is it  red?") == transforms.same("is it red") != transforms.same("red")
-    assert transforms.same("是红色的吗？") == transforms.same("是红色的吗")
+    assert same("Is it  red?") == same("is it red") != same("red")
+    assert same("是红色的吗？") == same("是红色的吗")
 
 
 def test_resampling_keeps_a_tone_and_reports_bad_files(tmp_path):
@@ -48,43 +41,29 @@ def test_espeak_says_a_text_the_same_way_and_any_engine_may(tmp_path):
 
 
 @pytest.mark.filterwarnings("default")
-def test_filters_through_beam():
-    beam = pytest.importorskip("apache_beam", reason="Apache Beam comes with the extra 'prepare'")
-    from apache_beam.testing.util import assert_that, equal_to
-
-    with beam.Pipeline() as pipeline:
-        scores = [{"key": key, "similarity": key / 100} for key in (44, 45, 46)]
-        kept = transforms.similar(pipeline | "scores" >> beam.Create(scores))
-        assert_that(kept | beam.Map(lambda pair: pair["key"]), equal_to([45, 46]), "similar")
-        asked = pipeline | "asked" >> beam.Create([*WORDS, "unknown"])
-        chinese = transforms.translated(asked, WORDS)
-        assert_that(chinese, equal_to(list(WORDS.items())), "translated")
-        once = transforms.deduplicated(chinese | beam.Map(lambda pair: pair[1]))
-        assert_that(once, equal_to(["两个", "是", "是红色的吗", "有几个？"]), "once")
-
-
-@pytest.mark.filterwarnings("default")
-def test_resampling_and_speech_through_beam(tmp_path):
-    beam = pytest.importorskip("apache_beam", reason="Apache Beam comes with the extra 'prepare'")
-    from apache_beam.testing.util import assert_that, equal_to
-
-    root, out = tmp_path / "in", str(tmp_path / "out")
+@pytest.mark.parametrize("arguments", [[], ["--runner=DirectRunner"]], ids=["here", "beam"])
+def test_resampling_and_speech_of_many(tmp_path, arguments):
+    if arguments:
+        pytest.importorskip("apache_beam", reason="Apache Beam comes with the extra 'prepare'")
+    root, out, listed = tmp_path / "in", str(tmp_path / "out"), tmp_path / "list.json"
     (root / "deep").mkdir(parents=True)
     for name, rate in (("a.wav", 8000), ("deep/b.flac", 44100)):
         soundfile.write(root / name, np.sin(np.arange(rate) / 9) / 2, rate)
     (root / "c.wav").write_bytes(b"broken")
     names = {"a.wav": "a.wav", "deep/b.flac": "deep/b.flac", "c.wav": ""}
     wanted = [(str(root / old), new and f"{out}/{new}") for old, new in names.items()]
-    with beam.Pipeline() as pipeline:
-        paths = pipeline | "paths" >> beam.Create([path for path, _ in wanted])
-        made = transforms.resampled(paths, out, str(root))
-        assert_that(made | "no reasons" >> beam.Map(lambda one: one[:2]), equal_to(wanted), "16k")
-        why = made | "why" >> beam.Filter(lambda one: one[2]) | "one" >> beam.Map(len)
-        assert_that(why, equal_to([3]), "one reason")
-        texts = pipeline | "texts" >> beam.Create(["有几个"])
-        said = transforms.spoken(texts, out, lambda text: np.full(8000, len(text) / 9, np.float32))
-        assert_that(said | beam.Map(lambda one: one[0]), equal_to(["有几个"]), "said")
+    step, paths = transforms.Resample(out, str(root)), [path for path, _ in wanted]
+    made = runner.mapped(step, paths, listed, arguments)
+    assert sorted((path, file) for path, file, _ in made) == sorted(wanted)
+    assert [bool(why) for path, _, why in made if path.endswith("c.wav")] == [True]
+    speak = transforms.Speak(out, hum)
+    assert [text for text, _ in runner.mapped(speak, ["有几个"], listed, arguments)] == ["有几个"]
+    assert not listed.exists()
     for name in ("a.wav", "deep/b.flac"):
         about = soundfile.info(tmp_path / "out" / name)
         assert (about.samplerate, about.channels, about.subtype) == (16000, 1, "PCM_16")
         assert about.format == name[-4:].strip(".").upper() and abs(about.frames - 16000) < 2
+
+
+def hum(text):
+    return np.full(8000, len(text) / 9, np.float32)

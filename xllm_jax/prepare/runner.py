@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -77,12 +77,14 @@ def mapped(
             places = range(len(elements))
             return list(ahead(pool, lambda place: call(elements[place]), places, 2 * threads))
 
-    def transform(found: Any) -> Any:
-        import apache_beam
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with pipeline(arguments, workers) as started:
+        import apache_beam as beam
 
-        return found | "apply" >> apache_beam.Map(Guarded(call))
-
-    made = collected(elements, transform, file, arguments, workers)
+        found = started | "elements" >> beam.Create(list(elements)) | beam.Reshuffle()
+        listed = found | "apply" >> beam.Map(Guarded(call)) | beam.combiners.ToList()
+        _ = listed | "write list" >> beam.Map(WriteJson(file))
+    made = json.loads(file.read_text("utf-8"))
     file.unlink()
     failed = next((one["error"] for one in made if "error" in one), None)
     if failed:
@@ -107,31 +109,6 @@ class Guarded:
             except UserError as error:
                 self._failed = {"what": error.what, "field": error.field, "hint": error.hint}
         return {"error": self._failed}
-
-
-def collected(
-    elements: Iterable[Any],
-    transform: Callable[[Any], Any],
-    file: Path,
-    arguments: Sequence[str] = (),
-    workers: int = 0,
-) -> list[Any]:
-    """What a transform makes of some elements, in no order; through a file, for any runner.
-
-    Args:
-      elements: values.
-      transform: from a collection of them to one of JSON values.
-      file: where the result is written.
-      arguments, workers: as of `options`.
-    """
-    with pipeline(arguments, workers) as made:
-        import apache_beam as beam
-
-        file.parent.mkdir(parents=True, exist_ok=True)
-        found = made | "elements" >> beam.Create(list(elements)) | beam.Reshuffle()
-        listed = transform(found) | "listed" >> beam.combiners.ToList()
-        _ = listed | "write list" >> beam.Map(WriteJson(file))
-    return json.loads(file.read_text("utf-8"))
 
 
 class WriteJson:

@@ -1,7 +1,6 @@
-"""Steps by which the paper built its data, each a Beam transform: PCollection in, PCollection out.
+"""Steps by which the paper built its data: what each does to one element, in any process.
 
-What a step does to one element stands in a function or class without Beam. Beam is imported when a
-transform is applied.
+`runner.mapped` applies them to all, here or on any runner of Beam.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import hashlib
 import os
 import weakref
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,87 +21,10 @@ from xllm_jax.core.stage import Data, Source
 from xllm_jax.data import mixture
 from xllm_jax.data.media import speech
 from xllm_jax.data.media.decode_workers import Decoders
-from xllm_jax.data.rows.translated import same
 from xllm_jax.data.synthetic_world import speak
 from xllm_jax.prepare.preparation import DEADLINE, MEMORY, rejected
 
-THRESHOLD = 0.45  # the paper's, of image and caption by CLIP
 Engine = Callable[[str], np.ndarray]  # text to `[samples]` float32 at 16 kHz within -1..1
-
-
-def deduplicated(texts: Any) -> Any:
-    """One of the texts that differ in nothing but punctuation, case and spaces: the least."""
-    import apache_beam as beam
-
-    keyed = texts | "by sense" >> beam.Map(lambda text: (same(text), text))
-    return keyed | "together" >> beam.GroupByKey() | "least" >> beam.Map(lambda kv: min(kv[1]))
-
-
-def similar(pairs: Any, threshold: float = THRESHOLD) -> Any:
-    """Of ({… 'similarity': number}) elements those that are similar enough.
-
-    Args:
-      pairs: dicts with the similarity of their image and caption, as CLIP or another model gave it.
-      threshold: least similarity.
-    """
-    import apache_beam as beam
-
-    return pairs | f"at least {threshold}" >> beam.Filter(
-        lambda pair: float(pair["similarity"]) >= threshold
-    )
-
-
-def translated(texts: Any, table: Mapping[str, str]) -> Any:
-    """(text, its translation) of every text that the table has; others are left out.
-
-    Args:
-      texts: of the source language.
-      table: {text: translation}.
-    """
-    import apache_beam as beam
-
-    known = texts | "known" >> beam.Filter(lambda text: bool(table.get(text, "").strip()))
-    return known | "translate" >> beam.Map(lambda text: (text, table[text].strip()))
-
-
-def usable(places: Any, name: str, source: Source) -> Any:
-    """(place, what is wrong with it) of records of a source; None where nothing is.
-
-    Args:
-      places: numbers of records.
-      name: of the source, for messages.
-      source: to be opened once by every worker.
-    """
-    import apache_beam as beam
-
-    return places | f"decode {name}" >> beam.Map(Usable(name, source))
-
-
-def resampled(paths: Any, folder: str, root: str = "") -> Any:
-    """(path, 16 kHz mono file in the folder, reason) of audio files; one of the last two is ''.
-
-    Args:
-      paths: of the files.
-      folder: for the new ones.
-      root: folder of the old ones, whose names and sub-folders the new ones keep; without one they
-        are called by a hash of their path.
-    """
-    import apache_beam as beam
-
-    return paths | "16 kHz" >> beam.Map(Resample(folder, root))
-
-
-def spoken(texts: Any, folder: str, engine: Engine | None = None) -> Any:
-    """(text, FLAC file in the folder) of every text.
-
-    Args:
-      texts: to be said.
-      folder: for the files, made if needed.
-      engine: of speech; espeak-ng in a voice that the text draws, where there is none.
-    """
-    import apache_beam as beam
-
-    return texts | "speak" >> beam.Map(Speak(folder, engine or espeak))
 
 
 def espeak(text: str) -> np.ndarray:

@@ -7,6 +7,6 @@
     instructions.py   the instruction set of stage 3, drawn from its sources
     resampled.py      audio at 16 kHz, in the folders it came in
 
-`launch/build_data.py` runs them. Each uses the transforms of `prepare/transforms.py`, continues
-after an interruption, and returns its counts.
+`launch/build_data.py` runs them. Each works through `runner.mapped`, continues after an
+interruption, and returns its counts.
 """

@@ -12,6 +12,7 @@ instructions.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -101,15 +102,15 @@ def build(
     lists = read_lists(instructions) if instructions else INSTRUCTIONS
     texts = [text for task in sorted(lists) for text in lists[task]]
 
-    def checked(transform: Callable[[Any], Any], places: list[int]) -> list:
-        file = Path(output) / "shards" / "checked.json"
-        return runner.collected(places, transform, file, beam, workers)
+    def checked(usable: transforms.Usable, places: list[int]) -> list:
+        return runner.mapped(usable, places, Path(output) / "checked.json", beam, workers)
 
     rows, rejects = [], []
     for number, (name, source) in enumerate(whole.items()):
         found = mixture.read(name, source, "")
         order = np.random.default_rng([seed, zlib.crc32(name.encode())])
-        drawn, bad = draw(name, source, len(found), wanted[name], order, checked)
+        usable = functools.partial(checked, transforms.Usable(name, source))
+        drawn, bad = draw(name, source, len(found), wanted[name], order, usable)
         rejects += bad
         rows += [(number, place, asked(found[place], lists, texts, seed)) for place in drawn]
     order = np.random.default_rng(seed).permutation(len(rows))
@@ -163,7 +164,7 @@ def draw(
     size: int,
     count: int,
     order: np.random.Generator,
-    checked: Callable[[Any, list[int]], list],
+    usable: Callable[[list[int]], list],
 ) -> tuple[list[int], list[dict[str, str]]]:
     """Records of a source in a random order, until enough of them can be used.
 
@@ -172,7 +173,7 @@ def draw(
       size: records of the source.
       count: wanted.
       order: randomness.
-      checked: applies a transform to places; see `runner.collected`.
+      usable: what `transforms.Usable` says of places.
 
     Returns:
       (places of usable records, what is wrong with the others that were met).
@@ -183,7 +184,7 @@ def draw(
     places, drawn, rejects, tried = order.permutation(size).tolist(), [], [], 0
     while len(drawn) < count and tried < size:
         some = places[tried : tried + max(count - len(drawn), LEAST)]
-        wrong = dict(checked(lambda found: transforms.usable(found, name, source), some))
+        wrong = dict(usable(some))
         rejects += [wrong[place] for place in some if wrong[place]]
         drawn += [place for place in some if not wrong[place]]
         tried += len(some)

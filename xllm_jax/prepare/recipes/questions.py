@@ -28,6 +28,7 @@ def build(
     options: Mapping[str, Any] | None = None,
     beam: Sequence[str] = (),
     workers: int = 0,
+    allow_paths: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Writes the texts of one split.
 
@@ -38,6 +39,7 @@ def build(
       reader: of the source; '' is VisDial with its captions, for the recipe vsdial_cn.
       options: of the reader.
       beam, workers: as of `runner.mapped`.
+      allow_paths: folders that the source's files may lie in, too.
 
     Returns:
       {'texts', 'different'}: how many there are, and without doubles.
@@ -46,7 +48,7 @@ def build(
       UserError: no such file, or a misshapen one.
     """
     if reader:
-        source = Source(reader, input, split, dict(options or {}))
+        source = Source(reader, input, split, dict(options or {}), tuple(allow_paths))
         found, _ = translated.read(source, output, beam, workers)
     else:
         found = texts(read(input, split))

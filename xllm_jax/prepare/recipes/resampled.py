@@ -81,16 +81,10 @@ def convert(
     step = transforms.Resample(output, root)
     done = engine.Finished({step.file(path): 1 for path in sounds})
 
-    def bad(paths: Any) -> Any:
-        import apache_beam
-
-        made = transforms.resampled(paths, output, root)
-        return made | "bad" >> apache_beam.Filter(lambda one: one[2])
-
     listed = Path(output) / "resampled.json"
     with engine.Progress("16 kHz", len(sounds), done):
-        found = runner.collected(sounds, bad, listed, beam, workers)
-    return [{"file": path, "reason": reason} for path, _, reason in sorted(found)]
+        found = runner.mapped(step, sounds, listed, beam, workers)
+    return [{"file": path, "reason": reason} for path, _, reason in sorted(found) if reason]
 
 
 def copy(path: Path, target: Path) -> None:

@@ -28,8 +28,9 @@ from xllm_jax.data import mixture
 from xllm_jax.data.rows import files
 from xllm_jax.data.rows.lazy import Lines, Rows
 from xllm_jax.data.sources import layout
-from xllm_jax.prepare import pick, runner, transforms
+from xllm_jax.prepare import pick, runner
 
+THRESHOLD = 0.45  # the paper's, of image and caption by CLIP
 CHUNK = 1 << 16  # records that a worker of Beam looks at together
 
 
@@ -40,7 +41,7 @@ def build(
     scores: str = "",
     split: str = "train",
     options: dict[str, Any] | None = None,
-    threshold: float = transforms.THRESHOLD,
+    threshold: float = THRESHOLD,
     clip: str = "",
     tokenizer: str = "",
     batch: int = 256,
@@ -62,8 +63,7 @@ def build(
       clip: instead of `scores`, a base of CLIP that computes them.
       tokenizer: folder of CLIP's tokenizer, where the base has none.
       batch: pairs that CLIP looks at together.
-      beam, workers: as of `runner.options`; where one is given, Beam filters, otherwise NumPy does,
-        which on one machine is the faster.
+      beam, workers: as of `runner.mapped`.
       allow_paths: folders that the source's files may lie in, too.
 
     Returns:
@@ -119,44 +119,26 @@ def alike(file: Path, threshold: float, beam: Sequence[str] = (), workers: int =
     Raises:
       UserError: none is.
     """
-    least = np.float32(threshold)
-    known = np.load(file, mmap_mode="r")
-    if beam or workers:
-        kept = _by_beam(file, least, beam, workers)
-    else:
-        kept = np.flatnonzero(known >= least)
+    known, listed = np.load(file, mmap_mode="r"), file.with_name(f"{file.stem}_kept.json")
+    step, starts = Chunk(str(file), threshold), range(0, len(known), CHUNK)
+    found = runner.mapped(step, starts, listed, beam, workers)
+    kept = np.sort(np.asarray([place for places in found for place in places], np.int64))
     if not len(kept):
         best = "no scores" if np.isnan(known).all() else f"the most is {np.nanmax(known):.3f}"
         raise UserError(f"keeps nothing ({best})", field="--threshold", hint="Lower it")
     return kept
 
 
-def _by_beam(file: Path, least: np.float32, beam: Sequence[str], workers: int) -> np.ndarray:
-    listed = file.with_name(f"{file.stem}_kept.json")
-
-    def keep(starts: Any) -> Any:
-        import apache_beam
-
-        pairs = starts | "scores" >> apache_beam.FlatMap(Chunk(str(file)))
-        kept = transforms.similar(pairs, float(least))
-        return kept | "places" >> apache_beam.Map(lambda one: one["place"])
-
-    starts = range(0, len(np.load(file, mmap_mode="r")), CHUNK)
-    found = runner.collected(starts, keep, listed, beam, workers)
-    listed.unlink()
-    return np.sort(np.asarray(found, np.int64))
-
-
 class Chunk:
-    """Reads some scores of a file."""
+    """Keeps places of some scores of a file."""
 
-    def __init__(self, file: str):
-        self._file = file
+    def __init__(self, file: str, threshold: float):
+        self._file, self._least = file, np.float32(threshold)
 
-    def __call__(self, start: int) -> list[dict[str, Any]]:
-        """[{'place', 'similarity'}] from one place on."""
+    def __call__(self, start: int) -> list[int]:
+        """Places of the scores from one place on that are high enough."""
         known = np.load(self._file, mmap_mode="r")[start : start + CHUNK]
-        return [{"place": start + i, "similarity": float(x)} for i, x in enumerate(known)]
+        return (start + np.flatnonzero(known >= self._least)).tolist()
 
 
 def read(scores: str, found: Sequence[Any]) -> np.ndarray:

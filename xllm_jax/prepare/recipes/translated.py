@@ -39,6 +39,7 @@ def build(
     endpoint: Endpoint | None = None,
     beam: Sequence[str] = (),
     workers: int = 0,
+    allow_paths: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Translates one split.
 
@@ -50,6 +51,7 @@ def build(
       options: of the reader.
       translations, translator, endpoint: as of `translators.Way`.
       beam, workers: as of `runner.mapped`.
+      allow_paths: folders that the source's files may lie in, too.
 
     Returns:
       {'texts' (without doubles), 'translated', 'left_out': {reason: texts}, 'unreadable'
@@ -60,7 +62,7 @@ def build(
         another reader, or no text has a usable one.
     """
     way = translators.Way(translations, translator, endpoint)
-    source = Source(reader, input, split, dict(options or {}))
+    source = Source(reader, input, split, dict(options or {}), tuple(allow_paths))
     begin(source, output)
     found, unreadable = read(source, output, beam, workers)
     texts = unique(found)
