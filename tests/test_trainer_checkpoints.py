@@ -16,7 +16,7 @@ import published
 import pytest
 import torch
 
-from xllm_jax.convert import files, inert, run_import
+from xllm_jax.convert import export_tree, files, inert, run_import
 from xllm_jax.core import rules
 from xllm_jax.core.errors import UserError
 
@@ -315,3 +315,65 @@ def test_a_folder_that_does_not_tell_its_weights_is_refused(weights, tmp_path):
     )
     with pytest.raises(UserError, match="no file of this folder"):
         files.open_checkpoint(folder)
+
+
+CIF = dict(
+    encoder=dict(width=24, hidden=40, heads=3, kernel=5, depth=5, pools=[1, 3], channels=6),
+    decoder=dict(vocab=13, width=24, hidden=40, heads=2, self_blocks=3),
+    kernel=3,
+)
+ARGUMENTS = dict(
+    encoder_attention_heads=3,
+    decoder_attention_heads=2,
+    encoder_embed_dim=24,
+    encoder_layers=5,
+    pooling_layer_ids="1,3",
+    layer_downsampling=True,
+    cif_threshold=0.99,
+    activation_fn="relu",
+)
+
+
+@pytest.fixture(scope="module")
+def recognizer():
+    """(state dict, leaves) of a CIF ASR model of none of SIZES."""
+    plan = run_import.source_named("cif_asr").plan(CIF)
+    generator, filled = np.random.default_rng(0), {row.target for row in plan.table}
+    flat = rules.flatten(plan.shapes).items()
+    leaves = {p: generator.normal(size=x.shape).astype(np.float32) for p, x in flat if p in filled}
+    tensors = export_tree(plan.table, rules.unflatten(leaves))
+    return {name: torch.from_numpy(x.copy()) for name, x in tensors.items()}, leaves
+
+
+def fairseq_file(path, state, **changed):
+    """As fairseq's trainer saves a model."""
+    arguments = argparse.Namespace(**ARGUMENTS | changed)
+    torch.save({"args": None, "cfg": {"model": arguments}, "model": state}, path)
+    return path
+
+
+def test_heads_of_a_recognizer_are_those_of_its_arguments(recognizer, tmp_path):
+    """The layout of a projection depends on them: a wrong number gives other leaves."""
+    state, leaves = recognizer
+    found = check(fairseq_file(tmp_path / "x.pt", state), leaves, "cif_asr")
+    assert found.options["encoder"]["heads"] == 3 and not any(found.plan.fields.values())
+    found = run_import.examine("cif_asr", fairseq_file(tmp_path / "x.pt", state, cif_threshold=0.9))
+    assert found.plan.fields["speech_interface"] == {"threshold": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("encoder_attention_heads", 5),
+        ("decoder_attention_heads", 5),
+        ("encoder_layers", 4),
+        ("encoder_embed_dim", 32),
+        ("activation_fn", "gelu"),
+        ("conformer_attn_type", "fairseq"),
+        ("add_cif_ctxt_layers", True),
+    ],
+)
+def test_arguments_that_cannot_be_are_refused_by_name(name, value, recognizer, tmp_path):
+    path = fairseq_file(tmp_path / "x.pt", recognizer[0], **{name: value})
+    with pytest.raises(UserError, match=rf"x\.pt: cfg\.model\.{name}: "):
+        run_import.examine("cif_asr", path)

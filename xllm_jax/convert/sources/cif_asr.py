@@ -13,13 +13,34 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from xllm_jax.convert import ConversionPlan, Drop, Row, base_sizes, sizes
+from xllm_jax.convert import ConversionPlan, Drop, Row, base_sizes, published_config, sizes
 from xllm_jax.convert.base_sizes import Base
 from xllm_jax.convert.files import Checkpoint
+from xllm_jax.convert.published_config import PublishedConfig
 from xllm_jax.convert.sources import bert
 from xllm_jax.convert.sources.bert import Layers, linear, norm
 from xllm_jax.models import asr, cif, conformer
+from xllm_jax.models.speech_interface import SpeechInterface
 
+DEFAULTS = dict(
+    decoder_attention_heads=None,
+    pooling_layer_ids="6,12",
+    layer_downsampling=True,
+    cif_threshold=SpeechInterface.threshold,
+    tail_handling_firing_threshold=SpeechInterface.tail_threshold,
+)
+"""Arguments of the recipe, for a file that leaves them out."""
+FIXED = dict(
+    frontend_type="conv2d",
+    conformer_attn_type="espnet",
+    conformer_pos_enc_type="rel_pos",
+    activation_fn="relu",
+    apply_conformer_encoder=True,
+    do_encoder_attn=False,
+    add_cif_ctxt_layers=False,
+    decoder_normalize_before=True,
+)
+"""Arguments of which one value is converted."""
 DROPPED = (
     Drop(r".*num_batches_tracked", "a counter; the momentum is constant"),
     Drop(r"decoder\.version", "fairseq's marker of the file format"),
@@ -215,7 +236,7 @@ def options(checkpoint: Checkpoint | None, size: str) -> dict[str, Any]:
     """
     encoder = sizes.row(conformer.SIZES, size)
     decoder = sizes.row(asr.SIZES, size)
-    kernel = 5
+    kernel, fires = 5, {}
     if checkpoint is not None:
         width = sizes.axis(checkpoint, "encoder.linear.weight", 0)
         encoder = sizes.row(conformer.SIZES, size, width=width)
@@ -223,11 +244,67 @@ def options(checkpoint: Checkpoint | None, size: str) -> dict[str, Any]:
         decoder["vocab"] = sizes.axis(checkpoint, "decoder.embed_tokens.weight", 0)
         decoder["self_blocks"] = sizes.depth(checkpoint, r"decoder\.layers\.(\d+)\..*")
         kernel = 5 if "encoder.cif.conv.weight" in checkpoint else 0
+        told = _arguments(checkpoint)
+        encoder, decoder = encoder | told.get("encoder", {}), decoder | told.get("decoder", {})
+        kernel = told.get("kernel", kernel)
+        fires = told.get("fires", {})
     names = ("vocab", "width", "hidden", "heads", "self_blocks")
     return {
         "encoder": encoder | {"pools": list(encoder["pools"])},
         "decoder": {name: decoder[name] for name in names},
         "kernel": kernel,
+        **({"fires": fires} if fires else {}),
+    }
+
+
+def _arguments(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the trainer's arguments within the file, and its tensors, tell of the sizes.
+
+    Returns:
+      `encoder`, `decoder`, `kernel` and `fires`, thresholds of CIF that are not its own; empty
+      where the file has no arguments.
+
+    Raises:
+      UserError: an argument contradicts the tensors, or asks for what no network here computes.
+    """
+    settings = checkpoint.settings()
+    if "encoder_attention_heads" not in settings:
+        return {}
+    place = f"{checkpoint.path}: cfg.model."
+    config = PublishedConfig(DEFAULTS | settings, place, frozenset(settings))
+    config.only(**FIXED)
+    block, layer = "encoder.conformer_layers.0", "decoder.layers.0"
+    encoder = dict(
+        width=sizes.axis(checkpoint, "encoder.linear.weight", 0),
+        hidden=sizes.axis(checkpoint, f"{block}.ffn1.w_1.weight", 0),
+        depth=sizes.depth(checkpoint, r"encoder\.conformer_layers\.(\d+)\..*"),
+        kernel=sizes.axis(checkpoint, f"{block}.conv_module.depthwise_conv.weight", 2),
+        channels=sizes.axis(checkpoint, "encoder.subsample.conv.0.weight", 0),
+    )
+    decoder = dict(
+        width=sizes.axis(checkpoint, f"{layer}.fc1.weight", 1),
+        hidden=sizes.axis(checkpoint, f"{layer}.fc1.weight", 0),
+    )
+    config.agree(
+        encoder_embed_dim=encoder["width"],
+        encoder_layers=encoder["depth"],
+        encoder_ffn_embed_dim=encoder["hidden"],
+        decoder_embed_dim=decoder["width"],
+        decoder_ffn_embed_dim=decoder["hidden"],
+    )
+    encoder["heads"] = config.heads(encoder["width"], "encoder_attention_heads")
+    decoder["heads"] = config.heads(decoder["width"], "decoder_attention_heads")
+    pools = [int(layer) for layer in str(config.values["pooling_layer_ids"]).split(",") if layer]
+    fires = dict(
+        threshold=config.values["cif_threshold"],
+        tail_threshold=config.values["tail_handling_firing_threshold"],
+    )
+    conv = "encoder.cif.conv.weight"
+    return {
+        "encoder": encoder | {"pools": pools if config.values["layer_downsampling"] else []},
+        "decoder": decoder,
+        "kernel": sizes.axis(checkpoint, conv, 2) if conv in checkpoint else 0,
+        "fires": published_config.other_than(SpeechInterface, **fires),
     }
 
 
@@ -268,4 +345,5 @@ def plan(options: Mapping[str, Any]) -> ConversionPlan:
         "speech_interface": {"cif": sizes.shapes_of(fire, *frames)},
         "asr_decoder": sizes.shapes_of(decoder),
     }
-    return ConversionPlan(table=table, shapes=shapes, drop=DROPPED)
+    fields = {"speech_interface": options.get("fires", {})}
+    return ConversionPlan(table=table, shapes=shapes, drop=DROPPED, fields=fields)
