@@ -7,8 +7,11 @@ processes that tests start as well.
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
+# What a host remembers of sets, here of sets that are soon gone.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="xllm_cache_")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # before JAX reads it
 
 import jax

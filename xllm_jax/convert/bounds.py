@@ -31,7 +31,7 @@ def read_json(file: Path) -> Any:
     if size > MOST_JSON:
         raise UserError(f"has {size:,} bytes, more than {MOST_JSON:,}", field=str(file))
     try:
-        return json.loads(file.read_text("utf-8"))
+        return json.loads(file.read_bytes())
     except (ValueError, RecursionError, OSError) as error:
         raise UserError("is not JSON", field=str(file), hint="Download it again") from error
 

@@ -108,6 +108,17 @@ class Shards:
         except (OSError, ValueError, KeyError):
             return False
 
+    def drop_damaged(self) -> list[int]:
+        """Shards that seem finished but have another checksum; they are to be written again."""
+        damaged = []
+        for shard in range(self.count):
+            if self.finished(shard):
+                note = json.loads(self.note(shard).read_text("utf-8"))
+                if atomic.sha256(self.file(shard)) != note["sha256"]:
+                    self.note(shard).unlink()
+                    damaged.append(shard)
+        return damaged
+
     def todo(self, among: Iterable[int] | None = None) -> list[int]:
         """Shards that are not finished, of all or of some."""
         return [s for s in (range(self.count) if among is None else among) if not self.finished(s)]

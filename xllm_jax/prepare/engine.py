@@ -44,6 +44,8 @@ def run(plan: PreparationPlan, arguments: Sequence[str] = (), workers: int = 0) 
     Raises:
       UserError: Beam is not installed, or what `manifest.finish` raises.
     """
+    for number in plan.shards.drop_damaged():
+        tqdm.write(f"{plan.shards.file(number)}: has another checksum, and is written again")
     todo = plan.shards.todo()
     if todo:
         bar = Progress(plan.name, plan.records, Records(plan))

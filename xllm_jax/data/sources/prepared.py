@@ -17,7 +17,7 @@ from xllm_jax.core import lookup
 from xllm_jax.core.errors import UserError
 from xllm_jax.data import mixture
 from xllm_jax.data.example import Example
-from xllm_jax.data.rows import prepared, translated
+from xllm_jax.data.rows import prepared, translated, verified
 from xllm_jax.data.rows.lazy import Lazy
 from xllm_jax.data.sources import layout, tfds
 
@@ -34,10 +34,12 @@ def examples(
       captions: translation of the texts, as the recipe 'translated' writes it.
 
     Raises:
-      UserError: no such set or split, no rows, another kind; on access, a broken row.
+      UserError: no such set or split, a shard that is not what the manifest says, no rows, another
+        kind; on access, a broken row.
     """
     if kind:
         _check_kind(pathlib.Path(path) / f"{split}.plan.json", kind)
+    verified.check(pathlib.Path(path), split)
     rows, where = tfds.rows(path, "", split)
 
     def example(index: int) -> Example:

@@ -18,7 +18,7 @@ from typing import Any
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
-from xllm_jax.data.rows import columns, translated
+from xllm_jax.data.rows import columns, translated, verified
 from xllm_jax.data.rows.lazy import Lazy
 from xllm_jax.data.sources import layout
 
@@ -60,6 +60,8 @@ def examples(
     named = {"image": image, "video": video, "speech": speech, **(media or {})}
     wanted = columns.Columns(named, answer, question, transcript, task, modalities or {})
     builder = _builder(path, name)
+    if not name:
+        verified.check(pathlib.Path(path), split.partition("[")[0])
     where = f"{builder.info.full_name}/{split}"
     wanted.check(list(builder.info.features), where)
     rows = _rows(builder, split, where, [image] if image and "." not in image else [])

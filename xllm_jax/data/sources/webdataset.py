@@ -13,7 +13,6 @@ The tars are not unpacked: their members' offsets are read once, kept beside the
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pathlib
 import tarfile
@@ -25,11 +24,10 @@ from xllm_jax.core import litter
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
 from xllm_jax.data.media import paths
-from xllm_jax.data.rows import files, json_text, translated
+from xllm_jax.data.rows import json_text, tar_index, translated
 from xllm_jax.data.rows.lazy import Chain, Lazy
+from xllm_jax.data.rows.tar_index import COLUMNS
 from xllm_jax.data.sources import layout
-
-COLUMNS = 5  # image offset and length, caption offset and length, whether the caption is JSON
 
 
 def examples(path: str, split: str = "train", captions: str = "") -> Sequence[Example]:
@@ -70,22 +68,7 @@ def index(tar: pathlib.Path) -> np.ndarray:
     Raises:
       UserError: the tar is damaged.
     """
-    kept = tar.parent / ".index" / f"{tar.stem}.npy"
-    state = tar.stat()
-    stamp = [state.st_size, state.st_mtime_ns, 0, 0, 0]
-    with contextlib.suppress(UserError):  # without it, or where it is damaged, a new one is made
-        found = files.array(kept, "index of a tar")
-        if found.ndim == 2 and found.dtype == np.int64 and found[:1].tolist() == [stamp]:
-            return found[1:]
-    found = _scan(tar)
-    try:
-        kept.parent.mkdir(exist_ok=True)
-        part = kept.with_name(f".{tar.stem}.{os.getpid()}.npy")
-        np.save(part, np.concatenate([[stamp], found]))
-        os.replace(part, kept)
-    except OSError:  # a folder that cannot be written to is scanned again the next time
-        pass
-    return found
+    return tar_index.kept(tar, _scan)
 
 
 def _scan(tar: pathlib.Path) -> np.ndarray:

@@ -1,0 +1,102 @@
+"""The shards of a prepared set are those that its manifest describes, byte for byte.
+
+Reading all of a large set takes minutes, so what was found whole is remembered on the host, outside
+of the set, until a shard's size, time or place on the disk is another one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from xllm_jax.core import atomic
+from xllm_jax.core.errors import UserError
+
+MANIFEST = "manifest.json"
+THREADS = 4
+MEND = "Prepare the set again with the same command, which writes damaged shards anew"
+
+
+def check(folder: Path, split: str) -> None:
+    """Compares the shards of a split with the manifest, the first time on this host.
+
+    Args:
+      folder: of the set; one without a manifest is not looked at.
+      split: of it.
+
+    Raises:
+      UserError: a shard is missing or differs.
+    """
+    shards = _shards(folder / MANIFEST, split)
+    known = [[one["file"], one["sha256"], *_state(folder / one["file"])] for one in shards]
+    found = json.dumps(known)
+    name = hashlib.sha256(os.fsencode(folder.resolve() / split)).hexdigest()
+    note = _memory() / f"{name}.json"
+    if not shards or _remembered(note) == found:
+        return
+    with ThreadPoolExecutor(THREADS) as pool:
+        for problem in pool.map(lambda shard: differs(folder, shard), shards):
+            if problem:
+                raise UserError(problem[1], field=problem[0], hint=MEND)
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        atomic.write_json(note, found)
+    except OSError:  # where nothing can be remembered, the set is read again the next time
+        pass
+
+
+def differs(folder: Path, shard: Mapping[str, Any]) -> tuple[str, str] | None:
+    """(file, how it differs) of a shard that is not what its note says, else None."""
+    file = folder / shard["file"]
+    try:
+        if file.stat().st_size != shard["bytes"]:
+            return str(file), f"has not the {shard['bytes']:,} bytes that {MANIFEST} says"
+        if atomic.sha256(file) != shard["sha256"]:
+            return str(file), f"has another checksum than {MANIFEST} says"
+    except OSError as error:
+        return str(file), f"cannot be read ({error.strerror})"
+    return None
+
+
+def _shards(manifest: Path, split: str) -> list[dict[str, Any]]:
+    """The notes of a split's shards; none where there is no manifest, or it has no such split."""
+    if not manifest.is_file():
+        return []
+    try:
+        splits = json.loads(manifest.read_text("utf-8"))["splits"]
+        shards = splits[split]["shards"] if split in splits else []
+        odd = [s for s in shards if os.path.basename(str(s["file"])) != s["file"]]
+        known = [{key: shard[key] for key in ("file", "bytes", "sha256")} for shard in shards]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        what = f"is no description of a set ({type(error).__name__})"
+        raise UserError(what, field=str(manifest), hint=MEND) from None
+    if odd:
+        raise UserError("names files outside of its folder", field=str(manifest))
+    return known
+
+
+def _state(file: Path) -> tuple[int, ...]:
+    """What changes when a file is written."""
+    try:
+        state = file.stat()
+    except OSError:
+        return ()
+    return state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino
+
+
+def _memory() -> Path:
+    """Where this host remembers what it has compared."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(cache) / "xllm_jax" / "verified"
+
+
+def _remembered(note: Path) -> str | None:
+    try:
+        return json.loads(note.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
