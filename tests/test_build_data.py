@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from fake_endpoint import chinese, serving
 from PIL import Image
 from test_video import write as write_video
 
@@ -20,6 +21,7 @@ from xllm_jax.core.stage import Source
 from xllm_jax.data.media import image, speech
 from xllm_jax.data.sources import aishell, prepared, selection, table, vsdial_cn
 from xllm_jax.prepare import translate
+from xllm_jax.prepare.endpoint import Endpoint
 from xllm_jax.prepare.recipes import instructions, questions, resampled, similar, translated
 from xllm_jax.prepare.recipes import vsdial_cn as vsdial
 
@@ -189,6 +191,20 @@ def test_vsdial_cn_by_mbart(visdial, mbart, tmp_path):
     assert vsdial.build(visdial, str(out), **options)["rounds"] == 4
     made = json.loads((out / "visdial_1.0_train.json").read_text("utf-8"))["data"]
     assert made["questions"] == ["好"] * 4
+
+
+def test_vsdial_cn_by_an_endpoint(visdial, tmp_path):
+    with serving("500", "prose") as server:
+        about = Endpoint(server.url, "fake", wait=0.01)
+        counts = vsdial.build(
+            visdial, str(tmp_path / "cn"), endpoint=about, engine=f"{__name__}:hum"
+        )
+    assert (counts["rounds"], counts["left_out"], counts["questions"]) == (4, 0, 3)
+    assert (counts["requests"], counts["asked_again"]) == (2, 1)
+    made = json.loads((tmp_path / "cn/visdial_1.0_train.json").read_text("utf-8"))["data"]
+    asked = ["is it red?", "how many?", "Is it red", "why?"]
+    assert made["questions"] == [chinese(text) for text in asked]
+    assert [talk["caption"] for talk in made["dialogs"]] == [chinese("a red ball"), ""]
 
 
 def test_any_set_by_mbart(pairs, mbart, tmp_path):

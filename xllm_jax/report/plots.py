@@ -31,15 +31,9 @@ def curve(name: str, points: Points) -> str:
 
     marks = "".join(_mark(10 ** (low + share * (high - low)), share) for share in (0, 0.5, 1))
     line = " ".join(place(step, loss) for step, loss in points)
-    return (
-        f'<figure class="curve"><figcaption>{html.escape(name)} '
-        f"<b>{losses[-1]:.3g}</b></figcaption>"
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="loss of {html.escape(name)}">'
-        f'{marks}<polyline points="{line}"/>'
-        f'<text x="{LEFT}" y="{HEIGHT - 6}">{steps[0]:.0f}</text>'
-        f'<text x="{WIDTH - 8}" y="{HEIGHT - 6}" text-anchor="end">step {steps[-1]:.0f}</text>'
-        "</svg></figure>"
-    )
+    drawn = f'{marks}<polyline points="{line}"/>'
+    ends = _ends(f"{steps[0]:.0f}", f"step {steps[-1]:.0f}")
+    return _figure(name, f"{losses[-1]:.3g}", drawn + ends, "loss of ")
 
 
 def channels(name: str, values: Sequence[Sequence[float]]) -> str:
@@ -66,11 +60,24 @@ def channels(name: str, values: Sequence[Sequence[float]]) -> str:
         for channel in values
     )
     marks = _mark(low, 0) + (_mark(high, 1) if high > low else "")
+    return _figure(name, f"{len(values)} × {len(values[0])}", marks + lines)
+
+
+def _figure(name: str, number: str, drawn: str, what: str = "") -> str:
+    """A drawing with its title and a number beside it."""
+    title = html.escape(name)
     return (
-        f'<figure class="curve"><figcaption>{html.escape(name)} <b>{len(values)} × '
-        f"{len(values[0])}</b></figcaption>"
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(name)}">'
-        f"{marks}{lines}</svg></figure>"
+        f'<figure class="curve"><figcaption>{title} <b>{number}</b></figcaption>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{what}{title}">'
+        f"{drawn}</svg></figure>"
+    )
+
+
+def _ends(first: str, last: str) -> str:
+    """What stands below both ends of the axis."""
+    return (
+        f'<text x="{LEFT}" y="{HEIGHT - 6}">{first}</text>'
+        f'<text x="{WIDTH - 8}" y="{HEIGHT - 6}" text-anchor="end">{last}</text>'
     )
 
 
@@ -103,10 +110,5 @@ def histogram(name: str, values: Sequence[int], bins: int = 20) -> str:
         f'height="{tall * count / max(counts):.1f}" fill="currentColor" opacity=".55"/>'
         for number, count in enumerate(counts)
     )
-    return (
-        f'<figure class="curve"><figcaption>{html.escape(name)} <b>{len(values)}</b></figcaption>'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(name)}">{bars}'
-        f'<text x="{LEFT}" y="{HEIGHT - 6}">{low}</text><text x="{LEFT - 5}" y="{TOP + 8}" '
-        f'text-anchor="end">{max(counts)}</text>'
-        f'<text x="{WIDTH - 8}" y="{HEIGHT - 6}" text-anchor="end">{high}</text></svg></figure>'
-    )
+    most = f'<text x="{LEFT - 5}" y="{TOP + 8}" text-anchor="end">{max(counts)}</text>'
+    return _figure(name, str(len(values)), bars + most + _ends(str(low), str(high)))

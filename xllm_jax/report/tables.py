@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 NONE = "—"
@@ -89,6 +89,7 @@ TABLE4_COLUMNS = (
     ("questions", "questions (S)"),
     ("questions_image", "questions (S+V)"),
 )
+CONTROLLED = ("measured [95 %]", "samples", "blind", "shuffled", "chance")
 DETAILS = ("vqa@after", "spoken@after", "video@after", "sentences@after", "sentences@asr")
 
 
@@ -130,17 +131,10 @@ def goals(measures: Mapping[str, Any], comparisons: Mapping[str, Any]) -> Table:
         if name in comparisons:
             found = comparisons[name]
             shown = number(found, found["metric"], interval=True)
-            rows.append(
-                (
-                    Cell(title),
-                    Cell(f"+{shown}" if found["value"] > 0 else shown),
-                    Cell(str(found["samples"])),
-                    *[Cell(NONE)] * 3,
-                    Cell("> 0"),
-                    claim(found),
-                )
-            )
-    head = ("", "measured [95 %]", "samples", "blind", "shuffled", "chance", "goal", "")
+            gain, count = Cell(f"+{shown}" if found["value"] > 0 else shown), str(found["samples"])
+            row = (Cell(title), gain, Cell(count), *[Cell(NONE)] * 3, Cell("> 0"), claim(found))
+            rows.append(row)
+    head = ("", *CONTROLLED, "goal", "")
     note = (
         "Blind: the same prompt without the media. Shuffled: with another sample's media. "
         "Chance: the best constant answer."
@@ -170,9 +164,7 @@ def goal_row(goal: Goal, found: Mapping[str, Any] | None) -> tuple[Cell, ...]:
         met = met and max(values) <= goal.control
     return (
         Cell(goal.title),
-        Cell(number(found, goal.metric, interval=True)),
-        Cell(str(found["samples"])),
-        *(Cell(number(found.get(name), goal.metric)) for name in ("blind", "shuffled", "chance")),
+        *_controlled(found, goal.metric),
         Cell(wanted),
         Cell("met" if met else "missed", met),
     )
@@ -189,10 +181,7 @@ def table1(measures: Mapping[str, Any], comparisons: Mapping[str, Any]) -> Table
     names = ("init_cider", None, None, "init_vqa")
     gains = [comparisons.get(name) if name else None for name in names]
     if any(gains):
-        cells = (
-            Cell(number(gain, metric, interval=True), claim(gain).good if gain else None)
-            for gain, (_, metric) in zip(gains, TABLE1_COLUMNS)
-        )
+        cells = (_margin(gain, metric) for gain, (_, metric) in zip(gains, TABLE1_COLUMNS))
         rows.append((Cell("difference, same samples"), *cells))
     head = ("", *(f"{task} {METRICS[metric][0]}" for task, metric in TABLE1_COLUMNS))
     note = "After stage 2 with equal steps. 95 % intervals in brackets."
@@ -217,22 +206,26 @@ def everything(measures: Mapping[str, Any]) -> Table:
     rows = [
         (
             Cell(f"{measure['title']} · {METRICS[metric][0]}"),
-            Cell(number(found, metric, interval=True)),
-            Cell(str(found["samples"])),
-            *(Cell(number(found.get(name), metric)) for name in ("blind", "shuffled", "chance")),
-            _margin(found, metric),
+            *_controlled(found, metric),
+            _margin(found.get("margin"), metric),
         )
         for measure in measures.values()
         for metric, found in measure["metrics"].items()
     ]
-    head = ("", "measured [95 %]", "samples", "blind", "shuffled", "chance", "above control")
+    head = ("", *CONTROLLED, "above control")
     note = "Above control: gain over the best of blind, shuffled and chance, on the same samples."
     return Table("Everything measured", note, head, tuple(rows))
 
 
-def _margin(found: Mapping[str, Any], metric: str) -> Cell:
-    margin = found.get("margin")
-    return Cell(number(margin, metric, interval=True), claim(margin).good if margin else None)
+def _controlled(found: Mapping[str, Any], metric: str) -> Iterator[Cell]:
+    """Below the heads of CONTROLLED."""
+    yield Cell(number(found, metric, interval=True))
+    yield Cell(str(found["samples"]))
+    yield from (Cell(number(found.get(name), metric)) for name in CONTROLLED[2:])
+
+
+def _margin(found: Mapping[str, Any] | None, metric: str) -> Cell:
+    return Cell(number(found, metric, interval=True), claim(found).good if found else None)
 
 
 def details(name: str, measure: Mapping[str, Any]) -> Table:
