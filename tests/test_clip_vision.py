@@ -222,6 +222,31 @@ def test_the_command_takes_the_archive_there_and_back(archive, file, tmp_path):
     assert all(back[name].tobytes() == source[name].tobytes() for name in back)
 
 
+@pytest.mark.parametrize(("head_width", "heads"), [(12, 4), (16, 3), (None, 0)])
+def test_heads_of_open_clip_are_those_of_its_config(archive, head_width, heads, tmp_path):
+    """Its larger models have heads of 80; its own activation is no quick GELU."""
+    source = TorchScriptFile(archive[0] / "ViT-B-16.pt")
+    state = {name: np.array(source[name]) for name in source}
+    write(state, tmp_path / "open_clip_model.safetensors")
+    tower = dict(width=48, layers=3, patch_size=8, image_size=32)
+    tower |= {"head_width": head_width} if head_width else {}
+    config = dict(vision_cfg=tower, text_cfg=dict(width=32, layers=2, heads=4), quick_gelu=True)
+    file = tmp_path / "open_clip_config.json"
+    file.write_text(json.dumps(dict(model_cfg=config)))
+    opened = files.open_checkpoint(tmp_path)
+    if not heads:  # 64 wide, as open_clip supposes, which 48 is not
+        with pytest.raises(UserError, match=r"open_clip_config\.json.*num_attention_heads"):
+            tables.options(opened, "")
+        return
+    assert tables.options(opened, "")["sizes"] == SMALL | {"heads": heads}
+    file.write_text(json.dumps(dict(model_cfg=config | dict(quick_gelu=False))))
+    with pytest.raises(UserError, match=r"open_clip_config\.json.*activation 'gelu'"):
+        tables.options(opened, "")
+    file.write_text("{}")
+    with pytest.raises(UserError, match="no configuration of open_clip"):
+        tables.options(opened, "")
+
+
 def test_other_files_and_sizes_are_refused_by_name(peer, tmp_path):
     state = dict(peer.state_dict())
     checkpoint = files.open_checkpoint(write(state, tmp_path / "tower.safetensors"))

@@ -6,6 +6,7 @@ OpenAI's own .pt files (TorchScript archives, `torchscript.py`) and open_clip's 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -236,6 +237,25 @@ def described(
     return {"heads": config.heads(fields["width"]), **told}
 
 
+def _open_clip(checkpoint: Checkpoint, section: str) -> PublishedConfig | None:
+    """A tower of open_clip_config.json in the words of transformers; None where there is none."""
+    file = checkpoint.config_file().with_name("open_clip_config.json")
+    try:
+        whole = json.loads(file.read_text("utf-8"))["model_cfg"] if file.is_file() else None
+        if whole is None:
+            return None
+        tower = whole["vision_cfg" if section == "vision_config" else "text_cfg"]
+        heads = tower.get("heads") or tower["width"] // tower.get("head_width", HEAD_WIDTH)
+        told = dict(hidden_size=tower["width"], num_hidden_layers=tower["layers"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        what = f"is no configuration of open_clip ({type(error).__name__})"
+        raise UserError(what, field=str(file), hint="Download it again") from error
+    activation = ACTIVATION if whole.get("quick_gelu") else "gelu"
+    values = DEFAULTS | told | dict(num_attention_heads=heads, hidden_act=activation)
+    values |= dict(eos_token_id=2)  # the largest id ends a text
+    return PublishedConfig(values, f"{file}: {section}.", frozenset(told))
+
+
 def read_config(
     checkpoint: Checkpoint, section: str, defaults: Mapping[str, Any]
 ) -> PublishedConfig | None:
@@ -250,6 +270,8 @@ def read_config(
       UserError: another activation than CLIP's, or another model.
     """
     config = published_config.read(checkpoint, defaults, KINDS, section)
+    if config is None and OPENAI in checkpoint:
+        config = _open_clip(checkpoint, section)
     if config and config.values["hidden_act"] != ACTIVATION:
         found = config.values["hidden_act"]
         what = f"{section} has the activation {found!r}, this network {ACTIVATION!r}"
