@@ -57,7 +57,9 @@ OWN = (
         "translator", None, "vsdial_cn, translated: folder of an mBART-50 model that translates."
     ),
     flags.DEFINE_string(
-        "engine", None, "vsdial_cn: module:function that speaks a text; without it, espeak-ng."
+        "engine",
+        None,
+        "vsdial_cn: module:function that speaks a text; it is imported and run. Else, espeak-ng.",
     ),
     flags.DEFINE_string("images", None, "vsdial_cn: folder of the images."),
     flags.DEFINE_string(

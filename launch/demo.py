@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from absl import flags
-from tqdm import tqdm
 
 from xllm_jax.configs import networks
 from xllm_jax.core import atomic, disk
+from xllm_jax.core.progress import Bar
 from xllm_jax.core.text_lines import split_lines
 from xllm_jax.launch import cli, commands
 
@@ -158,13 +158,14 @@ def _run_all(todo: list[Job], running: list[Running], folder: Path) -> dict[str,
     cores = sorted(os.sched_getaffinity(0))
     slots = SLOTS.value or min(2, len(cores))
     waiting, seconds = list(todo), {}
-    bar = tqdm(total=len(todo), desc="demo", unit="step", dynamic_ncols=True)
+    bar = Bar(total=len(todo), desc="demo", unit="step")
     while waiting or running:
         for job in [j for j in waiting if all(need in seconds for need in j.needs)]:
             share = pick_cores(cores, running, slots, job)
             if share:
                 waiting.remove(job)
-                bar.write(f"$ {shlex.join(['xllm', job.command, *job.arguments])}")
+                if bar.in_terminal:
+                    bar.write(f"$ {typed(job)}")
                 running.append(Running(job, folder, share))
         time.sleep(0.2)
         for active in [r for r in running if r.process.poll() is not None]:
@@ -173,11 +174,17 @@ def _run_all(todo: list[Job], running: list[Running], folder: Path) -> dict[str,
                 fail(active)
             seconds[active.job.name] = time.monotonic() - active.began
             atomic.write_json(folder / "timings.json", seconds)
-            bar.write(f"  {active.job.name} done in {seconds[active.job.name]:.0f} s")
+            how = "" if bar.in_terminal else f": {typed(active.job)}"
+            bar.write(f"  {active.job.name} done in {seconds[active.job.name]:.0f} s{how}")
             bar.update()
         bar.set_postfix_str(" | ".join(r.progress(folder) for r in running))
     bar.close()
     return seconds
+
+
+def typed(job: Job) -> str:
+    """The command as a user would type it."""
+    return shlex.join(["xllm", job.command, *job.arguments])
 
 
 def pick_cores(cores: list[int], running: list[Running], slots: int, job: Job) -> set[int]:

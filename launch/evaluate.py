@@ -11,16 +11,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from absl import flags
 
 from xllm_jax import report
+from xllm_jax.core import fingerprint
 from xllm_jax.core.errors import UserError
-from xllm_jax.evaluation import demo_suite, measure
+from xllm_jax.evaluation import demo_suite, error_rate, measure
 from xllm_jax.inference import assistant, transcriber
-from xllm_jax.inference.load_run import Restored, load_run
+from xllm_jax.inference.load_run import Restored, load_run, stage_of
 from xllm_jax.launch import cli
 
 RUNS = flags.DEFINE_string("runs", "runs", "Folder that holds the runs of all stages.")
@@ -31,6 +32,14 @@ OUTPUT = flags.DEFINE_string("output", ".", "Folder in which the report is writt
 LIMIT = flags.DEFINE_integer(
     "limit", 0, "Largest number of samples of a task; 0 takes a few hundred.", 0
 )
+CER = flags.DEFINE_enum(
+    "cer",
+    "normalized",
+    list(error_rate.FORMS),
+    "How characters of transcripts are compared: normalized (NFKC, lower case, no spaces, "
+    "punctuation or symbols), untagged (also without tags such as <NOISE>), raw, or xllm (as the "
+    "X-LLM repository does).",
+)
 ROWS = flags.DEFINE_integer("rows", 32, "Number of questions that are answered at a time.", 1)
 
 ASR, NO_INIT, STAGE3 = "stage1_speech", "stage2_image_no_init", "stage3"
@@ -39,11 +48,12 @@ flags.declare_key_flag("allow_paths")
 
 def main(_: list[str]) -> None:
     began = time.monotonic()
-    todo = demo_suite.tasks(DATA.value, LIMIT.value, cli.ALLOW_PATHS.value)
+    todo = demo_suite.tasks(DATA.value, LIMIT.value, cli.ALLOW_PATHS.value, CER.value)
     results = demo_suite.run(todo, models(Path(RUNS.value)))
     results["curves"] = demo_suite.curves(RUNS.value)
     results["timings"] = timings(time.monotonic() - began)
-    results["settings"] = {"runs": RUNS.value, "data": DATA.value, "limit": LIMIT.value or "none"}
+    results["cer"] = error_rate.STATED[CER.value]
+    results["settings"] = settings(results["timings"])
     print()
     print(report.write(results, OUTPUT.value))
     print(f"\nWith pictures: {Path(OUTPUT.value) / 'report.html'}")
@@ -90,6 +100,26 @@ def stage3_models(runs: Path) -> dict[str, Callable[[], measure.Answer]]:
 def ended(run: Path) -> bool:
     """Whether a run has written its result."""
     return (run / "final").is_dir()
+
+
+def settings(seconds: Mapping[str, float]) -> dict[str, str]:
+    """How the report came about: what was measured, by which code, where, and how long it took.
+
+    Args:
+      seconds: of every step.
+    """
+    run = Path(RUNS.value) / STAGE3
+    seed = str(stage_of(run).seed) if ended(run) else "unknown"
+    return {
+        "runs": RUNS.value,
+        "data": DATA.value,
+        "limit": str(LIMIT.value or "none"),
+        "seed": seed,
+        "commit": fingerprint.commit(),
+        "code": fingerprint.digest(json.dumps(fingerprint.code()).encode()),
+        "machine": fingerprint.machine(),
+        "duration of all steps": f"{sum(seconds.values()):.0f} s",
+    }
 
 
 def timings(seconds: float) -> dict[str, float]:

@@ -13,8 +13,8 @@ import os
 from pathlib import Path
 
 from absl import flags
-from tqdm import tqdm
 
+from xllm_jax.core.progress import Bar
 from xllm_jax.data.synthetic_world import build
 from xllm_jax.launch import cli
 
@@ -45,7 +45,7 @@ def main(_: list[str]) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     # A single core works in this process: a second one would only be started in vain.
     workers = cores if cores > 1 else 0
-    with tqdm(desc="world", unit="file", dynamic_ncols=True) as bar:
+    with Bar(desc="world", unit="file") as bar:
 
         def show(done: int, total: int) -> None:
             bar.total = total

@@ -72,6 +72,29 @@ def test_nothing_to_compare_is_an_error(pairs):
         error_rate.rate(error_rate.character_errors(*pair) for pair in pairs)
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "<NOISE>你好",
+        "你<SPOKEN_NOISE>好",
+        "[LAUGHTER] 你好 <sil/>",
+        "＜ＮＯＩＳＥ＞你好",
+        "你[笑声]好",
+    ],
+)
+def test_tags_are_left_out_where_it_is_asked_for(said):
+    assert error_rate.character_errors(said, "你好", "untagged") == (0, 2)
+    assert error_rate.character_errors("你好", said, "untagged") == (0, 2)
+    errors, length = error_rate.character_errors(said, "你好")
+    assert errors == length - 2 > 0
+
+
+def test_signs_that_are_no_tags_stay():
+    assert error_rate.character_errors("1<2，3>2", "1232", "untagged") == (0, 4)
+    assert error_rate.character_errors("a[" + "b" * 40 + "]", "a", "untagged") == (40, 41)
+    assert error_rate.STATED.keys() == error_rate.FORMS.keys()
+
+
 def test_unknown_form_names_the_choices():
     with pytest.raises(UserError, match="normalized"):
         error_rate.character_errors("甲", "甲", "words")

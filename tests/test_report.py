@@ -50,6 +50,7 @@ def results(tasks):
     assert len(said) == len(found["measures"])
     found["curves"] = {"stage2": [[step, 5.0 / (step + 1)] for step in range(40)]}
     found["timings"] = {"world": 3.2, "evaluate": 61.0}
+    found["cer"] = "every character as it is"
     return found
 
 
@@ -233,7 +234,9 @@ def test_page_stands_alone_and_shows_the_files(results, tmp_path):
     page.feed(written)
     assert page.open == []
     assert all(source.startswith("data:") for source in page.sources)
-    assert "http" not in re.sub(r'src="data:[^"]*"', "", written)
+    assert shown.count("CER: every character as it is.") == 2
+    assert '<span class="gloss" lang="en">' in written
+    assert "://" not in re.sub(r'src="data:[^"]*"', "", written)
     assert page.count["audio"] > 0 and page.count["img"] > page.count["audio"]
     assert page.count["polyline"] == 1
     assert "cannot" not in written and "No such file" not in written

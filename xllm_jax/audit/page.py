@@ -58,12 +58,7 @@ def render(found: Audit) -> str:
         *map(_sample, found.samples),
         "</div>",
     ]
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>xllm_jax data audit</title><style>{page.STYLE}{STYLE}</style></head>"
-        f"<body>{''.join(body)}</body></html>\n"
-    )
+    return page.document("xllm_jax data audit", page.STYLE + STYLE, body)
 
 
 def _sources(found: Audit) -> Table:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -262,9 +261,7 @@ def _describe(
     finish: Callable[[Path], None] | None,
 ) -> None:
     shapes = {p: [list(x.shape), str(x.dtype)] for p, x in rules.flatten(params).items()}
-    (partial / "about.json").write_text(
-        json.dumps({"format": FORMAT, **about, "shapes": shapes}, ensure_ascii=False, indent=1)
-    )
+    atomic.write_json(partial / "about.json", {"format": FORMAT, **about, "shapes": shapes})
     if finish:
         finish(partial)
 

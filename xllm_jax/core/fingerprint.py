@@ -1,6 +1,7 @@
 """What has to be the same on every host before arrays meet: configuration, code, parameters.
 
-Each function gives {item: text}, for `hosts.agree`.
+`configuration`, `code` and `tree` give {item: text}, for `hosts.agree`; `commit` and `machine` are
+words for a report.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import dataclasses
 import hashlib
 import os
 import platform
+import subprocess
 from collections.abc import Mapping
 from importlib import metadata, resources
 from pathlib import Path
@@ -48,6 +50,32 @@ def code(package: Path | None = None) -> dict[str, str]:
     found = {str(file.relative_to(package.parent)): digest(file.read_bytes()) for file in files}
     versions = {name: metadata.version(name) for name in PACKAGES}
     return found | versions | {"python": platform.python_version()}
+
+
+def commit() -> str:
+    """The commit of the checkout that the package lies in, '+' behind it where files differ."""
+    folder = str(resources.files("xllm_jax"))
+    asked = (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain", "--", "."))
+    try:
+        head, changed = (
+            subprocess.run(
+                ("git", "-C", folder, *words), capture_output=True, text=True, check=True
+            ).stdout.strip()
+            for words in asked
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return f"not in a checkout, version {metadata.version('xllm_jax')}"
+    return f"{head}{'+' if changed else ''}"
+
+
+def machine() -> str:
+    """The machine in words: system, cores, memory, and what JAX computes on."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    devices = jax.devices()
+    return (
+        f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GiB; "
+        f"{len(devices)} x {devices[0].device_kind}"
+    )
 
 
 def tree(arrays: Params) -> dict[str, str]:

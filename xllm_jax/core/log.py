@@ -16,10 +16,10 @@ from typing import Any
 
 from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
-from tqdm import tqdm
 
 from xllm_jax.core import atomic, disk
 from xllm_jax.core.errors import UserError
+from xllm_jax.core.progress import Bar
 from xllm_jax.core.text_lines import split_lines
 
 
@@ -60,7 +60,7 @@ class Log:
         with disk.writing(self._file):
             self._stream = self._file.open("a")
         self._sinks.append(Events(directory / "tensorboard", start))
-        self._bar = tqdm(total=total, initial=start, desc=name, unit="step", dynamic_ncols=True)
+        self._bar = Bar(total=total, initial=start, desc=name, unit="step")
 
     def _truncate(self, start: int) -> None:
         if not self._file.exists():

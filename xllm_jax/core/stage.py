@@ -221,7 +221,8 @@ class Validation:
       mix: {name: weight} as in `data.mix`; empty means every source by its size.
       examples: how many of their examples, always the same ones; 0 takes all.
       every: micro-batches between two measurements; the last one is measured too. 0 = never.
-      metrics: metrics of the task in addition to the losses: 'cer' in stage 1, speech.
+      metrics: metrics of the task in addition to the losses: 'cer' in stage 1, speech, or
+        'cer_untagged', which leaves out tags such as <NOISE>.
     """
 
     sources: dict[str, Source] = dataclasses.field(default_factory=dict)

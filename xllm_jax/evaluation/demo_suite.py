@@ -8,6 +8,7 @@ started from nothing ('no_init').
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -45,11 +46,8 @@ SCORERS = {
     "caption": scorers.caption,
     "vqa": scorers.short_answer,
     "video": scorers.video_caption,
-    "sentences": scorers.transcription,
-    "questions": scorers.transcription,
-    "questions_image": scorers.transcription,
     "spoken": scorers.short_answer,
-}
+}  # the others are transcriptions
 # Most samples of a task; enough for intervals of a few percent.
 MOST = {"vqa": 450}
 MODELS = {"asr": "stage 1", "before": "before stage 3", "after": "", "no_init": "no init"}
@@ -73,7 +71,10 @@ COMPARED = {
 
 
 def tasks(
-    data: str | Path, limit: int = 0, allow_paths: Sequence[str] = ()
+    data: str | Path,
+    limit: int = 0,
+    allow_paths: Sequence[str] = (),
+    cer_form: str = "normalized",
 ) -> dict[str, measure.Task]:
     """The held-out tasks of a data folder in the world's layout; what it lacks is left out.
 
@@ -81,6 +82,7 @@ def tasks(
       data: folder with coco/, visual_genome/, msrvtt/, aishell/ and visdial/.
       limit: most samples of a task, spread over it; 0 takes MOST.
       allow_paths: folders that its files may lie in, too.
+      cer_form: in which form transcripts are compared, a name of `error_rate.FORMS`.
 
     Raises:
       UserError: the folder has none of them, or one is broken.
@@ -101,8 +103,9 @@ def tasks(
         raise UserError(f"holds none of {known}", field=str(data), hint="Give the world's folder")
     if "spoken" in found:
         found["questions_image"] = [transcribing(example) for example in found["spoken"]]
+    heard = functools.partial(scorers.transcription, form=cer_form)
     return {
-        name: measure.Task(name, TITLES[name], tuple(examples), SCORERS[name])
+        name: measure.Task(name, TITLES[name], tuple(examples), SCORERS.get(name, heard))
         for name, examples in found.items()
     }
 

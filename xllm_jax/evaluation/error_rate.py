@@ -35,6 +35,16 @@ def normalized(reference: str, hypothesis: str) -> Pair:
     return clean(reference), clean(hypothesis)
 
 
+# <NOISE>, <spoken_noise>, [LAUGHTER], <sil/>: what a transcript says about the sound.
+TAG = re.compile(r"<[/\w+* -]{1,32}>|\[[/\w+* -]{1,32}\]")
+
+
+def untagged(reference: str, hypothesis: str) -> Pair:
+    """As `normalized`, without the tags in angle or square brackets."""
+    texts = (unicodedata.normalize("NFKC", text) for text in (reference, hypothesis))
+    return normalized(*(TAG.sub("", text) for text in texts))
+
+
 def raw(reference: str, hypothesis: str) -> Pair:
     """Both as they are."""
     return reference, hypothesis
@@ -51,7 +61,19 @@ def xllm(reference: str, hypothesis: str) -> Pair:
     return reference, hypothesis.strip().replace("[[训练时间]]", "2023年")
 
 
-FORMS: dict[str, Callable[[str, str], Pair]] = {"normalized": normalized, "raw": raw, "xllm": xllm}
+FORMS: dict[str, Callable[[str, str], Pair]] = {
+    "normalized": normalized,
+    "untagged": untagged,
+    "raw": raw,
+    "xllm": xllm,
+}
+# What a report says of each.
+STATED = {
+    "normalized": "NFKC, lower case, no spaces, punctuation or symbols; tags such as <NOISE> count",
+    "untagged": "NFKC, lower case, no spaces, punctuation, symbols or tags such as <NOISE>",
+    "raw": "every character as it is",
+    "xllm": "as the X-LLM repository compares: references lower-cased and cut to 20 characters",
+}
 
 
 def character_errors(reference: str, hypothesis: str, form: str = "normalized") -> tuple[int, int]:

@@ -67,9 +67,18 @@ def average(values: Sequence[float] | np.ndarray, most: float = 1.0) -> Score:
     return Score(sums, bootstrap.rate, np.array([[0.0, 1.0], [most, 1.0]]), alone)
 
 
-def transcription(answers: Sequence[str], examples: Sequence[Example]) -> dict[str, Score]:
-    """Character error rate of the corpus."""
-    counts = [error_rate.character_errors(reference(e), a) for a, e in zip(answers, examples)]
+def transcription(
+    answers: Sequence[str], examples: Sequence[Example], form: str = "normalized"
+) -> dict[str, Score]:
+    """Character error rate of the corpus.
+
+    Args:
+      answers: what was heard.
+      examples: what was said.
+      form: in which form both are compared, a name of `error_rate.FORMS`.
+    """
+    pairs = zip(answers, examples)
+    counts = [error_rate.character_errors(reference(e), a, form) for a, e in pairs]
     sums = np.asarray(counts, np.float64)
     alone = sums[:, 0] / np.maximum(sums[:, 1], 1)
     ends = bootstrap.rate_ends(sums)

@@ -15,11 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from xllm_jax.assembly import networks
 from xllm_jax.core import checksum, sharded_job
 from xllm_jax.core.errors import UserError
+from xllm_jax.core.progress import Bar
 from xllm_jax.core.sharded_job import Shards
 from xllm_jax.core.stage import Stage
 from xllm_jax.data import cached_features, mixture
@@ -152,7 +152,7 @@ def scan(
     digests = {name: array("Q") for name in names}
     places = {name: array("q") for name in names}
     total = sum(map(len, sources.values()))
-    for number, index, record in tqdm(_records(stage, sources), "media", total, unit="records"):
+    for number, index, record in Bar(_records(stage, sources), "media", total, unit="records"):
         if record is None:
             continue
         for part, (modality, path) in enumerate(record.example.media):

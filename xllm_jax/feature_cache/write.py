@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
-from tqdm import tqdm
 
 from xllm_jax.assembly import parameters
 from xllm_jax.assembly.system import System
 from xllm_jax.core import atomic, checksum, hosts, mesh
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.parallel import overlapped
+from xllm_jax.core.progress import Bar
 from xllm_jax.core.sharded_job import Shards
 from xllm_jax.data import cached_features
 from xllm_jax.data.media import modalities
@@ -92,7 +92,7 @@ def run(
             compute = computation(plan, job, device_mesh, params)
             total = shards.rows_in(mine)
             done = total - shards.rows_in(todo)
-            with tqdm(total=total, initial=done, desc=job.modality, unit="items") as bar:
+            with Bar(total=total, initial=done, desc=job.modality, unit="items") as bar:
                 read = functools.partial(_read, plan, job, load)
                 _write(plan, job, shards, todo, read, compute, batch, quarantine, bar)
     hosts.meet(store, "written")
@@ -137,7 +137,7 @@ def _write(
     compute: Compute,
     batch: int,
     quarantine: Quarantine,
-    bar: tqdm,
+    bar: Bar,
 ) -> None:
     found, data = modalities.find(job.modality, plan.stage.data), plan.stage.data
     capacity = (mesh.rounded_up(batch), found.items(data), *found.shape(data))
@@ -163,7 +163,7 @@ def _records(
     compute: Compute,
     capacity: tuple[int, ...],
     quarantine: Quarantine,
-    bar: tqdm,
+    bar: Bar,
 ) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
     """(what the cache holds of a medium, what is wrong with it or None), in order.
 

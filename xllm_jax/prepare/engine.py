@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from xllm_jax.core.progress import Bar
 from xllm_jax.prepare import manifest, runner, shard
 from xllm_jax.prepare.preparation import PreparationPlan
 
@@ -45,7 +44,7 @@ def run(plan: PreparationPlan, arguments: Sequence[str] = (), workers: int = 0) 
       UserError: Beam is not installed, or what `manifest.finish` raises.
     """
     for number in plan.shards.drop_damaged():
-        tqdm.write(f"{plan.shards.file(number)}: has another checksum, and is written again")
+        Bar.write(f"{plan.shards.file(number)}: has another checksum, and is written again")
     todo = plan.shards.todo()
     if todo:
         bar = Progress(plan.name, plan.records, Records(plan))
@@ -69,7 +68,7 @@ class Progress:
 
     def __init__(self, name: str, total: int, done: Callable[[], int], unit: str = "items"):
         self._done, self._ended = done, threading.Event()
-        self._bar = tqdm(total=total, initial=done(), desc=name, unit=unit, dynamic_ncols=True)
+        self._bar = Bar(total=total, initial=done(), desc=name, unit=unit)
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Progress:

@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from tqdm import tqdm
 
 from xllm_jax.convert import conversion_record, sizes
 from xllm_jax.convert.sources import clip as tables
@@ -28,6 +27,7 @@ from xllm_jax.core import atomic, checkpoint, checksum, mesh, rules, sharded_job
 from xllm_jax.core.atomic import sha256 as file_checksum
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.parallel import overlapped
+from xllm_jax.core.progress import Bar
 from xllm_jax.core.sharded_job import Shards
 from xllm_jax.core.stage import Data, Source
 from xllm_jax.data import guarded
@@ -175,7 +175,7 @@ def _write(
     batch = mesh.rounded_up(batch)
     done = shards.total - shards.rows_in(todo)
     shards.note(0).parent.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=shards.total, initial=done, desc="CLIP", unit="pairs") as bar:
+    with Bar(total=shards.total, initial=done, desc="CLIP", unit="pairs") as bar:
         for shard, decoded in shards.read(todo, read, THREADS, 2 * batch):
             found = list(_scores(decoded, scorer, batch, bar))
             scores = [None if isinstance(one, dict) else one for one in found]
@@ -192,7 +192,7 @@ def _read(found: Sequence[Example], side: int, name: str, place: int) -> Pair | 
 
 
 def _scores(
-    decoded: Iterable[Pair | dict[str, str]], scorer: Scorer, batch: int, bar: tqdm
+    decoded: Iterable[Pair | dict[str, str]], scorer: Scorer, batch: int, bar: Bar
 ) -> Iterator[float | dict[str, str]]:
     """Cosines in order, and rejects in their places."""
 

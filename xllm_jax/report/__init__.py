@@ -10,6 +10,7 @@ All of it reads one plain dict, the JSON of an evaluation:
 
     measures     {'TASK@MODEL': what `evaluate.measure` returns}
     comparisons  {name: {'title', 'metric', 'value', 'low', 'high', 'samples'}}, positive is better
+    cer          in words, what the character error rate counts
     timings      {step: seconds}
     curves       {run: [[step, loss], ...]}
     modalities   {name: 'package.module:NAME'} of further modalities among the samples' files

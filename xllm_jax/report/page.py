@@ -10,12 +10,14 @@ from typing import Any
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.media import modalities
 from xllm_jax.data.media.modality import Modality, View
+from xllm_jax.data.synthetic_world import english
 from xllm_jax.report import media, plots, tables
 from xllm_jax.report.tables import Cell, Table
 
 # Tasks whose samples are shown, in this order.
 SAMPLES = ("vqa@after", "caption@after", "spoken@after", "video@after", "sentences@after")
 
+POLICY = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'"
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2126; --soft: #5d6873; --line: #d9dee3;
   --page: #fbfbfa; --card: #ffffff; --good: #1a7f4b; --bad: #b3372e; --accent: #2a5fb4; }
@@ -23,7 +25,9 @@ STYLE = """
   --page: #14181c; --card: #1b2025; --good: #5cc48d; --bad: #f0857b; --accent: #7eaaf0; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 1080px; padding: 2.5rem 1.25rem 4rem; background: var(--page);
-  color: var(--ink); font: 15px/1.5 system-ui, "Noto Sans SC", "PingFang SC", sans-serif; }
+  color: var(--ink); font: 15px/1.5 system-ui, "PingFang SC", "Hiragino Sans GB",
+  "Microsoft YaHei", "Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC",
+  "WenQuanYi Micro Hei", sans-serif; }
 h1 { font-size: 1.7rem; margin: 0 0 .25rem; }
 h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem; }
 p.note { color: var(--soft); margin: .4rem 0 0; font-size: .86rem; }
@@ -50,6 +54,7 @@ th:first-child, td:first-child { text-align: left; padding-left: 0; white-space:
 .sample dl { margin: .6rem 0 0; display: grid; grid-template-columns: auto 1fr; gap: .1rem .6rem;
   font-size: .88rem; }
 .sample dt { color: var(--soft); } .sample dd { margin: 0; }
+.sample .gloss { display: block; color: var(--soft); font-size: .82em; font-weight: 400; }
 .sample footer { color: var(--soft); font-size: .76rem; margin-top: .5rem; }
 .curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(290px, 1fr)); gap: 1rem; }
 figure.curve { margin: 0; } figcaption { font-size: .86rem; color: var(--soft); }
@@ -77,12 +82,26 @@ def render(made: Sequence[Table], results: Mapping[str, Any]) -> str:
         curves(results.get("curves", {})),
         settings(results.get("settings", {})),
     ]
-    return (
+    return document("xllm_jax report", STYLE, body)
+
+
+def document(title: str, style: str, body: Sequence[str]) -> str:
+    """A whole page; browsers are told to run no script of it and to fetch nothing for it.
+
+    Args:
+      title: of the page.
+      style: its style sheet.
+      body: pieces of HTML.
+    """
+    page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>xllm_jax report</title><style>{STYLE}</style></head>"
+        f"<title>{html.escape(title)}</title><style>{style}</style></head>"
         f"<body>{''.join(body)}</body></html>\n"
     )
+    # A file name whose bytes are no UTF-8 holds lone surrogates, which no file can.
+    return page.encode("utf-8", "backslashreplace").decode()
 
 
 def table(made: Table) -> str:
@@ -122,8 +141,8 @@ def sample(entry: Mapping[str, Any], places: Mapping[str, str]) -> str:
         ("truth", entry["reference"]),
     ]
     words = "".join(
-        f"<dt>{name}</dt><dd{_class(entry['right'] if name == 'answer' else None)}>"
-        f"{html.escape(text)}</dd>"
+        f'<dt>{name}</dt><dd{_class(entry["right"] if name == "answer" else None)} lang="zh">'
+        f"{html.escape(text)}{_gloss(text)}</dd>"
         for name, text in lines
         if text
     )
@@ -135,6 +154,12 @@ def sample(entry: Mapping[str, Any], places: Mapping[str, str]) -> str:
         f"<article{_class(entry['right'], 'sample')}>{files}<dl>{words}</dl>"
         f"<footer>{tags}</footer></article>"
     )
+
+
+def _gloss(text: str) -> str:
+    """The English of one of the world's sentences, nothing for other texts."""
+    meaning = english.gloss(text)
+    return f'<span class="gloss" lang="en">{html.escape(meaning)}</span>' if meaning else ""
 
 
 def file(modality: str, path: str, places: Mapping[str, str]) -> str:

@@ -96,11 +96,12 @@ DETAILS = ("vqa@after", "spoken@after", "video@after", "sentences@after", "sente
 def build(results: Mapping[str, Any]) -> list[Table]:
     """All tables that the results have something for."""
     measures = results.get("measures", {})
+    how = f"CER: {results['cer']}." if "cer" in results else ""
     made = [
         goals(measures, results.get("comparisons", {})),
         table1(measures, results.get("comparisons", {})),
-        table4(measures),
-        everything(measures),
+        table4(measures, how),
+        everything(measures, how),
         *(details(name, measures[name]) for name in DETAILS if name in measures),
         timings(results.get("timings", {})),
     ]
@@ -136,6 +137,7 @@ def goals(measures: Mapping[str, Any], comparisons: Mapping[str, Any]) -> Table:
             rows.append(row)
     head = ("", *CONTROLLED, "goal", "")
     note = (
+        "Intervals are about other test samples, not about other training runs. "
         "Blind: the same prompt without the media. Shuffled: with another sample's media. "
         "Chance: the best constant answer."
     )
@@ -188,8 +190,8 @@ def table1(measures: Mapping[str, Any], comparisons: Mapping[str, Any]) -> Table
     return Table("Table 1: initializing the image interface", note, head, tuple(rows))
 
 
-def table4(measures: Mapping[str, Any]) -> Table:
-    """Multimodal speech recognition, as the paper's Table 4."""
+def table4(measures: Mapping[str, Any], how: str) -> Table:
+    """Multimodal speech recognition, as the paper's Table 4; `how` says what the CER counts."""
     rows = []
     for title, model in TABLE4:
         found = [find(measures, f"{task}@{model}", "cer") for task, _ in TABLE4_COLUMNS]
@@ -197,12 +199,12 @@ def table4(measures: Mapping[str, Any]) -> Table:
             cells = (Cell(number(entry, "cer", interval=True)) for entry in found)
             rows.append((Cell(title), *cells))
     head = ("CER %", *(title for _, title in TABLE4_COLUMNS))
-    note = "S: speech alone. S+V: speech and the image that it is about. Lower is better."
+    note = "S: speech alone. S+V: speech and the image that it is about. Lower is better. " + how
     return Table("Table 4: multimodal speech recognition", note, head, tuple(rows))
 
 
-def everything(measures: Mapping[str, Any]) -> Table:
-    """Every measured metric with its controls."""
+def everything(measures: Mapping[str, Any], how: str) -> Table:
+    """Every measured metric with its controls; `how` says what the CER counts."""
     rows = [
         (
             Cell(f"{measure['title']} · {METRICS[metric][0]}"),
@@ -213,7 +215,8 @@ def everything(measures: Mapping[str, Any]) -> Table:
         for metric, found in measure["metrics"].items()
     ]
     head = ("", *CONTROLLED, "above control")
-    note = "Above control: gain over the best of blind, shuffled and chance, on the same samples."
+    note = "Above control: gain over the best of blind, shuffled and chance, on the same samples. "
+    note += how if any("cer" in measure["metrics"] for measure in measures.values()) else ""
     return Table("Everything measured", note, head, tuple(rows))
 
 

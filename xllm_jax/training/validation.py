@@ -67,16 +67,21 @@ class CharacterErrors:
 
     model: XLLM
     characters: CharacterVocabulary
+    form: str = "normalized"
 
     @classmethod
-    def of(cls, system: System) -> CharacterErrors:
+    def of(cls, system: System, form: str = "normalized") -> CharacterErrors:
         """For the system of a stage.
+
+        Args:
+          system: of the stage.
+          form: in which form transcripts are compared, a name of `error_rate.FORMS`.
 
         Raises:
           UserError: it is not stage 1, speech.
         """
         transcriber.require(system.stage.parts, "validation.metrics")
-        return cls(system.model, CharacterVocabulary.load(system.stage.data.characters))
+        return cls(system.model, CharacterVocabulary.load(system.stage.data.characters), form)
 
     def outputs(self, params: Params, batch: TranscriptionBatch) -> tuple[Any, Any]:
         """(tokens `[B, steps]`, target lengths `[B]`, 0 where a file could not be read)."""
@@ -89,12 +94,16 @@ class CharacterErrors:
         for row, example in planned:
             if outputs[1][row]:
                 heard = self.characters.decode(outputs[0][row])
-                wrong, said = error_rate.character_errors(scorers.reference(example), heard)
+                pair = scorers.reference(example), heard
+                wrong, said = error_rate.character_errors(*pair, self.form)
                 errors, length = errors + wrong, length + said
         return WeightedMean(errors, length)
 
 
-METRICS: dict[str, Callable[[System], Metric]] = {"cer": CharacterErrors.of}
+METRICS: dict[str, Callable[[System], Metric]] = {
+    "cer": CharacterErrors.of,
+    "cer_untagged": functools.partial(CharacterErrors.of, form="untagged"),
+}
 
 
 def step(
