@@ -44,7 +44,7 @@ fail() {
   exit "${2:-2}"
 }
 
-COMMAND='' NAME='' ZONE='' TYPE='' SLICES=1 PAID='' RUNTIME='' BUCKET='' FOLDER='' SOURCE=''
+URL='' REF='' COMMAND='' NAME='' ZONE='' TYPE='' SLICES=1 PAID='' RUNTIME='' BUCKET='' FOLDER='' SOURCE=''
 PROJECT='' RETRIES=5 POLL=30 CREATE=() FLAGS=()
 
 parse() {
@@ -108,7 +108,12 @@ check_folder() {
     fail "--bucket: give a bucket, or --folder=PATH. Checkpoints must outlive the workers"
   [[ ! ($BUCKET && $FOLDER) ]] || fail "--folder: give it or --bucket, not both"
   BUCKET=${BUCKET#gs://}
-  [[ $BUCKET != */* ]] || fail "--bucket: $BUCKET is no name of a bucket. bases/, data/ and runs/ lie at its top"
+  [[ ! $BUCKET || $BUCKET =~ ^[a-z0-9][-a-z0-9_.]*$ ]] ||
+    fail "--bucket: $BUCKET is no name of a bucket. bases/, data/ and runs/ lie at its top"
+  split_source
+  [[ $URL != -* && $URL != ext::* ]] || fail "--source: $URL is no address of a repository"
+  [[ ! $SOURCE || $SOURCE != *@ ]] || fail "--source: nothing stands behind the @. Such as @main"
+  [[ $REF != -* ]] || fail "--source: $REF is no branch, tag or commit"
 }
 
 check_flags() {
@@ -178,12 +183,25 @@ pack() {
   "${git[@]}" archive --format=tar.gz -o "$1" "${tree:-HEAD}"
 }
 
+# Takes --source apart into URL and REF: an @ before the path belongs to the user's name.
+split_source() {
+  local path=$SOURCE
+  URL=$SOURCE REF=''
+  case $SOURCE in
+    *://*/*) path=${SOURCE#*://*/} ;;
+    *://*) path='' ;;
+    *:*) path=${SOURCE#*:} ;;
+  esac
+  [[ $path != *@* ]] || REF=${path#*@} URL=${SOURCE%"@${path#*@}"}
+}
+
 setup() {
   local kind=folder where=$FOLDER fetch
   [[ ! $BUCKET ]] || kind=bucket where=$BUCKET
   if [[ $SOURCE ]]; then
-    fetch="git clone --quiet ${SOURCE%@*} new"
-    [[ $SOURCE != *@* ]] || fetch+=" && git -C new checkout --quiet ${SOURCE##*@}"
+    split_source
+    fetch="git clone --quiet -- $(printf %q "$URL") new"
+    [[ ! $REF ]] || fetch+=" && git -C new checkout --quiet $(printf %q "$REF") --"
   else
     queued scp "$ARCHIVE" "$NAME:xllm_jax.tar.gz" --node=all --worker=all
     fetch='mkdir new && tar -xzf xllm_jax.tar.gz -C new'

@@ -125,6 +125,10 @@ def check(run: Run) -> None:
             field="--bucket",
             hint="Checkpoints must outlive the pods",
         )
+    for field, value in (("bucket", run.bucket), ("claim", run.claim), ("account", run.account)):
+        if value and not re.fullmatch(r"[a-z0-9][-a-z0-9_.]*", value):
+            field = "--service_account" if field == "account" else f"--{field}"
+            raise UserError(f"{value!r} is no name", field=field, hint="As the cluster knows it")
     if run.hosts == 1 < run.slices or (run.slices > 1 and not run.tpu):
         raise UserError(
             "several slices are for TPU slices of several hosts",
@@ -240,7 +244,8 @@ def _container(run: Run) -> dict[str, Any]:
         "name": "train",
         "image": run.image,
         "command": ["python", "launch/train.py"],
-        "args": [*_hosts(run), *run.arguments],
+        # Kubernetes makes one $ of two, and puts variables of the container in place of $(NAME).
+        "args": [*_hosts(run), *(flag.replace("$", "$$") for flag in run.arguments)],
         "resources": {"limits": {resource: run.chips}},
         "volumeMounts": [
             {"name": "shared", "mountPath": SHARED},
