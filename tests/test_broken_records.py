@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 
 import numpy as np
 import pytest
@@ -140,6 +141,43 @@ def test_a_member_or_line_that_is_no_json(row, tmp_path):
         lines.write(f"\n{WORSE[row]}\n")
     examples, reasons = drawn(Source("instructions", str(tmp_path / "talks")))
     assert (len(examples), len(reasons)) == (4, 1)
+
+
+MANY = {
+    "ai_challenger": ("caption", lambda row: row),
+    "visdial": ("dialog", lambda data: data["data"]["dialogs"]),
+    "visual_genome": ("regions", lambda row: row),
+    "instructions": ("conversations", lambda row: row),
+}
+
+
+@pytest.mark.parametrize("case", MANY)
+def test_a_record_of_a_hundred_thousand_parts(case, tmp_path):
+    """Each of its parts would be an example that reads all of them: it is one bad record."""
+    getattr(fixtures, case)(tmp_path)
+    name, rows = MANY[case]
+    file = tmp_path / FILES[case]
+    data = json.loads(file.read_text("utf-8"))
+    source = Source(case, str(tmp_path))
+    whole, _ = drawn(source)
+    first = rows(data)[0]
+    rows(data).append({**first, name: first[name] * 10**5})
+    file.write_text(json.dumps(data), "utf-8")
+    began = time.process_time()
+    examples, reasons = drawn(source)
+    assert len(examples) == len(whole)
+    assert len(reasons) == 1 and "parts, and a record at most 1,000" in reasons[0]
+    assert time.process_time() - began < 10
+
+
+def test_an_image_of_many_captions(tmp_path):
+    fixtures.coco(tmp_path)
+    file = tmp_path / FILES["coco"]
+    data = json.loads(file.read_text("utf-8"))
+    data["annotations"] += [{"image_id": 1, "caption": "x"}] * 2000
+    file.write_text(json.dumps(data), "utf-8")
+    examples, reasons = drawn(Source("coco", str(tmp_path)))
+    assert len(examples) == fixtures.COUNT - 1 and len(reasons) == 2001
 
 
 def broken_rounds():

@@ -75,6 +75,7 @@ def examples(
         place, number = int(places[index]), int(inside[index])
         row, name, where = rows[place], names[place], rows.place(place)
         sentences = layout.get(row, "sentences", list, where)
+        layout.check_few(sentences, where)
         if kind == "whole":
             said = _joined(sentences, where)
             media = (("video", there[name]),)
@@ -109,7 +110,7 @@ def _joined(sentences: list, where: str) -> str:
 def _count(row: Any, kind: str) -> int:
     """Examples of a video; a broken row counts once, and is reported when it is read."""
     sentences = row.get("sentences") if isinstance(row, dict) and kind == "clips" else None
-    return max(len(sentences), 1) if isinstance(sentences, list) else 1
+    return max(len(sentences), 1) if isinstance(sentences, list) and layout.few(sentences) else 1
 
 
 def _span(row: dict, number: int, where: str) -> tuple[float, float]:

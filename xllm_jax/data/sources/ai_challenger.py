@@ -58,6 +58,7 @@ def examples(
         row, where = rows[place], rows.place(place)
         image = layout.get(row, "image_id", str, where)
         captions = layout.get(row, "caption", list, where)
+        layout.check_few(captions, where)
         said = [one.strip() for one in captions if isinstance(one, str) and one.strip()]
         if not said or len(said) < len(captions):
             raise UserError("has an empty caption", field=where)
@@ -70,7 +71,7 @@ def examples(
 def _count(row: Any) -> int:
     """Captions of a row; a broken row counts once, and is reported when it is read."""
     captions = row.get("caption") if isinstance(row, dict) else None
-    return max(len(captions), 1) if isinstance(captions, list) else 1
+    return max(len(captions), 1) if isinstance(captions, list) and layout.few(captions) else 1
 
 
 def _images(file: pathlib.Path, images: str) -> pathlib.Path:

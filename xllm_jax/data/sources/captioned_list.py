@@ -70,7 +70,7 @@ def _count(row: Any, name: str, each: bool, splits: Collection[str]) -> int:
     said = row.get(name) if isinstance(row, dict) else None
     if isinstance(row, dict) and splits and row.get("split") not in splits:
         return 0
-    return max(len(said), 1) if each and isinstance(said, list) else 1
+    return max(len(said), 1) if each and isinstance(said, list) and layout.few(said) else 1
 
 
 def _examples(
@@ -87,6 +87,7 @@ def _examples(
         inside = layout.get(row, "filepath", str, where) if "filepath" in row else ""
         said = layout.get(row, captions, (str, list), where)
         said = [said] if isinstance(said, str) else said
+        layout.check_few(said, where)
         number = index - int(firsts[place]) if each else None
         found, at = layout.said(said, number, "raw", where)
         media = ((modality, path(os.path.join(inside, name))),)

@@ -170,6 +170,7 @@ def _folder(rows: Rows, first: int, known: Known) -> pathlib.Path:
 def _talk(record: Any, known: Known, where: str) -> Talk:
     """A record, checked; paths as they stand there."""
     turns = layout.get(record, "conversations", list, where)
+    layout.check_few(turns[::2], f"{where}.conversations")
     files = _files(record, known, where)
     marker = re.compile(f"<({'|'.join(map(re.escape, known))})>")
     texts = [

@@ -19,6 +19,7 @@ from xllm_jax.data.rows.lazy import Lazy
 Examples = TypeVar("Examples", bound=Sequence[Example])
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 SOUNDS = (".wav", ".flac", ".ogg", ".mp3", ".opus")
+TOGETHER = 1000  # rounds of a talk, captions of an image: a record has no more
 VIDEOS = (".mp4", ".webm", ".mkv", ".avi", ".mov")
 
 
@@ -134,9 +135,22 @@ def grouped(
       UserError: as `said`.
     """
     members = groups.members(group)
+    check_few(members, groups.below.place(members[0]))
     rows = list(groups.below.tried(members))
     found, at = said(rows, number, "caption", groups.below.place(members[number or 0]))
     return found, at, tags(next(row for row in rows if isinstance(row, dict)))
+
+
+def few(parts: Any) -> bool:
+    """Whether a record has no more rounds, captions or regions than published sets ever have; each
+    of them is an example that reads all of them."""
+    return len(parts) <= TOGETHER
+
+
+def check_few(parts: Sequence[Any], where: str) -> None:
+    """Raises UserError where there are not `few`."""
+    if not few(parts):
+        raise UserError(f"has {len(parts):,} parts, and a record at most {TOGETHER:,}", field=where)
 
 
 def with_broken(examples: Sequence[Example], broken: Sequence[UserError]) -> Sequence[Example]:

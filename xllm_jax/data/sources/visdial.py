@@ -87,6 +87,7 @@ def examples(
         talk, where = talks[place], talks.place(place)
         number = layout.get(talk, "image_id", int, where)
         rows = layout.get(talk, "dialog", list, where)
+        layout.check_few(rows, where)
         spoken = [n for n, row in enumerate(rows) if kind == "dialogue" or _speech(row, where)]
         now = spoken[inside] if inside < len(spoken) else inside
         rounds = _rounds(rows[: now + 1], pools, root, where)
@@ -103,7 +104,9 @@ def _read(file: pathlib.Path, kind: str) -> tuple[Spans, tuple[Spans, ...], np.n
     def count(talk: Any, _: int) -> int:
         """A broken dialogue counts once, and is reported when it is read."""
         rows = talk.get("dialog") if isinstance(talk, dict) else None
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        if not isinstance(rows, list) or not layout.few(rows):
+            return 1
+        if not all(isinstance(row, dict) for row in rows):
             return 1
         return len(rows) if kind == "dialogue" else sum(bool(row.get("speech")) for row in rows)
 

@@ -83,11 +83,12 @@ def _image_number(name: str) -> int | None:
 def _count(row: Any, name: str) -> int:
     """Examples of an image; a broken row counts once, and is reported when it is read."""
     inside = row.get(name) if isinstance(row, dict) else None
-    return len(inside) if isinstance(inside, list) else 1
+    return len(inside) if isinstance(inside, list) and layout.few(inside) else 1
 
 
 def _region(row: Any, where: str, index: int, image: Image) -> Example:
     regions = layout.get(row, "regions", list, where)
+    layout.check_few(regions, where)
     place = f"{where}.regions[{index}]"
     phrases, at = layout.said(regions, index, "phrase", place)
     region = regions[index]
@@ -98,7 +99,9 @@ def _region(row: Any, where: str, index: int, image: Image) -> Example:
 
 
 def _question(row: Any, where: str, index: int, image: Image) -> Example:
-    asked, place = layout.get(row, "qas", list, where)[index], f"{where}.qas[{index}]"
+    every, place = layout.get(row, "qas", list, where), f"{where}.qas[{index}]"
+    layout.check_few(every, where)
+    asked = every[index]
     media = image(layout.get(asked, "image_id", int, place))
     question = layout.get(asked, "question", str, place).strip()
     answer = layout.get(asked, "answer", str, place).strip()
