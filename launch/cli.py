@@ -84,7 +84,8 @@ def guard(main: Callable[[list[str]], Any], argv: list[str], safe: Callable[[], 
     try:
         with disk.told(safe):
             result = main(argv)
-            sys.stdout.flush()
+            with disk.writing("standard output"):
+                sys.stdout.flush()
         return result
     except UserError as error:
         fail(str(error), getattr(error, "code", FAILED))

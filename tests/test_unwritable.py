@@ -15,6 +15,7 @@ from pathlib import Path
 
 import host_runs
 import pytest
+import small_runs
 import small_stage
 
 from xllm_jax.core import atomic, disk
@@ -134,6 +135,44 @@ def test_a_closed_pipe_ends_training(tmp_path):
         assert process.wait(300) == terminal.UNHEARD
     assert all(name.isdecimal() for name in folders(workdir))
     assert not (workdir / "in-use.json").exists()
+
+
+COMMANDS = {
+    "world": ("--images=4", "--output=out"),
+    "build-backbones": ("--output=out",),
+    "convert": ("--source=world", f"--input={small_runs.TOKENIZER}", "--output=out"),
+    "demo": ("--quick", "--output=out"),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_that_writes_says_so_in_one_line(name, tmp_path):
+    """No file may get larger than 1 kB; tests of other commands' writers are beside them."""
+    command = (sys.executable, "-m", "xllm_jax.launch.commands", name, *COMMANDS[name])
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=ENVIRONMENT | {"JAX_ENABLE_COMPILATION_CACHE": "false"},
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)),
+    )
+    assert done.returncode == cli.UNWRITABLE, done.stderr
+    *progress, line = done.stderr.replace("\r", "\n").splitlines()
+    assert "cannot be written (File too large)" in line
+    assert all("it/s" in one or "/s" in one or not one.strip() for one in progress), done.stderr
+    if name != "demo":  # which ends its other steps by SIGTERM
+        assert not [file for file in tmp_path.rglob("*") if ".partial" in file.name]
+        assert not list(tmp_path.rglob("*in-use*"))
+
+
+def test_a_full_disk_behind_the_output_is_one_line():
+    with open("/dev/full", "w") as full:
+        code = "from xllm_jax.launch import cli; cli.run(lambda _: print('an answer'))"
+        command = (sys.executable, "-c", code)
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (cli.UNWRITABLE, 1), done.stderr
+    assert "cannot be written (No space left on device)" in done.stderr
 
 
 def errors() -> list[Exception]:

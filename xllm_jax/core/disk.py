@@ -10,6 +10,7 @@ import contextlib
 import errno
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from xllm_jax.core.errors import CannotWrite, UserError
 
 # No file can be written there any more, whoever asks.
 CLOSED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+TOLD = re.compile(r"(\S+): cannot be written \(")
 WORDS = tuple(map(os.strerror, CLOSED))
 # This place cannot be written to; elsewhere in a command they may tell of a file that it reads.
 DENIED = (errno.EACCES, errno.EPERM)
@@ -41,8 +43,9 @@ def failure(error: BaseException) -> tuple[str, str] | None:
             return str(one.filename2 or one.filename or ""), os.strerror(one.errno)
         if isinstance(one, ValueError | RuntimeError):
             for words in WORDS:
-                if words in str(one):
-                    return "", words
+                if words in str(one):  # Beam brings what its workers raised as text
+                    told = TOLD.search(str(one))
+                    return (told[1] if told else ""), words
     return None
 
 

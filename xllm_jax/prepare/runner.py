@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +15,7 @@ from xllm_jax.core.errors import UserError
 from xllm_jax.core.parallel import ahead
 
 # Local processes would tell their every step amid the progress bar; failures come as exceptions.
-QUIET = "--default_sdk_harness_log_level=ERROR"
+QUIET = "--default_sdk_harness_log_level=CRITICAL"
 
 
 def options(arguments: Sequence[str] = (), workers: int = 0) -> list[str]:
@@ -46,6 +47,8 @@ def pipeline(arguments: Sequence[str] = (), workers: int = 0) -> Any:
     except ImportError as error:
         hint = "pip install -e '.[prepare]'"
         raise UserError("Apache Beam is not installed", field="prepare", hint=hint) from error
+    # It logs every failure with its traceback, several times, before it raises it.
+    logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
     return beam.Pipeline(options=PipelineOptions(options(arguments, workers)))
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import weakref
 import zlib
@@ -109,4 +110,6 @@ def _write(file: Path, samples: np.ndarray) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     kind = "WAV" if file.suffix.lower() == ".wav" else "FLAC"
     with atomic.whole(file) as partial:
-        soundfile.write(partial, samples, speech.RATE, format=kind, subtype="PCM_16")
+        made = io.BytesIO()  # libsndfile does not tell why a file cannot be written
+        soundfile.write(made, samples, speech.RATE, format=kind, subtype="PCM_16")
+        partial.write_bytes(made.getvalue())
