@@ -124,6 +124,22 @@ def test_a_manifest_of_nothing_is_told(prepared):
             opened(prepared)
 
 
+def test_a_description_names_files_of_its_folder(prepared, tmp_path):
+    """TFDS fills a template of the description in, which may lead anywhere."""
+    assert len(opened(prepared)) == 6
+    file = prepared.shards.folder / "dataset_info.json"
+    about = json.loads(file.read_text())
+    (split,) = about["splits"]
+    place = tmp_path / "elsewhere"
+    place.mkdir()
+    for shard_file in prepared.shards.folder.glob("*.array_record*"):
+        (place / shard_file.name).write_bytes(shard_file.read_bytes())
+    split["filepathTemplate"] = f"../elsewhere/{split['filepathTemplate']}"
+    file.write_text(json.dumps(about))
+    with pytest.raises(UserError, match="names a file that lies outside of"):
+        opened(prepared)
+
+
 def picture(gray):
     stream = io.BytesIO()
     Image.new("RGB", (8, 8), (gray, gray, gray)).save(stream, "PNG")
