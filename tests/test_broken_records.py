@@ -14,6 +14,7 @@ from xllm_jax.data import guarded, mixture
 from xllm_jax.data.example import Example
 from xllm_jax.data.media import modalities, paths
 from xllm_jax.data.record import Record, Skipped
+from xllm_jax.data.rows import lazy
 from xllm_jax.prepare import preparation, shard
 
 
@@ -168,6 +169,17 @@ def test_a_record_of_a_hundred_thousand_parts(case, tmp_path):
     assert len(examples) == len(whole)
     assert len(reasons) == 1 and "parts, and a record at most 1,000" in reasons[0]
     assert time.process_time() - began < 10
+
+
+def test_a_file_of_broken_rows_takes_no_longer_than_a_whole_one(tmp_path):
+    """An error of the json module counts the lines of all that it was given."""
+    seconds = []
+    for row in ('{"a": 1}', '{"a": x}'):
+        (tmp_path / "a.json").write_text("[" + ",\n".join([row] * 100_000) + "]")
+        began = time.process_time()
+        assert len(lazy.Rows(tmp_path / "a.json")) == 100_000
+        seconds.append(time.process_time() - began)
+    assert seconds[1] < 20 * seconds[0] + 1
 
 
 def test_an_image_of_many_captions(tmp_path):

@@ -131,6 +131,7 @@ class _Scanner:
     def __init__(self, file: TextIO, path: str):
         self._file, self._path, self._decoder = file, path, json.JSONDecoder()
         self._text, self._base, self._at, self._ended = "", 0, 0, False
+        self._broken = False  # whether a value was no JSON; then brackets come first
         self._more()
 
     def skip(self, mark: str) -> None:
@@ -173,13 +174,13 @@ class _Scanner:
     def value(self) -> tuple[int, int, Any]:
         """Passes a value: (first byte, end, value or None where it is no JSON)."""
         self.peek()
-        value, length = self._decoded()
+        value, length = (None, 0) if self._broken else self._decoded()
         behind = _behind_space(self._text, self._at + length)
         # A number is whole once something stands behind it that ends it.
         if not length or self._text[behind : behind + 1] not in ENDS:
-            whole = self._whole()
-            value, length = self._decoded()
-            value, length = (value, length) if length == whole else (None, whole)
+            length = self._whole()
+            value, found = self._decoded(length)
+            value, self._broken = (value, self._broken) if found == length else (None, True)
         start = self._base + self._at
         self._at += length
         return start, start + length, value
@@ -214,13 +215,19 @@ class _Scanner:
         if len(self._text) - self._at > files.MOST or not self._more():
             raise self.broken()
 
-    def _decoded(self) -> tuple[Any, int]:
-        """The value that stands here and its length, 0 where it is cut off or broken."""
+    def _decoded(self, length: int = 0) -> tuple[Any, int]:
+        """The value that stands here and its length, 0 where it is cut off or broken.
+
+        Args:
+          length: of the value, where it is known: errors count the lines of all that they see.
+        """
+        start = 0 if length else self._at
+        text = self._text[self._at : self._at + length] if length else self._text
         try:
-            value, end = self._decoder.raw_decode(self._text, self._at)
+            value, end = self._decoder.raw_decode(text, start)
         except (ValueError, RecursionError):  # of broken JSON, too many digits, deep nesting
             return None, 0
-        return value, end - self._at
+        return value, end - start
 
     def broken(self) -> UserError:
         """What to raise here."""
