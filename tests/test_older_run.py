@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import small_stage
 
-from xllm_jax.core import checkpoint, lookup
+from xllm_jax.core import checkpoint, kept_checkpoints, lookup
 from xllm_jax.core.stage import Best, Stage, parse_stage
 from xllm_jax.inference.load_run import load_run
 from xllm_jax.training import loop
@@ -53,7 +53,7 @@ def test_an_older_checkpoint_resumes_and_ends_alike(older):
 
 
 def test_the_metric_of_an_older_checkpoint_still_chooses_the_best():
-    value = checkpoint._value("validation/loss", lowest=True)
+    value = kept_checkpoints.value_of("validation/loss", lowest=True)
     assert value({"held_out/loss": 1.5}) == value({"validation/loss": 1.5}) == 1.5
     assert value({"held_out/cer": 1.5}) == np.inf
 
