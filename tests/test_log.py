@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
 
 from tensorboard.compat.proto import event_pb2
 
@@ -47,3 +49,33 @@ def test_other_hosts_write_nothing(tmp_path):
     log.write(1, {"loss": 1.0})
     log.close()
     assert not (tmp_path / "none").exists()
+
+
+def test_nothing_secret_goes_to_weights_and_biases(tmp_path, monkeypatch):
+    """It is asked to keep output and repository back; no file of the run has the key either."""
+    secret = "secret-5f3a9c"
+    for name in ("WANDB_API_KEY", "OPENAI_API_KEY", "HF_TOKEN"):
+        monkeypatch.setenv(name, secret)
+    sent = []
+
+    class Run:
+        def log(self, scalars, step):
+            sent.append((scalars, step))
+
+        def finish(self):
+            pass
+
+    def init(**options):
+        sent.append(options)
+        return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    log = Log(tmp_path, "run", 2, 0, wandb="project")
+    log.write(1, {"loss": 1.0})
+    log.log("a word")
+    log.close()
+    assert sent[0]["settings"] == {"console": "off", "disable_git": True, "save_code": False}
+    assert sent[0].keys() == {"settings", "project", "name", "id", "resume", "dir"}
+    assert sent[1:] == [({"loss": 1.0}, 1)] and secret not in repr(sent)
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert files and not any(secret.encode() in file.read_bytes() for file in files)

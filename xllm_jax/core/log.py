@@ -155,8 +155,15 @@ class WeightsAndBiases:
         file = directory / "wandb_id"
         if not file.exists():
             atomic.write_text(file, uuid.uuid4().hex)
+        # By itself it would also send what is printed, and the repository's remote and changes.
+        kept_back = {"console": "off", "disable_git": True, "save_code": False}
         self._run = wandb.init(
-            project=project, name=name, id=file.read_text(), resume="allow", dir=str(directory)
+            settings=kept_back,
+            project=project,
+            name=name,
+            id=file.read_text(),
+            resume="allow",
+            dir=str(directory),
         )
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
