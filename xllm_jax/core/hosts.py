@@ -75,6 +75,7 @@ def _join_at(address: str, count: int | None, index: int | None, seconds: int) -
     host, port = address.rsplit(":", 1)
     if index:
         _await_host(host, int(port), seconds)
+        _on_abort(_strange(host, int(port)))
     else:
         _check_free(int(port))
     try:
@@ -153,11 +154,27 @@ def exit_when_coordinator_lost() -> None:
     """
     host, port = str(distributed.global_state.coordinator_address).rsplit(":", 1)
     if jax.process_index():
-        library = ctypes.CDLL(None)
-        library.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
-        library.signal.restype = ctypes.c_void_p
-        handler = ctypes.cast(_aborted(host, int(port)), ctypes.c_void_p)
-        library.signal(signal.SIGABRT, handler)
+        _on_abort(_aborted(host, int(port)))
+
+
+def _on_abort(handler: Any) -> None:
+    library = ctypes.CDLL(None)
+    library.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
+    library.signal.restype = ctypes.c_void_p
+    library.signal(signal.SIGABRT, ctypes.cast(handler, ctypes.c_void_p))
+
+
+@functools.cache
+def _strange(host: str, port: int) -> Any:
+    """Handler of SIGABRT while joining: JAX's client aborts where no host 0 speaks its language."""
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_int)
+    def aborted(_: int) -> None:
+        line = f"--hosts: what answers at {host}:{port} is no host 0 of this run, or one that has "
+        os.write(2, f"{line}ended. Choose another port, or start it again\n".encode())
+        os._exit(LOST)
+
+    return aborted
 
 
 @functools.cache  # the C library does not keep its handler alive
