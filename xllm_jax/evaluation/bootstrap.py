@@ -24,7 +24,7 @@ import numpy as np
 import scipy.stats
 
 RESAMPLES, SHARE = 2000, 0.95
-FEWEST = 6  # with fewer samples, their spread is not looked at
+FEWEST = 10  # with fewer samples, their spread is not looked at
 
 Value = Callable[[np.ndarray], np.ndarray]
 

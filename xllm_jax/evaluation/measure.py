@@ -144,8 +144,10 @@ def difference(first: scorers.Score, second: scorers.Score) -> dict[str, Any]:
     Positive is better, also for error rates.
     """
     sign = 1.0 if second.higher else -1.0
+    width = max(first.scale[1], second.scale[1]) - min(first.scale[0], second.scale[0])
     if first.is_mean and second.is_mean:
-        return _plain(bootstrap.mean_difference(sign * first.samples, sign * second.samples))
+        found = bootstrap.mean_difference(sign * first.samples, sign * second.samples)
+        return _plain(scorers.within(found, (-width, width)))
     size = first.sums.shape[1]
     worst, best = (0, 1) if second.higher else (1, 0)
     ends = [
@@ -158,7 +160,6 @@ def difference(first: scorers.Score, second: scorers.Score) -> dict[str, Any]:
 
     pairs = np.concatenate([first.sums, second.sums], axis=1)
     found = bootstrap.estimate(pairs, value, ends=np.array(ends))
-    width = max(first.scale[1], second.scale[1]) - min(first.scale[0], second.scale[0])
     return _plain(scorers.within(found, (-width, width)))
 
 
