@@ -114,6 +114,16 @@ def test_settings_of_trainers_are_read_and_never_run(weights, zipped, tmp_path):
     check(path, leaves)
 
 
+@pytest.mark.parametrize("kind", [int, str, range])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_types_that_pickles_call_by_names_of_python_2_are_read(weights, kind, zipped, tmp_path):
+    state, leaves = weights
+    inside = {"seen": collections.defaultdict(kind), "args": argparse.Namespace(type=kind)}
+    path = tmp_path / "x.pt"
+    torch.save({**inside, "model": state}, path, _use_new_zipfile_serialization=zipped)
+    check(path, leaves)
+
+
 def test_the_arguments_of_fairseq_are_kept_with_the_tensors(tmp_path):
     settings = argparse.Namespace(encoder_attention_heads=3)
     content = {"cfg": {"model": settings}, "model": {"x": torch.ones(2)}}

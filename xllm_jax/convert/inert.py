@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 LEGACY = 4  # pickles before PyTorch 1.6: number, version, machine, content
 PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # as the format still calls them
+PYTHON_2_TYPES = {"long": "int", "unicode": "str", "xrange": "range"}  # of __builtin__
 LIBRARIES = (
     "omegaconf",
     "fairseq",
@@ -108,6 +109,7 @@ def _globals(file: BinaryIO) -> set[str]:
     for opcode, argument, _ in pickletools.genops(file):
         if opcode.name == "GLOBAL":
             module, _, name = str(argument).partition(" ")
+            name = PYTHON_2_TYPES.get(name, name) if module == "__builtin__" else name
             found.add(f"{PYTHON_2.get(module, module)}.{name}")
         elif opcode.name == "STACK_GLOBAL":
             found.add(".".join(words))
