@@ -25,6 +25,9 @@ SMALL = f"""
 import sys
 sys.path.insert(0, {str(fake_clusters.TESTS)!r})
 import small_stage
+from xllm_jax.core import progress
+
+progress.SECONDS = 0.0  # a line at every step, so that the time limit can be at one
 
 def get_config():
     made = small_stage.stage(unroll=1, steps={STEPS}, save_every=1000)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -15,10 +16,8 @@ from xllm_jax.convert import import_tree, run_import
 from xllm_jax.convert.sources import chatglm
 from xllm_jax.core import checkpoint
 from xllm_jax.core.stage import Part
-from xllm_jax.data.example import Example
 from xllm_jax.data.text import glm_layout, llm_family
 from xllm_jax.inference.load_run import load_run
-from xllm_jax.launch import evaluate
 from xllm_jax.models import glm
 
 torch = pytest.importorskip("torch")
@@ -27,6 +26,17 @@ from test_glm_prefix import prefix_file, reference_logits, tensors_of  # noqa: E
 SIZES = small_stage.GLM | {"alpha": (2 * 28) ** 0.5}
 ASKED, TOKENS = "图中有什么？", 6
 ROOT = Path(__file__).parents[1]
+# In a process of its own, since commands define flags of the same names.
+EVALUATE = """
+import json, sys
+from pathlib import Path
+from absl import flags
+from xllm_jax.data.example import Example
+from xllm_jax.launch import evaluate
+flags.FLAGS(["evaluate", "--rows=2"])
+answer = evaluate.models(Path(sys.argv[1]))["after"]()
+print(json.dumps(answer([Example(str(i), (), sys.argv[2], "红色", "vqa") for i in range(3)])))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -81,14 +91,23 @@ def command(name: str, *arguments: str, typed: str = "") -> list[str]:
     return done.stdout.decode().splitlines()
 
 
-def test_generate_chat_and_evaluate_answer_behind_the_prefix(made, monkeypatch):
+def evaluated(runs: Path) -> list[str]:
+    """What the model of `xllm evaluate` answers to the question, three times, two at a time."""
+    done = subprocess.run(
+        [sys.executable, "-c", EVALUATE, str(runs), ASKED],
+        capture_output=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    return json.loads(done.stdout)
+
+
+def test_generate_chat_and_evaluate_answer_behind_the_prefix(made):
     run, past = made
     expected = told(run, past)
     assert expected != told(run, [(key[:0], value[:0]) for key, value in past])
     assert command("generate.py", f"--checkpoint={run}", f"--prompt={ASKED}") == [expected]
     said = command("chat.py", f"--checkpoint={run}", typed=f"{ASKED}\n/quit\n")
     assert f"> {expected}" in said
-    monkeypatch.setattr(evaluate, "ROWS", dataclasses.make_dataclass("Flag", ["value"])(2))
-    answer = evaluate.models(run.parent)["after"]()
-    found = answer([Example(str(i), (), ASKED, "红色", "vqa") for i in range(3)])
+    found = evaluated(run.parent)
     assert found[0] == found[2] and found[0].startswith(expected)

@@ -55,7 +55,7 @@ READERS = {
             json.dumps({"image": name, "caption": TEXT}, ensure_ascii=False) for name in "ab"
         )
     },
-    "captions_folder texts": {"a__jpg": "", "a__txt": f"{TEXT}\n{TEXT}\n"},
+    "captions_folder texts": {"a__jpg": "x", "a__txt": f"{TEXT}\n{TEXT}\n"},
     "table": {"train__csv": f"filepath,title\na.jpg,{TEXT}\nb.jpg,{TEXT}\n"},
     "flickr30k": {
         "results_20130124__token": f"a.jpg#0\t{TEXT}\na.jpg#1\t{TEXT}\n",

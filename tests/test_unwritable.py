@@ -38,24 +38,32 @@ ENVIRONMENT = os.environ | {
 }
 
 
+# Limits itself and becomes the command. `preexec_fn` would run between fork and exec, where threads
+# of JAX and gRPC are no more.
+RESTRICT = """
+import os, resource, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+def restricted(limit: int) -> list[str]:
+    """Start of a command none of whose files gets larger than so many bytes."""
+    return [sys.executable, "-c", RESTRICT, str(limit)]
+
+
 def train(folder: Path, workdir: Path | str, steps: int, limit: int = 0, **options):
     """Starts `xllm train` of a small stage; no file may get larger than `limit` bytes."""
     config = folder / f"stage{steps}.py"
     config.write_text(STAGE.format(tests=str(Path(__file__).parent), steps=steps))
     command = (sys.executable, "-m", "xllm_jax.launch.commands", "train", f"--config={config}")
-
-    def restrict():
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        if limit:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} | options
     return subprocess.Popen(
-        [*command, f"--workdir={workdir}"],
+        [*restricted(limit or resource.RLIM_INFINITY), *command, f"--workdir={workdir}"],
         cwd=folder,
         env=ENVIRONMENT | ({"JAX_ENABLE_COMPILATION_CACHE": "false"} if limit else {}),
         text=True,
-        preexec_fn=restrict,
         **pipes,
     )
 
@@ -150,12 +158,11 @@ def test_every_command_that_writes_says_so_in_one_line(name, tmp_path):
     """No file may get larger than 1 kB; tests of other commands' writers are beside them."""
     command = (sys.executable, "-m", "xllm_jax.launch.commands", name, *COMMANDS[name])
     done = subprocess.run(
-        command,
+        [*restricted(1000), *command],
         cwd=tmp_path,
         env=ENVIRONMENT | {"JAX_ENABLE_COMPILATION_CACHE": "false"},
         capture_output=True,
         text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)),
     )
     assert done.returncode == cli.UNWRITABLE, done.stderr
     *progress, line = done.stderr.replace("\r", "\n").splitlines()

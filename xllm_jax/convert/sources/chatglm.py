@@ -33,6 +33,7 @@ from xllm_jax.models.glm import SIZES, ChatGLM
 HEAD = "lm_head.weight"
 WORDS = "transformer.word_embeddings.weight"
 UP = "transformer.layers.0.mlp.dense_h_to_4h.bias"
+NORM = "transformer.final_layernorm.weight"
 EXTRA_FILES = ("config.json", "ice_text.model", "tokenizer_config.json")
 
 DROP = (
@@ -77,7 +78,7 @@ def rows(depth: int, heads: int) -> tuple[Row, ...]:
         *norm("post_attention_layernorm", "feed_forward_norm"),
         *dense("mlp.dense_h_to_4h", "feed_forward/up"),
         *dense("mlp.dense_4h_to_h", "feed_forward/down"),
-        Row("transformer.final_layernorm.weight", "final_norm/scale"),
+        Row(NORM, "final_norm/scale"),
         Row("transformer.final_layernorm.bias", "final_norm/bias"),
     )
 
@@ -226,7 +227,8 @@ def _check_heads(checkpoint: files.Checkpoint, width: int, heads: int) -> None:
 
 
 def _fields_of(checkpoint: files.Checkpoint, size: str) -> dict[str, Any]:
-    vocab, width = (sizes.axis(checkpoint, WORDS, number) for number in (0, 1))
+    # Quantized embeddings pack two columns into one; the scales of a norm are never quantized.
+    vocab, width = sizes.axis(checkpoint, WORDS, 0), sizes.axis(checkpoint, NORM, 0)
     config = published_config.read(checkpoint, {}, ("chatglm",))
     if config is None:
         return sizes.row(SIZES, size, vocab=vocab, width=width)
