@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from xllm_jax.core import atomic, disk, lock
+
+LOOKS, PAUSE = 5, 0.1  # how often a folder is removed again after an error; seconds
 
 
 def partial_folder(directory: Path) -> Path:
@@ -33,5 +36,17 @@ def new_folder(directory: Path) -> Iterator[Path]:
                 yield partial
                 atomic.replace_folder(directory, partial)
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            _remove(partial)
             raise
+
+
+def _remove(folder: Path) -> None:
+    """Removes a folder into which threads of a save that failed may still write.
+
+    TensorStore's threads cannot be waited for: they end within a moment, but what they write behind
+    the removal would stay.
+    """
+    for _ in range(LOOKS):
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(PAUSE)
+    shutil.rmtree(folder, ignore_errors=True)
