@@ -62,8 +62,9 @@ def read(
         allowed.check(path)
         allowed.check_links(path)
         passed = {"within": allowed} if confined else {}
-        found = reader.examples(path, source.split, **source.options, **passed)
-        return reach.Confined(found, allowed)
+        with allowed.holding():
+            found = reader.examples(path, source.split, **source.options, **passed)
+            return reach.Confined(found, allowed)
 
     return guarded.opened(examples, field, path)
 

@@ -3,12 +3,18 @@
 A stranger's list can hold any path, `../` and links; a clip or a caption could be a file of
 yours. So a source's files lie below `data.root` or the source's own folder, where its options name
 others, or where `allow_paths` says so. Everything else costs its record.
+
+Readers open annotations by `data/rows/files.py`, which asks `check_opened`: while a reader of a
+source runs, in this thread, its Reach holds. Media are looked at where they are named (`Confined`).
 """
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import os
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from xllm_jax.core.errors import UserError
@@ -30,7 +36,9 @@ OPTIONS = (
 )
 MEDIA = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tiff", ".tif", ".wav", ".flac")
 MEDIA += (".ogg", ".mp3", ".opus", ".mp4", ".webm", ".mkv", ".avi", ".mov")
-LEVELS = 2  # folders below a source in which its annotations lie
+LEVELS = 2  # folders below a source whose links are looked at before anything is opened
+
+_holding: contextvars.ContextVar[Reach | None] = contextvars.ContextVar("reach", default=None)
 
 
 class Reach:
@@ -68,8 +76,21 @@ class Reach:
             hint = f"Where that is meant, add --allow_paths={os.path.dirname(real)}"
             raise UserError(whole, field=str(path), hint=hint)
 
+    @contextlib.contextmanager
+    def holding(self) -> Iterator[None]:
+        """While this lasts, this thread opens annotations within reach alone."""
+        before = _holding.set(self)
+        try:
+            yield
+        finally:
+            _holding.reset(before)
+
     def check_links(self, folder: str, levels: int = LEVELS) -> None:
         """Looks at links among a source's annotations and folders; those of media come later.
+
+        Args:
+          folder: of the source.
+          levels: of folders that are looked at.
 
         Raises:
           UserError: one leads outside.
@@ -88,6 +109,28 @@ class Reach:
                 self.check_links(entry.path, levels - 1)
 
 
+def check_opened(path: str | os.PathLike) -> None:
+    """Looks where a file that a reader opens really lies; outside of readers it may be anywhere.
+
+    Raises:
+      UserError: outside of the reach that holds now.
+    """
+    within = _holding.get()
+    if within is not None:
+        within.check(path)
+
+
+def check_all_links(folder: str | os.PathLike) -> None:
+    """Looks at the links at any depth of a folder that a library reads by itself.
+
+    Raises:
+      UserError: one leads outside of the reach that holds now.
+    """
+    within = _holding.get()
+    if within is not None:
+        within.check_links(str(folder), sys.maxsize)
+
+
 def of(source: Source, root: str, beside: Sequence[str] = ()) -> Reach:
     """What a source may read.
 
@@ -101,7 +144,7 @@ def of(source: Source, root: str, beside: Sequence[str] = ()) -> Reach:
     named = [source.options[name] for name in OPTIONS if source.options.get(name)]
     near = [os.path.join(os.path.dirname(os.path.abspath(path)), name) for name in beside]
     own = [root] if root else []
-    return Reach([*own, path, folder, *map(str, named), *near, *source.allow_paths])
+    return Reach([*own, folder, *map(str, named), *near, *source.allow_paths])
 
 
 class Confined(Sequence):
@@ -116,7 +159,8 @@ class Confined(Sequence):
         return len(self._examples)
 
     def __getitem__(self, index: int) -> Example:
-        found = self._examples[index]
+        with self._reach.holding():
+            found = self._examples[index]
         for _, path in found.media:
             self._reach.check(path)
         return found

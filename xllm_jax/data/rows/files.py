@@ -1,4 +1,4 @@
-"""Opening annotation files, and what to say about one that is not there."""
+"""Opening annotation files within reach, and what to say about one that is not there."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import BinaryIO
 import numpy as np
 
 from xllm_jax.core.errors import UserError
+from xllm_jax.data.media import reach
 
 MEND = "Check data.root and the source's path, or see the reader's docstring"
 SHOWN = 8  # names of a folder that a message shows
@@ -20,8 +21,9 @@ def opened(path: str | os.PathLike) -> BinaryIO:
     """An annotation file, opened for reading bytes.
 
     Raises:
-      UserError: no such file, or one that cannot be read.
+      UserError: no such file, one that cannot be read, or out of reach of the source that is read.
     """
+    reach.check_opened(path)
     if not os.path.isfile(path):  # False, too, for names that no file system knows
         raise missing(path)
     try:
@@ -65,8 +67,9 @@ def array(path: str | os.PathLike, what: str, mapped: bool = False) -> np.ndarra
       mapped: leave it on the disk until it is used.
 
     Raises:
-      UserError: no such file, or it is damaged or no array.
+      UserError: no such file, out of reach, or it is damaged or no array.
     """
+    reach.check_opened(path)
     if not os.path.isfile(path):
         raise missing(path)
     try:

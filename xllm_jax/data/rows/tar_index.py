@@ -20,6 +20,7 @@ from typing import BinaryIO
 import numpy as np
 
 from xllm_jax.core.errors import UserError
+from xllm_jax.data.media import reach
 from xllm_jax.data.rows import files
 
 COLUMNS = 5  # image offset and length, caption offset and length, whether the caption is JSON
@@ -35,9 +36,11 @@ def kept(tar: Path, scan: Callable[[Path], np.ndarray]) -> np.ndarray:
       scan: reads them from the tar itself.
 
     Raises:
-      UserError: the tar is damaged.
+      UserError: the tar is damaged, or it or the index lies out of reach.
     """
+    reach.check_opened(tar)
     file = tar.parent / ".index" / f"{tar.stem}.npy"
+    reach.check_opened(file)
     with contextlib.suppress(UserError):  # without it, or where it is damaged, a new one is made
         found = files.array(file, "index of a tar")
         if found.ndim == 2 and found.dtype == np.int64 and found.shape[1] == COLUMNS:

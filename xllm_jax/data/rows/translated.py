@@ -23,6 +23,7 @@ import numpy as np
 from xllm_jax.core import atomic
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
+from xllm_jax.data.rows import files
 from xllm_jax.data.rows.lazy import Lazy, Rows
 
 LOOKED_AT = 100  # examples, spread over the source, of which some must have a translation
@@ -130,10 +131,9 @@ class Table:
     def __init__(self, file: Path):
         self.file, self._rows = file, Rows(file)
         try:
-            self._keys = np.load(file.with_suffix(".npy"), mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            where = str(file.with_suffix(".npy"))
-            raise UserError(f"cannot be read ({error})", field=where, hint=AGAIN) from None
+            self._keys = files.array(file.with_suffix(".npy"), "array of hashes", mapped=True)
+        except UserError as error:
+            raise UserError(error.what, field=error.field, hint=AGAIN) from None
         some = {0, len(self._rows) // 2, len(self._rows) - 1} if len(self._rows) else set()
         fits = self._keys.shape == (len(self._rows),)
         if not fits or any(int(self._keys[i]) != _key(self._rows[i]["text"]) for i in some):

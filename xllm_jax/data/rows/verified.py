@@ -16,6 +16,7 @@ from typing import Any
 
 from xllm_jax.core import atomic
 from xllm_jax.core.errors import UserError
+from xllm_jax.data.rows import files
 
 MANIFEST = "manifest.json"
 THREADS = 4
@@ -68,7 +69,8 @@ def _shards(manifest: Path, split: str) -> list[dict[str, Any]]:
     if not manifest.is_file():
         return []
     try:
-        splits = json.loads(manifest.read_text("utf-8"))["splits"]
+        with files.opened(manifest) as file:
+            splits = json.load(file)["splits"]
         shards = splits[split]["shards"] if split in splits else []
         odd = [s for s in shards if os.path.basename(str(s["file"])) != s["file"]]
         known = [{key: shard[key] for key in ("file", "bytes", "sha256")} for shard in shards]

@@ -102,8 +102,6 @@ def _from_texts(root: pathlib.Path) -> Pairs:
         text = path.with_suffix(".txt")
         if text.is_file():
             try:
-                if text.is_symlink():
-                    raise UserError("is a link", field=str(text), hint="Copy the text itself")
                 yield path.relative_to(root).as_posix(), split_lines(layout.read_text(text))
             except UserError as error:
                 yield error

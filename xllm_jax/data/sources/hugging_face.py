@@ -17,6 +17,7 @@ from typing import Any
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
+from xllm_jax.data.media import reach
 from xllm_jax.data.rows import columns, translated
 from xllm_jax.data.rows.lazy import Lazy
 from xllm_jax.data.sources import layout
@@ -87,6 +88,7 @@ def _library() -> Any:
 
 
 def _open(library: Any, path: str, name: str, config: str) -> Any:
+    reach.check_all_links(path)
     saved = ("dataset_info.json", "dataset_dict.json")
     try:
         if not name and any((pathlib.Path(path) / file).is_file() for file in saved):

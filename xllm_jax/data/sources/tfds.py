@@ -18,7 +18,7 @@ from typing import Any
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
-from xllm_jax.data.media.reach import Reach
+from xllm_jax.data.media import reach
 from xllm_jax.data.rows import columns, translated, verified
 from xllm_jax.data.rows.lazy import Lazy
 from xllm_jax.data.sources import layout
@@ -90,6 +90,7 @@ def rows(path: str, name: str, split: str) -> tuple[Sequence, str]:
 def _builder(path: str, name: str) -> Any:
     import tensorflow_datasets
 
+    reach.check_all_links(path)
     if not name and not (pathlib.Path(path) / "dataset_info.json").is_file():
         hint = "Name the data set by the option 'name'"
         raise UserError("has no dataset_info.json", field=path, hint=hint)
@@ -130,7 +131,7 @@ def _rows(builder: Any, split: str, where: str, encoded: Sequence[str]) -> Seque
     name = split if split in known else SPLITS.get(split, split)
     if name.partition("[")[0] not in known:
         raise UserError(f"has no split {split!r}", field=where, hint=f"Splits: {', '.join(known)}")
-    own = Reach([str(builder.data_dir)])
+    own = reach.Reach([str(builder.data_dir)])
     for file in builder.info.splits[name.partition("[")[0]].filepaths:
         own.check(str(file), "its description names a file that lies")
     skipped = {column: decode.SkipDecoding() for column in encoded}

@@ -15,6 +15,7 @@ from typing import Any
 
 from xllm_jax.core import atomic
 from xllm_jax.core.stage import Source
+from xllm_jax.data.media.reach import Reach
 from xllm_jax.data.rows.translated import translatable
 from xllm_jax.data.sources import layout
 from xllm_jax.prepare.recipes import translated
@@ -51,7 +52,8 @@ def build(
         source = Source(reader, input, split, dict(options or {}), tuple(allow_paths))
         found, _ = translated.read(source, output, beam, workers)
     else:
-        found = texts(read(input, split))
+        with Reach([input, *allow_paths]).holding():
+            found = texts(read(input, split))
     return {"texts": len(found), "different": len(collect(found, output, split))}
 
 

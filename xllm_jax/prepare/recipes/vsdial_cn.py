@@ -28,6 +28,7 @@ import numpy as np
 from xllm_jax.core import atomic, litter
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
+from xllm_jax.data.media.reach import Reach
 from xllm_jax.data.rows.translated import same, translatable
 from xllm_jax.prepare import engine as engines
 from xllm_jax.prepare import pick, preparation, runner, transforms, translation_faults, translators
@@ -70,7 +71,8 @@ def build(
     """
     say = engine_named(engine)
     way = translators.Way(translations, translator, endpoint)
-    data = questions.read(input, split)
+    with Reach([input]).holding():
+        data = questions.read(input, split)
     texts = questions.collect(questions.texts(data), output, split)
     found, cost = translators.outputs(texts, way, output, beam, workers)
     known, reasons = translation_faults.judged(found)
