@@ -48,7 +48,7 @@ TALKS = {
     "the model asks": ([model("q"), human("a")], "is 'gpt', not 'human'"),
     "a turn is no object": (["q", "a"], "is a text, not an object"),
     "a turn is no text": ([human(3), model("a")], "is a number, not a text"),
-    "no turns": (None, "is NoneType, not a list"),
+    "no turns": (None, "is null, not a list"),
 }
 
 
@@ -225,7 +225,7 @@ def test_one_caption_of_an_image(tmp_path):
     data["annotations"] += [{"image_id": 1, "caption": None}, {"image_id": 1, "caption": "好"}]
     file.write_text(json.dumps(data), "utf-8")
     examples, reasons = drawn(Source("coco", str(tmp_path)))
-    assert reasons == ["is NoneType, not a text"]
+    assert reasons == ["is null, not a text"]
     first = [one for one in examples if one.key.startswith("1#")]
     assert first[0].references == (fixtures.TEXTS[0], "好") == tuple(one.answer for one in first)
 

@@ -83,6 +83,23 @@ def test_the_texts_of_visdial_without_doubles(visdial, tmp_path):
     )
 
 
+@pytest.mark.parametrize("reader", ["", "visdial"])
+def test_texts_in_chinese_need_no_table(reader, tmp_path):
+    """A table of nothing would say that something had been found."""
+    rounds = [{"question": 0, "answer": 0}]
+    talks = [{"image_id": 7, "caption": "红色的圆", "dialog": rounds}]
+    data = {"questions": ["几个？"], "answers": ["3"], "dialogs": talks}
+    write(tmp_path / "set/visdial_1.0_train.json", {"data": data})
+    picture(tmp_path / "set/images/COCO_train2014_000000000007.jpg")
+    with pytest.raises(UserError, match="has no text to be translated"):
+        questions.build(str(tmp_path / "set"), str(tmp_path / "texts"), reader=reader)
+    assert not (tmp_path / "texts/train_texts.json").exists()
+    talks[0]["caption"] = "a red circle"
+    write(tmp_path / "set/visdial_1.0_train.json", {"data": data})
+    counts = questions.build(str(tmp_path / "set"), str(tmp_path / "texts"))
+    assert counts == {"texts": 3, "different": 1, "as_they_are": 2}
+
+
 def test_vsdial_cn_from_a_table(visdial, tmp_path):
     table, out = write(tmp_path / "zh.json", WORDS), str(tmp_path / "cn")
     options = {"translations": table, "engine": f"{__name__}:hum", "images": f"{tmp_path}/images"}

@@ -266,7 +266,7 @@ def test_hugging_face_says_what_to_install(monkeypatch, tmp_path):
     [
         ({"image": b"", "text": "a"}, r"row\.image: is neither bytes nor a path"),
         ({"image": b"x", "text": b"\xff"}, "not UTF-8"),
-        ({"image": b"x", "text": 3}, "is int, not a text"),
+        ({"image": b"x", "text": 3}, "is a number, not a text"),
         ({"image": b"x", "text": []}, r"row\.text: has no text"),
         ({"text": "a"}, r"row\.image: missing value"),
     ],

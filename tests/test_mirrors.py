@@ -90,6 +90,19 @@ def test_a_first_line_that_names_the_columns(tmp_path):
     assert [answer for answer, _ in turned] == [answer for answer, _ in wanted]
 
 
+@pytest.mark.parametrize("other", ["url,caption\nhttp://x,红\n", "\n", "url,text\na,b\n"])
+def test_a_part_of_wukong_without_images(other, tmp_path, caplog):
+    fixtures.wukong(tmp_path)
+    wanted = said("wukong", tmp_path)
+    (tmp_path / "wukong_100m_1.csv").write_text(other, "utf-8")
+    assert said("wukong", tmp_path) == wanted
+    assert "wukong_100m_1.csv: left out" in caplog.text
+    for file in (tmp_path / "images/wukong_100m_0").iterdir():
+        file.unlink()
+    with pytest.raises(UserError, match="has no images of the 5 rows"):
+        said("wukong", tmp_path)
+
+
 def test_labels_of_cc3m_do_not_stand_for_its_list(tmp_path):
     fixtures.cc3m(tmp_path)
     wanted = said("cc3m", tmp_path)

@@ -175,6 +175,49 @@ def test_a_selection_reads_within_its_own_reach(home):
         assert mixture.read("set", source, str(home / "root"))[0].answer == "my private caption"
 
 
+def further(folder, place):
+    """A selection whose source names a modality's record."""
+    (folder / "train.json").write_text(
+        json.dumps([{"id": "1", "image": "a.jpg", "conversations": TALK}])
+    )
+    np.save(folder / "train.npy", np.asarray([[0, 0, -1]], np.int64))
+    one = {"reader": "instructions", "path": "train.json", "split": "train"}
+    one["options"] = {"modalities": {"sensor": place}}
+    (folder / "selection.json").write_text(json.dumps({"sources": {"x": one}, "instructions": []}))
+
+
+def test_a_selection_imports_nothing(home, monkeypatch):
+    (home / "a_module.py").write_text("raise SystemExit('I ran')")
+    monkeypatch.syspath_prepend(str(home))
+    folder = home / "root/set"
+    further(folder, "a_module:NAME")
+    with pytest.raises(UserError, match="would import 'a_module:NAME' for the modality 'sensor'"):
+        mixture.read("set", Source("selection", "set"), str(home / "root"))
+    assert "a_module" not in sys.modules
+    np.save(home / "root/train.npy", np.asarray([[0, 0, -1]], np.int64))
+    one = {"reader": "selection", "path": "set", "split": "train"}
+    one["options"] = {"modalities": {"sensor": "a_module:NAME"}}
+    about = {"sources": {"x": one}, "instructions": []}
+    (home / "root/selection.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match="would import"):
+        mixture.read("set", Source("selection", ""), str(home / "root"))
+
+
+def test_a_selection_imports_what_the_stage_names(home):
+    place = "xllm_jax.data.media.image:MODALITY"
+    further(home / "root/set", place)
+    data = Stage().data
+    data.root, data.sources = str(home / "root"), {"set": Source("selection", "set")}
+    data.modalities = {"sensor": f"{place}_"}
+    with pytest.raises(UserError, match="would import"):
+        mixture.of_stage("set", data)
+    data.modalities = {"sensor": place}
+    assert mixture.of_stage("set", data)[0].answer == "A cat."
+    options = {"modalities": {"sensor": place}}
+    source = Source("selection", "set", options=options)
+    assert mixture.read("set", source, data.root)[0].answer == "A cat."
+
+
 def test_a_resampled_folder_has_no_foreign_files(home):
     sound = home / "in"
     sound.mkdir()

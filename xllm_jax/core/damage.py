@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from xllm_jax.core import words
 from xllm_jax.core.errors import UserError
 
 # What reading a file of another content than we wrote can raise, in Python, orbax or tensorstore.
@@ -46,5 +47,5 @@ def read_object(file: Path) -> dict[str, Any]:
     with reading(file):
         found = json.loads(file.read_text("utf-8"))
         if not isinstance(found, dict):
-            raise ValueError(f"no JSON object but {type(found).__name__}")
+            raise ValueError(f"no JSON object but {words.kind(found)}")
         return found

@@ -7,7 +7,7 @@ import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from xllm_jax.core import sampling
+from xllm_jax.core import sampling, words
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
 
@@ -93,7 +93,7 @@ def checked(example: Example) -> Example:
       UserError: a field is no text, or was not UTF-8 in its file.
     """
     if not isinstance(example, Example):
-        raise UserError(f"is {type(example).__name__}, not an Example")
+        raise UserError(f"is {words.kind(example)}, not an Example")
     for name in FIELDS:
         _check(name, getattr(example, name), str(example.key))
     rounds = [text for pair in example.history for text in pair]
@@ -116,7 +116,7 @@ def _check(name: str, value: Any, key: str) -> None:
         good = all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in parts)
         parts = [text for pair in parts for text in pair] if good else ()
     if not (good and all(isinstance(text, str) for text in parts)):
-        raise UserError(f"{name} is {type(value).__name__}, not {kind}", field=key)
+        raise UserError(f"{name} is {words.kind(value)}, not {kind}", field=key)
 
 
 def _listed(found: Iterable[Example]) -> Sequence[Example]:

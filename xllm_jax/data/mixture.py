@@ -29,7 +29,11 @@ Drawn = Record | Skipped  # Skipped where the reader could not make the example
 
 
 def read(
-    name: str, source: Source, root: str, within: reach.Reach | None = None
+    name: str,
+    source: Source,
+    root: str,
+    within: reach.Reach | None = None,
+    modalities: Mapping[str, str] | None = None,
 ) -> Sequence[Example]:
     """Opens one source with its reader.
 
@@ -38,6 +42,7 @@ def read(
       source: reader, path, split and options.
       root: folder that its path starts from, or ''.
       within: what it may read; None is what `reach.of` says.
+      modalities: further ones that the stage names (`Data.modalities`).
 
     Raises:
       UserError: unknown reader or option, no files, no records or none that can be read; of the
@@ -56,17 +61,23 @@ def read(
             hint=f"Choices: {', '.join(known) or 'none'}",
         )
     path = os.path.join(root, source.path)
+    places = {**(modalities or {}), **(source.options.get("modalities") or {})}
 
     def examples() -> Sequence[Example]:
         allowed = within or reach_of(source, root)
         allowed.check(path)
         allowed.check_links(path)
-        passed = {"within": allowed} if confined else {}
+        passed = {"within": allowed, "modalities": places} if confined else {}
         with allowed.holding():
-            found = reader.examples(path, source.split, **source.options, **passed)
+            found = reader.examples(path, source.split, **{**source.options, **passed})
             return reach.Confined(found, allowed)
 
     return guarded.opened(examples, field, path)
+
+
+def of_stage(name: str, data: Data) -> Sequence[Example]:
+    """Opens a source that a stage names, see `read`."""
+    return read(name, data.sources[name], data.root, modalities=data.modalities)
 
 
 def reach_of(source: Source, root: str) -> reach.Reach:

@@ -68,8 +68,7 @@ class Pipeline:
         self.weights = mixture.mixture(data)
         self.activity = reads_in_flight.Activity()
         self.sources = {
-            name: self.activity.watched(name, mixture.read(name, data.sources[name], data.root))
-            for name in self.weights
+            name: self.activity.watched(name, mixture.of_stage(name, data)) for name in self.weights
         }
         self.resources = self.format.resources
         self._load = self.activity.loading(

@@ -124,7 +124,7 @@ def make(
     xllm = networks.model(stage)
     depths = describe.depths(stage, xllm, asked)
     names = mixture.mixture(stage.data)
-    sources = {n: mixture.read(n, stage.data.sources[n], stage.data.root) for n in names}
+    sources = {n: mixture.of_stage(n, stage.data) for n in names}
     found = scan(stage, sources, list(depths))
     jobs = tuple(
         _job(stage, xllm, name, depths[name], *distinct(*found[name]), per_shard)

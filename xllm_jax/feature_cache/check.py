@@ -104,10 +104,7 @@ def _settings(stage: Stage, xllm: XLLM, about: Mapping[str, Any]) -> tuple[str, 
 
 def _sources(stage: Stage, xllm: XLLM, about: Mapping[str, Any]) -> tuple[str, str]:
     data = stage.data
-    sizes = {
-        name: len(mixture.read(name, data.sources[name], data.root))
-        for name in mixture.mixture(data)
-    }
+    sizes = {name: len(mixture.of_stage(name, data)) for name in mixture.mixture(data)}
     for name, now in describe.sources(data, sizes).items():
         if name not in about["sources"]:
             return f"data.sources.{name}", "is not in the cache"

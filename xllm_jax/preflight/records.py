@@ -44,7 +44,7 @@ def scan(data: Data, count: int) -> Look:
         form = batch_format.find(data)
         _ = form.resources  # what is missing ends the look here
         names = mixture.mixture(data)
-        sources = {name: mixture.read(name, data.sources[name], data.root) for name in names}
+        sources = {name: mixture.of_stage(name, data) for name in names}
     except UserError as error:
         return Look(absent=str(error))
     each = max(count // max(len(sources), 1), 1)

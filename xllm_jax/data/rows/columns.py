@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from xllm_jax.core import words
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
 from xllm_jax.data.media import modalities
@@ -132,7 +133,7 @@ def _text(value: Any, where: str, column: str = "") -> str:
     except UnicodeDecodeError as error:
         raise UserError(f"is not UTF-8 text ({error.reason})", field=where) from None
     if not isinstance(found, str):
-        raise UserError(f"is {type(found).__name__}, not a text", field=f"{where}.{column}")
+        raise UserError(f"is {words.kind(found)}, not a text", field=f"{where}.{column}")
     if column and not found.strip():
         raise UserError("is empty", field=f"{where}.{column}")
     return found.strip()

@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
-from xllm_jax.core import litter
+from xllm_jax.core import litter, words
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
 from xllm_jax.data.rows import files as files_of_rows
@@ -61,24 +61,16 @@ def get(record: Any, name: str, kind: type | tuple[type, ...], where: str) -> An
       UserError: not an object, no such key, or a value of another type.
     """
     if not isinstance(record, dict):
-        raise UserError(f"is {_kind(record)}, not an object", field=where)
+        raise UserError(f"is {words.kind(record)}, not an object", field=where)
     if name not in record:
         found = ", ".join(sorted(map(str, record))[:8]) or "none"
         hint = f"Keys found: {found}"
         raise UserError("missing key", field=f"{where}.{name}", hint=hint)
     value = record[name]
     if not isinstance(value, kind) or isinstance(value, bool):
-        kinds = kind if isinstance(kind, tuple) else (kind,)
-        wanted = " or ".join(_NAMES.get(one, one.__name__) for one in kinds)
-        raise UserError(f"is {_kind(value)}, not {wanted}", field=f"{where}.{name}")
+        what = f"is {words.kind(value)}, not {words.wanted(kind)}"
+        raise UserError(what, field=f"{where}.{name}")
     return value
-
-
-_NAMES = {str: "a text", int: "a number", list: "a list", dict: "an object"}
-
-
-def _kind(value: Any) -> str:
-    return _NAMES.get(type(value), type(value).__name__)
 
 
 def tags(record: dict, name: str = "tags") -> tuple[str, ...]:
@@ -89,7 +81,7 @@ def tags(record: dict, name: str = "tags") -> tuple[str, ...]:
     """
     found = record.get(name) or []
     if not isinstance(found, list):
-        raise UserError(f"is {_kind(found)}, not a list", field=name)
+        raise UserError(f"is {words.kind(found)}, not a list", field=name)
     return tuple(map(str, found))
 
 
@@ -120,7 +112,11 @@ def said(
         if isinstance(row, UserError):
             raise row
         text = get(row, name, str, where) if isinstance(row, dict) else row
-        what = "has an empty caption" if isinstance(text, str) else f"is {_kind(text)}, not a text"
+        what = (
+            "has an empty caption"
+            if isinstance(text, str)
+            else f"is {words.kind(text)}, not a text"
+        )
         raise UserError(what, field=where)
     found = tuple(str(text).strip() for text, one in zip(texts, good) if one)
     return found, sum(good[: number or 0])

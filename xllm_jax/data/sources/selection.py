@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from xllm_jax.core import words
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
 from xllm_jax.data import mixture
@@ -29,25 +30,34 @@ from xllm_jax.data.sources import layout
 FILE, COLUMNS = "selection.json", 3
 
 
-def examples(path: str, split: str = "train", within: Reach | None = None) -> Sequence[Example]:
+def examples(
+    path: str,
+    split: str = "train",
+    within: Reach | None = None,
+    modalities: Mapping[str, str] | None = None,
+) -> Sequence[Example]:
     """The picked records, in the order of the list; keys start with the name of their source.
 
     Args:
       path: folder of the layout above.
       split: 'train', 'val' or 'test'.
       within: what the sources may read; None is what each may of its own.
+      modalities: {modality: 'package.module:NAME'}, the records that its sources may name; those of
+        the stage are among them.
 
     Raises:
-      UserError: no such file, a source out of reach, a list of another shape, a record or
+      UserError: no such file, code that the stage does not name, a source out of
+        reach, a list of another shape, a record or
         instruction that is not there, and what the sources' readers raise; on access, too.
     """
     root = pathlib.Path(path)
     about = layout.read_json(root / FILE)
     where = str(root / FILE)
     named = sources(about, root, where)
+    _check_modalities(named, modalities or {}, where)
     texts = layout.get(about, "instructions", list, where)
     picked = _picked(root / f"{split}.npy")
-    opened = [mixture.read(name, source, "", within) for name, source in named.items()]
+    opened = [mixture.read(name, source, "", within, modalities) for name, source in named.items()]
     _check(picked, [len(one) for one in opened], len(texts), str(root / f"{split}.npy"))
     names = list(named)
 
@@ -76,6 +86,19 @@ def sources(about: Mapping, root: pathlib.Path, where: str) -> dict[str, Source]
         options = layout.get(one, "options", dict, place)
         found[name] = Source(reader, os.path.normpath(root / below), split, options)
     return found
+
+
+def _check_modalities(named: Mapping[str, Source], known: Mapping[str, str], where: str) -> None:
+    """Raises UserError where a list would import code that its user has not named."""
+    for name, source in named.items():
+        places = source.options.get("modalities") or {}
+        if not isinstance(places, dict):
+            raise UserError(f"is {words.kind(places)}, not an object", field=f"{where}.{name}")
+        for modality, place in places.items():
+            if known.get(modality) != place:
+                what = f"would import {place!r} for the modality {modality!r}"
+                hint = f"Where you trust it, name it yourself: data.modalities.{modality}={place}"
+                raise UserError(what, field=f"{where}.{name}.modalities", hint=hint)
 
 
 def described(named: Mapping[str, Source], root: pathlib.Path) -> dict[str, dict]:

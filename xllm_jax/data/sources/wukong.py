@@ -8,12 +8,14 @@
                                         (also PATH/Data/)
 
 From wukong-dataset.github.io/wukong-dataset; CC BY-NC-SA 4.0, the images belong to their sites.
-Rows whose link was dead are left out. The paper keeps the 10M pairs that CLIP finds most alike
+Rows whose link was dead are left out, and so is a CSV without any image, with a warning.
+The paper keeps the 10M pairs that CLIP finds most alike
 (similarity above 0.45): prepare such a list first, and point this reader at it.
 """
 
 from __future__ import annotations
 
+import logging
 import pathlib
 from collections.abc import Sequence
 
@@ -38,8 +40,8 @@ def examples(path: str, split: str = "train", images: str = "") -> Sequence[Exam
       images: folder of the images, if it lies elsewhere.
 
     Raises:
-      UserError: no such file, column or folder, no image of any row; on access, a broken row or an
-        empty caption.
+      UserError: no such file or folder, no CSV that can be read and has an image; on access, a
+        broken row or an empty caption.
     """
     if webdataset.has_tars(path, split):
         return webdataset.examples(path, split)
@@ -50,7 +52,25 @@ def examples(path: str, split: str = "train", images: str = "") -> Sequence[Exam
         raise UserError("no such files", field=str(root), hint=hint)
     places = [root / "images", root / "Data", root]
     folder = layout.first_folder([pathlib.Path(images)] if images else places)
-    return layout.not_empty(Chain([_read(file, folder) for file in found]), root, "images")
+    return layout.not_empty(Chain(_readable(found, folder)), root, "images")
+
+
+def _readable(found: Sequence[pathlib.Path], folder: pathlib.Path) -> list[Sequence[Example]]:
+    """The parts of the set that are there; of the others a warning says why they are left out.
+
+    Raises:
+      UserError: none is; the first one's.
+    """
+    parts, broken = [], []
+    for file in found:
+        try:
+            parts.append(_read(file, folder))
+        except UserError as error:
+            broken.append(error)
+            logging.getLogger(__name__).warning("%s: left out: %s", file, error)
+    if not parts:
+        raise broken[0]
+    return parts
 
 
 def _read(file: pathlib.Path, folder: pathlib.Path) -> Sequence[Example]:

@@ -138,8 +138,12 @@ def _placed(
 
 def prepare(output: str, sources: Iterable[Source], beam: Sequence[str], workers: int) -> int:
     """Writes the shards of what was drawn from sources; returns how many records they hold."""
+    sources = list(sources)
     places = {place for one in sources for place in mixture.reach_of(one, "").places}
-    source = Source("selection", output, allow_paths=tuple(sorted(places)))
+    further = [one.options.get("modalities") or {} for one in sources]
+    named = {name: place for one in further for name, place in one.items()}
+    options = {"modalities": named} if named else {}
+    source = Source("selection", output, options=options, allow_paths=tuple(sorted(places)))
     shards = f"{output}/shards"
     made = preparation.make("instructions", source, shards, preparation.PER_SHARD, several=True)
     return engine.run(made, beam, workers)["splits"]["train"]["records"]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from xllm_jax.core import atomic
+from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
 from xllm_jax.data.media.reach import Reach
 from xllm_jax.data.rows.translated import translatable
@@ -43,10 +44,11 @@ def build(
       allow_paths: folders that the source's files may lie in, too.
 
     Returns:
-      {'texts', 'different'}: how many there are, and without doubles.
+      {'texts', 'different'}: how many there are, and without doubles; 'as_they_are', where some are
+      Chinese or have no words, and so need no translation.
 
     Raises:
-      UserError: no such file, or a misshapen one.
+      UserError: no such file, a misshapen one, or one without a text that needs a translation.
     """
     if reader:
         source = Source(reader, input, split, dict(options or {}), tuple(allow_paths))
@@ -54,7 +56,13 @@ def build(
     else:
         with Reach([input, *allow_paths]).holding():
             found = texts(read(input, split))
-    return {"texts": len(found), "different": len(collect(found, output, split))}
+    kept = sum(not translatable(text) for text in found)
+    if kept == len(found):
+        what = f"has no text to be translated: all {kept} are Chinese, or have no words"
+        hint = "Train on it as it is, or check --input, --split and --options"
+        raise UserError(what, field=input, hint=hint)
+    counts = {"texts": len(found), "different": len(collect(found, output, split))}
+    return counts | ({"as_they_are": kept} if kept else {})
 
 
 def read(folder: str, split: str) -> dict[str, Any]:
