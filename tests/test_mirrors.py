@@ -103,6 +103,22 @@ def test_a_part_of_wukong_without_images(other, tmp_path, caplog):
         said("wukong", tmp_path)
 
 
+def test_flickr30k_of_the_hub(tmp_path):
+    fixtures.pictures(tmp_path / "flickr30k-images", "1.jpg", "2.jpg")
+    rows = ['raw,sentids,split,filename,img_id', '"[""a, b"", ""c""]","[0, 1]",train,1.jpg,0',
+            '"[""d"", ""e""]","[2, 3]",test,2.jpg,1', '[,[],train,1.jpg,2']  # fmt: skip
+    (tmp_path / "flickr_annotations_30k.csv").write_text("\n".join(rows))
+    train = mixture.read("a", Source("flickr30k", str(tmp_path)), "")
+    assert [train[n].answer for n in range(2)] == ["a, b", "c"]
+    assert train[0].references == ("a, b", "c") and len(train) == 3
+    assert train[0].media == (("image", f"{tmp_path}/flickr30k-images/1.jpg"),)
+    with pytest.raises(UserError, match=r"row 4\.raw: broken JSON"):
+        train[2]
+    test = mixture.read("a", Source("flickr30k", str(tmp_path), "test"), "")
+    assert (test[0].answer, test[0].references) == ("d", ("d", "e"))
+    assert len(test) == 2  # a broken row is reported in every split
+
+
 def test_labels_of_cc3m_do_not_stand_for_its_list(tmp_path):
     fixtures.cc3m(tmp_path)
     wanted = said("cc3m", tmp_path)

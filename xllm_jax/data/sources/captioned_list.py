@@ -11,12 +11,13 @@ from __future__ import annotations
 import os
 import pathlib
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from xllm_jax.data.example import Example
-from xllm_jax.data.rows.lazy import Lazy, Rows
+from xllm_jax.data.rows import json_text
+from xllm_jax.data.rows.lazy import Lazy, Rows, Table
 from xllm_jax.data.sources import layout
 
 Path = Callable[[str], str]  # from a file as its row names it to where it lies
@@ -55,6 +56,26 @@ def read(
     return _examples(rows, modality, key or modality, "caption", path, each)
 
 
+class Hub(Table):
+    """Rows of the hub's Flickr30k, whose field `raw` holds a JSON list; see `hub`."""
+
+    def __init__(self, file: pathlib.Path, split: str, each: bool):
+        super().__init__(file, ("raw", "split", "filename"))
+        rows = (row if isinstance(row, dict) else None for row in self.tried())
+        counts = [_count(row, "raw", each, (split,)) for row in rows]
+        self.measures = np.asarray(counts, np.int64)
+
+    def read(self, file: BinaryIO, index: int) -> dict[str, Any]:
+        """One row, see `FileRows.read`."""
+        row = super().read(file, index)
+        return {**row, "raw": json_text.parsed(row["raw"], f"{self.place(index)}.raw")}
+
+
+def hub(file: pathlib.Path, split: str, path: Path, each: bool) -> Sequence[Example]:
+    """Captioned images of a split of flickr_annotations_30k.csv. Arguments as of `karpathy`."""
+    return _examples(Hub(file, split, each), "image", "filename", "raw", path, each)
+
+
 def below(*folders: pathlib.Path) -> Path:
     """Where files are that rows name relative to one of some folders; the first by default."""
 
@@ -74,7 +95,7 @@ def _count(row: Any, name: str, each: bool, splits: Collection[str]) -> int:
 
 
 def _examples(
-    rows: Rows, modality: str, key: str, captions: str, path: Path, each: bool
+    rows: Rows | Hub, modality: str, key: str, captions: str, path: Path, each: bool
 ) -> Sequence[Example]:
     places = np.repeat(np.arange(len(rows), dtype=np.int32), rows.measures)
     firsts = np.cumsum(rows.measures) - rows.measures

@@ -7,7 +7,8 @@
     PATH/train.txt, val.txt, test.txt  a split's images, one a line, as Flickr30k Entities has them
 
 As mirrors have it: these files one folder deeper, the captions of dataset_flickr30k.json where no
-other file has them, or lists flickr30k_SPLIT.json as in LAVIS.
+other file has them, lists flickr30k_SPLIT.json as in LAVIS, or
+flickr_annotations_30k.csv of nlphuji on the hub (raw, sentids, split, filename, img_id).
 
 From shannon.cs.illinois.edu/DenotationGraph, on request; for non-commercial research, under
 Flickr's terms. Without a file of splits everything is 'train'. The option `captions` reads another
@@ -26,10 +27,11 @@ from xllm_jax.data.rows.lazy import Lazy, Lines, Rows
 from xllm_jax.data.sources import captioned_list, layout
 
 FOLDERS = ("flickr30k-images", "flickr30k_images/flickr30k_images", "flickr30k_images", "images")
-KARPATHY, TABLE = "dataset_flickr30k.json", "results.csv"
+KARPATHY, TABLE, HUB = "dataset_flickr30k.json", "results.csv", "flickr_annotations_30k.csv"
 FILES = (
     *("results_20130124.token", "results.token", TABLE, KARPATHY, "flickr30k_SPLIT.json"),
     *("*/results_20130124.token", "*/results.token", f"*/{TABLE}", f"*/{KARPATHY}"),
+    *(HUB, f"*/{HUB}"),
 )
 
 
@@ -58,7 +60,7 @@ def examples(
     places = [root / name for name in FOLDERS]
     folder = layout.first_folder([pathlib.Path(images)] if images else places)
     each = split == "train" if per_caption is None else per_caption
-    if file.suffix == ".json":
+    if file.suffix == ".json" or file.name == HUB:
         found = _listed(file, split, folder, each)
         return translated.examples(layout.not_empty(found, file, "captions"), translation, split)
     said, broken = _captions(file)
@@ -86,6 +88,8 @@ def _listed(file: pathlib.Path, split: str, folder: pathlib.Path, each: bool) ->
     place = captioned_list.below(folder, folder.parent)
     if file.name == KARPATHY:
         return captioned_list.karpathy(file, split, place, each)
+    if file.name == HUB:
+        return captioned_list.hub(file, split, place, each)
     return captioned_list.read(file, "image", place, each)
 
 
