@@ -103,6 +103,8 @@ def test_a_recipe_reads_no_file_out_of_reach(tmp_path):
     """The texts that it finds go to a translator."""
     root = tmp_path / "set"
     fixtures.visdial(root)
+    file = root / "visdial_1.0_train.json"
+    file.write_text(file.read_text("utf-8").replace("几个？", "how many?"), "utf-8")
     plant(root / "visdial_1.0_train.json", root, tmp_path / "private")
     with pytest.raises(UserError, match="lies outside of"):
         questions.build(str(root), str(tmp_path / "out"))
