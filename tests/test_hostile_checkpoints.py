@@ -10,6 +10,7 @@ import pickle
 import random
 import resource
 import struct
+import subprocess
 import sys
 import time
 import zipfile
@@ -286,3 +287,73 @@ def test_a_state_dict_within_itself_ends(tmp_path):
     for number, content in enumerate((circle, nested)):
         torch.save(content, tmp_path / f"{number}.pth")
         assert len(files.TorchFile(tmp_path / f"{number}.pth")) == 0
+
+
+def small(content):
+    """An archive's module that holds a tensor and what a pickle makes of some bytes."""
+    head, end = written(Module({"w": Tensor(0, (4, 4), (4, 1))}), {})[:-2], b"ub"
+    return head + written("x", {}) + content + end
+
+
+def rebuilt(entry, shape):
+    """A tensor whose entry and shape are the bytes of a pickle."""
+    storage = b"(" + written("storage", {}) + b"ctorch\nFloatStorage\n" + entry
+    storage += written("cpu", {}) + written(16, {}) + b"tQ"
+    strides = written((1,), {})
+    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\0" + shape + strides + b"tR"
+
+
+DOUBLED = b")" + b"2\x86" * 40  # a tuple of 2**40 parts, each level of which stands there once
+LONG = b"(" + b"K\x01" * 1_000_000 + b"lr\xff\0\0\0"
+AGAIN = b"j\xff\0\0\0"
+SWELLING = {
+    "a shape without end": rebuilt(written("0", {}), DOUBLED),
+    "a name without end": rebuilt(DOUBLED, written((4,), {})),
+    "copies of a list": b"("
+    + LONG
+    + (b"ctorch.jit._pickle\nbuild_intlist\n" + AGAIN + b"\x85R") * 300
+    + b"l",
+    "numbers of a nested list": b"ctorch\nDoubleStorage\n]" + b"2\x86" * 26 + b"\x85R",
+}
+
+
+@pytest.mark.parametrize("case", SWELLING)
+def test_a_small_pickle_neither_swells_nor_hangs(case, tmp_path):
+    path = tmp_path / "a.pt"
+    head = b"\x80\x02" + small(SWELLING[case]) + b"."
+    with zipfile.ZipFile(path, "w") as file:
+        for name, content in (("m/data.pkl", head), ("m/code/m.py", b""), ("m/data/0", bytes(64))):
+            file.writestr(name, content)
+    script = (
+        "import resource, sys; from xllm_jax.convert.torchscript import TorchScriptFile\n"
+        "from xllm_jax.core.errors import UserError\n"
+        "resource.setrlimit(resource.RLIMIT_CPU, (20, 20))\n"
+        "try: print(dict(TorchScriptFile(sys.argv[1]))['w'].shape)\n"
+        "except UserError: print('refused')\n"
+        "print(next(s for s in open('/proc/self/status') if s.startswith('VmHWM')))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True
+    )
+    told, peak, *_ = done.stdout.splitlines()
+    assert told in ("refused", "(4, 4)") and int(peak.split()[1]) < 400 << 10
+
+
+def test_names_of_nested_modules_are_bounded(tmp_path):
+    module = Module({f"t{n}": Tensor(0, (4, 4), (4, 1)) for n in range(5000)})
+    for _ in range(30):
+        module = Module({"n" * 1000: module})
+    with pytest.raises(UserError, match="TorchScript"):
+        TorchScriptFile(archive(tmp_path / "a.pt", module, FLOATS.tobytes()))
+
+
+@pytest.mark.parametrize("shape", [[1] * 65 + [4], [2**63 - 1] * 300_000, [0, 2**63]])
+def test_no_array_has_such_a_shape(shape, tmp_path):
+    entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, 16]}
+    header = json.dumps({"w": entry}).encode()
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(16))
+    begun = time.monotonic()
+    with pytest.raises(UserError, match="shape"):
+        SafetensorsFile(path)["w"]
+    assert time.monotonic() - begun < 5

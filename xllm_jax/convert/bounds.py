@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import reprlib
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from xllm_jax.core.errors import UserError
 MOST_JSON = 100_000_000  # bytes of a header, an index or a configuration
 MOST_PACKED = 1 << 24  # bytes that an entry of a small archive may unpack to
 LONGEST = 1000  # letters of a tensor's name
+MOST_DIMS = 64  # of an array, as of NumPy's
 SHOWN = 80  # letters of a stranger's text in a message
 
 
@@ -47,10 +49,12 @@ def shape(value: Any, dtype: Any, where: str) -> tuple[int, ...]:
     Raises:
       UserError: it is none that an array can have.
     """
-    numbers = isinstance(value, list | tuple) and all(type(n) is int and n >= 0 for n in value)
+    numbers = isinstance(value, list | tuple) and len(value) <= MOST_DIMS
+    numbers = numbers and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
     known = tuple(value) if numbers else ()
     if not numbers or math.prod(max(n, 1) for n in known) * np.dtype(dtype).itemsize > 1 << 62:
-        what = f"has the shape {repr(value)[:SHOWN]}"
+        # A pickle's tuple that holds itself in many places has a text without end.
+        what = f"has the shape {reprlib.repr(value)[:SHOWN]}"
         raise UserError(what, field=where, hint="Download it again")
     return known
 

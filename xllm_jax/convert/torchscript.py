@@ -8,7 +8,6 @@ the archive is ever run. PyTorch is not needed.
 
 from __future__ import annotations
 
-import collections
 import io
 import math
 import pickle
@@ -26,6 +25,7 @@ from xllm_jax.convert.header import Header
 from xllm_jax.core.errors import UserError
 
 DEPTH, NAMES = 64, 1 << 20  # of modules within each other, of tensors on all levels
+LETTERS = 1 << 26  # of all names on all levels
 STORAGES = {
     "HalfStorage": np.float16,
     "BFloat16Storage": ml_dtypes.bfloat16,
@@ -64,6 +64,8 @@ class TorchScriptFile(Mapping):
             bounds.check_archive(self._archive, self.path)
             root = next(n for n in self._archive.namelist() if n.endswith("/data.pkl"))
             self._root = root.removesuffix("data.pkl")
+            if self._archive.getinfo(root).file_size > bounds.MOST_PACKED:
+                raise ValueError("too large")
             with self._archive.open(root) as file:
                 self._places = _Walk().tensors(_load(file.read()))
         except UserError as error:
@@ -131,14 +133,15 @@ class _Reader(pickle.Unpickler):
         if module.split(".")[0] == "__torch__":
             return _Module
         if module == "torch" and name in STORAGES:
-            return STORAGES[name]
+            return np.dtype(STORAGES[name])  # which, unlike the type, cannot be called
         known = {
             ("torch._utils", "_rebuild_tensor_v2"): _place,
             ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
-            ("collections", "OrderedDict"): collections.OrderedDict,
+            ("collections", "OrderedDict"): lambda *_: {},
         }
         lists = ("build_intlist", "build_tensorlist", "build_doublelist", "build_boollist")
-        known |= {("torch.jit._pickle", kind): list for kind in lists}
+        # What they would copy holds no tensors, and could be copied any number of times.
+        known |= {("torch.jit._pickle", kind): lambda *_: [] for kind in lists}
         if (module, name) not in known:
             raise UserError(
                 f"its data names {module}.{name}, which is neither module nor tensor",
@@ -148,7 +151,10 @@ class _Reader(pickle.Unpickler):
 
     def persistent_load(self, pid: tuple) -> tuple[Any, str]:
         """('storage', dtype, entry, device, length) to what `_place` needs."""
-        return pid[1], str(pid[2])
+        _, dtype, entry, *_ = pid
+        if not isinstance(dtype, np.dtype) or type(entry) is not str:
+            raise ValueError("a storage without a type or a name")
+        return dtype, entry
 
 
 def _place(storage: tuple[Any, str], offset: int, shape: tuple, strides: tuple, *_: Any) -> Place:
@@ -166,8 +172,6 @@ def _load(content: bytes) -> Any:
     Raises:
       ValueError: it asks for more memory than a description of modules needs.
     """
-    if len(content) > bounds.MOST_PACKED:
-        raise ValueError("too large")
     # The unpickler makes a table as long as the highest number that objects are remembered by.
     for opcode, argument, _ in pickletools.genops(content):
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(content):
@@ -183,7 +187,7 @@ class _Walk:
 
     def __init__(self) -> None:
         self._known: dict[int, dict[str, Place]] = {}
-        self._names = 0
+        self._names = self._letters = 0
 
     def tensors(self, module: Any, depth: int = 0) -> dict[str, Place]:
         """{name: place} of every tensor below a module.
@@ -202,7 +206,9 @@ class _Walk:
             elif isinstance(value, _Module):
                 below = self.tensors(value, depth + 1)
                 self._names += len(below)
-                if self._names > NAMES or len(name) > bounds.LONGEST:
+                self._letters += sum(map(len, below)) + len(below) * len(name)
+                many = self._names > NAMES or self._letters > LETTERS
+                if many or len(name) > bounds.LONGEST:
                     raise ValueError("too many tensors, or too long a name")
                 found |= {f"{name}.{inner}": place for inner, place in below.items()}
         self._known[id(module)] = found
