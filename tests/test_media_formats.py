@@ -195,3 +195,15 @@ def test_a_huge_file_is_not_read_into_memory(tmp_path):
 def test_a_report_names_what_it_cannot_show(tmp_path):
     (tmp_path / "a.wav").write_text(SECRET)
     assert "not a readable audio file" in page.file("speech", str(tmp_path / "a.wav"), {})
+
+
+@pytest.mark.parametrize("shape", ["(True, 512)", "(-1, 512)", "(0, 99999999999999999999999)"])
+def test_features_of_no_shape_are_refused(shape, tmp_path):
+    head = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}".ljust(117) + "\n"
+    file = tmp_path / "a.npy"
+    file.write_bytes(
+        b"\x93NUMPY\1\0" + len(head).to_bytes(2, "little") + head.encode() + bytes(4096)
+    )
+    for read in (cif_features.load, cif_features.count):
+        with pytest.raises(UserError, match=r"a\.npy"):
+            read(file)

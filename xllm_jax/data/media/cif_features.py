@@ -40,6 +40,8 @@ def _shape_and_bytes(file: BinaryIO) -> tuple[tuple[int, ...], int]:
     first = np.lib.format.read_magic(file) == (1, 0)
     read = np.lib.format.read_array_header_1_0
     shape, _, dtype = (read if first else np.lib.format.read_array_header_2_0)(file)
+    if not all(type(length) is int and 0 <= length < 1 << 63 for length in shape):
+        raise ValueError(f"no array has the shape {str(shape)[:80]}")
     return shape, math.prod(shape) * dtype.itemsize
 
 
