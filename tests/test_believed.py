@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import subprocess
+import sys
 import tarfile
 
 import numpy as np
@@ -122,6 +124,29 @@ def test_a_manifest_of_nothing_is_told(prepared):
         file.write_text(content)
         with pytest.raises(UserError, match=r"manifest\.json"):
             opened(prepared)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"file": "a\0b"}, {"file": "\ud800"}, {"file": ".."}, {"file": "pipe", "bytes": 0}]
+    + [{"bytes": "12"}, {"bytes": None}, {"bytes": [1]}, {"sha256": 5}],
+)
+def test_a_manifest_of_odd_values_is_told(change, prepared):
+    """None is a traceback, and a pipe is not waited for."""
+    folder = prepared.shards.file(0).parent
+    os.mkfifo(folder / "pipe")
+    about = json.loads((folder / "manifest.json").read_text())
+    about["splits"]["train"]["shards"][1] |= change
+    (folder / "manifest.json").write_text(json.dumps(about))
+    script = (
+        "import sys; from pathlib import Path; from xllm_jax.data.rows import verified\n"
+        "from xllm_jax.core.errors import UserError\n"
+        "try: verified.check(Path(sys.argv[1]), 'train')\n"
+        "except UserError: print('refused')"
+    )
+    command = [sys.executable, "-c", script, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "refused\n", done.stderr
 
 
 def test_a_description_names_files_of_its_folder(prepared, tmp_path):

@@ -55,12 +55,14 @@ def differs(folder: Path, shard: Mapping[str, Any]) -> tuple[str, str] | None:
     """(file, how it differs) of a shard that is not what its note says, else None."""
     file = folder / shard["file"]
     try:
+        if file.exists() and not file.is_file():  # a pipe could be waited for without end
+            return str(file), "is no file"
         if file.stat().st_size != shard["bytes"]:
-            return str(file), f"has not the {shard['bytes']:,} bytes that {MANIFEST} says"
+            return str(file), f"has not the {shard['bytes']} bytes that {MANIFEST} says"
         if atomic.sha256(file) != shard["sha256"]:
             return str(file), f"has another checksum than {MANIFEST} says"
-    except OSError as error:
-        return str(file), f"cannot be read ({error.strerror})"
+    except (OSError, ValueError) as error:
+        return ascii(str(file))[1:-1], f"cannot be read ({getattr(error, 'strerror', error)})"
     return None
 
 
@@ -86,7 +88,7 @@ def _state(file: Path) -> tuple[int, ...]:
     """What changes when a file is written."""
     try:
         state = file.stat()
-    except OSError:
+    except (OSError, ValueError):  # not there, or a name that no file system knows
         return ()
     return state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino
 
