@@ -98,7 +98,9 @@ def test_a_lock_of_another_machine_is_watched_whatever_its_clock_says(file, soon
     assert "taken over from process 1 on other since then" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", '{"process": "../../etc"}', "null"])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[1]", '{"process": "../../etc"}', "null", "[" * 100_000]
+)
 def test_a_lock_that_says_nothing_is_watched_too(file, soon, content):
     file.write_text(content)
     with lock.Lock(file, "run"):

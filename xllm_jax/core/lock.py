@@ -117,7 +117,7 @@ def read(file: Path) -> dict[str, Any]:
     """What a lock says; {} for none, and for one that is just being written."""
     try:
         found = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
