@@ -224,7 +224,7 @@ def test_the_terms_of_the_answer_loss_add_up():
 
 def test_the_terms_of_speech_recognition_add_up(tmp_path, monkeypatch):
     made, examples = small_speech.make(tmp_path)
-    monkeypatch.setattr(mixture, "read", lambda *_: examples)
+    monkeypatch.setattr(mixture, "read", lambda *_, **__: examples)
     made.data.examples, made.data.frames = 6, made.data.frames[-1:]
     system = System.build(made, mesh.make({}))
     state = Trainer(system).initial_state()

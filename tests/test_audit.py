@@ -61,7 +61,7 @@ def staged(folder, monkeypatch):
             threads=1,
             **(shapes | fields),
         )
-        monkeypatch.setattr(mixture, "read", lambda name, source, root: sources[name])
+        monkeypatch.setattr(mixture, "read", lambda name, source, root, **_: sources[name])
         return Stage(name="small", data=data)
 
     return make

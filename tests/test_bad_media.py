@@ -137,7 +137,7 @@ def batches(folder, monkeypatch, tmp_path):
             threads=threads,
             **(SHAPES | {"max_bad_share": 1.0} | fields),
         )
-        monkeypatch.setattr(mixture, "read", lambda name, source, root: examples)
+        monkeypatch.setattr(mixture, "read", lambda name, source, root, **_: examples)
         listed = tmp_path / "quarantine.jsonl"
         batch, info = next(Pipeline(data, quarantine=listed).iterate())
         lines = listed.read_text("utf-8").splitlines() if listed.exists() else []

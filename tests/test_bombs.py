@@ -204,7 +204,7 @@ def test_preparing_leaves_out_what_hangs_or_kills(tmp_path, monkeypatch):
     reasons = [one["reason"] for one in note["rejects"]]
     assert reasons == ["took longer than 3 s to decode", "ended its decoder (SIGSEGV)"]
     assert note["records"] == 2 and time.monotonic() - began < 60
-    monkeypatch.setattr(mixture, "read", lambda *_: found)
+    monkeypatch.setattr(mixture, "read", lambda *_, **__: found)
     monkeypatch.setattr(transforms, "DEADLINE", 3.0)
     usable = transforms.Usable("some", source)
     assert [usable(place)[1] is None for place in range(4)] == [True, False, True, False]

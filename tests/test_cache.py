@@ -120,7 +120,7 @@ def test_files_of_features_give_the_losses_of_their_sounds(speech, plain, tmp_pa
     made = small_cache.changed(speech[0], speech_features="cif", speech_width=16)
     sources = as_files(speech[0], speech[1], tmp_path)
     kept = pipeline.Pipeline(cached(*speech).data).iterate()
-    monkeypatch.setattr(mixture, "read", lambda name, source, root: sources[name])
+    monkeypatch.setattr(mixture, "read", lambda name, source, root, **_: sources[name])
     given = pipeline.Pipeline(made.data).iterate()
     for _ in range(6):
         jax.tree.map(np.testing.assert_array_equal, next(kept)[0], next(given)[0])
@@ -334,7 +334,7 @@ def test_shared_media_are_kept_once(tmp_path, monkeypatch):
     small_cache.draw(tmp_path / "pictures", 2)
     paths = [str(tmp_path / "pictures" / f"{n:02d}.png") for n in range(2)]
     rows = [Example(f"e{n}", (("image", paths[n % 2]),), "问", "答") for n in range(6)]
-    monkeypatch.setattr(mixture, "read", lambda name, source, root: rows)
+    monkeypatch.setattr(mixture, "read", lambda name, source, root, **_: rows)
     made = cache_plan.make(small_cache.pictures(tmp_path), tmp_path / "cache", CONFIG, 5)
     assert [cache_plan.FeatureCachePlan.medium(made, made.jobs[0], n)[0] for n in range(2)] == paths
     assert len(made.jobs[0].places) == 2 and "2 media" in cache_plan.summary(made)
@@ -420,7 +420,7 @@ def test_a_new_modality_needs_nothing_here(tmp_path, arithmetic, monkeypatch):
         Example(f"e{n}", (("depth", str(tmp_path / "pictures" / f"{n:02d}.png")),), "问", "答")
         for n in range(3)
     ]
-    monkeypatch.setattr(mixture, "read", lambda name, source, root: rows)
+    monkeypatch.setattr(mixture, "read", lambda name, source, root, **_: rows)
     stage = small_cache.pictures(tmp_path, items={"depth": 1}, embeddings={"depth": 4})
     stage.modalities = {"depth": stage.modalities["image"]}
     stage.data.modalities = {"depth": "xllm_jax.data.media.image:MODALITY"}

@@ -52,7 +52,7 @@ def data(monkeypatch):
     """Settings whose one source has these examples."""
 
     def make(examples, **fields):
-        monkeypatch.setattr(mixture, "read", lambda name, source, root: examples)
+        monkeypatch.setattr(mixture, "read", lambda name, source, root, **_: examples)
         settings = {
             "sources": {"a": Source("list")},
             "tokenizer": str(TOKENIZER),

@@ -117,7 +117,7 @@ def test_batches_of_another_family(monkeypatch, form):
     examples = [Example(f"e{i}", (), "abc"[:i], "xyz"[: i or 1], "vqa") for i in range(1, 4)]
     examples.append(Example("text", (), "", "hello", "text"))
     asked = [e for e in examples if form == "blank_infilling" or e.instruction]
-    monkeypatch.setattr(mixture, "read", lambda *_: asked)
+    monkeypatch.setattr(mixture, "read", lambda *_, **__: asked)
     made = data(batch_format=form)
     batch, info = next(Pipeline(made, train=False).iterate())
     assert batch.positions.shape == (2, 24, 1) and len(info["keys"]) == len(asked)

@@ -55,7 +55,7 @@ def pipeline(golden, folder, monkeypatch):
             vocabulary=str(golden / "vision" / "weights" / "bert-base-uncased"),
             **(SHAPES | fields),
         )
-        monkeypatch.setattr(mixture, "read", lambda name, source, root: sources[name])
+        monkeypatch.setattr(mixture, "read", lambda name, source, root, **_: sources[name])
         return Pipeline(data, seed, *process, train, quarantine)
 
     return make

@@ -199,7 +199,7 @@ def test_scalars_reach_weights_and_biases(tmp_path, monkeypatch):
 
 def test_a_run_compiles_once_for_every_length_bucket(tmp_path, monkeypatch, capsys):
     stage, examples = small_speech.make(tmp_path)
-    monkeypatch.setattr(mixture, "read", lambda *_: examples)
+    monkeypatch.setattr(mixture, "read", lambda *_, **__: examples)
     shapes, noted = set(), telemetry.Interval.work
     monkeypatch.setattr(
         telemetry.Interval,

@@ -106,7 +106,7 @@ def test_character_errors_are_those_of_the_recognizer(tmp_path, monkeypatch):
     after another, and the losses against one batch of all."""
     stage, examples = small_speech.make(tmp_path)
     (tmp_path / "3.flac").unlink()
-    monkeypatch.setattr(mixture, "read", lambda *_: examples[:7])
+    monkeypatch.setattr(mixture, "read", lambda *_, **__: examples[:7])
     source = Source("list", split="val")
     stage.validation = Validation({"a": source}, examples=0, every=1, metrics=("cer",))
     system, said = System.build(stage, mesh.make({})), []
