@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import subprocess
 import sys
 import tomllib
@@ -16,6 +17,7 @@ import pytest
 import sentencepiece
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from PIL import Image
 
 from xllm_jax.data.text.chatglm_tokenizer import train_tokenizer
 from xllm_jax.launch import commands
@@ -41,7 +43,7 @@ STEPS = {
     ),
     "convert": ("--source=chatglm --input=chatglm --output=base", "written to base"),
     "prepare": ("--source=coco --input=world/coco --output=prepared", "12 records in 1 shards"),
-    "build-data": ("--recipe=questions --input=world/visdial --output=texts", "texts: 0"),
+    "build-data": ("--recipe=questions --input=english --output=texts", "texts: 3"),
     "inspect": (
         "--config=world_llm:tiny --samples=1 --config.data.tokenizer=bases/llm",
         "With samples: ",
@@ -68,6 +70,12 @@ def folder(tmp_path_factory):
     """Where the steps run, one after another."""
     made = tmp_path_factory.mktemp("steps")
     (made / "chatglm").symlink_to(ROOT / "tests/golden/chatglm/weights")
+    talk = {"image_id": 7, "caption": "a circle", "dialog": [{"question": 0, "answer": 0}]}
+    data = {"questions": ["what color"], "answers": ["red"], "dialogs": [talk]}
+    (made / "english/images").mkdir(parents=True)
+    (made / "english/visdial_1.0_train.json").write_text(json.dumps({"data": data}))
+    picture = made / "english/images/COCO_train2014_000000000007.jpg"
+    Image.new("RGB", (8, 8)).save(picture)
     return made
 
 

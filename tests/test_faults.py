@@ -109,7 +109,8 @@ def test_a_source_that_hangs_is_told_with_its_host_and_record(tmp_path):
         "        self.reads += 1\n"
         "        if self.reads > 40: threading.Event().wait()\n"
         "        return self.examples[index]\n"
-        "mixture.read = lambda *a: Hanging(read(*a)) if INDEX else read(*a)\n"
+        "def hanging(*a, **o): return Hanging(read(*a, **o)) if INDEX else read(*a, **o)\n"
+        "mixture.read = hanging\n"
     )
     codes = fit(2, tmp_path, hang, stall=15)
     assert codes == [cli.LOST] * 2, host_runs.said(tmp_path, 2)

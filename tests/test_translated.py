@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import reader_fixtures
 from fake_endpoint import KEY, chinese, serving
+from restricted import restricted
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
@@ -187,7 +188,7 @@ def test_a_killed_run_goes_on_and_asks_nothing_twice(pictures, tmp_path):
         server.delay = 0.3
         flags = ["--recipe=translated", "--reader=table", f"--input={pictures}", "--parallel=1"]
         flags += [f"--output={tmp_path / 'out'}", f"--endpoint={server.url}", "--model=fake"]
-        command = [sys.executable, "-m", "xllm_jax.launch.build_data", *flags]
+        command = [*restricted(), sys.executable, "-m", "xllm_jax.launch.build_data", *flags]
         running = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
         while len(server.asked) < 2:
             time.sleep(0.02)
@@ -208,7 +209,7 @@ def test_ctrl_c_ends_all_waits_at_once(pictures, tmp_path):
     with serving(*["429"] * 99, pause="50") as server:
         flags = ["--recipe=translated", "--reader=table", f"--input={pictures}", "--model=fake"]
         flags += [f"--output={tmp_path / 'out'}", f"--endpoint={server.url}"]
-        command = [sys.executable, "-m", "xllm_jax.launch.build_data", *flags]
+        command = [*restricted(), sys.executable, "-m", "xllm_jax.launch.build_data", *flags]
         running = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
         while len(server.asked) < 3:
             time.sleep(0.02)

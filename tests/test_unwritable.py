@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import host_runs
 import pytest
 import small_runs
 import small_stage
+from restricted import restricted
 
 from xllm_jax.core import atomic, disk
 from xllm_jax.core.errors import CannotWrite, UserError
@@ -38,21 +38,6 @@ ENVIRONMENT = os.environ | {
 }
 
 
-# Limits itself and becomes the command. `preexec_fn` would run between fork and exec, where threads
-# of JAX and gRPC are no more.
-RESTRICT = """
-import os, resource, signal, sys
-signal.signal(signal.SIGINT, signal.SIG_DFL)
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
-os.execv(sys.argv[2], sys.argv[2:])
-"""
-
-
-def restricted(limit: int) -> list[str]:
-    """Start of a command none of whose files gets larger than so many bytes."""
-    return [sys.executable, "-c", RESTRICT, str(limit)]
-
-
 def train(folder: Path, workdir: Path | str, steps: int, limit: int = 0, **options):
     """Starts `xllm train` of a small stage; no file may get larger than `limit` bytes."""
     config = folder / f"stage{steps}.py"
@@ -60,7 +45,7 @@ def train(folder: Path, workdir: Path | str, steps: int, limit: int = 0, **optio
     command = (sys.executable, "-m", "xllm_jax.launch.commands", "train", f"--config={config}")
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} | options
     return subprocess.Popen(
-        [*restricted(limit or resource.RLIM_INFINITY), *command, f"--workdir={workdir}"],
+        [*(restricted(limit) if limit else restricted()), *command, f"--workdir={workdir}"],
         cwd=folder,
         env=ENVIRONMENT | ({"JAX_ENABLE_COMPILATION_CACHE": "false"} if limit else {}),
         text=True,
