@@ -15,7 +15,6 @@ from xllm_jax.convert.verify.recording import UNUSED
 
 pytestmark = pytest.mark.golden
 
-FILES = sorted(str(path.relative_to(GOLDEN)) for path in GOLDEN.glob("*/*.npz"))
 LLM_WORDS = "ids and labels of the language model's own tokenizer, for which a stand-in was used"
 OPT = "of OPT, another language model"
 # {file: {pattern of arrays: why nothing compares them}}
@@ -41,7 +40,23 @@ OTHERS = {
     "vision/cases_frame_selection.json": "numbers of frames: test_video.py",
     "chatglm/tokenizer/*": "texts and ids: test_tokenizer.py",
     "speech/cer.json": "counts of errors: test_cer.py",
+    "nextgpt/MANIFEST.json": "sizes and hashes of the other files",
+    "nextgpt/tolerances.json": "tolerances, which replays read",
+    "nextgpt/imagebind.*": "encoders of the second half of any-to-any",
+    "nextgpt/llama.*": "another LLM, not here yet",
+    "nextgpt/lora.*": "another LLM, not here yet",
+    "nextgpt/losses.*": "another LLM, not here yet",
+    "nextgpt/generation.*": "another LLM, not here yet",
+    "nextgpt/formats.*": "another LLM's prompts, not here yet",
+    "nextgpt/formats_cases.json": "another LLM's prompts, not here yet",
+    "nextgpt/formats_rewrite.json": "another LLM's prompts, not here yet",
+    "nextgpt/tokenizer/*": "another LLM's tokenizer, not here yet",
 }
+FILES = sorted(
+    name
+    for name in (str(path.relative_to(GOLDEN)) for path in GOLDEN.glob("*/*.npz"))
+    if not any(fnmatch.fnmatch(name, pattern) for pattern in OTHERS)
+)
 
 
 @pytest.fixture(scope="module")

@@ -63,6 +63,8 @@ def size_row(sizes: Mapping[str, Mapping[str, Any]], name: str, field: str) -> d
 def attribute(package: str, name: str, field: str = "") -> tuple[ModuleType, Any]:
     """Resolves 'file.Attribute' inside a package, or 'other_package.module:Attribute' outside.
 
+    Files of a folder in the package are 'folder.file.Attribute'.
+
     Args:
       package: dotted name that files are looked up in.
       name: the attribute.
@@ -76,12 +78,16 @@ def attribute(package: str, name: str, field: str = "") -> tuple[ModuleType, Any
     """
     if ":" in name:
         return imported(name, field)
-    file, _, attribute_name = name.partition(".")
-    found = module(package, file, field)
+    first, *rest = name.split(".")
+    found = module(package, first, field)
+    while len(rest) > 1 and hasattr(found, "__path__"):
+        found = module(found.__name__, rest.pop(0), field)
+    attribute_name, hint = ".".join(rest), "Write it as 'file.Class'"
+    if hasattr(found, "__path__") or not rest:
+        raise UserError(f"{name!r} names a folder or a file", field=field, hint=hint)
     if not hasattr(found, attribute_name):
-        raise UserError(
-            f"{file}.py has no {attribute_name!r}", field=field, hint="Write it as 'file.Class'"
-        )
+        file = found.__name__.removeprefix(f"{package}.").replace(".", "/")
+        raise UserError(f"{file}.py has no {attribute_name!r}", field=field, hint=hint)
     return found, getattr(found, attribute_name)
 
 

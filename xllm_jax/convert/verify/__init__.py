@@ -2,7 +2,7 @@
 
 A recording is a folder of `.npz` files with settings and tolerances beside them;
 `docs/recording.md` tells how to make one. Its family is recognized by what the folder holds,
-wherever it lies; `chatglm`, `vision` and `speech` each replay one family.
+wherever it lies; `chatglm`, `vision`, `speech` and `nextgpt` each replay one family.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from types import ModuleType
 
 import jax
 
-from xllm_jax.convert.verify import chatglm, speech, tolerances, vision
+from xllm_jax.convert.verify import chatglm, nextgpt, speech, tolerances, vision
 from xllm_jax.convert.verify.recording import PASS, UNUSED, Comparison, Replay
 from xllm_jax.convert.verify.tolerances import Tolerances
 from xllm_jax.core.errors import UserError
 
-FAMILIES = (chatglm, vision, speech)
+FAMILIES = (nextgpt, chatglm, vision, speech)  # the first that recognizes a folder replays it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,10 @@ def recordings(folder: str | Path) -> list[Recording]:
     """
     folder = Path(folder)
     for homes in ([folder], sorted(path for path in folder.glob("*") if path.is_dir())):
-        found = [(home, f) for home in homes for f in FAMILIES if f.recognized(home)]
+        fitting = [
+            (home, next((f for f in FAMILIES if f.recognized(home)), None)) for home in homes
+        ]
+        found = [(home, family) for home, family in fitting if family]
         if found:
             return [
                 Recording(home, tolerances.read(home, family.TOLERANCES), family.steps(home))
