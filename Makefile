@@ -29,9 +29,11 @@ endif
 	$(call install,--editable='.[test]')
 	@touch $@
 
-# QUICK=1 does the same in about three minutes with whatever quality that gives.
+# QUICK=1 does the same in about three minutes with whatever quality that gives. SEED=1 trains with
+# another seed, SEEDS=3 with three, one after another.
 demo: .venv/ready
-	$(BIN)/xllm demo --output=demo $(if $(QUICK),--quick)
+	$(BIN)/xllm demo --output=demo $(if $(QUICK),--quick) $(if $(SEED),--seed=$(SEED)) \
+	  $(if $(SEEDS),--seeds=$(SEEDS))
 
 chat: .venv/ready
 	$(BIN)/xllm chat --checkpoint=demo/runs/stage3

@@ -1,11 +1,15 @@
 """Runs X-LLM end to end in miniature: builds the world, trains all stages, evaluates.
 
-    xllm demo --output=demo [--quick]
+    xllm demo --output=demo [--quick] [--seed=1] [--seeds=3]
 
 Every step is a command that a user could type; it is printed, and what it says goes to
 `demo/logs/NAME.log`. Two steps run at a time, one core each, wherever they do not need each other:
 on few cores that is almost twice as fast as giving both cores to one small model. A second call
 continues where the first one stopped.
+
+World and backbones are the same for every seed, so that runs differ by their trainings alone. Seed
+0 lies in the output folder itself, another one in `seed-N` below. Several seeds give a table over
+runs, too.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ from xllm_jax.core import atomic, disk
 from xllm_jax.core.progress import Bar
 from xllm_jax.core.text_lines import split_lines
 from xllm_jax.launch import cli, commands
+from xllm_jax.report import spread
 
 OUTPUT = flags.DEFINE_string(
     "output", "demo", "Folder in which the world, the runs and the report are written."
@@ -38,7 +43,14 @@ QUICK = flags.DEFINE_bool(
 SLOTS = flags.DEFINE_integer(
     "slots", 0, "Number of steps that run at a time; 0 runs one for each core, two at most."
 )
+SEED = flags.DEFINE_integer(
+    "seed", 0, "Seed of all trainings; the world and its test split stay as they are.", 0
+)
+SEEDS = flags.DEFINE_integer(
+    "seeds", 1, "Number of seeds that run one after another, from --seed on.", 1
+)
 
+SHARED = ("world", "bases", "cache")  # folders that all seeds have in common
 # Optimizer updates of each stage when --quick cuts them.
 QUICK_STEPS = {
     "stage1_speech": 30,
@@ -62,8 +74,16 @@ class Job:
     alone: bool = False
 
 
-def stage(name: str, config: str, needs: tuple[str, ...], *more: str) -> Job:
-    """The job that trains one stage with its tiny configuration."""
+def stage(name: str, config: str, seed: int, needs: tuple[str, ...], *more: str) -> Job:
+    """The job that trains one stage with its tiny configuration.
+
+    Args:
+      name: of the job and its run.
+      config: the stage.
+      seed: of the training.
+      needs: jobs before it.
+      more: flags.
+    """
     # Few steps do not repay the longer compilation of unrolled layers, nor that of a second bucket,
     # nor that of measuring held-out data.
     quick: tuple[str, ...] = ()
@@ -72,26 +92,29 @@ def stage(name: str, config: str, needs: tuple[str, ...], *more: str) -> Job:
         quick += ("--config.validation.every=0",)
     if QUICK.value and name in ("stage1_speech", "stage2_speech"):
         quick += (f"--config.data.frames=({networks.TINY_FRAMES[-1]},)",)
-    arguments = (f"--config={config}:tiny", f"--workdir=runs/{name}", *more, *quick)
+    own = (f"--config.seed={seed}",) if seed else ()
+    arguments = (f"--config={config}:tiny", f"--workdir=runs/{name}", *own, *more, *quick)
     return Job(name, "train", arguments, needs)
 
 
-def jobs() -> list[Job]:
-    """All steps; earlier ones are started first."""
+def jobs(seed: int = 0) -> list[Job]:
+    """All steps with one seed; earlier ones are started first."""
     size = ("--quick",) if QUICK.value else ()
     limit = ("--limit=24",) if QUICK.value else ()
-    start = ("world", "bases")
+    start, fresh = ("world", "bases"), "--config.init.image_interface="
+    up = "../" if seed else ""
+    stage2 = ("stage2_image", "stage2_video", "stage2_speech")
     return [
-        Job("world", "world", ("--output=world", *size)),
-        Job("bases", "build-backbones", ("--output=bases",)),
-        stage("stage1_image", "stage1_image", start),
-        stage("stage1_speech", "stage1_speech", start),
-        stage("stage2_image", "stage2_image", ("stage1_image",)),
-        stage("stage2_speech", "stage2_speech", ("stage1_speech",)),
-        stage("stage2_video", "stage2_video", ("stage2_image",)),
+        Job("world", "world", (f"--output={up}world", *size)),
+        Job("bases", "build-backbones", (f"--output={up}bases",)),
+        stage("stage1_image", "stage1_image", seed, start),
+        stage("stage1_speech", "stage1_speech", seed, start),
+        stage("stage2_image", "stage2_image", seed, ("stage1_image",)),
+        stage("stage2_speech", "stage2_speech", seed, ("stage1_speech",)),
+        stage("stage2_video", "stage2_video", seed, ("stage2_image",)),
         # The same number of steps from a fresh interface: Table 1's "no init".
-        stage("stage2_image_no_init", "stage2_image", start, "--config.init.image_interface="),
-        stage("stage3", "stage3_instruction", ("stage2_image", "stage2_video", "stage2_speech")),
+        stage("stage2_image_no_init", "stage2_image", seed, start, fresh),
+        stage("stage3", "stage3_instruction", seed, stage2),
         Job(
             "evaluate",
             "evaluate",
@@ -208,16 +231,40 @@ def fail(failed: Running) -> NoReturn:
     raise SystemExit("\n".join([said, *lines[-15:]]))
 
 
-def main(_: list[str]) -> None:
+def run_seed(output: Path, seed: int) -> Path:
+    """Runs all steps with one seed, prints the report and the times; returns the seed's folder.
+
+    Args:
+      output: folder of the demo.
+      seed: of the trainings.
+    """
     began = time.monotonic()
-    folder = Path(OUTPUT.value).absolute()
-    disk.make_folder(folder)
-    seconds = run_all(jobs(), folder)
+    folder = output / f"seed-{seed}" if seed else output
+    for name in SHARED if seed else ():
+        disk.make_folder(folder)
+        if not (folder / name).is_symlink():
+            (folder / name).symlink_to(Path("..") / name, target_is_directory=True)
+    disk.make_folder(output / "cache")
+    seconds = run_all(jobs(seed), folder)
     seconds["whole run"] = time.monotonic() - began
     print((folder / "report.txt").read_text("utf-8"))
     for name, value in seconds.items():
         print(f"{name:24s} {value:7.0f} s")
-    print(f"\nThe report with pictures: {Path(OUTPUT.value) / 'report.html'}")
+    print(f"\nThe report with pictures: {os.path.relpath(folder / 'report.html')}")
+    return folder
+
+
+def main(_: list[str]) -> None:
+    output = Path(OUTPUT.value).absolute()
+    disk.make_folder(output)
+    seeds = range(SEED.value, SEED.value + SEEDS.value)
+    made = {seed: spread.values(run_seed(output, seed)) for seed in seeds}
+    if len(made) > 1:
+        shown = spread.text(made)
+        atomic.write_text(output / "seeds.txt", shown + "\n")
+        print(f"\n{shown}")
+    elif not QUICK.value:
+        print(spread.place(made[SEED.value], spread.recorded()))
 
 
 if __name__ == "__main__":

@@ -62,12 +62,22 @@ GOALS = (
         ("blind", "shuffled"),
     ),
 )
-# (name in 'comparisons', claim): the difference must lie above 0.
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """A difference, named as in 'comparisons', that lies above 0."""
+
+    title: str
+    name: str
+    metric: str
+
+
 CLAIMS = (
-    ("init_cider", "Initialized above “no init”, captions (CIDEr-D)"),
-    ("init_vqa", "Initialized above “no init”, visual questions"),
-    ("stage3_spoken", "Stage 3 improves spoken visual question answering"),
-    ("zero_shot", "Spoken questions before stage 3 above their best control"),
+    Claim("Initialized above “no init”, captions (CIDEr-D)", "init_cider", "cider"),
+    Claim("Initialized above “no init”, visual questions", "init_vqa", "accuracy"),
+    Claim("Stage 3 improves spoken visual question answering", "stage3_spoken", "accuracy"),
+    Claim("Spoken questions before stage 3 above their best control", "zero_shot", "accuracy"),
 )
 TABLE1 = (
     ("image interface initialized (stage 1)", "before"),
@@ -128,12 +138,12 @@ def find(measures: Mapping[str, Any], name: str, metric: str) -> Mapping[str, An
 def goals(measures: Mapping[str, Any], comparisons: Mapping[str, Any]) -> Table:
     """The demo's goals: measured, its controls, met or missed."""
     rows = [goal_row(goal, find(measures, goal.measure, goal.metric)) for goal in GOALS]
-    for name, title in CLAIMS:
-        if name in comparisons:
-            found = comparisons[name]
+    for one in CLAIMS:
+        if one.name in comparisons:
+            found = comparisons[one.name]
             shown = number(found, found["metric"], interval=True)
             gain, count = Cell(f"+{shown}" if found["value"] > 0 else shown), str(found["samples"])
-            row = (Cell(title), gain, Cell(count), *[Cell(NONE)] * 3, Cell("> 0"), claim(found))
+            row = (Cell(one.title), gain, Cell(count), *[Cell(NONE)] * 3, Cell("> 0"), claim(found))
             rows.append(row)
     head = ("", *CONTROLLED, "goal", "")
     note = (
