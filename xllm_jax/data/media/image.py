@@ -18,7 +18,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data
-from xllm_jax.data.media import formats, paths
+from xllm_jax.data.media import formats, image_work, paths
 from xllm_jax.data.media.modality import Modality
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -101,8 +101,9 @@ def read(
     try:
         content = paths.whole(path, "image", MOST_BYTES)
         formats.check(path, "image", content.getbuffer()[: formats.HEAD].tobytes())
+        image_work.check(path, content.getvalue())
         with Image.open(content, formats=formats.IMAGES) as picture:
-            _check_size(picture, most_pixels, path)
+            _check_size(picture, most_pixels, path, image_work.buffered(content.getvalue()))
             picture.load()
             turn = TURNS.get(_exif_orientation(picture)) if orientation == "exif" else None
             found = _to_rgb(picture)
@@ -121,20 +122,31 @@ def read(
 def _exif_orientation(picture: Image.Image) -> int:
     """EXIF's number, 1 where there is none or nobody can read it."""
     try:
+        raw = picture.info.get("exif") or bytes.fromhex(
+            "".join(picture.info.get("Raw profile type exif", "").split("\n")[3:])
+        )
+        if image_work.crowded(raw):
+            return 1
         return int(picture.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # what damaged tags raise has no bounds, and the picture is there
         return 1
 
 
-def _check_size(picture: Any, most_pixels: int, path: str | Path) -> None:
+def _check_size(picture: Any, most_pixels: int, path: str | Path, buffered: bool) -> None:
     """Looks at an opened image before it is decoded; a JPEG that is too large is made smaller.
+
+    Args:
+      picture: just opened.
+      most_pixels: that it may have.
+      path: for the message.
+      buffered: its decoder keeps coefficients until the last scan has come.
 
     Raises:
       UserError: too many pixels, or too much memory for them.
     """
     width, height = picture.size
-    # Coefficients of progressive files are kept at full size, two bytes for each of three channels.
-    kept = 6 * width * height if picture.info.get("progressive") else 0
+    # Coefficients are kept at full size, two bytes for each channel.
+    kept = 2 * len(picture.getbands()) * width * height if buffered else 0
     for share in (1, 2, 4, 8):
         if share > 1:
             picture.draft(None, (width // share, height // share))
