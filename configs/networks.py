@@ -6,7 +6,7 @@ networks must agree on are stated here once.
 """
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.core.stage import Part, Route
+from xllm_jax.core.stage import Output, Part, Route, Signals
 
 # The miniature's fields that depend on its vocabulary files rather than on a SIZES row.
 TINY_VOCABULARY = 576
@@ -24,6 +24,12 @@ TINY_LLM = {
 TINY_QUERIES = 24
 TINY_SPEECH_TOKENS = 24
 TINY_FRAMES = (256, 416)
+
+# Ids of the signal tokens begin where those of the LLM's tokenizer end.
+FIRST_SIGNAL = {"real": 130_344, "tiny": 521}
+TINY_CAPTION = 32  # tokens, and as many embeddings, for the mini text encoder
+
+DECODER = "bases/image_decoder"  # text encoder, UNet and autoencoder of a diffusion model
 
 MODALITIES = {
     "image": Route("vision_encoder", "image_interface"),
@@ -65,6 +71,35 @@ def asr_decoder(size: str) -> Part:
     """The decoder of the stage-1 ASR model."""
     fields = {"vocab": TINY_CHARACTERS} if size == "tiny" else {}
     return Part("asr.ASRDecoder", _row(size, "cif_asr"), fields)
+
+
+def signal_tokens(size: str) -> Part:
+    """Rows of the LLM's tables for the tokens that stand for pictures in its answers."""
+    fields = {"width": TINY_LLM_WIDTH} if size == "tiny" else {}
+    return Part("outputs.signal_tokens.SignalTokens", _row(size, "chatglm_6b"), fields)
+
+
+def image_projection(size: str) -> Part:
+    """NExT-GPT's output projection for Stable Diffusion 1.5."""
+    fields = {"queries": TINY_CAPTION, **_adapter(size)} if size == "tiny" else {}
+    row = _row(size, "stable_diffusion_1")
+    return Part("outputs.projection.TransformerProjection", row, fields)
+
+
+def text_encoder(size: str) -> Part:
+    """The text encoder of Stable Diffusion 1.5, or the miniature's."""
+    fields = {"positions": TINY_CAPTION} if size == "tiny" else {}
+    return Part("clip_text.ClipText", _row(size, "clip_vit_l_14"), fields)
+
+
+def signals(size: str, runs: int) -> Signals:
+    """The signal tokens of pictures, with places for so many in a row."""
+    return Signals(FIRST_SIGNAL[size], 4, runs)
+
+
+def image_output() -> Output:
+    """How answers hold pictures."""
+    return Output("image_projection", "text_encoder", DECODER)
 
 
 def _row(size: str, published: str) -> str:

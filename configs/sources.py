@@ -33,6 +33,15 @@ INSTRUCTIONS = {
     "vsdial_cn": Source("vsdial_cn", "vsdial_cn", options={"kind": "spoken"}),
 }
 
+# Captions as requests to draw. The answer says the caption first, as NExT-GPT's first version does:
+# the frozen LLM's states at the signal tokens are then about it.
+REQUESTS = {
+    "cc3m": Source("requests", "cc3m", options={"reader": "cc3m", "wording": "en", "echo": True}),
+}
+WORLD_REQUESTS = {
+    "requests": Source("requests", "coco", options={"reader": "coco", "reply": False}),
+}
+
 
 def validation(sources: dict[str, Source], examples: int, every: int, *metrics: str) -> Validation:
     """The validation splits of some sources, measured every so many micro-batches.

@@ -26,7 +26,7 @@ from xllm_jax.training.trainer import Trainer, stage_loss
 ROWS = 8
 STAGES = (
     "stage1_speech", "stage1_image", "stage2_image", "stage2_video", "stage2_speech",
-    "stage3_instruction",
+    "stage3_instruction", "stage_output_image",
 )  # fmt: skip
 MESHES = {
     "data 8": {"data": 8},
@@ -45,6 +45,7 @@ SHALLOW = {
     "glm.ChatGLM": {"depth": 2},
     "conformer.SpeechEncoder": {"depth": 2, "pools": (1,), "dropout": 0.0},
     "speech_interface.SpeechInterface": {"depth": 1},
+    "clip_text.ClipText": {"depth": 1},
     "asr.ASRDecoder": {"self_blocks": 1, "visual_blocks": 1, "linguistic_blocks": 0},
 }
 OFFLOADED = "stage2_image"  # also with its frozen parameters in the host's memory
@@ -73,7 +74,7 @@ def stage(name):
     return made
 
 
-def fill(shapes, rng):
+def fill(shapes, rng, signals):
     """Arrays of these shapes that are a sensible batch: everything real, no padding."""
 
     def array(path, x):
@@ -97,7 +98,14 @@ def fill(shapes, rng):
             return np.broadcast_to(np.where(place < 8, place, -1), x.shape).astype(np.int32)
         return rng.integers(3, 30, x.shape).astype(np.int32)
 
-    return jax.tree_util.tree_map_with_path(array, shapes)
+    batch = jax.tree_util.tree_map_with_path(array, shapes)
+    for name, table in getattr(batch, "signals", {}).items():
+        # One run behind the other, and the last of each row is padding.
+        first, count, runs = signals[name].first, signals[name].count, signals[name].runs
+        table.start[:] = 40 + count * np.arange(runs)
+        table.weights[:, -1] = 0
+        batch.ids[:, 40 : 40 + count * runs] = np.tile(first + np.arange(count), runs)
+    return batch
 
 
 def compare(name):
@@ -105,7 +113,7 @@ def compare(name):
     made = stage(name)
     shapes = networks.shapes(networks.model(made))
     params = {path: values(path, x) for path, x in rules.flatten(shapes).items()}
-    batch = fill(batch_format.find(made.data).shapes(), np.random.default_rng(0))
+    batch = fill(batch_format.find(made.data).shapes(), np.random.default_rng(0), made.data.signals)
     alone = gradients(made, {}, params, batch)
     found = {
         mesh_name: difference(alone, gradients(made, axes, params, batch))

@@ -18,6 +18,7 @@ NAMES = (
     "stage2_video",
     "stage2_speech",
     "stage3_instruction",
+    "stage_output_image",
 )
 
 # Paper, Table 7: peak, minimum, start of the warm-up, its updates, examples of an update
@@ -52,6 +53,20 @@ def test_a_config_builds(name, size):
     assert "llm" not in trainable
     assert "vision_encoder" not in trainable
     assert count(trainable) + count(frozen) == count(shapes)
+
+
+def test_the_output_stage_follows_next_gpt():
+    """Section 4.1 and Table 7 of arXiv 2309.05519, and what its code adds (betas, clipping)."""
+    stage = config("stage_output_image", "real")
+    how = stage.optimizer
+    assert (how.schedule, how.peak, how.minimum) == ("linear", 4e-4, 0.0)
+    assert (how.b1, how.b2, how.eps, how.weight_decay, how.clip) == (0.9, 0.95, 1e-8, 0.001, 1.0)
+    assert how.warmup_steps == stage.steps // 10
+    assert stage.data.length == 512 and stage.data.signals["image"].count == 4
+    system = System.build(stage, mesh.make({}))
+    trainable = rules.split(stage.trainable, system.tree)[0]
+    assert count(trainable) == 31_958_784 + 2 * 4 * 4096
+    assert count(system.tree["text_encoder"]) == 123_060_480
 
 
 def test_parameter_counts_are_the_published_ones():

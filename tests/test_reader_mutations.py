@@ -47,9 +47,11 @@ CASES = {
     "captions csv": ("captions_folder", "", {}),
     "sbu json": ("sbu", "", {}),
     "flickr30k karpathy": ("flickr30k", "", {}),
+    "requests": ("requests", "", {"reader": "table"}),
 }
 MAKERS = {"visdial spoken": "visdial", "vsdial_cn": "visdial", "activitynet whole": "activitynet"}
 MAKERS |= {"visual_genome questions": "visual_genome", "flickr30k karpathy": "flickr30k"}
+MAKERS |= {"requests": "table"}
 MEDIA = (".jpg", ".flac", ".wav", ".mp4", ".lock")
 
 # What takes the place of a value of JSON, or stands anywhere in a text.

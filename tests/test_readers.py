@@ -85,6 +85,7 @@ OTHERS = {
     "captioned_list": "no reader",
     "layout": "no reader",
     "prepared": "what every case is read by",
+    "requests": "captions that another reader reads: test_align.py",
     "world_scenes": "drawn when read, for its own objective: test_world.py",
     "world_text": "made when read, without files: test_train.py",
 }

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from xllm_jax.assembly import outputs
 from xllm_jax.core import lookup, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Part, Stage
@@ -54,6 +55,7 @@ def network(part: Part, stage: Stage, name: str) -> nn.Module:
             f"unknown choice {stage.remat!r}", field="remat", hint=f"Choices: {choices}"
         )
     common = {"dtype": jnp.dtype(stage.compute), "remat": stage.remat, "unroll": stage.unroll}
+    common["registry"] = outputs.registry(stage)
     common = {key: value for key, value in common.items() if key in known}
     given = {**row, **common, **part.fields}
     width, heads = given.get("width"), given.get("heads")
@@ -77,8 +79,9 @@ def model(stage: Stage) -> XLLM:
     """Composes the networks of a stage; holds no parameters.
 
     Raises:
-      UserError: a modality names a part that the stage does not have, `data.cache` is not a
-        cache of features, or media files hold what the networks do not take.
+      UserError: a modality or an output names a part that the stage does not have or that does not
+        fit, `data.cache` is not a cache of features, or media files hold what the networks do not
+        take.
     """
     networks = {name: network(part, stage, name) for name, part in stage.parts.items()}
     rows = tuple((name, m.encoder, m.interface) for name, m in stage.modalities.items())
@@ -90,7 +93,8 @@ def model(stage: Stage) -> XLLM:
                     field=f"modalities.{name}",
                     hint=f"Choices: {', '.join(networks)}",
                 )
-    made = XLLM(networks=networks, modalities=rows)
+    made = XLLM(networks=networks, modalities=rows, outputs=outputs.rows(stage))
+    outputs.check(stage, made)
     made = dataclasses.replace(made, frozen=frozen_sections(stage, made))
     given = given_sections(stage, made)
     cached = cached_features.steps(stage.data.cache) if stage.data.cache else {}

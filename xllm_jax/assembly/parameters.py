@@ -12,6 +12,7 @@ import jax
 from absl import logging
 from flax import linen as nn
 
+from xllm_jax.assembly import outputs
 from xllm_jax.assembly.networks import init_params
 from xllm_jax.assembly.system import System
 from xllm_jax.core import checkpoint, damage, rules
@@ -46,13 +47,15 @@ def parameters(system: System, only: Collection[str] | None = None) -> Params:
         if source and wanted:
             check_fields(system.model.networks, source, prefix)
             params |= load(source, prefix, wanted, others)
+    drawn: set[str] = set()
     for name, net in system.model.networks.items():
         missing = {p: x for p, x in like.items() if p.startswith(name + "/") and p not in params}
         if missing:
             stream = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
             key = jax.random.fold_in(jax.random.key(system.stage.seed), stream)
             params |= draw(net, name, key, missing)
-    return rules.unflatten(params)
+            drawn |= missing.keys()
+    return outputs.start_signals(system.model, rules.unflatten(params), drawn)
 
 
 def check_fields(networks: Mapping[str, nn.Module], source: str, prefix: str) -> None:

@@ -45,6 +45,22 @@ class Media:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class SignalRuns:
+    """The runs of one modality's signal tokens in the rows, R places for them in each.
+
+    Attributes:
+      start: `[B, R]` int32, position of a run's first token; 0 where there is none.
+      captions: `[B, R, C]` int32, ids of what a run stands for, for a text encoder.
+      weights: `[B, R]` float32, 0 where there is none.
+    """
+
+    start: Array
+    captions: Array
+    weights: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class ConversationBatch:
     """Rows for the LLM.
 
@@ -57,6 +73,7 @@ class ConversationBatch:
       targets: `[B, A]` int32, the token to be predicted there.
       weights: `[B, A]` float32, 0 where the entry is padding.
       media: {modality: Media}; a modality that is absent has no entry, or M = 0.
+      signals: {modality: SignalRuns}, of modalities that answers may be in.
     """
 
     ids: Array
@@ -67,6 +84,7 @@ class ConversationBatch:
     targets: Array
     weights: Array
     media: dict[str, Media] = dataclasses.field(default_factory=dict)
+    signals: dict[str, SignalRuns] = dataclasses.field(default_factory=dict)
 
 
 @jax.tree_util.register_dataclass
@@ -153,12 +171,14 @@ def zeros(
     answers: int,
     axes: int,
     media: Mapping[str, tuple[Any, ...]] | None = None,
+    signals: Mapping[str, tuple[int, int]] | None = None,
 ) -> ConversationBatch:
     """An all-padding batch of the given sizes, for init, tests and ahead-of-time compilation.
 
     Args:
       rows, length, answers, axes: B, T, A and P.
       media: {modality: (items per row M, shape of one item[, its dtype])}.
+      signals: {modality: (runs per row R, tokens of a caption C)}.
     """
 
     def integers(*shape: int) -> np.ndarray:
@@ -181,4 +201,12 @@ def zeros(
         targets=integers(rows, answers),
         weights=np.zeros((rows, answers), np.float32),
         media={name: empty(*size) for name, size in (media or {}).items()},
+        signals={
+            name: SignalRuns(
+                start=integers(rows, runs),
+                captions=integers(rows, runs, tokens),
+                weights=np.zeros((rows, runs), np.float32),
+            )
+            for name, (runs, tokens) in (signals or {}).items()
+        },
     )

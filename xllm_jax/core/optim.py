@@ -101,6 +101,26 @@ def tri_stage(
     return schedule
 
 
+def linear(
+    peak: float, minimum: float, warmup_from: float, warmup_steps: int, total_steps: int
+) -> Schedule:
+    """Linear warm-up, then linear decay to `minimum` at the last update.
+
+    Args:
+      peak, minimum, warmup_from: learning rates.
+      warmup_steps, total_steps: updates of the warm-up, and of all.
+    """
+    length = max(total_steps - warmup_steps, 1)
+
+    def schedule(step: Step) -> jax.Array:
+        step = _float(step)
+        left = 1 - jnp.clip((step - warmup_steps) / length, 0, 1)
+        rate = minimum + (peak - minimum) * left
+        return jnp.where(step < warmup_steps, _warmup(peak, warmup_from, warmup_steps, step), rate)
+
+    return schedule
+
+
 def constant(peak: float, warmup_from: float = -1.0, warmup_steps: int = 0) -> Schedule:
     """Linear warm-up, then `peak`.
 
@@ -127,6 +147,8 @@ def make_schedule(settings: Optimizer, total_steps: int) -> Schedule:
     ends = {"peak": settings.peak, "minimum": settings.minimum}
     if settings.schedule == "cosine":
         return cosine(**ends, **warmup, total_steps=total_steps)
+    if settings.schedule == "linear":
+        return linear(**ends, **warmup, total_steps=total_steps)
     if settings.schedule == "epoch_cosine":
         per_epoch = settings.steps_per_epoch
         return epoch_cosine(**ends, **warmup, steps_per_epoch=per_epoch, total_steps=total_steps)
@@ -140,7 +162,7 @@ def make_schedule(settings: Optimizer, total_steps: int) -> Schedule:
     raise UserError(
         f"unknown schedule {settings.schedule!r}",
         field="optimizer.schedule",
-        hint="Use 'cosine', 'epoch_cosine', 'tri_stage' or 'constant'",
+        hint="Use 'cosine', 'linear', 'epoch_cosine', 'tri_stage' or 'constant'",
     )
 
 

@@ -39,6 +39,36 @@ class Route:
     interface: str = ""
 
 
+@dataclasses.dataclass
+class Signals:
+    """The signal tokens of one modality: spare rows of the LLM's vocabulary.
+
+    Attributes:
+      first: id of the first one; the others follow it.
+      count: how many make a run, which stands for one picture.
+      runs: places for runs in a row of a batch.
+    """
+
+    first: int = within(0, 0)
+    count: int = within(4, 1, 1000)
+    runs: int = within(1, 1, 10**6)
+
+
+@dataclasses.dataclass
+class Output:
+    """How the LLM answers in one modality.
+
+    Attributes:
+      projection: part that turns its states at the signal tokens into a caption's embeddings.
+      text_encoder: part that says, in training, what these should be.
+      decoder: base of the networks that draw from them; '' writes the embeddings instead.
+    """
+
+    projection: str = ""
+    text_encoder: str = ""
+    decoder: str = ""
+
+
 # Whatever is not a matrix.
 NO_DECAY = (r"(.*/)?bias", r"(.*/)?.*norm.*/scale", r"(.*/)?temperature")
 
@@ -48,10 +78,11 @@ class Optimizer:
     """AdamW and its schedule; steps count optimizer updates.
 
     Attributes:
-      schedule: 'cosine', 'tri_stage' (warm up, hold, decay), 'epoch_cosine' (LAVIS) or 'constant'.
+      schedule: 'cosine', 'linear', 'tri_stage' (warm up, hold, decay), 'epoch_cosine' (LAVIS) or
+        'constant'.
       peak, minimum, warmup_from: learning rates.
-      warmup_steps, hold_steps, decay_steps: lengths of the phases; cosine decays until the stage's
-        last step.
+      warmup_steps, hold_steps, decay_steps: lengths of the phases; cosine and linear decay
+        until the stage's last step.
       clip: largest global gradient norm; 0 turns clipping off.
       accumulation: micro-batches averaged into one update.
       averaging: what weighs the same in that average: 'tokens' (every supervised token, pair or
@@ -60,7 +91,7 @@ class Optimizer:
       no_decay: path patterns without weight decay.
     """
 
-    schedule: str = one_of("cosine", "tri_stage", "epoch_cosine", "constant")
+    schedule: str = one_of("cosine", "linear", "tri_stage", "epoch_cosine", "constant")
     peak: float = within(3e-5, 0, 1e3)
     minimum: float = within(1e-8, 0, 1e3)
     warmup_from: float = within(1e-6, -1, 1e3)
@@ -121,6 +152,9 @@ class Data:
       items: {modality: media items per row}.
       embeddings: {modality: embeddings that one item takes in the prompt}; the largest token count
         for speech.
+      signals: {modality: its signal tokens}, of modalities that answers may be in.
+      caption_tokenizer: folder of the tokenizer of these answers' text encoder, and
+        `caption_length`, tokens of a caption for it.
       frames: largest number of filterbank frames, one entry per length bucket, ascending. A batch
         holds examples of one bucket; those without speech belong to the first.
       characters_length: largest transcript in characters, the end token included.
@@ -160,6 +194,9 @@ class Data:
     answers: int = within(64, 1, 10**6)
     items: dict[str, int] = dataclasses.field(default_factory=dict, metadata=limits(0, 10**6))
     embeddings: dict[str, int] = dataclasses.field(default_factory=dict, metadata=limits(1, 10**6))
+    signals: dict[str, Signals] = dataclasses.field(default_factory=dict)
+    caption_tokenizer: str = ""
+    caption_length: int = within(77, 2, 10**5)
     frames: tuple[int, ...] = within((1600,), 1, 10**7)
     characters_length: int = within(64, 1, 10**6)
     text_length: int = within(32, 1, 10**6)
@@ -240,6 +277,7 @@ class Stage:
       name: used in logs and checkpoints.
       parts: {name in the parameter tree: Part}.
       modalities: {name: Route}, in any number.
+      outputs: {modality: Output}, as `data.signals`.
       init: {part or subtree: where its parameters come from}: 'DIR' (a run or a converted base; the
         subtree of the same name), 'DIR:other_subtree', or '' for fresh parameters. A '*' at the end
         takes what the source has, draws what it lacks and drops what the model lacks.
@@ -272,6 +310,7 @@ class Stage:
     name: str = ""
     parts: dict[str, Part] = dataclasses.field(default_factory=dict)
     modalities: dict[str, Route] = dataclasses.field(default_factory=dict)
+    outputs: dict[str, Output] = dataclasses.field(default_factory=dict)
     init: dict[str, str] = dataclasses.field(default_factory=dict)
     trainable: tuple[str, ...] = of_patterns()
     objective: str = "answer"
@@ -350,11 +389,13 @@ def parse_stage(record: Mapping[str, Any]) -> Stage:
     data = dict(record["data"])
     data["sources"] = {name: _source(source) for name, source in data["sources"].items()}
     data["frames"] = tuple(data["frames"])
+    data["signals"] = {name: Signals(**row) for name, row in data.get("signals", {}).items()}
     optimizer = dict(record["optimizer"])
     optimizer["no_decay"] = tuple(optimizer["no_decay"])
     changed = {
         "parts": {name: Part(**part) for name, part in record["parts"].items()},
         "modalities": {name: Route(**row) for name, row in record["modalities"].items()},
+        "outputs": {name: Output(**row) for name, row in record.get("outputs", {}).items()},
         "optimizer": Optimizer(**optimizer),
         "data": Data(**data),
         "best": Best(**record["best"]),

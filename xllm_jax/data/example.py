@@ -16,7 +16,10 @@ class Example:
       instruction: the question or instruction; empty means that the prompt picks one of the task's
         named instructions.
       answer: the text to be learnt, or the reference answer in evaluation.
-      task: 'caption', 'region', 'vqa', 'asr', 'video_caption', 'spoken_vqa', 'dialogue' or 'text'.
+      outputs: ordered (modality, caption) pairs of what the answer holds beside text; the n-th
+        `<modality>` marker in it stands for the n-th of them, and the others stand at its end.
+      task: 'caption', 'region', 'vqa', 'asr', 'video_caption', 'spoken_vqa', 'dialogue', 'draw' or
+        'text'.
       history: earlier rounds of a dialogue as (question, answer) pairs, oldest first.
       references: every acceptable caption of the same media, for CIDEr and BLEU.
       transcript: what the last speech file says; its token count sizes the speech slot in training.
@@ -32,3 +35,4 @@ class Example:
     references: tuple[str, ...] = ()
     transcript: str = ""
     tags: tuple[str, ...] = ()
+    outputs: tuple[tuple[str, str], ...] = ()

@@ -106,7 +106,7 @@ def stage_of(directory: str | Path) -> Stage:
     data = stage.data
     files = {
         name: place(getattr(data, name), directory)
-        for name in ("root", "tokenizer", "characters", "vocabulary")
+        for name in ("root", "tokenizer", "characters", "vocabulary", "caption_tokenizer")
         if getattr(data, name)
     }
     return dataclasses.replace(stage, data=dataclasses.replace(data, **files, cache=""))

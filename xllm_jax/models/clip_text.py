@@ -1,4 +1,4 @@
-"""The text tower of CLIP (arXiv 2103.00020): one vector per caption.
+"""The text tower of CLIP (arXiv 2103.00020): one vector per caption, or one per token.
 
 The vision tower's blocks, in which a token sees none that comes later, over word and position
 tables; a norm behind them, and the vector of the token that ends the text. CLIP's projection into
@@ -49,24 +49,26 @@ class ClipText(nn.Module):
         return (jnp.zeros((1, self.positions), jnp.int32),)
 
     @nn.compact
-    def __call__(self, ids: Array) -> Array:
+    def __call__(self, ids: Array, pooled: bool = True) -> Array:
         """Encodes texts.
 
         Args:
           ids: `[batch, tokens]` int32, at most `positions` of them. What stands behind the end is
-            never seen.
+            never seen by what comes before.
+          pooled: the vector of the end alone; else all, which is what a diffusion model reads.
 
         Returns:
-          `[batch, width]` in `dtype`; of a text without an end, its first token's vector.
+          `[batch, width]` in `dtype`; of a text without an end, its first token's vector. All are
+          `[batch, tokens, width]`.
         """
         x = Embeddings(self.vocabulary, self.positions, self.width, self.dtype, name="embeddings")(
             ids
         )
         quick = layers.gelu_quick
         x = vit.run_blocks(self, x, train=False, key_bias=True, causal=True, activation=quick)
-        place = ends(ids, self.end)[:, None, None]
-        pooled = jnp.take_along_axis(x, place, axis=1)[:, 0]
-        return layers.LayerNorm(self.epsilon, self.dtype, name="norm_behind")(pooled)
+        if pooled:
+            x = jnp.take_along_axis(x, ends(ids, self.end)[:, None, None], axis=1)[:, 0]
+        return layers.LayerNorm(self.epsilon, self.dtype, name="norm_behind")(x)
 
 
 class Embeddings(nn.Module):
@@ -95,6 +97,10 @@ SIZES = {
     # openai/clip-vit-base-patch16.
     "clip_vit_b_16": dict(
         vocabulary=49408, positions=77, width=512, depth=12, heads=8, hidden=2048
+    ),
+    # openai/clip-vit-large-patch14, the text encoder of Stable Diffusion 1.x.
+    "clip_vit_l_14": dict(
+        vocabulary=49408, positions=77, width=768, depth=12, heads=12, hidden=3072
     ),
     "tiny": dict(vocabulary=512, positions=32, width=96, depth=4, heads=4, hidden=384),
 }

@@ -1,8 +1,8 @@
 """ChatGLM-6B: GLM's bidirectional context, two-dimensional rotary positions and scaled residuals.
 
 Du et al. 2022 (arXiv 2103.10360) and `modeling_chatglm.py` of THUDM/chatglm-6b. A model of the LLM
-kind is four methods: `embed(ids)`, `__call__(x, segments, context, positions, cache)`, `logits(x)`
-and `init_cache(batch, length, dtype, prefix)`; the rest of the project knows no more about it.
+kind is four methods: `embed(ids)`, `__call__(x, segments, context, positions, cache, watched)`,
+`logits(x)` and `init_cache(batch, length, dtype, prefix)`; the rest of the project knows no more.
 """
 
 from __future__ import annotations
@@ -191,8 +191,10 @@ class Block(nn.Module):
         tables: tuple[Array, Array],
         mask: Array,
         slots: Array,
-    ) -> tuple[tuple[Array, Memory], None]:
+        watched: Array | None,
+    ) -> tuple[tuple[Array, Memory], Array | None]:
         x, memory = carry
+        seen = None if watched is None else jnp.take_along_axis(x, watched[..., None], axis=1)
         attention = Attention(self.heads, self.implementation, self.dtype, name="attention")
         feed_forward = basic.FeedForward(
             self.hidden, _activation, dtype=self.dtype, name="feed_forward"
@@ -201,7 +203,7 @@ class Block(nn.Module):
         y, memory = attention(normed, tables, mask, slots, memory)
         x = checkpoint_name(self._residual(normed, y), KEPT[1])
         normed = self._norm("feed_forward_norm")(x)
-        return (self._residual(normed, feed_forward(normed)), memory), None
+        return (self._residual(normed, feed_forward(normed)), memory), seen
 
     def _norm(self, name: str) -> nn.Module:
         return basic.LayerNorm(self.norm_epsilon, self.dtype, name=name)
@@ -245,7 +247,7 @@ class ChatGLM(nn.Module):
         names = () if self.remat == "all" else KEPT
         policy = jax.checkpoint_policies.save_only_these_names(*names)
         block = nn.remat(Block, prevent_cse=False, policy=policy)
-        self.layers = basic.stack(block, self.depth, broadcast=3, unroll=self.unroll)(
+        self.layers = basic.stack(block, self.depth, broadcast=4, unroll=self.unroll)(
             heads=self.heads,
             hidden=self.hidden,
             alpha=REFERENCE_ALPHA if self.alpha is None else self.alpha,
@@ -270,7 +272,8 @@ class ChatGLM(nn.Module):
         context: Array,
         positions: Array,
         cache: Cache | None = None,
-    ) -> tuple[Array, Cache | None]:
+        watched: Array | None = None,
+    ) -> tuple[Array, Cache | None] | tuple[Array, Cache | None, Array]:
         """Runs the layers.
 
         Args:
@@ -280,23 +283,27 @@ class ChatGLM(nn.Module):
           positions: `[B, T, 2]` int32, position and block position.
           cache: earlier tokens of the rows (`init_cache`), or None. Tokens that are fed together
             with context see each other fully, so a context must be fed in one call.
+          watched: `[B, S]` int32, positions whose states between the layers are also wanted.
 
         Returns:
-          (`[B, T, D]` after the final norm, the input of `logits`; the extended cache or None).
+          (`[B, T, D]` after the final norm, the input of `logits`; the extended cache or None; and
+          with `watched` also `[L, B, S, D]`, what each layer read there).
         """
         x = x.astype(self.dtype)
         tables = rotary_tables(positions, self.width // self.heads, self.half_angles)
         if cache is None:
             slots = jnp.broadcast_to(jnp.arange(x.shape[1]), segments.shape)
             mask = visible(segments, slots, segments, context, slots)
-            (x, _), _ = self.layers((x, None), tables, mask, slots)
-            return self.final_norm(x), None
+            (x, _), seen = self.layers((x, None), tables, mask, slots, watched)
+            made = (self.final_norm(x), None)
+            return made if watched is None else (*made, seen)
         cache, slots = extend_cache(cache, segments, context)
         places = jnp.broadcast_to(jnp.arange(cache["segments"].shape[1]), cache["segments"].shape)
         mask = visible(segments, slots, cache["segments"], cache["context"], places)
         memory = (jnp.int32(0), cache["key"], cache["value"])
-        (x, (_, key, value)), _ = self.layers((x, memory), tables, mask, slots)
-        return self.final_norm(x), cache | {"key": key, "value": value}
+        (x, (_, key, value)), seen = self.layers((x, memory), tables, mask, slots, watched)
+        made = (self.final_norm(x), cache | {"key": key, "value": value})
+        return made if watched is None else (*made, seen)
 
     def logits(self, x: Array) -> Array:
         """Scores of the next token: `[..., D]` final states to `[..., vocab]` float32.

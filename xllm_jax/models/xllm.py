@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +20,26 @@ from xllm_jax.core import mesh
 from xllm_jax.core.batch import ConversationBatch, Media
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.types import Params
+from xllm_jax.models.outputs.projection import LAST
 from xllm_jax.models.sections import Section, parted, sections_of
 
 Array = jax.Array
 
 LLM = "llm"
 LLM_PREFIX = "llm_prefix"  # a learned prefix of the LLM, read by generation alone
+SIGNALS = "signal_tokens"  # rows of the LLM's tables that stand beside it
+
+
+class Readings(NamedTuple):
+    """What a projection reads at the signal runs of a batch.
+
+    Attributes:
+      states: `[B, K, S, D]`, of the layers that it names; S positions of a row, run by run.
+      embeddings: `[B, S, D]`, what the LLM reads there.
+    """
+
+    states: Array
+    embeddings: Array
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,6 +52,7 @@ class XLLM:
         'llm' has the four methods of `models/glm.py`. Stage 1 may hold other parts.
       modalities: (modality, encoder part, interface part) in any number; modalities may share an
         encoder.
+      outputs: (modality, projection part, text encoder part or '') of answers beside text.
       frozen: {modality: how many of its first sections (`chain`) nothing trains in}. They run as in
         evaluation, and no gradient reaches them. A modality without an entry has a frozen encoder.
       cached: {modality: how many of its first sections are done}: batches hold their outputs.
@@ -46,6 +61,7 @@ class XLLM:
 
     networks: Mapping[str, nn.Module]
     modalities: tuple[tuple[str, str, str], ...] = ()
+    outputs: tuple[tuple[str, str, str], ...] = ()
     frozen: Mapping[str, int] = dataclasses.field(default_factory=dict)
     cached: Mapping[str, int] = dataclasses.field(default_factory=dict)
     given: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -181,13 +197,29 @@ class XLLM:
           batch: ids and media.
           train, key: dropout and its key.
         """
-        x = self.apply(params, LLM, batch.ids, method="embed")
+        x = self.llm(params)(batch.ids, method="embed")
         for number, (modality, media) in enumerate(sorted(batch.media.items())):
             if media.values.shape[1]:
                 part_key = None if key is None else jax.random.fold_in(key, number)
                 embeddings, _ = self.encode(params, modality, media, train, part_key)
                 x = splice(x, embeddings, media.index)
         return x
+
+    def llm(self, params: Params) -> Callable[..., Any]:
+        """The LLM with its signal tokens, called as its `apply` is, without the parameters."""
+        own = functools.partial(self.networks[LLM].apply, {"params": params[LLM]})
+        if SIGNALS not in self.networks:
+            return own
+
+        def call(*inputs: Any, method: str | None = None, **options: Any) -> Any:
+            made = own(*inputs, method=method, **options)
+            if method == "embed":
+                return self.apply(params, SIGNALS, made, *inputs)
+            if method == "logits":
+                return self.apply(params, SIGNALS, made, *inputs, method="logits")
+            return made
+
+        return call
 
     def hidden(
         self,
@@ -203,9 +235,78 @@ class XLLM:
           batch: ids, media, segments, context and positions.
           train, key: dropout and its key.
         """
+        return self.read(params, batch, {}, train, key)[0]
+
+    def read(
+        self,
+        params: Params,
+        batch: ConversationBatch,
+        places: Mapping[str, Array],
+        train: bool = False,
+        key: Array | None = None,
+    ) -> tuple[Array, dict[str, Readings]]:
+        """Final states of the LLM, and what projections read at some places.
+
+        Args:
+          params, batch, train, key: as in `hidden`.
+          places: {modality of an output: `[B, S]` int32, positions of signal tokens}.
+
+        Returns:
+          (`[B, T, D]`, {modality: readings}).
+        """
         x = self.embed(params, batch, train, key)
-        states, _ = self.apply(params, LLM, x, batch.segments, batch.context, batch.positions)
-        return states
+        layout, llm = (batch.segments, batch.context, batch.positions), self.llm(params)
+        inner = {name: self.llm_layers(name) for name in sorted(places)}
+        deep = any(layer != LAST for layers in inner.values() for layer in layers)
+        watched = jnp.concatenate([places[name] for name in inner], axis=1) if deep else None
+        states, _, *seen = llm(x, *layout, watched=watched) if deep else llm(x, *layout)
+        found, start = {}, 0
+        for name, layers in inner.items():
+            at = slice(start, start + places[name].shape[1])
+            final = rows_at(states, places[name])
+            taken = [final if n == LAST else seen[0][n, :, at] for n in layers]
+            found[name] = Readings(jnp.stack(taken, axis=1), rows_at(x, places[name]))
+            start = at.stop
+        return states, found
+
+    def llm_layers(self, modality: str) -> tuple[int, ...]:
+        """Layers of the LLM that an output's projection reads: LAST, or 0 and what follows."""
+        depth = self.networks[LLM].depth
+        asked = self.networks[self.output(modality)[0]].llm_layers
+        return tuple(LAST if n in (LAST, depth) else n % (depth + 1) for n in asked)
+
+    def output(self, modality: str) -> tuple[str, str]:
+        """(projection part, text encoder part or '') of a modality that answers may be in.
+
+        Raises:
+          UserError: answers are not in this modality.
+        """
+        for name, projection, encoder in self.outputs:
+            if name == modality:
+                return projection, encoder
+        known = ", ".join(row[0] for row in self.outputs) or "none"
+        what = f"answers are not in the modality {modality!r}"
+        raise UserError(what, field="outputs", hint=f"Known: {known}")
+
+    def project(self, params: Params, modality: str, found: Readings, count: int) -> Array:
+        """Embeddings of the captions that runs of signal tokens stand for.
+
+        Args:
+          params: {part: parameters}.
+          modality: of the output.
+          found: of `read`, at runs of `count` tokens, one behind the other.
+          count: n, tokens of a run.
+
+        Returns:
+          `[B, S / n, q, width]` float32.
+        """
+        rows, layers, places, width = found.states.shape
+        runs = places // count
+        states = found.states.reshape(rows, layers, runs, count, width).swapaxes(1, 2)
+        embeddings = found.embeddings.reshape(rows * runs, count, width)
+        merged = _merge_items(states)
+        made = self.apply(params, self.output(modality)[0], merged, embeddings)
+        return mesh.constrain_rows(made.reshape(rows, runs, *made.shape[1:]))
 
     def prefix(self, params: Params) -> Array | None:
         """Keys and values to put before every prompt (`models/glm_prefix.py`), where there are."""
@@ -213,7 +314,12 @@ class XLLM:
 
     def logits(self, params: Params, states: Array) -> Array:
         """Scores of the next token: `[..., D]` to `[..., V]` float32."""
-        return self.apply(params, LLM, states, method="logits")
+        return self.llm(params)(states, method="logits")
+
+
+def rows_at(x: Array, places: Array) -> Array:
+    """`[B, S, D]`, what stands at `places` `[B, S]` of `[B, T, D]`."""
+    return mesh.constrain_rows(jnp.take_along_axis(x, places[..., None], axis=1))
 
 
 def splice(words: Array, embeddings: Array, index: Array) -> Array:

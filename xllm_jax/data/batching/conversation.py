@@ -22,7 +22,8 @@ from xllm_jax.data.cached_features import Features
 from xllm_jax.data.example import Example
 from xllm_jax.data.media import modalities
 from xllm_jax.data.record import PROMPT, DoesNotFit, Mode, Record, Skipped
-from xllm_jax.data.text import llm_family, prompt, token_rows
+from xllm_jax.data.text import llm_family, prompt, signal_runs, token_rows
+from xllm_jax.data.text.chatglm_tokenizer import ClipTokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Resources:
     family: llm_family.LLMFamily
     style: prompt.Template
     features: Features | None = None
+    captions: ClipTokenizer | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +73,9 @@ class Format(BatchFormat[Placed, ConversationBatch, Resources]):
                 )
             modalities.find(modality, data)
         family = llm_family.load(data)
-        return Resources(family, prompt.template(data.template), self.features)
+        signal_runs.check(data.signals, family)
+        captions = _caption_tokenizer(data) if data.signals else None
+        return Resources(family, prompt.template(data.template), self.features, captions)
 
     @functools.cached_property
     def features(self) -> Features | None:
@@ -102,7 +106,8 @@ class Format(BatchFormat[Placed, ConversationBatch, Resources]):
 
         media = {name: (items, *item(name)) for name, items in data.items.items()}
         axes = len(llm_family.find(data).position_step)
-        return zeros(rows, data.length, data.answers, axes, media)
+        signals = {name: (one.runs, data.caption_length) for name, one in data.signals.items()}
+        return zeros(rows, data.length, data.answers, axes, media, signals)
 
     def _at(self, bucket: int) -> Data:
         """The settings with one length bucket alone."""
@@ -163,6 +168,7 @@ class Format(BatchFormat[Placed, ConversationBatch, Resources]):
             slot,
             self.limits(mode),
             record.generator(PROMPT),
+            signals=data.signals,
         )
 
     def batches(self, records: Sequence[Record], mode: Mode) -> list[BatchPlan[Placed]]:
@@ -222,7 +228,7 @@ class Format(BatchFormat[Placed, ConversationBatch, Resources]):
         batch = self.zeros(len(mine), plan.bucket)
         skipped: list[Skipped] = []
         for number, row in enumerate(mine):
-            used = dict.fromkeys(["tokens", "answers", *self.data.items], 0)
+            used = dict.fromkeys(capacity(self.data), 0)
             for segment, placed in enumerate(row, start=1):
                 try:
                     loaded = [
@@ -236,8 +242,23 @@ class Format(BatchFormat[Placed, ConversationBatch, Resources]):
                     key = placed.record.example.key
                     skipped.append(Skipped(key, error.what, bad=not too_long, file=error.field))
                     continue
+                self._write_runs(batch, number, placed, used)
                 _write(batch, number, segment, placed, loaded, used)
         return batch, skipped
+
+    def _write_runs(
+        self, batch: ConversationBatch, row: int, placed: Placed, used: dict[str, int]
+    ) -> None:
+        """Writes where an example's signal tokens stand, and what they stand for."""
+        for run in placed.prompt.runs:
+            assert self.resources.captions is not None, "loaded where there are signal tokens"
+            table, place = batch.signals[run.modality], used[runs_of(run.modality)]
+            table.start[row, place] = used["tokens"] + run.start
+            table.captions[row, place] = self.resources.captions.encode(
+                [run.caption], self.data.caption_length
+            )
+            table.weights[row, place] = 1.0
+            used[runs_of(run.modality)] += 1
 
     def padding(self, batch: ConversationBatch) -> dict[str, tuple[int, int]]:
         """{kind of place: (used, capacity)}: tokens, places of answers, and of each modality its
@@ -249,7 +270,16 @@ class Format(BatchFormat[Placed, ConversationBatch, Resources]):
         for name, entry in batch.media.items():
             steps = entry.values.shape[2] if entry.values.ndim == 4 else 1
             found[name] = (int(entry.lengths.sum()), entry.lengths.size * steps)
+        for name, table in batch.signals.items():
+            found[runs_of(name)] = (int(table.weights.sum()), table.weights.size)
         return found
+
+
+def _caption_tokenizer(data: Data) -> ClipTokenizer:
+    if not data.caption_tokenizer:
+        hint = "Give the folder of the text encoder's tokenizer"
+        raise UserError("names none", field="data.caption_tokenizer", hint=hint)
+    return ClipTokenizer(data.caption_tokenizer)
 
 
 def _longest(prompts: Sequence[Placed]) -> int:
@@ -262,17 +292,25 @@ def _without_room(placed: Placed) -> Skipped:
 
 
 def needs(placed: Placed) -> packing.Need:
-    """What an example takes of a row: tokens, supervised tokens, media items."""
+    """What an example takes of a row: tokens, supervised tokens, media items, signal runs."""
     made = placed.prompt
     taken = {"tokens": len(made.ids), "answers": len(made.targets)}
     for slot in made.slots:
         taken[slot.modality] = taken.get(slot.modality, 0) + slot.items
+    for run in made.runs:
+        taken[runs_of(run.modality)] = taken.get(runs_of(run.modality), 0) + 1
     return taken
+
+
+def runs_of(modality: str) -> str:
+    """How the places for a modality's runs of signal tokens are called."""
+    return f"{modality} runs"
 
 
 def capacity(data: Data) -> packing.Need:
     """What a row has of each."""
-    return {"tokens": data.length, "answers": data.answers, **data.items}
+    runs = {runs_of(name): one.runs for name, one in data.signals.items()}
+    return {"tokens": data.length, "answers": data.answers, **data.items, **runs}
 
 
 def _write(

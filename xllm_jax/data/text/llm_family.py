@@ -52,6 +52,7 @@ class LLMFamily(abc.ABC):
       ends: ids that end an answer.
       pad: id that fills the places behind it.
       specials: ids that stand for no text.
+      spare: ids that the tokenizer never gives and that the LLM has rows for.
     """
 
     position_step: ClassVar[tuple[int, ...]] = (1,)
@@ -61,6 +62,7 @@ class LLMFamily(abc.ABC):
     ends: tuple[int, ...]
     pad: int
     specials: frozenset[int]
+    spare: range = range(0)
 
     @abc.abstractmethod
     def __init__(self, folder: str): ...

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import types
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -17,6 +18,7 @@ import numpy as np
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
 from xllm_jax.data.record import DoesNotFit
+from xllm_jax.data.text import signal_runs
 from xllm_jax.data.text.instructions import instructions
 from xllm_jax.data.text.llm_family import LLMFamily
 from xllm_jax.data.text.token_rows import Row
@@ -98,11 +100,13 @@ class Prompt(Row):
       index: {modality: `[T]` int32}, -1 or the flat position in the example's interface outputs.
       slots: the slots in order.
       cut: how many tokens of the prompt and of the answer were left out.
+      runs: of signal tokens in the answer, in order.
     """
 
     index: dict[str, np.ndarray]
     slots: tuple[Slot, ...]
     cut: tuple[int, int] = (0, 0)
+    runs: tuple[signal_runs.Run, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,11 +212,13 @@ def build(
     limits: Limits,
     generator: np.random.Generator,
     answer: bool = True,
+    signals: signal_runs.Registry = types.MappingProxyType({}),
 ) -> Prompt:
     """Turns an example into one sequence.
 
     Long text is cut as the reference cuts it: the prompt's last tokens go, then the answer's, and
-    the end is still trained after a cut answer. Slots, tags and written media are never cut.
+    the end is still trained after a cut answer. Slots, tags, written media and runs of signal
+    tokens are never cut.
 
     Args:
       example: what to ask and to answer.
@@ -222,9 +228,11 @@ def build(
       limits: static sizes.
       generator: draws the instruction where the example has none.
       answer: False leaves the sequence open, ready to generate.
+      signals: {modality: its signal tokens} of answers that are more than text.
 
     Raises:
-      DoesNotFit: slots and answer alone are too long, or the prompt is and `limits.strict`.
+      DoesNotFit: slots and answer alone are too long, or the prompt is and `limits.strict`, or the
+        answer would lose signal tokens.
       UserError: the example cannot be a prompt, or has nothing to answer.
     """
     parts = segments(example.media, words(example, question(example, generator), style), slot)
@@ -237,9 +245,9 @@ def build(
     frame = family.row((), () if answer else None)  # what the family adds
     reply, lost = None, 0
     if answer:
-        if not example.answer.strip():
+        if not (example.answer.strip() or example.outputs):
             raise UserError("has no answer to learn", field=example.key)
-        whole = family.tokenizer.encode(example.answer)
+        whole = signal_runs.encode(example, family, signals)
         reply = whole[: max(limits.answers - len(frame.targets), 0)]
         lost = len(whole) - len(reply)
     others = len(frame.ids) + len(reply or ())
@@ -247,7 +255,8 @@ def build(
     row = family.row([token for ids in kept for token in ids], reply)
     index = _index(parts, kept, row)
     slots = tuple(part for part in parts if isinstance(part, Slot))
-    return Prompt(**vars(row), index=index, slots=slots, cut=(dropped, lost))
+    runs = signal_runs.located(example, row.ids, signals) if answer else ()
+    return Prompt(**vars(row), index=index, slots=slots, cut=(dropped, lost), runs=runs)
 
 
 def text_only(

@@ -41,6 +41,7 @@ class Family(LLMFamily):
         self.tokens = self.tokenizer.specials
         self.ends, self.pad = (self.tokens.eop,), self.tokens.pad
         self.specials = frozenset(vars(self.tokens).values())
+        self.spare = range(self.tokenizer.pieces, self.tokenizer.vocab)
 
     def row(self, prompt: Sequence[int], answer: Sequence[int] | None = None) -> Row:
         """`prompt [gMASK] <sop> answer <eop>`; [gMASK] predicts <sop>, the first that is learnt."""
