@@ -47,7 +47,7 @@ HOMES = {
     "grain": ("xllm_jax/data/",),
     "tensorflow_datasets": ("xllm_jax/data/",),
     # mBART exists for PyTorch alone; it translates texts while a data set is prepared.
-    "transformers": ("xllm_jax/data/text/chatglm_tokenizer.py", "xllm_jax/prepare/translate.py"),
+    "transformers": ("xllm_jax/data/text/clip_tokenizer.py", "xllm_jax/prepare/translate.py"),
     "torch": ("xllm_jax/convert/", "xllm_jax/prepare/translate.py"),
     "safetensors": ("xllm_jax/convert/",),
     "ml_collections": ("launch/",),

@@ -15,7 +15,7 @@ from xllm_jax.convert.sources import clip as tables
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.media import image, preprocessing
 from xllm_jax.data.sources import selection
-from xllm_jax.data.text.chatglm_tokenizer import ClipTokenizer
+from xllm_jax.data.text.clip_tokenizer import ClipTokenizer
 from xllm_jax.prepare import score
 from xllm_jax.prepare.recipes import similar
 

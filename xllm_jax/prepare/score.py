@@ -33,7 +33,7 @@ from xllm_jax.core.stage import Data, Source
 from xllm_jax.data import guarded
 from xllm_jax.data.example import Example
 from xllm_jax.data.media import image, preprocessing
-from xllm_jax.data.text.chatglm_tokenizer import ClipTokenizer
+from xllm_jax.data.text.clip_tokenizer import ClipTokenizer
 from xllm_jax.models.clip import Clip
 from xllm_jax.prepare import preparation
 

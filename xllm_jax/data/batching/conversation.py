@@ -23,7 +23,7 @@ from xllm_jax.data.example import Example
 from xllm_jax.data.media import modalities
 from xllm_jax.data.record import PROMPT, DoesNotFit, Mode, Record, Skipped
 from xllm_jax.data.text import llm_family, prompt, signal_runs, token_rows
-from xllm_jax.data.text.chatglm_tokenizer import ClipTokenizer
+from xllm_jax.data.text.clip_tokenizer import ClipTokenizer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,4 @@
-"""Ids and text of ChatGLM, from `ice_text.model` alone: no code of the checkpoint is run.
-
-CLIP's ids, which only the choice of image-text pairs needs, come from transformers.
-"""
+"""Ids and text of ChatGLM, from `ice_text.model` alone: no code of the checkpoint is run."""
 
 from __future__ import annotations
 
@@ -12,7 +9,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import sentencepiece
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
@@ -176,41 +172,6 @@ class ChatGLMTokenizer:
                     field=path,
                     hint="Tokenizer and checkpoint are of different releases",
                 )
-
-
-class ClipTokenizer:
-    """CLIP's tokenizer, which transformers runs.
-
-    Args:
-      folder: with `vocab.json` and `merges.txt`, or with `tokenizer.json`.
-
-    Attributes:
-      end: id of the token that ends a text. largest: the largest id.
-
-    Raises:
-      UserError: the files are not there, or cannot be read.
-    """
-
-    def __init__(self, folder: str | Path):
-        there = {file.name for file in Path(folder).glob("*")}
-        if "tokenizer.json" not in there and not {"vocab.json", "merges.txt"} <= there:
-            hint = "Give a folder of openai/clip-vit-base-patch16 as --tokenizer"
-            what = "has no vocab.json and merges.txt, and no tokenizer.json"
-            raise UserError(what, field=str(folder), hint=hint)
-        from transformers import CLIPTokenizer
-
-        try:
-            self._model = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
-        except Exception as error:  # the parser below has no errors of its own
-            what = f"is no tokenizer of CLIP ({' '.join(str(error).split())[:200]})"
-            raise UserError(what, field=str(folder), hint="Download its files again") from error
-        self.end: int = self._model.eos_token_id
-        self.largest = max(self._model.get_vocab().values())
-
-    def encode(self, texts: Sequence[str], length: int) -> np.ndarray:
-        """Start, pieces, end and padding of every text: `[texts, length]` int32; cut to fit."""
-        made = self._model(list(texts), padding="max_length", truncation=True, max_length=length)
-        return np.asarray(made["input_ids"], np.int32).reshape(-1, length)
 
 
 def train_tokenizer(

@@ -1,0 +1,45 @@
+"""CLIP's ids, for the choice of image-text pairs and for captions that are to be drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from xllm_jax.core.errors import UserError
+
+
+class ClipTokenizer:
+    """CLIP's tokenizer, which transformers runs.
+
+    Args:
+      folder: with `vocab.json` and `merges.txt`, or with `tokenizer.json`.
+
+    Attributes:
+      end: id of the token that ends a text. largest: the largest id.
+
+    Raises:
+      UserError: the files are not there, or cannot be read.
+    """
+
+    def __init__(self, folder: str | Path):
+        there = {file.name for file in Path(folder).glob("*")}
+        if "tokenizer.json" not in there and not {"vocab.json", "merges.txt"} <= there:
+            hint = "Give a folder of openai/clip-vit-base-patch16 as --tokenizer"
+            what = "has no vocab.json and merges.txt, and no tokenizer.json"
+            raise UserError(what, field=str(folder), hint=hint)
+        from transformers import CLIPTokenizer
+
+        try:
+            self._model = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+        except Exception as error:  # the parser below has no errors of its own
+            what = f"is no tokenizer of CLIP ({' '.join(str(error).split())[:200]})"
+            raise UserError(what, field=str(folder), hint="Download its files again") from error
+        self.end: int = self._model.eos_token_id
+        self.largest = max(self._model.get_vocab().values())
+
+    def encode(self, texts: Sequence[str], length: int) -> np.ndarray:
+        """Start, pieces, end and padding of every text: `[texts, length]` int32; cut to fit."""
+        made = self._model(list(texts), padding="max_length", truncation=True, max_length=length)
+        return np.asarray(made["input_ids"], np.int32).reshape(-1, length)
