@@ -141,7 +141,9 @@ def by_hand(system, params, batch, scale):
         made = model.apply(
             params, "image_projection", states[None, None, row, at], words[None, row, at]
         )
-        said = model.apply(params, "text_encoder", table.captions[None, row, place], pooled=False)
+        said = model.apply(
+            params, "text_encoder", table.captions[None, row, place], method="states"
+        )
         gaps = np.asarray(made, np.float64)[0] - np.asarray(said, np.float64)[0]
         far.append(np.sqrt((gaps**2).sum(-1)).mean())
     return np.mean(losses), np.mean(far), np.mean(losses) + scale * np.mean(far)

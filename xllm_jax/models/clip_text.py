@@ -48,26 +48,34 @@ class ClipText(nn.Module):
         """Arguments for `init`."""
         return (jnp.zeros((1, self.positions), jnp.int32),)
 
-    @nn.compact
-    def __call__(self, ids: Array, pooled: bool = True) -> Array:
+    def __call__(self, ids: Array) -> Array:
         """Encodes texts.
 
         Args:
           ids: `[batch, tokens]` int32, at most `positions` of them. What stands behind the end is
-            never seen by what comes before.
-          pooled: the vector of the end alone; else all, which is what a diffusion model reads.
+            never seen.
 
         Returns:
-          `[batch, width]` in `dtype`; of a text without an end, its first token's vector. All are
-          `[batch, tokens, width]`.
+          `[batch, width]` in `dtype`; of a text without an end, its first token's vector.
+        """
+        place = ends(ids, self.end)[:, None, None]
+        return jnp.take_along_axis(self.states(ids), place, axis=1)[:, 0]
+
+    @nn.compact
+    def states(self, ids: Array) -> Array:
+        """The vectors of all tokens behind the norm, which a diffusion model is conditioned on.
+
+        Args:
+          ids: `[batch, tokens]` int32, at most `positions` of them.
+
+        Returns:
+          `[batch, tokens, width]` in `dtype`.
         """
         x = Embeddings(self.vocabulary, self.positions, self.width, self.dtype, name="embeddings")(
             ids
         )
         quick = layers.gelu_quick
         x = vit.run_blocks(self, x, train=False, key_bias=True, causal=True, activation=quick)
-        if pooled:
-            x = jnp.take_along_axis(x, ends(ids, self.end)[:, None, None], axis=1)[:, 0]
         return layers.LayerNorm(self.epsilon, self.dtype, name="norm_behind")(x)
 
 

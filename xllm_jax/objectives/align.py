@@ -45,7 +45,7 @@ def wanted(model: XLLM, params: Params, modality: str, runs: SignalRuns) -> Arra
     """What the frozen text encoder makes of the captions, `[B, R, q, width]`; no gradient."""
     rows, most, length = runs.captions.shape
     captions = runs.captions.reshape(rows * most, length)
-    made = model.apply(params, model.output(modality)[1], captions, pooled=False)
+    made = model.apply(params, model.output(modality)[1], captions, method="states")
     return jax.lax.stop_gradient(made.reshape(rows, most, *made.shape[1:]))
 
 
