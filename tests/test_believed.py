@@ -254,3 +254,31 @@ def test_an_index_is_used_where_it_fits(tmp_path, monkeypatch):
     before = pairs(tmp_path)
     monkeypatch.setattr(webdataset, "_scan", lambda tar: pytest.fail("read anew"))
     assert pairs(tmp_path) == before
+
+
+def test_a_manifest_that_leaves_shards_out_is_told(prepared):
+    """Whether of one shard, of all, or of the whole split."""
+    file = prepared.shards.folder / "manifest.json"
+    about = json.loads(file.read_text())
+    shards = about["splits"]["train"]["shards"]
+    for splits in ({"train": {"shards": shards[1:]}}, {"train": {"shards": []}}, {}):
+        file.write_text(json.dumps({**about, "splits": splits}))
+        with pytest.raises(UserError, match=r"manifest\.json"):
+            opened(prepared)
+
+
+@pytest.mark.parametrize("link", ["folder", "file", "older temporary name"])
+def test_an_index_is_not_written_where_a_link_leads(link, tmp_path):
+    root, outside = tmp_path / "set", tmp_path / "outside"
+    for folder in (root, outside):
+        folder.mkdir()
+    pack(root / "0.tar", 3)
+    (outside / "0.npy").write_bytes(b"of somebody")
+    if link == "folder":
+        (root / ".index").symlink_to(outside)
+    else:
+        (root / ".index").mkdir()
+        name = "0.npy" if link == "file" else f".0.{os.getpid()}.npy"
+        (root / ".index" / name).symlink_to(outside / "0.npy")
+    assert len(pairs(root)) == 3
+    assert {file.name: file.read_bytes() for file in outside.iterdir()} == {"0.npy": b"of somebody"}

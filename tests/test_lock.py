@@ -115,3 +115,17 @@ def test_who_loses_its_lock_ends(file, soon, monkeypatch, capfd):
         assert left.wait(10)
     assert "taken over by process 1 on other" in capfd.readouterr().err
     assert json.loads(file.read_text())["host"] == "other", "the other one's lock stays"
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "zeros"])
+def test_a_lock_that_is_no_file_is_not_read(kind, file, soon):
+    """A pipe would be waited for, /dev/zero would be read without end, a link is another's file."""
+    target = file.with_name("private.json")
+    target.write_text('{"process": 1}')
+    if kind == "pipe":
+        os.mkfifo(file)
+    else:
+        file.symlink_to(target if kind == "link" else "/dev/zero")
+    with lock.Lock(file, "run"):
+        assert file.is_file() and not file.is_symlink()
+    assert target.read_text() == '{"process": 1}'

@@ -340,8 +340,10 @@ def _of_tensors(content: Mapping[str, Any], seen: set[int]) -> Mapping[str, Any]
 
 
 def _torch_header(tensor) -> Header | None:
-    """Shape and dtype, None for what NumPy cannot hold (sparse, quantized, eight-bit floats)."""
+    """Shape and dtype, None for what is not read: sparse, quantized, eight-bit, repeated."""
     try:
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            return None  # one number that stands for any number of them
         return Header(tuple(tensor.shape), _to_numpy(tensor[:0] if tensor.dim() else tensor).dtype)
     except (TypeError, RuntimeError, NotImplementedError):
         return None

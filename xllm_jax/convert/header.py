@@ -19,7 +19,7 @@ class Header:
 
 
 def known(header: Header | None, path: Path, name: str) -> Header:
-    """The header of a tensor that NumPy can hold.
+    """The header of a tensor that can be read.
 
     Args:
       header: None where it cannot.
@@ -30,7 +30,7 @@ def known(header: Header | None, path: Path, name: str) -> Header:
     """
     if header is None:
         raise UserError(
-            "is of a dtype that NumPy cannot hold",
+            "is of a dtype that NumPy cannot hold, or has more elements than numbers",
             field=f"{path}: {name}",
             hint="Store the weights as float16, bfloat16 or float32",
         )

@@ -10,16 +10,16 @@ refused.
 from __future__ import annotations
 
 import collections
-import pickletools
 import re
+import tarfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
-LEGACY = 4  # pickles before PyTorch 1.6: number, version, machine, content
-PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # as the format still calls them
-PYTHON_2_TYPES = {"long": "int", "unicode": "str", "xrange": "range"}  # of __builtin__
+from xllm_jax.convert import dry_run
+
+LEGACY = 5  # pickles before PyTorch 1.6: number, version, machine, content, names of storages
 LIBRARIES = (
     "omegaconf",
     "fairseq",
@@ -70,14 +70,35 @@ class Entries:
 
 
 def named(path: Path) -> set[str]:
-    """Classes and functions that a file of `torch.save` names; nothing is built or run."""
+    """Classes and functions that a file of `torch.save` names; nothing is built or run.
+
+    Raises:
+      Exception: of any kind, where it is none, or would swell or hang while it is read.
+    """
+    size = path.stat().st_size
     if not zipfile.is_zipfile(path):
         with path.open("rb") as file:
-            return set().union(*(_globals(file) for _ in range(LEGACY)))
+            _refuse_tar(file.read(tarfile.BLOCKSIZE))
+            file.seek(0)
+            return dry_run.names(file, size, LEGACY)
     with zipfile.ZipFile(path) as archive:
-        pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-        with archive.open(pickles[0]) as file:
-            return _globals(file)
+        inside = archive.namelist()
+        (content,) = [name for name in inside if name.endswith("data.pkl")]
+        if content.partition("/")[0] != inside[0].partition("/")[0]:  # where PyTorch looks for it
+            raise ValueError("several files in one")
+        if archive.getinfo(content).file_size > dry_run.MOST_BYTES:
+            raise ValueError("too long a description")
+        with archive.open(content) as file:
+            return dry_run.names(cast(BinaryIO, file), size)
+
+
+def _refuse_tar(block: bytes) -> None:
+    """PyTorch would read a tar of its first years, whose headers can be of any length."""
+    try:
+        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return
+    raise ValueError("a tar")
 
 
 def stand_ins(names: set[str]) -> list[tuple[Any, str]]:
@@ -101,18 +122,3 @@ def settings(content: Any) -> dict[str, Any]:
         if isinstance(place, Mapping | Box):
             return dict(place) if isinstance(place, Mapping) else vars(place)
     return {}
-
-
-def _globals(file: BinaryIO) -> set[str]:
-    """'module.name' of everything that one pickle names."""
-    found, words = set(), ["", ""]
-    for opcode, argument, _ in pickletools.genops(file):
-        if opcode.name == "GLOBAL":
-            module, _, name = str(argument).partition(" ")
-            name = PYTHON_2_TYPES.get(name, name) if module == "__builtin__" else name
-            found.add(f"{PYTHON_2.get(module, module)}.{name}")
-        elif opcode.name == "STACK_GLOBAL":
-            found.add(".".join(words))
-        elif isinstance(argument, str):
-            words = [words[1], argument]
-    return found

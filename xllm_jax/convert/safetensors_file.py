@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -48,7 +47,7 @@ class SafetensorsFile(Mapping):
                 length = int.from_bytes(file.read(8), "little")
                 self._check_length(length)
                 self._start = 8 + length
-                header = json.loads(file.read(length))
+                header = bounds.parsed(file.read(length))
             entries = {k: v for k, v in header.items() if k != "__metadata__"}
             for name in entries:
                 bounds.check_name(name, self.path)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import math
 import pickle
-import pickletools
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from xllm_jax.convert import bounds
+from xllm_jax.convert import bounds, dry_run
 from xllm_jax.convert.header import Header
 from xllm_jax.core.errors import UserError
 
@@ -67,7 +66,7 @@ class TorchScriptFile(Mapping):
             if self._archive.getinfo(root).file_size > bounds.MOST_PACKED:
                 raise ValueError("too large")
             with self._archive.open(root) as file:
-                self._places = _Walk().tensors(_load(file.read()))
+                self._places = _Walk().tensors(_load(file.read(), self.path.stat().st_size))
         except UserError as error:
             where = f"{path}: {error.field}" if error.field else str(path)
             raise UserError(error.what, field=where, hint=error.hint) from None
@@ -166,16 +165,13 @@ def _place(storage: tuple[Any, str], offset: int, shape: tuple, strides: tuple, 
     return Place(dtype, entry, offset, known, steps)
 
 
-def _load(content: bytes) -> Any:
+def _load(content: bytes, size: int) -> Any:
     """What `data.pkl` holds.
 
     Raises:
       ValueError: it asks for more memory than a description of modules needs.
     """
-    # The unpickler makes a table as long as the highest number that objects are remembered by.
-    for opcode, argument, _ in pickletools.genops(content):
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(content):
-            raise ValueError("too many objects")
+    dry_run.names(io.BytesIO(content), size)
     return _Reader(io.BytesIO(content)).load()
 
 

@@ -25,6 +25,7 @@ from xllm_jax.core.errors import UserError
 BEAT_SECONDS = 10.0  # between two touches
 SILENT_SECONDS = 30.0  # without one, after which a holder on another machine counts as gone
 LOOK_SECONDS = 0.5
+MOST = 1 << 16  # characters of a lock that are read
 NAME = "in-use.json"
 
 
@@ -56,7 +57,7 @@ class Lock:
         self._thread = threading.Thread(target=self._touch, name="lock", daemon=True)
 
     def __enter__(self) -> Lock:
-        self._made = not self._file.parent.exists()
+        self._made = not os.path.exists(self._file.parent)  # False for names that cannot be
         disk.make_folder(self._file.parent)
         while not self._create():
             self._take_over()
@@ -116,7 +117,7 @@ class Lock:
 def read(file: Path) -> dict[str, Any]:
     """What a lock says; {} for none, and for one that is just being written."""
     try:
-        found = json.loads(file.read_text("utf-8"))
+        found = json.loads(_content(file)[1])
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -183,7 +184,13 @@ def touched(file: Path, held: dict[str, Any]) -> bool:
 def _stamp(file: Path) -> tuple[int, str] | None:
     """Time and content of the file as the server has it, not as this machine remembers it."""
     try:
-        with file.open(encoding="utf-8") as opened:
-            return os.fstat(opened.fileno()).st_mtime_ns, opened.read()
-    except OSError:
+        return _content(file)
+    except (OSError, ValueError):
         return None
+
+
+def _content(file: Path) -> tuple[int, str]:
+    """Time and content of a lock; of a link, a pipe or anything that is no lock, OSError."""
+    number = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with os.fdopen(number, encoding="utf-8") as opened:
+        return os.fstat(number).st_mtime_ns, opened.read(MOST)

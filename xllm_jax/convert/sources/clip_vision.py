@@ -6,7 +6,6 @@ OpenAI's own .pt files (TorchScript archives, `torchscript.py`) and open_clip's 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ from xllm_jax.convert import (
     Drop,
     Row,
     base_sizes,
+    bounds,
     mount,
     published_config,
     sizes,
@@ -241,7 +241,7 @@ def _open_clip(checkpoint: Checkpoint, section: str) -> PublishedConfig | None:
     """A tower of open_clip_config.json in the words of transformers; None where there is none."""
     file = checkpoint.config_file().with_name("open_clip_config.json")
     try:
-        whole = json.loads(file.read_text("utf-8"))["model_cfg"] if file.is_file() else None
+        whole = bounds.read_json(file)["model_cfg"] if file.is_file() else None
         if whole is None:
             return None
         tower = whole["vision_cfg" if section == "vision_config" else "text_cfg"]

@@ -19,6 +19,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from xllm_jax.core import atomic
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.media import reach
 from xllm_jax.data.rows import files
@@ -48,13 +49,9 @@ def kept(tar: Path, scan: Callable[[Path], np.ndarray]) -> np.ndarray:
             if found[:1].tolist() == [_stamp(tar, rows)] and _fits(tar, rows):
                 return rows
     rows = scan(tar)
-    try:
-        file.parent.mkdir(exist_ok=True)
-        part = file.with_name(f".{tar.stem}.{os.getpid()}.npy")
-        np.save(part, np.concatenate([[_stamp(tar, rows)], rows]))
-        os.replace(part, file)
-    except OSError:  # a folder that cannot be written to is scanned again the next time
-        pass
+    if not file.parent.is_symlink():  # nothing is written where a stranger's link leads
+        with contextlib.suppress(OSError, UserError):  # else it is scanned again the next time
+            atomic.write_array(file, np.concatenate([[_stamp(tar, rows)], rows]))
     return rows
 
 

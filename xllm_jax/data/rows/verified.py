@@ -6,6 +6,7 @@ of the set, until a shard's size, time or place on the disk is another one.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -74,6 +75,7 @@ def _shards(manifest: Path, split: str) -> list[dict[str, Any]]:
         with files.opened(manifest) as file:
             splits = json.load(file)["splits"]
         shards = splits[split]["shards"] if split in splits else []
+        _check_complete(manifest.parent, split, splits)
         odd = [s for s in shards if os.path.basename(str(s["file"])) != s["file"]]
         known = [{key: shard[key] for key in ("file", "bytes", "sha256")} for shard in shards]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -82,6 +84,14 @@ def _shards(manifest: Path, split: str) -> list[dict[str, Any]]:
     if odd:
         raise UserError("names files outside of its folder", field=str(manifest))
     return known
+
+
+def _check_complete(folder: Path, split: str, splits: Mapping[str, Any]) -> None:
+    """Raises ValueError where a shard of a split lies there that no split describes."""
+    known = {shard["file"] for one in splits.values() for shard in one["shards"]}
+    for file in sorted(folder.glob(f"*-{glob.escape(split)}.array_record-*")):
+        if file.name not in known:
+            raise ValueError(f"{file.name} is not described")
 
 
 def _state(file: Path) -> tuple[int, ...]:
