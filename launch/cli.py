@@ -11,6 +11,7 @@ import os
 import re
 import runpy
 import sys
+import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -31,6 +32,7 @@ DIVERGED = 3  # the loss is not a number, or has left its path
 SAVED = errors.SAVED  # 75, SIGTERM: what there was to save is saved
 LOST = errors.LOST  # 76, a host stalled or was lost
 STOPPED = 130  # Ctrl-C
+LARGEST_STAGE = 1 << 20  # bytes of a stage file
 MESSAGE = 200  # characters of a library's message that are shown
 
 ALLOW_PATHS = flags.DEFINE_multi_string(
@@ -258,12 +260,14 @@ def locate(flag: str, value: str) -> str:
     """FILE[:variant] of a configuration that the user named by its path or its name."""
     text, colon, variant = value.partition(":")
     path, packaged = Path(text), packaged_stages()
-    if path.is_file():
+    if os.path.isfile(path):  # False, too, for names that no file system knows
         return value
     if text in packaged:
         return f"{packaged[text]}{colon}{variant}"
     if path.suffix or path.name != text:
-        known = sorted(str(file) for file in path.parent.glob("*.py"))
+        known: list[str] = []
+        with contextlib.suppress(OSError, ValueError):  # of a folder's name as well
+            known = sorted(str(file) for file in path.parent.glob("*.py"))
         hint = nearest(text, known) if known else "Give the path of a stage file"
         raise UserError(f"no such file: {text}", field=f"--{flag}", hint=hint)
     raise UserError(f"no such stage: {text}", field=f"--{flag}", hint=nearest(text, packaged))
@@ -281,8 +285,33 @@ def configurations(argv: Sequence[str]) -> dict[str, Any]:
     found = {}
     for name, value in config_files(argv).items():
         file, _, variant = value.partition(":")
-        found[name] = runpy.run_path(file)["get_config"](*([variant] if variant else []))
+        found[name] = _made(f"--{name}", file, variant)
     return found
+
+
+def _made(flag: str, file: str, variant: str) -> Any:
+    """What `get_config` of a stage file gives.
+
+    Raises:
+      UserError: the file is no Python, has no such function, or raises something itself.
+    """
+    hint = "Give a Python file with a function get_config that returns a Stage"
+    if os.path.getsize(file) > LARGEST_STAGE:
+        raise UserError(f"{file} is too large for a stage", field=flag, hint=hint)
+    try:
+        get_config = runpy.run_path(file).get("get_config")
+        if callable(get_config):
+            return get_config(*([variant] if variant else []))
+        what = "has no function get_config"
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:  # whatever a user's code does
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == file]
+        where = f" at line {lines[-1]}" if lines else ""
+        told = " ".join(f"{type(error).__name__}: {error}".split())[:MESSAGE]
+        what = f"ends{where} with {told}"
+    raise UserError(f"{file} {what}", field=flag, hint=hint)
 
 
 def check_names(argv: Sequence[str], configs: Mapping[str, Any]) -> None:

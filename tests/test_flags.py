@@ -19,7 +19,7 @@ from xllm_jax import configs, launch
 from xllm_jax.configs import stage2_image
 from xllm_jax.core import limits
 from xllm_jax.core.errors import UserError
-from xllm_jax.core.stage import Stage
+from xllm_jax.core.stage import Part, Stage
 from xllm_jax.launch import cli, commands
 
 # ml_collections reads configurations by a function of importlib that is to go.
@@ -270,3 +270,65 @@ def test_a_mistake_is_found_before_jax_is_imported():
         )
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
         assert done.stderr.startswith("stall: cannot be inf")
+
+
+ENTRIES = [
+    f"data.image.size={value}" for value in ("0", "-5", "1000000000", "2.5", "nan", "True", "x")
+]
+ENTRIES += ["data.image.scale=(0,1)", "data.image.scale=(0.9,0.5)", "data.image.scale=(1,2,3)"]
+ENTRIES += ["data.image.flip=3", "data.image.orientation=up"]
+
+
+@pytest.mark.parametrize("given", ENTRIES)
+def test_an_entry_out_of_its_range_is_refused_by_its_name(given, train):
+    code, said = run([CONFIG, f"--config.{given}", "--workdir=w"])
+    assert (code, said.count("\n")) == (2, 1), said
+    assert given.partition("=")[0] in said
+
+
+@pytest.mark.parametrize(
+    "path, value",
+    [("video.frames", 0), ("video.sampling", "any"), ("video.size", 10**9), ("image.patch", 0)]
+    + [("speech.bins", 0), ("speech.bins", 10**6), ("speech.specaugment", "yes")],
+)
+def test_entries_of_every_medium_have_limits(path, value):
+    stage = Stage()
+    medium, _, name = path.partition(".")
+    getattr(stage.data, medium)[name] = value
+    with pytest.raises(UserError, match=rf"data\.{medium}\.{name}"):
+        limits.check(stage)
+
+
+@pytest.mark.parametrize("value", [-5, 10**12, float("nan"), (4, -2)])
+def test_numbers_of_a_network_have_limits(value):
+    stage = dataclasses.replace(Stage(), parts={"vit": Part("vit.Vit", fields={"width": value})})
+    with pytest.raises(UserError, match=r"parts\.vit\.fields\.width"):
+        limits.check(stage)
+
+
+STAGES = {
+    "words.py": b"root:x:0:0:root:/root:/bin/bash\n",
+    "binary.py": bytes(range(256)),
+    "nothing.py": b"",
+    "value.py": b"get_config = 3\n",
+    "raises.py": b"def get_config():\n    return 1 / 0\n",
+    "raises_at_once.py": b"raise RuntimeError('two\\nlines')\n",
+    "leaves.py": b"import sys\nsys.exit(0)\n",
+    "no_stage.py": b"def get_config():\n    return {}\n",
+    "other_call.py": b"def get_config(a, b):\n    return {}\n",
+    "imports.py": b"import no_such_module_anywhere\n",
+    "deep.py": b"x = " + b"(" * 5000,
+    "large.py": b"#" * (2 << 20),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [*STAGES, "folder", "/etc/passwd", "/dev/null", "a" * 300, "b/" * 300]
+)
+def test_what_is_no_stage_file_is_refused_in_one_line(name, train, tmp_path):
+    (tmp_path / "folder").mkdir()
+    for file, content in STAGES.items():
+        (tmp_path / file).write_bytes(content)
+    code, said = run([f"--config={tmp_path / name}", "--workdir=w"])
+    assert (code, said.count("\n")) == (2, 1), said
+    assert "--config" in said

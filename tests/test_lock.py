@@ -129,3 +129,13 @@ def test_a_lock_that_is_no_file_is_not_read(kind, file, soon):
     with lock.Lock(file, "run"):
         assert file.is_file() and not file.is_symlink()
     assert target.read_text() == '{"process": 1}'
+
+
+@pytest.mark.parametrize(
+    "name", ["a" * 300, "a/" * 3000, "\0", "a\0b", "two\nlines", "  ", "\x1b[2J"]
+)
+def test_a_folder_of_no_name_is_refused_in_one_line(name, tmp_path):
+    with pytest.raises(UserError) as refused, lock.Lock(tmp_path / name / lock.NAME, "run"):
+        pass
+    assert str(refused.value).isprintable()
+    assert not list(tmp_path.iterdir())

@@ -90,8 +90,8 @@ PICKLES = {
     + b"u0]("
     + b"ccollections\nOrderedDict\n)Rh\x00b" * 2000
     + b"e",
-    "empty lists": b"(" + b"]" * 40_000_000 + b"l",
-    "empty dicts": b"](" + b"}" * 40_000_000 + b"e",
+    "empty lists": b"(" + b"]" * 10_000_000 + b"l",
+    "empty dicts": b"](" + b"}" * 10_000_000 + b"e",
     "a new tensor": call("torch FloatTensor", HUGE),
     "a new storage": call("torch.storage UntypedStorage", HUGE),
     "a new object": b"ctorch\nFloatTensor\n" + HUGE + b"\x85\x81",

@@ -104,8 +104,12 @@ def make_folder(path: Path) -> None:
     """Makes a folder with its parents, where it is not there.
 
     Raises:
-      CannotWrite, UserError: as of `writing`.
+      CannotWrite, UserError: as of `writing`, and for a name that nobody can mean.
     """
+    odd = [part for part in path.parts if not part.strip() or not part.isprintable()]
+    if odd:
+        what = f"has {odd[0]!r} in its name"
+        raise UserError(what, field=ascii(str(path))[1:-1], hint="Choose another place")
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
 

@@ -21,6 +21,32 @@ def one_of(default: str, *others: str) -> Any:
     return dataclasses.field(default=default, metadata={"choices": (default, *others)})
 
 
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """What a setting that stands in a dictionary may hold, where it is there.
+
+    Attributes:
+      kind: its type; of a tuple, that of its two numbers.
+      least, most: bounds of numbers, both allowed.
+      choices: words that it may be; () for any.
+    """
+
+    kind: type | tuple[type, ...]
+    least: float = 0
+    most: float = MOST
+    choices: tuple[str, ...] = ()
+
+
+def options(**known: Option) -> dict[str, dict[str, Option]]:
+    """What entries of these names may hold in the dictionary of a field."""
+    return {"options": known}
+
+
+def numbers(least: float, most: float = MOST) -> dict[str, Option]:
+    """Between which bounds the numbers in a dictionary of any settings lie."""
+    return {"numbers": Option(float, least, most)}
+
+
 def of_patterns(default: tuple[str, ...] = ()) -> Any:
     """A field of regular expressions."""
     return dataclasses.field(default=default, metadata={"patterns": True})

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from xllm_jax.core.errors import UserError
+from xllm_jax.core.fields import Option
 from xllm_jax.core.stage import Stage
 
 NUMBER = (int, float)
@@ -69,6 +70,38 @@ def _entries(
             yield _wrong(f"{path}.{name}", inner, fault)
         else:
             yield from _limits(field.metadata, f"{path}.{name}", inner)
+            yield from _options(field.metadata, f"{path}.{name}", name, inner)
+
+
+def _options(metadata: Mapping[str, Any], path: str, name: str, value: Any) -> Iterator[UserError]:
+    """Problems of an entry whose name says what it may hold, or of any number."""
+    if "numbers" in metadata:
+        for one in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(one, NUMBER):
+                yield from _number(metadata["numbers"], path, one)
+    option = metadata.get("options", {}).get(name)
+    if option is None:
+        return
+    kind = option.kind
+    pair = kind == (float, float)
+    if pair and not (isinstance(value, list | tuple) and len(value) == 2 and _ordered(*value)):
+        yield _wrong(path, value, "Give the lowest and the highest of it as '(a,b)'")
+        return
+    for one in value if pair else (value,):
+        if all(_misfit(one, single) for single in (kind if isinstance(kind, tuple) else (kind,))):
+            yield _wrong(path, value, _misfit(one, kind[0] if isinstance(kind, tuple) else kind))
+        elif option.choices:
+            yield from _limits({"choices": option.choices}, path, one)
+        elif isinstance(one, NUMBER):
+            yield from _number(option, path, one)
+
+
+def _ordered(low: Any, high: Any) -> bool:
+    return isinstance(low, NUMBER) and isinstance(high, NUMBER) and low <= high
+
+
+def _number(option: Option, path: str, value: Any) -> Iterator[UserError]:
+    yield from _limits({"limits": (option.least, option.most)}, path, value)
 
 
 def _limits(metadata: Mapping[str, Any], path: str, value: Any) -> Iterator[UserError]:

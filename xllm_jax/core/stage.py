@@ -11,7 +11,19 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from xllm_jax.core.fields import limits, of_patterns, one_of, within
+from xllm_jax.core.fields import Option, limits, numbers, of_patterns, one_of, options, within
+
+# Of pictures, alone or as frames of a video, whose reader takes those of images, too.
+PICTURES = {
+    "size": Option(int, 1, 8192),
+    "orientation": Option(str, choices=("exif", "ignore")),
+    "scale": Option((float, float), 1e-6, 1),
+    "flip": Option(bool),
+    "patch": Option(int, 1, 8192),
+    "frames": Option(int, 1, 10**4),
+    "sampling": Option(str, choices=("uniform", "reference")),
+}
+SPEECH = options(bins=Option(int, 1, 1024), specaugment=Option((bool, dict)))
 
 
 @dataclasses.dataclass
@@ -28,7 +40,7 @@ class Part:
 
     network: str = ""
     size: str = "real"
-    fields: dict[str, Any] = dataclasses.field(default_factory=dict)
+    fields: dict[str, Any] = dataclasses.field(default_factory=dict, metadata=numbers(-1))
 
 
 @dataclasses.dataclass
@@ -200,9 +212,9 @@ class Data:
     frames: tuple[int, ...] = within((1600,), 1, 10**7)
     characters_length: int = within(64, 1, 10**6)
     text_length: int = within(32, 1, 10**6)
-    image: dict[str, Any] = dataclasses.field(default_factory=dict)
-    video: dict[str, Any] = dataclasses.field(default_factory=dict)
-    speech: dict[str, Any] = dataclasses.field(default_factory=dict)
+    image: dict[str, Any] = dataclasses.field(default_factory=dict, metadata=options(**PICTURES))
+    video: dict[str, Any] = dataclasses.field(default_factory=dict, metadata=options(**PICTURES))
+    speech: dict[str, Any] = dataclasses.field(default_factory=dict, metadata=SPEECH)
     modalities: dict[str, str] = dataclasses.field(default_factory=dict)
     options: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     libraries: str = one_of("same", "any")
