@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import resource
 import subprocess
 import sys
 import tarfile
@@ -282,3 +283,25 @@ def test_an_index_is_not_written_where_a_link_leads(link, tmp_path):
         (root / ".index" / name).symlink_to(outside / "0.npy")
     assert len(pairs(root)) == 3
     assert {file.name: file.read_bytes() for file in outside.iterdir()} == {"0.npy": b"of somebody"}
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_tar_whose_header_is_hollow_is_not_read(kind, first, tmp_path):
+    """Neither as the first one nor behind a whole sample."""
+    file, at = tmp_path / "0.tar", 0
+    pack(file, 1)
+    if not first:
+        with tarfile.open(file) as archive:
+            last = archive.getmembers()[-1]
+        at = last.offset_data + -(-last.size // 512) * 512
+    member = tarfile.TarInfo("x")
+    member.type, member.size = kind, 5 << 30
+    with file.open("r+b") as opened_file:
+        opened_file.seek(at)
+        opened_file.write(member.tobuf(tarfile.GNU_FORMAT))
+        opened_file.truncate(6 << 30)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match=r"0\.tar"):
+        webdataset.index(file)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000

@@ -29,6 +29,11 @@ from xllm_jax.data.rows.lazy import Chain, Lazy
 from xllm_jax.data.rows.tar_index import COLUMNS
 from xllm_jax.data.sources import layout
 
+# Headers whose content tarfile reads whole.
+ATTRIBUTES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE)
+ATTRIBUTES += (tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+LONGEST = 1 << 20  # bytes of it
+
 
 def examples(path: str, split: str = "train", captions: str = "") -> Sequence[Example]:
     """Captioned images, tar by tar; samples without an image or a caption are left out.
@@ -71,11 +76,23 @@ def index(tar: pathlib.Path) -> np.ndarray:
     return tar_index.kept(tar, _scan)
 
 
+class _Member(tarfile.TarInfo):
+    """A member's header, whose name or attributes are of a length that can be meant."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Member:
+        """Reads the header, as `TarInfo` does, before what belongs to it is read."""
+        found = super().frombuf(buf, encoding, errors)
+        if found.type in ATTRIBUTES and found.size > LONGEST:
+            raise tarfile.ReadError(f"a name or attributes of {found.size:,} bytes")
+        return found
+
+
 def _scan(tar: pathlib.Path) -> np.ndarray:
     samples: dict[str, list[int]] = {}
     size, left = tar.stat().st_size, litter.LeftOut(tar)
     try:
-        with tarfile.open(tar, "r:") as archive:
+        with tarfile.open(tar, "r:", tarinfo=_Member) as archive:
             while (member := archive.next()) is not None:
                 # Otherwise it remembers every member.
                 archive.members = []  # pyright: ignore[reportAttributeAccessIssue]
