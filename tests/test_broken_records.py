@@ -331,3 +331,134 @@ def test_an_array_that_is_damaged(content, tmp_path):
     )
     kept = np.load(tmp_path / "tars/.index/00000.npy")
     assert len(kept) == fixtures.COUNT + 1
+
+
+def shortened(text, share):
+    """A text without its end, cut in the middle of a character perhaps."""
+    content = text.encode("utf-8")
+    return content[: int(len(content) * share)]
+
+
+CUT = "the file ends inside record"
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_a_file_that_is_cut_off(case, tmp_path):
+    """What stands whole before is read, and one record says why there is no more."""
+    getattr(fixtures, case)(tmp_path)
+    reader = {"minigpt4": "instructions"}.get(case, case)
+    path = tmp_path / FILES[case] if case == "reference" else tmp_path
+    options = {"images": f"{tmp_path}/images"} if case == "reference" else {}
+    source = Source(reader, str(path), "train", options)
+    wanted = [one.answer for one in drawn(source)[0]]
+    file = tmp_path / FILES[case]
+    content = file.read_bytes()
+    counts = set()
+    for end in np.random.default_rng(0).integers(1, len(content), 25):
+        file.write_bytes(content[:end])
+        try:
+            examples, reasons = drawn(source)
+        except UserError as error:  # nothing of it can be read
+            assert "cut off at byte" in str(error) or CUT in str(error), (end, str(error))
+            continue
+        # Text behind the wanted lists costs nothing.
+        assert [reason for reason in reasons if CUT in reason] or len(examples) == len(wanted), end
+        found = [one.answer for one in examples]
+        assert found and set(found) <= set(wanted), end
+        counts.add(len(found))
+    assert len(counts) > 1 or len(wanted) < 3
+
+
+@pytest.mark.parametrize("lined", [False, True])
+def test_conversations_that_are_cut_off(lined, tmp_path):
+    """At every second byte: the rows that stand whole before it are read."""
+    texts = [json.dumps(row, ensure_ascii=False) for row in GOOD[:4]]
+    text = "\n".join(texts) if lined else f"[{', '.join(texts)}]"
+    content, file = text.encode("utf-8"), tmp_path / f"train.json{'l' * lined}"
+    ends = [content.find(t.encode()) + len(t.encode()) for t in texts]
+    source = Source("instructions", str(tmp_path))
+    for end in range(1, len(content), 2):
+        whole = sum(one <= end for one in ends)
+        file.write_bytes(content[:end])
+        if not whole:
+            with pytest.raises(UserError):
+                drawn(source)
+            continue
+        examples, reasons = drawn(source)
+        assert [one.key for one in examples] == [row["id"] for row in GOOD[:whole]]
+        between = lined and end - ends[whole - 1] < 2  # a line break, or none: it is whole
+        assert reasons == [] if between else CUT in reasons[0] and len(reasons) == 1, end
+        if not between:
+            assert f"{CUT} {whole}" in reasons[0]
+
+
+@pytest.mark.parametrize("share", [0.55, 0.7, 0.8, 0.9, 0.99])
+def test_objects_that_are_cut_off(share, tmp_path):
+    fixtures.pictures(tmp_path / "pictures", "a.jpg", "b.jpg")
+    text = json.dumps({"a.jpg": "一只猫", "b.jpg": ["一只狗", "狗"]}, ensure_ascii=False)
+    (tmp_path / "pictures/captions.json").write_bytes(shortened(text, share))
+    examples, reasons = drawn(Source("captions_folder", str(tmp_path / "pictures")))
+    assert [one.answer for one in examples][:1] == ["一只猫"] and CUT in reasons[0]
+    fixtures.activitynet(tmp_path / "videos")
+    fixtures.film(tmp_path / "videos/videos/v_b.mp4")
+    file = tmp_path / "videos/train.json"
+    row = json.loads(file.read_text("utf-8"))["v_a"]
+    text = json.dumps({"v_a": row, "v_b": row})
+    file.write_bytes(shortened(text, share))
+    examples, reasons = drawn(Source("activitynet", str(tmp_path / "videos")))
+    assert len(examples) == 2 and len(reasons) == 1 and CUT in reasons[0]
+
+
+EMPTY = ("", "  ", "\n", "\u3000")
+
+
+@pytest.mark.parametrize("said", EMPTY)
+@pytest.mark.parametrize("turn", [1, 2, 3])
+def test_a_turn_that_says_nothing(said, turn, tmp_path):
+    turns = [human("<image>\n问"), model("答"), human("又问"), model("又答")]
+    turns[turn] = {**turns[turn], "value": said}
+    rows = [*GOOD, {"id": "broken", "image": "a.jpg", "conversations": turns}]
+    (tmp_path / "train.json").write_text(json.dumps(rows), "utf-8")
+    examples, reasons = drawn(Source("instructions", str(tmp_path)))
+    assert len(examples) == len(GOOD)
+    assert reasons == [f"has an empty {'answer' if turn % 2 else 'question'}"]
+
+
+def test_a_file_may_stand_for_the_first_question(tmp_path):
+    rows = [{"image": "a.jpg", "conversations": [human(""), model("答")]}]
+    rows += [{"conversations": [human(" "), model("答")]}]
+    (tmp_path / "train.json").write_text(json.dumps(rows), "utf-8")
+    examples, reasons = drawn(Source("instructions", str(tmp_path)))
+    assert (len(examples), reasons) == (1, ["has an empty question"])
+
+
+def blank_answer(case, root, text):
+    """Makes the last text of a fixture an empty one; (reader, options, examples that go)."""
+    if case == "visual_genome":
+        file = root / "question_answers.json"
+        rows = json.loads(file.read_text("utf-8"))
+        rows[-1]["qas"][-1]["answer"] = text
+        file.write_text(json.dumps(rows), "utf-8")
+        return "visual_genome", {"kind": "questions"}
+    if case == "visdial":
+        file = root / "visdial_1.0_train.json"
+        data = json.loads(file.read_text("utf-8"))
+        data["data"]["answers"].append(text)
+        row = data["data"]["dialogs"][-1]["dialog"][-1]
+        row["answer"] = len(data["data"]["answers"]) - 1
+        file.write_text(json.dumps(data), "utf-8")
+        return "visdial", {}
+    file = root / "captions.json"
+    file.write_text(json.dumps({"1.jpg": ["猫"], "2.jpg": text, "3.jpg": ["狗", text]}), "utf-8")
+    return "captions_folder", {}
+
+
+@pytest.mark.parametrize("text", EMPTY)
+@pytest.mark.parametrize("case", ["visual_genome", "visdial", "captions_folder"])
+def test_an_empty_answer(case, text, tmp_path):
+    getattr(fixtures, case, lambda root: fixtures.pictures(root))(tmp_path)
+    reader, options = blank_answer(case, tmp_path, text)
+    examples, reasons = drawn(Source(reader, str(tmp_path), "train", options))
+    assert examples and all(one.answer.strip() for one in examples)
+    assert reasons and all("empty" in reason for reason in reasons)
+    assert len(reasons) == (2 if case == "captions_folder" else 1)

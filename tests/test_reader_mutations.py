@@ -206,6 +206,7 @@ def test_no_reader_is_forgotten():
     made_up = {
         "layout",
         "captioned_list",
+        "msrvtt_lists",
         "world_scenes",
         "world_text",
     }  # no readers, and two without files

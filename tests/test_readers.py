@@ -84,6 +84,7 @@ CASES = {
 OTHERS = {
     "captioned_list": "no reader",
     "layout": "no reader",
+    "msrvtt_lists": "no reader",
     "prepared": "what every case is read by",
     "requests": "captions that another reader reads: test_align.py",
     "world_scenes": "drawn when read, for its own objective: test_world.py",

@@ -95,7 +95,8 @@ def example(row: Mapping[str, Any], columns: Columns, key: str, where: str, rate
         for one in _several(_value(row, column, where))
     )
     said = tuple(_text(one, where, columns.answer) for one in _texts(row, columns.answer, where))
-    question = "".join(_text(one, where) for one in _texts(row, columns.question, where)[:1])
+    asked = _texts(row, columns.question, where)[:1]
+    question = "".join(_text(one, where, columns.question) for one in asked)
     heard = "".join(_text(one, where) for one in _texts(row, columns.transcript, where)[:1])
     if columns.answer and not said:
         raise UserError("has no text", field=f"{where}.{columns.answer}")

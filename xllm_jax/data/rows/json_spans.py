@@ -3,13 +3,15 @@
 The file is read in pieces as Latin-1, one character a byte, which leaves JSON's own signs as they
 are; so memory holds one piece, one row, and a few numbers for every row. A row that is no JSON
 though its brackets show where it ends (`{"a": tru}`, a number of 5000 digits) is a row like any
-other: it is reported when it is read.
+other: it is reported when it is read. So is what stands in the place of the row inside which a file
+ends that was not fetched to its end.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -26,6 +28,7 @@ ENDS = tuple(",:]}")
 TEXT = r'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
 BRACKET = re.compile(rf'{TEXT}|["\[\]{{}}]', re.DOTALL)  # strings are passed over
 SCALAR = re.compile(rf'{TEXT}|[^",:\[\]{{}}\s]+', re.DOTALL)
+CUT = ""  # stands for the name of a member that the file ends inside of
 MARK = "\xef\xbb\xbf"  # of UTF-8, read as Latin-1
 
 # From (row, its number) to what shall be kept of it; the row is None where it is no JSON.
@@ -42,6 +45,11 @@ class Rows:
         self._note, self._spans, self.notes = note, bytearray(), []
         self.spans = np.zeros((0, 2), np.int64)
         self.names: list[str] | None = None
+
+    @property
+    def count(self) -> int:
+        """Rows that were taken down."""
+        return len(self._spans) // 16
 
     def add(self, start: int, end: int, value: Any) -> None:
         """Takes down one row."""
@@ -68,21 +76,52 @@ def find(
       objects: an object in the place of a list will do, and its members are the rows.
 
     Raises:
-      UserError: the file is no list or object where one is wanted, a list is missing, or the JSON
-        is so broken that its rows cannot be told apart.
+      UserError: the file is no list or object where one is wanted, a list is missing, the JSON is
+        so broken that its rows cannot be told apart, or the file ends before the first row.
     """
     found = {place: Rows(note) for place, note in wanted.items()}
     seen: set[str] = set()
     with io.TextIOWrapper(files.opened(path), "latin-1", newline="") as file:
         scanner = _Scanner(file, str(path))
         scanner.skip(MARK)
-        _Walk(scanner, found, seen, objects).value("")
-        if scanner.peek():
-            raise scanner.broken()
+        walk = _Walk(scanner, found, seen, objects)
+        try:
+            walk.value("")
+            if scanner.peek():
+                raise scanner.broken()
+        except CutOff as cut:
+            if found.keys() != seen:
+                raise
+            walk.cut_off(cut)
     for place in found.keys() - seen:
         where = f"{path}: {place}" if place else str(path)
         raise UserError("is missing, or not a JSON list", field=where, hint="[{…}, {…}, …]")
     return {place: rows.close() for place, rows in found.items()}
+
+
+class CutOff(UserError):
+    """A JSON file ends in the middle.
+
+    Args:
+      path: of the file.
+      start: byte where the value begins that is not whole.
+      end: bytes of the file.
+    """
+
+    def __init__(self, path: str, start: int, end: int):
+        hint = "Fetch or write the file again"
+        super().__init__(f"the file is cut off at byte {end}", field=path, hint=hint)
+        self.start, self.end = start, end
+
+
+def unfinished(text: str) -> bool:
+    """Whether a text ends inside a JSON list, object or string."""
+    depth = 0
+    for found in BRACKET.finditer(text):
+        if (sign := found.group()) == '"':
+            return True
+        depth += (sign in ("[", "{")) - (sign in ("]", "}"))
+    return depth > 0
 
 
 class _Walk:
@@ -90,6 +129,7 @@ class _Walk:
 
     def __init__(self, scanner: _Scanner, found: dict[str, Rows], seen: set[str], objects: bool):
         self._scanner, self._found, self._seen, self._objects = scanner, found, seen, objects
+        self._open: Rows | None = None  # the wanted list that is gone over
 
     def value(self, place: str) -> None:
         """Passes the value that stands at a place."""
@@ -108,17 +148,28 @@ class _Walk:
         elif sign:
             self._scanner.value()
 
+    def cut_off(self, cut: CutOff) -> None:
+        """Takes down what is left of the row inside which the file ends, if it is a wanted one."""
+        if (rows := self._open) is not None:
+            rows.add(cut.start, cut.end, None)
+            if rows.names is not None:
+                rows.names += [CUT] * (rows.count - len(rows.names))
+        logging.getLogger(__name__).warning("%s; what stands before is read", cut)
+
     def _list(self, rows: Rows | None) -> None:
+        self._open = rows
         for _ in self._scanner.members("[", "]"):  # row by row, since it may be long
             start, end, value = self._scanner.value()
             if rows is not None:
                 rows.add(start, end, value)
+        self._open = None
 
     def _object(self, rows: Rows) -> None:
-        rows.names = []
+        self._open, rows.names = rows, []
         for _ in self._scanner.members("{", "}"):
             rows.names.append(self._scanner.key())
             rows.add(*self._scanner.value())
+        self._open = None
 
 
 def _below(place: str) -> str:
@@ -154,12 +205,12 @@ class _Scanner:
         self._at += 1
         while (sign := self.peek()) != closing:
             if not sign:
-                raise self.broken()
+                raise self._cut_off()
             yield sign
             if self.peek() == ",":
                 self._at += 1
             elif self.peek() != closing:
-                raise self.broken()
+                raise self.broken() if self.peek() else self._cut_off()
         self._at += 1
 
     def key(self) -> str:
@@ -167,7 +218,7 @@ class _Scanner:
         start, end, name = self.value()
         raw = self._text[self._at - (end - start) : self._at]
         if not isinstance(name, str) or self.peek() != ":":
-            raise self.broken()
+            raise self.broken() if self.peek() else self._cut_off()
         self._at += 1
         return json.loads(raw.encode("latin-1").decode("utf-8", "surrogateescape"), strict=False)
 
@@ -212,8 +263,10 @@ class _Scanner:
 
     def _go_on(self) -> None:
         """Reads on in the middle of a value."""
-        if len(self._text) - self._at > files.MOST or not self._more():
+        if len(self._text) - self._at > files.MOST:
             raise self.broken()
+        if not self._more():
+            raise self._cut_off()
 
     def _decoded(self, length: int = 0) -> tuple[Any, int]:
         """The value that stands here and its length, 0 where it is cut off or broken.
@@ -233,6 +286,11 @@ class _Scanner:
         """What to raise here."""
         what = f"broken JSON at byte {self._base + self._at}"
         return UserError(what, field=str(self._path), hint="Fetch or write the file again")
+
+    def _cut_off(self) -> CutOff:
+        """What to raise where the file ends here, in the middle."""
+        start = self._base + self._at
+        return CutOff(self._path, start, self._base + len(self._text))
 
     def _more(self) -> bool:
         """Reads on, and forgets what is passed."""

@@ -123,6 +123,13 @@ class Lines(FileRows):
         """Where a line is, for messages."""
         return f"{self.path}: row {index + 1}"
 
+    def ends_open(self, file: BinaryIO) -> bool:
+        """Whether the file ends in its last line, inside a list, object or string of JSON."""
+        end = int(self._ends[-1])
+        file.seek(start := max(int(self._starts[-1]), end - files.MOST))
+        content = file.read(end - start).decode("latin-1")
+        return not content.endswith("\n") and json_spans.unfinished(content)
+
     def read(self, file: BinaryIO, index: int) -> str:
         """One line without its end, which a row of CSV keeps: see `FileRows.read`."""
         start, end = int(self._starts[index]), int(self._ends[index])
@@ -161,6 +168,8 @@ class Spans(FileRows):
         """One value, see `FileRows.read`."""
         start, end = self._spans[index].tolist()
         where = self.place(index)
+        if index == len(self) - 1 and end == file.seek(0, os.SEEK_END):  # no bracket behind it
+            raise _cut_off(index, where)
         return json_text.parsed(files.part(file, start, end, where), where)
 
 
@@ -183,7 +192,12 @@ class JsonLines(FileRows):
 
     def read(self, file: BinaryIO, index: int) -> Any:
         """One value, see `FileRows.read`."""
-        return json_text.parsed(self._lines.read(file, index), self.place(index))
+        try:
+            return json_text.parsed(self._lines.read(file, index), self.place(index))
+        except UserError:
+            if index == len(self) - 1 and self._lines.ends_open(file):
+                raise _cut_off(index, self.place(index)) from None
+            raise
 
 
 class Rows(FileRows):
@@ -228,7 +242,11 @@ class Rows(FileRows):
 
     def place(self, index: int) -> str:
         """Where a row is, for messages."""
-        return f"{self.path}: {self.names[index]}" if self.names else self._rows.place(index)
+        return (
+            f"{self.path}: {self.names[index]}"
+            if self.names and self.names[index]
+            else self._rows.place(index)
+        )
 
     def read(self, file: BinaryIO, index: int) -> Any:
         """One row, see `FileRows.read`."""
@@ -272,6 +290,10 @@ class Table(FileRows):
 
     def _split(self, text: str, line: int) -> list[str]:
         return text.split("\t") if self._tabs else csv_rows.fields(text, self._lines.place(line))
+
+
+def _cut_off(index: int, where: str) -> UserError:
+    return UserError(f"the file ends inside record {index}", field=where, hint="Fetch it again")
 
 
 def _line_ends(file: BinaryIO) -> np.ndarray:

@@ -27,6 +27,7 @@ from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
 from xllm_jax.data.media import paths
 from xllm_jax.data.rows import translated
+from xllm_jax.data.rows.json_spans import CUT
 from xllm_jax.data.rows.lazy import Lazy, Rows
 from xllm_jax.data.sources import layout
 
@@ -66,7 +67,7 @@ def examples(
     names = rows.names
     there = layout.files([pathlib.Path(videos) if videos else root], layout.VIDEOS)
     there |= {f"v_{name}": path for name, path in there.items() if not name.startswith("v_")}
-    wanted = [place for place, name in enumerate(names) if name in there]
+    wanted = [place for place, name in enumerate(names) if name in there or name == CUT]
     places = np.repeat(np.asarray(wanted, np.int64), rows.measures[wanted])
     firsts = np.cumsum(rows.measures[wanted]) - rows.measures[wanted]
     inside = np.arange(len(places)) - np.repeat(firsts, rows.measures[wanted])

@@ -47,7 +47,11 @@ def examples(
     for pair in _pairs(root):
         if isinstance(pair, UserError):
             broken.append(pair)
-        elif said := [caption.strip() for caption in pair[1] if caption.strip()]:
+            continue
+        said = [caption.strip() for caption in pair[1] if caption.strip()]
+        if len(said) < max(len(pair[1]), 1):
+            broken.append(UserError("has an empty caption", field=str(root / pair[0])))
+        if said:
             named.setdefault(pair[0], []).extend(said)
     each = split == "train" if per_caption is None else per_caption
     found: list[Example] = []
@@ -102,6 +106,7 @@ def _from_texts(root: pathlib.Path) -> Pairs:
         text = path.with_suffix(".txt")
         if text.is_file():
             try:
-                yield path.relative_to(root).as_posix(), split_lines(layout.read_text(text))
+                said = [line for line in split_lines(layout.read_text(text)) if line.strip()]
+                yield path.relative_to(root).as_posix(), said
             except UserError as error:
                 yield error

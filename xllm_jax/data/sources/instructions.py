@@ -66,7 +66,7 @@ def examples(
 
     Raises:
       UserError: no such file, no list; on access, a broken record: a missing key, turns out of
-        order, slots and files that do not match.
+        order, an empty answer or question, slots and files that do not match.
     """
     root = pathlib.Path(path)
     places = [root / place / name for place in ("", "cc_sbu_align") for name in MINIGPT4]
@@ -177,6 +177,7 @@ def _talk(record: Any, known: Known, where: str) -> Talk:
         layout.get(t, "value", str, f"{where}.conversations[{i}]") for i, t in enumerate(turns)
     ]
     _check_order(turns, where)
+    _check_said(texts, any(files.values()), where)
     slots = [slot for text in texts[::2] for slot in marker.findall(text)]
     named = [name for name in known for _ in files[name]]
     slots = slots or named
@@ -218,6 +219,14 @@ def _check_order(turns: list, where: str) -> None:
         if who not in wanted:
             hint = "human and gpt take turns, human first"
             raise UserError(f"is {who!r}, not {wanted[0]!r}", field=f"{place}.from", hint=hint)
+
+
+def _check_said(texts: Sequence[str], shown: bool, where: str) -> None:
+    """Raises UserError where a turn says nothing; files may stand for the first question."""
+    for index, text in enumerate(texts):
+        if not text.strip() and (index or not shown):
+            what = "has an empty answer" if index % 2 else "has an empty question"
+            raise UserError(what, field=f"{where}.conversations[{index}]")
 
 
 def _task(files: dict[str, list[str]], known: Known) -> str:

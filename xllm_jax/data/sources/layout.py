@@ -73,6 +73,18 @@ def get(record: Any, name: str, kind: type | tuple[type, ...], where: str) -> An
     return value
 
 
+def text(record: Any, name: str, where: str) -> str:
+    """`record[name]`, a text of more than spaces, without those around it.
+
+    Raises:
+      UserError: as `get`, or it is empty.
+    """
+    found = get(record, name, str, where).strip()
+    if not found:
+        raise UserError(f"has an empty {name}", field=f"{where}.{name}")
+    return found
+
+
 def tags(record: dict, name: str = "tags") -> tuple[str, ...]:
     """The record's tags; published sets have none.
 

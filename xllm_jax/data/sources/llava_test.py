@@ -59,9 +59,7 @@ def examples(
         row, where = asked[index], asked.place(index)
         number = layout.get(row, "question_id", (int, str), where)
         name = layout.get(row, "image", str, where)
-        text = layout.get(row, "text", str, where).strip()
-        if not text:
-            raise UserError("asks nothing", field=where)
+        text = layout.text(row, "text", where)
         other = folder / f"COCO_val2014_{name}"
         media = (("image", str(other if os.path.isfile(other) else folder / name)),)
         answer = said.get(str(number), "")

@@ -7,7 +7,9 @@
 As mirrors have it: all of it in one MSRVTT_data.json (CLIP4Clip's, whose videos lie in
 MSRVTT_Videos/ or elsewhere below PATH), in MSR_VTT.json (COCO's form), or in lists of
 {"video", "caption"} (msrvtt_train_9k.json, cap_train.json …). Where a mirror does not say the split
-of a video, its number does: train to 6512, val to 7009, test from 7010.
+of a video, its number does: train to 6512, val to 7009, test from 7010. CLIP4Clip's lists beside
+them (MSRVTT_train.9k.csv, or .7k.csv, and MSRVTT_JSFUSION_test.csv) say it otherwise: see
+msrvtt_lists.py. Beside a list of 9k, 'val' has no videos left.
 
 By Microsoft Research, for research; mirrored by github.com/ArrowLuo/CLIP4Clip, which the reference
 repository links. Splits are called train, validate and test in the files. Our own worlds add "tags"
@@ -28,7 +30,7 @@ from xllm_jax.data.rows import translated
 from xllm_jax.data.rows.joined_lists import Groups
 from xllm_jax.data.rows.lazy import Chain, Lazy
 from xllm_jax.data.rows.names import Names
-from xllm_jax.data.sources import captioned_list, layout
+from xllm_jax.data.sources import captioned_list, layout, msrvtt_lists
 
 NAMES = {"val": "validate"}
 FILES, FIRST, COCO_FORM = "*videodatainfo*.json", "train_val_videodatainfo.json", "MSR_VTT.json"
@@ -67,8 +69,6 @@ def examples(
         sentence of no video.
     """
     root = pathlib.Path(path)
-    names = [*MIRRORS, *LISTS.get(split, ())]
-    infos = litter.glob(root, FILES) or [layout.first_file(root, [FIRST, *names])]
     files = Names(videos or root, _stem)
     each = split == "train" if per_caption is None else per_caption
 
@@ -77,7 +77,15 @@ def examples(
         # A file that is not there is reported when it is opened.
         return files.path(at) if at >= 0 else str(root / (name if _stem(name) else f"{name}.mp4"))
 
-    found = Chain([_read(info, NAMES.get(split, split), place, each) for info in infos])
+    tables = msrvtt_lists.tables(root)
+    if msrvtt_lists.has_sentences(tables.get(split)):
+        found = msrvtt_lists.read(tables[split], place, each)
+    else:
+        names = [*MIRRORS, *LISTS.get(split, ())]
+        infos = litter.glob(root, FILES) or [layout.first_file(root, [FIRST, *names])]
+        chosen, broken = msrvtt_lists.chooser(tables, split)
+        read = [_read(info, NAMES.get(split, split), place, each, chosen) for info in infos]
+        found = layout.with_broken(Chain(read), broken)
     found = layout.not_empty(found, root, f"videos with sentences of split {split!r}")
     return translated.examples(found, captions, split)
 
@@ -94,14 +102,21 @@ def _official(name: object) -> str:
     return next(split for first, split in STARTS if place >= first)
 
 
-def _read(info: pathlib.Path, split: str, place: Callable[[str], str], each: bool) -> Sequence:
+def _read(
+    info: pathlib.Path,
+    split: str,
+    place: Callable[[str], str],
+    each: bool,
+    chosen: Callable[[str, bool], bool],
+) -> Sequence:
     if any(fnmatch.fnmatch(info.name, pattern) for names in LISTS.values() for pattern in names):
         return captioned_list.read(info, "video", place, each)
     coco = info.name == COCO_FORM
     videos, key, sentences, named = COCO_KEYS if coco else KEYS
 
     def wanted(row: dict) -> bool:
-        return row.get("split", _official(row.get(key))) == split
+        said = row.get("split", _official(row.get(key))) == split
+        return chosen(str(row.get(key)), said)
 
     groups = Groups(info, (videos, key, wanted), (sentences, named))
     count = len(groups) if each else len(groups.whole)

@@ -146,7 +146,9 @@ def _rounds(
 def _text(value: Any, where: str) -> str:
     if not isinstance(value, str):
         raise UserError("is no text", field=where)
-    return value.strip()
+    if not (text := value.strip()):
+        raise UserError("is an empty text", field=where)
+    return text
 
 
 def _speech(row: Any, where: str) -> str:
@@ -160,6 +162,8 @@ def _example(key: str, rounds: list[Round], kind: str, picture: str, history: bo
     """The last of some rounds."""
     *past, now = rounds
     said, earlier = layout.unpunctuated(now.question), tuple((p.question, p.answer) for p in past)
+    if kind != "dialogue" and not said:
+        raise UserError("asks nothing that can be spoken", field=key)
     image, speech, tags = ("image", picture), ("speech", now.speech), now.tags + now.speech_tags
     if kind == "dialogue":
         media = (image,)

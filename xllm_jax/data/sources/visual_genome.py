@@ -103,7 +103,7 @@ def _question(row: Any, where: str, index: int, image: Image) -> Example:
     layout.check_few(every, where)
     asked = every[index]
     media = image(layout.get(asked, "image_id", int, place))
-    question = layout.get(asked, "question", str, place).strip()
-    answer = layout.get(asked, "answer", str, place).strip()
+    question = layout.text(asked, "question", place)
+    answer = layout.text(asked, "answer", place)
     key = f"question-{layout.get(asked, 'qa_id', int, place)}"
     return Example(key, media, question, answer, "vqa", tags=layout.tags(asked))
