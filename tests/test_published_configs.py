@@ -404,3 +404,39 @@ def test_what_clip_cannot_be_is_refused_by_the_field(source, field, value, tmp_p
     folder = changed_copy(tmp_path / "clip", tmp_path / "in", change)
     with pytest.raises(UserError, match=rf"config\.json: vision_config\.{field}: "):
         run_import.examine(source, folder)
+
+
+def published_by(name, folder):
+    """A small model of transformers, of no size that we name."""
+    vision, qformer = dict(VISION), dict(QFORMER)
+    if name == "blip2":
+        config = transformers.Blip2Config(
+            vision_config=vision, qformer_config=qformer, text_config=OPT, num_query_tokens=5
+        )
+        return shaken(transformers.Blip2Model(config), folder)
+    if name == "vision alone":
+        return shaken(
+            transformers.Blip2VisionModel(transformers.Blip2VisionConfig(**vision)), folder
+        )
+    if name == "qformer alone":
+        config = transformers.Blip2QFormerConfig(**qformer)
+        return shaken(transformers.Blip2QFormerModel(config), folder)
+    config = transformers.CLIPConfig(text_config=TEXT, vision_config=vision, projection_dim=16)
+    return shaken(transformers.CLIPModel(config), folder)
+
+
+SIZED = {
+    "blip2": "blip2",
+    "vision alone": "blip2",
+    "qformer alone": "blip2",
+    "clip": "clip",
+    "clip_vision": "clip_vision",
+}
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_a_size_that_config_contradicts_is_refused(name, tmp_path):
+    published_by(name, tmp_path)
+    run_import.examine(SIZED[name], tmp_path)
+    with pytest.raises(UserError, match=r"^--size: tiny has [\w/]+ \d+, the checkpoint \d+"):
+        run_import.examine(SIZED[name], tmp_path, "tiny")

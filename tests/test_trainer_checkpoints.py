@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import fractions
 import json
 import pickle
 import sys
@@ -219,6 +220,16 @@ WRAPPED = {
         {"_orig_mod.", "module.", "model."},
     ),
     "twice": (lambda s: under("model.network.", s), {"model.", "network."}),
+    "twice the same": (lambda s: under("model.model.", s), {"model.model."}),
+    "dotted state": (lambda s: under("state.model.", s), {"state.", "model."}),
+    "dotted state dict": (
+        lambda s: {"state_dict": under("state_dict.model.", s)},
+        {"state_dict.", "model."},
+    ),
+    "four deep": (
+        lambda s: under("checkpoint.state_dict.model.model.", s),
+        {"checkpoint.", "state_dict.", "model.model."},
+    ),
     "FSDP": (inside, {"_fsdp_wrapped_module.", "_checkpoint_wrapped_module."}),
     "DeepSpeed": (lambda s: {"module": under("module.", s), "ds_version": "0"}, {"module."}),
     "wrapped twice": (lambda s: {"state": {"model": s}, "model": {"width": 3}}, set()),
@@ -245,6 +256,34 @@ def test_the_command_tells_what_it_left_out(weights, tmp_path):
     assert f"'module.' left out of {len(weights[0])} names" in done.line()
     record = json.loads((tmp_path / "base" / "conversion.json").read_text())
     assert record["renamed"] == {"module.": len(weights[0])}
+
+
+def test_what_stands_there_twice_is_told_as_it_stands_there(weights, tmp_path):
+    torch.save(under("model.model.", weights[0]), tmp_path / "x.pth")
+    done = run_import.run_import(CASE, tmp_path / "x.pth", tmp_path / "base")
+    assert f"'model.model.' left out of {len(weights[0])} names" in done.line()
+    assert done.line().count("left out of") == 1
+
+
+CONTAINERS = {
+    "deque": lambda: collections.deque([1, {"a": [2]}, argparse.Namespace(b=3)], 5),
+    "defaultdict": lambda: collections.defaultdict(
+        collections.deque, {"a": collections.deque([1])}
+    ),
+    "OrderedDict": lambda: collections.OrderedDict(a=collections.OrderedDict(b=1)),
+    "Counter": lambda: collections.Counter("aab"),
+    "ChainMap": lambda: collections.ChainMap({"a": 1}, {"b": 2}),
+    "set": lambda: [{1, 2}, frozenset([3]), complex(1, 2), bytearray(b"x")],
+    "fraction": lambda: fractions.Fraction(1, 3),
+}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("kind", CONTAINERS)
+def test_containers_of_the_standard_library_are_read(kind, zipped, weights, tmp_path):
+    content = {"model": weights[0], "seen": CONTAINERS[kind]()}
+    torch.save(content, tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
+    check(tmp_path / "x.pt", weights[1])
 
 
 def test_errors_name_the_tensor_as_the_file_does(weights, tmp_path):

@@ -31,6 +31,7 @@ KEPT = 1 << 26
 USUAL = (
     "model",
     "state_dict",
+    "checkpoint",
     "module",
     "model_state_dict",
     "state",

@@ -43,7 +43,9 @@ BOX = re.compile(
     r"argparse\.Namespace|types\.SimpleNamespace|typing\.\w+|pathlib(\._local)?\.\w*Path"
     r"|datetime\.(date|time|datetime|timedelta|timezone)|decimal\.Decimal|uuid\.UUID"
     r"|copyreg\._reconstructor"
-    r"|builtins\.(object|dict|list|tuple|int|float|str|bool|bytes|frozenset|range|slice)"
+    r"|builtins\.(object|dict|list|tuple|int|float|complex|str|bool|bytes|bytearray|set"
+    r"|frozenset|range|slice)"
+    r"|collections\.ChainMap|fractions\.Fraction"
     r"|numpy(\._?core\.(multiarray|numeric))?\.(scalar|_reconstruct|_frombuffer|ndarray|dtype)"
     r"|numpy\.(dtypes\.\w+DType|bool_?|u?int\d+|float\d+)"
     r"|(" + "|".join(LIBRARIES) + r")\.[\w.]+"
@@ -59,6 +61,14 @@ class Box:
     def __setstate__(self, state: Any) -> None:
         if isinstance(state, dict):
             vars(self).update({str(name): value for name, value in state.items()})
+
+
+class Queue:
+    """Makes an empty list, which takes what is appended to a deque."""
+
+    def __new__(cls, *_: Any, **__: Any) -> Any:
+        """Returns the list instead of an instance."""
+        return []
 
 
 class Entries:
@@ -103,8 +113,14 @@ def _refuse_tar(block: bytes) -> None:
 
 def stand_ins(names: set[str]) -> list[tuple[Any, str]]:
     """(stand-in, name) of those names that are on the lists, as `safe_globals` takes them."""
-    pairs = [(name, Entries if MAPPING.fullmatch(name) else Box) for name in sorted(names)]
-    return [(made, name) for name, made in pairs if made is Entries or BOX.fullmatch(name)]
+    pairs = [(_stand_in(name), name) for name in sorted(names)]
+    return [(made, name) for made, name in pairs if made is not Box or BOX.fullmatch(name)]
+
+
+def _stand_in(name: str) -> Any:
+    if name == "collections.deque":
+        return Queue
+    return Entries if MAPPING.fullmatch(name) else Box
 
 
 def settings(content: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from xllm_jax.convert.files import Checkpoint
-from xllm_jax.core import lookup
+from xllm_jax.core import lookup, rules
 from xllm_jax.core.errors import UserError
 
 
@@ -63,6 +63,27 @@ def fitting(
         field=str(checkpoint.path),
         hint="Put config.json beside them, or give --size",
     )
+
+
+def check_named(
+    sizes: Mapping[str, Mapping[str, Any]], size: str, found: Mapping[str, Any]
+) -> None:
+    """Refuses a size that config.json or the tensors contradict.
+
+    Args:
+      sizes: a model file's SIZES.
+      size: name of a row, '' when the user gave none.
+      found: fields of the network, as the checkpoint tells them.
+
+    Raises:
+      UserError: no row of this name, or it has another value of a field.
+    """
+    named = rules.flatten(lookup.size_row(sizes, size, "--size")) if size else {}
+    found = rules.flatten(dict(found))
+    for name, value in named.items():
+        if (found.get(name, value) or None) != (value or None):  # no pools: () or []
+            what = f"{size} has {name} {value}, the checkpoint {found[name]}"
+            raise UserError(what, field="--size", hint="Leave it out: config.json tells the sizes")
 
 
 def axis(checkpoint: Checkpoint, name: str, number: int) -> int:

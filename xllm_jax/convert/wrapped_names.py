@@ -23,6 +23,7 @@ WRAPPERS = (
 )
 """Words that stand for no part of a network, wherever they are in a name."""
 HOLDERS = ("model", "net", "network", "_model", "student", "backbone")
+HOLDERS += ("state_dict", "state", "model_state_dict", "model_state", "checkpoint")
 AVERAGES = ("model_ema", "ema_model", "ema", "_ema_model")
 """What names begin with where the network is an attribute of what was saved."""
 DROP = (
@@ -48,7 +49,7 @@ def unwrapped(opened: Checkpoint, recognize: Callable[[Checkpoint], bool]) -> Ch
       UserError: two tensors get one name.
     """
     found = _without_wrappers(opened)
-    for _ in range(3):  # 'model.model.' and such
+    for _ in range(4):  # 'state.model.model.' and such
         if recognize(found):
             return found
         held = next((h for h in (*HOLDERS, *AVERAGES) if _begins(found, h, recognize)), None)
@@ -73,7 +74,10 @@ def _without_holder(opened: Checkpoint, holder: str) -> Checkpoint:
     start = f"{holder}."
     names = {name: name.removeprefix(start) for name in opened}
     count = sum(name.startswith(start) for name in opened)
-    return opened.under(names, {**opened.renamed, start: count})
+    # What stands there twice is told as it stands there.
+    same = next((one for one in opened.renamed if not one.replace(start, "")), "")
+    told = {name: number for name, number in opened.renamed.items() if name != same}
+    return opened.under(names, {**told, f"{same}{start}": count})
 
 
 def _begins(opened: Checkpoint, holder: str, recognize: Callable[[Checkpoint], bool]) -> bool:

@@ -62,6 +62,7 @@ def options(checkpoint: Checkpoint | None, size: str) -> dict[str, Any]:
     described = bert.described(
         checkpoint, "bert.", functools.partial(sizes.fitting, SIZES, size, checkpoint), decoder=True
     )
+    sizes.check_named(SIZES, size, described)
     row = sizes.row(SIZES, size, width=described["width"]) | described | known
     gamma = "bert.embeddings.LayerNorm.gamma" in checkpoint
     return dict(interface=row, added=added, seed=SEED, gamma=gamma)

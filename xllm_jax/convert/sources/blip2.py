@@ -246,6 +246,8 @@ def options(checkpoint: Checkpoint | None, size: str) -> dict[str, Any]:
         seen, row = fields, row | norm
     elif VISION_MARK[kind] in checkpoint:
         eva_vit.check_depth(checkpoint, seen["depth"], VISION["lavis"])
+    sizes.check_named(table, size, row)
+    sizes.check_named(vit.SIZES, size, seen if VISION_MARK[kind] in checkpoint else {})
     return {
         "kind": kind,
         "text": text,
@@ -286,10 +288,12 @@ def _alone(checkpoint: Checkpoint, start: str, size: str) -> dict[str, Any]:
         width = sizes.axis(checkpoint, blip2_hugging_face.NORM, 0)
         row = sizes.row(vit.SIZES, size, width=width)
         vision, norm = blip2_hugging_face.vision_fields(checkpoint) or (row, {})
+        sizes.check_named(vit.SIZES, size, vision)
         return found | dict(vision=vision, interface={"encoder_width": width} | norm)
     width = sizes.axis(checkpoint, blip2_hugging_face.MARKS[""], 0)
     row = sizes.row(interfaces.SIZES, size, width=width)
     fields = row | (blip2_hugging_face.qformer_fields(checkpoint) or {})
+    sizes.check_named(interfaces.SIZES, size, fields)
     return found | dict(vision=None, interface=fields)
 
 

@@ -245,6 +245,8 @@ def options(checkpoint: Checkpoint | None, size: str) -> dict[str, Any]:
         decoder["self_blocks"] = sizes.depth(checkpoint, r"decoder\.layers\.(\d+)\..*")
         kernel = 5 if "encoder.cif.conv.weight" in checkpoint else 0
         told = _arguments(checkpoint)
+        sizes.check_named(conformer.SIZES, size, told.get("encoder", {}))
+        sizes.check_named(asr.SIZES, size, told.get("decoder", {}))
         encoder, decoder = encoder | told.get("encoder", {}), decoder | told.get("decoder", {})
         kernel = told.get("kernel", kernel)
         fires = told.get("fires", {})

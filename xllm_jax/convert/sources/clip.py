@@ -96,7 +96,9 @@ def options(checkpoint: Checkpoint | None, size: str) -> dict[str, Any]:
     if checkpoint is None:
         return {"mark": clip_vision.PUBLISHED, "sizes": sizes.row(SIZES, size)}
     mark = next(one for one, text in TEXT.items() if one in checkpoint and text in checkpoint)
-    row = sizes.row(SIZES, size) if size else _sizes(checkpoint, mark)
+    configured = clip_vision.read_config(checkpoint, "text_config", DEFAULTS) is not None
+    row = sizes.row(SIZES, size) if size and not configured else _sizes(checkpoint, mark)
+    sizes.check_named(SIZES, size, row)
     return {"mark": mark, "sizes": row}
 
 

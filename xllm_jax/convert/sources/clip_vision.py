@@ -170,7 +170,9 @@ def options(checkpoint: Checkpoint | None, size: str) -> dict[str, Any]:
             hint="Give a folder of openai/clip-vit-base-patch16, or OpenAI's ViT-B-16.pt",
         )
     first_layer = table(found[0], 1, 1)
-    row = sizes.row(SIZES, size) if size else _sizes(checkpoint, first_layer)
+    configured = read_config(checkpoint, "vision_config", DEFAULTS) is not None
+    row = sizes.row(SIZES, size) if size and not configured else _sizes(checkpoint, first_layer)
+    sizes.check_named(SIZES, size, row)
     return {"mark": found[0], "sizes": row}
 
 
