@@ -54,7 +54,6 @@ def begin(
     if found and found["identity"] != identity:
         raise UserError(f"holds {difference(found)}", field=str(file.parent), hint=hint)
     if not found:
-        file.parent.mkdir(parents=True, exist_ok=True)
         atomic.write_json(file, {"identity": identity, **about})
 
 

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from xllm_jax.core import atomic, checksum
+from xllm_jax.core import atomic, checksum, disk
 from xllm_jax.core.errors import UserError
 
 KEY = "OPENAI_API_KEY"  # environment variable
@@ -271,7 +271,7 @@ class EndpointTranslator:
             return json.loads(file.read_text("utf-8"))["reply"]
         numbered = {str(number): text for number, text in enumerate(texts, start=1)}
         reply, failed = self._client.ask(json.dumps(numbered, ensure_ascii=False))
-        file.parent.mkdir(parents=True, exist_ok=True)
+        disk.make_folder(file.parent)
         about = {"texts": list(texts), "attempt": attempt, "failed": failed, "reply": reply}
         atomic.write_json(file, about)
         return reply

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from xllm_jax.core import atomic
+from xllm_jax.core import atomic, disk
 from xllm_jax.core.stage import Source
 from xllm_jax.data.sources import selection
 
@@ -29,7 +29,7 @@ def write(
       instructions: that `picked` speaks of.
     """
     root = Path(folder)
-    root.mkdir(parents=True, exist_ok=True)
+    disk.make_folder(root)
     atomic.write_array(root / f"{split}.npy", np.ascontiguousarray(picked, np.int64))
     described = selection.described(sources, root)
     about = {"sources": described, "instructions": list(instructions)}

@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from xllm_jax.core import atomic
-from xllm_jax.core.errors import UserError
+from xllm_jax.core import atomic, disk
+from xllm_jax.core.errors import CannotWrite, UserError
 from xllm_jax.core.parallel import ahead
 
 # Local processes would tell their every step amid the progress bar; failures come as exceptions.
@@ -80,16 +80,34 @@ def mapped(
             places = range(len(elements))
             return list(ahead(pool, lambda place: call(elements[place]), places, 2 * threads))
 
-    file.parent.mkdir(parents=True, exist_ok=True)
+    disk.make_folder(file.parent)
+    file.unlink(missing_ok=True)  # of a run that was killed
     with pipeline(arguments, workers) as started:
         import apache_beam as beam
 
         found = started | "elements" >> beam.Create(list(elements)) | beam.Reshuffle()
         listed = found | "apply" >> beam.Map(Guarded(call)) | beam.combiners.ToList()
         _ = listed | "write list" >> beam.Map(WriteJson(file))
+    return values(file)
+
+
+def values(file: Path) -> list[Any]:
+    """The results that Beam has written to a file, which is removed.
+
+    Raises:
+      UserError: a result is a mistake of the user.
+      CannotWrite: it tells of a disk that is full or read-only, or the list itself did not fit.
+    """
+    if not file.is_file():
+        with atomic.whole(file) as partial:  # the cause, if it lasts
+            partial.write_bytes(bytes(atomic.BLOCK))
+        file.unlink()
+        raise CannotWrite(str(file), "its disk was full for a moment, or is not this one's")
     made = json.loads(file.read_text("utf-8"))
     file.unlink()
     failed = next((one["error"] for one in made if "error" in one), None)
+    if failed and "reason" in failed:
+        raise CannotWrite(failed["field"], failed["reason"], failed["safe"])
     if failed:
         raise UserError(failed["what"], field=failed["field"], hint=failed["hint"])
     return [one["value"] for one in made]
@@ -105,20 +123,25 @@ class Guarded:
         self._call, self._failed = call, None
 
     def __call__(self, element: Any) -> dict[str, Any]:
-        """{'value': …}, or {'error': {'what', 'field', 'hint'}}."""
+        """{'value': …}, or {'error': {'what', 'field', 'hint'}, or of a closed disk its own}."""
         if self._failed is None:
             try:
                 return {"value": self._call(element)}
+            except CannotWrite as error:
+                told = {"field": error.field, "reason": error.reason, "safe": error.safe}
+                self._failed = told
             except UserError as error:
                 self._failed = {"what": error.what, "field": error.field, "hint": error.hint}
         return {"error": self._failed}
 
 
 class WriteJson:
-    """Writes a value to a file, whole or not at all."""
+    """Writes a value to a file, whole or not at all; without a word where the disk is closed, as
+    Beam would make a traceback of it, and `values` finds the cause."""
 
     def __init__(self, file: Path):
         self._file = file
 
     def __call__(self, value: Any) -> None:
-        atomic.write_json(self._file, value)
+        with contextlib.suppress(CannotWrite):
+            atomic.write_json(self._file, value)

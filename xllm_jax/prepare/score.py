@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from xllm_jax.convert import conversion_record, sizes
 from xllm_jax.convert.sources import clip as tables
-from xllm_jax.core import atomic, checkpoint, checksum, mesh, rules, sharded_job
+from xllm_jax.core import atomic, checkpoint, checksum, disk, mesh, rules, sharded_job
 from xllm_jax.core.atomic import sha256 as file_checksum
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.parallel import overlapped
@@ -174,7 +174,7 @@ def _write(
 ) -> None:
     batch = mesh.rounded_up(batch)
     done = shards.total - shards.rows_in(todo)
-    shards.note(0).parent.mkdir(parents=True, exist_ok=True)
+    disk.make_folder(shards.note(0).parent)
     with Bar(total=shards.total, initial=done, desc="CLIP", unit="pairs") as bar:
         for shard, decoded in shards.read(todo, read, THREADS, 2 * batch):
             found = list(_scores(decoded, scorer, batch, bar))

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from xllm_jax.core import atomic
+from xllm_jax.core import atomic, disk
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data, Source
 from xllm_jax.data import mixture
@@ -95,11 +95,12 @@ class Resample:
     def __call__(self, path: str) -> tuple[str, str, str]:
         """The path, the file made of it, and why there is none."""
         file = self.file(path)
-        try:
-            if not file.is_file():
-                _write(file, np.clip(speech.read(path) / 32768, -1, 1))
-        except UserError as error:
-            return path, "", error.what
+        if not file.is_file():
+            try:
+                samples = np.clip(speech.read(path) / 32768, -1, 1)
+            except UserError as error:
+                return path, "", error.what
+            _write(file, samples)
         return path, str(file), ""
 
 
@@ -107,7 +108,7 @@ def _write(file: Path, samples: np.ndarray) -> None:
     """Writes 16 kHz, 16-bit audio whole or not at all."""
     import soundfile
 
-    file.parent.mkdir(parents=True, exist_ok=True)
+    disk.make_folder(file.parent)
     kind = "WAV" if file.suffix.lower() == ".wav" else "FLAC"
     with atomic.whole(file) as partial:
         made = io.BytesIO()  # libsndfile does not tell why a file cannot be written

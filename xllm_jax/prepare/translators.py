@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from xllm_jax.core import atomic, sharded_job
+from xllm_jax.core import atomic, disk, sharded_job
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.rows.translated import same
 from xllm_jax.data.sources import layout
@@ -102,7 +102,7 @@ def outputs(
     file, about = folder / "translator.json", {"translator": way.name}
     another = "translations of another translator or model"
     sharded_job.begin(file, made.identity, about, lambda found: another, hint)
-    kept.mkdir(parents=True, exist_ok=True)
+    disk.make_folder(kept)
     todo = pending(texts, known(kept))
     files = {batch_file(str(kept), batch): len(batch) for batch in todo}
     step, results = TranslateBatch(str(kept), made), folder / "done.json"

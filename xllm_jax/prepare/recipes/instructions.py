@@ -121,6 +121,7 @@ def build(
     summary |= {"rejected": len(rejects), "reasons": reasons}
     file = Path(output) / "instructions.json"
     atomic.write_json(file, summary | {"seed": seed, "rejects": rejects})
+    atomic.remove_partial(Path(output))
     return summary
 
 

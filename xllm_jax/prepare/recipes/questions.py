@@ -91,6 +91,6 @@ def collect(found: Sequence[str], output: str, split: str) -> list[str]:
     """The texts that need a translation, without doubles; writes them, too."""
     once = translated.unique(filter(translatable, found))
     file = Path(output) / f"{split}_texts.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
     atomic.write_json(file, dict.fromkeys(once, ""))
+    atomic.remove_partial(file.parent, {file.name})
     return once

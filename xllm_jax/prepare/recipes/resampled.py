@@ -93,6 +93,5 @@ def copy(path: Path, target: Path) -> None:
         old, new = path.stat(), target.stat()
         if (old.st_size, old.st_mtime_ns) == (new.st_size, new.st_mtime_ns):
             return
-    target.parent.mkdir(parents=True, exist_ok=True)
     with atomic.whole(target) as partial:
         shutil.copy2(path, partial)

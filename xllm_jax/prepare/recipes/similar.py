@@ -82,12 +82,12 @@ def build(
     else:
         known = read(scores, mixture.read(reader, source, ""))
     file = Path(output) / f"{split}_scores.npy"
-    file.parent.mkdir(parents=True, exist_ok=True)
     atomic.write_array(file, known)
     kept = alike(file, threshold, beam, workers)
     unknown = int(np.isnan(known).sum())
     counts = {"records": len(known), "kept": len(kept), "unknown": unknown, "threshold": threshold}
     write(output, source, kept, counts | about)
+    atomic.remove_partial(Path(output))
     return counts | about
 
 

@@ -76,6 +76,7 @@ def build(
         what = f"translates no text ({', '.join(left_out) or 'none needs it'})"
         raise UserError(what, field=way.name)
     translated.write(Path(output) / f"{split}.jsonl", table)
+    atomic.remove_partial(Path(output))
     return counts
 
 

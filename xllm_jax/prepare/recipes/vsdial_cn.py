@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from xllm_jax.core import atomic, litter
+from xllm_jax.core import atomic, disk, litter
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
 from xllm_jax.data.media.reach import Reach
@@ -81,7 +81,6 @@ def build(
     asked = {data["questions"][r["question"]] for d in data["dialogs"] for r in d["dialog"]}
     folder = Path(output) / "audio"
     speak(sorted(asked), table, folder, say, beam, workers)
-    atomic.remove_partial(folder)
     files = {same(text): name for text, name in spoken(folder).items()}
     made, counts = in_chinese(data, table, files)
     if not counts["rounds"]:
@@ -91,6 +90,7 @@ def build(
     pick_once(made, output, split)
     kinds = ("asr", "spoken") if images else ("asr",)
     shards = {kind: prepare(output, split, kind, images, beam, workers) for kind in kinds}
+    atomic.remove_partial(Path(output))
     said = {name for d in made["dialogs"] for r in d["dialog"] for name in [r["speech"]]}
     return counts | {"questions": len(said), "shards": shards} | cost
 
@@ -130,7 +130,7 @@ def speak(
     workers: int,
 ) -> None:
     """Says every Chinese question once, to a file; its text is in a JSON file next to it."""
-    folder.mkdir(parents=True, exist_ok=True)
+    disk.make_folder(folder)
     once = translated.unique(table[text] for text in asked if text in table)
     say = Say(str(folder), engine)
     notes = {say.file(text).with_suffix(".json"): 1 for text in once}
