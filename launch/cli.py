@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import difflib
@@ -19,7 +20,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections.config_flags import config_flags
 
-from xllm_jax.core import disk, errors, limits, memory_allocator
+from xllm_jax.core import disk, errors, interrupts, limits, memory_allocator
 from xllm_jax.core.errors import Diverged, UserError
 from xllm_jax.core.stage import Stage
 from xllm_jax.launch import dict_overrides, terminal
@@ -63,12 +64,14 @@ def run(main: Callable[[list[str]], Any], safe: str | Callable[[], str] = "") ->
     """
     kept = safe if callable(safe) else lambda: safe
     memory_allocator.keep_freed_memory()
+    interrupts.ready()
     disk.say_once()
     with terminal.ready():
         try:
             app.run(lambda argv: guard(main, argv, kept), flags_parser=parse)
         except KeyboardInterrupt:
-            fail(f"Stopped. {kept()}", STOPPED)
+            interrupts.ignore()
+            stop(f"Stopped. {kept()}")
 
 
 def guard(main: Callable[[list[str]], Any], argv: list[str], safe: Callable[[], str] = str) -> Any:
@@ -173,6 +176,18 @@ def fail(line: str, code: int = FAILED) -> NoReturn:
         except OSError:  # Python would try again at the end, and print a traceback
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     raise SystemExit(code)
+
+
+def stop(line: str) -> NoReturn:
+    """Prints one line on stderr and leaves at once, with `STOPPED`.
+
+    A thread that Ctrl-C left amid a decoder or a save would otherwise be waited for without end.
+    """
+    try:
+        fail(line, STOPPED)
+    finally:
+        atexit._run_exitfuncs()  # end worker processes, remove temporary folders
+        os._exit(STOPPED)
 
 
 def format_message(error: flags.Error) -> str:

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from xllm_jax.core import interrupts
 from xllm_jax.launch import terminal
 
 FOLDER = Path(__file__).parent
@@ -66,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def start(name: str, arguments: list[str]) -> None:
     """Runs a command's module as a script; Ctrl-C while it is still being imported is one line."""
     sys.argv = [f"xllm {name}", *arguments]
+    interrupts.ready()
     try:
         runpy.run_module(f"xllm_jax.launch.{COMMANDS[name]}", run_name="__main__", alter_sys=True)
     except KeyboardInterrupt:

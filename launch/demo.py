@@ -29,6 +29,7 @@ from absl import flags
 
 from xllm_jax.configs import networks
 from xllm_jax.core import atomic, disk
+from xllm_jax.core.errors import UserError
 from xllm_jax.core.progress import Bar
 from xllm_jax.core.text_lines import split_lines
 from xllm_jax.launch import cli, commands
@@ -255,6 +256,8 @@ def run_seed(output: Path, seed: int) -> Path:
 
 
 def main(_: list[str]) -> None:
+    if not OUTPUT.value:
+        raise UserError("names no folder", field="--output")
     output = Path(OUTPUT.value).absolute()
     disk.make_folder(output)
     seeds = range(SEED.value, SEED.value + SEEDS.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import struct
@@ -21,8 +22,9 @@ from test_media_formats import clip
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
 from xllm_jax.data import mixture
+from xllm_jax.data.example import Example
 from xllm_jax.data.media import image, modalities, speech, video
-from xllm_jax.prepare import preparation, shard, transforms
+from xllm_jax.prepare import preparation, score, shard, transforms
 
 MEASURE = """
 import resource, sys
@@ -238,3 +240,16 @@ def test_every_modality_is_checked_the_same_here_and_there(tmp_path):
         told.append(str(error.value))
     decoders.close()
     assert told[0] == told[1]
+
+
+def test_scoring_leaves_out_what_hangs(tmp_path):
+    """As CLIP's scores are computed: a hanging picture costs its record."""
+    Image.new("RGB", (16, 16), (9, 9, 9)).save(tmp_path / "good.png")
+    good, bad = str(tmp_path / "good.png"), Hanging("h.png", b"")
+    found = [Example(path, answer="words", media=(("image", path),)) for path in (bad, good)]
+    decoders = shard.Decoders(shard.Data(deadline=2.0, threads=1))
+    square = functools.partial(decoders.square, side=8)
+    rejected, kept = (score._read(found, square, "some", place) for place in (0, 1))
+    decoders.close()
+    assert rejected["reason"] == "took longer than 2 s to decode"
+    np.testing.assert_array_equal(kept[0], image.square(good, 8))

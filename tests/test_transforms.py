@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import soundfile
+from hanging import Hanging
 
 from xllm_jax.data.media import speech
 from xllm_jax.data.rows.translated import same
@@ -67,3 +68,12 @@ def test_resampling_and_speech_of_many(tmp_path, arguments):
 
 def hum(text):
     return np.full(8000, len(text) / 9, np.float32)
+
+
+def test_a_sound_that_hangs_is_left_out(tmp_path, monkeypatch):
+    """Its decoder is another process, which is killed."""
+    monkeypatch.setattr(transforms, "DEADLINE", 2.0)
+    convert = transforms.Resample(str(tmp_path / "out"))
+    _, made, why = convert(Hanging(str(tmp_path / "a.wav"), b""))
+    assert (made, why) == ("", "took longer than 2 s to decode")
+    assert not list(tmp_path.rglob("*.flac"))

@@ -117,6 +117,41 @@ def test_ctrl_c_amid_saves_leaves_whole_checkpoints(tmp_path):
         assert not (workdir / "in-use.json").exists()
 
 
+LINGERS = """
+import atexit, threading, time
+from xllm_jax.launch import cli
+def main(_):
+    threading.Thread(target=time.sleep, args=(600,)).start()
+    atexit.register(lambda: print("tidied", flush=True))
+    raise KeyboardInterrupt
+cli.run(main, "All is whole")
+"""
+
+
+def test_ctrl_c_waits_for_no_thread():
+    """One that is amid something when Python ends may also abort the process."""
+    command = (sys.executable, "-c", LINGERS)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == cli.STOPPED, done.stderr
+    assert (done.stdout, done.stderr) == ("tidied\n", "Stopped. All is whole\n")
+
+
+@pytest.mark.parametrize(
+    ("output", "why"),
+    [("", "--output: names no folder"), ("file", "file: cannot be written (File exists)")],
+)
+def test_a_demo_without_a_usable_folder_is_one_line(tmp_path, output, why):
+    (tmp_path / "file").write_text("kept")
+    command = (sys.executable, "-m", "xllm_jax.launch.commands", "demo", f"--output={output}")
+    done = subprocess.run(
+        command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (cli.FAILED, 1), done.stderr
+    assert why in done.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "kept"
+
+
 def test_a_closed_pipe_ends_training(tmp_path):
     """Who reads stderr, with the progress bar, goes away in the middle."""
     workdir = tmp_path / "run"

@@ -11,7 +11,9 @@ that a run that is continued on another kind of chip goes on with the same score
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -33,13 +35,16 @@ from xllm_jax.core.stage import Data, Source
 from xllm_jax.data import guarded
 from xllm_jax.data.example import Example
 from xllm_jax.data.media import image, preprocessing
+from xllm_jax.data.media.decode_workers import Decoders
 from xllm_jax.data.text.clip_tokenizer import ClipTokenizer
 from xllm_jax.models.clip import Clip
 from xllm_jax.prepare import preparation
 
 PER_SHARD = 4096  # records: what an interruption costs at most
 THREADS = 16
+CORES = os.cpu_count() or 1  # each with a process that decodes
 
+Square = Callable[[str], np.ndarray]
 Pair = tuple[np.ndarray, str]  # values `[side, side, 3]`, caption
 
 
@@ -137,16 +142,23 @@ def run(source: Source, output: str, scorer: Scorer, batch: int) -> tuple[np.nda
     todo = shards.todo()
     if todo:
         preprocessing.compare(held, media, "when scoring began", "same", hint)
-        read = functools.partial(_read, plan.examples(), scorer.side, plan.name)
-        _write(shards, todo, read, scorer, batch)
+        limits = Data(deadline=plan.deadline, memory=plan.memory, threads=min(THREADS, CORES))
+        with contextlib.closing(Decoders(limits)) as decoders:
+            square = functools.partial(decoders.square, side=scorer.side)
+            read = functools.partial(_read, plan.examples(), square, plan.name)
+            _write(shards, todo, read, scorer, batch)
     shards.remove_partial()
     notes = shards.notes()
     known = np.concatenate([np.asarray(note["similarities"], np.float32) for note in notes])
     return known, Counter(one["reason"] for note in notes for one in note["rejects"])
 
 
-def pair(example: Example, side: int) -> Pair:
+def pair(example: Example, square: Square) -> Pair:
     """The image of a record as CLIP sees it, `[side, side, 3]` float32, and its caption.
+
+    Args:
+      example: the record.
+      square: from a path to such an image.
 
     Raises:
       UserError: not one image and one caption, or the image cannot be read.
@@ -157,7 +169,7 @@ def pair(example: Example, side: int) -> Pair:
         what = f"is no pair ({len(paths)} images, {len(example.answer)} letters of a caption)"
         raise UserError(what, field=example.key)
     try:
-        return image.normalize(image.center(image.read(paths[0]), side)), example.answer
+        return square(paths[0]), example.answer
     except UserError:
         raise
     except Exception as error:  # what foreign decoders raise on damaged files has no bounds
@@ -183,10 +195,10 @@ def _write(
             atomic.write_json(shards.note(shard), {"similarities": scores, "rejects": rejects})
 
 
-def _read(found: Sequence[Example], side: int, name: str, place: int) -> Pair | dict[str, str]:
+def _read(found: Sequence[Example], square: Square, name: str, place: int) -> Pair | dict[str, str]:
     """A pair, or {'key', 'file', 'reason'} of what is none."""
     try:
-        return pair(found[place], side)
+        return pair(found[place], square)
     except UserError as error:
         return preparation.rejected(name, place, error)
 

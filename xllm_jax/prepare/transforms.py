@@ -34,28 +34,40 @@ def espeak(text: str) -> np.ndarray:
     return speak.speak(text, speak.sample_voice(rng))
 
 
-class Usable:
+class Decoding:
+    """Decodes in a process of its own, with deadline and memory of preparing, where it works."""
+
+    _decoders: Decoders | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_decoders": None}
+
+    def decoders(self) -> Decoders:
+        """The process, started when it is needed and ended with this step."""
+        if self._decoders is None:
+            limits = Data(deadline=DEADLINE, memory=MEMORY, threads=1)
+            self._decoders = Decoders(limits)
+            weakref.finalize(self, self._decoders.close)
+        return self._decoders
+
+
+class Usable(Decoding):
     """Looks whether a record can be read and its media decoded."""
 
     def __init__(self, name: str, source: Source):
         self._name, self._source, self._found = name, source, None
-        self._decoders: Decoders | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_found": None, "_decoders": None}
+        return super().__getstate__() | {"_found": None}
 
     def __call__(self, place: int) -> tuple[int, dict[str, str] | None]:
         """The place, and {'key', 'file', 'reason'} if it cannot be used."""
         if self._found is None:
             self._found = mixture.read(self._name, self._source, "")
-        if self._decoders is None:
-            limits = Data(deadline=DEADLINE, memory=MEMORY, threads=1)
-            self._decoders = Decoders(limits)
-            weakref.finalize(self, self._decoders.close)
         try:
             example = self._found[place]
             for modality, path in example.media:
-                self._decoders.check(modality, path, self._source)
+                self.decoders().check(modality, path, self._source)
         except UserError as error:
             return place, rejected(self._name, place, error)
         return place, None
@@ -79,7 +91,7 @@ class Speak:
         return text, str(file)
 
 
-class Resample:
+class Resample(Decoding):
     """Converts one audio file of any rate and number of channels; one that is there is left."""
 
     def __init__(self, folder: str, root: str = ""):
@@ -97,7 +109,7 @@ class Resample:
         file = self.file(path)
         if not file.is_file():
             try:
-                samples = np.clip(speech.read(path) / 32768, -1, 1)
+                samples = np.clip(self.decoders().samples(path) / 32768, -1, 1)
             except UserError as error:
                 return path, "", error.what
             _write(file, samples)

@@ -25,12 +25,13 @@ import numpy as np
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data, Source
 from xllm_jax.core.text_lines import split_lines
-from xllm_jax.data.media import modalities
+from xllm_jax.data.media import image, modalities, speech
 from xllm_jax.data.record import DoesNotFit, Record
 
 START_SECONDS = 120.0  # a worker may take to start on a busy machine
 GRACE_SECONDS = 30.0  # after the deadline a worker ends by itself, should its owner be gone
 TASKS = {"load": modalities.load, "check": modalities.check}
+TASKS |= {"samples": speech.read, "square": image.square}
 MODULE = "xllm_jax.data.media.decode_workers"
 ROOT = str(Path(__file__).parents[3])  # where the package lies, for the worker to import it
 
@@ -127,6 +128,22 @@ class Decoders:
         """
         self._ask("check", (modality, path, source), path)
 
+    def samples(self, path: str) -> np.ndarray:
+        """`speech.read` with a deadline: `[samples]` float32 at 16 kHz on the 16-bit scale.
+
+        Raises:
+          UserError: as there, and for a file whose decoder was late or died.
+        """
+        return self._ask("samples", (path,), path)
+
+    def square(self, path: str, side: int) -> np.ndarray:
+        """`image.square` with a deadline: `[side, side, 3]` float32.
+
+        Raises:
+          UserError: as there, and for a file whose decoder was late or died.
+        """
+        return self._ask("square", (path, side), path)
+
     def _ask(self, task: str, arguments: tuple[Any, ...], path: str) -> Any:
         worker = self._idle.get()
         try:
@@ -175,7 +192,7 @@ def answer(task: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """What a worker sends back: ('made', value) or (kind of error, what, field, line).
 
     Args:
-      task: 'load' or 'check', the function of `modalities`.
+      task: one of TASKS.
       arguments: of it.
     """
     try:

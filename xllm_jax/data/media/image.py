@@ -194,6 +194,15 @@ def center(picture: Image.Image, size: int) -> np.ndarray:
     return np.asarray(resized.crop((left, top, left + size, top + size)))
 
 
+def square(path: str | Path, side: int) -> np.ndarray:
+    """A file as CLIP sees it, `[side, side, 3]` float32.
+
+    Raises:
+      UserError: as `read`.
+    """
+    return normalize(center(read(path), side))
+
+
 def augment(
     picture: Image.Image, size: int, box: tuple[int, int, int, int] | None, flip: bool
 ) -> np.ndarray:
