@@ -6,6 +6,7 @@ A line is a question. Commands:
     /image PATH, /video PATH, /speech PATH   show or play a file; it goes with all that follows
     /reset                                   forget files and questions
     /help, /quit
+With --draw=DIR pictures of the answers go to that folder.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from xllm_jax.data.media.modality import Modality
 from xllm_jax.data.text.instructions import instructions
 from xllm_jax.inference import assistant
 from xllm_jax.inference.load_run import load_run
-from xllm_jax.launch import cli, terminal
+from xllm_jax.launch import cli, drawing, terminal
 
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Folder of a finished run, such as demo/runs/stage3.", required=True
@@ -49,13 +50,16 @@ class Chat:
 
 
 def main(_: list[str]) -> None:
-    model = assistant.Assistant(load_run(CHECKPOINT.value), max_tokens=MAX_TOKENS.value)
+    restored = load_run(CHECKPOINT.value)
+    model = assistant.Assistant(restored, max_tokens=MAX_TOKENS.value)
     known = tuple(name for name, _, _ in model.model.modalities)
+    easel = drawing.easel(restored.stage, model.family) if drawing.DRAW.value else None
 
     def answer(example: Example) -> str:
-        return model.answers([example])[0]
+        return easel.text(model.replies([example])[0]) if easel else model.answers([example])[0]
 
-    print(f"Knows {', '.join(known)} and text. /help lists the commands.")
+    files = f"{', '.join(known)} and " if known else ""
+    print(f"Knows {files}text. /help lists the commands.")
     converse(typed(), answer, print, ROUNDS.value, modalities.named(model.data.modalities))
 
 
@@ -145,7 +149,7 @@ def ask(chat: Chat, text: str, answer: Answer, say: Callable[[str], None], round
     kept = chat.history[-rounds:] if rounds else ()
     reply = answer(Example("chat", chat.media, text, history=kept))
     say(reply)
-    return dataclasses.replace(chat, history=(*chat.history, (text, reply)))
+    return dataclasses.replace(chat, history=(*chat.history, (text, drawing.words(reply))))
 
 
 if __name__ == "__main__":

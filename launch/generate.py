@@ -3,9 +3,12 @@
     xllm generate --checkpoint=demo/runs/stage3 --image=a.jpg --prompt="图中有什么？"
     xllm generate --checkpoint=demo/runs/stage3 --image=a.jpg --speech=question.flac
 
+    xllm generate --checkpoint=runs/stage_output_image --prompt="画一个红色的圆" --draw=out/
+
 Any number of files; with speech the question may be spoken. Without --prompt the model gets the
 instruction that fits its files: describe the image or video, write down the speech, answer the
 spoken question. <image>, <video> and <speech> in the prompt say where the files stand in it.
+With --draw the answer's pictures go to a folder, and the text names their files in their places.
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ from xllm_jax.data.example import Example
 from xllm_jax.data.media.modalities import MODALITIES, SPEECH, task
 from xllm_jax.data.text.instructions import instructions
 from xllm_jax.inference.load_run import load_run
-from xllm_jax.launch import cli, terminal
+from xllm_jax.launch import cli, drawing, terminal
+from xllm_jax.launch.drawing import DRAW
 
 if TYPE_CHECKING:
     from xllm_jax.inference import assistant
@@ -66,12 +70,18 @@ def main(_: list[str]) -> None:
     example, options = question(files(), prompt), decoding()
     from xllm_jax.inference import assistant  # takes seconds, which a mistake need not wait for
 
-    model = assistant.Assistant(load_run(CHECKPOINT.value), max_tokens=MAX_TOKENS.value)
+    restored = load_run(CHECKPOINT.value)
+    model = assistant.Assistant(restored, max_tokens=MAX_TOKENS.value)
     if HEARD.value:
         for name, path in example.media:
             if name == SPEECH:
                 print(f"Heard: {hear(model, path)}")
-    print(model.answers([example], model.decoding(**options), SEED.value)[0])
+    how = model.decoding(**options)
+    if not DRAW.value:
+        print(model.answers([example], how, SEED.value)[0])
+        return
+    easel = drawing.easel(restored.stage, model.family)
+    print(easel.text(model.replies([example], how, SEED.value)[0]))
 
 
 def files() -> tuple[tuple[str, str], ...]:

@@ -274,3 +274,14 @@ def selection(root: Path) -> None:
     one = {"reader": "table", "path": ".", "split": "train", "options": {}}
     write(root / "selection.json", {"sources": {"a": one}, "instructions": ["请描述图。"]})
     np.save(root / "train.npy", np.asarray([[0, 3, 0], [0, 1, -1]], np.int64))
+
+
+def nextgpt(root: Path) -> None:
+    turns = [
+        {"from": "human", "value": "画图", "input_modality": "text"},
+        {"from": "gpt", "value": "好的", "caption": "圆", "output_modality": "image"},
+    ]
+    second = {"image_captions": "方块", "conversations": [
+        {"from": "human", "value": "画"}, {"from": "gpt", "value": "好 <image>"}]}  # fmt: skip
+    records = [{"mm_name": "a", "conversation": turns * 2}, second, {"conversation": turns}]
+    write(root / "train.json", records)

@@ -12,7 +12,7 @@ import small_stage
 from xllm_jax.assembly import networks
 from xllm_jax.core.stage import Part
 from xllm_jax.data.example import Example
-from xllm_jax.inference import assistant, decoding
+from xllm_jax.inference import assistant, decoding, replies
 from xllm_jax.inference.load_run import Restored
 
 PREFIX = {"length": 4, "depth": 2, "width": 32, "heads": 2}
@@ -44,7 +44,9 @@ def test_an_answer_continues_behind_the_prefix(prefixed, options):
     batch = decoding.prompt_batch([model.family.row(words)] * 2, model.family.pad)
     tokens = np.asarray(decoding.generate(prefixed.model, prefixed.params, batch, how).tokens)
     tokens = tokens[:, 0] if "beams" in options else tokens
-    expected = model.family.finish(decoding.texts(tokens, model.family)[0])
+    expected = model.family.finish(
+        model.family.tokenizer.decode(replies.answer_tokens(tokens[0].tolist(), model.family))
+    )
     assert model.answers([ASKED], how) == [expected]
     alone = {"llm": prefixed.model.networks["llm"]}
     without = dataclasses.replace(

@@ -23,7 +23,7 @@ from xllm_jax.data.pipeline import Pipeline
 from xllm_jax.data.text import llm_family, prompt
 from xllm_jax.data.text.llm_families import glm
 from xllm_jax.data.text.token_rows import Row, pack
-from xllm_jax.inference import assistant, decoding
+from xllm_jax.inference import assistant, decoding, replies
 from xllm_jax.inference.load_run import Restored
 from xllm_jax.models.xllm import XLLM
 
@@ -168,7 +168,8 @@ def test_decoding_counts_on_and_stops_as_the_family_says():
         [12, 13, 14, 15, STOP, PAD, PAD],
         [11, 12, 13, 14, 15, STOP, PAD],
     ]
-    assert decoding.texts(tokens, FAMILY) == ["cdef", "bcdef"]
+    said = [replies.answer_tokens(row.tolist(), FAMILY) for row in tokens]
+    assert list(map(FAMILY.tokenizer.decode, said)) == ["cdef", "bcdef"]
 
 
 def test_the_assistant_answers_with_another_family():

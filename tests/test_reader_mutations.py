@@ -48,6 +48,7 @@ CASES = {
     "sbu json": ("sbu", "", {}),
     "flickr30k karpathy": ("flickr30k", "", {}),
     "requests": ("requests", "", {"reader": "table"}),
+    "nextgpt": ("nextgpt", "", {}),
 }
 MAKERS = {"visdial spoken": "visdial", "vsdial_cn": "visdial", "activitynet whole": "activitynet"}
 MAKERS |= {"visual_genome questions": "visual_genome", "flickr30k karpathy": "flickr30k"}

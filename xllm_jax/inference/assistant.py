@@ -1,4 +1,4 @@
-"""A trained X-LLM that answers: files and a question become text.
+"""A trained X-LLM that answers: files and a question become text, and what is to be drawn in it.
 
 Files are encoded once, by modality and in batches, and remembered by their content; a question
 about them costs the LLM alone. The number of embeddings of a spoken file is what CIF fired, so that
@@ -24,10 +24,11 @@ from xllm_jax.data.example import Example
 from xllm_jax.data.media import modalities, paths
 from xllm_jax.data.record import Record
 from xllm_jax.data.text import llm_family, prompt
-from xllm_jax.inference import decoding
+from xllm_jax.inference import decoding, replies
 from xllm_jax.inference.decoding import Decoding
 from xllm_jax.inference.load_run import Restored
 from xllm_jax.inference.media_cache import Encoded, MediaCache
+from xllm_jax.inference.replies import Reply
 from xllm_jax.models.xllm import XLLM
 
 Files = Mapping[tuple[str, str], Encoded]  # by (modality, path)
@@ -57,12 +58,21 @@ class Assistant:
 
     def decoding(self, **options: Any) -> Decoding:
         """How to decode; greedy unless `options` (fields of `Decoding`) say otherwise."""
-        return Decoding.of(self.family, **{"max_new_tokens": self.max_tokens} | options)
+        signals = tuple((one.first, one.count) for one in self.data.signals.values())
+        usual = {"max_new_tokens": self.max_tokens, "signals": signals}
+        return Decoding.of(self.family, **usual | options)
 
     def answers(
         self, examples: Sequence[Example], how: Decoding | None = None, seed: int = 0
     ) -> list[str]:
-        """Answers all examples.
+        """The words of the answers to all examples; arguments and errors as of `replies`."""
+        found = self._answered(examples, how or self.decoding(), seed, pictures=False)
+        return [reply.text(self.family) for reply in found]
+
+    def replies(
+        self, examples: Sequence[Example], how: Decoding | None = None, seed: int = 0
+    ) -> list[Reply]:
+        """Answers all examples, with what the pictures in the answers are to be drawn from.
 
         Args:
           examples: questions with their files; what they hold as answer is not looked at.
@@ -76,18 +86,22 @@ class Assistant:
           UserError: a file cannot be read, a modality is unknown to the model, or a prompt is
             longer than the longest bucket.
         """
+        return self._answered(examples, how or self.decoding(), seed, pictures=True)
+
+    def _answered(
+        self, examples: Sequence[Example], how: Decoding, seed: int, pictures: bool
+    ) -> list[Reply]:
         examples = [modalities.rename_cif_media(example, self.data) for example in examples]
         files = self.encode(examples)
         prompts = [self.prompt(example, files) for example in examples]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
         key = jax.random.key(seed)
-        found: dict[int, str] = {}
+        found: dict[int, Reply] = {}
         for start in range(0, len(order), self.rows):
             group = order[start : start + self.rows]
             key, used = jax.random.split(key)
             batch = self.batch([prompts[i] for i in group], files)
-            texts = self._texts(batch, how or self.decoding(), used)
-            found |= dict(zip(group, texts))
+            found |= dict(zip(group, self._replies(batch, how, used, pictures)))
         return [found[i] for i in range(len(examples))]
 
     def prompt(self, example: Example, files: Files) -> prompt.Prompt:
@@ -186,11 +200,19 @@ class Assistant:
                 values[row, : len(joined)] = joined
         return Media(values, np.ones(values.shape[:2], np.int32), None, index)
 
-    def _texts(self, batch: ConversationBatch, how: Decoding, key: jax.Array) -> list[str]:
+    def _replies(
+        self, batch: ConversationBatch, how: Decoding, key: jax.Array, pictures: bool
+    ) -> list[Reply]:
         made = decoding.generate(self.model.encoded, self.params, batch, how, key)
         tokens = np.asarray(made.tokens)
-        tokens = tokens[:, 0] if how.beams > 1 else tokens
-        return list(map(self.family.finish, decoding.texts(tokens, self.family)))
+        rows = (tokens[:, 0] if how.beams > 1 else tokens).tolist()
+        rows = [replies.answer_tokens(row, self.family) for row in rows]
+        signals, model = self.data.signals, self.model.encoded
+        drawn = replies.read(model, self.params, batch, rows, signals, how) if pictures else {}
+        return [
+            replies.assemble(row, signals, {n: of[number] for n, of in drawn.items()}, self.family)
+            for number, row in enumerate(rows)
+        ]
 
 
 @functools.partial(jax.jit, static_argnames=("model", "modality"))

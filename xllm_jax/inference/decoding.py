@@ -15,14 +15,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from xllm_jax.core.batch import ConversationBatch
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.types import Params
 from xllm_jax.data.text.llm_family import LLMFamily
 from xllm_jax.data.text.token_rows import Row, pack
-from xllm_jax.models.xllm import LLM, XLLM
+from xllm_jax.inference.whole_runs import permitted
+from xllm_jax.models.xllm import XLLM
 
 Array = jax.Array
 State = dict[str, Any]
@@ -45,6 +45,8 @@ class Decoding:
       beams: more than 1 for beam search.
       length_penalty: exponent of the hypothesis length (prompt included) that divides its score.
       early_stopping: a row ends as soon as it has `beams` finished hypotheses.
+      signals: (id of the first, tokens of a run) of each kind of signal tokens. A run that begins
+        is completed, and begins only where the answer has room for all of it.
     """
 
     ends: tuple[int, ...]
@@ -58,6 +60,7 @@ class Decoding:
     beams: int = 1
     length_penalty: float = 1.0
     early_stopping: bool = False
+    signals: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def of(cls, family: LLMFamily, **options: Any) -> Decoding:
@@ -123,7 +126,7 @@ def generate(
       key: random key of the sampling.
     """
     x = model.embed(params, batch)
-    llm = functools.partial(model.networks[LLM].apply, {"params": params[LLM]})
+    llm = model.llm(params)
     layout = (batch.segments, batch.context, batch.positions)
     state = prefill(llm, x, *layout, decoding.max_new_tokens, model.prefix(params))
     if decoding.beams > 1:
@@ -238,9 +241,13 @@ def decode(llm: Any, state: State, decoding: Decoding, key: Array | None) -> Gen
     }
 
     def emit(state: State) -> State:
-        chosen = choose(state["logits"], decoding, key, state["step"])
+        last = jnp.where(state["step"] > 0, state["tokens"][:, state["step"] - 1], -1)
+        logits = permitted(
+            state["logits"], last, state["step"], decoding.signals, decoding.max_new_tokens
+        )
+        chosen = choose(logits, decoding, key, state["step"])
         chosen = jnp.where(state["done"], decoding.pad, chosen)
-        gain = jnp.take_along_axis(jax.nn.log_softmax(state["logits"]), chosen[:, None], 1)[:, 0]
+        gain = jnp.take_along_axis(jax.nn.log_softmax(logits), chosen[:, None], 1)[:, 0]
         return state | {
             "tokens": state["tokens"].at[:, state["step"]].set(chosen),
             "scores": state["scores"] + jnp.where(state["done"], 0.0, gain),
@@ -321,7 +328,7 @@ def _widen(state: State, decoding: Decoding) -> State:
 def _beam_step(state: State, decoding: Decoding, start: int) -> State:
     """Extends every beam by one token, given the logits behind its last one."""
     beams = decoding.beams
-    sums, parents, tokens = _candidates(state, beams)
+    sums, parents, tokens = _candidates(state, decoding)
     ends = _ends(tokens, decoding)
     length = _penalty(state, state["step"], decoding)
     # Only an end among the best K candidates counts; its own token is not part of the length.
@@ -346,9 +353,13 @@ def _beam_step(state: State, decoding: Decoding, start: int) -> State:
     }
 
 
-def _candidates(state: State, beams: int) -> tuple[Array, Array, Array]:
+def _candidates(state: State, decoding: Decoding) -> tuple[Array, Array, Array]:
     """Best 2K continuations of each row: (sums, parent beams, tokens), each `[B, 2K]`."""
-    gains = jax.nn.log_softmax(state["logits"].astype(jnp.float32))
+    beams, step = decoding.beams, state["step"]
+    last = jnp.where(step > 0, jnp.take(state["tokens"], step - 1, axis=2), -1).reshape(-1)
+    logits = state["logits"].astype(jnp.float32)
+    logits = permitted(logits, last, step, decoding.signals, decoding.max_new_tokens)
+    gains = jax.nn.log_softmax(logits)
     width = min(2 * beams, gains.shape[-1])  # no beam can give more of the best 2K
     gains, tokens = jax.lax.top_k(gains, width)
     rows = state["sums"].shape[0]
@@ -381,12 +392,3 @@ def _reorder(cache: dict[str, Array], parents: Array, start: int) -> dict[str, A
         return memory.at[:, :, start:].set(jnp.take(memory[:, :, start:], index, axis=1))
 
     return cache | {"key": move(cache["key"]), "value": move(cache["value"])}
-
-
-def texts(tokens: np.ndarray, family: LLMFamily) -> list[str]:
-    """Text of generated tokens `[B, N]`, up to each row's end token, not finished yet."""
-    found = []
-    for row in tokens.tolist():
-        end = next((place for place, token in enumerate(row) if token in family.ends), len(row))
-        found.append(family.tokenizer.decode(row[:end]))
-    return found

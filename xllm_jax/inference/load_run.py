@@ -37,7 +37,7 @@ def load_run(directory: str | Path, replaced: Mapping[str, str] | None = None) -
         then, or sizes differ.
     """
     replaced = replaced or {}
-    stage = stage_of(directory)
+    stage = without_text_encoders(stage_of(directory))
     about = checkpoint.base_about(final(directory))
     trained = {path.split("/")[0] for path in about["shapes"]}
     init = {name: place(source, directory) for name, source in stage.init.items() if source}
@@ -51,6 +51,19 @@ def load_run(directory: str | Path, replaced: Mapping[str, str] | None = None) -
     frozen = rules.split(stage.trainable, params)[1]
     check_base(frozen, params.keys() - replaced.keys(), about.get("base", {}), directory)
     return Restored(system.model, params, stage)
+
+
+def without_text_encoders(stage: Stage) -> Stage:
+    """The stage without what only its training compares projections with."""
+    teachers = {out.text_encoder for out in stage.outputs.values()}
+    outputs = {
+        name: dataclasses.replace(out, text_encoder="") for name, out in stage.outputs.items()
+    }
+    parts, init = (
+        {name: value for name, value in row.items() if name.split("/")[0] not in teachers}
+        for row in (stage.parts, stage.init)
+    )
+    return dataclasses.replace(stage, outputs=outputs, parts=parts, init=init)
 
 
 def check_base(

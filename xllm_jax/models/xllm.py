@@ -244,12 +244,14 @@ class XLLM:
         places: Mapping[str, Array],
         train: bool = False,
         key: Array | None = None,
+        prefix: bool = False,
     ) -> tuple[Array, dict[str, Readings]]:
         """Final states of the LLM, and what projections read at some places.
 
         Args:
           params, batch, train, key: as in `hidden`.
           places: {modality of an output: `[B, S]` int32, positions of signal tokens}.
+          prefix: put the learned prefix first, where there is one, as generation does.
 
         Returns:
           (`[B, T, D]`, {modality: readings}).
@@ -259,14 +261,17 @@ class XLLM:
         inner = {name: self.llm_layers(name) for name in sorted(places)}
         deep = any(layer != LAST for layers in inner.values() for layer in layers)
         watched = jnp.concatenate([places[name] for name in inner], axis=1) if deep else None
-        states, _, *seen = llm(x, *layout, watched=watched) if deep else llm(x, *layout)
-        found, start = {}, 0
+        start = self.prefix(params) if prefix else None
+        cache = None if start is None else llm(*x.shape[:2], prefix=start, method="init_cache")
+        watch = {"watched": watched} if deep else {}
+        states, _, *seen = llm(x, *layout, cache, **watch)
+        found, place = {}, 0
         for name, layers in inner.items():
-            at = slice(start, start + places[name].shape[1])
+            at = slice(place, place + places[name].shape[1])
             final = rows_at(states, places[name])
             taken = [final if n == LAST else seen[0][n, :, at] for n in layers]
             found[name] = Readings(jnp.stack(taken, axis=1), rows_at(x, places[name]))
-            start = at.stop
+            place = at.stop
         return states, found
 
     def llm_layers(self, modality: str) -> tuple[int, ...]:

@@ -1,0 +1,127 @@
+"""Pictures of answers as files, by command and in the chat."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small_outputs
+import small_runs
+
+from xllm_jax.core.errors import UserError
+from xllm_jax.core.stage import Stage
+from xllm_jax.inference import assistant
+from xllm_jax.inference.load_run import load_run
+from xllm_jax.inference.replies import Picture, Reply
+from xllm_jax.launch import chat, drawing
+
+ROOT = Path(__file__).parents[1]
+SIZE = (small_outputs.TOKENS, 12)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run whose text encoder is gone."""
+    folder = tmp_path_factory.mktemp("runs")
+    stage = small_outputs.stage(folder)
+    made = small_runs.write_run(stage, folder / "runs/drawn", ("signal_tokens", "image_projection"))
+    (folder / "runs/bases/text_encoder").rename(folder / "elsewhere")
+    return made
+
+
+@pytest.fixture(scope="module")
+def model(run):
+    return assistant.Assistant(load_run(run), max_tokens=6)
+
+
+def picture(value):
+    return Picture("image", np.full(SIZE, value, np.float32))
+
+
+def test_a_run_answers_without_its_text_encoder(model):
+    assert "text_encoder" not in model.model.networks
+    assert model.model.outputs == (("image", "image_projection", ""),)
+
+
+def test_words_name_the_files_in_their_places(model, tmp_path):
+    easel = drawing.Easel(tmp_path / "out", model.family)
+    text = easel.text(Reply(("这是圆", picture(1), "和方块", picture(2), "。")))
+    first, second = tmp_path / "out/image_0.npz", tmp_path / "out/image_1.npz"
+    assert text == f"这是圆[{first}]和方块[{second}]。"
+    assert drawing.words(text) == "这是圆和方块。"
+    for number, file in enumerate((first, second), 1):
+        with np.load(file) as made:
+            assert made.files == ["prompt_embeds"]
+            np.testing.assert_array_equal(made["prompt_embeds"], np.full((1, *SIZE), number))
+            assert made["prompt_embeds"].dtype == np.float32
+
+
+def test_no_file_is_written_over(model, tmp_path):
+    (tmp_path / "image_0.png").write_text("mine")
+    easel = drawing.Easel(tmp_path, model.family)
+    assert easel.text(Reply((picture(1),))) == f"[{tmp_path / 'image_1.npz'}]"
+    assert easel.text(Reply((picture(1),))) == f"[{tmp_path / 'image_2.npz'}]"
+    assert (tmp_path / "image_0.png").read_text() == "mine"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "image_0.png",
+        "image_1.npz",
+        "image_2.npz",
+    ]
+
+
+def test_the_chat_remembers_words_alone():
+    said = []
+    answers = iter(["好的[out/image_0.png]。", "是"])
+    end = chat.converse(iter(["画圆", "好吗？"]), lambda _: next(answers), said.append, 4)
+    assert said == ["好的[out/image_0.png]。", "是"]
+    assert end.history == (("画圆", "好的。"), ("好吗？", "是"))
+
+
+def test_a_run_of_text_alone_cannot_draw():
+    with pytest.raises(UserError) as error:
+        drawing.check(Stage())
+    assert error.value.field == "--draw" and error.value.hint
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "xllm_jax.launch.commands", "generate", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+
+
+def test_the_command_writes_what_a_decoder_reads(run, tmp_path):
+    """Sampled until a picture comes: the untrained LLM says anything."""
+    made = load_run(run)
+    words = assistant.Assistant(made, max_tokens=200)
+    how = words.decoding(sample=True, temperature=1e3)
+    asked = chat.Example("prompt", (), "画圆")
+    seed = next(n for n in range(20) if words.replies([asked], how, n)[0].pictures)
+    out = tmp_path / "out"
+    flags = ("--decode=sample", "--temperature=1e3", "--top_p=1", f"--seed={seed}")
+    done = command(
+        f"--checkpoint={run}", "--prompt=画圆", "--max_tokens=200", f"--draw={out}", *flags
+    )
+    assert done.returncode == 0, done.stderr
+    expected = words.replies([asked], how, seed)[0]
+    files = sorted(out.iterdir())
+    assert len(files) == len(expected.pictures) and f"[{files[0]}]" in done.stdout
+    with np.load(files[0]) as read:
+        np.testing.assert_allclose(
+            read["prompt_embeds"][0], expected.pictures[0].embeddings, rtol=1e-3, atol=1e-4
+        )
+
+
+def test_data_paths_of_a_run_are_resolved(run):
+    stage = load_run(run).stage
+    assert dataclasses.asdict(stage)["data"]["signals"] == {
+        "image": {"first": small_outputs.FIRST, "count": small_outputs.COUNT, "runs": 3}
+    }
