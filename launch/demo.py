@@ -146,7 +146,7 @@ class Running:
             [*xllm, job.command, *job.arguments],
             cwd=folder,
             env=environment,
-            stdout=self.log.open("w"),
+            stdout=atomic.opened(self.log, "w"),
             stderr=subprocess.STDOUT,
             preexec_fn=lambda: os.sched_setaffinity(0, cores),
         )

@@ -6,12 +6,12 @@ import collections
 import dataclasses
 import hashlib
 import importlib.metadata
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from xllm_jax.convert import ConversionPlan, Report, bounds, files
+from xllm_jax.core import atomic
 from xllm_jax.core.checkpoint import CONVERSION
 from xllm_jax.core.errors import UserError
 
@@ -86,8 +86,7 @@ class Conversion:
 
     def write(self, folder: Path) -> None:
         """Writes conversion.json into a folder."""
-        text = json.dumps(dataclasses.asdict(self), ensure_ascii=False, indent=1)
-        (folder / CONVERSION).write_text(text + "\n", "utf-8")
+        atomic.write_json(folder / CONVERSION, dataclasses.asdict(self))
 
     def line(self) -> str:
         """The record in one line."""

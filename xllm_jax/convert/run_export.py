@@ -16,7 +16,7 @@ from xllm_jax.convert import ConversionPlan, Row, check_table, conversion_record
 from xllm_jax.convert.base_sizes import Base
 from xllm_jax.convert.header import Header
 from xllm_jax.convert.safetensors_file import SAFETENSORS
-from xllm_jax.core import checkpoint, litter, rules
+from xllm_jax.core import atomic, checkpoint, litter, rules
 from xllm_jax.core.errors import CannotWrite, UserError
 from xllm_jax.core.new_folder import new_folder
 
@@ -193,7 +193,7 @@ def write_shards(tensors: Mapping[str, np.ndarray], folder: Path) -> list[str]:
         places = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         total = sum(_bytes(header) for header in headers.values())
         index = {"metadata": {"total_size": total}, "weight_map": places}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+        atomic.write_json(folder / "model.safetensors.index.json", index)
     return files
 
 
@@ -219,7 +219,7 @@ def write_file(
     text += b" " * (-len(text) % 8)
     name = "header"
     try:
-        with path.open("wb") as file:
+        with atomic.opened(path, "wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for name in headers:
                 tensor = np.ascontiguousarray(tensors[name])

@@ -9,14 +9,18 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import shutil
+import stat
 import uuid
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 
 from xllm_jax.core import disk
+from xllm_jax.core.errors import UserError
 
 PARTIAL = ".partial"
 REPLACED = ".replaced"
@@ -48,6 +52,32 @@ def whole(file: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
+
+
+def opened(file: Path, mode: str = "a") -> IO[Any]:
+    """A file of a folder that a stranger may have filled, opened where it lies.
+
+    Args:
+      file: to open; where it is a link, a pipe or a device, it is not.
+      mode: as of `open`; text is UTF-8.
+
+    Raises:
+      UserError: it is no regular file.
+      CannotWrite: as of `disk.writing`.
+    """
+    odd = UserError("is a link, or no regular file", field=str(file), hint="Remove it")
+
+    def regular(path: str, flags: int) -> int:
+        with contextlib.suppress(FileNotFoundError):
+            kind = os.lstat(path).st_mode
+            if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+                raise odd
+        # Whoever puts a link or a pipe there in between wins nothing.
+        return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+
+    encoding, errors = (None, None) if "b" in mode else ("utf-8", "backslashreplace")
+    with disk.writing(file):
+        return open(file, mode, encoding=encoding, errors=errors, opener=regular)
 
 
 def remove_partial(folder: Path, names: Collection[str] = ()) -> None:

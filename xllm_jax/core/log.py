@@ -22,6 +22,8 @@ from xllm_jax.core.errors import UserError
 from xllm_jax.core.progress import Bar
 from xllm_jax.core.text_lines import split_lines
 
+LONGEST_ID = 128  # characters, as W&B has it
+
 
 class Log:
     """Writes scalars of a run and shows its progress.
@@ -57,15 +59,15 @@ class Log:
         )
         self._file = directory / "metrics.jsonl"
         self._truncate(start)
-        with disk.writing(self._file):
-            self._stream = self._file.open("a")
+        self._stream = atomic.opened(self._file)
         self._sinks.append(Events(directory / "tensorboard", start))
         self._bar = Bar(total=total, initial=start, desc=name, unit="step")
 
     def _truncate(self, start: int) -> None:
         if not self._file.exists():
             return
-        kept = [line for line in split_lines(self._file.read_text()) if _step(line) <= start]
+        with atomic.opened(self._file, "r") as file:
+            kept = [line for line in split_lines(file.read()) if _step(line) <= start]
         atomic.write_text(self._file, "".join(line + "\n" for line in kept))
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -110,7 +112,7 @@ class Events:
         name = f"events.out.tfevents.{time.time_ns()}.{os.uname().nodename}"
         self._file = directory / name
         with disk.writing(self._file):
-            self._records = RecordWriter(self._file.open("wb"))
+            self._records = RecordWriter(atomic.opened(self._file, "xb"))
         log = _EVENTS.SessionLog(status=_EVENTS.SessionLog.START)
         self._add(_EVENTS.Event(file_version="brain.Event:2"))
         self._add(_EVENTS.Event(session_log=log, step=start + 1))
@@ -155,13 +157,15 @@ class WeightsAndBiases:
         file = directory / "wandb_id"
         if not file.exists():
             atomic.write_text(file, uuid.uuid4().hex)
+        with atomic.opened(file, "r") as kept:
+            identity = kept.read(LONGEST_ID)
         # By itself it would also send what is printed, and the repository's remote and changes.
         kept_back = {"console": "off", "disable_git": True, "save_code": False}
         self._run = wandb.init(
             settings=kept_back,
             project=project,
             name=name,
-            id=file.read_text(),
+            id=identity,
             resume="allow",
             dir=str(directory),
         )

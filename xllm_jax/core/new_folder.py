@@ -30,6 +30,8 @@ def new_folder(directory: Path) -> Iterator[Path]:
     """
     partial = partial_folder(directory)
     with lock.Lock(directory.with_name(f".{directory.name}.{lock.NAME}"), str(directory)):
+        if partial.is_symlink():  # which `rmtree` leaves, and writing would follow
+            partial.unlink()
         shutil.rmtree(partial, ignore_errors=True)
         try:
             with disk.writing(directory):

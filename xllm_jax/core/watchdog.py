@@ -23,7 +23,7 @@ from typing import Any
 
 import jax
 
-from xllm_jax.core import hosts
+from xllm_jax.core import atomic, hosts
 from xllm_jax.core.errors import Diverged, UserError
 
 MISTAKE, DEFECT, STOPPED = 2, 1, 130  # exit codes: a user's mistake, a bug of ours, Ctrl-C
@@ -281,12 +281,13 @@ class Watch:
 
     def _dump(self, why: str) -> None:
         """Writes what every thread of this host is at, and which samples are under way."""
-        with contextlib.suppress(OSError):  # a full disk must not keep a stalled run alive
+        # A full disk must not keep a stalled run alive.
+        with contextlib.suppress(OSError, UserError):
             self._write_stacks(why)
 
     def _write_stacks(self, why: str) -> None:
-        self._directory.mkdir(parents=True, exist_ok=True)
-        with (self._directory / f"stall-{self.index}.txt").open("w", encoding="utf-8") as file:
+        name = self._directory / f"stall-{self.index}.txt"
+        with atomic.whole(name) as partial, partial.open("w", encoding="utf-8") as file:
             file.write(f"{why}\n")
             file.write(f"this is host {self.index} of {self._count}, which {self.doing}\n")
             file.write(f"being read: {', '.join(self.reading()) or 'nothing'}\n")

@@ -81,7 +81,8 @@ class Quarantine:
         """Drops the lines from `drawn` on; counts of the files on those that stay."""
         if self.path is None or not self.path.exists():
             return {}
-        lines = split_lines(self.path.read_text("utf-8"))
+        with atomic.opened(self.path, "r") as file:
+            lines = split_lines(file.read())
         kept = [(line, found) for line in lines if (found := _parsed(line))["drawn"] < drawn]
         if len(kept) < len(lines):
             atomic.write_text(self.path, "".join(f"{line}\n" for line, _ in kept))
@@ -98,10 +99,7 @@ class Quarantine:
             "count": self.counts[name],
             "drawn": drawn,
         }
-        with (
-            disk.writing(self.path),
-            self.path.open("a", encoding="utf-8", errors="backslashreplace") as file,
-        ):
+        with disk.writing(self.path), atomic.opened(self.path) as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
