@@ -62,6 +62,7 @@ backbones: .venv/ready
 	mkdir -p backbones
 	cd backbones && ../$(BIN)/xllm build-backbones --output=bases --tokenizer
 	cd backbones && ../$(BIN)/xllm train --config=world_llm --workdir=runs/world_llm
+	cd backbones && ../$(BIN)/xllm train --config=world_llm_slots --workdir=runs/world_llm_slots
 	cd backbones && ../$(BIN)/xllm train --config=world_vision --workdir=runs/world_vision
 	cd backbones && ../$(BIN)/xllm train --config=world_bert --workdir=runs/world_bert
 	cd backbones && ../$(BIN)/xllm build-backbones --output=bases --export=runs

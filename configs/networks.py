@@ -11,6 +11,8 @@ from xllm_jax.core.stage import Output, Part, Route, Signals
 # The miniature's fields that depend on its vocabulary files rather than on a SIZES row.
 TINY_VOCABULARY = 576
 TINY_CHARACTERS = 128
+# Tokens of <Image> and </Image>, of <Video> and </Video>, of <Speech> and </Speech>.
+TINY_TAGS = ((5, 6), (7, 8), (9, 10))
 TINY_LLM_WIDTH = 128
 TINY_LLM = {
     "vocab": TINY_VOCABULARY,

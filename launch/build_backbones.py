@@ -4,7 +4,7 @@
     xllm build-backbones --output=bases --tokenizer    # maintainers: learn the tokenizer
     xllm build-backbones --output=bases --export=runs  # maintainers: ship what was trained
 
-`make backbones` runs all of it in order, with the three trainings in between.
+`make backbones` runs all of it in order, with the four trainings in between.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import xllm_jax
 from xllm_jax.assembly import parameters
 from xllm_jax.assembly.networks import model
 from xllm_jax.assembly.system import System
-from xllm_jax.configs import networks, world_bert, world_llm, world_vision
+from xllm_jax.configs import networks, world_bert, world_llm_slots, world_vision
 from xllm_jax.convert.sources import world
 from xllm_jax.core import mesh
 from xllm_jax.data.synthetic_world.text_stream import text_examples
@@ -81,7 +81,7 @@ def learn_tokenizer(folder: Path) -> Path:
 def export(runs: Path, tokenizer: Path) -> None:
     """Puts the results of the pre-training runs into the package, in the published forms."""
     for name, stage in (
-        ("llm", world_llm.get_config()),
+        ("llm", world_llm_slots.get_config()),
         ("vision_encoder", world_vision.get_config()),
         ("text_model", world_bert.get_config()),
     ):

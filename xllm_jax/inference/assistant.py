@@ -125,7 +125,7 @@ class Assistant:
             (modality, path): self._key(modality, path)
             for example in examples
             for modality, path in example.media
-            if not modality.startswith(prompt.WRITTEN)
+            if not prompt.is_written(modality)
         }
         known: dict[str, Encoded] = {}
         wanted: dict[str, dict[str, str]] = {}

@@ -17,7 +17,7 @@ from xllm_jax.data.batching.batch_format import BatchPlan, Entry, RowPerRecord
 from xllm_jax.data.media import modalities
 from xllm_jax.data.record import MEDIA, Mode, Record, Skipped
 from xllm_jax.data.text import blip_captions
-from xllm_jax.data.text.prompt import WRITTEN
+from xllm_jax.data.text.prompt import is_written
 from xllm_jax.data.text.wordpiece import WordPiece
 
 HIDDEN_SHARE = 0.15  # of the joined pieces, as in BERT (arXiv 1810.04805, section 3.1)
@@ -65,7 +65,7 @@ class Format(RowPerRecord[Pair, TextPairs, WordPiece]):
           UserError: one of the texts is empty.
         """
         example = record.example
-        written = [words for kind, words in example.media if kind.startswith(WRITTEN)]
+        written = [words for kind, words in example.media if is_written(kind)]
         first = "".join(written) or example.instruction
         second = (example.instruction if written else "") + example.answer
         if not first or not second:

@@ -17,8 +17,8 @@ from xllm_jax.data.synthetic_world.text_stream import SHARES, text_example
 class Stream(Sequence):
     """Examples 0 to count - 1 of the stream of a seed."""
 
-    def __init__(self, count: int, seed: int, shares: Mapping[str, float]):
-        self._count, self._seed, self._shares = count, seed, shares
+    def __init__(self, count: int, seed: int, shares: Mapping[str, float], spelled: float):
+        self._count, self._seed, self._shares, self._spelled = count, seed, shares, spelled
 
     def __len__(self) -> int:
         return self._count
@@ -26,7 +26,7 @@ class Stream(Sequence):
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < self._count:
             raise IndexError(index)
-        return text_example(self._seed, index, shares=self._shares)
+        return text_example(self._seed, index, shares=self._shares, spelled=self._spelled)
 
 
 def examples(
@@ -35,8 +35,11 @@ def examples(
     count: int = 100_000,
     seed: int = 0,
     shares: Mapping[str, float] = SHARES,
+    spelled: float = 0.0,
 ) -> Stream:
     """Returns the stream; `path` is not read, and each split has a stream of its own.
+
+    `shares` and `spelled` are those of `text_example`.
 
     Raises:
       UserError: `shares` names a kind that the stream does not have.
@@ -48,4 +51,6 @@ def examples(
             field="options.shares",
             hint=f"Choices: {', '.join(SHARES)}",
         )
-    return Stream(count, {"train": 1, "val": 2, "test": 3}[split] + 10 * seed, dict(shares))
+    return Stream(
+        count, {"train": 1, "val": 2, "test": 3}[split] + 10 * seed, dict(shares), spelled
+    )

@@ -7,6 +7,7 @@ and ('text:speech', text): the prompt puts the text between the tags where featu
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from collections.abc import Iterator, Mapping
@@ -55,7 +56,11 @@ SCRAMBLED_SHARE = 0.3
 
 
 def text_example(
-    seed: int, index: int, pairs: str = "all", shares: Mapping[str, float] = SHARES
+    seed: int,
+    index: int,
+    pairs: str = "all",
+    shares: Mapping[str, float] = SHARES,
+    spelled: float = 0.0,
 ) -> Example:
     """Example `index` of the endless text stream (random access, for data loaders).
 
@@ -65,11 +70,21 @@ def text_example(
       pairs: 'all' lets the language know every color and shape together, as a real LLM does; the
         held-out pairs are held out from pictures. 'seen' holds them out of the text too.
       shares: {kind of example, a key of SHARES: how often, in relation to the others}.
+      spelled: share of written sentences that stand in the slot character by character, with one
+        more sign at the end, as CIF fires.
     """
     rng = generator(seed, "text", index)
     weights = np.asarray(list(shares.values()))
     kind = str(rng.choice(list(shares), p=weights / weights.sum()))
-    return MAKERS[kind](rng, f"text-{seed}-{index}", pairs)
+    made = MAKERS[kind](rng, f"text-{seed}-{index}", pairs)
+    if spelled and rng.random() < spelled:  # last, so that the texts are the same with and without
+        return dataclasses.replace(made, media=tuple(map(_spell, made.media)))
+    return made
+
+
+def _spell(medium: tuple[str, str]) -> tuple[str, str]:
+    kind, words = medium
+    return ("spelled:speech", f"{words}。") if kind == "text:speech" else medium
 
 
 def text_examples(seed: int, count: int | None = None, pairs: str = "all") -> Iterator[Example]:

@@ -23,7 +23,9 @@ from xllm_jax.data.text.instructions import instructions
 from xllm_jax.data.text.llm_family import LLMFamily
 from xllm_jax.data.text.token_rows import Row
 
-WRITTEN = "text:"  # prefix of media that are written out instead of shown
+# Prefixes of media that are written out instead of shown: as pieces of words, or each character by
+# itself, as the speech interface gives them.
+WRITTEN, SPELLED = "text:", "spelled:"
 PLACEHOLDER = 0  # token id under a media embedding; the model ignores it
 
 
@@ -62,10 +64,17 @@ TEMPLATES = {
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """Words of the prompt; `cut` says whether a long prompt may lose them."""
+    """Words of the prompt.
+
+    Attributes:
+      text: they.
+      cut: whether a long prompt may lose them.
+      spelled: whether every character is a token.
+    """
 
     text: str
     cut: bool = True
+    spelled: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +183,8 @@ def segments(
     """Puts media where the text's markers say, and the others first, each inside its tags.
 
     Args:
-      media: (modality, path) pairs, or ('text:modality', written description).
+      media: (modality, path) pairs, or ('text:modality', written description), or the same with
+        'spelled:'.
       text: the prompt with `<modality>` markers; the n-th marker of a modality stands for its n-th
         file. A marker of a modality that the example does not have is plain text.
       slot: (modality, path) -> Slot.
@@ -182,7 +192,7 @@ def segments(
     Raises:
       UserError: more markers than files of a modality.
     """
-    waiting = [(name.removeprefix(WRITTEN), name, path) for name, path in media]
+    waiting = [(plain_name(name), name, path) for name, path in media]
     names = sorted({short for short, _, _ in waiting})
     pieces = re.split(f"<({'|'.join(map(re.escape, names))})>", text) if names else [text]
     placed: list[Text | Slot] = [Text(pieces[0])]
@@ -196,11 +206,21 @@ def segments(
     return [s for s in leading + placed if isinstance(s, Slot) or s.text]
 
 
+def is_written(name: str) -> bool:
+    """Whether a medium of this name is its own text."""
+    return name.startswith((WRITTEN, SPELLED))
+
+
+def plain_name(name: str) -> str:
+    """The modality that a medium stands for, written or not."""
+    return name.removeprefix(WRITTEN).removeprefix(SPELLED)
+
+
 def _wrapped(
     entry: tuple[str, str, str], slot: Callable[[str, str], Slot]
 ) -> tuple[Text | Slot, ...]:
     short, name, path = entry
-    inner = Text(path, cut=False) if name.startswith(WRITTEN) else slot(short, path)
+    inner = Text(path, False, name.startswith(SPELLED)) if is_written(name) else slot(short, path)
     return Text(f"<{short.capitalize()}>", False), inner, Text(f"</{short.capitalize()}>", False)
 
 
@@ -237,9 +257,7 @@ def build(
     """
     parts = segments(example.media, words(example, question(example, generator), style), slot)
     encoded = [
-        [PLACEHOLDER] * (part.items * part.size)
-        if isinstance(part, Slot)
-        else family.tokenizer.encode(part.text)
+        [PLACEHOLDER] * (part.items * part.size) if isinstance(part, Slot) else _ids(part, family)
         for part in parts
     ]
     frame = family.row((), () if answer else None)  # what the family adds
@@ -257,6 +275,12 @@ def build(
     slots = tuple(part for part in parts if isinstance(part, Slot))
     runs = signal_runs.located(example, row.ids, signals) if answer else ()
     return Prompt(**vars(row), index=index, slots=slots, cut=(dropped, lost), runs=runs)
+
+
+def _ids(part: Text, family: LLMFamily) -> list[int]:
+    encode = family.tokenizer.encode
+    # The last one: pieces that only begin a text may stand before it.
+    return [encode(sign)[-1] for sign in part.text] if part.spelled else encode(part.text)
 
 
 def text_only(

@@ -1,0 +1,148 @@
+"""The mini LLM's second pre-training: slots are disturbed, and sentences in them are spelled."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_stage
+
+from xllm_jax.assembly import parameters
+from xllm_jax.assembly.system import System
+from xllm_jax.configs import networks, world_llm, world_llm_slots
+from xllm_jax.core import mesh
+from xllm_jax.data.example import Example
+from xllm_jax.data.pipeline import Pipeline
+from xllm_jax.data.synthetic_world.text_stream import text_example
+from xllm_jax.data.text import prompt
+from xllm_jax.data.text.llm_families.glm import Family
+from xllm_jax.objectives import answer, slot_noise
+
+TAGS = ((5, 6), (7, 8), (9, 10))
+# Two kinds of slots, one of them twice, and words around them.
+IDS = np.array([[3, 5, 50, 51, 6, 70, 9, 60, 60, 10, 5, 50, 6, 71]])
+KINDS = [[0, 0, 1, 1, 0, 0, 0, 3, 3, 0, 0, 1, 0, 0]]
+NOTHING = {"clean": 0.0, "turn": 0.0, "shift": 0.0, "mix": 0.0, "noise": 0.0}
+
+
+@pytest.fixture(scope="module")
+def family():
+    return Family(str(small_stage.TOKENIZER))
+
+
+def disturbed(seed=0, **strengths):
+    """Embeddings of IDS, the same for the same id, before and after."""
+    table = jax.random.normal(jax.random.key(9), (80, 16))
+    x = jnp.tile(table[IDS], (6, 1, 1))
+    kinds = jnp.tile(slot_noise.slot_kinds(jnp.asarray(IDS), TAGS), (6, 1))
+    y = slot_noise.disturbed(x, kinds, jax.random.key(seed), 3, **(NOTHING | strengths))
+    return np.asarray(x), np.asarray(y)
+
+
+def test_slots_are_what_stands_between_tags():
+    assert slot_noise.slot_kinds(jnp.asarray(IDS), TAGS).tolist() == KINDS
+
+
+def test_words_outside_of_slots_stay_and_nothing_changes_without_strength():
+    x, y = disturbed(turn=0.5, shift=0.5, mix=0.5, noise=0.5)
+    inside = np.array(KINDS[0]) > 0
+    np.testing.assert_array_equal(y[:, ~inside], x[:, ~inside])
+    assert (np.abs(y - x)[:, inside].max(-1) > 1e-3).all()
+    np.testing.assert_array_equal(*disturbed())
+    np.testing.assert_array_equal(*disturbed(clean=1.0, turn=0.5, shift=0.5, mix=0.5, noise=0.5))
+
+
+def test_all_slots_of_a_kind_share_one_map_and_one_shift():
+    for strength in ({"turn": 0.8}, {"shift": 0.8}):
+        x, y = disturbed(**strength)
+        moved = y - x
+        # Places 2 and 11 hold the same word in two slots of one kind, 7 and 8 in one slot.
+        np.testing.assert_allclose(moved[:, 2], moved[:, 11], atol=1e-6)
+        np.testing.assert_allclose(moved[:, 7], moved[:, 8], atol=1e-6)
+        assert not np.allclose(moved[0], moved[1], atol=1e-3)
+    x, y = disturbed(shift=0.8)
+    np.testing.assert_allclose((y - x)[:, 2], (y - x)[:, 3], atol=1e-6)
+    assert (
+        np.linalg.norm(y - x, axis=-1) <= 0.8 * np.sqrt((x[0] ** 2).sum(-1).mean()) + 1e-4
+    ).all()
+
+
+def test_mixing_stays_between_two_words_and_noise_is_each_places_own():
+    x, y = disturbed(mix=0.5)
+    words = np.unique(x.reshape(-1, 16), axis=0)
+    for place in (2, 7):
+        own, made = x[0, place], y[0, place]
+        off = [
+            np.linalg.norm(made - own - a * (w - own))
+            for w in words
+            for a in np.linspace(0, 0.5, 501)
+        ]
+        assert min(off) < 5e-3 * np.linalg.norm(own)
+    x, y = disturbed(noise=0.5)
+    assert not np.allclose((y - x)[:, 7], (y - x)[:, 8], atol=1e-3)
+
+
+def test_the_loss_is_that_of_the_answer_except_in_training():
+    stage = dataclasses.replace(small_stage.stage(), options={})
+    system = System.build(stage, mesh.make({}, jax.devices()[:1]))
+    params = parameters.parameters(dataclasses.replace(system, stage=stage))
+    batch, _ = next(Pipeline(stage.data, 0).iterate())
+    key = jax.random.key(4)
+    plain, _ = answer.loss(system.model, params, batch, key, train=True)
+    for train in (False, True):
+        own, metrics = slot_noise.loss(
+            system.model, params, batch, key, tags=networks.TINY_TAGS, train=train
+        )
+        assert np.allclose(own, plain, rtol=1e-6) is not train
+        assert np.allclose(metrics["perplexity"], np.exp(own), rtol=1e-6)
+
+
+def test_tags_of_the_configuration_are_the_shipped_tokenizers(family):
+    names = [name.capitalize() for name in networks.MODALITIES]
+    found = tuple(
+        tuple(family.tokenizer.encode(f"<{sign}{name}>")[-1] for sign in ("", "/"))
+        for name in names
+    )
+    assert found == networks.TINY_TAGS
+
+
+def test_a_spelled_sentence_has_a_token_for_every_character(family):
+    row = {}
+    for name in ("text:speech", "spelled:speech"):
+        example = Example("e", ((name, "左上的物体。"),), "问", "答")
+        slot = prompt.Limits(64, 32)
+        made = prompt.build(
+            example, family, prompt.template("plain"), None, slot, np.random.default_rng(0)
+        )
+        inside = slot_noise.slot_kinds(jnp.asarray(made.ids[None]), networks.TINY_TAGS)[0]
+        row[name] = made.ids[np.asarray(inside) == 3]
+    spelled = [family.tokenizer.encode(sign)[-1] for sign in "左上的物体。"]
+    # The closing tag is tokenized on its own, with a blank piece before it.
+    assert row["spelled:speech"][: len(spelled)].tolist() == spelled and len(set(spelled)) == 6
+    assert len(row["spelled:speech"]) == len(spelled) + 1 > len(row["text:speech"])
+
+
+def test_spelling_changes_no_text_of_the_stream():
+    spelled = 0
+    for index in range(300):
+        plain, other = text_example(1, index), text_example(1, index, spelled=0.7)
+        names = [name for name, _ in other.media]
+        spelled += "spelled:speech" in names
+        back = tuple(
+            ("text:speech", words.removesuffix("。")) if name == "spelled:speech" else (name, words)
+            for name, words in other.media
+        )
+        assert dataclasses.replace(other, media=back) == plain
+    said = sum("text:speech" in dict(text_example(1, i).media) for i in range(300))
+    assert 0.5 < spelled / said < 0.9
+
+
+def test_the_second_part_goes_on_from_the_first():
+    first, second = world_llm.get_config(), world_llm_slots.get_config()
+    assert second.init == {"llm": f"runs/{first.name}"} and second.parts == first.parts
+    assert second.data.sources["text"].options["seed"] != first.data.sources["text"].options.get(
+        "seed", 0
+    )

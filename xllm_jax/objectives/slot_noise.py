@@ -1,0 +1,131 @@
+"""Loss on the answer while what stands between the media's tags is disturbed.
+
+Written media are words exactly, what an interface makes is only near them: an LLM that has read
+words alone takes a small shift of all embeddings of a slot for an instruction. A large LLM bears
+that; a mini LLM learns to, when the embeddings between tags are turned, shifted, mixed with other
+words' and made noisy in its pre-training.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from xllm_jax.core.batch import ConversationBatch
+from xllm_jax.core.types import Metrics, Params
+from xllm_jax.models.xllm import LLM, XLLM
+from xllm_jax.objectives import answer
+
+Array = jax.Array
+NORMALIZERS = answer.NORMALIZERS
+counts = answer.counts
+
+
+def loss(
+    model: XLLM,
+    params: Params,
+    batch: ConversationBatch,
+    key: Array | None = None,
+    *,
+    tags: Sequence[Sequence[int]],
+    train: bool = False,
+    chunk: int = 64,
+    **strengths: float,
+) -> tuple[Array, Metrics]:
+    """`answer.loss` of written media; in training their embeddings are disturbed.
+
+    Args:
+      model: its part 'llm' reads the batch.
+      params: {part: parameters}.
+      batch: without media of its own.
+      key: of what is drawn; needed with `train`.
+      tags: token ids (opening, closing) of each kind of slot.
+      train: disturbs the embeddings.
+      chunk: logit vectors per row that exist at once.
+      strengths: of `disturbed`.
+
+    Returns:
+      (scalar float32, metrics) of `answer.answer_loss`, with `perplexity`.
+    """
+    x = model.embed(params, batch)
+    if train and key is not None:
+        x = disturbed(x, slot_kinds(batch.ids, tags), key, len(tags), **strengths)
+    states, _ = model.apply(params, LLM, x, batch.segments, batch.context, batch.positions)
+    value, metrics = answer.answer_loss(
+        lambda states: model.logits(params, states),
+        states,
+        *(batch.answer_index, batch.targets, batch.weights),
+        chunk,
+    )
+    return value, metrics | {"perplexity": jnp.exp(value)}
+
+
+def slot_kinds(ids: Array, tags: Sequence[Sequence[int]]) -> Array:
+    """Which tokens stand between tags: `[B, T]` ids to int32, 0 = none, else 1 + the kind's number.
+
+    Args:
+      ids: of rows whose every opening tag is closed behind it.
+      tags: token ids (opening, closing) of each kind.
+    """
+    kinds = jnp.zeros(ids.shape, jnp.int32)
+    for number, (opening, closing) in enumerate(tags):
+        opened = jnp.cumsum(ids == opening, axis=1) - jnp.cumsum(ids == closing, axis=1)
+        kinds = jnp.where((opened > 0) & (ids != opening), number + 1, kinds)
+    return kinds
+
+
+def disturbed(
+    x: Array,
+    kinds: Array,
+    key: Array,
+    count: int,
+    *,
+    clean: float = 0.3,
+    turn: float = 0.5,
+    shift: float = 0.7,
+    mix: float = 0.4,
+    noise: float = 0.4,
+) -> Array:
+    """Embeddings with those of slots disturbed, all slots of one kind in a row by the same map.
+
+    Args:
+      x: `[B, T, D]` embeddings.
+      kinds: `[B, T]`, see `slot_kinds`.
+      key: random key.
+      count: number of kinds.
+      clean: share of (row, kind) that stays as it is.
+      turn: largest size of a random matrix, added to the identity, in relation to it.
+      shift: largest length of a mean of some words, added to all of a slot, in relation to the
+        slot's own embeddings.
+      mix: largest share of another word in an embedding.
+      noise: largest size of what is added to single embeddings, in relation to them.
+    """
+    rows, length, width = x.shape
+    words = jax.lax.stop_gradient(x).reshape(-1, width)  # as often as the batch has them
+    keys = iter(jax.random.split(key, 12))
+    draw = functools.partial(jax.random.uniform, dtype=x.dtype)
+    kept = jax.random.bernoulli(next(keys), clean, (rows, count))
+    sizes = [draw(next(keys), (rows, count)) * most for most in (turn, shift, mix, noise)]
+    turn_, shift_, mix_, noise_ = (_each(jnp.where(kept, 0, size), kinds) for size in sizes)
+    scale = jnp.sqrt(jnp.square(words).sum(-1).mean())  # of an embedding's length
+
+    others = words[jax.random.randint(next(keys), (rows, length), 0, len(words))]
+    shares = mix_ * draw(next(keys), (rows, length, 1))
+    y = (1 - shares) * x + shares * others
+    maps = jax.random.normal(next(keys), (rows, count, width, width), x.dtype) * width**-0.5
+    turned = jnp.einsum("btd,bkde->bkte", y, maps)
+    own = jnp.maximum(kinds - 1, 0)[:, None, :, None]
+    y = y + turn_ * jnp.take_along_axis(turned, own, axis=1)[:, 0]
+    few = words[jax.random.randint(next(keys), (rows, count, 4), 0, len(words))].sum(2)
+    few = few / jnp.maximum(jnp.linalg.norm(few, axis=-1, keepdims=True), 1e-6) * scale
+    y = y + shift_ * jnp.take_along_axis(few, own[:, 0], axis=1)
+    y = y + noise_ * scale * width**-0.5 * jax.random.normal(next(keys), x.shape, x.dtype)
+    return jnp.where(kinds[..., None] > 0, y, x)
+
+
+def _each(sizes: Array, kinds: Array) -> Array:
+    """`[B, kinds]` sizes to `[B, T, 1]`, each token's own."""
+    return jnp.take_along_axis(sizes, jnp.maximum(kinds - 1, 0), axis=1)[..., None]
