@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import resource
 import shlex
 import signal
 import subprocess
@@ -131,6 +132,7 @@ class Running:
 
     def __init__(self, job: Job, folder: Path, cores: set[int]):
         self.job, self.cores, self.began = job, cores, time.monotonic()
+        self.computed = 0.0
         self.log = folder / "logs" / f"{job.name}.log"
         disk.make_folder(self.log.parent)
         # The same as `xllm`, which need not be on the PATH.
@@ -151,6 +153,13 @@ class Running:
             preexec_fn=lambda: os.sched_setaffinity(0, cores),
         )
 
+    def ended(self) -> bool:
+        """Whether the process has ended; `computed` is then its user and system seconds."""
+        before = _computed()
+        code = self.process.poll()
+        self.computed += _computed() - before  # of a child that was waited for just now
+        return code is not None
+
     def progress(self, folder: Path) -> str:
         """Where the job is, from the last line of its metrics."""
         file = folder / "runs" / self.job.name / "metrics.jsonl"
@@ -159,6 +168,12 @@ class Running:
             return f"{self.job.name} step {last['step']} loss {last['loss']:.3f}"
         except (OSError, IndexError, ValueError, KeyError):
             return f"{self.job.name} {time.monotonic() - self.began:.0f} s"
+
+
+def _computed() -> float:
+    """User and system seconds of all children that have ended and were waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def run_all(todo: list[Job], folder: Path) -> dict[str, float]:
@@ -192,14 +207,15 @@ def _run_all(todo: list[Job], running: list[Running], folder: Path) -> dict[str,
                     bar.write(f"$ {typed(job)}")
                 running.append(Running(job, folder, share))
         time.sleep(0.2)
-        for active in [r for r in running if r.process.poll() is not None]:
+        for active in [r for r in running if r.ended()]:
             running.remove(active)
             if active.process.returncode:
                 fail(active)
             seconds[active.job.name] = time.monotonic() - active.began
             atomic.write_json(folder / "timings.json", seconds)
             how = "" if bar.in_terminal else f": {typed(active.job)}"
-            bar.write(f"  {active.job.name} done in {seconds[active.job.name]:.0f} s{how}")
+            took = f"{seconds[active.job.name]:.0f} s, {active.computed:.0f} s of a core"
+            bar.write(f"  {active.job.name} done in {took}{how}")
             bar.update()
         bar.set_postfix_str(" | ".join(r.progress(folder) for r in running))
     bar.close()
@@ -246,11 +262,13 @@ def run_seed(output: Path, seed: int) -> Path:
         if not (folder / name).is_symlink():
             (folder / name).symlink_to(Path("..") / name, target_is_directory=True)
     disk.make_folder(output / "cache")
+    computed = _computed()
     seconds = run_all(jobs(seed), folder)
     seconds["whole run"] = time.monotonic() - began
+    seconds["of a core (user + system)"] = _computed() - computed
     print((folder / "report.txt").read_text("utf-8"))
     for name, value in seconds.items():
-        print(f"{name:24s} {value:7.0f} s")
+        print(f"{name:26s} {value:7.0f} s")
     print(f"\nThe report with pictures: {os.path.relpath(folder / 'report.html')}")
     return folder
 

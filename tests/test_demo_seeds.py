@@ -150,3 +150,26 @@ def test_seeds_have_folders_of_their_own_and_one_world(tmp_path):
     assert "seed-1 {False} ['--output=../world'] ['bases', 'cache', 'world']" in told
     assert (output / "seed-1" / "world").readlink() == Path("../world")
     assert f"{VQA}" in (output / "seeds.txt").read_text("utf-8")
+
+
+TIMED = """
+import subprocess, sys, time
+from xllm_jax.launch import demo
+
+def running(code):
+    made = demo.Running.__new__(demo.Running)
+    made.computed, made.process = 0.0, subprocess.Popen([sys.executable, "-c", code])
+    return made
+
+busy = running("import time\\nwhile time.process_time() < 1: pass")
+idle = running("import time; time.sleep(0.1)")
+while not all([idle.ended(), busy.ended()]):
+    time.sleep(0.05)
+print(busy.computed, idle.computed)
+"""
+
+
+def test_a_step_is_told_the_seconds_of_a_core_that_it_took_and_no_others():
+    done = subprocess.run([sys.executable, "-c", TIMED], capture_output=True, text=True, check=True)
+    busy, idle = map(float, done.stdout.split())
+    assert 1 <= busy < 2 and idle < 0.5
