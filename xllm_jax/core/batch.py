@@ -165,6 +165,20 @@ class SceneAttributes:
     patches: Array
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DescribedPictures:
+    """Pictures and the words for them, as a text-to-image model is trained.
+
+    Attributes:
+      ids: `[B, T]` int32, token ids of the text encoder, start, end and padding included.
+      images: `[B, height, width, 3]` float32 from -1 to 1.
+    """
+
+    ids: Array
+    images: Array
+
+
 def zeros(
     rows: int,
     length: int,

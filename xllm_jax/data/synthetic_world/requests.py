@@ -1,0 +1,179 @@
+"""What people ask the world to draw: some objects, and whatever is said of them.
+
+A request says less than a scene holds: what it leaves open (a size, a place) may be anything. Every
+request comes with one scene that fulfils it, so that pictures for training are right by
+construction, and `evaluation/scene_reader.py` says which of the asked things a picture shows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from xllm_jax.data.synthetic_world import language
+from xllm_jax.data.synthetic_world.scene import (
+    ALL_PAIRS,
+    PLACES,
+    SEEN_PAIRS,
+    SIZES,
+    Object,
+    Scene,
+    choose,
+    sample_scene,
+)
+
+# Pictures that are drawn from words have no grain: no word asks for it.
+SMOOTH = ("gradient", "clouds")
+# Where the first object stands, seen from the second: (columns, rows) of the grid.
+RELATIONS = {"左边": (-1, 0), "右边": (1, 0), "上面": (0, -1), "下面": (0, 1)}
+SHARES = {"plain": 0.35, "placed": 0.3, "repeated": 0.1, "related": 0.25}
+
+INSTRUCTIONS = ("画{said}。", "请画{said}。", "画一张图：{said}。", "请画一张图，{said}。")
+UNSEEN_INSTRUCTIONS = ("请你画{said}。", "画一张这样的图：{said}。")
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """One object as it was asked for; an empty word was not said."""
+
+    shape: str
+    color: str
+    size: str = ""
+    place: str = ""
+
+    def fits(self, item: Object) -> bool:
+        """Whether an object is what was asked for."""
+        said = dataclasses.asdict(self)
+        return all(word in ("", getattr(item, name)) for name, word in said.items())
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """Objects to be drawn, these and no others.
+
+    Attributes:
+      objects: what was asked for; reading order of the scene, except in relations.
+      said: how it is said, a phrase without a full stop.
+      scene: one picture that fulfils it.
+      relation: where the first object stands, seen from the second; a key of RELATIONS or ''.
+    """
+
+    objects: tuple[Wanted, ...]
+    said: str
+    scene: Scene
+    relation: str = ""
+
+    @property
+    def unseen(self) -> bool:
+        """Whether any object is a held-out pair."""
+        return self.scene.unseen
+
+
+def sample_request(
+    rng: np.random.Generator,
+    pairs: str = "seen",
+    unseen_wording: bool = False,
+    shares: Mapping[str, float] = SHARES,
+) -> Request:
+    """Draws a request.
+
+    Args:
+      rng: source of randomness.
+      pairs: see `scene.sample_scene`.
+      unseen_wording: take the descriptions that are kept for the test.
+      shares: {kind, a key of SHARES: how often, in relation to the others}.
+    """
+    weights = np.asarray(list(shares.values()))
+    kind = str(rng.choice(list(shares), p=weights / weights.sum()))
+    made = KINDS[kind](rng, pairs, unseen_wording)
+    scene = dataclasses.replace(made.scene, background=choose(rng, SMOOTH))
+    return dataclasses.replace(made, scene=scene)
+
+
+def instruction(request: Request, rng: np.random.Generator, unseen_wording: bool = False) -> str:
+    """The request as a sentence that asks for a picture."""
+    rows = language.wordings(INSTRUCTIONS, UNSEEN_INSTRUCTIONS, unseen_wording)
+    return choose(rng, rows).format(said=request.said)
+
+
+def _plain(rng: np.random.Generator, pairs: str, unseen_wording: bool) -> Request:
+    """Objects of some looks, anywhere: 一个大的红色圆形和一个蓝色方形."""
+    scene = sample_scene(rng, pairs)
+    sized = rng.random(len(scene.objects)) < 0.4
+    wanted = tuple(
+        Wanted(item.shape, item.color, item.size if told else "")
+        for item, told in zip(scene.objects, sized)
+    )
+    order = [wanted[int(i)] for i in rng.permutation(len(wanted))]
+    first, *others = (f"一个{_look(one)}" for one in order)
+    joined = "，".join([first, *others[:-1]])
+    return Request(wanted, "和".join([joined, *others[-1:]]), scene)
+
+
+def _placed(rng: np.random.Generator, pairs: str, unseen_wording: bool) -> Request:
+    """Every object with its place, in the words of captions."""
+    scene = sample_scene(rng, pairs)
+    wanted = tuple(Wanted(**dataclasses.asdict(item)) for item in scene.objects)
+    return Request(wanted, language.caption(scene, rng, unseen_wording).rstrip("。"), scene)
+
+
+def _repeated(rng: np.random.Generator, pairs: str, unseen_wording: bool) -> Request:
+    """Two or three objects of one look: 三个红色圆形."""
+    count = int(rng.integers(2, 4))
+    shape, color = _pair(rng, pairs)
+    places = sorted(int(place) for place in rng.choice(len(PLACES), count, replace=False))
+    size = choose(rng, SIZES)
+    objects = tuple(Object(shape, color, size, PLACES[place]) for place in places)
+    wanted = Wanted(shape, color, size if rng.random() < 0.4 else "")
+    scene = Scene(objects, SMOOTH[0], int(rng.integers(2**31)))
+    return Request((wanted,) * count, language.NUMBERS[count] + _look(wanted), scene)
+
+
+def _related(rng: np.random.Generator, pairs: str, unseen_wording: bool) -> Request:
+    """Two objects side by side or one above the other: 红色圆形在蓝色方形的左边."""
+    relation = choose(rng, tuple(RELATIONS))
+    scene = sample_scene(rng, pairs, count=2)
+    column, row = RELATIONS[relation]
+    cells = [(int(c), int(r)) for c, r in rng.integers(0, 3, (64, 2))]
+    first, second = next(
+        (a, b)
+        for a, b in zip(cells, cells[1:])
+        if (_sign(a[0] - b[0]), a[1] - b[1]) == (column, row)
+        or (a[0] - b[0], _sign(a[1] - b[1])) == (column, row)
+    )
+    placed = [
+        dataclasses.replace(item, place=PLACES[3 * cell[1] + cell[0]])
+        for item, cell in zip(scene.objects, (first, second))
+    ]
+    wanted = tuple(Wanted(item.shape, item.color) for item in placed)
+    said = f"{_look(wanted[0])}在{_look(wanted[1])}的{relation}"
+    objects = tuple(sorted(placed, key=lambda item: PLACES.index(item.place)))
+    return Request(wanted, said, dataclasses.replace(scene, objects=objects), relation)
+
+
+KINDS: Mapping[str, Callable[[np.random.Generator, str, bool], Request]] = {
+    "plain": _plain,
+    "placed": _placed,
+    "repeated": _repeated,
+    "related": _related,
+}
+
+
+def _pair(rng: np.random.Generator, pairs: str) -> tuple[str, str]:
+    if pairs == "unseen":
+        return sample_scene(rng, pairs, count=1).objects[0].pair
+    return choose(rng, ALL_PAIRS if pairs == "all" else SEEN_PAIRS)
+
+
+def _look(wanted: Wanted) -> str:
+    return (
+        f"{wanted.size}的{wanted.color}{wanted.shape}"
+        if wanted.size
+        else (f"{wanted.color}{wanted.shape}")
+    )
+
+
+def _sign(number: int) -> int:
+    return (number > 0) - (number < 0)
