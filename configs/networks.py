@@ -30,6 +30,9 @@ TINY_FRAMES = (256, 416)
 # Ids of the signal tokens begin where those of the LLM's tokenizer end.
 FIRST_SIGNAL = {"real": 130_344, "tiny": 521}
 TINY_CAPTION = 32  # tokens, and as many embeddings, for the mini text encoder
+TINY_CAPTION_VOCABULARY = 683
+# Channels of the mini autoencoder's levels, and 1 / the deviation of its latents.
+TINY_AUTOENCODER = {"channels": (16, 32, 48), "scaling": 1.0}
 
 DECODER = "bases/image_decoder"  # text encoder, UNet and autoencoder of a diffusion model
 
@@ -90,8 +93,19 @@ def image_projection(size: str) -> Part:
 
 def text_encoder(size: str) -> Part:
     """The text encoder of Stable Diffusion 1.5, or the miniature's."""
-    fields = {"positions": TINY_CAPTION} if size == "tiny" else {}
-    return Part("clip_text.ClipText", _row(size, "clip_vit_l_14"), fields)
+    tiny = {"positions": TINY_CAPTION, "vocabulary": TINY_CAPTION_VOCABULARY}
+    return Part("clip_text.ClipText", _row(size, "clip_vit_l_14"), tiny if size == "tiny" else {})
+
+
+def autoencoder(size: str) -> Part:
+    """The autoencoder of Stable Diffusion 1.5, or the miniature's."""
+    fields = dict(TINY_AUTOENCODER) if size == "tiny" else {}
+    return Part("outputs.autoencoder.Autoencoder", _row(size, "stable_diffusion_1_5"), fields)
+
+
+def unet(size: str) -> Part:
+    """The UNet of Stable Diffusion 1.5, or the miniature's."""
+    return Part("outputs.unet.UNet", _row(size, "stable_diffusion_1_5"))
 
 
 def signals(size: str, runs: int) -> Signals:

@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from xllm_jax.core.stage import Source, Validation
+from xllm_jax.configs import networks
+from xllm_jax.core.stage import Data, Source, Validation
 
 WORLD = {
     "captions": Source("coco", "coco"),
@@ -68,3 +69,19 @@ def tiny_image() -> dict:
     """Image fields of Data for the world: 96 px, and never a flip, since captions say left and
     right."""
     return {"image": {"size": 96}}
+
+
+def drawn_requests(examples: int) -> Data:
+    """Data of the stages that pre-train the mini diffusion model: pictures that no file holds.
+
+    Args:
+      examples: of a batch.
+    """
+    return Data(
+        batch_format="scene_pictures",
+        sources={"requests": Source("world_scenes", options={"count": 10_000_000})},
+        caption_tokenizer=f"{networks.DECODER}/tokenizer",
+        caption_length=networks.TINY_CAPTION,
+        examples=examples,
+        **tiny_image(),
+    )

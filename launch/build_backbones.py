@@ -23,6 +23,7 @@ from xllm_jax.assembly.system import System
 from xllm_jax.configs import networks, world_bert, world_llm_slots, world_vision
 from xllm_jax.convert.sources import world
 from xllm_jax.core import mesh
+from xllm_jax.data.synthetic_world import clip_vocabulary
 from xllm_jax.data.synthetic_world.text_stream import text_examples
 from xllm_jax.data.text.chatglm_tokenizer import train_tokenizer
 from xllm_jax.data.text.prompt import TEMPLATES
@@ -37,7 +38,8 @@ EXPORT = flags.DEFINE_string(
 TOKENIZER = flags.DEFINE_bool(
     "tokenizer",
     False,
-    "Write only what pre-training needs: a newly learned tokenizer of the LLM, BERT's vocabulary.",
+    "Write only what pre-training needs: a newly learned tokenizer of the LLM, the vocabularies of "
+    "BERT and of the text encoder.",
 )
 
 SHIPPED = Path(xllm_jax.__file__).parent / "data" / "synthetic_world" / "backbones"
@@ -48,6 +50,7 @@ def main(_: list[str]) -> None:
     if TOKENIZER.value:
         print(f"Tokenizer: {learn_tokenizer(output / 'llm')}")
         shutil.copy(SHIPPED / "bert" / world.VOCABULARY, output / world.VOCABULARY)
+        clip_vocabulary.write(output / Path(networks.DECODER).name / "tokenizer")
         return
     if EXPORT.value:
         export(Path(EXPORT.value), output / "llm")

@@ -21,6 +21,7 @@ from xllm_jax.data.example import Example
 from xllm_jax.data.media import modalities
 from xllm_jax.data.pipeline import Pipeline
 from xllm_jax.data.record import Mode, Record, Skipped
+from xllm_jax.data.synthetic_world import clip_vocabulary
 from xllm_jax.preflight import micro_batch
 from xllm_jax.training import divergence
 from xllm_jax.training.step import TrainState, train_step
@@ -122,6 +123,7 @@ def assert_shapes(batch, shapes):
         ("image_text_pairs", None),
         ("text_pairs", Example("a", (), "红色的圆", "左边")),
         ("scene_attributes", Example("3-7", task="attributes")),
+        ("scene_pictures", Example("3-7", task="attributes")),
     ],
 )
 def test_shapes_are_those_of_the_batches(name, example, golden, tmp_path):
@@ -131,6 +133,8 @@ def test_shapes_are_those_of_the_batches(name, example, golden, tmp_path):
         tokenizer=str(golden / "chatglm" / "tokenizer"),
         vocabulary=str(golden / "vision" / "weights" / "bert-base-uncased"),
         characters=str(tmp_path / "characters.txt"),
+        caption_tokenizer=str(clip_vocabulary.write(tmp_path / "clip")),
+        caption_length=32,
         examples=3,
         rows=2,
         frames=(50, 100),

@@ -10,6 +10,7 @@ import numpy as np
 
 from xllm_jax.core.batch import (
     ConversationBatch,
+    DescribedPictures,
     ImageTextPairs,
     SceneAttributes,
     TextPairs,
@@ -165,10 +166,14 @@ def _row(
         media = (Medium("speech", features, paths[0], modalities.find("speech", data)),)
         ids = batch.tokens[row, : batch.token_lengths[row]]
         tokens["speech"] = len(features)
-    if isinstance(batch, ImageTextPairs | SceneAttributes):
-        found = modalities.find("image", data)
-        media = (Medium("image", pixels(batch.images[row]), paths[0], found),)
+    if isinstance(batch, ImageTextPairs | SceneAttributes | DescribedPictures):
+        found, shown = modalities.find("image", data), batch.images[row]
+        signed = isinstance(batch, DescribedPictures)
+        shown = image.from_signed(shown) if signed else pixels(shown)
+        media = (Medium("image", shown, paths[0], found),)
         tokens["image"] = 1
+    if isinstance(batch, DescribedPictures):
+        ids = resources.words(batch.ids[row])
     if isinstance(batch, ImageTextPairs):
         ids = batch.ids[row][batch.mask[row]]
     if isinstance(batch, TextPairs):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from xllm_jax.core.batch import DescribedPictures
 from xllm_jax.core.types import Metrics, Params
+from xllm_jax.models.outputs.autoencoder import deviation
 from xllm_jax.models.xllm import XLLM
 
 Array = jax.Array
@@ -45,7 +46,7 @@ def loss(
     images = jnp.asarray(batch.images)
     mean, logvar = model.apply(params, PART, images, method="encode")
     noise = 0.0 if key is None else jax.random.normal(key, mean.shape, mean.dtype)
-    latents = mean + jnp.exp(logvar / 2) * noise
+    latents = mean + deviation(logvar) * noise
     drawn = model.apply(params, PART, latents, method="decode")
     pixels = jnp.abs(drawn - images).mean()
     contours = sum(

@@ -16,7 +16,7 @@ from xllm_jax.data.record import Mode, Record, Skipped
 from xllm_jax.data.synthetic_world.render import render_scene
 from xllm_jax.data.synthetic_world.requests import Request, sample_request
 from xllm_jax.data.synthetic_world.scene import generator
-from xllm_jax.data.text.chatglm_tokenizer import ClipTokenizer
+from xllm_jax.data.text.clip_tokenizer import ClipTokenizer
 
 UNSAID = 0.1  # share of pictures without words, which guidance needs (arXiv 2207.12598)
 
@@ -31,18 +31,18 @@ class Format(RowPerRecord[Entry, DescribedPictures, ClipTokenizer]):
 
     def load_resources(self) -> ClipTokenizer:
         """The tokenizer of the text encoder."""
-        return ClipTokenizer(self.data.vocabulary)
+        return ClipTokenizer(self.data.caption_tokenizer)
 
     @property
     def row_tokens(self) -> int:
         """Tokens of a description."""
-        return self.data.text_length
+        return self.data.caption_length
 
     def zeros(self, rows: int, bucket: int = -1) -> DescribedPictures:
         """An empty batch, see `BatchFormat.zeros`."""
         side = self.data.image["size"]
         return DescribedPictures(
-            ids=np.zeros((rows, self.data.text_length), np.int32),
+            ids=np.zeros((rows, self.data.caption_length), np.int32),
             images=np.zeros((rows, side, side, 3), np.float32),
         )
 
@@ -66,7 +66,7 @@ class Format(RowPerRecord[Entry, DescribedPictures, ClipTokenizer]):
         asked = [asked_for(key) for key in keys]
         images = np.stack([picture(request, self.data.image["size"]) for request, _ in asked])
         said = [request.said if told else "" for request, told in asked]
-        return DescribedPictures(self.resources.encode(said, self.data.text_length), images), []
+        return DescribedPictures(self.resources.encode(said, self.data.caption_length), images), []
 
     def padding(self, batch: DescribedPictures) -> dict[str, tuple[int, int]]:
         """{kind of place: (used, capacity)}: every row holds a picture."""
@@ -83,5 +83,4 @@ def asked_for(key: str) -> tuple[Request, bool]:
 
 def picture(request: Request, side: int) -> np.ndarray:
     """A picture that fulfils a request, `[side, side, 3]` float32 from -1 to 1."""
-    drawn = image.resize(render_scene(request.scene), side)
-    return np.asarray(drawn, np.float32) / 127.5 - 1
+    return image.to_signed(image.resize(render_scene(request.scene), side))

@@ -259,6 +259,16 @@ def normalize(pixels: np.ndarray) -> np.ndarray:
     return lines.reshape(pixels.shape)
 
 
+def to_signed(pixels: np.ndarray) -> np.ndarray:
+    """`[..., 3]` uint8 to float32 from -1 to 1, as autoencoders of latent diffusion read it."""
+    return pixels.astype(np.float32) / np.float32(127.5) - 1
+
+
+def from_signed(values: np.ndarray) -> np.ndarray:
+    """The inverse of `to_signed`, rounded; what lies outside of -1 to 1 is clipped."""
+    return np.rint(np.clip(values / 2 + 0.5, 0, 1) * 255).astype(np.uint8)
+
+
 def _load(path: str, data: Data, rng: np.random.Generator | None) -> np.ndarray:
     return load(path, data.image, rng)[None]
 

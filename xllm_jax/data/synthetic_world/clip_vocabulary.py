@@ -20,7 +20,7 @@ LAST = "</w>"  # marks the last piece of a run of letters
 WORDS = (*COLORS, *SHAPES, *PLACES, *RELATIONS, "大的", "小的", "一个", "两个", "三个", "图中")
 CONFIG = {
     "tokenizer_class": "CLIPTokenizer",
-    "model_max_length": 40,
+    "model_max_length": 32,
     "do_lower_case": True,
     "add_prefix_space": False,
     "errors": "replace",

@@ -8,6 +8,7 @@ construction, and `evaluation/scene_reader.py` says which of the asked things a 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -139,7 +140,7 @@ def _related(rng: np.random.Generator, pairs: str, unseen_wording: bool) -> Requ
     cells = [(int(c), int(r)) for c, r in rng.integers(0, 3, (64, 2))]
     first, second = next(
         (a, b)
-        for a, b in zip(cells, cells[1:])
+        for a, b in itertools.pairwise(cells)
         if (_sign(a[0] - b[0]), a[1] - b[1]) == (column, row)
         or (a[0] - b[0], _sign(a[1] - b[1])) == (column, row)
     )

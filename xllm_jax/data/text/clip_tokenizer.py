@@ -43,3 +43,12 @@ class ClipTokenizer:
         """Start, pieces, end and padding of every text: `[texts, length]` int32; cut to fit."""
         made = self._model(list(texts), padding="max_length", truncation=True, max_length=length)
         return np.asarray(made["input_ids"], np.int32).reshape(-1, length)
+
+    def words(self, ids: np.ndarray) -> np.ndarray:
+        """What stands between the start and the end of a text, of its ids `[length]`."""
+        length = int(np.argmax(ids == self.end)) if self.end in ids else len(ids)
+        return ids[1:length]
+
+    def piece(self, token: int) -> str:
+        """The text of one id."""
+        return self._model.decode([token])

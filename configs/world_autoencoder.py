@@ -1,0 +1,25 @@
+"""Pre-trains the mini autoencoder on drawn requests of the embedded world.
+
+    xllm train --config=world_autoencoder --workdir=runs/world_autoencoder
+
+The miniature of Stable Diffusion's VAE, on which `world_diffusion` builds. Needs the tokenizer that
+`xllm build-backbones --output=bases --tokenizer` writes. No result is shipped yet.
+"""
+
+from xllm_jax.configs import networks, sources
+from xllm_jax.core.stage import Optimizer, Stage
+
+
+def get_config(size: str = "tiny") -> Stage:
+    return Stage(
+        name="world_autoencoder",
+        parts={"autoencoder": networks.autoencoder(size)},
+        trainable=(r"autoencoder/.*",),
+        objective="autoencoder",
+        optimizer=Optimizer(
+            peak=2e-3, minimum=1e-5, warmup_from=1e-5, warmup_steps=100, clip=1.0, b2=0.98
+        ),
+        data=sources.drawn_requests(examples=16),
+        steps=1500,
+        **networks.numerics(size),
+    )

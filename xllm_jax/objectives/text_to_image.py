@@ -1,0 +1,74 @@
+"""Denoising latents of pictures beside their words (arXiv 2006.11239; 2112.10752, equation 3).
+
+Pre-trains the mini diffusion model: UNet and text encoder learn together, the autoencoder is done.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xllm_jax.core.batch import DescribedPictures
+from xllm_jax.core.types import Metrics, Params
+from xllm_jax.models.outputs.autoencoder import Autoencoder, deviation
+from xllm_jax.models.xllm import XLLM
+
+Array = jax.Array
+STEPS = 1000
+FIRST, LAST = 0.00085, 0.012  # betas of Stable Diffusion, linear in their square roots
+QUARTERS = 4
+
+
+def loss(
+    model: XLLM,
+    params: Params,
+    batch: DescribedPictures,
+    key: Array | None = None,
+    *,
+    train: bool = False,
+    gamma: float = 0.0,
+) -> tuple[Array, Metrics]:
+    """Mean squared error of the predicted noise, at one random time for every picture.
+
+    Args:
+      model: `models.xllm.XLLM` with the parts 'autoencoder', 'text_encoder' and 'unet'.
+      params: {part: parameters}.
+      batch: pictures and their words.
+      key: of times and noise; without one, times are spread evenly and the noise is always one.
+      train: is not asked for here.
+      gamma: of Min-SNR weights (arXiv 2303.09556); 0 weighs all times the same.
+
+    Returns:
+      (scalar, metrics `noise_error/q`: the error without weights in each quarter of the schedule).
+    """
+    mean, logvar = model.apply(params, "autoencoder", jnp.asarray(batch.images), method="encode")
+    moments, times, drawn = jax.random.split(jax.random.key(0) if key is None else key, 3)
+    scaling = cast(Autoencoder, model.networks["autoencoder"]).scaling
+    latents = mean + deviation(logvar) * jax.random.normal(moments, mean.shape)
+    latents = jax.lax.stop_gradient(latents) * scaling
+    rows = len(latents)
+    # One time in each of as many equal parts: the error of a batch varies less.
+    spread = 0.5 if key is None else jax.random.uniform(times, (rows,))
+    time = ((jnp.arange(rows) + spread) * STEPS / rows).astype(jnp.int32)
+    kept = jnp.asarray(signal_shares())[time][:, None, None, None]
+    noise = jax.random.normal(drawn, latents.shape)
+    noisy = jnp.sqrt(kept) * latents + jnp.sqrt(1 - kept) * noise
+    text = model.apply(params, "text_encoder", batch.ids, method="states")
+    found = model.apply(params, "unet", noisy, time, text)
+    errors = jnp.square(found - noise).mean((1, 2, 3))
+    ratio = (kept / (1 - kept)).reshape(-1)
+    weights = jnp.minimum(ratio, gamma) / ratio if gamma else jnp.ones(rows)
+    metrics: Metrics = {}
+    for quarter in range(QUARTERS):
+        own = time * QUARTERS // STEPS == quarter
+        metrics[f"noise_error/{quarter + 1}"] = (errors * own).sum() / jnp.maximum(own.sum(), 1)
+    return (errors * weights).mean(), metrics
+
+
+def signal_shares() -> np.ndarray:
+    """What is left of a picture's variance at every time: `[STEPS]` float32, falling."""
+    betas = np.linspace(FIRST**0.5, LAST**0.5, STEPS) ** 2
+    return np.cumprod(1 - betas).astype(np.float32)
