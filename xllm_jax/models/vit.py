@@ -32,8 +32,11 @@ class Attention(nn.Module):
     causal: bool = False
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Maps `[batch, tokens, width]` to the same shape; `causal` hides what comes later."""
+    def __call__(self, x: Array, mask: Array | None = None) -> Array:
+        """Maps `[batch, tokens, width]` to the same shape; `causal` hides what comes later.
+
+        `mask`, `[batch, tokens]` bool, hides the tokens where it is False from all others.
+        """
         width = x.shape[-1]
         shape = (self.heads, width // self.heads)
         split = functools.partial(layers.Dense, shape, dtype=self.dtype, tensor_axis=0)
@@ -41,8 +44,11 @@ class Attention(nn.Module):
         key = split(use_bias=self.key_bias, name="key")(x)
         value = split(name="value")(x)
         tokens = x.shape[1]
-        mask = jnp.tri(tokens, dtype=bool)[None, None] if self.causal else None
-        mixed = layers.attention(query, key, value, mask, implementation=self.implementation)
+        seen = None if mask is None else mask[:, None, None]
+        if self.causal:
+            past = jnp.tri(tokens, dtype=bool)[None, None]
+            seen = past if seen is None else past & seen
+        mixed = layers.attention(query, key, value, seen, implementation=self.implementation)
         return layers.Dense(width, inputs=2, dtype=self.dtype, name="out")(mixed)
 
 
@@ -60,11 +66,17 @@ class Block(nn.Module):
     activation: Callable[[Array], Array] = layers.gelu_exact
 
     @nn.compact
-    def __call__(self, x: Array, drop: Array | None) -> tuple[Array, None]:
-        """Maps `[batch, tokens, width]`; `drop` is the layer's drop-path rate, or None."""
+    def __call__(self, x: Array, mask: Array | None, drop: Array | None) -> tuple[Array, None]:
+        """Maps `[batch, tokens, width]`.
+
+        Args:
+          x: `[batch, tokens, width]`.
+          mask: of `Attention`, or None.
+          drop: the layer's drop-path rate, or None.
+        """
         y = layers.LayerNorm(self.epsilon, self.dtype, name="attention_norm")(x)
         options = (self.dtype, self.implementation, self.key_bias, self.causal)
-        y = Attention(self.heads, *options, name="attention")(y)
+        y = Attention(self.heads, *options, name="attention")(y, mask)
         x = x + self._drop_path(y, drop)
         y = layers.LayerNorm(self.epsilon, self.dtype, name="feed_forward_norm")(x)
         feed_forward = layers.FeedForward(
@@ -136,27 +148,30 @@ class VisionTransformer(nn.Module):
         return x, jnp.full(x.shape[:1], x.shape[1], jnp.int32)
 
 
-def run_blocks(tower: Any, x: Array, rates: Array | None = None, **options: Any) -> Array:
+def run_blocks(
+    tower: Any, x: Array, rates: Array | None = None, mask: Array | None = None, **options: Any
+) -> Array:
     """Runs the blocks of a tower, whose parameters are named 'layers'.
 
     Args:
       tower: `VisionTransformer`, `ClipVision` or `ClipText`: sizes, epsilon, dtype and so on.
       x: `[batch, tokens, width]`.
       rates: `[depth]` drop-path rates, or None.
+      mask: `[batch, tokens]` bool, False for tokens that no other sees, or None.
       options: other fields of `Block`.
     """
     scanned = int(rates is not None)
     stack = layers.stack(
         Block,
         tower.depth,
-        broadcast=1 - scanned,
+        broadcast=2 - scanned,
         scanned=scanned,
         remat=tower.remat,
         unroll=tower.unroll,
     )
     names = ("heads", "hidden", "epsilon", "dtype")
     fields = {name: getattr(tower, name) for name in names} | options
-    x, _ = stack(implementation=tower.attention, **fields, name="layers")(x, rates)
+    x, _ = stack(implementation=tower.attention, **fields, name="layers")(x, mask, rates)
     return x
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from xllm_jax.convert import ConversionPlan, Drop, Row, base_sizes, mount, sizes
 from xllm_jax.convert.base_sizes import Base
 from xllm_jax.convert.files import Checkpoint
-from xllm_jax.convert.sources import clip_vision
+from xllm_jax.convert.sources import clip_text, clip_vision
 from xllm_jax.convert.sources.bert import norm
 from xllm_jax.models.clip import SIZES, Clip
 from xllm_jax.models.clip_text import ClipText
@@ -30,9 +30,6 @@ TOKENIZER = (
     "tokenizer_config.json",
     "special_tokens_map.json",
 )
-DEFAULTS = clip_vision.DEFAULTS | dict(num_attention_heads=8, eos_token_id=49407)
-"""Of transformers' CLIPTextConfig."""
-OLD_END = 2  # a wrong number of old files, which transformers takes for the largest id
 NEW_END = 49407  # what transformers supposes where a file says nothing
 DROP = tuple(
     Drop(pattern, reason)
@@ -46,14 +43,10 @@ DROP = tuple(
 
 def rows(vision: Mapping[str, Any], text: Mapping[str, Any]) -> tuple[Row, ...]:
     """Table of Hugging Face's files; fields of the towers as of `Clip`."""
-    old = "text_model."
     return (
         *clip_vision.rows(vision["depth"], vision["heads"], target="vision/"),
         Row("visual_projection.weight", "vision_projection/kernel", "o i -> i o"),
-        Row(f"{old}embeddings.token_embedding.weight", "text/embeddings/words"),
-        Row(f"{old}embeddings.position_embedding.weight", "text/embeddings/positions"),
-        *clip_vision.stack(f"{old}encoder.layers", "text/layers", text["depth"], text["heads"]),
-        *norm(f"{old}final_layer_norm", "text/norm_behind"),
+        *clip_text.rows(text["depth"], text["heads"], target="text/"),
         Row("text_projection.weight", "text_projection/kernel", "o i -> i o"),
     )
 
@@ -96,7 +89,7 @@ def options(checkpoint: Checkpoint | None, size: str) -> dict[str, Any]:
     if checkpoint is None:
         return {"mark": clip_vision.PUBLISHED, "sizes": sizes.row(SIZES, size)}
     mark = next(one for one, text in TEXT.items() if one in checkpoint and text in checkpoint)
-    configured = clip_vision.read_config(checkpoint, "text_config", DEFAULTS) is not None
+    configured = clip_vision.read_config(checkpoint, "text_config", clip_text.DEFAULTS) is not None
     row = sizes.row(SIZES, size) if size and not configured else _sizes(checkpoint, mark)
     sizes.check_named(SIZES, size, row)
     return {"mark": mark, "sizes": row}
@@ -132,7 +125,7 @@ def _sizes(checkpoint: Checkpoint, mark: str) -> dict[str, Any]:
     def axis(target: str, number: int) -> int:
         return sizes.axis(checkpoint, source[target].replace("{layer}", "0"), number)
 
-    config = clip_vision.read_config(checkpoint, "text_config", DEFAULTS)
+    config = clip_vision.read_config(checkpoint, "text_config", clip_text.DEFAULTS)
     width = axis("text/embeddings/words", 1)
     start, end = source["text/layers/attention_norm/scale"].split("{layer}")
     text: dict[str, Any] = dict(
@@ -142,14 +135,12 @@ def _sizes(checkpoint: Checkpoint, mark: str) -> dict[str, Any]:
         depth=sum(name.startswith(start) and name.endswith(end) for name in checkpoint),
         hidden=axis("text/layers/feed_forward/up/bias", 0),
     )
-    ending = OLD_END if mark == clip_vision.OPENAI else NEW_END
+    ending = NEW_END
     if config:
         config.agree(vocab_size=text["vocabulary"], max_position_embeddings=text["positions"])
-        if not isinstance(config.values["eos_token_id"], int):
-            raise config.refuse("eos_token_id", "one token ends a text")
-        ending = ending if mark == clip_vision.OPENAI else config.values["eos_token_id"]
+        ending = clip_text.end(config)
     text |= clip_vision.described(config, ClipText, text)
-    text["end"] = None if ending == OLD_END else ending
+    text["end"] = None if mark == clip_vision.OPENAI else ending
     projection = next(row for row in first_layer if row.target == "text_projection/kernel")
     return dict(
         vision_fields=clip_vision.options(checkpoint, "")["sizes"],
