@@ -17,7 +17,7 @@ from pathlib import Path
 from absl import flags
 
 from xllm_jax import report
-from xllm_jax.core import fingerprint
+from xllm_jax.core import bounded, fingerprint
 from xllm_jax.core.errors import UserError
 from xllm_jax.evaluation import demo_suite, error_rate, measure
 from xllm_jax.inference import assistant, transcriber
@@ -125,7 +125,7 @@ def settings(seconds: Mapping[str, float]) -> dict[str, str]:
 def timings(seconds: float) -> dict[str, float]:
     """Seconds of every step of the demo so far, and of this evaluation."""
     file = Path(OUTPUT.value) / "timings.json"
-    known = json.loads(file.read_bytes()) if file.is_file() else {}
+    known = bounded.read_json(file) if file.is_file() else {}
     return {**known, "evaluate": seconds}
 
 

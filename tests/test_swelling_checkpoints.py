@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from xllm_jax.convert import bounds, files
+from xllm_jax.core import bounded
 from xllm_jax.core.errors import UserError
 
 MOST = 1500 << 10  # kB resident at most, as docs/security.md promises; PyTorch itself takes 220 MB
@@ -20,11 +21,12 @@ SECONDS = 200  # of CPU time, of all files together
 SMALLER = 8  # times: budgets, and what may be taken for them, of most tests
 READ = """
 import resource, sys
-from xllm_jax.convert import bounds, dry_run, files
+from xllm_jax.convert import dry_run, files
+from xllm_jax.core import bounded
 from xllm_jax.core.errors import UserError
 def peak(): return int(next(x.split()[1] for x in open('/proc/self/status') if 'VmHWM' in x))
 seconds, smaller, usual, *paths = sys.argv[1:]
-for module, name in (dry_run, 'MOST_WORK'), (bounds, 'MOST_JSON'), (bounds, 'MOST_SIGNS'):
+for module, name in (dry_run, 'MOST_WORK'), (bounded, 'MOST'), (bounded, 'MOST_SIGNS'):
     setattr(module, name, getattr(module, name) // int(smaller))
 resource.setrlimit(resource.RLIMIT_CPU, (int(seconds), int(seconds)))
 files.open_checkpoint(usual)
@@ -230,7 +232,7 @@ def test_headers_of_many_values_take_little_memory(tmp_path):
     entry = '{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16],"x":[%s]}}'
     made = []
     for part in ("{}", "[]", '{"":0}', "1e5", '"\u00e9"'):
-        count = (bounds.MOST_JSON // SMALLER - 200) // len(f"{part},".encode())
+        count = (bounded.MOST // SMALLER - 200) // len(f"{part},".encode())
         content = (entry % ",".join([part] * count)).encode()
         made.append(tmp_path / f"{len(made)}.safetensors")
         made[-1].write_bytes(struct.pack("<Q", len(content)) + content + bytes(16))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import reprlib
@@ -12,10 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from xllm_jax.core import bounded
 from xllm_jax.core.errors import UserError
 
-MOST_JSON = 100_000_000  # bytes of a header, an index or a configuration
-MOST_SIGNS = 1 << 22  # that make values of JSON: 100 MB of "{}," would take 3 GB of memory
 MOST_PACKED = 1 << 24  # bytes that an entry of a small archive may unpack to
 LONGEST = 1000  # letters of a tensor's name
 MOST_DIMS = 64  # of an array, as of NumPy's
@@ -30,25 +28,10 @@ def read_json(file: Path) -> Any:
     """
     if not os.path.isfile(file):
         raise UserError("no such file", field=str(file), hint="Download it again")
-    size = file.stat().st_size
-    if size > MOST_JSON:
-        raise UserError(f"has {size:,} bytes, more than {MOST_JSON:,}", field=str(file))
     try:
-        return parsed(file.read_bytes())
+        return bounded.read_json(file)
     except (ValueError, RecursionError, OSError) as error:
         raise UserError("is not JSON", field=str(file), hint="Download it again") from error
-
-
-def parsed(content: bytes) -> Any:
-    """The value of a JSON text.
-
-    Raises:
-      ValueError: no JSON, or of so many values that they would take more memory than any header,
-        index or configuration does.
-    """
-    if sum(map(content.count, (b"{", b"[", b",", b":"))) > MOST_SIGNS:
-        raise ValueError("too many values")
-    return json.loads(content)
 
 
 def shape(value: Any, dtype: Any, where: str) -> tuple[int, ...]:

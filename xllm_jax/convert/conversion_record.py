@@ -110,9 +110,9 @@ def read(folder: str | Path) -> Conversion | None:
     try:
         return Conversion(**bounds.read_json(file))
     except (UserError, TypeError) as error:
-        raise UserError(
-            "is not a record of a conversion", field=str(file), hint="Convert again"
-        ) from error
+        why = error.what if isinstance(error, UserError) else "it has other fields"
+        what = f"is not a record of a conversion ({why})"
+        raise UserError(what, field=str(file), hint="Convert again") from error
 
 
 def describe(file: Path) -> dict[str, Any]:

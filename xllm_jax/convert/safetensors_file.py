@@ -12,6 +12,7 @@ import numpy as np
 
 from xllm_jax.convert import bounds
 from xllm_jax.convert.header import Header, known
+from xllm_jax.core import bounded
 from xllm_jax.core.errors import UserError
 
 SAFETENSORS = {
@@ -47,7 +48,7 @@ class SafetensorsFile(Mapping):
                 length = int.from_bytes(file.read(8), "little")
                 self._check_length(length)
                 self._start = 8 + length
-                header = bounds.parsed(file.read(length))
+                header = bounded.parsed(file.read(length))
             entries = {k: v for k, v in header.items() if k != "__metadata__"}
             for name in entries:
                 bounds.check_name(name, self.path)
@@ -91,7 +92,7 @@ class SafetensorsFile(Mapping):
 
     def _check_length(self, length: int) -> None:
         """Raises UserError for a header that is longer than its file, or than any can be."""
-        if length > min(bounds.MOST_JSON, self.path.stat().st_size):
+        if length > min(bounded.MOST, self.path.stat().st_size):
             what = f"says that its header has {length:,} bytes"
             raise UserError(what, field=str(self.path), hint="Download it again")
 

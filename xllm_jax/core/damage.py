@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from xllm_jax.core import words
+from xllm_jax.core import bounded, words
 from xllm_jax.core.errors import UserError
 
 # What reading a file of another content than we wrote can raise, in Python, orbax or tensorstore.
@@ -45,7 +44,7 @@ def read_object(file: Path) -> dict[str, Any]:
       UserError: the file holds something else.
     """
     with reading(file):
-        found = json.loads(file.read_text("utf-8"))
+        found = bounded.read_json(file)
         if not isinstance(found, dict):
             raise ValueError(f"no JSON object but {words.kind(found)}")
         return found

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from xllm_jax.core import atomic
+from xllm_jax.core import atomic, bounded
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.parallel import ahead
 
@@ -28,7 +27,7 @@ Result = TypeVar("Result")
 
 def known(file: Path) -> dict[str, Any] | None:
     """What a plan's file says: {'identity', ...}; None where there is none."""
-    return json.loads(file.read_text("utf-8")) if file.is_file() else None
+    return bounded.read_json(file) if file.is_file() else None
 
 
 def begin(
@@ -96,12 +95,12 @@ class Shards:
 
     def notes(self) -> list[dict[str, Any]]:
         """What the notes of all shards say."""
-        return [json.loads(self.note(s).read_text("utf-8")) for s in range(self.count)]
+        return [bounded.read_json(self.note(s)) for s in range(self.count)]
 
     def finished(self, shard: int) -> bool:
         """Whether a shard is there, of this plan, and as long as its note says."""
         try:
-            note = json.loads(self.note(shard).read_text("utf-8"))
+            note = bounded.read_json(self.note(shard))
             same = not self.plan or note["plan"] == self.plan
             return same and (not self.stem or self.file(shard).stat().st_size == note["bytes"])
         except (OSError, ValueError, KeyError):
@@ -112,7 +111,7 @@ class Shards:
         damaged = []
         for shard in range(self.count):
             if self.finished(shard):
-                note = json.loads(self.note(shard).read_text("utf-8"))
+                note = bounded.read_json(self.note(shard))
                 if atomic.sha256(self.file(shard)) != note["sha256"]:
                     self.note(shard).unlink()
                     damaged.append(shard)

@@ -25,6 +25,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from xllm_jax.core import bounded
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data
 from xllm_jax.data.media import modalities
@@ -47,7 +48,7 @@ def manifest(directory: str | Path) -> dict[str, Any]:
     if not file.is_file():
         hint = f"Write it: xllm cache --config=FILE --output={directory}"
         raise UserError(f"no finished cache in {directory}", field="data.cache", hint=hint)
-    found = json.loads(file.read_text("utf-8"))
+    found = bounded.read_json(file)
     if found["format"] != FORMAT:
         what = f"{directory} is of format {found['format']}, this version reads {FORMAT}"
         raise UserError(what, field="data.cache", hint=again(directory, found["config"]))

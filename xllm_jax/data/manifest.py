@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from xllm_jax.core import bounded
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.fingerprint import digest
 from xllm_jax.core.stage import Data
@@ -53,4 +54,4 @@ def _key(examples: Sequence[Example], index: int) -> str:
 
 
 def _description(file: Path) -> str:
-    return digest(file.read_bytes()) if file.is_file() else "absent"
+    return digest(bounded.read_bytes(file)) if file.is_file() else "absent"

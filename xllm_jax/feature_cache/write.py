@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ from jax.sharding import NamedSharding
 
 from xllm_jax.assembly import parameters
 from xllm_jax.assembly.system import System
-from xllm_jax.core import atomic, checksum, hosts, mesh
+from xllm_jax.core import atomic, bounded, checksum, hosts, mesh
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.parallel import overlapped
 from xllm_jax.core.progress import Bar
@@ -102,7 +101,7 @@ def run(
 def _note_rejects(shards: Shards, finished: Sequence[int], quarantine: Quarantine) -> None:
     """Lists what earlier starts of the command have found wrong."""
     for shard in finished:
-        note = json.loads(shards.note(shard).read_text("utf-8"))
+        note = bounded.read_json(shards.note(shard))
         quarantine.add(len(shards.rows(shard)), [Skipped(**one) for one in note["rejects"]])
 
 

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from xllm_jax.core import atomic, checksum, disk
+from xllm_jax.core import atomic, bounded, checksum, disk
 from xllm_jax.core.errors import UserError
 
 KEY = "OPENAI_API_KEY"  # environment variable
@@ -268,7 +268,7 @@ class EndpointTranslator:
         name = checksum.of_json([self.identity, list(texts), attempt])
         file = self._folder / name[:2] / f"{name}.json"
         if file.is_file():
-            return json.loads(file.read_text("utf-8"))["reply"]
+            return bounded.read_json(file)["reply"]
         numbered = {str(number): text for number, text in enumerate(texts, start=1)}
         reply, failed = self._client.ask(json.dumps(numbered, ensure_ascii=False))
         disk.make_folder(file.parent)
@@ -297,7 +297,7 @@ def spent(about: Endpoint, folder: Path) -> dict[str, Any]:
     'output_tokens', 'without_usage' (requests), 'cost' (where prices are known)}."""
     found: Counter[str] = Counter(requests=0, asked_again=0, input_tokens=0, output_tokens=0)
     for file in sorted(folder.rglob("*.json")):
-        kept = json.loads(file.read_text("utf-8"))
+        kept = bounded.read_json(file)
         found.update(requests=1, asked_again=len(kept["failed"]))
         match kept["reply"].get("usage"):
             case {"prompt_tokens": int(given), "completion_tokens": int(made)}:

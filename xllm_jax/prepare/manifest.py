@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from xllm_jax.core import atomic
+from xllm_jax.core import atomic, bounded
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.rows import prepared
 from xllm_jax.prepare.preparation import PreparationPlan
@@ -34,7 +33,7 @@ def finish(plan: PreparationPlan) -> dict[str, Any]:
         what = f"no record can be used; the first one, {why['file']}: {why['reason']}"
         raise UserError(what, field=plan.source.path)
     file = Path(plan.output) / "manifest.json"
-    known = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    known = bounded.read_json(file) if file.is_file() else {}
     splits = known.get("splits", {}) | {plan.source.split: _split(plan, notes)}
     made = {"name": plan.name, "splits": splits}
     atomic.write_json(file, made)

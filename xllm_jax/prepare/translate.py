@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from xllm_jax.core import checksum
+from xllm_jax.core import bounded, checksum
 from xllm_jax.core.errors import UserError
 
 MODEL_FILE = "sentencepiece.bpe.model"
@@ -42,7 +42,7 @@ class Translator:
     @property
     def identity(self) -> str:
         """Hash of what translations depend on; the same model may move to another folder."""
-        config = (Path(self.folder) / "config.json").read_text("utf-8")
+        config = bounded.read_text(Path(self.folder) / "config.json")
         return checksum.of_json([config, self.source, self.target, self.beams])
 
     def __call__(self, texts: Sequence[str]) -> list[str]:

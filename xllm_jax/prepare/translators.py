@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from xllm_jax.core import atomic, disk, sharded_job
+from xllm_jax.core import atomic, bounded, disk, sharded_job
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.rows.translated import same
 from xllm_jax.data.sources import layout
@@ -137,7 +136,7 @@ def known(folder: Path) -> dict[str, str]:
     """{text: output} of all that a folder keeps."""
     found: dict[str, str] = {}
     for file in sorted(folder.glob("*.json")):
-        found |= json.loads(file.read_text("utf-8"))
+        found |= bounded.read_json(file)
     return found
 
 

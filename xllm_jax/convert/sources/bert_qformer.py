@@ -18,7 +18,7 @@ from xllm_jax.convert import ConversionPlan, Drop, Row, base_sizes, sizes
 from xllm_jax.convert.base_sizes import Base
 from xllm_jax.convert.files import Checkpoint, Derived, View
 from xllm_jax.convert.sources import bert, blip2
-from xllm_jax.core import rules
+from xllm_jax.core import bounded, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.text_lines import split_lines
 from xllm_jax.models.blip2_pretraining import SIZES, ContrastModel
@@ -164,7 +164,7 @@ def _added(checkpoint: Checkpoint, words: int) -> int:
     """Rows that [DEC] needs: one, unless the word table has room behind vocab.txt already."""
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     file = folder / "vocab.txt"
-    listed = split_lines(file.read_text("utf-8")) if file.is_file() else [""] * words
+    listed = split_lines(bounded.read_text(file)) if file.is_file() else [""] * words
     return max(0, len(listed) + (ADDED not in listed) - words)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import json
 import math
 import zipfile
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from xllm_jax.convert.verify.tolerances import Tolerances, names_listed
+from xllm_jax.core import bounded
 from xllm_jax.core.errors import UserError
 
 PASS, MISS, MISSING, UNUSED = "ok", "MISS", "MISSING", "not compared"
@@ -230,7 +230,7 @@ def read_json(path: Path) -> dict[str, Any]:
       UserError: missing or not JSON.
     """
     try:
-        return json.loads(path.read_text("utf-8"))
+        return bounded.read_json(path)
     except (OSError, ValueError) as error:
         raise UserError(
             f"not a readable JSON file ({type(error).__name__})",

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from xllm_jax.core import bounded
 from xllm_jax.core.errors import UserError
+
+MOST_SIGNS = 3 << 22  # that make values: 64 MB of "{}," would take 1.6 GB of memory
 
 
 def parsed(text: str, where: str) -> Any:
@@ -16,8 +19,12 @@ def parsed(text: str, where: str) -> Any:
       where: place for messages.
 
     Raises:
-      UserError: broken JSON, a number of thousands of digits, or nesting of a thousand levels.
+      UserError: broken JSON, too many values, a number of thousands of digits, or nesting of a
+        thousand levels.
     """
+    if sum(map(text.count, bounded.SIGNS)) > MOST_SIGNS:
+        hint = "Cut it into several"
+        raise UserError(f"has more than {MOST_SIGNS:,} values", field=where, hint=hint)
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:

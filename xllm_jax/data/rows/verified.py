@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from xllm_jax.core import atomic
+from xllm_jax.core import atomic, bounded
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.rows import files
 
@@ -72,8 +72,8 @@ def _shards(manifest: Path, split: str) -> list[dict[str, Any]]:
     if not manifest.is_file():
         return []
     try:
-        with files.opened(manifest) as file:
-            splits = json.load(file)["splits"]
+        with files.opened(manifest):
+            splits = bounded.read_json(manifest)["splits"]
         shards = splits[split]["shards"] if split in splits else []
         _check_complete(manifest.parent, split, splits)
         odd = [s for s in shards if os.path.basename(str(s["file"])) != s["file"]]
@@ -111,6 +111,6 @@ def _memory() -> Path:
 
 def _remembered(note: Path) -> str | None:
     try:
-        return json.loads(note.read_text("utf-8"))
-    except (OSError, ValueError):
+        return bounded.read_json(note)
+    except (OSError, ValueError, RecursionError, UserError):
         return None

@@ -35,7 +35,8 @@ def read_text(path: pathlib.Path) -> str:
     with files_of_rows.opened(path) as file:
         content = file.read(files_of_rows.MOST + 1)
     if len(content) > files_of_rows.MOST:
-        raise UserError(f"has more than {files_of_rows.MOST:,} bytes", field=str(path))
+        what = f"has more than {files_of_rows.MOST:,} bytes, and is read as a whole"
+        raise UserError(what, field=str(path), hint="Cut it into several files")
     return content.decode("utf-8-sig", "surrogateescape")
 
 

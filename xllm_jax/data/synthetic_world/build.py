@@ -21,7 +21,7 @@ import pathlib
 import shutil
 from collections.abc import Callable, Iterator
 
-from xllm_jax.core import disk, litter
+from xllm_jax.core import bounded, disk, litter
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.synthetic_world import annotations, motion, plan, render, speak
 from xllm_jax.data.synthetic_world.plan import SPLITS, Split, WorldSizes
@@ -116,7 +116,7 @@ def _is_built(directory: pathlib.Path, sizes: WorldSizes, seed: int) -> bool:
             field=str(directory),
             hint="Name an empty or a new directory",
         )
-    found = json.loads(marker.read_text("utf-8"))
+    found = bounded.read_json(marker)
     wanted = identity(sizes, seed)
     if {name: found.get(name) for name in wanted} != wanted:
         raise UserError(

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from xllm_jax.core import atomic
+from xllm_jax.core import atomic, bounded
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.text_lines import split_lines
 
@@ -50,7 +50,7 @@ class CharacterVocabulary:
         """
         if not Path(path).is_file():
             raise UserError("no such file", field=str(path), hint="data.characters names it")
-        lines = split_lines(Path(path).read_text("utf-8"))
+        lines = split_lines(bounded.read_text(Path(path)))
         # Characters that Unicode counts as spaces or line ends may be entries, and keep their ids.
         entries = (line.strip(" \t").replace("\t", " ").partition(" ")[0] for line in lines)
         return cls([entry for entry in entries if entry], str(path))

@@ -12,6 +12,7 @@ from typing import Any
 import sentencepiece
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
+from xllm_jax.core import bounded
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.text.glm_layout import Specials
 
@@ -256,4 +257,4 @@ def _model_message() -> Any:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_bytes()) if path.exists() else {}
+    return bounded.read_json(path) if path.exists() else {}

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
+from xllm_jax.core import bounded
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.text_lines import split_lines
 
@@ -35,7 +36,7 @@ class WordPiece:
         if not path.is_file():
             raise UserError("no such file", field=str(path), hint="data.vocabulary names it")
         self._path = path
-        self._ids = {p: i for i, p in enumerate(split_lines(path.read_text("utf-8")))}
+        self._ids = {p: i for i, p in enumerate(split_lines(bounded.read_text(path)))}
         self._pieces_by_id = {i: p for p, i in self._ids.items()}
         missing = {"[CLS]", "[SEP]", "[PAD]", "[UNK]"} - self._ids.keys()
         if missing:

@@ -18,14 +18,13 @@ again.
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from xllm_jax.core import atomic, disk, litter
+from xllm_jax.core import atomic, bounded, disk, litter
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
 from xllm_jax.data.media.reach import Reach
@@ -151,7 +150,7 @@ class Say(transforms.Speak):
 def spoken(folder: Path) -> dict[str, str]:
     """{text: name of its file} of everything that has been said."""
     notes = litter.glob(folder, "*.json")
-    return {json.loads(one.read_text("utf-8"))["text"]: f"{one.stem}.flac" for one in notes}
+    return {bounded.read_json(one)["text"]: f"{one.stem}.flac" for one in notes}
 
 
 def in_chinese(
