@@ -2,8 +2,9 @@
 
 The configuration flags of ml_collections override what a configuration has. These fields are
 dictionaries that may get a name more: `--config.data.mix.cc3m=0` where the weights are empty,
-`--config.data.sources.captions.options.media=DIR`, `--config.init.llm/layers=DIR`. Everything else
-stays with them, and is refused there when it does not exist.
+`--config.data.sources.captions.options.media=DIR`, `--config.init.llm/layers=DIR`; and
+`--config.parts.llm.fields.alpha=None` takes away a field that another network does not have.
+Everything else stays with the usual flags, and is refused there when it does not exist.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 from xllm_jax.core.errors import UserError
 
 MIX = re.compile(r"(data|validation)\.mix")
+FIELDS = re.compile(r"parts\.[^.]+\.fields")
 OPEN = re.compile(
     r"init|(data|validation)\.(mix|sources\.[^.]+\.options)|parts\.[^.]+\.fields|options"
 )
@@ -39,8 +41,12 @@ class Setting:
     value: Any
 
     def apply(self, config: Any) -> None:
-        """Sets it in the configuration."""
-        holder(config, self.path)[self.name] = self.value
+        """Sets it in the configuration; None takes a network's field away."""
+        there = holder(config, self.path)
+        if self.value is None and FIELDS.fullmatch(".".join(self.path)):
+            there.pop(self.name, None)
+        else:
+            there[self.name] = self.value
 
 
 def holder(config: Any, path: Sequence[str]) -> Any:
@@ -77,7 +83,8 @@ def _setting(token: str, configs: dict[str, Any]) -> Setting | None:
         return None
     config = configs[flag]
     there = holder(config, path)
-    if not isinstance(there, dict) or (key in there and "/" not in key):
+    away = text == "None" and FIELDS.fullmatch(".".join(path))
+    if not isinstance(there, dict) or (key in there and "/" not in key and not away):
         return None
     value = text if path == ["init"] else _value(text)
     if MIX.fullmatch(".".join(path)):

@@ -50,12 +50,14 @@ CASES = {
     "bert": ("bert", BERT | dict(prefix="bert.", gamma=True)),
     "bert without prefix": ("bert", BERT | dict(prefix="", gamma=False)),
     "cif_asr": ("cif_asr", None),
+    "llama": ("llama", None),
 }
 """{case: (source, options)}; None takes the source's own tiny size."""
 
 LEFT_OUT = {
     "eva_vit": {"norm.weight": (96,), "blocks.4.mlp.fc1.bias": (384,), "head.bias": (7,)},
     "bert": {"bert.pooler.dense.bias": (96,), "cls.predictions.bias": (512,)},
+    "llama": {"model.layers.1.self_attn.rotary_emb.inv_freq": (16,)},
     "cif_asr": {"encoder.conformer_layers.0.conv_module.batch_norm.num_batches_tracked": ()},
 }
 """{case: tensors that a published file holds and we drop}."""

@@ -24,6 +24,7 @@ ENCODER = conformer.SIZES["tiny"] | dict(width=24, heads=3, hidden=40, kernel=5,
 ENCODER |= dict(depth=5, pools=[1, 3])
 DECODER = {k: asr.SIZES["tiny"][k] for k in ("width", "hidden", "heads", "self_blocks", "vocab")}
 DECODER |= dict(width=24, hidden=40, heads=2, self_blocks=3, vocab=13)
+CAUSAL = dict(vocab=21, width=24, depth=3, heads=3, hidden=40, key_heads=1)
 MARKED = dict(mark="vision_model.pre_layrnorm.weight")
 PIECES = {
     "image_interface": ["adapter", "norm", "qformer"],
@@ -32,6 +33,10 @@ PIECES = {
 }
 CASES = {
     "chatglm": ("chatglm", dict(vocab=21, width=24, depth=3, heads=3, hidden=40)),
+    "llama": ("llama", CAUSAL),
+    "qwen2": ("llama", CAUSAL | dict(qkv_bias=True, tied=True)),
+    "qwen3": ("llama", CAUSAL | dict(head_norms=True, head_dim=6)),
+    "glm4": ("llama", CAUSAL | dict(qkv_bias=True, sandwich=True, rotary_share=0.5)),
     "prefix": ("chatglm_prefix", dict(length=4, depth=3, width=24, heads=3, projected=False)),
     "eva_vit": ("eva_vit", TOWER),
     "bert": ("bert", BERT | dict(prefix="bert.", gamma=False)),

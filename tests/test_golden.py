@@ -43,7 +43,6 @@ OTHERS = {
     "nextgpt/MANIFEST.json": "sizes and hashes of the other files",
     "nextgpt/tolerances.json": "tolerances, which replays read",
     "nextgpt/imagebind.*": "encoders of the second half of any-to-any",
-    "nextgpt/llama.*": "another LLM, not here yet",
     "nextgpt/lora.*": "another LLM, not here yet",
     "nextgpt/losses.*": "another LLM, not here yet",
     "nextgpt/generation.*": "another LLM, not here yet",

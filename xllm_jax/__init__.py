@@ -4,7 +4,7 @@ Where the paper is, by file:
 
     3.1 image and video interface   models/qformer.py, models/interfaces.py
     3.1 speech interface            models/cif.py, models/speech_interface.py, models/conformer.py
-    3.1 LLM                         models/glm.py
+    3.1 LLM                         models/glm.py, models/causal.py
     3.2 stage 1, convert, speech    objectives/asr.py, models/asr.py
     3.2 stage 1, convert, image     objectives/blip2_pretraining.py, models/blip2_pretraining.py
     3.3 stage 2, align              objectives/answer.py, configs/stage2_*.py

@@ -73,6 +73,7 @@ def check_fields(networks: Mapping[str, nn.Module], source: str, prefix: str) ->
     part = prefix.partition("/")[0]
     for name, value in checkpoint.base_fields(place, inner).items():
         have = getattr(networks[part], name, value)
+        have = dict(have) if isinstance(have, Mapping) else have  # Linen freezes what it is given
         if have != value:
             flag = f"--config.parts.{part}.fields.{name}={value}"
             what = f"is {have}, and {place} was made for {value}"

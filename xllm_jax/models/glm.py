@@ -16,10 +16,9 @@ from jax.typing import DTypeLike
 
 from xllm_jax.core import mesh
 from xllm_jax.models import layers as basic
+from xllm_jax.models.decoder_cache import Cache, Memory, empty_cache, extend_cache, store, visible
 
 Array = jax.Array
-Cache = dict[str, Array]
-Memory = tuple[Array, Array, Array] | None  # layer number, keys and values of all layers
 
 # The reference builds every block with its default of 28 layers, whatever the model's depth is.
 REFERENCE_ALPHA = (2 * 28) ** 0.5
@@ -28,8 +27,6 @@ REFERENCE_ALPHA = (2 * 28) ** 0.5
 # bfloat16, 147 MB for 64 tokens of the real size, where plain autodiff keeps 3.7 times as much. The
 # rest (norms, GELU, attention probabilities) is elementwise or small and is computed again.
 KEPT = ("attention_inputs", "middle_stream", "hidden")
-
-PREFIX = -1  # the segment of a learned prefix in the cache
 
 
 def rotary_frequencies(channels: int) -> Array:
@@ -91,58 +88,6 @@ def rotate(x: Array, cosine: Array, sine: Array) -> Array:
     return (x.astype(jnp.float32) * cosine + turned * sine).astype(x.dtype)
 
 
-def visible(
-    query_segments: Array, query_slots: Array, segments: Array, context: Array, slots: Array
-) -> Array:
-    """Who sees whom: the context is bidirectional, everything after it causal.
-
-    Args:
-      query_segments: `[B, Q]` int32, 0 = padding.
-      query_slots: `[B, Q]` int32, place of each query in the row.
-      segments, context, slots: the same for the keys, `[B, K]` int32, bool and int32. Keys of the
-        segment PREFIX are seen by everyone.
-
-    Returns:
-      `[B, 1, Q, K]` bool. A padding query sees no token (its attention becomes uniform, and nobody
-      reads it), padding keys are seen by nobody.
-    """
-    same = (query_segments[:, :, None] == segments[:, None, :]) & (segments[:, None, :] > 0)
-    earlier = slots[:, None, :] <= query_slots[:, :, None]
-    prefix = segments[:, None, :] == PREFIX
-    return ((same & (context[:, None, :] | earlier)) | prefix)[:, None]
-
-
-def extend_cache(cache: Cache, segments: Array, context: Array) -> tuple[Cache, Array]:
-    """Enters T new tokens of each row into the cache's book-keeping.
-
-    Args:
-      cache: see `ChatGLM.init_cache`.
-      segments, context: `[B, T]` of the new tokens. Rows fill independently: padding at the end of
-        a row's new tokens takes no room, so that its slots are overwritten later.
-
-    Returns:
-      (cache with new segments, context and length, slots `[B, T]` int32 of the new tokens). Slots
-      past the cache's end are dropped, never written elsewhere.
-    """
-    tokens = jnp.arange(segments.shape[1], dtype=jnp.int32)
-    slots = cache["length"][:, None] + tokens
-    rows = jnp.arange(segments.shape[0])[:, None]
-    taken = jnp.where(segments > 0, tokens + 1, 0).max(axis=1)
-    book = {
-        "segments": cache["segments"].at[rows, slots].set(segments, mode="drop"),
-        "context": cache["context"].at[rows, slots].set(context, mode="drop"),
-        "length": cache["length"] + taken,
-    }
-    return cache | book, slots
-
-
-def _store(memory: Array, layer: Array, slots: Array, new: Array) -> tuple[Array, Array]:
-    """Writes `new [B, T, H, K]` into `memory [L, B, S, H, K]`; returns it and the layer's part."""
-    rows = jnp.arange(new.shape[0])[:, None]
-    memory = memory.at[layer, rows, slots].set(new.astype(memory.dtype), mode="drop")
-    return memory, jax.lax.dynamic_index_in_dim(memory, layer, keepdims=False)
-
-
 def _activation(x: Array) -> Array:
     return basic.gelu_tanh(checkpoint_name(x, KEPT[2]))
 
@@ -167,8 +112,8 @@ class Attention(nn.Module):
         query, key, value = (checkpoint_name(x, KEPT[0]) for x in (query, key, value))
         if memory is not None:
             layer, keys, values = memory
-            keys, key = _store(keys, layer, slots, key)
-            values, value = _store(values, layer, slots, value)
+            keys, key = store(keys, layer, slots, key)
+            values, value = store(values, layer, slots, value)
             memory = (layer + 1, keys, values)
         y = basic.attention(query, key, value, mask, implementation=self.implementation)
         return basic.Dense(width, inputs=2, dtype=self.dtype, name="out")(y), memory
@@ -334,24 +279,10 @@ class ChatGLM(nn.Module):
             of every row sees. They have no position, so the tokens keep theirs.
 
         Returns:
-          key, value: `[L, B, P + length, heads, head_dim]`, keys stored after rotation; segments
-          and context: `[B, P + length]` int32 and bool of each slot; length: `[B]` int32, the row's
-          first free slot.
+          See `decoder_cache.empty_cache`.
         """
-        dtype = self.dtype if dtype is None else dtype
-        start = 0 if prefix is None else prefix.shape[2]
-        shape = (self.depth, batch, start + length, self.heads, self.width // self.heads)
-        memory = {name: jnp.zeros(shape, dtype) for name in ("key", "value")}
-        if prefix is not None:
-            memory = {
-                name: leaf.at[:, :, :start].set(prefix[:, None, number].astype(dtype))
-                for number, (name, leaf) in enumerate(memory.items())
-            }
-        return memory | {
-            "segments": jnp.zeros((batch, start + length), jnp.int32).at[:, :start].set(PREFIX),
-            "context": jnp.zeros((batch, start + length), bool),
-            "length": jnp.full((batch,), start, jnp.int32),
-        }
+        heads = (self.heads, self.width // self.heads)
+        return empty_cache((self.depth, batch, length, *heads), dtype or self.dtype, prefix)
 
 
 SIZES = {

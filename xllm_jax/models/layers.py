@@ -22,7 +22,9 @@ Array = jax.Array
 Initializer = Callable[..., Array]
 Kernel = Literal["xla", "cudnn"]
 
-MASKED = -1e9  # a masked score; finite, so that a row without any visible key becomes uniform
+# The least float32: added to a score it takes its place, and leaves a row without any visible key
+# uniform. PyTorch's masks are added too, so such a row has their gradient.
+MASKED = -3.4028234663852886e38
 
 
 def truncated_normal(stddev: float = 0.02) -> Initializer:
@@ -110,7 +112,7 @@ def attention_weights(
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     scores = jnp.einsum("bqhd,bkhd->bhqk", query * factor, key, preferred_element_type=jnp.float32)
     if mask is not None:
-        scores = jnp.where(mask, scores, MASKED)
+        scores += jnp.where(mask, 0.0, MASKED)
     return jax.nn.softmax(scores, axis=-1)
 
 

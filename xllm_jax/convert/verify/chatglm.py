@@ -19,7 +19,7 @@ from xllm_jax.convert.verify.recording import Replay
 from xllm_jax.convert.verify.tolerances import Stated
 from xllm_jax.core import rules
 from xllm_jax.data.text import glm_layout, token_rows
-from xllm_jax.models import glm, layers
+from xllm_jax.models import decoder_cache, glm, layers
 from xllm_jax.objectives.answer import answer_loss
 
 # Where the README states what; the first fitting row counts.
@@ -128,7 +128,7 @@ def compare_layout(replay: Replay, name: str, layout: tuple) -> jax.Array:
     """Positions and mask; returns the mask `[B, 1, T, T]`, true where a key is visible."""
     segments, context, positions = layout
     slots = np.broadcast_to(np.arange(segments.shape[1]), segments.shape)
-    mask = glm.visible(segments, slots, segments, context, slots)
+    mask = decoder_cache.visible(segments, slots, segments, context, slots)
     replay.compare(f"{name}.position_ids", positions.transpose(0, 2, 1))
     replay.compare(f"{name}.attention_mask", ~np.asarray(mask))
     return mask

@@ -25,7 +25,7 @@ from xllm_jax.inference.decoding import (
     prefill,
     prompt_batch,
 )
-from xllm_jax.models import glm
+from xllm_jax.models import decoder_cache
 from xllm_jax.models.xllm import XLLM
 
 STEP = Family.position_step
@@ -118,7 +118,7 @@ def left_padded(replay: Replay, reference: Reference) -> None:
     replay.compare("leftpad.input_ids", layout.ids)
     replay.compare("leftpad.position_ids", layout.positions.transpose(0, 2, 1))
     slots = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
-    mask = glm.visible(layout.segments, slots, layout.segments, layout.context, slots)
+    mask = decoder_cache.visible(layout.segments, slots, layout.segments, layout.context, slots)
     replay.compare("leftpad.attention_mask", ~np.asarray(mask))
     names = ("ids", "positions", "segments", "context")
     parts = {name: getattr(layout, name) for name in names}

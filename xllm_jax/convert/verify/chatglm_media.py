@@ -16,7 +16,7 @@ from xllm_jax.convert.verify.recording import Replay
 from xllm_jax.core.batch import ConversationBatch, Media
 from xllm_jax.data.text import glm_layout, token_rows
 from xllm_jax.data.text.chatglm_tokenizer import ChatGLMTokenizer
-from xllm_jax.models import glm
+from xllm_jax.models import decoder_cache
 from xllm_jax.models.xllm import XLLM
 from xllm_jax.objectives import answer
 
@@ -156,7 +156,7 @@ def _run(model: XLLM, params: Any, batch: ConversationBatch) -> tuple:
 def _compare_layout(replay: Replay, name: str, batch: ConversationBatch) -> None:
     replay.compare(f"{name}.position_ids", batch.positions.transpose(0, 2, 1))
     slots = np.broadcast_to(np.arange(batch.ids.shape[1]), batch.ids.shape)
-    mask = glm.visible(batch.segments, slots, batch.segments, batch.context, slots)
+    mask = decoder_cache.visible(batch.segments, slots, batch.segments, batch.context, slots)
     replay.compare(f"{name}.attention_mask", ~np.asarray(mask))
     replay.compare(f"{name}.labels", labels_of(batch))
 

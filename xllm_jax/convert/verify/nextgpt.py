@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from xllm_jax.convert.verify import nextgpt_textfc
+from xllm_jax.convert.verify import nextgpt_llama, nextgpt_textfc
 from xllm_jax.convert.verify.recording import Replay
 from xllm_jax.convert.verify.tolerances import Stated
 
 TOLERANCES: tuple[Stated, ...] = ()  # tolerances.json lists every array
 STEPS: dict[str, Callable[[Replay], None]] = {
     "textfc.npz": nextgpt_textfc.projections,
+    "llama.npz": nextgpt_llama.models,
 }
 MARK = "TextFcLayer", "NExT-GPT", "LlamaForCausalLM", "peft", "process_batch_stage"
 

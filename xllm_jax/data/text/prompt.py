@@ -26,6 +26,7 @@ from xllm_jax.data.text.token_rows import Row
 # Prefixes of media that are written out instead of shown: as pieces of words, or each character by
 # itself, as the speech interface gives them.
 WRITTEN, SPELLED = "text:", "spelled:"
+MEDIA = "\x00"  # in a prompt's text, the place of files that no marker places
 PLACEHOLDER = 0  # token id under a media embedding; the model ignores it
 
 
@@ -37,12 +38,35 @@ class Template:
       question: the only round of a prompt; `{question}` stands for the question.
       earlier: one earlier round, with `{round}`, `{question}` and `{answer}`.
       last: the round to be answered, after earlier ones.
+      system: what stands before all rounds.
+
+    `{media}` is where files go that no marker of the text places; without it they come first.
     """
 
     question: str
     earlier: str
     last: str
+    system: str = ""
 
+
+def chat(user: str, assistant: str, end: str, system: str = "", space: str = "") -> Template:
+    """A template whose rounds are all alike.
+
+    Args:
+      user, assistant: what stands before a question and before an answer.
+      end: what stands behind an earlier answer.
+      system: what stands before all rounds.
+      space: what stands before an earlier answer; the tokenizer puts it before the last one.
+    """
+    last = f"{user}{{media}}{{question}}{assistant}"
+    earlier = f"{user}{{question}}{assistant}{space}{{answer}}{end}"
+    return Template(last, earlier, last, system)
+
+
+HELPFUL = (
+    "A chat between a curious {one} and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the {one}'s questions."
+)
 
 TEMPLATES = {
     # paper, appendix A.3
@@ -59,6 +83,17 @@ TEMPLATES = {
     ),
     # the question as it is
     "plain": Template(question="{question}", earlier="{question}\n{answer}\n", last="{question}"),
+    # LLaMA and its kin; what the tokenizer puts in front is not repeated here
+    "vicuna_v0": chat("###Human: ", "###Assistant:", "", HELPFUL.format(one="human"), " "),
+    "vicuna_v1": chat("USER: ", " ASSISTANT:", "</s>", HELPFUL.format(one="user") + " ", " "),
+    "nextgpt": chat("Human: ", "\n### Assistant: ", "\n### ", "### "),
+    "llama3": chat(
+        "<|start_header_id|>user<|end_header_id|>\n\n",
+        "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<|eot_id|>",
+    ),
+    "chatml": chat("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n"),
+    "glm4": chat("<|user|>\n", "<|assistant|>\n", ""),
 }
 
 
@@ -168,13 +203,14 @@ def question(example: Example, generator: np.random.Generator) -> str:
 
 def words(example: Example, asked: str, style: Template) -> str:
     """The prompt's text with markers still in it; earlier rounds first."""
-    if not example.history:
-        return style.question.format(question=asked)
     rounds = [
         style.earlier.format(round=number, question=earlier, answer=answer)
         for number, (earlier, answer) in enumerate(example.history)
     ]
-    return "".join(rounds) + style.last.format(round=len(rounds), question=asked)
+    last = (style.last if rounds else style.question).format(
+        round=len(rounds), question=asked, media=MEDIA
+    )
+    return "".join([style.system, *rounds, last])
 
 
 def segments(
@@ -194,16 +230,34 @@ def segments(
     """
     waiting = [(plain_name(name), name, path) for name, path in media]
     names = sorted({short for short, _, _ in waiting})
-    pieces = re.split(f"<({'|'.join(map(re.escape, names))})>", text) if names else [text]
+    markers = "|".join(map(re.escape, names)) or "(?!)"  # which matches nothing
+    pieces = re.split(f"<({markers})>|({MEDIA})", text)
     placed: list[Text | Slot] = [Text(pieces[0])]
-    for short, after in zip(pieces[1::2], pieces[2::2]):
-        found = next((entry for entry in waiting if entry[0] == short), None)
-        if found is None:
-            raise UserError(f"the text has more <{short}> markers than {short} files")
-        waiting.remove(found)
-        placed += [*_wrapped(found, slot), Text(after)]
-    leading = [segment for entry in waiting for segment in _wrapped(entry, slot)]
-    return [s for s in leading + placed if isinstance(s, Slot) or s.text]
+    rest = 0  # where the others go
+    for short, mark, after in zip(pieces[1::3], pieces[2::3], pieces[3::3]):
+        if mark:
+            rest = len(placed)
+        else:
+            found = next((entry for entry in waiting if entry[0] == short), None)
+            if found is None:
+                raise UserError(f"the text has more <{short}> markers than {short} files")
+            waiting.remove(found)
+            placed += _wrapped(found, slot)
+        placed.append(Text(after))
+    placed[rest:rest] = [segment for entry in waiting for segment in _wrapped(entry, slot)]
+    return _joined([s for s in placed if isinstance(s, Slot) or s.text])
+
+
+def _joined(parts: Sequence[Text | Slot]) -> list[Text | Slot]:
+    """Neighboring words as one text, which a tokenizer reads at once."""
+    made: list[Text | Slot] = []
+    for part in parts:
+        last = made[-1] if made else None
+        if isinstance(part, Text) and isinstance(last, Text) and part.cut and last.cut:
+            made[-1] = Text(last.text + part.text)
+        else:
+            made.append(part)
+    return made
 
 
 def is_written(name: str) -> bool:

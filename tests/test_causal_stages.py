@@ -1,0 +1,94 @@
+"""The LLM of a stage swapped by flags: a small LLaMA trains the miniature's stage 2 and answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small_runs
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+from xllm_jax.core import checkpoint
+
+ROOT = Path(__file__).parents[1]
+SPECIALS = ["<s>", "</s>", "<pad>"]
+FLAGS = (
+    "--config.parts.llm.network=causal.Causal",
+    "--config.parts.llm.fields.alpha=None",
+    "--config.parts.llm.fields.depth=2",
+    "--config.parts.llm.fields.key_heads=2",
+    "--config.parts.llm.fields.vocab=600",
+    "--config.data.llm_family=causal",
+    "--config.data.template=vicuna_v1",
+    "--config.data.length=448",
+    "--config.data.rows=4",
+    "--config.data.examples=4",
+    "--config.data.threads=1",
+    "--config.init.vision_encoder=",
+    "--config.init.image_interface=",
+    "--config.init.llm=",
+    "--config.unroll=1",
+    "--config.log_every=1",
+    "--config.validation.every=0",
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A world, and a tokenizer of the form that LLaMA's are published in."""
+    folder = tmp_path_factory.mktemp("causal")
+    world = small_runs.make_world(folder)
+    texts = [path.read_text("utf-8") for path in world.rglob("*.json")]
+    made = tokenizers.Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(vocab_size=600, special_tokens=SPECIALS, initial_alphabet=alphabet),
+    )
+    made.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    (folder / "tokenizer").mkdir()
+    made.save(str(folder / "tokenizer" / "tokenizer.json"))
+    return folder
+
+
+def run(name: str, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "launch" / f"{name}.py"), *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_stage_2_trains_on_a_small_llama(folder):
+    """The loss falls, only the interface trains, and the run describes a held-out picture."""
+    data = (f"--config.data.root={folder / 'world'}", f"--config.data.tokenizer={folder}/tokenizer")
+    workdir = folder / "run"
+    config = f"--config={ROOT / 'configs' / 'stage2_image.py'}:tiny"
+    run("train", config, f"--workdir={workdir}", "--config.steps=6", *FLAGS, *data)
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) >= 5 and np.isfinite(losses).all() and losses[-1] < losses[0]
+    trained = checkpoint.open_leaves(workdir / "final")
+    assert trained and all(path.startswith("image_interface/") for path in trained)
+    image = next((folder / "world").rglob("*.jpg"))
+    for search in ((), ("--decode=beam", "--beams=2")):
+        said = run(
+            "generate",
+            f"--checkpoint={workdir}",
+            f"--image={image}",
+            "--prompt=图中有什么？",
+            "--max_tokens=5",
+            *search,
+        )
+        assert said.endswith("\n")
