@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
 import importlib
 import io
 import math
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +21,7 @@ from xllm_jax import configs, launch
 from xllm_jax.configs import stage2_image
 from xllm_jax.core import limits
 from xllm_jax.core.errors import UserError
-from xllm_jax.core.stage import Part, Stage
+from xllm_jax.core.stage import NONE, Part, Stage
 from xllm_jax.launch import cli, commands
 
 # ml_collections reads configurations by a function of importlib that is to go.
@@ -304,6 +306,44 @@ def test_numbers_of_a_network_have_limits(value):
     stage = dataclasses.replace(Stage(), parts={"vit": Part("vit.Vit", fields={"width": value})})
     with pytest.raises(UserError, match=r"parts\.vit\.fields\.width"):
         limits.check(stage)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, "wide", True, (4, 0), 10**12])
+@pytest.mark.parametrize("name", ["width", "heads", "depth", "channels", "llm_width", "queries"])
+def test_a_size_is_one_at_least(name, value):
+    stage = dataclasses.replace(Stage(), parts={"vit": Part("vit.Vit", fields={name: value})})
+    with pytest.raises(UserError, match=rf"^parts\.vit\.fields\.{name}: cannot be .*Give "):
+        limits.check(stage)
+
+
+def of_networks() -> dict[str, list[str]]:
+    """{field that holds integers: networks that have it}."""
+    found: dict[str, list[str]] = {}
+    for file in sorted((ROOT / "xllm_jax/models").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            network = isinstance(node, ast.ClassDef) and node.bases and not node.decorator_list
+            fields = [one for one in node.body if isinstance(one, ast.AnnAssign)] if network else ()
+            for field in fields:
+                if re.search(r"\bint\b", ast.unparse(field.annotation)):
+                    found.setdefault(ast.unparse(field.target), []).append(node.name)
+    return found
+
+
+# Of inner modules, which no stage names, or pairs and names that the code makes.
+INNER = {"cells", "end", "inputs", "padding", "registry", "scanned", "size", "split", "tensor_axis"}
+INNER |= {"number"}
+
+
+def test_every_integer_of_a_network_has_its_least_value():
+    known = dataclasses.fields(Part)[2].metadata["known"]
+    named = of_networks()
+    assert len(named) > 30
+    assert set(named) - INNER == {name for name in known if known[name].kind is int}
+    zero = {name for name in known if known[name].least <= 0 and known[name].kind is int}
+    assert zero == {*NONE.split(), "llm_layers"}
+    for name in zero:
+        part = Part("vit.Vit", fields={name: int(known[name].least)})
+        limits.check(dataclasses.replace(Stage(), parts={"vit": part}))
 
 
 STAGES = {

@@ -1,6 +1,7 @@
 """Kinds of fields: what a setting may hold stands where it is declared (`core/limits.py` looks)."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 MOST = 10**9  # of what is counted: records, updates, tokens
@@ -42,9 +43,14 @@ def options(**known: Option) -> dict[str, dict[str, Option]]:
     return {"options": known}
 
 
-def numbers(least: float, most: float = MOST) -> dict[str, Option]:
-    """Between which bounds the numbers in a dictionary of any settings lie."""
-    return {"numbers": Option(float, least, most)}
+def numbers(least: float, known: Mapping[str, Option]) -> dict[str, Any]:
+    """Between which bounds the numbers in a dictionary of any settings lie.
+
+    Args:
+      least: of all of them; none is larger than MOST.
+      known: what entries of these names may hold instead: one such value, several, or None.
+    """
+    return {"numbers": Option(float, least), "known": known}
 
 
 def of_patterns(default: tuple[str, ...] = ()) -> Any:

@@ -76,9 +76,13 @@ def _entries(
 def _options(metadata: Mapping[str, Any], path: str, name: str, value: Any) -> Iterator[UserError]:
     """Problems of an entry whose name says what it may hold, or of any number."""
     if "numbers" in metadata:
+        bounds, known = metadata["numbers"], metadata["known"].get(name)
         for one in value if isinstance(value, list | tuple) else (value,):
-            if isinstance(one, NUMBER):
-                yield from _number(metadata["numbers"], path, one)
+            fault = _misfit(one, known.kind) if known and one is not None else ""
+            if fault:
+                yield _wrong(path, value, fault)
+            elif isinstance(one, NUMBER):
+                yield from _number(known or bounds, path, one)
     option = metadata.get("options", {}).get(name)
     if option is None:
         return

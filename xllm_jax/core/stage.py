@@ -23,6 +23,20 @@ PICTURES = {
     "frames": Option(int, 1, 10**4),
     "sampling": Option(str, choices=("uniform", "reference")),
 }
+SIZES = (
+    "bins channels classes cross_attention_frequency depth embed encoder_width features groups "
+    "heads hidden image_size latent_channels length linguistic_width llm_width max_tokens "
+    "out_channels output_width patch picture_channels pools queries shared stride text_width "
+    "unroll visual_width vocab width"
+)
+NONE = "kernel linguistic_blocks positions self_blocks types visual_blocks vocabulary"  # may be 0
+# Whatever a network has, it has once at least; of layers, -1 is the last.
+NETWORK = numbers(
+    0,
+    dict.fromkeys(SIZES.split(), Option(int, 1))
+    | dict.fromkeys(NONE.split(), Option(int))
+    | {"llm_layers": Option(int, -1), "dropout": Option(float, 0, 1)},
+)
 SPEECH = options(bins=Option(int, 1, 1024), specaugment=Option((bool, dict)))
 
 
@@ -40,7 +54,7 @@ class Part:
 
     network: str = ""
     size: str = "real"
-    fields: dict[str, Any] = dataclasses.field(default_factory=dict, metadata=numbers(-1))
+    fields: dict[str, Any] = dataclasses.field(default_factory=dict, metadata=NETWORK)
 
 
 @dataclasses.dataclass
