@@ -34,6 +34,7 @@ ROUNDS = flags.DEFINE_integer("rounds", 4, "Number of earlier rounds that the mo
 MAX_TOKENS = flags.DEFINE_integer(
     "max_tokens", 64, "Length of the longest answer in tokens, the end token included.", 2
 )
+DRAW = flags.DEFINE_string("draw", "", drawing.HELP)
 
 HELP = "\n".join(split_lines(__doc__ or "")[4:-1])
 
@@ -53,7 +54,7 @@ def main(_: list[str]) -> None:
     restored = load_run(CHECKPOINT.value)
     model = assistant.Assistant(restored, max_tokens=MAX_TOKENS.value)
     known = tuple(name for name, _, _ in model.model.modalities)
-    easel = drawing.easel(restored.stage, model.family) if drawing.DRAW.value else None
+    easel = drawing.easel(restored.stage, model.family, DRAW.value) if DRAW.value else None
 
     def answer(example: Example) -> str:
         return easel.text(model.replies([example])[0]) if easel else model.answers([example])[0]

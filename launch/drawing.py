@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from absl import flags
 
 from xllm_jax.core import atomic
 from xllm_jax.core.errors import UserError
@@ -16,11 +15,7 @@ from xllm_jax.core.stage import Stage
 from xllm_jax.data.text.llm_family import LLMFamily
 from xllm_jax.inference.replies import Picture, Reply
 
-DRAW = flags.DEFINE_string(
-    "draw",
-    "",
-    "Folder for the pictures of an answer; without a decoder, for their embeddings as .npz.",
-)
+HELP = "Folder for the pictures of an answer; without a decoder, for their embeddings as .npz."
 PLACE = re.compile(r"\[[^\[\]]+\.(?:png|npz)\]")
 
 Write = Callable[[Picture, Path], Path]
@@ -82,11 +77,16 @@ def words(text: str) -> str:
     return PLACE.sub("", text).strip()
 
 
-def easel(stage: Stage, family: LLMFamily) -> Easel:
+def easel(stage: Stage, family: LLMFamily, folder: str) -> Easel:
     """Where --draw says.
+
+    Args:
+      stage: of the run.
+      family: of its LLM.
+      folder: the flag.
 
     Raises:
       UserError: the run has no outputs.
     """
     check(stage)
-    return Easel(Path(DRAW.value), family)
+    return Easel(Path(folder), family)

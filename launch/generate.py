@@ -24,7 +24,6 @@ from xllm_jax.data.media.modalities import MODALITIES, SPEECH, task
 from xllm_jax.data.text.instructions import instructions
 from xllm_jax.inference.load_run import load_run
 from xllm_jax.launch import cli, drawing, terminal
-from xllm_jax.launch.drawing import DRAW
 
 if TYPE_CHECKING:
     from xllm_jax.inference import assistant
@@ -62,6 +61,7 @@ MAX_TOKENS = flags.DEFINE_integer(
     "max_tokens", 64, "Length of the longest answer in tokens, the end token included.", 2
 )
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the random numbers for sampling.")
+DRAW = flags.DEFINE_string("draw", "", drawing.HELP)
 HEARD = flags.DEFINE_bool("heard", False, "Also print the transcript of the speech.")
 
 
@@ -80,7 +80,7 @@ def main(_: list[str]) -> None:
     if not DRAW.value:
         print(model.answers([example], how, SEED.value)[0])
         return
-    easel = drawing.easel(restored.stage, model.family)
+    easel = drawing.easel(restored.stage, model.family, DRAW.value)
     print(easel.text(model.replies([example], how, SEED.value)[0]))
 
 
