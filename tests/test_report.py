@@ -15,7 +15,7 @@ from xllm_jax import report
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
 from xllm_jax.evaluation import demo_suite, measure, scorers
-from xllm_jax.report import plots, tables, text
+from xllm_jax.report import plots, spread, tables, text
 
 
 @pytest.fixture(scope="module")
@@ -292,3 +292,55 @@ def test_chance_is_the_best_constant_of_each_kind():
     assert constant == ["红色"] * 6 + ["是"] * 3
     right = scorers.short_answer(constant, examples)["accuracy"]
     assert np.mean(right.samples) == pytest.approx(7 / 9)
+
+
+@pytest.mark.parametrize("count", [0, 9])
+def test_a_row_without_anything_to_score_says_so(count, tmp_path):
+    """No samples at all, or recordings of which nothing was said: no CER can be stated."""
+    mute = [
+        Example(str(i), (("speech", f"{i}.flac"),), answer="", task="asr") for i in range(count)
+    ]
+    task = measure.Task("sentences", "Speech", tuple(mute), scorers.transcription)
+    found = measure.measure(task, lambda asked: ["红色"] * len(asked), controls=True)
+    cer = found["metrics"]["cer"]
+    assert cer["value"] is cer["low"] is cer["high"] is None and cer["samples"] == count
+    assert "margin" not in cer and measure.compare(found, found, "cer") is None
+    unsaid = {"value": None, "low": None, "high": None, "samples": count, "metric": "accuracy"}
+    results = {
+        "measures": {"sentences@after": found, "sentences@asr": found},
+        "comparisons": {"zero_shot": unsaid},
+    }
+    for one in (results, earlier(results)):  # what was measured, and what was kept as NaN once
+        shown = report.write(one, tmp_path)
+        verdicts = [row[-1] for row in tables.build(one)[0].rows]
+        assert verdicts == [tables.Cell("no data", False)] * 3
+        page = (tmp_path / "report.html").read_text("utf-8")
+        assert page.count("no data") >= 3
+        assert not re.search(r"\b(nan|NaN|None)\b", shown + page)
+        assert spread.values(tmp_path) == {}
+
+
+def earlier(results):
+    """Results as versions wrote them that knew no value as NaN."""
+    written = re.sub(r'"(value|low|high)": null', r'"\1": NaN', json.dumps(results))
+    return json.loads(written)
+
+
+@pytest.mark.parametrize("scorer", [scorers.caption, scorers.short_answer, scorers.video_caption])
+def test_no_samples_are_no_score_of_any_task(scorer):
+    task = measure.Task("x", "X", (), scorer)
+    found = measure.measure(task, lambda asked: [], controls=True)["metrics"]
+    assert found and all(one["value"] is None and one["samples"] == 0 for one in found.values())
+
+
+def test_a_group_without_anything_to_score_leaves_the_others(tmp_path):
+    said = [
+        Example(str(i), answer="红色" if i < 6 else "", task="asr", tags=("a" if i < 6 else "b",))
+        for i in range(12)
+    ]
+    task = measure.Task("sentences", "Speech", tuple(said), scorers.transcription)
+    found = measure.measure(task, lambda asked: [e.answer for e in asked])
+    groups = found["metrics"]["cer"]["groups"]
+    assert groups["a"]["value"] == 0 and groups["b"]["value"] is None
+    assert "no data" in report.write({"measures": {"sentences@after": found}}, tmp_path)
+    json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)

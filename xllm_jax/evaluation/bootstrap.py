@@ -17,6 +17,7 @@ other samples; what another training run would give, it does not know.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -30,7 +31,10 @@ Value = Callable[[np.ndarray], np.ndarray]
 
 
 class Estimate(NamedTuple):
-    """A score with its interval and the number of samples it comes from."""
+    """A score with its interval and the number of samples it comes from.
+
+    All but the number are NaN where there is nothing to score.
+    """
 
     value: float
     low: float
@@ -63,15 +67,15 @@ def estimate(
       resamples: number of bootstrap samples.
       share: how often the interval shall hold the truth.
 
-    Raises:
-      ValueError: no samples.
+    Returns:
+      NaN for value and interval where there are no samples, or all add 0 to what is divided by.
     """
     statistics = np.asarray(statistics, np.float64)
     statistics = statistics[:, None] if statistics.ndim == 1 else statistics
     count = len(statistics)
-    if not count:
-        raise ValueError("no samples to estimate from")
-    found = float(value(statistics.sum(axis=0)))
+    found = float(value(statistics.sum(axis=0))) if count else math.nan
+    if math.isnan(found):
+        return Estimate(found, found, found, count)
     if value is rate and _is_among(statistics, (0, 1)):
         return Estimate(found, *clopper_pearson(statistics[:, 0].sum(), count, share), count)
     generator = np.random.default_rng(seed)

@@ -118,7 +118,7 @@ def bleu_statistics(
             total.append(sum(own.values()))
         nearest = min(map(len, accepted), key=lambda length: (abs(length - len(text)), length))
         rows.append([*matched, *total, len(text), nearest])
-    return np.asarray(rows, np.float64)
+    return np.asarray(rows, np.float64).reshape(-1, 2 * order + 2)
 
 
 def bleu_value(sums: np.ndarray) -> np.ndarray:
@@ -140,7 +140,7 @@ def bleu_value(sums: np.ndarray) -> np.ndarray:
 def bleu_ends(statistics: np.ndarray) -> np.ndarray:
     """`bleu_statistics` of a caption of mean length, no run matched and every one: `[2, K]`."""
     order = (statistics.shape[1] - 2) // 2
-    typical = statistics.mean(axis=0)
+    typical = statistics.sum(axis=0) / max(len(statistics), 1)
     wanted = typical[-1]
     total = np.maximum(wanted - np.arange(order), 1.0)
     wrong, right = ([*total * share, *total, wanted, wanted] for share in (0.0, 1.0))

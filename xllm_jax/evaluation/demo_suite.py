@@ -150,7 +150,8 @@ def run(
             controls = name in CONTROLLED.get(model, ())
             found = measures[f"{name}@{model}"] = measure.measure(task, answer, controls)
             metric, score = next(iter(found["metrics"].items()))
-            progress(f"{task.title}: {metric} {score['value']:.3f} ({found['seconds']:.0f} s)")
+            value = "no data" if score["value"] is None else f"{score['value']:.3f}"
+            progress(f"{task.title}: {metric} {value} ({found['seconds']:.0f} s)")
     return {"measures": measures, "comparisons": comparisons(measures)}
 
 

@@ -7,6 +7,7 @@ same prompt with another sample's media. Chance: the best constant answer.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -122,7 +123,10 @@ def measure(task: Task, answer: Answer, controls: bool = False) -> dict[str, Any
 
 
 def _metric(score: scorers.Score, asides: dict[str, scorers.Score], task: Task) -> dict[str, Any]:
-    """One metric as JSON: value, low, high, samples, higher, controls, groups, scores, margin."""
+    """One metric as JSON: value, low, high, samples, higher, controls, groups, scores, margin.
+
+    There is no margin over controls that have no value, nor without one of the answers.
+    """
     found = _plain(score.estimate()) | {
         "higher": score.higher,
         **{name: _plain(aside.estimate()) for name, aside in asides.items()},
@@ -131,9 +135,12 @@ def _metric(score: scorers.Score, asides: dict[str, scorers.Score], task: Task) 
         },
         "scores": [round(float(value), 4) for value in score.samples],
     }
-    if len(asides) > 1:  # without the answers of the blind, a margin would promise too much
+    known = {name: found[name]["value"] for name in asides if found[name]["value"] is not None}
+    if (
+        found["value"] is not None and len(known) > 1
+    ):  # without the answers of the blind, a margin would promise too much
         sign = 1 if score.higher else -1
-        best = max(asides, key=lambda name: sign * asides[name].estimate().value)
+        best = max(known, key=lambda name: sign * known[name])
         found["margin"] = difference(asides[best], score) | {"over": best}
     return found
 
@@ -164,14 +171,18 @@ def difference(first: scorers.Score, second: scorers.Score) -> dict[str, Any]:
 
 
 def compare(first: dict[str, Any], second: dict[str, Any], metric: str) -> dict[str, Any] | None:
-    """How much better the second of two measured tasks is, sample by sample; None if they differ.
+    """How much better the second of two measured tasks is, sample by sample; None if they differ
+    or there is nothing to score.
 
     Works on what `measure` returned. Each sample's own score is averaged, so a corpus error rate
     becomes the mean of the utterances' rates.
     """
     if first["keys"] != second["keys"] or metric not in first["metrics"]:
         return None
-    before, after = (np.asarray(one["metrics"][metric]["scores"]) for one in (first, second))
+    both = first["metrics"][metric], second["metrics"][metric]
+    if any(one["value"] is None for one in both):
+        return None
+    before, after = (np.asarray(one["scores"]) for one in both)
     sign = 1.0 if first["metrics"][metric]["higher"] else -1.0
     return _plain(bootstrap.mean_difference(sign * before, sign * after))
 
@@ -222,4 +233,6 @@ def _right(scored: dict[str, scorers.Score], number: int) -> bool | None:
 
 
 def _plain(estimate: bootstrap.Estimate) -> dict[str, Any]:
-    return {name: round(value, 6) for name, value in estimate._asdict().items()}
+    """An estimate as JSON, which has no NaN: None where there is nothing to score."""
+    found = estimate._asdict().items()
+    return {name: None if math.isnan(value) else round(value, 6) for name, value in found}

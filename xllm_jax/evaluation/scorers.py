@@ -49,7 +49,7 @@ class Score:
     def scale(self) -> tuple[float, float]:
         """The lowest and the highest score that there can be, or that a sample has."""
         ends = [float(self.value(end)) for end in self.ends]
-        return min(ends[0], *self.samples), max(ends[1], *self.samples)
+        return min([ends[0], *self.samples]), max([ends[1], *self.samples])
 
 
 def within(found: bootstrap.Estimate, scale: tuple[float, float]) -> bootstrap.Estimate:
@@ -79,7 +79,7 @@ def transcription(
     """
     pairs = zip(answers, examples)
     counts = [error_rate.character_errors(reference(e), a, form) for a, e in pairs]
-    sums = np.asarray(counts, np.float64)
+    sums = np.asarray(counts, np.float64).reshape(-1, 2)
     alone = sums[:, 0] / np.maximum(sums[:, 1], 1)
     ends = bootstrap.rate_ends(sums)
     return {"cer": Score(sums, bootstrap.rate, ends, alone, higher=False)}

@@ -29,13 +29,14 @@ Values = Mapping[str, float]
 
 
 def values(folder: str | Path) -> dict[str, float]:
-    """What a demo's `report.json` says about each goal and claim; what is missing is left out."""
+    """What a demo's `report.json` says about each goal and claim; what has no value is left out."""
     results = json.loads((Path(folder) / "report.json").read_bytes())
     measures, comparisons = results.get("measures", {}), results.get("comparisons", {})
     found = {
         goal.title: tables.find(measures, goal.measure, goal.metric) for goal in tables.GOALS
     } | {claim.title: comparisons.get(claim.name) for claim in tables.CLAIMS}
-    return {title: float(entry["value"]) for title, entry in found.items() if entry}
+    kept = [(title, one) for title, one in found.items() if one and tables.scored(one)]
+    return {title: float(entry["value"]) for title, entry in kept}
 
 
 def recorded() -> dict[str, Any] | None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 NONE = "—"
+NO_DATA = "no data"  # it was measured, but there was nothing to score
 
 # What each metric is called, and by what its value is multiplied when shown.
 METRICS = {
@@ -122,12 +124,19 @@ def number(entry: Mapping[str, Any] | None, metric: str, interval: bool = False)
     """'87.5' or '87.5 [84.1, 90.2]', '—' where there is nothing."""
     if not entry:
         return NONE
+    if not scored(entry):
+        return NO_DATA
     scale = METRICS[metric][1]
     digits = 1 if scale == 100 else 2
     shown = f"{entry['value'] * scale:.{digits}f}"
     if not interval:
         return shown
     return f"{shown} [{entry['low'] * scale:.{digits}f}, {entry['high'] * scale:.{digits}f}]"
+
+
+def scored(entry: Mapping[str, Any]) -> bool:
+    """Whether there was anything to score; files of earlier versions say NaN where not."""
+    return entry["value"] is not None and not math.isnan(entry["value"])
 
 
 def find(measures: Mapping[str, Any], name: str, metric: str) -> Mapping[str, Any] | None:
@@ -142,7 +151,8 @@ def goals(measures: Mapping[str, Any], comparisons: Mapping[str, Any]) -> Table:
         if one.name in comparisons:
             found = comparisons[one.name]
             shown = number(found, found["metric"], interval=True)
-            gain, count = Cell(f"+{shown}" if found["value"] > 0 else shown), str(found["samples"])
+            positive = scored(found) and found["value"] > 0
+            gain, count = Cell(f"+{shown}" if positive else shown), str(found["samples"])
             row = (Cell(one.title), gain, Cell(count), *[Cell(NONE)] * 3, Cell("> 0"), claim(found))
             rows.append(row)
     head = ("", *CONTROLLED, "goal", "")
@@ -157,6 +167,8 @@ def goals(measures: Mapping[str, Any], comparisons: Mapping[str, Any]) -> Table:
 
 def claim(found: Mapping[str, Any]) -> Cell:
     """Verdict on a difference that should be positive; certain if its whole interval is."""
+    if not scored(found):
+        return Cell(NO_DATA, False)
     if found["low"] > 0:
         return Cell("met", True)
     return Cell("within error") if found["value"] > 0 else Cell("missed", False)
@@ -167,19 +179,22 @@ def goal_row(goal: Goal, found: Mapping[str, Any] | None) -> tuple[Cell, ...]:
     if not found:
         return ()
     higher = found["higher"]
-    met = found["value"] >= goal.bound if higher else found["value"] <= goal.bound
     wanted = f"{'≥' if higher else '≤'} {goal.bound * 100:.0f} %"
     if goal.control is not None:
         wanted += f", {', '.join(goal.controls)} ≤ {goal.control * 100:.0f} %"
+    return Cell(goal.title), *_controlled(found, goal.metric), Cell(wanted), _verdict(goal, found)
+
+
+def _verdict(goal: Goal, found: Mapping[str, Any]) -> Cell:
+    if not scored(found):
+        return Cell(NO_DATA, False)
+    met = found["value"] >= goal.bound if found["higher"] else found["value"] <= goal.bound
+    if goal.control is not None:
+        controls = [found.get(name) for name in goal.controls]
         # A control that was not measured proves nothing.
-        values = [found[name]["value"] if name in found else 1.0 for name in goal.controls]
+        values = [one["value"] if one and scored(one) else 1.0 for one in controls]
         met = met and max(values) <= goal.control
-    return (
-        Cell(goal.title),
-        *_controlled(found, goal.metric),
-        Cell(wanted),
-        Cell("met" if met else "missed", met),
-    )
+    return Cell("met" if met else "missed", met)
 
 
 def table1(measures: Mapping[str, Any], comparisons: Mapping[str, Any]) -> Table:
