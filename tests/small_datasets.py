@@ -63,5 +63,9 @@ def package(whole: Rows) -> types.ModuleType:
         module.asked.append(path)
         return whole
 
+    def load_dataset_builder(path, config):
+        return types.SimpleNamespace(config=types.SimpleNamespace(data_files=module.named))
+
+    module.named, module.load_dataset_builder = None, load_dataset_builder
     module.load_dataset, module.load_from_disk = load_dataset, load_from_disk
     return module

@@ -16,7 +16,7 @@ from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.data.media import image, speech
+from xllm_jax.data.media import image, reach, speech
 from xllm_jax.data.rows import columns
 from xllm_jax.data.sources import hugging_face, tfds
 
@@ -184,6 +184,43 @@ def test_hugging_face_on_disk(library, tmp_path):
         found[1]
     with pytest.raises(UserError, match="has no splits, so no 'val'"):
         hugging_face.examples(str(tmp_path), "val", answer="caption")
+
+
+@pytest.mark.parametrize("name", ["{out}/a.parquet", "{folder}/../out/a.parquet", "{out}"])
+def test_a_description_names_no_file_outside(library, name, tmp_path):
+    """`data_files` of README.md can be any path; they are looked at before anything is read."""
+    folder, out = tmp_path / "set", tmp_path / "out"
+    folder.mkdir()
+    library.named = {"train": [str(folder / "a"), name.format(folder=folder, out=out)]}
+    with reach.Reach([str(folder)]).holding(), pytest.raises(UserError, match="lies outside of"):
+        hugging_face.examples(str(folder), answer="caption")
+    assert library.asked == []
+    with reach.Reach([str(folder), str(out)]).holding():
+        assert len(hugging_face.examples(str(folder), answer="caption")) == 2
+
+
+@pytest.mark.parametrize("name", ["https://x.test/a.csv", "zip://a.csv::/etc/a.zip", "hf://a/b"])
+def test_a_description_names_no_other_machine(library, name, tmp_path):
+    library.named = {"train": [name]}
+    with pytest.raises(UserError, match="is no file of this folder"):
+        hugging_face.examples(str(tmp_path), answer="caption")
+    assert library.asked == []
+
+
+@pytest.mark.parametrize("where", ["split", "file", "link"])
+def test_a_saved_set_names_no_file_outside(library, where, tmp_path):
+    folder, out = tmp_path / "set", tmp_path / "out"
+    for one in (folder / "train", out):
+        one.mkdir(parents=True)
+    splits = ["../out" if where == "split" else "train"]
+    (folder / "dataset_dict.json").write_text(json.dumps({"splits": splits}))
+    files = [{"filename": "../../out/a.arrow" if where == "file" else "a.arrow"}]
+    (folder / "train/state.json").write_text(json.dumps({"_data_files": files}))
+    if where == "link":
+        (folder / "train/a.arrow").symlink_to(out / "a.arrow")
+    with reach.Reach([str(folder)]).holding(), pytest.raises(UserError, match="outside of"):
+        hugging_face.examples(str(folder), answer="caption")
+    assert library.asked == []
 
 
 def test_hugging_face_mistakes(library, tmp_path):

@@ -10,11 +10,13 @@ state their licenses on their pages. Media stay as they are stored until they ar
 
 from __future__ import annotations
 
+import itertools
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from xllm_jax.core import damage
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
 from xllm_jax.data.media import reach
@@ -92,15 +94,50 @@ def _open(library: Any, path: str, name: str, config: str) -> Any:
     saved = ("dataset_info.json", "dataset_dict.json")
     try:
         if not name and any((pathlib.Path(path) / file).is_file() for file in saved):
+            _check_saved(pathlib.Path(path))
             return library.load_from_disk(path)
         if not name and not os.path.isdir(path):
             hint = "Check the path, or name a data set of the hub by the option 'name'"
             raise UserError("no such folder", field=path, hint=hint)
+        if not name:
+            _check_named(library.load_dataset_builder(path, config or None).config.data_files)
         return library.load_dataset(name or path, config or None, cache_dir=path if name else None)
     except (OSError, ValueError, library.exceptions.DatasetsError) as error:
         # Of a broken file the library says that something failed; the cause says what.
         told = " ".join(str(error.__cause__ or error).split())[:200]
         raise UserError(f"cannot be opened ({told})", field=name or path) from error
+
+
+def _check_saved(folder: pathlib.Path) -> None:
+    """Looks where the splits and the Arrow files lie that a folder of `save_to_disk` names.
+
+    Raises:
+      UserError: out of reach, or its description is damaged.
+    """
+    listed = folder / "dataset_dict.json"
+    with damage.reading(folder):
+        names = damage.read_object(listed)["splits"] if listed.is_file() else [""]
+        for split in [folder / name for name in names]:
+            reach.check_opened(split)
+            state = split / "state.json"
+            for one in damage.read_object(state)["_data_files"] if state.is_file() else ():
+                reach.check_opened(split / one["filename"])
+
+
+def _check_named(splits: Mapping[str, Sequence[str]] | None) -> None:
+    """Looks where the files lie that the description of a folder names, before any is read.
+
+    Args:
+      splits: {split: files}, as the library has found them.
+
+    Raises:
+      UserError: one is out of reach, or lies on another machine or in an archive.
+    """
+    for file in itertools.chain.from_iterable((splits or {}).values()):
+        if "://" in file or "::" in file:
+            hint = "Fetch it, and name the folder that it lies in"
+            raise UserError("is no file of this folder", field=file, hint=hint)
+        reach.check_opened(file)
 
 
 def _split(opened: Any, split: str, where: str) -> Any:
