@@ -10,7 +10,7 @@ import pytest
 
 from xllm_jax.convert import bounds, conversion_record
 from xllm_jax.convert.verify import recording
-from xllm_jax.core import bounded, checkpoint, damage, sharded_job
+from xllm_jax.core import base_description, bounded, damage, sharded_job
 from xllm_jax.core.errors import UserError
 from xllm_jax.data import cached_features
 from xllm_jax.data.rows import json_text, verified
@@ -20,8 +20,8 @@ from xllm_jax.prepare import translators
 
 HOLE = 6 << 30  # bytes
 STATES = {
-    "about.json": lambda file: checkpoint.base_about(file.parent),
-    "conversion.json": lambda file: checkpoint.base_origin(file.parent),
+    "about.json": lambda file: base_description.base_about(file.parent),
+    "conversion.json": lambda file: base_description.base_origin(file.parent),
     "conversion.json of the record": lambda file: conversion_record.read(file.parent),
     "metadata": damage.read_object,
     "plan.json": sharded_job.known,

@@ -19,7 +19,7 @@ from small_stage import ROOT, curve
 
 from xllm_jax.assembly import networks, parameters
 from xllm_jax.assembly.system import System
-from xllm_jax.core import checkpoint, checksum, mesh, rules
+from xllm_jax.core import base_description, checkpoint, checksum, mesh, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Validation
 from xllm_jax.data import cached_features, mixture, pipeline
@@ -83,7 +83,7 @@ def test_a_run_continues_with_a_cache_as_if_without(speech, plain, tmp_path):
     held = [curve(run, "validation/loss/speech") for run in (plain, copy)]
     assert list(held[0]) == list(held[1]) == [6]
     np.testing.assert_allclose(held[1][6], held[0][6], rtol=2e-6)
-    bases = [checkpoint.base_about(run / "final")["base"] for run in (plain, copy)]
+    bases = [base_description.base_about(run / "final")["base"] for run in (plain, copy)]
     assert bases[0] == bases[1] and bases[0].keys() == speech[0].parts.keys()
     results = [load(run / "final") for run in (plain, copy)]
     assert results[0].keys() == results[1].keys()

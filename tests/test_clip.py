@@ -13,7 +13,7 @@ from transformers import CLIPTokenizer
 
 from xllm_jax.convert import export_tree, files, import_tree, run_export, run_import
 from xllm_jax.convert.sources import clip as tables
-from xllm_jax.core import checkpoint, rules
+from xllm_jax.core import base_description, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.models import clip, clip_text
 
@@ -92,7 +92,9 @@ def test_the_command_takes_a_folder_there_and_back(peer, tmp_path):
     assert set(back) == set(old) - {"logit_scale"} and list(done.dropped) == ["logit_scale"]
     assert all(back[name].tobytes() == old[name].tobytes() for name in back)
     assert {f.name for f in (tmp_path / "back").iterdir()} >= {"tokenizer.json"}
-    assert checkpoint.base_origin(tmp_path / "base").startswith("converted from clip: model.safe")
+    assert base_description.base_origin(tmp_path / "base").startswith(
+        "converted from clip: model.safe"
+    )
 
 
 def original(model):

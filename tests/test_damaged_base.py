@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from xllm_jax.assembly import parameters
-from xllm_jax.core import checkpoint
+from xllm_jax.core import base_description, checkpoint
 from xllm_jax.core.errors import UserError
 from xllm_jax.inference import load_run
 
@@ -37,8 +37,8 @@ def base(tmp_path_factory):
 
 def use(folder) -> dict:
     """Whatever reads a base."""
-    checkpoint.base_about(folder)
-    checkpoint.base_origin(folder)
+    base_description.base_about(folder)
+    base_description.base_origin(folder)
     for store in checkpoint.open_leaves(folder).values():
         assert store.shape
     return checkpoint.load_leaves(folder, "llm", LIKE)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import small_stage
 
-from xllm_jax.core import atomic, checkpoint
+from xllm_jax.core import atomic, base_description, checkpoint
 from xllm_jax.core.errors import UserError
 from xllm_jax.launch import cli
 from xllm_jax.training import loop, startup
@@ -176,7 +176,7 @@ def test_kills_amid_saves_lose_nothing(whole, tmp_path):
         codes = fit(1, tmp_path, f"{KILL_AT}kill_at({number}, {words!r})\n")
         assert codes in ([-9], [0]), (words, number, host_runs.said(tmp_path, 1))
     check_continues(tmp_path, whole)
-    assert checkpoint.base_about(tmp_path / "run" / "final")["stage"]["name"] == "small"
+    assert base_description.base_about(tmp_path / "run" / "final")["stage"]["name"] == "small"
 
 
 SAVE_TWICE = (
@@ -215,7 +215,7 @@ def test_a_save_that_is_killed_leaves_a_whole_one(what, tmp_path):
         code = SAVE_TWICE.format(folder=str(tmp_path), **named)
         ends.append(subprocess.run([sys.executable, "-c", code], cwd=host_runs.ROOT).returncode)
         if what == "base":
-            about = checkpoint.base_about(tmp_path / "base")["number"]
+            about = base_description.base_about(tmp_path / "base")["number"]
             stored = checkpoint.open_leaves(tmp_path / "base")["llm/a"].read().result()
             assert set(stored) == {float(about)}, number
         else:
@@ -305,7 +305,7 @@ def test_readers_find_the_old_folder_while_the_new_one_takes_its_name(tmp_path):
     save({"llm": {"a": np.zeros(2, np.float32)}}, {"number": 1})
     (tmp_path / "base").rename(tmp_path / f"base{atomic.REPLACED}")
     assert checkpoint.base_exists(tmp_path / "base")
-    assert checkpoint.base_about(tmp_path / "base")["number"] == 1
+    assert base_description.base_about(tmp_path / "base")["number"] == 1
     save({"llm": {"a": np.ones(2, np.float32)}}, {"number": 2})
-    assert checkpoint.base_about(tmp_path / "base")["number"] == 2
+    assert base_description.base_about(tmp_path / "base")["number"] == 2
     assert [folder.name for folder in tmp_path.iterdir()] == ["base"]

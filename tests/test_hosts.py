@@ -13,7 +13,7 @@ import pytest
 import small_stage
 import test_divergence
 
-from xllm_jax.core import checkpoint, errors, fingerprint, hosts, watchdog
+from xllm_jax.core import base_description, checkpoint, errors, fingerprint, hosts, watchdog
 from xllm_jax.launch import hosts as flags
 from xllm_jax.training import replay
 
@@ -90,7 +90,7 @@ def test_two_hosts_train_what_one_does(runs):
     for path, leaf in one.items():
         found, wanted = two[path].read().result(), leaf.read().result()
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6, err_msg=path)
-    abouts = [checkpoint.base_about(runs / name / "final")["base"] for name in ("one", "two")]
+    abouts = [base_description.base_about(runs / name / "final")["base"] for name in ("one", "two")]
     assert abouts[0] == abouts[1]
     assert sorted(f.name for f in (runs / "two").iterdir()) == [
         "checkpoints",

@@ -23,7 +23,7 @@ from small_stage import GLM, TOKENIZER
 
 from xllm_jax.assembly import networks
 from xllm_jax.audit import audit, page
-from xllm_jax.core import batch, checkpoint, rules
+from xllm_jax.core import base_description, batch, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data, Optimizer, Part, Route, Source, Stage
 from xllm_jax.data import mixture
@@ -277,7 +277,7 @@ def test_worker_processes_load_the_same(series):
 
 def test_encoder_and_interface_train(run):
     """Two steps moved both, and a row's loss reads the series."""
-    about = checkpoint.base_about(run / "final")
+    about = base_description.base_about(run / "final")
     assert {path.split("/")[0] for path in about["shapes"]} == {
         "sensor_encoder", "sensor_interface"}  # fmt: skip
     restored = load_run(run)

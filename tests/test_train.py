@@ -17,7 +17,7 @@ import small_stage
 
 from xllm_jax.assembly import networks, parameters
 from xllm_jax.assembly.system import System
-from xllm_jax.core import checkpoint, mesh, rules
+from xllm_jax.core import base_description, mesh, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.preflight import micro_batch
 from xllm_jax.training import loop
@@ -199,4 +199,4 @@ def test_accumulation_equals_a_larger_batch(tmp_path):
 def test_half_a_base_is_never_picked_up(whole, tmp_path):
     (tmp_path / "base.partial").mkdir()
     with pytest.raises(UserError, match="no base or finished run"):
-        checkpoint.base_about(tmp_path / "base")
+        base_description.base_about(tmp_path / "base")

@@ -15,7 +15,7 @@ from flax import linen as nn
 from xllm_jax.assembly import outputs
 from xllm_jax.assembly.networks import init_params
 from xllm_jax.assembly.system import System
-from xllm_jax.core import checkpoint, damage, rules
+from xllm_jax.core import base_description, checkpoint, damage, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.types import Flat, Params, Shapes
 
@@ -71,7 +71,7 @@ def check_fields(networks: Mapping[str, nn.Module], source: str, prefix: str) ->
     """
     place, inner = origin(source, prefix)
     part = prefix.partition("/")[0]
-    for name, value in checkpoint.base_fields(place, inner).items():
+    for name, value in base_description.base_fields(place, inner).items():
         have = getattr(networks[part], name, value)
         have = dict(have) if isinstance(have, Mapping) else have  # Linen freezes what it is given
         if have != value:
@@ -130,11 +130,11 @@ def load(
     place, inner = origin(source, prefix)
     renamed = {inner + path[len(prefix) :]: x for path, x in like.items()}
     unread = [inner + path[len(prefix) :] for path in others]
-    written = checkpoint.base_origin(place)
+    written = base_description.base_origin(place)
     if written:
         print(f"{prefix}: {place}, {written}", file=sys.stderr, flush=True)
     if source.endswith("*"):
-        held = checkpoint.base_about(place)["shapes"]
+        held = base_description.base_about(place)["shapes"]
         shared = {path: x for path, x in renamed.items() if path in held}
         logging.info("%s: %d of %d leaves from %s", prefix, len(shared), len(renamed), place)
         renamed = shared or renamed
@@ -162,7 +162,7 @@ def origins(init: Mapping[str, str], paths: Collection[str]) -> dict[str, tuple[
         if not source or not wanted:
             continue
         place, inner = origin(source, prefix)
-        held = checkpoint.base_about(place)["shapes"]
+        held = base_description.base_about(place)["shapes"]
         named = {path: inner + path[len(prefix) :] for path in wanted}
         taken = {path: (place, n) for path, n in named.items() if n in held or source[-1] != "*"}
         found |= taken
@@ -175,7 +175,7 @@ def locate(directory: str | Path, part: str) -> Path:
     final = directory / "final"
     if not checkpoint.base_exists(final):
         return directory
-    about = checkpoint.base_about(final)
+    about = base_description.base_about(final)
     if any(path.startswith(part + "/") for path in about["shapes"]):
         return final
     with damage.reading(final):

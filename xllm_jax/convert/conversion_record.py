@@ -12,7 +12,7 @@ from typing import Any
 
 from xllm_jax.convert import ConversionPlan, Report, bounds, files
 from xllm_jax.core import atomic
-from xllm_jax.core.checkpoint import CONVERSION
+from xllm_jax.core.base_description import CONVERSION
 from xllm_jax.core.errors import UserError
 
 FORMAT = 1

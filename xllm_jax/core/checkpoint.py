@@ -32,12 +32,12 @@ from xllm_jax.core import (
     new_folder,
     rules,
 )
+from xllm_jax.core.base_description import base_about
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.streamed_leaf import Blocks, BlocksHandler, full
 from xllm_jax.core.types import Params
 
 FORMAT = 1
-CONVERSION = "conversion.json"
 TRIES = 30  # to remove what a failed save has left, 0.1 s apart
 PARTIAL = ".orbax-checkpoint-tmp"  # in the names of folders that orbax has not finished
 
@@ -324,56 +324,6 @@ def _stores(folder: Path, paths: Iterable[str]) -> dict[str, Any]:
         path: tensorstore.open({"driver": "zarr", "kvstore": kvstore(path)}, open=True).result()
         for path in paths
     }
-
-
-def base_about(directory: str | Path) -> dict[str, Any]:
-    """Reads `about.json` of a base.
-
-    Raises:
-      UserError: the folder is missing, is not a base, or its file is damaged.
-    """
-    file = atomic.whole_folder(directory) / "about.json"
-    if not file.exists():
-        raise UserError(
-            "no base or finished run here",
-            field=str(directory),
-            hint="Run the stage that writes it, or xllm convert",
-        )
-    about = damage.read_object(file)
-    with damage.reading(file):
-        about["shapes"] = dict(about["shapes"])
-        for path, (shape, dtype) in about["shapes"].items():
-            if not all(type(size) is int and size >= 0 for size in shape):
-                raise ValueError(f"{path} has the shape {shape} of {dtype}")
-    return about
-
-
-def base_origin(directory: str | Path) -> str:
-    """One line on where a converted base comes from, by its conversion.json; '' without one."""
-    file = atomic.whole_folder(directory) / CONVERSION
-    if not file.exists():
-        return ""
-    done = damage.read_object(file)
-    with damage.reading(file):
-        names = [f"{row['name']} (sha256 {row['sha256'][:12]})" for row in done["files"][:1]]
-        more = f" and {len(done['files']) - 1} more" if len(done["files"]) > 1 else ""
-        lost = f"{len(done['dropped'])} tensors dropped, {len(done['fresh'])} leaves fresh"
-        said = f"{', '.join(names)}{more}; {lost}; version {done['version']}"
-        return f"converted from {done['source']}: {said}"
-
-
-def base_fields(directory: str | Path, path: str) -> dict[str, Any]:
-    """Fields of a network that a converted base was made for, where no shape shows them.
-
-    Args:
-      directory: of the base; one that was not converted says nothing.
-      path: of a subtree in it, such as 'llm' or 'bert/layers'.
-    """
-    file = atomic.whole_folder(directory) / CONVERSION
-    if not file.exists():
-        return {}
-    with damage.reading(file):
-        return damage.read_object(file).get("fields", {}).get(path.partition("/")[0], {})
 
 
 def load_leaves(

@@ -15,7 +15,7 @@ from typing import Any
 
 from xllm_jax.assembly import parameters
 from xllm_jax.assembly.system import System
-from xllm_jax.core import checkpoint, checksum, rules
+from xllm_jax.core import base_description, checkpoint, checksum, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Stage
 from xllm_jax.core.types import Params
@@ -218,7 +218,9 @@ def unread_parameters(system: System, known: Collection[str]) -> set[str]:
     missing = {path for path in shapes.keys() - known if path.split("/")[0] in parts}
     try:
         origins = parameters.origins(system.stage.init, missing)
-        held = {place: checkpoint.base_about(place)["shapes"] for place, _ in origins.values()}
+        held = {
+            place: base_description.base_about(place)["shapes"] for place, _ in origins.values()
+        }
     except UserError:
         return set()
 

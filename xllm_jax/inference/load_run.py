@@ -9,7 +9,7 @@ from typing import Any
 
 from xllm_jax.assembly import parameters
 from xllm_jax.assembly.system import System
-from xllm_jax.core import checkpoint, checksum, damage, mesh, rules
+from xllm_jax.core import base_description, checkpoint, checksum, damage, mesh, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Stage, parse_stage
 from xllm_jax.models.xllm import XLLM
@@ -38,7 +38,7 @@ def load_run(directory: str | Path, replaced: Mapping[str, str] | None = None) -
     """
     replaced = replaced or {}
     stage = without_text_encoders(stage_of(directory))
-    about = checkpoint.base_about(final(directory))
+    about = base_description.base_about(final(directory))
     trained = {path.split("/")[0] for path in about["shapes"]}
     init = {name: place(source, directory) for name, source in stage.init.items() if source}
     for part in sorted(trained - {name for name, source in replaced.items() if not source}):
@@ -113,7 +113,7 @@ def final(directory: str | Path) -> Path:
 
 def stage_of(directory: str | Path) -> Stage:
     """The stage of a finished run, its data's paths resolved; it reads media, not cached ones."""
-    about = checkpoint.base_about(final(directory))
+    about = base_description.base_about(final(directory))
     with damage.reading(final(directory)):
         stage = parse_stage(about["stage"])
     data = stage.data

@@ -14,7 +14,7 @@ import jax
 from jax.sharding import Mesh
 
 from xllm_jax.assembly.system import System
-from xllm_jax.core import checkpoint, disk, hosts, kept_checkpoints, mesh, rules, watchdog
+from xllm_jax.core import checkpoint, disk, hosts, kept_checkpoints, mesh, watchdog
 from xllm_jax.core.errors import Diverged, UserError
 from xllm_jax.core.log import Log
 from xllm_jax.core.optim import Schedule
@@ -25,7 +25,7 @@ from xllm_jax.data import manifest
 from xllm_jax.data.batching import padding
 from xllm_jax.data.pipeline import Batches, Pipeline
 from xllm_jax.feature_cache import check
-from xllm_jax.training import divergence, startup, telemetry, validation
+from xllm_jax.training import divergence, result, startup, telemetry, validation
 from xllm_jax.training.prefetch import Prefetched
 from xllm_jax.training.step import Loss, TrainState
 from xllm_jax.training.trainer import Trainer
@@ -96,7 +96,7 @@ def train(
             state = loop.run(state, batches, device_mesh, min(total, stop_after or total))
     if int(state.step) == total:
         watch.moved("writes the result")
-        write_result(system, state, base, cached, workdir / "final")
+        result.write(system, state, base, cached, workdir / "final")
     elif watch.stopping:
         raise watchdog.Preempted(int(state.step))
 
@@ -381,26 +381,3 @@ class Loop:
             )
         if name:
             self.scores.append(telemetry.score(metrics, name))
-
-
-def write_result(
-    system: System,
-    state: TrainState,
-    base: Mapping[str, str],
-    cached: Mapping[str, str],
-    directory: Path,
-) -> None:
-    """Writes every part that trained, whole, as a base that later stages can name.
-
-    Args:
-      system: that was trained.
-      state: at its end.
-      base: {part: identity of its frozen parameters}.
-      cached: {parameter: checksum} of what the run did not load.
-      directory: that is written.
-    """
-    params = rules.join(state.trainable, state.frozen)
-    trained = {part: params[part] for part in state.trainable}
-    trained = check.completed(system, trained, cached)
-    about = {"stage": dataclasses.asdict(system.stage), "base": dict(base)}
-    checkpoint.save_base(directory, trained, about)

@@ -11,99 +11,35 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from xllm_jax.assembly.system import System
 from xllm_jax.core import hosts, mesh, rules
-from xllm_jax.core.batch import TranscriptionBatch
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data, Stage
 from xllm_jax.core.types import Metrics, Params
 from xllm_jax.core.watchdog import Watch
 from xllm_jax.core.weighted_mean import WeightedMean
 from xllm_jax.data import manifest
-from xllm_jax.data.example import Example
 from xllm_jax.data.pipeline import Pipeline
 from xllm_jax.data.record import Skipped
-from xllm_jax.data.text.characters import CharacterVocabulary
-from xllm_jax.evaluation import error_rate, scorers
 from xllm_jax.feature_cache import check
-from xllm_jax.inference import transcriber
-from xllm_jax.models.xllm import XLLM
 from xllm_jax.training import telemetry
 from xllm_jax.training.step import Loss, TrainState
 from xllm_jax.training.trainer import objective, stage_loss
+from xllm_jax.training.validation_metrics import Metric, Planned, find_metrics
 
 PREFIX = "validation/"
 QUARANTINE = "validation_quarantine"
 THREADS = 4  # that read; a measurement comes seldom
 TERM = "term of the loss: "  # before the names of sums that are no metrics themselves
 SHOWN = ("loss", "accuracy", "cer")  # on the terminal
-
-Planned = Sequence[tuple[int, Example]]  # (row, example) of a global batch
-
-
-class Metric(Protocol):
-    """A metric of a task: what networks make of a batch, and what that is worth."""
-
-    def outputs(self, params: Params, batch: Any) -> Any:
-        """Small arrays of a global batch; part of the compiled step."""
-        ...
-
-    def measured(self, outputs: Any, planned: Planned) -> WeightedMean:
-        """What the examples of the batch add, on the host."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class CharacterErrors:
-    """Character error rate of the ASR model's greedy decoding, as launch/evaluate.py counts it."""
-
-    model: XLLM
-    characters: CharacterVocabulary
-    form: str = "normalized"
-
-    @classmethod
-    def of(cls, system: System, form: str = "normalized") -> CharacterErrors:
-        """For the system of a stage.
-
-        Args:
-          system: of the stage.
-          form: in which form transcripts are compared, a name of `error_rate.FORMS`.
-
-        Raises:
-          UserError: it is not stage 1, speech.
-        """
-        transcriber.require(system.stage.parts, "validation.metrics")
-        return cls(system.model, CharacterVocabulary.load(system.stage.data.characters), form)
-
-    def outputs(self, params: Params, batch: TranscriptionBatch) -> tuple[Any, Any]:
-        """(tokens `[B, steps]`, target lengths `[B]`, 0 where a file could not be read)."""
-        tokens = transcriber.decode(self.model, params, batch.features, batch.lengths)
-        return tokens, batch.token_lengths
-
-    def measured(self, outputs: tuple[Any, Any], planned: Planned) -> WeightedMean:
-        """Errors, and characters of the references."""
-        errors = length = 0
-        for row, example in planned:
-            if outputs[1][row]:
-                heard = self.characters.decode(outputs[0][row])
-                pair = scorers.reference(example), heard
-                wrong, said = error_rate.character_errors(*pair, self.form)
-                errors, length = errors + wrong, length + said
-        return WeightedMean(errors, length)
-
-
-METRICS: dict[str, Callable[[System], Metric]] = {
-    "cer": CharacterErrors.of,
-    "cer_untagged": functools.partial(CharacterErrors.of, form="untagged"),
-}
 
 
 def step(
@@ -369,22 +305,6 @@ def open_pipeline(stage: Stage, device_mesh: Mesh, workdir: Path) -> Pipeline:
 def follows(stage: Stage) -> bool:
     """Whether the best checkpoint is chosen by held-out data."""
     return stage.best.metric.startswith(PREFIX)
-
-
-def find_metrics(names: Sequence[str]) -> dict[str, Callable[[System], Metric]]:
-    """Metrics of the task by name.
-
-    Raises:
-      UserError: there is no such metric.
-    """
-    unknown = [name for name in names if name not in METRICS]
-    if unknown:
-        raise UserError(
-            f"unknown metric {unknown[0]!r}",
-            field="validation.metrics",
-            hint=f"Choices: {', '.join(METRICS)}",
-        )
-    return {name: METRICS[name] for name in names}
 
 
 def check_settings(stage: Stage) -> ModuleType:
