@@ -14,7 +14,7 @@ from xllm_jax.assembly import parameters
 from xllm_jax.assembly.system import System
 from xllm_jax.core import mesh, rules
 from xllm_jax.core.errors import UserError
-from xllm_jax.core.stage import Output, Signals
+from xllm_jax.core.stage import Output, Part, Signals
 from xllm_jax.data.batching import batch_format
 from xllm_jax.data.example import Example
 from xllm_jax.data.record import Mode, Record
@@ -217,6 +217,18 @@ def test_rows_may_begin_at_the_mean_of_the_old_ones(folder):
         np.testing.assert_allclose(
             found["signal_tokens"][name], np.tile(mean, (COUNT, 1)), atol=1e-6
         )
+
+
+def test_the_mean_of_a_head_of_its_own(folder):
+    stage = small_outputs.stage(folder)
+    stage.parts["signal_tokens"].fields["initial"] = "mean"
+    fields = {"vocab": 576, "width": 32, "depth": 1, "heads": 2, "hidden": 48, "tied": False}
+    stage.parts["llm"] = Part("causal.Causal", "tiny", fields)
+    found = parameters.parameters(System.build(stage, mesh.make({})))
+    head = np.delete(np.asarray(found["llm"]["head"], np.float64), range(FIRST, FIRST + COUNT), 0)
+    rows = found["signal_tokens"]
+    np.testing.assert_allclose(rows["image_head"], np.tile(head.mean(0), (COUNT, 1)), atol=1e-6)
+    assert np.abs(rows["image_head"] - rows["image_embedding"]).max() > 1e-4
 
 
 def test_an_inner_layer_of_the_llm_can_be_read(folder, made, params):

@@ -183,6 +183,16 @@ def test_text_alone_is_learnt_from_its_second_token_where_nothing_stands_before(
     assert row.targets.tolist() == [7, 8, other.ends[0]]
 
 
+@pytest.mark.parametrize("kind", SPECIALS)
+def test_ids_that_no_text_gives_are_spare(kind, tmp_path):
+    """Published tables are often longer than their tokenizer: signal tokens may stand there."""
+    folder = write_fast(tmp_path / "fast", kind)
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    assert not causal.Family(str(folder)).spare
+    (folder / "config.json").write_text(json.dumps({"vocab_size": len(theirs) + 7}))
+    assert causal.Family(str(folder)).spare == range(len(theirs), len(theirs) + 7)
+
+
 def test_ends_are_those_of_the_configuration_too(tmp_path):
     folder = write_fast(tmp_path / "fast", "glm4")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 3, 390]}))

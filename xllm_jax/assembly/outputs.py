@@ -103,8 +103,10 @@ def start_signals(model: XLLM, params: Params, drawn: Collection[str]) -> Params
         return params
     spare = jnp.array([first + n for _, first, count in network.registry for n in range(count)])
     made = dict(params[SIGNALS])
-    for name in fresh:  # the LLM's head is its word embedding
-        filled = _filled(made[name], params[LLM]["embedding"], spare)
+    for name in fresh:
+        # Without a head of its own, the LLM's word embedding is its head.
+        table = params[LLM].get(name.rpartition("_")[2], params[LLM]["embedding"])
+        filled = _filled(made[name], table, spare)
         made[name] = jax.device_put(filled, made[name].sharding)
     return {**params, SIGNALS: made}
 

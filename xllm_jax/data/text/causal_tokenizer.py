@@ -27,6 +27,7 @@ class FastTokenizer:
     Attributes:
       start: ids that it puts in front of a text, such as <s>.
       specials: ids that stand for no text.
+      pieces: the ids from here on have no meaning.
 
     Raises:
       UserError: the file cannot be read.
@@ -44,6 +45,7 @@ class FastTokenizer:
         self.start = tuple(self._model.encode("").ids)
         added = self._model.get_added_tokens_decoder()
         self.specials = frozenset(index for index, token in added.items() if token.special)
+        self.pieces = 1 + max(self._model.get_vocab(with_added_tokens=True).values(), default=-1)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text."""
@@ -73,7 +75,7 @@ class SentencePieceTokenizer:
     Attributes:
       legacy: a text is cut at added tokens, loses spaces and line breaks beside them, and each part
         begins like a text of its own, as in transformers before 4.31; else only the first does.
-      start, specials: as of `FastTokenizer`.
+      start, specials, pieces: as of `FastTokenizer`.
 
     Raises:
       UserError: the file cannot be read.
@@ -98,6 +100,7 @@ class SentencePieceTokenizer:
         names = sorted(self._cut, key=len, reverse=True)
         self._split = re.compile("|".join(map(re.escape, names)))
         self._names = {index: piece for piece, index in self._added.items()}
+        self.pieces = 1 + max([size - 1, *self._names])
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text."""

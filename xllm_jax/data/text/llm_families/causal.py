@@ -44,6 +44,8 @@ class Family(LLMFamily):
         pads = (self.tokenizer.find(piece) for piece in PADS)
         self.pad = next((index for index in pads if index is not None), self.ends[0])
         self.specials = self.tokenizer.specials | {*self.start, *self.ends, self.pad}
+        rows = causal_tokenizer.read_json(Path(folder) / CONFIGS[-1]).get("vocab_size", 0)
+        self.spare = range(self.tokenizer.pieces, max(rows, self.tokenizer.pieces))
 
     @property
     def ending(self) -> tuple[int, ...]:
