@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from absl import flags
 
-from xllm_jax.core.errors import UserError
+from xllm_jax.core.errors import CannotWrite, UserError
 from xllm_jax.core.text_lines import split_lines
 from xllm_jax.data.example import Example
 from xllm_jax.data.media import modalities
@@ -98,6 +98,8 @@ def converse(
             break
         try:
             chat = turn(chat, line, answer, say, rounds) if line else chat
+        except CannotWrite:
+            raise
         except UserError as error:
             say(str(error))
     return chat

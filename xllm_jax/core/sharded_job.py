@@ -166,7 +166,6 @@ class Shards:
         from array_record.python.array_record_module import ArrayRecordWriter
 
         file, count, rejects = self.file(shard), 0, []
-        self.note(shard).parent.mkdir(parents=True, exist_ok=True)
         with atomic.whole(file) as partial:
             writer = ArrayRecordWriter(str(partial), options)
             try:

@@ -42,6 +42,7 @@ def run(plan: PreparationPlan, arguments: Sequence[str] = (), workers: int = 0) 
 
     Raises:
       UserError: Beam is not installed, or what `manifest.finish` raises.
+      CannotWrite: the disk does not let a shard be written.
     """
     for number in plan.shards.drop_damaged():
         Bar.write(f"{plan.shards.file(number)}: has another checksum, and is written again")
@@ -52,7 +53,10 @@ def run(plan: PreparationPlan, arguments: Sequence[str] = (), workers: int = 0) 
             import apache_beam as beam
 
             numbers = pipeline | "shards" >> beam.Create(todo) | beam.Reshuffle()
-            _ = numbers | "write" >> beam.Map(WriteShards(plan))
+            _ = numbers | "write" >> beam.Map(runner.Guarded(WriteShards(plan)))
+    again = WriteShards(plan)
+    for number in plan.shards.todo(todo):  # what kept a worker from it is told here, in a line
+        again(number)
     return manifest.finish(plan)
 
 

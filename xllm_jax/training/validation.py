@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from xllm_jax.assembly.system import System
 from xllm_jax.core import hosts, mesh, rules
-from xllm_jax.core.errors import UserError
+from xllm_jax.core.errors import CannotWrite, UserError
 from xllm_jax.core.stage import Data, Stage
 from xllm_jax.core.types import Metrics, Params
 from xllm_jax.core.watchdog import Watch
@@ -293,6 +293,8 @@ def open_pipeline(stage: Stage, device_mesh: Mesh, workdir: Path) -> Pipeline:
             quarantine=workdir / name,
             sample=stage.validation.examples,
         )
+    except CannotWrite:
+        raise
     except UserError as error:
         if not error.field.startswith("data."):
             hint = f"{error.hint}; or measure nothing held out, --config.validation.every=0"

@@ -7,7 +7,6 @@ real checkpoints, read by the same tables.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 
 from xllm_jax.convert import ConversionPlan, export_tree, files, import_tree, run_import
 from xllm_jax.convert.sources import bert, blip2, chatglm, eva_vit
-from xllm_jax.core import checkpoint, rules
+from xllm_jax.core import atomic, checkpoint, disk, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.text.chatglm_tokenizer import ChatGLMTokenizer
 from xllm_jax.models.bert import BertEncoder
@@ -36,9 +35,9 @@ LARGEST = 1024
 
 def export_llm(model: ChatGLM, params: Mapping[str, Any], tokenizer: Path, folder: Path) -> None:
     """Writes a ChatGLM folder: configuration, float16 weights, tokenizer."""
-    folder.mkdir(parents=True, exist_ok=True)
+    disk.make_folder(folder)
     config = chatglm.config_of(model, ChatGLMTokenizer(tokenizer).specials)
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    atomic.write_json(folder / "config.json", config)
     tensors = export_tree(chatglm.rows(model.depth, model.heads), params)
     _save(tensors | {chatglm.HEAD: tensors[chatglm.WORDS]}, folder / WEIGHTS)
     for name in TOKENIZER:
@@ -48,7 +47,7 @@ def export_llm(model: ChatGLM, params: Mapping[str, Any], tokenizer: Path, folde
 
 def export_vision(model: VisionTransformer, params: Mapping[str, Any], folder: Path) -> None:
     """Writes an EVA ViT file in float16."""
-    folder.mkdir(parents=True, exist_ok=True)
+    disk.make_folder(folder)
     _save(export_tree(eva_vit.rows(model.depth, model.heads), params), folder / WEIGHTS)
 
 
@@ -56,7 +55,7 @@ def export_bert(
     model: ContrastModel, params: Mapping[str, Any], vocabulary: Path, folder: Path
 ) -> None:
     """Writes a BERT folder from the text branch of a Q-Former: float16 weights and vocab.txt."""
-    folder.mkdir(parents=True, exist_ok=True)
+    disk.make_folder(folder)
     flat = rules.flatten(params)
     tensors = export_tree(blip2.from_bert_rows(model), params)
     tensors |= {name: np.asarray(flat[path]) for path, name in blip2.FROM_BERT_WORDS}
@@ -115,9 +114,12 @@ def _write(parts: dict[str, Any], source: Path, output: Path) -> None:
 
 
 def _save(tensors: Mapping[str, np.ndarray], path: Path) -> None:
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    save_file({name: np.asarray(x, np.float16) for name, x in tensors.items()}, str(path))
+    halved = {name: np.asarray(x, np.float16) for name, x in tensors.items()}
+    with atomic.whole(path) as partial, disk.writing(path, also=(SafetensorError,)):
+        save_file(halved, str(partial))
 
 
 def recognize(checkpoint: files.Checkpoint) -> bool:

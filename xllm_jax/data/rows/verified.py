@@ -6,6 +6,7 @@ of the set, until a shard's size, time or place on the disk is another one.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import json
@@ -45,11 +46,8 @@ def check(folder: Path, split: str) -> None:
         for problem in pool.map(lambda shard: differs(folder, shard), shards):
             if problem:
                 raise UserError(problem[1], field=problem[0], hint=MEND)
-    try:
-        note.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError, UserError):  # else the set is read again the next time
         atomic.write_json(note, found)
-    except OSError:  # where nothing can be remembered, the set is read again the next time
-        pass
 
 
 def differs(folder: Path, shard: Mapping[str, Any]) -> tuple[str, str] | None:

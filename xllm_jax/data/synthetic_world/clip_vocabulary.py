@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from xllm_jax.core import atomic
 from xllm_jax.data.synthetic_world.requests import RELATIONS, sample_request
 from xllm_jax.data.synthetic_world.scene import COLORS, PLACES, SHAPES
 
@@ -40,11 +41,11 @@ def write(folder: Path) -> Path:
     pieces = [*alphabet, *(letter + LAST for letter in alphabet)]
     pieces += dict.fromkeys("".join(pair) for pair in merges)
     vocabulary = {piece: number for number, piece in enumerate([*pieces, START, END])}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False) + "\n", "utf-8")
+    text = json.dumps(vocabulary, ensure_ascii=False)
+    atomic.write_text(folder / "vocab.json", f"{text}\n")
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", "utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps(CONFIG, indent=1) + "\n")
+    atomic.write_text(folder / "merges.txt", "\n".join(lines) + "\n")
+    atomic.write_json(folder / "tokenizer_config.json", CONFIG)
     return folder
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import sentencepiece
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
-from xllm_jax.core import bounded
+from xllm_jax.core import atomic, bounded, disk
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.text.glm_layout import Specials
 
@@ -196,7 +195,7 @@ def train_tokenizer(
       The folder.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    disk.make_folder(folder)
     fixed = 4 + 1 + len(CONTROLS) + 1 + (LONGEST_BLANK - 1) + 256
     characters = len(set("".join(texts))) + 1
     written = io.BytesIO()
@@ -219,9 +218,10 @@ def train_tokenizer(
         num_threads=1,
         minloglevel=2,
     )
-    (folder / MODEL_FILE).write_bytes(_reordered(written.getvalue()))
+    with atomic.whole(folder / MODEL_FILE) as partial:
+        partial.write_bytes(_reordered(written.getvalue()))
     options = DEFAULTS | {"end_token": "</s>", "num_image_tokens": 0}
-    (folder / "tokenizer_config.json").write_text(json.dumps(options, indent=1) + "\n")
+    atomic.write_json(folder / "tokenizer_config.json", options)
     return folder
 
 
