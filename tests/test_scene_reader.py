@@ -12,7 +12,8 @@ import scipy.ndimage
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.media import image
-from xllm_jax.data.synthetic_world import render
+from xllm_jax.data.synthetic_world import render, requests
+from xllm_jax.data.synthetic_world.requests import Wanted
 from xllm_jax.data.synthetic_world.scene import (
     BACKGROUNDS,
     COLORS,
@@ -118,14 +119,6 @@ def test_what_is_no_picture_is_refused():
         scene_reader.compare((), (), "里面")
 
 
-@dataclasses.dataclass(frozen=True)
-class Asked:
-    shape: str
-    color: str
-    size: str = ""
-    place: str = ""
-
-
 CIRCLE, SQUARE = Object("圆形", "红色", "大", "左边"), Object("方形", "蓝色", "小", "右边")
 SHOWN = drawn(Scene((CIRCLE, SQUARE), "clouds", 5))
 
@@ -133,23 +126,34 @@ SHOWN = drawn(Scene((CIRCLE, SQUARE), "clouds", 5))
 @pytest.mark.parametrize(
     "wanted, relation, wrong",
     [
-        ([Asked("圆形", "红色"), Asked("方形", "蓝色")], "左边", ()),
-        ([Asked("方形", "蓝色"), Asked("圆形", "红色")], "右边", ()),
-        ([Asked("圆形", "红色"), Asked("方形", "蓝色")], "上面", ("relation",)),
-        ([Asked("圆形", "红色", "大"), Asked("方形", "蓝色")], "", ()),
-        ([Asked("圆形", "红色", "小"), Asked("方形", "蓝色")], "", ("sizes",)),
-        ([Asked("圆形", "红色", "", "右边"), Asked("方形", "蓝色")], "", ("places",)),
-        ([Asked("圆形", "蓝色"), Asked("方形", "红色")], "", ("looks",)),
-        ([Asked("圆形", "红色"), Asked("方形", "绿色")], "", ("colors", "looks")),
-        ([Asked("圆形", "红色"), Asked("星形", "蓝色")], "", ("shapes", "looks")),
-        ([Asked("圆形", "红色")], "", ("count", "shapes", "colors", "looks")),
-        ([Asked("圆形", "红色")] * 2, "", ("shapes", "colors", "looks")),
+        ([Wanted("圆形", "红色"), Wanted("方形", "蓝色")], "左边", ()),
+        ([Wanted("方形", "蓝色"), Wanted("圆形", "红色")], "右边", ()),
+        ([Wanted("圆形", "红色"), Wanted("方形", "蓝色")], "上面", ("relation",)),
+        ([Wanted("圆形", "红色", "大"), Wanted("方形", "蓝色")], "", ()),
+        ([Wanted("圆形", "红色", "小"), Wanted("方形", "蓝色")], "", ("sizes",)),
+        ([Wanted("圆形", "红色", "", "右边"), Wanted("方形", "蓝色")], "", ("places",)),
+        ([Wanted("圆形", "蓝色"), Wanted("方形", "红色")], "", ("looks",)),
+        ([Wanted("圆形", "红色"), Wanted("方形", "绿色")], "", ("colors", "looks")),
+        ([Wanted("圆形", "红色"), Wanted("星形", "蓝色")], "", ("shapes", "looks")),
+        ([Wanted("圆形", "红色")], "", ("count", "shapes", "colors", "looks")),
+        ([Wanted("圆形", "红色")] * 2, "", ("shapes", "colors", "looks")),
     ],
 )
 def test_the_verdict_names_what_does_not_hold(wanted, relation, wrong):
-    verdict = scene_reader.judge(wanted, SHOWN, relation)
+    verdict = scene_reader.compare(wanted, scene_reader.read(SHOWN), relation)
     found = dataclasses.asdict(verdict)
     assert {name for name, holds in found.items() if holds is False} == set(wrong)
     assert verdict.all == (not wrong)
     assert (found["relation"] is None) == (not relation)
     assert (found["sizes"] is None) == (not any(one.size for one in wanted))
+
+
+def test_requests_hold_in_their_own_scenes_and_not_in_others():
+    rng = np.random.default_rng(4)
+    asked = [requests.sample_request(rng, "all", bool(i % 2)) for i in range(400)]
+    pictures = [drawn(request.scene) for request in asked]
+    own = [scene_reader.judge(*pair) for pair in zip(asked, pictures)]
+    assert np.mean([verdict.all for verdict in own]) >= 0.99
+    assert sum(verdict.relation is not None for verdict in own) > 50
+    others = [scene_reader.judge(*pair) for pair in zip(asked[1:] + asked[:1], pictures)]
+    assert np.mean([verdict.looks for verdict in others]) <= 0.03

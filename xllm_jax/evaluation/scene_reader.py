@@ -11,7 +11,6 @@ import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol
 
 import numpy as np
 import scipy.ndimage
@@ -19,6 +18,7 @@ from PIL import Image, ImageDraw
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.synthetic_world import render
+from xllm_jax.data.synthetic_world.requests import RELATIONS, Request, Wanted
 from xllm_jax.data.synthetic_world.scene import COLORS, PLACES, SHAPES, Object
 
 SIDE = 96  # pixels that pictures are read at
@@ -31,7 +31,6 @@ RADII = tuple(0.06 * 1.05**n for n in range(22))  # shares of the side, to 0.167
 TURNS = (-0.14, -0.07, 0.0, 0.07, 0.14)
 MISFIT = 0.30  # share of an outline's area that may differ; more is no object of the world
 APART = 1 / 12  # share of the side that one object stands beside another at least
-RELATIONS = {"左边": (-1, 0), "右边": (1, 0), "上面": (0, -1), "下面": (0, 1)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,19 +48,6 @@ class Seen:
     y: float
     radius: float
     misfit: float
-
-
-class Wanted(Protocol):
-    """An object as it was asked for; an empty word was not said."""
-
-    @property
-    def shape(self) -> str: ...
-    @property
-    def color(self) -> str: ...
-    @property
-    def size(self) -> str: ...
-    @property
-    def place(self) -> str: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,22 +76,22 @@ class Verdict:
         return all(value is not False for value in dataclasses.asdict(self).values())
 
 
-def judge(wanted: Sequence[Wanted], picture: np.ndarray, relation: str = "") -> Verdict:
-    """Compares a picture with what was asked for.
+def judge(request: Request, picture: np.ndarray) -> Verdict:
+    """Compares a picture, `[height, width, 3]` uint8, with what was asked for."""
+    return compare(request.objects, read(picture), request.relation)
+
+
+def compare(wanted: Sequence[Wanted], seen: Sequence[Seen], relation: str = "") -> Verdict:
+    """Compares objects that were read with what was asked for.
 
     Args:
-      wanted: all objects that it shall show, and no others.
-      picture: `[height, width, 3]` uint8.
+      wanted: all objects that the picture shall show, and no others.
+      seen: what it shows.
       relation: where the first of them stands, seen from the second: a key of RELATIONS, or ''.
 
     Raises:
       UserError: an unknown relation.
     """
-    return compare(wanted, read(picture), relation)
-
-
-def compare(wanted: Sequence[Wanted], seen: Sequence[Seen], relation: str = "") -> Verdict:
-    """As `judge`, of objects that were read already."""
     if relation and relation not in RELATIONS:
         hint = f"Known: {', '.join(RELATIONS)}"
         raise UserError(f"unknown relation {relation!r}", field="relation", hint=hint)

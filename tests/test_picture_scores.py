@@ -1,0 +1,51 @@
+"""Scores of pictures against their controls."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from xllm_jax.core.errors import UserError
+from xllm_jax.evaluation import picture_scores as scores
+
+
+def pairs(count: int = 40) -> tuple[np.ndarray, np.ndarray]:
+    """Features of captions, and of pictures that follow them with noise."""
+    rng = np.random.default_rng(0)
+    texts = rng.normal(size=(count, 24))
+    return texts + 0.4 * rng.normal(size=texts.shape), texts
+
+
+def test_pairs_beat_shuffled_pairs():
+    images, texts = pairs()
+    found = scores.controlled(scores.clip_score, images, texts)
+    assert found["value"] > 80 > 20 > found["control"]
+    found = scores.controlled(scores.recall_at_1, images, texts)
+    assert found["value"] > 0.95 and found["control"] < 0.05
+
+
+def test_recall_is_not_taken_in_by_what_all_captions_share():
+    images, texts = pairs()
+    padding = np.full((40, 60), 9.0)
+    long = [np.concatenate([x, padding], axis=1).reshape(40, 6, 14) for x in (images, texts)]
+    assert scores.recall_at_1(*long).mean() > 0.95
+    same = np.repeat(long[1].mean(0, keepdims=True), 40, axis=0)
+    assert scores.recall_at_1(same, long[1]).mean() == 0  # one answer to everything
+
+
+def test_pictures_are_nearer_to_pictures_than_noise_is():
+    rng = np.random.default_rng(1)
+    real, drawn = rng.normal(size=(2, 2000, 16)) * np.linspace(0.2, 2, 16)
+    noise = rng.uniform(-3, 3, (2000, 16))
+    assert scores.fid(real, drawn) < 0.5 < 10 < scores.fid(real, noise)
+
+
+def test_what_has_no_score_is_refused():
+    with pytest.raises(UserError, match="1 pictures have no covariance"):
+        scores.statistics(np.zeros((1, 4)))
+    with pytest.raises(UserError, match="have 4 and 5 numbers"):
+        scores.fid(np.eye(4), np.eye(5))
+    with pytest.raises(UserError, match="are not all finite"):
+        scores.clip_score(np.full((2, 3), np.nan), np.ones((2, 3)))
+    with pytest.raises(UserError, match="3 parts of 2 pictures"):
+        scores.inception_score(np.zeros((2, 5)), splits=3)

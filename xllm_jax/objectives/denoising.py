@@ -1,0 +1,91 @@
+"""Denoising through a frozen diffusion network: what a condition is worth for drawing a picture.
+
+The network is asked for what its scheduler predicts, noise or v (arXiv 2202.00512), at a random
+time; Min-SNR (arXiv 2303.09556) takes weight from times at which little noise is left. Gradients
+reach the conditions through the network, whose parameters are the caller's to keep still.
+
+Letters: B rows; `...` the axes of latents.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xllm_jax.models.outputs.sampling import Network
+from xllm_jax.models.outputs.schedulers import VELOCITY, Scheduler
+
+Array = jax.Array
+
+
+def loss(
+    network: Network,
+    scheduler: Scheduler,
+    latents: Array,
+    noise: Array,
+    times: Array,
+    conditions: Array,
+    gamma: float = 0.0,
+) -> tuple[Array, Array]:
+    """Mean squared error of the network's output.
+
+    Args:
+      network: (noisy latents, times, conditions) to its output.
+      scheduler: that it was trained with.
+      latents: `[B, ...]` of pictures, times the autoencoder's scaling.
+      noise: like them, of variance 1.
+      times: `[B]` int32, steps of the schedule.
+      conditions: `[B, tokens, width]`.
+      gamma: of Min-SNR; 0 weighs all times the same.
+
+    Returns:
+      (scalar float32, `[B]` errors without weights).
+    """
+    output = network(noisy(scheduler, latents, noise, times), times, conditions)
+    wanted = target(scheduler, latents, noise, times)
+    errors = jnp.square(output.astype(jnp.float32) - wanted).mean(range(1, wanted.ndim))
+    weights = jnp.asarray(min_snr_weights(scheduler, gamma), jnp.float32)[times] if gamma else 1.0
+    return (errors * weights).mean(), errors
+
+
+def noisy(scheduler: Scheduler, latents: Array, noise: Array, times: Array) -> Array:
+    """Latents at times of a schedule, `[B, ...]` float32; arguments as of `loss`."""
+    signal, spread = _shares(scheduler, latents, times)
+    return signal * latents + spread * noise
+
+
+def target(scheduler: Scheduler, latents: Array, noise: Array, times: Array) -> Array:
+    """What the network is asked for, `[B, ...]` float32: noise or v; arguments as of `loss`."""
+    if scheduler.prediction == VELOCITY:
+        return velocity(scheduler, latents, noise, times)
+    return noise.astype(jnp.float32)
+
+
+def velocity(scheduler: Scheduler, latents: Array, noise: Array, times: Array) -> Array:
+    """v: the direction in which latents turn into noise, `[B, ...]`; arguments as of `loss`."""
+    signal, spread = _shares(scheduler, latents, times)
+    return signal * noise - spread * latents
+
+
+def signal_to_noise(scheduler: Scheduler) -> np.ndarray:
+    """The picture's variance over that of noise, at every time: `[train_steps]` float64."""
+    alphas = scheduler.alphas()
+    return alphas / (1 - alphas)
+
+
+def min_snr_weights(scheduler: Scheduler, gamma: float) -> np.ndarray:
+    """Min-SNR weights at every time: `[train_steps]` float64, for what the scheduler predicts."""
+    ratio = signal_to_noise(scheduler)
+    more = 1 if scheduler.prediction == VELOCITY else 0
+    return np.minimum(ratio, gamma) / (ratio + more)
+
+
+def _shares(scheduler: Scheduler, latents: Array, times: Array) -> tuple[Array, Array]:
+    """Factors of the picture and of noise, `[B, 1, ...]` float32."""
+    alphas = scheduler.alphas()
+    shape = (-1, *[1] * (latents.ndim - 1))
+    return tuple(
+        jnp.asarray(np.sqrt(share), jnp.float32)[times].reshape(shape)
+        for share in (alphas, 1 - alphas)
+    )  # pyright: ignore[reportReturnType]  two of them
