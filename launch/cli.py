@@ -181,7 +181,8 @@ def fail(line: str, code: int = FAILED) -> NoReturn:
 def stop(line: str) -> NoReturn:
     """Prints one line on stderr and leaves at once, with `STOPPED`.
 
-    A thread that Ctrl-C left amid a decoder or a save would otherwise be waited for without end.
+    Threads of JAX that still run abort the process (SIGABRT) while Python ends, and one that Ctrl-C
+    left amid a decoder or a save would be waited for without end.
     """
     try:
         fail(line, STOPPED)

@@ -51,7 +51,9 @@ def write(folder: Path) -> None:
     (folder / "train.json").write_text(json.dumps(rows))
 
 
-def pipeline(folder: Path, host: int = 0, hosts: int = 1, threads: int = 2) -> Pipeline:
+def pipeline(
+    folder: Path, host: int = 0, hosts: int = 1, threads: int = 2, bad: float = 0.01
+) -> Pipeline:
     """The stream with random crops, mirrored pictures and SpecAugment."""
     data = Data(
         sources={"all": Source("instructions", str(folder))},
@@ -67,6 +69,7 @@ def pipeline(folder: Path, host: int = 0, hosts: int = 1, threads: int = 2) -> P
         video={"frames": 2},
         speech={"specaugment": {"time_width": 20}},
         threads=threads,
+        max_bad_share=bad,
     )
     return Pipeline(data, 5, host, hosts)
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import os
 import random
+import re
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -95,6 +98,39 @@ def test_the_loss_of_host_0_ends_the_others(tmp_path):
     codes = fit(2, tmp_path, "at(3, 0, kill)\n")
     assert codes == [-9, cli.LOST], host_runs.said(tmp_path, 2)
     assert "ost 0 was lost" in (tmp_path / "host-1.txt").read_text()
+
+
+# Kills a host that has written its arrays of the second checkpoint, before all hosts have.
+AT_THE_BARRIER = """
+def before_the_barrier(event, *_, **__):
+    if event == '/jax/checkpoint/write/async/commit_duration_sec':
+        commits.append(event)
+        if len(commits) == 2 and INDEX == {index}:
+            print('DIES', watchdog.time.time(), sorted(os.listdir({checkpoints!r})))
+            os.kill(os.getpid(), signal.SIGKILL)
+commits = []
+jax.monitoring.register_event_duration_secs_listener(before_the_barrier)
+"""
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_host_that_dies_between_save_and_barrier_costs_no_checkpoint(index, whole, tmp_path):
+    checkpoints = tmp_path / "run" / "checkpoints"
+    code = AT_THE_BARRIER.format(index=index, checkpoints=str(checkpoints))
+    codes, ended = fit(2, tmp_path, code, stall=15), time.time()
+    said = host_runs.said(tmp_path, 2)
+    assert codes == [-9, cli.LOST] if index == 0 else [cli.LOST, -9], said
+    died = re.search(r"DIES (\S+) \['2', '4\..*orbax-checkpoint-tmp", said)
+    assert died, "amid the second save"
+    assert ended - float(died[1]) < 60, "15 s until a host counts as lost, and some to tell"
+    kept = [name for name in os.listdir(checkpoints) if name.isdecimal()]
+    assert kept == ["2"], "half of 4 does not count"
+    saved = checkpoint.Checkpoints(tmp_path / "run")
+    assert saved.damage(2) == ""
+    saved.close()
+    check_continues(tmp_path, whole)
+    assert "Resumes at micro-batch 2" in host_runs.said(tmp_path, 1)
+    assert not list(checkpoints.glob("*tmp*"))
 
 
 def test_a_source_that_hangs_is_told_with_its_host_and_record(tmp_path):

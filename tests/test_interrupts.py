@@ -75,3 +75,45 @@ def test_jax_is_imported_whole_whenever_ctrl_c_comes(tmp_path):
     for delay in (0.03, 0.1, 0.3):
         code, _, said = run(tmp_path, f"signal.setitimer(signal.ITIMER_REAL, {delay}); import jax")
         assert (code, said) == (cli.STOPPED, "Stopped. All is whole\n")
+
+
+STEPS = """
+import pathlib
+from xllm_jax.core import interrupts, watchdog
+def dropped():
+    try:
+        interrupt()
+    except KeyboardInterrupt:  # numpy does so while it reads the array of another library
+        print("dropped", flush=True)
+def main(_):
+    interrupts.STEP_SECONDS = {patience}
+    with watchdog.Watch(pathlib.Path('run'), 0, None) as watch:
+        {main}
+    print("nobody heeded it", flush=True)
+"""
+LONG = "; time.sleep(20)"
+STEPPING = {
+    "a step": ("watch.start(0); watch.reached(0); interrupt(); watch.reached(1)", "went on\n"),
+    "a measurement": ("watch.start(0); interrupt(); watch.moved('measures')", "went on\n"),
+    "a long step": ("watch.start(0); interrupt()" + LONG, "went on\n"),
+    "a step, twice": ("watch.start(0); interrupt(); interrupt()" + LONG, "went on\n"),
+    "the start": ("interrupt()" + LONG, ""),
+    "the start, dropped": ("dropped(); watch.start(0); watch.reached(0)" + LONG, "dropped\n"),
+    "after the last step": ("watch.start(0); interrupt()", "went on\n"),
+}
+
+
+@pytest.mark.parametrize("moment", STEPPING)
+def test_a_run_loses_no_ctrl_c(tmp_path, moment):
+    main, out = STEPPING[moment]
+    steps = STEPS.format(main=main, patience=0.5 if moment == "a long step" else 30)
+    script = PRELUDE.partition("def main")[0] + steps + KEPT + "cli.run(main, safe)\n"
+    environment = {"PYTHONPATH": str(small_stage.ROOT)}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=60, env=environment, cwd=tmp_path
+    )
+    told = "watch.start(0); " in main and "dropped" not in main
+    line = "Ctrl-C: stops after the running step; again: at once\n" * told
+    wanted = (cli.STOPPED, out, f"{line}Stopped. All is whole\n")
+    assert (done.returncode, done.stdout, done.stderr) == wanted

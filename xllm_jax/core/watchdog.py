@@ -1,4 +1,4 @@
-"""The watch over a run: stalls, lost hosts, mistakes of one host, and SIGTERM.
+"""The watch over a run: stalls, lost hosts, mistakes of one host, SIGTERM and Ctrl-C.
 
 A thread of every host tells the others through the key-value store that it lives, and looks at
 what they tell. Whatever ends one host ends all of them within a bounded time, with an exit code
@@ -23,7 +23,7 @@ from typing import Any
 
 import jax
 
-from xllm_jax.core import atomic, hosts
+from xllm_jax.core import atomic, hosts, interrupts
 from xllm_jax.core.errors import Diverged, UserError
 
 MISTAKE, DEFECT, STOPPED = 2, 1, 130  # exit codes: a user's mistake, a bug of ours, Ctrl-C
@@ -78,6 +78,7 @@ class Watch:
         self._ours, self._theirs = socket.socketpair()
         self._thread = threading.Thread(target=self._attend, name="watch", daemon=True)
         self._before: tuple[Any, int] | None = None
+        self._interrupts = interrupts.Steps()
 
     def __enter__(self) -> Watch:
         self._ours.setblocking(False)
@@ -85,6 +86,7 @@ class Watch:
             # A handler in Python would wait for the main thread to return from C; bytes do not.
             handler = signal.signal(signal.SIGTERM, lambda *_: None)
             self._before = handler, signal.set_wakeup_fd(self._ours.fileno())
+        self._interrupts.install()
         self._thread.start()
         return self
 
@@ -94,14 +96,18 @@ class Watch:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._interrupts.restore()
         if error is not None and self._store and not isinstance(error, SystemExit):
             self._fail(error)
         if self._before:
             signal.set_wakeup_fd(self._before[1])
             signal.signal(signal.SIGTERM, self._before[0])
         self.doing = "done"
-        self._ours.send(b"\0")  # wakes the thread
+        with contextlib.suppress(OSError):  # a signal has woken the thread, and it is gone
+            self._ours.send(b"\0")
         self._thread.join(GRACE_SECONDS)
+        if error is None:
+            self._interrupts.check()  # Ctrl-C after the last step
 
     def start(self, number: int) -> None:
         """Notes that the steps begin after `number` micro-batches.
@@ -111,9 +117,15 @@ class Watch:
         with self._turn:
             if not self._asked:  # the number that this host has sent to the others stays valid
                 self._begun = number
+        self._interrupts.begin()
 
     def moved(self, doing: str, keys: Sequence[str] | None = None) -> None:
-        """Notes that the host has begun something else, and with which samples."""
+        """Notes that the host has begun something else, and with which samples.
+
+        Raises:
+          KeyboardInterrupt: Ctrl-C came before.
+        """
+        self._interrupts.check()
         self.doing, self._moved = doing, time.monotonic()
         self.keys = self.keys if keys is None else list(keys)
 
@@ -137,7 +149,11 @@ class Watch:
         After SIGTERM to any host, all stop at the same number: the largest that one of them has
         begun. While they agree, nobody begins another. Where one had not come to its first, none
         can have finished another, and all of them end.
+
+        Raises:
+          KeyboardInterrupt: Ctrl-C came before.
         """
+        self._interrupts.check()
         with self._turn:
             while self._asked and self._last is None:
                 self._turn.wait(1.0)

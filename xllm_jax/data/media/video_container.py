@@ -51,8 +51,10 @@ def _stream(container: Any, path: str | Path) -> Any:
     if not moving:
         raise UserError("has no video stream", field=str(path), hint="Remove it from the data")
     stream = moving[0]
-    stream.codec_context.thread_count = 1  # files are read in parallel, not parts of one
     context = stream.codec_context
+    if context is None:
+        raise UserError("has no codec that is known", field=str(path), hint="Convert it to H.264")
+    context.thread_count = 1  # files are read in parallel, not parts of one
     pixels = (context.width or 0) * (context.height or 0)
     shares = range(4) if context.codec.canonical_name in REDUCING else range(1)
     share = next((n for n in shares if pixels >> 2 * n <= MOST_PIXELS), None)
