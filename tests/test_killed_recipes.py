@@ -6,12 +6,15 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import reader_fixtures as fixtures
 import small_stage
+
+from xllm_jax.core import atomic
 
 COUNT = 12
 TEXTS = [f"a red circle number {number} stands here" for number in range(1, COUNT + 1)]
@@ -79,3 +82,20 @@ def test_a_killed_recipe_continues_to_the_same_files(case, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["writes"] and found["tried"]
+
+
+def test_what_another_run_writes_at_the_same_time_stays(tmp_path):
+    """The train split was killed amid its table; a run of another split is amid its own."""
+    (tmp_path / "output").mkdir()
+    killed = atomic.partial_name(tmp_path / "output/train.jsonl")
+    killed.write_text("half")
+    translated(tmp_path, tmp_path / "output")
+    assert not killed.exists() and (tmp_path / "output/train.jsonl").is_file()
+    others = [atomic.partial_name(tmp_path / "output" / name) for name in ("val.jsonl", "val.npy")]
+    again = atomic.partial_name(tmp_path / "output/val_translated.json")
+    (tmp_path / "output/val_translated.json").write_text("{}")
+    for file in (*others, again):
+        file.write_text("half")
+        os.utime(file, ns=(time.time_ns() + 10**9,) * 2)
+    translated(tmp_path, tmp_path / "output")
+    assert all(file.exists() for file in (*others, again))

@@ -83,13 +83,23 @@ def opened(file: Path, mode: str = "a") -> IO[Any]:
 def remove_partial(folder: Path, names: Collection[str] = ()) -> None:
     """Removes what killed processes left half written; to be called when all is there.
 
+    Others may write into the same folder at the same time, and what they have begun stays.
+
     Args:
       folder: with its sub-folders.
-      names: of the files whose beginnings go, as others may be in the making; () is all files.
+      names: of the files whose beginnings go; () is each that was whole after its beginning.
     """
     for left in folder.rglob(f".*{PARTIAL}"):
-        if not names or left.name[1:].rsplit(".", 2)[0] in names:
+        whole = left.with_name(left.name[1:].rsplit(".", 2)[0])
+        if whole.name in names if names else _is_older(left, whole):
             left.unlink(missing_ok=True)
+
+
+def _is_older(file: Path, other: Path) -> bool:
+    try:
+        return file.stat().st_mtime_ns <= other.stat().st_mtime_ns
+    except OSError:  # one of them is not there, or no more
+        return False
 
 
 def write_text(file: Path, text: str) -> None:
