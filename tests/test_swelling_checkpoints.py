@@ -261,6 +261,20 @@ def test_a_tensor_has_no_more_elements_than_numbers(shape, tmp_path):
         source["repeated"]
 
 
+@pytest.mark.parametrize("old", [b"PK\x01\x02", b"a/version"])
+def test_a_damaged_directory_of_an_archive_is_told_in_one_line(old, tmp_path):
+    file = zipped(tmp_path / "a.bin", b"\x80\x02}.")
+    content = bytearray(file.read_bytes())
+    at = content.rindex(old)
+    content[at : at + 2] = b"\xff\xfe"
+    if old == b"a/version":
+        flags = content.rindex(b"PK\x01\x02") + 8
+        content[flags : flags + 2] = struct.pack("<H", 0x800)  # its name would be UTF-8
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="not a PyTorch file"):
+        files.open_checkpoint(file)
+
+
 def test_usual_files_stay_readable(tmp_path):
     """Nothing of what PyTorch writes by itself is taken for an attack."""
     model = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(50)))

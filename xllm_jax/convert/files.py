@@ -95,7 +95,9 @@ class TorchFile(Mapping):
         try:
             with zipfile.ZipFile(self.path) as archive:
                 bounds.check_archive(archive, self.path)
-        except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
+        except UserError:
+            raise
+        except Exception as error:  # what a damaged directory can raise has no bounds
             what = f"not a PyTorch file of plain tensors ({type(error).__name__})"
             raise UserError(what, field=str(self.path), hint="Download it again") from error
 

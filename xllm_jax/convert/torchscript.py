@@ -114,8 +114,11 @@ def is_torchscript(path: str | Path) -> bool:
     """Whether a file is a TorchScript archive: a zip with code beside its data."""
     if not zipfile.is_zipfile(path):
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any("/code/" in name for name in archive.namelist())
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any("/code/" in name for name in archive.namelist())
+    except Exception:  # of a damaged directory, which the reader of other files names
+        return False
 
 
 class _Module:
