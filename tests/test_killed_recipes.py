@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -66,7 +67,32 @@ def resampled(root: Path, output: Path) -> None:
     resampled.build(str(root / "sounds"), str(output))
 
 
-CASES = {function.__name__: function for function in (translated, similar, questions, resampled)}
+def instructions(root: Path, output: Path) -> None:
+    from xllm_jax.core.stage import Source
+    from xllm_jax.prepare.recipes import instructions
+
+    sources = {"talks": Source("coco", pairs(root))}
+    instructions.build(str(output), sources, counts={"talks": 8})
+
+
+def world(_: Path, output: Path) -> None:
+    from xllm_jax.data.synthetic_world import build, plan
+
+    sizes = {field.name: 2 for field in dataclasses.fields(plan.WorldSizes)}
+    build.build(output / "world", plan.WorldSizes(**sizes), workers=0)
+
+
+def tokenizer(_: Path, output: Path) -> None:
+    """What `build-backbones --tokenizer` learns."""
+    from xllm_jax.data.text import chatglm_tokenizer
+
+    chatglm_tokenizer.train_tokenizer(TEXTS, output, learned=20, longest=2, words=[])
+
+
+CASES = {
+    function.__name__: function
+    for function in (translated, similar, questions, resampled, instructions, world, tokenizer)
+}
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -42,7 +42,7 @@ def export_llm(model: ChatGLM, params: Mapping[str, Any], tokenizer: Path, folde
     _save(tensors | {chatglm.HEAD: tensors[chatglm.WORDS]}, folder / WEIGHTS)
     for name in TOKENIZER:
         if tokenizer != folder:
-            shutil.copy(tokenizer / name, folder / name)
+            _copy(tokenizer / name, folder)
 
 
 def export_vision(model: VisionTransformer, params: Mapping[str, Any], folder: Path) -> None:
@@ -63,7 +63,7 @@ def export_bert(
     tensors[TYPES] = np.zeros((2, model.width), np.float32)
     _save(tensors, folder / WEIGHTS)
     if vocabulary != folder / VOCABULARY:
-        shutil.copy(vocabulary, folder / VOCABULARY)
+        _copy(vocabulary, folder)
 
 
 def import_bert(model: ContrastModel, encoder: BertEncoder, folder: Path, output: Path) -> None:
@@ -90,14 +90,14 @@ def import_bert(model: ContrastModel, encoder: BertEncoder, folder: Path, output
     table = bert.rows(encoder.depth, encoder.heads, words=False)
     params, _ = import_tree(table, source, shapes, drop=bert.DROP)
     _write({"bert": params}, folder, output / "bert")
-    shutil.copy(folder / VOCABULARY, output / VOCABULARY)
+    _copy(folder / VOCABULARY, output)
 
 
 def import_llm(folder: Path, output: Path) -> None:
     """Writes the base 'llm' with the tokenizer beside it."""
     _write(run_import.examine("chatglm", folder).tree(), folder, output)
     for name in TOKENIZER:
-        shutil.copy(folder / name, output / name)
+        _copy(folder / name, output)
 
 
 def import_vision(model: VisionTransformer, folder: Path, output: Path) -> None:
@@ -111,6 +111,11 @@ def import_vision(model: VisionTransformer, folder: Path, output: Path) -> None:
 def _write(parts: dict[str, Any], source: Path, output: Path) -> None:
     parts = jax.tree.map(lambda x: np.asarray(x, np.float32), parts)
     checkpoint.save_base(output, parts, {"source": source.name})
+
+
+def _copy(file: Path, folder: Path) -> None:
+    with atomic.whole(folder / file.name) as partial:
+        shutil.copy(file, partial)
 
 
 def _save(tensors: Mapping[str, np.ndarray], path: Path) -> None:

@@ -46,6 +46,7 @@ def write(folder: Path) -> Path:
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
     atomic.write_text(folder / "merges.txt", "\n".join(lines) + "\n")
     atomic.write_json(folder / "tokenizer_config.json", CONFIG)
+    atomic.remove_partial(folder, {"vocab.json", "merges.txt", "tokenizer_config.json"})
     return folder
 
 

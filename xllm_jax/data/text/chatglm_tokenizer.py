@@ -222,6 +222,7 @@ def train_tokenizer(
         partial.write_bytes(_reordered(written.getvalue()))
     options = DEFAULTS | {"end_token": "</s>", "num_image_tokens": 0}
     atomic.write_json(folder / "tokenizer_config.json", options)
+    atomic.remove_partial(folder, {MODEL_FILE, "tokenizer_config.json"})
     return folder
 
 
