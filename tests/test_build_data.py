@@ -19,8 +19,9 @@ from test_video import write as write_video
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
 from xllm_jax.data.media import image, speech
+from xllm_jax.data.rows import files
 from xllm_jax.data.sources import aishell, prepared, selection, table, vsdial_cn
-from xllm_jax.prepare import translate
+from xllm_jax.prepare import translate, translators
 from xllm_jax.prepare.endpoint import Endpoint
 from xllm_jax.prepare.recipes import instructions, questions, resampled, similar, translated
 from xllm_jax.prepare.recipes import vsdial_cn as vsdial
@@ -55,6 +56,25 @@ def sound(path, rate=16000):
 def hum(text):
     """A speech engine: as long as the text."""
     return np.sin(np.arange(4000 * len(text)) / 9).astype(np.float32) / 2
+
+
+def test_a_file_of_any_size_is_read_row_by_row(tmp_path, monkeypatch):
+    candidates = list(range(100))
+    asked = [{"question": n, "answer": n, "answer_options": candidates} for n in range(30)]
+    talks = [{"image_id": n, "caption": f"c{n}", "dialog": asked} for n in range(40)]
+    data = {"questions": [f"q{n}?" for n in range(30)], "answers": [f"a{n}" for n in range(30)]}
+    file = tmp_path / "visdial_1.0_train.json"
+    write(file, {"data": data | {"dialogs": talks}})
+    row = len(json.dumps(talks[0]))
+    monkeypatch.setattr(files, "MOST", 2 * row)  # what may be read at once
+    assert file.stat().st_size > 10 * files.MOST
+    found = questions.read(str(tmp_path), "train")
+    assert {name: found[name] for name in data} == data
+    kept = [{k: v for k, v in one.items() if k != "answer_options"} for one in asked]
+    assert found["dialogs"] == [{**talk, "dialog": kept} for talk in talks]
+    assert questions.build(str(tmp_path), str(tmp_path / "texts"))["texts"] == 100
+    table = {f"q{n}?": f"问{n}？" for n in range(2 * row)}
+    assert translators.read_table(write(tmp_path / "table.json", table)) == table
 
 
 @pytest.fixture

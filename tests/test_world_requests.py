@@ -17,6 +17,7 @@ from xllm_jax.data.synthetic_world.scene import COLORS, HELD_OUT, PLACES, SHAPES
 from xllm_jax.data.text.clip_tokenizer import ClipTokenizer
 
 COUNT = 3000
+RELATED = 20_000
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +74,16 @@ def test_relations_hold_in_the_picture(asked):
         assert order[0] < order[1] or request.said.count(request.objects[0].color) > 1
         seen[request.relation] += 1
     assert seen.keys() == set(requests.RELATIONS) and min(seen.values()) > 100
+
+
+def test_a_relation_is_always_found():
+    rng = np.random.default_rng(9)
+    cells = set()
+    for _ in range(RELATED):
+        request = requests.sample_request(rng, shares={"related": 1.0})
+        cells.add(tuple(item.place for item in request.scene.objects))
+    # Side by side or one above the other: 3 lines of 3 pairs of cells, both ways.
+    assert len(cells) == 18
 
 
 def test_pairs_are_held_out_where_asked():

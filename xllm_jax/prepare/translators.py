@@ -15,8 +15,9 @@ from typing import Any, Protocol
 
 from xllm_jax.core import atomic, bounded, disk, sharded_job
 from xllm_jax.core.errors import UserError
+from xllm_jax.data.rows import files
+from xllm_jax.data.rows.lazy import Rows
 from xllm_jax.data.rows.translated import same
-from xllm_jax.data.sources import layout
 from xllm_jax.prepare import endpoint as endpoints
 from xllm_jax.prepare import engine, runner, translate
 from xllm_jax.prepare.endpoint import Endpoint, EndpointTranslator
@@ -120,10 +121,12 @@ def read_table(file: str) -> dict[str, str]:
     Raises:
       UserError: it is something else.
     """
-    table = layout.read_json(Path(file))
-    if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
+    rows = Rows(Path(file), objects=True)  # of millions of captions, not within the bound of a file
+    with files.opened(rows.path) as opened:
+        said = [rows.read(opened, index) for index in range(len(rows))]
+    if rows.names is None or not all(isinstance(one, str) for one in said):
         raise UserError("is no table of texts", field=file, hint='{"text": "translation"}')
-    return table
+    return dict(zip(rows.names, said))
 
 
 def looked_up(texts: Sequence[str], table: Mapping[str, str]) -> dict[str, str]:

@@ -137,15 +137,17 @@ def _related(rng: np.random.Generator, pairs: str, unseen_wording: bool) -> Requ
     relation = choose(rng, tuple(RELATIONS))
     scene = sample_scene(rng, pairs, count=2)
     column, row = RELATIONS[relation]
-    cells = [(int(c), int(r)) for c, r in rng.integers(0, 3, (64, 2))]
-    first, second = next(
-        (a, b)
-        for a, b in itertools.pairwise(cells)
-        if (_sign(a[0] - b[0]), a[1] - b[1]) == (column, row)
-        or (a[0] - b[0], _sign(a[1] - b[1])) == (column, row)
+    cells = [divmod(place, 3) for place in range(len(PLACES))]
+    first, second = choose(
+        rng,
+        [
+            (a, b)
+            for a, b in itertools.permutations(cells, 2)
+            if (_sign(a[1] - b[1]), _sign(a[0] - b[0])) == (column, row)
+        ],
     )
     placed = [
-        dataclasses.replace(item, place=PLACES[3 * cell[1] + cell[0]])
+        dataclasses.replace(item, place=PLACES[3 * cell[0] + cell[1]])
         for item, cell in zip(scene.objects, (first, second))
     ]
     wanted = tuple(Wanted(item.shape, item.color) for item in placed)
