@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from xllm_jax.convert.verify import nextgpt_llama, nextgpt_textfc
+from xllm_jax.convert.verify import nextgpt_formats, nextgpt_llama, nextgpt_textfc
 from xllm_jax.convert.verify.recording import Replay
 from xllm_jax.convert.verify.tolerances import Stated
 
@@ -13,6 +13,7 @@ TOLERANCES: tuple[Stated, ...] = ()  # tolerances.json lists every array
 STEPS: dict[str, Callable[[Replay], None]] = {
     "textfc.npz": nextgpt_textfc.projections,
     "llama.npz": nextgpt_llama.models,
+    "formats.npz": nextgpt_formats.batches,
 }
 MARK = "TextFcLayer", "NExT-GPT", "LlamaForCausalLM", "peft", "process_batch_stage"
 
