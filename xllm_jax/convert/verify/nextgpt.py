@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from xllm_jax.convert.verify import nextgpt_formats, nextgpt_llama, nextgpt_textfc
+from xllm_jax.convert.verify import (
+    nextgpt_formats,
+    nextgpt_llama,
+    nextgpt_lora,
+    nextgpt_losses,
+    nextgpt_textfc,
+)
 from xllm_jax.convert.verify.recording import Replay
 from xllm_jax.convert.verify.tolerances import Stated
 
@@ -14,6 +20,8 @@ STEPS: dict[str, Callable[[Replay], None]] = {
     "textfc.npz": nextgpt_textfc.projections,
     "llama.npz": nextgpt_llama.models,
     "formats.npz": nextgpt_formats.batches,
+    "lora.npz": nextgpt_lora.lora_on_attention,
+    "losses.npz": nextgpt_losses.stages,
 }
 MARK = "TextFcLayer", "NExT-GPT", "LlamaForCausalLM", "peft", "process_batch_stage"
 
