@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -118,6 +119,11 @@ class ConversionPlan:
       extra_files: files of the input folder that are copied into the output where they exist.
       fields: {part: {field of its network: value}} that the parameters were made for, where a shape
         does not show it and the network has another value by default.
+      moved_files: {further file of the input: where it lies in the base and in an export}.
+      weight_files: {what tensors' names begin with: path of the exported file of those, which have
+        the rest as their names there}, without its ending.
+      written_files: {file of an export: makes its text from the exported folder}, in this order,
+        where the base brings none.
     """
 
     table: tuple[Row, ...]
@@ -127,6 +133,9 @@ class ConversionPlan:
     tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
     extra_files: tuple[str, ...] = ()
     fields: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    moved_files: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    weight_files: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"": "model"})
+    written_files: Mapping[str, Callable[[Path], str]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -73,7 +73,7 @@ class Conversion:
         return cls(
             source=source,
             options=dict(options),
-            files=[describe(file) for file in opened.files],
+            files=[_below(opened.path, describe(file), file) for file in opened.files],
             rows=rows,
             dropped=report.dropped,
             fresh=list(report.fresh),
@@ -120,6 +120,12 @@ def describe(file: Path) -> dict[str, Any]:
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     return {"name": file.name, "bytes": file.stat().st_size, "sha256": digest}
+
+
+def _below(folder: Path, about: dict[str, Any], file: Path) -> dict[str, Any]:
+    """What is known of a file, by its path below the input's folder, where that is one."""
+    within = file.is_relative_to(folder) and file != folder
+    return about | ({"name": str(file.relative_to(folder))} if within else {})
 
 
 def _computed(tensors: Mapping[str, Any], opened: files.Checkpoint) -> dict[str, str]:

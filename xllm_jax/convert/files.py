@@ -149,6 +149,27 @@ class Checkpoint(Mapping):
                     )
                 self._home[name] = where, file, name
 
+    @classmethod
+    def joined(cls, path: Path, parts: Mapping[str, Checkpoint]) -> Checkpoint:
+        """Several checkpoints as one.
+
+        Args:
+          path: of the folder that holds them.
+          parts: {what the names of its tensors begin with: checkpoint}.
+        """
+        whole = cls(path, {})
+        for start, part in parts.items():
+            whole.files += part.files
+            whole._home |= {f"{start}{name}": home for name, home in part._home.items()}
+        return whole
+
+    def below(self, start: str, path: Path) -> Checkpoint:
+        """The part whose tensors' names begin with `start`, without it, in the folder `path`."""
+        part = copy.copy(self)
+        names = (name for name in self._home if name.startswith(start))
+        part.path, part._home = path, {n.removeprefix(start): self._home[n] for n in names}
+        return part
+
     def header(self, name: str) -> Header:
         """Shape and dtype; reads nothing."""
         _, file, stored = self._home[name]
@@ -269,7 +290,7 @@ class View(Mapping):
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Opens a file, or a folder with shards (an index file is followed when there is one).
+    """Opens a file, a folder with shards (an index file is followed), or a pipeline's folder.
 
     Raises:
       UserError: nothing there that is a checkpoint, a shard of the index is missing, or a shard
@@ -278,6 +299,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     if path.is_file():
         return Checkpoint(path, {path: _open_file(path)})
+    if (path / "model_index.json").exists():
+        from xllm_jax.convert import pipeline_folder
+
+        return pipeline_folder.open_pipeline(path)
     index = weight_files.index_of(path)
     if index:
         return _open_shards(path, index)

@@ -131,8 +131,14 @@ def run_export(source: str, path: str | Path, output: str | Path, size: str = ""
     run_import.check_room(output, sum(_bytes(header_of(tensors, name)) for name in tensors))
     with new_folder(output) as partial:
         partial.mkdir(parents=True)
-        names = write_shards(tensors, partial)
+        names = []
+        for start, stem in plan.weight_files.items():
+            names += write_shards(tensors, partial, start, stem)
         run_import.copy_extra_files(plan, path, partial)
+        for name, text in plan.written_files.items():
+            if not (partial / name).exists():
+                (partial / name).parent.mkdir(parents=True, exist_ok=True)
+                (partial / name).write_text(text(partial), "utf-8")
     return names
 
 
@@ -173,9 +179,21 @@ def header_of(tensors: Mapping[str, np.ndarray], name: str) -> Header:
     return Header(tensors[name].shape, tensors[name].dtype)
 
 
-def write_shards(tensors: Mapping[str, np.ndarray], folder: Path) -> list[str]:
-    """Writes model.safetensors, or shards and their index; returns the files' names."""
-    headers = {name: header_of(tensors, name) for name in tensors}
+def write_shards(
+    tensors: Mapping[str, np.ndarray], folder: Path, start: str = "", stem: str = "model"
+) -> list[str]:
+    """Writes STEM.safetensors, or shards and their index.
+
+    Args:
+      tensors: {name: array}, read one at a time.
+      folder: where to write.
+      start: what the names of the chosen tensors begin with, and lack in the file.
+      stem: path of the file below `folder`, without its ending.
+
+    Returns:
+      paths of the files below `folder`.
+    """
+    headers = {name: header_of(tensors, name) for name in tensors if name.startswith(start)}
     shards: list[list[str]] = [[]]
     size = 0
     for name, header in headers.items():
@@ -184,23 +202,37 @@ def write_shards(tensors: Mapping[str, np.ndarray], folder: Path) -> list[str]:
             size = 0
         shards[-1].append(name)
         size += _bytes(header)
-    count, files = len(shards), ["model.safetensors"]
+    count, files = len(shards), [f"{stem}.safetensors"]
     if count > 1:
-        files = [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+        files = [f"{stem}-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+    (folder / stem).parent.mkdir(parents=True, exist_ok=True)
     for file, names in zip(files, shards, strict=True):
-        write_file(tensors, {name: headers[name] for name in names}, folder / file)
+        write_file(tensors, {name: headers[name] for name in names}, folder / file, start)
     if count > 1:
-        places = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        places = {
+            name.removeprefix(start): Path(file).name
+            for file, names in zip(files, shards, strict=True)
+            for name in names
+        }
         total = sum(_bytes(header) for header in headers.values())
         index = {"metadata": {"total_size": total}, "weight_map": places}
-        atomic.write_json(folder / "model.safetensors.index.json", index)
+        atomic.write_json(folder / f"{stem}.safetensors.index.json", index)
     return files
 
 
 def write_file(
-    tensors: Mapping[str, np.ndarray], headers: Mapping[str, Header], path: Path
+    tensors: Mapping[str, np.ndarray],
+    headers: Mapping[str, Header],
+    path: Path,
+    start: str = "",
 ) -> None:
     """Writes one safetensors file, holding one tensor at a time.
+
+    Args:
+      tensors: {name: array}.
+      headers: {name: header} of those that are written.
+      path: of the file.
+      start: what the names begin with, and lack in the file.
 
     Raises:
       CannotWrite: the disk is full; names file and tensor.
@@ -209,11 +241,11 @@ def write_file(
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, header in headers.items():
-        start, end = end, end + _bytes(header)
-        entries[name] = {
+        first, end = end, end + _bytes(header)
+        entries[name.removeprefix(start)] = {
             "dtype": names[header.dtype],
             "shape": list(header.shape),
-            "data_offsets": [start, end],
+            "data_offsets": [first, end],
         }
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)

@@ -326,6 +326,7 @@ def check_room(output: str | Path, needed: int) -> None:
 def copy_extra_files(plan: ConversionPlan, source: Path, target: Path) -> None:
     """Copies the plan's further files (tokenizer, configuration) from one folder to the other."""
     folder = source if source.is_dir() else source.parent
-    for name in plan.extra_files:
+    for name, new in ({name: name for name in plan.extra_files} | dict(plan.moved_files)).items():
         if (folder / name).is_file():
-            shutil.copy(folder / name, target / name)
+            (target / new).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(folder / name, target / new)

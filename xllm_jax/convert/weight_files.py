@@ -6,6 +6,7 @@ what another program left there. None of these is opened.
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
@@ -14,8 +15,17 @@ from xllm_jax.core.errors import UserError
 
 ENDS = ("safetensors", "bin", "pth", "pt", "ckpt")
 """In this order: repositories often hold several forms of the same weights."""
-STEMS = ("model", "pytorch_model", "open_clip_model", "open_clip_pytorch_model")
-"""Names that transformers and open_clip give to weights."""
+STEMS = (
+    "model",
+    "pytorch_model",
+    "diffusion_pytorch_model",
+    "open_clip_model",
+    "open_clip_pytorch_model",
+)
+"""Names that transformers, diffusers and open_clip give to weights."""
+VARIANTS = ("", "fp32", "bf16", "fp16", "non_ema")
+"""Words that diffusers puts into the names of other forms of the same weights, the best first."""
+VARIANT = re.compile(rf"\.({'|'.join(VARIANTS[1:])})(?=[-.])")
 SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})")
 BESIDE = re.compile(
     r"\..*|(training_args|trainer_state|optimizer|optim|scheduler|lr_scheduler|scaler|rng_state"
@@ -26,9 +36,27 @@ BESIDE = re.compile(
 
 
 def index_of(folder: Path) -> Path | None:
-    """The index of shards that a folder is read by; None where it has none."""
-    known = [path for end in ENDS for path in sorted(folder.glob(f"*.{end}.index.json"))]
-    return next((path for path in known if not BESIDE.fullmatch(path.name)), None)
+    """The index of shards that a folder is read by; None where it has none.
+
+    That of a variant counts only where there are no weights of a better one.
+    """
+    known = [path for end in ENDS for path in sorted(folder.glob(f"*.{end}.index*.json"))]
+    known = [path for path in known if not BESIDE.fullmatch(path.name)]
+    best = min(
+        [*known, *(p for end in ENDS for p in _weights(folder, end))], key=_rank, default=None
+    )
+    return next((path for path in known if _rank(path) == _rank(best)), None) if best else None
+
+
+def _rank(path: Path) -> int:
+    """Place of a file's variant among VARIANTS."""
+    found = VARIANT.search(path.name)
+    return VARIANTS.index(found[1] if found else "")
+
+
+def _weights(folder: Path, end: str) -> list[Path]:
+    files = (path for path in sorted(folder.glob(f"*.{end}")) if path.is_file())
+    return [path for path in files if not BESIDE.fullmatch(path.name)]
 
 
 def shards_of(index: Path) -> dict[str, str]:
@@ -59,12 +87,12 @@ def without_index(folder: Path) -> list[Path]:
       UserError: there is none, one of several shards is missing, or several files of unknown names
         may be meant.
     """
-    for end in ENDS:
-        files = [path for path in sorted(folder.glob(f"*.{end}")) if path.is_file()]
-        files = [path for path in files if not BESIDE.fullmatch(path.name)]
+    for variant, end in itertools.product(VARIANTS, ENDS):
+        files = [p for p in _weights(folder, end) if _rank(p) == VARIANTS.index(variant)]
         for stem in STEMS:
-            if folder / f"{stem}.{end}" in files:
-                return [folder / f"{stem}.{end}"]
+            name = ".".join(filter(None, (stem, variant, end)))
+            if folder / name in files:
+                return [folder / name]
         shards = [path for path in files if SHARD.fullmatch(path.stem)]
         if shards:
             return _whole(shards)

@@ -2,7 +2,7 @@
 
 A recording is a folder of `.npz` files with settings and tolerances beside them;
 `docs/recording.md` tells how to make one. Its family is recognized by what the folder holds,
-wherever it lies; `chatglm`, `vision`, `speech` and `nextgpt` each replay one family.
+wherever it lies; `chatglm`, `vision`, `speech`, `nextgpt` and `diffusion` replay one each.
 """
 
 from __future__ import annotations
@@ -15,12 +15,18 @@ from types import ModuleType
 
 import jax
 
-from xllm_jax.convert.verify import chatglm, nextgpt, speech, tolerances, vision
+from xllm_jax.convert.verify import chatglm, diffusion, nextgpt, speech, tolerances, vision
 from xllm_jax.convert.verify.recording import PASS, UNUSED, Comparison, Replay
 from xllm_jax.convert.verify.tolerances import Tolerances
 from xllm_jax.core.errors import UserError
 
-FAMILIES = (nextgpt, chatglm, vision, speech)  # the first that recognizes a folder replays it
+FAMILIES = (
+    diffusion,
+    nextgpt,
+    chatglm,
+    vision,
+    speech,
+)  # the first that recognizes a folder replays it
 
 
 @dataclasses.dataclass(frozen=True)
