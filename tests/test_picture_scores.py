@@ -1,12 +1,48 @@
-"""Scores of pictures against their controls."""
+"""Scores of pictures against what published packages gave, and against their controls."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+from conftest import GOLDEN
 
+from xllm_jax.convert.verify import tolerances
+from xllm_jax.convert.verify.recording import UNUSED, Replay
 from xllm_jax.core.errors import UserError
 from xllm_jax.evaluation import picture_scores as scores
+
+FOLDER = GOLDEN / "diffusion"
+
+
+@pytest.mark.golden
+def test_scores_equal_those_of_published_packages():
+    replay = Replay(FOLDER / "cases_metrics.npz", tolerances.read(FOLDER))
+    for case in ("fid", "fad"):
+        both = {name: replay.input(f"{case}.{name}") for name in ("real", "fake")}
+        for name, features in both.items():
+            found = scores.statistics(features)
+            replay.compare(f"{case}.{name}_mu", found.mean)
+            replay.compare(f"{case}.{name}_sigma", found.covariance)
+        distance = scores.fid(both["real"], both["fake"])
+        for name in ("distance", "distance_by_eigenvalues"):
+            replay.compare(f"{case}.{name}", distance)
+        replay.compare(f"{case}.distance_to_itself", scores.fid(both["real"], both["real"]))
+    few = [replay.input(f"fid.{name}")[:5] for name in ("real", "fake")]
+    replay.compare("few.distance_by_eigenvalues", scores.fid(*few))
+    logits = replay.input("is.logits")
+    for name, options in (("1", (1,)), ("10", (10,)), ("10_shuffled", (10, True))):
+        mean, deviation = scores.inception_score(logits, *options)
+        replay.compare(f"is.splits{name}.mean", mean)
+        replay.compare(f"is.splits{name}.std", deviation)
+    pair = replay.input("clip.image_features"), replay.input("clip.text_features")
+    replay.compare("clip.cosine_x100", scores.cosines(*pair))
+    replay.compare("clip.score", scores.clip_score(*pair))
+    replay.compare("clip.score_clamped_rows", scores.clip_score(*pair, clamp_rows=True))
+    clips = replay.input("clipsim.frame_features"), replay.input("clipsim.text_features")
+    replay.compare("clipsim.per_video", scores.clip_similarity(*clips))
+    replay.compare("clipsim.score", scores.clip_similarity(*clips).mean())
+    wrong = [row for row in replay.finish() if row.missed or row.verdict == UNUSED]
+    assert wrong == []
 
 
 def pairs(count: int = 40) -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,15 @@ import functools
 from collections.abc import Callable
 from pathlib import Path
 
-from xllm_jax.convert.verify import diffusion_eps, diffusion_unet, diffusion_vae
+from xllm_jax.convert.verify import (
+    diffusion_eps,
+    diffusion_pipeline,
+    diffusion_schedulers,
+    diffusion_text,
+    diffusion_training,
+    diffusion_unet,
+    diffusion_vae,
+)
 from xllm_jax.convert.verify.diffusion_model import Pipeline
 from xllm_jax.convert.verify.recording import Replay
 from xllm_jax.convert.verify.tolerances import Stated
@@ -16,6 +24,12 @@ STEPS: dict[str, Callable[[Replay, Pipeline], None]] = {
     "cases_unet.npz": diffusion_unet.values,
     "cases_vae.npz": diffusion_vae.values,
     "cases_eps.npz": diffusion_eps.values,
+    "cases_clip.npz": diffusion_text.images,
+    "cases_video_clip.npz": diffusion_text.clips,
+    "cases_schedulers.npz": diffusion_schedulers.values,
+    "cases_training.npz": diffusion_training.values,
+    "cases_pipeline.npz": diffusion_pipeline.values,
+    "cases_preprocess.npz": diffusion_pipeline.preprocessing,
 }
 
 
