@@ -8,13 +8,15 @@ import jax
 import numpy as np
 import pytest
 import small_clip
+from PIL import Image
 from safetensors.torch import save_file
-from transformers import CLIPTokenizer
+from transformers import CLIPImageProcessorPil, CLIPTokenizer
 
 from xllm_jax.convert import export_tree, files, import_tree, run_export, run_import
 from xllm_jax.convert.sources import clip as tables
 from xllm_jax.core import base_description, rules
 from xllm_jax.core.errors import UserError
+from xllm_jax.evaluation import clip_base
 from xllm_jax.models import clip, clip_text
 
 torch = pytest.importorskip("torch")
@@ -180,3 +182,19 @@ def test_published_size():
     assert count + 1 == sum(p.numel() for p in peer.parameters()) == 149_620_737
     rules.assign(clip.SHARDING, shapes, what="clip.SHARDING", total=False)
     assert tables.plan(tables.options(None, "tiny")).shapes["clip"]["text"]["layers"]
+
+
+@pytest.mark.parametrize("peer", [False], indirect=True)
+def test_features_for_scores_equal_transformers(peer, tmp_path):
+    model, folder = peer
+    run_import.run_import("clip", folder, tmp_path / "base")
+    base = clip_base.ClipBase(str(tmp_path / "base"))
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 256, (5, small_clip.SIDE + 8, small_clip.SIDE, 3)).astype(np.uint8)
+    prepared = CLIPImageProcessorPil.from_pretrained(folder)(
+        [Image.fromarray(one) for one in pictures], return_tensors="pt"
+    )
+    _, ids = inputs(folder)
+    with torch.no_grad():
+        close(base.images(pictures, batch=3), model.get_image_features(**prepared).pooler_output)
+        close(base.texts(CAPTIONS), model.get_text_features(input_ids=ids).pooler_output)

@@ -19,14 +19,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
-from xllm_jax.convert import conversion_record, sizes
-from xllm_jax.convert.sources import clip as tables
-from xllm_jax.core import atomic, checkpoint, checksum, disk, mesh, rules, sharded_job
-from xllm_jax.core.atomic import sha256 as file_checksum
+from xllm_jax.core import atomic, disk, mesh, sharded_job
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.parallel import overlapped
 from xllm_jax.core.progress import Bar
@@ -36,8 +31,7 @@ from xllm_jax.data import guarded
 from xllm_jax.data.example import Example
 from xllm_jax.data.media import image, preprocessing
 from xllm_jax.data.media.decode_workers import Decoders
-from xllm_jax.data.text.clip_tokenizer import ClipTokenizer
-from xllm_jax.models.clip import Clip
+from xllm_jax.evaluation.clip_base import ClipBase
 from xllm_jax.prepare import preparation
 
 PER_SHARD = 4096  # records: what an interruption costs at most
@@ -48,37 +42,8 @@ Square = Callable[[str], np.ndarray]
 Pair = tuple[np.ndarray, str]  # values `[side, side, 3]`, caption
 
 
-class Scorer:
-    """CLIP with its parameters on every device of this host.
-
-    Args:
-      base: folder that launch/convert.py --source=clip has written.
-      tokenizer: folder of its tokenizer; '' takes the base, which has it where the folder that was
-        converted had it.
-
-    Attributes:
-      side: of its images, in pixels.
-      identity: hash of everything that a score depends on besides the pair.
-
-    Raises:
-      UserError: no such base, or a tokenizer of another CLIP.
-    """
-
-    def __init__(self, base: str, tokenizer: str = ""):
-        made = conversion_record.read(base) if checkpoint.base_exists(base) else None
-        if made is None or made.source != tables.PART:
-            hint = "Make one: xllm convert --source=clip --input=clip-vit-base-patch16"
-            raise UserError("is no base of CLIP", field=base, hint=hint)
-        folder = tokenizer or base
-        self._model, self._tokenizer = Clip(**made.options["sizes"]), ClipTokenizer(folder)
-        self._check_tokenizer(folder)
-        self.side: int = self._model.vision_fields["image_size"]
-        files = [Path(folder) / name for name in tables.TOKENIZER]
-        known = {file.name: file_checksum(file) for file in files if file.is_file()}
-        self.identity = checksum.of_json([made.files, made.options, known])
-        self._mesh = mesh.make({"data": -1}, jax.local_devices())
-        self._params = self._load(base)
-        self._compute = jax.jit(lambda params, *pair: self._model.apply({"params": params}, *pair))
+class Scorer(ClipBase):
+    """CLIP's cosines of pairs."""
 
     def __call__(self, values: np.ndarray, captions: Sequence[str]) -> jax.Array:
         """Starts computing cosines `[pairs]` float32; the devices divide their number.
@@ -87,30 +52,7 @@ class Scorer:
           values: `[pairs, side, side, 3]` float32, normalized.
           captions: of them.
         """
-        ids = self._tokenizer.encode(captions, self._model.text_fields["positions"])
-        rows = NamedSharding(self._mesh, mesh.batch_spec())
-        with jax.set_mesh(self._mesh), jax.default_matmul_precision("float32"):
-            return self._compute(self._params, *(jax.device_put(x, rows) for x in (values, ids)))
-
-    def _load(self, base: str) -> dict:
-        everywhere = NamedSharding(self._mesh, PartitionSpec())
-        like = {
-            path: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=everywhere)
-            for path, x in rules.flatten({tables.PART: sizes.shapes_of(self._model)}).items()
-        }
-        found = checkpoint.load_leaves(base, tables.PART, like)
-        return rules.unflatten(found)[tables.PART]
-
-    def _check_tokenizer(self, folder: str) -> None:
-        text, has = self._model.text_fields, self._tokenizer
-        end = has.largest if text.get("end") is None else text["end"]
-        if has.largest >= text["vocabulary"] or has.end != end:
-            what = (
-                f"its ids reach {has.largest} and {has.end} ends a text, CLIP has "
-                f"{text['vocabulary']} and {end} ends one"
-            )
-            hint = "Give the tokenizer that the model was published with"
-            raise UserError(what, field=folder, hint=hint)
+        return self._compute("__call__", values, self._ids(captions))
 
 
 def run(source: Source, output: str, scorer: Scorer, batch: int) -> tuple[np.ndarray, Counter[str]]:
