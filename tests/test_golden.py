@@ -62,7 +62,6 @@ OTHERS = {
     "nextgpt/MANIFEST.json": "sizes and hashes of the other files",
     "nextgpt/tolerances.json": "tolerances, which replays read",
     "nextgpt/imagebind.*": "encoders of the second half of any-to-any",
-    "nextgpt/generation.*": "another LLM, not here yet",
     "nextgpt/formats_cases.json": "texts and ids: test_nextgpt_format.py",
     "nextgpt/formats_rewrite.json": "prompts of the second version, whose recipe is not followed",
     "nextgpt/tokenizer/*": "texts and ids: test_causal_family.py",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from xllm_jax.convert.verify import (
     nextgpt_formats,
+    nextgpt_generation,
     nextgpt_llama,
     nextgpt_lora,
     nextgpt_losses,
@@ -22,6 +23,7 @@ STEPS: dict[str, Callable[[Replay], None]] = {
     "formats.npz": nextgpt_formats.batches,
     "lora.npz": nextgpt_lora.lora_on_attention,
     "losses.npz": nextgpt_losses.stages,
+    "generation.npz": nextgpt_generation.answers,
 }
 MARK = "TextFcLayer", "NExT-GPT", "LlamaForCausalLM", "peft", "process_batch_stage"
 
