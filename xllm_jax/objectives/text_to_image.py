@@ -5,20 +5,24 @@ Pre-trains the mini diffusion model: UNet and text encoder learn together, the a
 
 from __future__ import annotations
 
+import functools
 from typing import cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from xllm_jax.core.batch import DescribedPictures
 from xllm_jax.core.types import Metrics, Params
+from xllm_jax.models.outputs import schedulers
 from xllm_jax.models.outputs.autoencoder import Autoencoder, deviation
 from xllm_jax.models.xllm import XLLM
+from xllm_jax.objectives import denoising
 
 Array = jax.Array
-STEPS = 1000
-FIRST, LAST = 0.00085, 0.012  # betas of Stable Diffusion, linear in their square roots
+# The noise schedule of Stable Diffusion 1.5.
+SCHEDULE = schedulers.Ddim(
+    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
+)
 QUARTERS = 4
 
 
@@ -52,23 +56,13 @@ def loss(
     rows = len(latents)
     # One time in each of as many equal parts: the error of a batch varies less.
     spread = 0.5 if key is None else jax.random.uniform(times, (rows,))
-    time = ((jnp.arange(rows) + spread) * STEPS / rows).astype(jnp.int32)
-    kept = jnp.asarray(signal_shares())[time][:, None, None, None]
+    time = ((jnp.arange(rows) + spread) * SCHEDULE.train_steps / rows).astype(jnp.int32)
     noise = jax.random.normal(drawn, latents.shape)
-    noisy = jnp.sqrt(kept) * latents + jnp.sqrt(1 - kept) * noise
     text = model.apply(params, "text_encoder", batch.ids, method="states")
-    found = model.apply(params, "unet", noisy, time, text)
-    errors = jnp.square(found - noise).mean((1, 2, 3))
-    ratio = (kept / (1 - kept)).reshape(-1)
-    weights = jnp.minimum(ratio, gamma) / ratio if gamma else jnp.ones(rows)
+    network = functools.partial(model.apply, params, "unet")
+    value, errors = denoising.loss(network, SCHEDULE, latents, noise, time, text, gamma)
     metrics: Metrics = {}
     for quarter in range(QUARTERS):
-        own = time * QUARTERS // STEPS == quarter
+        own = time * QUARTERS // SCHEDULE.train_steps == quarter
         metrics[f"noise_error/{quarter + 1}"] = (errors * own).sum() / jnp.maximum(own.sum(), 1)
-    return (errors * weights).mean(), metrics
-
-
-def signal_shares() -> np.ndarray:
-    """What is left of a picture's variance at every time: `[STEPS]` float32, falling."""
-    betas = np.linspace(FIRST**0.5, LAST**0.5, STEPS) ** 2
-    return np.cumprod(1 - betas).astype(np.float32)
+    return value, metrics
