@@ -15,9 +15,9 @@ from xllm_jax.data.media import video
 PARENTS = (b"moov", b"trak", b"mdia", b"minf", b"dinf")
 
 
-def clip(path, level, form="mp4", **options):
+def clip(path, level, form="mp4", codec="mpeg4", **options):
     with av.open(str(path), "w", format=form, options=options) as container:
-        stream = container.add_stream("mpeg4", rate=5)
+        stream = container.add_stream(codec, rate=5)
         stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
         for number in range(6):
             pixels = np.full((48, 32), level, np.uint8)

@@ -19,6 +19,9 @@ MOST_CHUNKS = 10_000  # looked at, be they empty
 MP3_TAG = 64  # bytes of the first frame that hold the tag with the length
 MP3_PADDING = 4 * 1152  # samples that an encoder may add at both ends
 HEAD = 12  # bytes before the first chunk of a WAV file
+FLAC_FIRST = 42  # bytes of FLAC's mark and its first block, the only one that is needed
+MOST_TAG = 1 << 17  # bytes before an MP3 that libsndfile gets
+ID3_END, APE_END = 128, 32  # bytes of tags, or of their ends, behind an MP3
 FLAC_TOTAL = 21  # place of FLAC's count, whose 36 bits begin in the middle of this byte
 
 
@@ -43,6 +46,8 @@ class Size(NamedTuple):
 def mended(file: BinaryIO) -> bytes | None:
     """The content of a recording with its true size in the header; None where nothing is wrong.
 
+    What stands before an MP3 is left out where it is large.
+
     Args:
       file: any file, read from its start.
     """
@@ -50,6 +55,9 @@ def mended(file: BinaryIO) -> bytes | None:
         return None
     if _read(file, 0, 4) == b"fLaC":
         return _flac(file)
+    head = _read(file, 0, 10)
+    if head[:3] == b"ID3" and _sevens(head[6:]) > MOST_TAG:
+        return _unnamed(_read(file, 0))
     found = _stated(file)
     if found is None or not (found.value == 0 or found.value == -1):
         return None
@@ -159,7 +167,7 @@ def in_packets(content: bytes, form: str) -> int:
     from av.error import FFmpegError
 
     try:
-        with av.open(io.BytesIO(content), "r", format=form) as container:
+        with av.open(io.BytesIO(_unnamed(content)), "r", format=form) as container:
             stream = container.streams.audio[0]
             ticks = sum(packet.duration or 0 for packet in container.demux(stream) if packet.size)
             return round(ticks * (stream.time_base or 0) * stream.sample_rate)
@@ -177,21 +185,37 @@ def mp3(content: bytes) -> np.ndarray:
     from av.error import FFmpegError
 
     try:
-        with av.open(io.BytesIO(_untagged(content)), "r", format="mp3") as container:
+        with av.open(io.BytesIO(_untagged(_unnamed(content))), "r", format="mp3") as container:
             frames = [frame.to_ndarray() for frame in container.decode(audio=0)]
     except (FFmpegError, IndexError) as error:
         raise ValueError(str(error)) from error
     return np.concatenate(frames, axis=1).T.astype(np.float32)
 
 
+def _unnamed(content: bytes) -> bytes:
+    """A FLAC or MP3 without its tags: FFmpeg looks through all of them for each."""
+    if content[:4] == b"fLaC":
+        at, last = 4, False
+        while not last and at + 4 <= len(content):
+            last = content[at] >> 7 == 1
+            at += 4 + int.from_bytes(content[at + 1 : at + 4])
+        return content[:4] + b"\x80" + content[5:FLAC_FIRST] + content[at:]
+    start, end = 0, len(content)
+    while content[start : start + 3] == b"ID3":
+        start += 10 + _sevens(content[start + 6 : start + 10])
+    if content[end - ID3_END : end - ID3_END + 3] == b"TAG":
+        end -= ID3_END
+    while content[end - APE_END : end - APE_END + 8] == b"APETAGEX":
+        end -= APE_END
+    return content[start:end]
+
+
+def _sevens(four: bytes) -> int:
+    """The size of a tag: four times seven bits."""
+    return sum(byte << 7 * place for place, byte in enumerate(four[::-1]))
+
+
 def _untagged(content: bytes) -> bytes:
     """An MP3 without its wrong length, behind which a decoder would leave samples out."""
-    start = 0
-    if content[:3] == b"ID3":  # four times seven bits
-        start = 10 + sum(byte << 7 * place for place, byte in enumerate(content[9:5:-1]))
-    head = content[start : start + MP3_TAG]
-    return (
-        content[:start]
-        + head.replace(b"Xing", bytes(4)).replace(b"Info", bytes(4))
-        + content[start + MP3_TAG :]
-    )
+    head = content[:MP3_TAG]
+    return head.replace(b"Xing", bytes(4)).replace(b"Info", bytes(4)) + content[MP3_TAG:]

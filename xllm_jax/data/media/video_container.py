@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.data.media import formats, matroska_elements, paths, video_tables
+from xllm_jax.data.media import formats, matroska_elements, metadata_names, paths, video_tables
 
 # Neither playlists, which name other files, nor text and single pictures, which are no videos.
 ALLOWED = {"format_whitelist": formats.VIDEOS, "protocol_whitelist": "file"}
@@ -34,6 +34,7 @@ def opened(path: str | Path) -> Iterator[tuple[Any, Any]]:
     formats.check(path, "video", head)
     video_tables.check(path, head)
     matroska_elements.check(path, head)
+    metadata_names.check(path, head)
     # Otherwise what stands before a colon in a file's name is taken for a protocol.
     source = f"file:{source}" if isinstance(source, str) else source
     try:
