@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 from absl import flags
 
@@ -24,7 +25,7 @@ from xllm_jax.data.media.modalities import MODALITIES
 from xllm_jax.data.media.modality import Modality
 from xllm_jax.data.text.instructions import instructions
 from xllm_jax.inference import assistant
-from xllm_jax.inference.load_run import load_run
+from xllm_jax.inference.load_run import load_run, stage_of
 from xllm_jax.launch import cli, drawing, terminal
 
 CHECKPOINT = flags.DEFINE_string(
@@ -35,6 +36,9 @@ MAX_TOKENS = flags.DEFINE_integer(
     "max_tokens", 64, "Length of the longest answer in tokens, the end token included.", 2
 )
 DRAW = flags.DEFINE_string("draw", "", drawing.HELP)
+SEED = flags.DEFINE_integer(
+    "seed", 0, "Seed of the noise that pictures begin with.", allow_override=True
+)
 
 HELP = "\n".join(split_lines(__doc__ or "")[4:-1])
 
@@ -51,10 +55,15 @@ class Chat:
 
 
 def main(_: list[str]) -> None:
+    write = None
+    if DRAW.value:
+        write = drawing.writer(stage_of(CHECKPOINT.value), DRAW.value, SEED.value)
+    else:
+        drawing.check_unused()
     restored = load_run(CHECKPOINT.value)
     model = assistant.Assistant(restored, max_tokens=MAX_TOKENS.value)
     known = tuple(name for name, _, _ in model.model.modalities)
-    easel = drawing.easel(restored.stage, model.family, DRAW.value) if DRAW.value else None
+    easel = drawing.Easel(Path(DRAW.value), model.family, write) if write else None
 
     def answer(example: Example) -> str:
         return easel.text(model.replies([example])[0]) if easel else model.answers([example])[0]

@@ -3,19 +3,56 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from absl import flags
+from PIL import Image
 
+from xllm_jax.assembly import networks
 from xllm_jax.core import atomic
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Stage
 from xllm_jax.data.text.llm_family import LLMFamily
+from xllm_jax.inference import decoder_base, render
 from xllm_jax.inference.replies import Picture, Reply
+from xllm_jax.models.outputs import scheduler_config
 
 HELP = "Folder for the pictures of an answer; without a decoder, for their embeddings as .npz."
+MOST = 4096  # pixels of a side
+
+# Other commands have flags of these names; each runs alone, but tests import several.
+STEPS = flags.DEFINE_integer(
+    "steps", 50, "Steps of the scheduler for a picture.", 1, 1000, allow_override=True
+)
+GUIDANCE = flags.DEFINE_float(
+    "guidance",
+    7.5,
+    "How far a picture goes beyond what the words say, as a factor; up to 1 it does not.",
+    0.0,
+    1000.0,
+    allow_override=True,
+)
+SIZE = flags.DEFINE_string(
+    "size",
+    "",
+    "Height and width of a picture in pixels, such as 512 or 512x768; by default what the decoder "
+    "was trained on.",
+    allow_override=True,
+)
+SCHEDULER = flags.DEFINE_string(
+    "scheduler",
+    "",
+    f"Way from noise to a picture: {', '.join(scheduler_config.KINDS)}; by default the decoder's.",
+    allow_override=True,
+)
+OPTIONS = {"steps": STEPS, "guidance": GUIDANCE, "size": SIZE, "scheduler": SCHEDULER}
+
 PLACE = re.compile(r"\[[^\[\]]+\.(?:png|npz)\]")
 
 Write = Callable[[Picture, Path], Path]
@@ -39,6 +76,38 @@ def embeddings(picture: Picture, file: Path) -> Path:
     with atomic.whole(file) as partial, partial.open("wb") as opened:
         np.savez(opened, prompt_embeds=picture.embeddings[None].astype(np.float32))
     return file
+
+
+@dataclasses.dataclass(frozen=True)
+class Painter:
+    """Draws pictures with a decoder, whose parameters are read when the first is asked for.
+
+    Attributes:
+      base: of the decoder.
+      seed: of the noise that every picture begins with, whatever is drawn before or beside it.
+      size: (height, width) in pixels.
+      steps, guidance: as of `Renderer`.
+    """
+
+    base: decoder_base.DecoderBase
+    seed: int
+    size: tuple[int, int]
+    steps: int
+    guidance: float
+
+    @functools.cached_property
+    def renderer(self) -> render.Renderer:
+        """The networks with their parameters."""
+        return self.base.renderer()
+
+    def __call__(self, picture: Picture, file: Path) -> Path:
+        """Writes a PNG file."""
+        options = {"size": self.size, "steps": self.steps, "guidance": self.guidance}
+        drawn = self.renderer(picture.embeddings[None], [self.seed], **options)[0]
+        file = file.with_name(f"{file.name}.png")
+        with atomic.whole(file) as partial, partial.open("wb") as opened:
+            Image.fromarray(drawn).save(opened, "PNG")
+        return file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,16 +146,66 @@ def words(text: str) -> str:
     return PLACE.sub("", text).strip()
 
 
-def easel(stage: Stage, family: LLMFamily, folder: str) -> Easel:
-    """Where --draw says.
+def writer(stage: Stage, folder: str, seed: int) -> Write:
+    """How pictures become files, looked at before anything large is read.
 
     Args:
-      stage: of the run.
-      family: of its LLM.
-      folder: the flag.
+      stage: of the run, see `load_run.stage_of`.
+      folder: the flag --draw.
+      seed: of the noise.
 
     Raises:
-      UserError: the run has no outputs.
+      UserError: the run has no outputs, the folder is a file, or the decoder or a flag does not
+        fit; names it.
     """
     check(stage)
-    return Easel(Path(folder), family)
+    place = next((at for at in (Path(folder), *Path(folder).parents) if at.exists()), None)
+    if place and not place.is_dir():
+        raise UserError(f"{place} is no folder", field="--draw", hint="Name a folder")
+    render.check_seed(seed)
+    made = {name: _write(stage, name, seed) for name in sorted(stage.outputs)}
+    return lambda picture, file: made[picture.modality](picture, file)
+
+
+def check_unused() -> None:
+    """Raises UserError for a flag of pictures that was given without --draw."""
+    _refuse_options("without --draw", "Add --draw=DIR")
+
+
+def _write(stage: Stage, modality: str, seed: int) -> Write:
+    """How pictures of one modality become files; says in a line where there is no decoder."""
+    out, field = stage.outputs[modality], f"outputs.{modality}.decoder"
+    if not out.decoder or not Path(out.decoder).exists():
+        where = f"no folder {out.decoder}" if out.decoder else f"{field} of the run names no folder"
+        hint = "Convert one by xllm convert --source=stable_diffusion (docs/outputs.md)"
+        _refuse_options(f"without a decoder: {where}", hint)
+        line = f"No decoder of {modality} ({where}): embeddings are written as .npz"
+        print(line, file=sys.stderr, flush=True)
+        return embeddings
+    base = decoder_base.look(out.decoder, SCHEDULER.value, stage.compute, stage.frozen)
+    projection = networks.network(stage.parts[out.projection], stage, out.projection)
+    base.check_projection(projection.output_width, projection.queries, field)
+    size = _size(SIZE.value) or base.size
+    render.check_size(size, base.autoencoder.factor)
+    if not math.isfinite(GUIDANCE.value):
+        raise UserError(f"is {GUIDANCE.value}", field="--guidance", hint="Such as 7.5")
+    base.scheduler.table(STEPS.value)
+    return Painter(base, seed, size, STEPS.value, GUIDANCE.value)
+
+
+def _refuse_options(why: str, hint: str) -> None:
+    given = next((name for name, flag in OPTIONS.items() if flag.present), None)
+    if given:
+        raise UserError(f"has no effect {why}", field=f"--{given}", hint=hint)
+
+
+def _size(text: str) -> tuple[int, int] | None:
+    """(height, width) of '512' or '512x768'; None of ''."""
+    if not text:
+        return None
+    found = re.fullmatch(r"([0-9]{1,6})(?:x([0-9]{1,6}))?", text)
+    sides = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if not found or max(sides) > MOST:
+        hint = f"Height and width in pixels up to {MOST}, such as 512 or 512x768"
+        raise UserError(f"{text[:40]!r} is no size of a picture", field="--size", hint=hint)
+    return sides

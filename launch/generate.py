@@ -8,7 +8,8 @@
 Any number of files; with speech the question may be spoken. Without --prompt the model gets the
 instruction that fits its files: describe the image or video, write down the speech, answer the
 spoken question. <image>, <video> and <speech> in the prompt say where the files stand in it.
-With --draw the answer's pictures go to a folder, and the text names their files in their places.
+With --draw the answer's pictures go to a folder, and the text names their files in their places;
+--steps, --guidance, --size, --scheduler and --seed say how they are drawn.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
 from xllm_jax.data.media.modalities import MODALITIES, SPEECH, task
 from xllm_jax.data.text.instructions import instructions
-from xllm_jax.inference.load_run import load_run
+from xllm_jax.inference.load_run import load_run, stage_of
 from xllm_jax.launch import cli, drawing, terminal
 
 if TYPE_CHECKING:
@@ -60,7 +61,9 @@ BEAMS = flags.DEFINE_integer("beams", 4, "Number of beams of beam search.", 2)
 MAX_TOKENS = flags.DEFINE_integer(
     "max_tokens", 64, "Length of the longest answer in tokens, the end token included.", 2
 )
-SEED = flags.DEFINE_integer("seed", 0, "Seed of the random numbers for sampling.")
+SEED = flags.DEFINE_integer(
+    "seed", 0, "Seed of the random numbers for sampling, and of the noise that pictures begin with."
+)
 DRAW = flags.DEFINE_string("draw", "", drawing.HELP)
 HEARD = flags.DEFINE_bool("heard", False, "Also print the transcript of the speech.")
 
@@ -70,6 +73,11 @@ def main(_: list[str]) -> None:
     example, options = question(files(), prompt), decoding()
     from xllm_jax.inference import assistant  # takes seconds, which a mistake need not wait for
 
+    write = None
+    if DRAW.value:
+        write = drawing.writer(stage_of(CHECKPOINT.value), DRAW.value, SEED.value)
+    else:
+        drawing.check_unused()
     restored = load_run(CHECKPOINT.value)
     model = assistant.Assistant(restored, max_tokens=MAX_TOKENS.value)
     if HEARD.value:
@@ -77,10 +85,10 @@ def main(_: list[str]) -> None:
             if name == SPEECH:
                 print(f"Heard: {hear(model, path)}")
     how = model.decoding(**options)
-    if not DRAW.value:
+    if write is None:
         print(model.answers([example], how, SEED.value)[0])
         return
-    easel = drawing.easel(restored.stage, model.family, DRAW.value)
+    easel = drawing.Easel(Path(DRAW.value), model.family, write)
     print(easel.text(model.replies([example], how, SEED.value)[0]))
 
 

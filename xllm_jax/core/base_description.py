@@ -59,3 +59,23 @@ def base_fields(directory: str | Path, path: str) -> dict[str, Any]:
         return {}
     with damage.reading(file):
         return damage.read_object(file).get("fields", {}).get(path.partition("/")[0], {})
+
+
+def base_networks(directory: str | Path) -> dict[str, dict[str, Any]]:
+    """{part: all fields of its network} that a converted base records of parts with sizes of their
+    own; one that was not converted records none.
+
+    Raises:
+      UserError: the record is damaged.
+    """
+    file = atomic.whole_folder(directory) / CONVERSION
+    if not file.exists():
+        return {}
+    done = damage.read_object(file)
+    with damage.reading(file):
+        unseen = done.get("fields", {})
+        return {
+            part: {**unseen.get(part, {}), **told["fields"]}
+            for part, told in done["options"].items()
+            if isinstance(told, dict) and "fields" in told
+        }

@@ -112,7 +112,8 @@ def final(directory: str | Path) -> Path:
 
 
 def stage_of(directory: str | Path) -> Stage:
-    """The stage of a finished run, its data's paths resolved; it reads media, not cached ones."""
+    """The stage of a finished run, paths of its data and decoders resolved; it reads media, not
+    cached ones."""
     about = base_description.base_about(final(directory))
     with damage.reading(final(directory)):
         stage = parse_stage(about["stage"])
@@ -122,7 +123,12 @@ def stage_of(directory: str | Path) -> Stage:
         for name in ("root", "tokenizer", "characters", "vocabulary", "caption_tokenizer")
         if getattr(data, name)
     }
-    return dataclasses.replace(stage, data=dataclasses.replace(data, **files, cache=""))
+    outputs = {
+        name: dataclasses.replace(out, decoder=place(out.decoder, directory) if out.decoder else "")
+        for name, out in stage.outputs.items()
+    }
+    data = dataclasses.replace(data, **files, cache="")
+    return dataclasses.replace(stage, data=data, outputs=outputs)
 
 
 def place(source: str, directory: str | Path) -> str:

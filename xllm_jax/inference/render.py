@@ -148,11 +148,7 @@ class Renderer:
         return cast(Array, found)
 
     def _check(self, conditions: np.ndarray, seeds: Sequence[int], size: tuple[int, int]) -> None:
-        factor = self.autoencoder.factor
-        if any(side < factor or side % factor for side in size):
-            what = f"{size[0]} x {size[1]} is no multiple of the autoencoder's factor {factor}"
-            near = " ".join(str(max(factor, round(side / factor) * factor)) for side in size)
-            raise UserError(what, field="--size", hint=f"Nearest: {near}")
+        check_size(size, self.autoencoder.factor)
         if conditions.ndim != 3 or conditions.shape[1:] != self.without.shape:
             what = f"have the shape {conditions.shape}, the decoder {self.without.shape} a request"
             hint = "Take the decoder that the projection was trained for"
@@ -160,10 +156,28 @@ class Renderer:
         if len(conditions) != len(seeds):
             what = f"{len(seeds)} for {len(conditions)} requests"
             raise UserError(what, field="--seed", hint="Give one seed for each request")
-        wrong = next((seed for seed in seeds if not 0 <= seed < 2**32), None)
-        if wrong is not None:
-            what = f"{wrong} is no whole number below 2^32"
-            raise UserError(what, field="--seed", hint="Choose another")
+        for seed in seeds:
+            check_seed(seed)
+
+
+def check_size(size: tuple[int, int], factor: int) -> None:
+    """Raises UserError for (height, width) in pixels that an autoencoder cannot take.
+
+    Args:
+      size: of the pictures.
+      factor: pixels for each latent.
+    """
+    if any(side < factor or side % factor for side in size):
+        what = f"{size[0]} x {size[1]} is no multiple of the autoencoder's factor {factor}"
+        near = " ".join(str(max(factor, round(side / factor) * factor)) for side in size)
+        raise UserError(what, field="--size", hint=f"Nearest: {near}")
+
+
+def check_seed(seed: int) -> None:
+    """Raises UserError for a seed that no picture has."""
+    if not 0 <= seed < 2**32:
+        what = f"{seed} is no whole number below 2^32"
+        raise UserError(what, field="--seed", hint="Choose another")
 
 
 def _alone(network: sampling.Network, conditions: Array, x: Array, time: Array) -> Array:

@@ -1,0 +1,184 @@
+"""A decoder's base becomes a `Renderer`: networks, noise schedule and empty text by its records.
+
+Looking at a base reads its records alone, so that what is wrong with it is told before anything
+large is read; parameters are read when the first picture is asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from xllm_jax.assembly.networks import init_params
+from xllm_jax.core import base_description, checkpoint, damage, rules
+from xllm_jax.core.errors import UserError
+from xllm_jax.core.types import Params, Shapes
+from xllm_jax.data.text.clip_tokenizer import ClipTokenizer
+from xllm_jax.inference.render import Renderer
+from xllm_jax.models.clip_text import ClipText
+from xllm_jax.models.outputs import scheduler_config
+from xllm_jax.models.outputs.autoencoder import Autoencoder
+from xllm_jax.models.outputs.schedulers import Scheduler
+from xllm_jax.models.outputs.unet import UNet
+
+UNREAD = ("vae/encoder/", "vae/moments/")  # pictures are made, not read
+MAKE = "Make it by xllm convert --source=stable_diffusion from a whole folder of the pipeline"
+SCHEDULER, TOKENIZER, SIDE = "scheduler/scheduler_config.json", "tokenizer", "unet/config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderBase:
+    """What a base records of itself.
+
+    Attributes:
+      folder: of the base.
+      unet, autoencoder, text: its networks.
+      scheduler: its way from noise to latents, or the one that was chosen instead.
+      size: (height, width) in pixels of the pictures that it was trained on.
+      frozen: dtype in which its parameters are kept.
+    """
+
+    folder: Path
+    unet: UNet
+    autoencoder: Autoencoder
+    text: ClipText
+    scheduler: Scheduler
+    size: tuple[int, int]
+    frozen: DTypeLike
+
+    def check_projection(self, width: int, queries: int, field: str) -> None:
+        """Looks whether this decoder reads what a projection gives.
+
+        Args:
+          width, queries: of the projection's output.
+          field: that names the decoder, for the error.
+
+        Raises:
+          UserError: another width or length.
+        """
+        have, wanted = (queries, width), (self.text.positions, self.text.width)
+        if have != wanted:
+            what = f"{self.folder} reads {wanted[0]} x {wanted[1]} numbers a picture"
+            what = f"{what}, and the projection gives {have[0]} x {have[1]}"
+            raise UserError(what, field=field, hint="Take the decoder that it was trained for")
+
+    def renderer(self, batch: int = 1) -> Renderer:
+        """Reads the parameters.
+
+        Args:
+          batch: pictures that are drawn at once.
+
+        Raises:
+          UserError: a component is missing, damaged or of other shapes; names it.
+        """
+        stores = checkpoint.open_leaves(self.folder)
+        networks = {"unet": self.unet, "vae": self.autoencoder}
+        params = {part: self._params(part, network, stores) for part, network in networks.items()}
+        empty = self._empty(stores)
+        return Renderer(self.unet, self.autoencoder, params, self.scheduler, empty, batch)
+
+    def _empty(self, stores: Mapping[str, Any]) -> np.ndarray:
+        """What the text encoder says of an empty text, `[tokens, width]` float32."""
+        ids = ClipTokenizer(self.folder / TOKENIZER).encode([""], self.text.positions)
+        if ids.max() >= self.text.vocabulary:
+            what = f"gives the id {ids.max()}, and the text encoder has {self.text.vocabulary} rows"
+            raise UserError(what, field=str(self.folder / TOKENIZER), hint=MAKE)
+        params = self._params("text_encoder", self.text, stores)
+        apply = jax.jit(
+            lambda params, ids: self.text.apply({"params": params}, ids, method="states")
+        )
+        return np.asarray(apply(params, jnp.asarray(ids)), np.float32)[0]
+
+    def _params(
+        self, part: str, network: UNet | Autoencoder | ClipText, stores: Mapping[str, Any]
+    ) -> Params:
+        """Reads a part leaf by leaf, so that a damaged one ends it at once."""
+        found: dict[str, jax.Array] = {}
+        for path, like in _shapes(part, network).items():
+            if path.startswith(UNREAD):
+                continue
+            have = tuple(stores[path].shape) if path in stores else None
+            if have != like.shape:
+                what = f"{path} has shape {have}, the network {like.shape}"
+                raise UserError(what, field=str(self.folder), hint=MAKE)
+            with damage.reading(self.folder):
+                found[path] = jnp.asarray(stores[path].read().result(), jnp.dtype(self.frozen))
+        return rules.unflatten(found)[part]
+
+
+def look(
+    folder: str | Path,
+    scheduler: str = "",
+    compute: DTypeLike = jnp.float32,
+    frozen: DTypeLike = jnp.float32,
+) -> DecoderBase:
+    """Reads what a base records of itself, and nothing else.
+
+    Args:
+      folder: of the base.
+      scheduler: a key of `scheduler_config.KINDS`; '' takes the base's.
+      compute: dtype of the activations.
+      frozen: dtype of the parameters.
+
+    Raises:
+      UserError: no base of a decoder, a part or a file missing or damaged, a scheduler that does
+        not exist, or parts that do not fit each other; names the file.
+    """
+    folder = Path(folder)
+    held = base_description.base_about(folder)["shapes"]
+    told = base_description.base_networks(folder)
+    made: dict[str, Any] = {}
+    for part, kind in (("unet", UNet), ("vae", Autoencoder), ("text_encoder", ClipText)):
+        if part not in told or not any(path.startswith(f"{part}/") for path in held):
+            raise UserError(f"lacks the part {part!r} of a decoder", field=str(folder), hint=MAKE)
+        made[part] = _network(folder, part, kind, told[part], compute)
+    for name in (SCHEDULER, TOKENIZER):
+        if not (folder / name).exists():
+            raise UserError(f"lacks {name}, which a decoder needs", field=str(folder), hint=MAKE)
+    place = folder / SCHEDULER
+    noise = scheduler_config.parse(damage.read_object(place), scheduler, str(place))
+    unet, vae, text = made["unet"], made["vae"], made["text_encoder"]
+    pairs = (
+        ("text_width", unet.text_width, "text encoder's width", text.width),
+        ("latent_channels", unet.latent_channels, "autoencoder's", vae.latent_channels),
+    )
+    for name, have, other, wanted in pairs:
+        if have != wanted:
+            what = f"the UNet's {name} is {have}, and the {other} {wanted}"
+            raise UserError(what, field=str(folder), hint=MAKE)
+    return DecoderBase(folder, unet, vae, text, noise, _size(folder, vae.factor), frozen)
+
+
+def _network(
+    folder: Path, part: str, kind: type, fields: Mapping[str, Any], compute: DTypeLike
+) -> Any:
+    """A part as its record says; raises UserError where the record makes no sense."""
+    with damage.reading(folder / base_description.CONVERSION):
+        given = {k: tuple(x) if isinstance(x, list) else x for k, x in fields.items()}
+        network = kind(**given, dtype=jnp.dtype(compute))
+        _shapes(part, network)
+    return network
+
+
+def _shapes(part: str, network: Any) -> Shapes:
+    tree = jax.eval_shape(lambda: init_params(network, jax.random.key(0)))
+    return rules.flatten({part: tree})
+
+
+def _size(folder: Path, factor: int) -> tuple[int, int]:
+    """Sides of the pictures that the base's UNet was trained on: 64 latents where it tells none."""
+    file = folder / SIDE
+    told = damage.read_object(file).get("sample_size") if file.exists() else None
+    with damage.reading(file):
+        sides = told if isinstance(told, list) else [told or 64] * 2
+        height, width = (side * factor for side in sides)
+        if not all(type(side) is int and side > 0 for side in (height, width)):
+            raise ValueError(f"sample_size is {told!r}")
+    return height, width
