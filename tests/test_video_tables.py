@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import zlib
 
 import av
 import measured_reading
@@ -91,6 +92,21 @@ def test_many_small_boxes_are_refused(tmp_path):
     )
     with pytest.raises(UserError, match="has more than 100,000 boxes"):
         video.pictures(tmp_path / "b.mp4", 2)
+
+
+def test_a_packed_header_is_refused(tmp_path):
+    """Before, its tables were counted by nobody: a kilobyte of them can count millions."""
+    content = clip(tmp_path / "a.mov", 90, "mov")
+    at = content.index(b"moov") - 4
+    size = int.from_bytes(content[at : at + 4])
+    packed = struct.pack(">I", size) + zlib.compress(content[at : at + size])
+    inside = struct.pack(">I4s4sI4s", 12, b"dcom", b"zlib", 8 + len(packed), b"cmvd") + packed
+    head = struct.pack(">I4sI4s", size, b"moov", 8 + len(inside), b"cmov") + inside
+    (tmp_path / "b.mov").write_bytes(content[:at] + head.ljust(size, b"\0") + content[at + size :])
+    with av.open(str(tmp_path / "b.mov")) as container:
+        assert len(list(container.decode(video=0))) == 6
+    with pytest.raises(UserError, match="has a packed header"):
+        video.pictures(tmp_path / "b.mov", 2)
 
 
 def test_frames_in_another_file_are_not_read(tmp_path):

@@ -34,8 +34,8 @@ def check(path: str | Path, head: bytes) -> None:
       head: its first bytes.
 
     Raises:
-      UserError: more samples than MOST_SAMPLES, or more boxes than MOST_BOXES,
-        or more names than metadata should have.
+      UserError: more samples than MOST_SAMPLES, or more boxes than MOST_BOXES, a
+        packed header, or more names than metadata should have.
     """
     if head[4:8] not in (*FIRSTS, b"pnot"):
         return
@@ -46,6 +46,9 @@ def check(path: str | Path, head: bytes) -> None:
         for number, (name, at, holder) in enumerate(_boxes(file, 0, file.seek(0, os.SEEK_END))):
             if number == MOST_BOXES:
                 raise UserError(f"has more than {MOST_BOXES:,} boxes", field=str(path))
+            if name == b"cmov":
+                what = "has a packed header, whose tables cannot be counted"
+                raise UserError(what, field=str(path), hint="Remux it")
             names += holder in NAMING
             if names > metadata_names.MOST_NAMES:
                 raise metadata_names.too_many(path)
