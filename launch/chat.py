@@ -36,6 +36,7 @@ MAX_TOKENS = flags.DEFINE_integer(
     "max_tokens", 64, "Length of the longest answer in tokens, the end token included.", 2
 )
 DRAW = flags.DEFINE_string("draw", "", drawing.HELP)
+flags.adopt_module_key_flags(drawing)
 SEED = flags.DEFINE_integer(
     "seed", 0, "Seed of the noise that pictures begin with.", allow_override=True
 )

@@ -65,6 +65,7 @@ SEED = flags.DEFINE_integer(
     "seed", 0, "Seed of the random numbers for sampling, and of the noise that pictures begin with."
 )
 DRAW = flags.DEFINE_string("draw", "", drawing.HELP)
+flags.adopt_module_key_flags(drawing)
 HEARD = flags.DEFINE_bool("heard", False, "Also print the transcript of the speech.")
 
 
