@@ -86,6 +86,10 @@ class _Made:
     def __init__(self, count: int = 1):
         self.count = count
 
+    def append(self, _: Any) -> None:
+        """Takes an entry, as a deque does; the entry itself was paid for when it was read."""
+        self.count += 1
+
 
 class _Storage:
     """Numbers in the file, so many; nothing copies them."""
