@@ -25,9 +25,9 @@ PICTURES = {
 }
 SIZES = (
     "bins channels classes cross_attention_frequency depth embed encoder_width features groups "
-    "heads hidden image_size latent_channels length linguistic_width llm_width max_tokens "
-    "out_channels output_width patch picture_channels pools queries shared stride text_width "
-    "unroll visual_width vocab width"
+    "head_dim heads hidden image_size key_heads latent_channels length linguistic_width "
+    "llm_width max_tokens out_channels output_width patch picture_channels pools queries shared "
+    "stride text_width unroll visual_width vocab width"
 )
 NONE = "kernel linguistic_blocks positions self_blocks types visual_blocks vocabulary"  # may be 0
 # Whatever a network has, it has once at least; of layers, -1 is the last.
