@@ -36,6 +36,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import numpy as np
 
+import xllm_jax
 from xllm_jax.assembly.system import System
 from xllm_jax.core import fingerprint, mesh
 from xllm_jax.core.stage import Stage
@@ -46,7 +47,6 @@ from xllm_jax.data.synthetic_world.plan import WorldSizes
 from xllm_jax.data.text import llm_family
 from xllm_jax.evaluation import demo_suite
 from xllm_jax.inference import decoding
-from xllm_jax.launch import build_backbones
 from xllm_jax.training.trainer import Trainer
 
 STAGES = {
@@ -61,7 +61,7 @@ STAGES = {
 FILES = {"stage2_image_no_init": "stage2_image", "stage3": "stage3_instruction"}
 IDLE = ("name", "log_every", "save_every", "keep", "stall", "wandb", "profile", "best.")
 IDLE += ("data.threads", "data.waiting", "validation.")
-SHIPPED = build_backbones.SHIPPED
+SHIPPED = Path(xllm_jax.__file__).parent / "data" / "synthetic_world" / "backbones"
 
 
 def behavior() -> dict[str, str]:

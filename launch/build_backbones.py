@@ -42,6 +42,7 @@ TOKENIZER = flags.DEFINE_bool(
     "BERT and of the text encoder.",
 )
 
+WORDS_AROUND = ("paper", "chatglm_zh", "plain")  # templates whose words the tokenizer knows
 SHIPPED = Path(xllm_jax.__file__).parent / "data" / "synthetic_world" / "backbones"
 
 
@@ -74,7 +75,7 @@ def learn_tokenizer(folder: Path) -> Path:
         rounds = [text for earlier in example.history for text in earlier]
         media = [text for _, text in example.media]
         texts += [text for text in (*media, *rounds, example.instruction, example.answer) if text]
-    for template in TEMPLATES.values():
+    for template in (TEMPLATES[name] for name in WORDS_AROUND):
         words = dict(round=0, question="", answer="")
         texts += [text.format(**words) for text in dataclasses.astuple(template)] * 100
     tags = [f"<{sign}{name.capitalize()}>" for name in networks.MODALITIES for sign in ("", "/")]

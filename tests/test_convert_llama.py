@@ -14,7 +14,7 @@ from test_causal import FAMILIES, SMALL, VOCAB
 from xllm_jax.assembly import parameters
 from xllm_jax.convert import files, run_export, run_import
 from xllm_jax.convert.sources import llama, llama_config
-from xllm_jax.core import checkpoint
+from xllm_jax.core import base_description
 from xllm_jax.core.errors import UserError
 
 
@@ -73,7 +73,7 @@ def test_fields_that_no_shape_shows_are_recorded(tmp_path):
     """A stage with other rotary positions does not load the base."""
     save(network("llama3"), tmp_path / "in", "safetensors")
     run_import.run_import("llama", tmp_path / "in", tmp_path / "base")
-    record = json.loads((tmp_path / "base" / checkpoint.CONVERSION).read_text())
+    record = json.loads((tmp_path / "base" / base_description.CONVERSION).read_text())
     said = record["fields"]["llm"]
     assert said["scaling"]["kind"] == "llama3" and said["scaling"]["factor"] == 8.0
     assert said["theta"] == 500000.0 and said["norm_epsilon"] == 1e-6

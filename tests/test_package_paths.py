@@ -66,5 +66,6 @@ def test_sources_are_tables_and_no_engine_files():
     engine = {p.stem for p in (PACKAGE / "convert").glob("[!_]*.py")}
     found = run_import.sources().keys()
     assert found and found <= files and not found & engine
-    helpers = {"blip2_hugging_face", "chatglm_quantized", "xllm_sizes"}
+    helpers = {"blip2_hugging_face", "chatglm_quantized", "clip_text", "llama_config"}
+    helpers |= {"nextgpt_projection", "peft_lora", "xllm_sizes"}
     assert files - found == helpers

@@ -213,7 +213,7 @@ def test_instructions_of_other_publishers(tmp_path):
     (tmp_path / "val.jsonl").write_text(lines[0] + '\n{"id": ', "utf-8")
     found = instructions.examples(str(tmp_path), "val")
     assert [found[place].key for place in range(2)] == ["a-0", "a-1"] and len(found) == 3
-    with pytest.raises(UserError, match=r"val\.jsonl: \[1\]: broken JSON at line 1, column 8"):
+    with pytest.raises(UserError, match=r"val\.jsonl: \[1\]: the file ends inside record 1"):
         found[2]
     (tmp_path / "filter_cap.json").write_text(
         json.dumps({"annotations": [{"image_id": "7", "caption": "一只猫"}]}), "utf-8"
@@ -301,7 +301,7 @@ VIDEOS, TALKS = "msrvtt/train_val_videodatainfo.json", "instructions/train.json"
 WORDS = "aishell/transcript/aishell_transcript_v0.8.txt"
 MISTAKES = [
     (coco, {}, CAPTIONS, gone, r"captions_train\.json: no such file"),
-    (coco, {}, CAPTIONS, cut, r"captions_train\.json: broken JSON at byte"),
+    (coco, {}, CAPTIONS, cut, r"captions_train\.json: .*the file ends inside record"),
     (
         coco,
         {},
@@ -377,7 +377,7 @@ FOLDER_MISTAKES = [
     (
         "captions.jsonl",
         '{"image": "a.jpg", "caption": "b"}\n{"image',
-        r"broken JSON at line 1, column 2",
+        r"the file ends inside record 1",
     ),
     ("captions.csv", "picture,caption\na,b\n", r"no column 'image'.*picture"),
     ("captions.tsv", "image\tcaption\na.jpg\n", r"row 2: has 1 fields for 2 columns"),
