@@ -25,7 +25,7 @@ from xllm_jax.data.media.modalities import MODALITIES
 from xllm_jax.data.media.modality import Modality
 from xllm_jax.data.text.instructions import instructions
 from xllm_jax.inference import assistant
-from xllm_jax.inference.load_run import load_run, stage_of
+from xllm_jax.inference.load_run import load_run
 from xllm_jax.launch import cli, drawing, terminal
 
 CHECKPOINT = flags.DEFINE_string(
@@ -56,11 +56,7 @@ class Chat:
 
 
 def main(_: list[str]) -> None:
-    write = None
-    if DRAW.value:
-        write = drawing.writer(stage_of(CHECKPOINT.value), DRAW.value, SEED.value)
-    else:
-        drawing.check_unused()
+    write = drawing.chosen(CHECKPOINT.value, DRAW.value, SEED.value)
     restored = load_run(CHECKPOINT.value)
     model = assistant.Assistant(restored, max_tokens=MAX_TOKENS.value)
     known = tuple(name for name, _, _ in model.model.modalities)

@@ -20,6 +20,7 @@ from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Stage
 from xllm_jax.data.text.llm_family import LLMFamily
 from xllm_jax.inference import decoder_base, render
+from xllm_jax.inference.load_run import stage_of
 from xllm_jax.inference.replies import Picture, Reply
 from xllm_jax.models.outputs import scheduler_config
 
@@ -165,6 +166,23 @@ def writer(stage: Stage, folder: str, seed: int) -> Write:
     render.check_seed(seed)
     made = {name: _write(stage, name, seed) for name in sorted(stage.outputs)}
     return lambda picture, file: made[picture.modality](picture, file)
+
+
+def chosen(checkpoint: str, folder: str, seed: int) -> Write | None:
+    """What the flags say of pictures: `writer`, or None where --draw was not given.
+
+    Args:
+      checkpoint: folder of the run.
+      folder: the flag --draw.
+      seed: of the noise.
+
+    Raises:
+      UserError: as `writer`, or a flag of pictures was given without --draw.
+    """
+    if folder:
+        return writer(stage_of(checkpoint), folder, seed)
+    check_unused()
+    return None
 
 
 def check_unused() -> None:

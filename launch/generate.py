@@ -23,7 +23,7 @@ from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
 from xllm_jax.data.media.modalities import MODALITIES, SPEECH, task
 from xllm_jax.data.text.instructions import instructions
-from xllm_jax.inference.load_run import load_run, stage_of
+from xllm_jax.inference.load_run import load_run
 from xllm_jax.launch import cli, drawing, terminal
 
 if TYPE_CHECKING:
@@ -74,11 +74,7 @@ def main(_: list[str]) -> None:
     example, options = question(files(), prompt), decoding()
     from xllm_jax.inference import assistant  # takes seconds, which a mistake need not wait for
 
-    write = None
-    if DRAW.value:
-        write = drawing.writer(stage_of(CHECKPOINT.value), DRAW.value, SEED.value)
-    else:
-        drawing.check_unused()
+    write = drawing.chosen(CHECKPOINT.value, DRAW.value, SEED.value)
     restored = load_run(CHECKPOINT.value)
     model = assistant.Assistant(restored, max_tokens=MAX_TOKENS.value)
     if HEARD.value:

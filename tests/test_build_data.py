@@ -77,6 +77,26 @@ def test_a_file_of_any_size_is_read_row_by_row(tmp_path, monkeypatch):
     assert translators.read_table(write(tmp_path / "table.json", table)) == table
 
 
+@pytest.mark.parametrize(
+    ("talk", "where"),
+    [
+        (7, r"dialogs\[1\]: is a number, not an object"),
+        ({"dialog": [3]}, r"dialogs\[1\]\.dialog\[0\]: is a number"),
+        ({"dialog": [{"question": 5}]}, r"dialog\[0\]\.question: 5 names no text"),
+        ({"dialog": [{"question": -1}]}, r"dialog\[0\]\.question: -1 names no text"),
+        ({"dialog": [{"question": 1}]}, r"dialog\[0\]\.question: 1 names no text"),
+        ({"dialog": [{"question": 0, "answer": "yes"}]}, r"dialog\[0\]\.answer: is a text"),
+        ({"dialog": [], "caption": [1]}, r"dialogs\[1\]\.caption: is a list"),
+    ],
+)
+def test_dialogues_of_another_form_are_told_by_their_place(talk, where, tmp_path):
+    good = {"dialog": [{"question": 0}]}
+    data = {"questions": ["is it red?", 3], "answers": ["yes"], "dialogs": [good, talk]}
+    write(tmp_path / "visdial_1.0_train.json", {"data": data})
+    with pytest.raises(UserError, match=where):
+        questions.build(str(tmp_path), str(tmp_path / "texts"))
+
+
 @pytest.fixture
 def visdial(beam, tmp_path):
     """Two dialogues; 'why?' has no translation, two questions differ in their signs alone."""

@@ -18,9 +18,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
-from xllm_jax.core import mesh
 from xllm_jax.models import layers as basic
-from xllm_jax.models import rotary
+from xllm_jax.models import rotary, word_table
 from xllm_jax.models.decoder_cache import Cache, Memory, empty_cache, extend_cache, store, visible
 
 Array = jax.Array
@@ -262,9 +261,7 @@ class Causal(nn.Module):
 
     def embed(self, ids: Array) -> Array:
         """Word embeddings: `[B, T]` int32 to `[B, T, D]` in the compute dtype."""
-        # Every device looks its part of the width up for all rows, as `ChatGLM.embed` tells.
-        x = jnp.take(self.embedding, mesh.constrain(ids, "data"), axis=0).astype(self.dtype)
-        return mesh.constrain_rows(mesh.constrain(x, "data", None, "fsdp"))
+        return word_table.embed(self.embedding, ids, self.dtype)
 
     def __call__(
         self,
@@ -305,16 +302,9 @@ class Causal(nn.Module):
         return made if watched is None else (*made, seen)
 
     def logits(self, x: Array) -> Array:
-        """Scores of the next token: `[..., D]` final states to `[..., vocab]` float32.
-
-        On a mesh each device scores its part of the vocabulary, as `ChatGLM.logits` tells.
-        """
-        vocabulary = ("tensor", "fsdp")
+        """Scores of the next token: `[..., D]` final states to `[..., vocab]` float32."""
         table = self.embedding if self.tied else self.head
-        head = mesh.constrain(table.astype(self.dtype), vocabulary, None)
-        x = mesh.constrain(x.astype(self.dtype), "data", *(None,) * (x.ndim - 1))
-        scores = jnp.einsum("...d,vd->...v", x, head, preferred_element_type=jnp.float32)
-        return mesh.constrain(scores, "data", *(None,) * (x.ndim - 2), vocabulary)
+        return word_table.logits(table, x, self.dtype)
 
     def example(self) -> tuple[Array, Array, Array, Array]:
         """Arguments for `init`."""

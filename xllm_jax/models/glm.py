@@ -14,8 +14,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
-from xllm_jax.core import mesh
 from xllm_jax.models import layers as basic
+from xllm_jax.models import word_table
 from xllm_jax.models.decoder_cache import Cache, Memory, empty_cache, extend_cache, store, visible
 
 Array = jax.Array
@@ -204,11 +204,7 @@ class ChatGLM(nn.Module):
 
     def embed(self, ids: Array) -> Array:
         """Word embeddings: `[B, T]` int32 to `[B, T, D]` in the compute dtype."""
-        # Every device looks its part of the width up for all rows; moving these is far less than
-        # gathering the table.
-        ids = mesh.constrain(ids, "data")
-        x = jnp.take(self.embedding, ids, axis=0).astype(self.dtype)
-        return mesh.constrain_rows(mesh.constrain(x, "data", None, "fsdp"))
+        return word_table.embed(self.embedding, ids, self.dtype)
 
     def __call__(
         self,
@@ -251,16 +247,8 @@ class ChatGLM(nn.Module):
         return made if watched is None else (*made, seen)
 
     def logits(self, x: Array) -> Array:
-        """Scores of the next token: `[..., D]` final states to `[..., vocab]` float32.
-
-        On a mesh each device scores its part of the vocabulary for the rows of all, since the
-        states are far smaller than the head.
-        """
-        vocabulary = ("tensor", "fsdp")
-        head = mesh.constrain(self.embedding.astype(self.dtype), vocabulary, None)
-        x = mesh.constrain(x.astype(self.dtype), "data", *(None,) * (x.ndim - 1))
-        scores = jnp.einsum("...d,vd->...v", x, head, preferred_element_type=jnp.float32)
-        return mesh.constrain(scores, "data", *(None,) * (x.ndim - 2), vocabulary)
+        """Scores of the next token: `[..., D]` final states to `[..., vocab]` float32."""
+        return word_table.logits(self.embedding, x, self.dtype)
 
     def example(self) -> tuple[Array, Array, Array, Array]:
         """Arguments for `init`."""

@@ -31,9 +31,6 @@ SMOOTH = ("gradient", "clouds")
 RELATIONS = {"左边": (-1, 0), "右边": (1, 0), "上面": (0, -1), "下面": (0, 1)}
 SHARES = {"plain": 0.35, "placed": 0.3, "repeated": 0.1, "related": 0.25}
 
-INSTRUCTIONS = ("画{said}。", "请画{said}。", "画一张图：{said}。", "请画一张图，{said}。")
-UNSEEN_INSTRUCTIONS = ("请你画{said}。", "画一张这样的图：{said}。")
-
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
@@ -91,12 +88,6 @@ def sample_request(
     made = KINDS[kind](rng, pairs, unseen_wording)
     scene = dataclasses.replace(made.scene, background=choose(rng, SMOOTH))
     return dataclasses.replace(made, scene=scene)
-
-
-def instruction(request: Request, rng: np.random.Generator, unseen_wording: bool = False) -> str:
-    """The request as a sentence that asks for a picture."""
-    rows = language.wordings(INSTRUCTIONS, UNSEEN_INSTRUCTIONS, unseen_wording)
-    return choose(rng, rows).format(said=request.said)
 
 
 def _plain(rng: np.random.Generator, pairs: str, unseen_wording: bool) -> Request:

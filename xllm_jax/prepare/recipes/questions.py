@@ -83,7 +83,10 @@ def read(folder: str, split: str) -> dict[str, Any]:
     found = json_spans.find(file, {f"data.{name}": None for name in names})
     data = {name: list(_rows(file, found[f"data.{name}"], name)) for name in names[:2]}
     talks = _rows(file, found["data.dialogs"], names[2])
-    return {**data, "dialogs": [_without_options(talk, str(file)) for talk in talks]}
+    data["dialogs"] = [
+        _checked(talk, data, f"{file}: data.dialogs[{number}]") for number, talk in enumerate(talks)
+    ]
+    return data
 
 
 def _rows(file: Path, found: json_spans.Rows, name: str) -> Iterator[Any]:
@@ -93,12 +96,20 @@ def _rows(file: Path, found: json_spans.Rows, name: str) -> Iterator[Any]:
         yield from rows.several(range(start, min(start + TOGETHER, len(rows))))
 
 
-def _without_options(talk: Any, where: str) -> dict[str, Any]:
-    rounds = layout.get(talk, "dialog", list, f"{where}: dialogs")
-    kept = [
-        {name: value for name, value in one.items() if name != "answer_options"} for one in rounds
-    ]
-    return {**talk, "dialog": kept}
+def _checked(talk: Any, data: Mapping[str, Sequence[Any]], where: str) -> dict[str, Any]:
+    """A dialogue without candidates, whose rounds name texts that there are."""
+    kept = []
+    for number, one in enumerate(layout.get(talk, "dialog", list, where)):
+        place = f"{where}.dialog[{number}]"
+        for name in ("question", "answer"):
+            if name == "answer" and name not in one:
+                continue
+            texts, chosen = data[f"{name}s"], layout.get(one, name, int, place)
+            if not 0 <= chosen < len(texts) or not isinstance(texts[chosen], str):
+                raise UserError(f"{chosen} names no text", field=f"{place}.{name}")
+        kept.append({name: value for name, value in one.items() if name != "answer_options"})
+    caption = layout.get(talk, "caption", str, where) if "caption" in talk else ""
+    return {**talk, "caption": caption, "dialog": kept}
 
 
 def texts(data: dict[str, Any]) -> list[str]:
