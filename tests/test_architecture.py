@@ -29,6 +29,7 @@ FLOORS = (
     "prepare",
     "training",
     "preflight",
+    "serve",
     "configs",
     "launch",
 )
