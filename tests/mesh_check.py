@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import small_stage
 
-from xllm_jax.assembly import networks
+from xllm_jax.assembly import adapters, networks
 from xllm_jax.assembly.system import System
 from xllm_jax.core import mesh, rules
 from xllm_jax.data.batching import batch_format
@@ -131,7 +131,7 @@ def gradients(made, axes, params, batch):
     device_mesh = mesh.make(axes, jax.devices()[: int(np.prod(list(axes.values())))])
     system = System.build(made, device_mesh)
     placed = {p: jax.device_put(x, system.parameters[p].sharding) for p, x in params.items()}
-    trainable, frozen = rules.split(made.trainable, rules.unflatten(placed))
+    trainable, frozen = adapters.split(made, rules.unflatten(placed))
     loss, key = stage_loss(system), jax.random.key(0)
 
     def objective(trainable, frozen, batch):

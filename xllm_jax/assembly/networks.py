@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from xllm_jax.assembly import outputs
+from xllm_jax.assembly import adapters, outputs
 from xllm_jax.core import lookup, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Part, Stage
@@ -142,13 +142,14 @@ def _check_width(stage: Stage, modality: str, wanted: int) -> None:
 
 
 def frozen_sections(stage: Stage, xllm: XLLM) -> dict[str, int]:
-    """{modality: how many of its first sections hold nothing that `stage.trainable` names}."""
+    """{modality: how many of its first sections hold nothing that trains}."""
     parts = {part for modality, *pair in xllm.modalities for part in pair}
     key = jax.random.key(0)
     tree = {
         n: jax.eval_shape(lambda n=n: init_params(xllm.networks[n], key)) for n in sorted(parts)
     }
-    patterns = tuple((pattern, None) for pattern in stage.trainable)
+    tree = adapters.held(stage.lora, xllm.networks, tree)
+    patterns = tuple((pattern, None) for pattern in adapters.allowed(stage))
     trains = [p for p in rules.flatten(tree) if rules.first_match(patterns, p) is not None]
 
     def count(modality: str) -> int:

@@ -12,12 +12,14 @@ import jax
 from absl import logging
 from flax import linen as nn
 
-from xllm_jax.assembly import outputs
+from xllm_jax.assembly import adapters, outputs
 from xllm_jax.assembly.networks import init_params
 from xllm_jax.assembly.system import System
 from xllm_jax.core import base_description, checkpoint, damage, rules
 from xllm_jax.core.errors import UserError
+from xllm_jax.core.stage import Stage
 from xllm_jax.core.types import Flat, Params, Shapes
+from xllm_jax.models import lora
 
 T = TypeVar("T")
 
@@ -46,16 +48,86 @@ def parameters(system: System, only: Collection[str] | None = None) -> Params:
             raise UserError("no part has this subtree", field=f"init.{prefix}", hint="See parts")
         if source and wanted:
             check_fields(system.model.networks, source, prefix)
-            params |= load(source, prefix, wanted, others)
+            params |= load(source, prefix, *with_adapters(source, prefix, wanted, others))
+    settings, seed = system.stage.lora, system.stage.seed
+    if settings.init:
+        params |= load_adapters(system.stage, like)
     drawn: set[str] = set()
     for name, net in system.model.networks.items():
         missing = {p: x for p, x in like.items() if p.startswith(name + "/") and p not in params}
         if missing:
             stream = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
-            key = jax.random.fold_in(jax.random.key(system.stage.seed), stream)
-            params |= draw(net, name, key, missing)
+            key = jax.random.fold_in(jax.random.key(seed), stream)
+            low = {path: x for path, x in missing.items() if lora.is_adapter(path)}
+            params |= adapters.draw(settings, seed, low) if low else {}
+            plain = {path: x for path, x in missing.items() if path not in low}
+            params |= draw(net, name, key, plain) if plain else {}
             drawn |= missing.keys()
-    return outputs.start_signals(system.model, rules.unflatten(params), drawn)
+    made = adapters.magnitudes(rules.unflatten(params), drawn)
+    return outputs.start_signals(system.model, made, drawn)
+
+
+def with_adapters(
+    source: str, prefix: str, like: Shapes, others: Collection[str]
+) -> tuple[Shapes, list[str]]:
+    """What of a subtree is loaded, and what else its source may hold.
+
+    Adapters that the source lacks are not loaded, and a share of dropout is the stage's own.
+
+    Args:
+      source: where from.
+      prefix: of the subtree.
+      like: all leaves that are wanted.
+      others: leaves of the subtree that the model has and that are not wanted.
+
+    Raises:
+      UserError: the source has adapters, and the stage none.
+    """
+    place, inner = origin(source, prefix)
+    there = below(inner, base_description.base_about(place)["shapes"])
+    low = {prefix + path[len(inner) :] for path in there if lora.is_adapter(path)}
+    wanted = {path: x for path, x in like.items() if path in low or not lora.is_adapter(path)}
+    if low and len(wanted) == sum(not lora.is_adapter(path) for path in like):
+        hint = "Name them in lora.targets, or write a base without: xllm adapter --action=merge"
+        raise UserError(f"{place} has adapters", field=f"init.{prefix}", hint=hint)
+    own = [path for path in low if path.endswith(f"/{lora.DROPOUT}")]
+    return {path: x for path, x in wanted.items() if path not in own}, [*others, *own]
+
+
+def load_adapters(stage: Stage, like: Shapes) -> Flat:
+    """Adapters from where `lora.init` says.
+
+    Args:
+      stage: the settings.
+      like: of all parameters that are wanted.
+
+    Raises:
+      UserError: none is there, or other ones than the stage's.
+    """
+    low = {path: x for path, x in like.items() if lora.is_adapter(path)}
+    found: Flat = {}
+    for part in sorted({path.partition("/")[0] for path in low}):
+        place, _ = origin(stage.lora.init, part)
+        about = base_description.base_about(place)
+        there = {path for path in below(part, about["shapes"]) if _given(path)}
+        wanted = {path: x for path, x in below(part, low).items() if _given(path)}
+        for path in sorted(there ^ wanted.keys()):
+            where = "lacks" if path in wanted else "has, and lora.targets does not name,"
+            hint = "Say in lora.targets, lora.dora and lora.rank what the adapters are"
+            raise UserError(f"{place} {where} {path}", field="lora.init", hint=hint)
+        for path, x in wanted.items():
+            shape = tuple(about["shapes"][path][0])
+            if shape != x.shape:
+                what = f"{path} has shape {shape}, the stage {x.shape}"
+                hint = "They are of another rank or of another base"
+                raise UserError(what, field="lora.init", hint=hint)
+        found |= checkpoint.load_leaves(place, part, wanted, exact=False)
+    return found
+
+
+def _given(path: str) -> bool:
+    """Whether it is of an adapter and not the stage's own, as a share of dropout is."""
+    return lora.is_adapter(path) and not path.endswith(f"/{lora.DROPOUT}")
 
 
 def check_fields(networks: Mapping[str, nn.Module], source: str, prefix: str) -> None:
@@ -164,7 +236,11 @@ def origins(init: Mapping[str, str], paths: Collection[str]) -> dict[str, tuple[
         place, inner = origin(source, prefix)
         held = base_description.base_about(place)["shapes"]
         named = {path: inner + path[len(prefix) :] for path in wanted}
-        taken = {path: (place, n) for path, n in named.items() if n in held or source[-1] != "*"}
+        taken = {
+            path: (place, n)
+            for path, n in named.items()
+            if n in held or (source[-1] != "*" and not lora.is_adapter(path))
+        }
         found |= taken
     return found
 

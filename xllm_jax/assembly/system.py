@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from xllm_jax.assembly import networks
+from xllm_jax.assembly import adapters, networks
 from xllm_jax.core import lookup, mesh, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Stage
 from xllm_jax.core.types import Params, Shapes
+from xllm_jax.models import lora
 from xllm_jax.models.xllm import XLLM
 
 
@@ -68,8 +69,13 @@ class System:
 
     @functools.cached_property
     def tree(self) -> Params:
-        """Shapes of the parameters that the networks read, `{part: tree}`, in float32."""
-        return networks.shapes(self.model)
+        """Shapes of the parameters that the networks read, `{part: tree}`, in float32.
+
+        Raises:
+          UserError: adapters are asked for where there is no kernel.
+        """
+        found = networks.shapes(self.model)
+        return adapters.extended(self.stage.lora, self.model.networks, found)
 
     @functools.cached_property
     def shapes(self) -> Shapes:
@@ -83,7 +89,7 @@ class System:
         Raises:
           UserError: a pattern of `stage.trainable` matches nothing.
         """
-        return frozenset(rules.flatten(rules.split(self.stage.trainable, self.tree)[0]))
+        return frozenset(rules.flatten(adapters.split(self.stage, self.tree)[0]))
 
     @functools.cached_property
     def offloaded(self) -> frozenset[str]:
@@ -108,11 +114,10 @@ class System:
     def specs(self) -> Params:
         """PartitionSpec of every parameter, from the SHARDING rows of each part's file."""
         return {
-            name: rules.assign(
+            name: adapters.specs(
                 lookup.attribute(networks.MODELS, part.network)[0].SHARDING,
                 self.tree[name],
-                what=f"{part.network} SHARDING",
-                total=False,
+                f"{part.network} SHARDING",
             )
             for name, part in self.stage.parts.items()
             if name in self.tree
@@ -120,13 +125,15 @@ class System:
 
     @functools.cached_property
     def parameters(self) -> Shapes:
-        """Shape, dtype and sharding of every parameter: float32 what trains, else `frozen`.
+        """Shape, dtype and sharding of every parameter: float32 what trains and all of an adapter,
+        else `frozen`.
 
         Raises:
           UserError: patterns of `stage.trainable` or `stage.offload` do not fit.
         """
         frozen = jnp.dtype(self.stage.frozen)
-        dtypes = {path: jnp.dtype(jnp.float32) for path in self.trainable}
+        whole = {path for path in self.shapes if lora.is_adapter(path)} | self.trainable
+        dtypes = dict.fromkeys(whole, jnp.dtype(jnp.float32))
         placed = mesh.parameter_shardings(self.device_mesh, self.specs, self.tree)
         shardings = rules.flatten(placed)
         for path in self.offloaded:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from xllm_jax.core.fields import Option, limits, numbers, of_patterns, one_of, options, within
+from xllm_jax.core.lora_settings import Lora
 
 # Of pictures, alone or as frames of a video, whose reader takes those of images, too.
 PICTURES = {
@@ -96,7 +97,9 @@ class Output:
 
 
 # Whatever is not a matrix.
-NO_DECAY = (r"(.*/)?bias", r"(.*/)?.*norm.*/scale", r"(.*/)?temperature")
+NO_DECAY = (
+    r"(.*/)?bias", r"(.*/)?.*norm.*/scale", r"(.*/)?temperature", r"(.*/)?lora_magnitude"
+)  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -308,6 +311,7 @@ class Stage:
         subtree of the same name), 'DIR:other_subtree', or '' for fresh parameters. A '*' at the end
         takes what the source has, draws what it lacks and drops what the model lacks.
       trainable: path patterns of what trains; everything else is frozen.
+      lora: adapters of frozen kernels, which train in addition to that.
       objective: file of `objectives/`.
       options: options of the objective.
       steps: optimizer updates in all.
@@ -339,6 +343,7 @@ class Stage:
     outputs: dict[str, Output] = dataclasses.field(default_factory=dict)
     init: dict[str, str] = dataclasses.field(default_factory=dict)
     trainable: tuple[str, ...] = of_patterns()
+    lora: Lora = dataclasses.field(default_factory=Lora)
     objective: str = "answer"
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
@@ -427,6 +432,7 @@ def parse_stage(record: Mapping[str, Any]) -> Stage:
         "best": Best(**record["best"]),
         "validation": _validation(record.get("validation", {})),
         "trainable": tuple(record["trainable"]),
+        "lora": Lora(**record.get("lora", {})),
         "divergence": Divergence(**record.get("divergence", {})),
         "profile": tuple(record.get("profile", ())),
     }

@@ -7,9 +7,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from xllm_jax.assembly import parameters
+from xllm_jax.assembly import adapters, parameters
 from xllm_jax.assembly.system import System
-from xllm_jax.core import base_description, checkpoint, checksum, damage, mesh, rules
+from xllm_jax.core import base_description, checkpoint, checksum, damage, mesh
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Stage, parse_stage
 from xllm_jax.models.xllm import XLLM
@@ -48,7 +48,7 @@ def load_run(directory: str | Path, replaced: Mapping[str, str] | None = None) -
     stage = dataclasses.replace(stage, init=init, offload=())
     system = System.build(stage, mesh.make(stage.mesh))
     params = parameters.parameters(system)
-    frozen = rules.split(stage.trainable, params)[1]
+    frozen = adapters.split(stage, params)[1]
     check_base(frozen, params.keys() - replaced.keys(), about.get("base", {}), directory)
     return Restored(system.model, params, stage)
 

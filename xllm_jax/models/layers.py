@@ -16,6 +16,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from xllm_jax.core import mesh
+from xllm_jax.models import lora
 from xllm_jax.models.dropout import Dropout
 
 Array = jax.Array
@@ -35,9 +36,8 @@ def truncated_normal(stddev: float = 0.02) -> Initializer:
 class Dense(nn.Module):
     """Linear map over the last `inputs` axes to `features` (one or several output axes).
 
-    The kernel keeps its axes, `[*inputs, *features]`, so that heads can be sharded by name; the
-    product itself runs on flattened matrices, which XLA's CPU backend needs to be fast, unless the
-    mesh splits heads: a flattened axis would have to be gathered first.
+    The kernel keeps its axes, `[*inputs, *features]`, so that heads can be sharded by name. An
+    adapter may stand beside it (`models/lora.py`).
 
     Attributes:
       tensor_axis: which of `features` the mesh's 'tensor' axis splits; None = none.
@@ -58,7 +58,10 @@ class Dense(nn.Module):
         lead, axes = x.shape[: x.ndim - self.inputs], x.shape[x.ndim - self.inputs :]
         kernel = self.param("kernel", self.kernel_init, (*axes, *features), jnp.float32)
         kernel = mesh.on_device(kernel)  # of a stack, one layer's: the chip never holds all
-        y = self._product(x.astype(self.dtype), kernel.astype(self.dtype))
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        y = lora.product(x, kernel, self.inputs)
+        if self.has_variable("params", lora.A):
+            y = self._adapted(x, kernel, y)
         if self.use_bias:
             bias = self.param("bias", self.bias_init, features, jnp.float32)
             y = y + bias.astype(self.dtype)
@@ -68,13 +71,12 @@ class Dense(nn.Module):
             y, None if self.tensor_axis is None else len(lead) + self.tensor_axis
         )
 
-    def _product(self, x: Array, kernel: Array) -> Array:
-        if mesh.tensor_parallel():
-            return jnp.tensordot(x, kernel, axes=self.inputs)
-        lead, axes = x.shape[: x.ndim - self.inputs], kernel.shape[: self.inputs]
-        fan_in = math.prod(axes)
-        y = x.reshape(-1, fan_in) @ kernel.reshape(fan_in, -1)
-        return y.reshape(*lead, *kernel.shape[self.inputs :])
+    def _adapted(self, x: Array, kernel: Array, y: Array) -> Array:
+        """The product with what an adapter beside the kernel adds."""
+        found = [name for name in lora.LEAVES if self.has_variable("params", name)]
+        leaves = {name: self.get_variable("params", name) for name in found}
+        drops = lora.DROPOUT in leaves and self.has_rng("dropout")
+        return lora.adapted(x, kernel, y, leaves, self.make_rng("dropout") if drops else None)
 
 
 class LayerNorm(nn.Module):

@@ -20,6 +20,7 @@ from xllm_jax.core import mesh
 from xllm_jax.core.batch import ConversationBatch, Media
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.types import Params
+from xllm_jax.models import lora
 from xllm_jax.models.outputs.projection import LAST
 from xllm_jax.models.sections import Section, parted, sections_of
 
@@ -27,6 +28,7 @@ Array = jax.Array
 
 LLM = "llm"
 LLM_PREFIX = "llm_prefix"  # a learned prefix of the LLM, read by generation alone
+LLM_STREAM = 1 << 16  # of random numbers, beyond those of media
 SIGNALS = "signal_tokens"  # rows of the LLM's tables that stand beside it
 
 
@@ -258,13 +260,15 @@ class XLLM:
         """
         x = self.embed(params, batch, train, key)
         layout, llm = (batch.segments, batch.context, batch.positions), self.llm(params)
+        drops = train and key is not None and lora.drops(params[LLM])
+        rngs = {"rngs": _dropout(key, LLM_STREAM)} if drops else {}
         inner = {name: self.llm_layers(name) for name in sorted(places)}
         deep = any(layer != LAST for layers in inner.values() for layer in layers)
         watched = jnp.concatenate([places[name] for name in inner], axis=1) if deep else None
         start = self.prefix(params) if prefix else None
         cache = None if start is None else llm(*x.shape[:2], prefix=start, method="init_cache")
         watch = {"watched": watched} if deep else {}
-        states, _, *seen = llm(x, *layout, cache, **watch)
+        states, _, *seen = llm(x, *layout, cache, **watch, **rngs)
         found, place = {}, 0
         for name, layers in inner.items():
             at = slice(place, place + places[name].shape[1])

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from xllm_jax.assembly import parameters
+from xllm_jax.assembly import adapters, parameters
 from xllm_jax.assembly.system import System
 from xllm_jax.core import lookup, mesh, optim, rules
 from xllm_jax.core.stage import Stage
@@ -70,7 +70,7 @@ class Trainer:
         """Shapes of what trains and of the rest."""
         stage = self.system.stage
         divergence.check(stage.divergence)
-        return rules.split(stage.trainable, rules.unflatten(self.system.parameters))
+        return adapters.split(stage, rules.unflatten(self.system.parameters))
 
     @functools.cached_property
     def _optimization(self) -> tuple[optim.Transformation, optim.Schedule]:
@@ -108,7 +108,7 @@ class Trainer:
     def initial_state(self) -> TrainState:
         """Parameters split by the allow-list, and the optimizer on the trainable half."""
         stage, shardings = self.system.stage, _shardings(self.abstract_state)
-        trainable, frozen = rules.split(stage.trainable, parameters.parameters(self.system))
+        trainable, frozen = adapters.split(stage, parameters.parameters(self.system))
         with jax.set_mesh(self.system.device_mesh):
             initialize = jax.jit(self.optimizer.init, out_shardings=shardings.optimizer)
             optimizer_state = initialize(trainable)
