@@ -55,6 +55,11 @@ HOMES = {
     "apache_beam": ("xllm_jax/prepare/",),
     "tensorflow": (),
     "wandb": ("xllm_jax/core/log.py",),
+    # The server is an extra: nothing below it may need its libraries.
+    **dict.fromkeys(
+        ("fastapi", "starlette", "uvicorn", "sse_starlette", "prometheus_client", "gradio"),
+        ("xllm_jax/serve/",),
+    ),
 }
 
 

@@ -25,13 +25,14 @@ import numpy as np
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data, Source
 from xllm_jax.core.text_lines import split_lines
-from xllm_jax.data.media import image, modalities, speech
+from xllm_jax.data.media import facts, image, modalities, speech
+from xllm_jax.data.media.facts import Facts
 from xllm_jax.data.record import DoesNotFit, Record
 
 START_SECONDS = 120.0  # a worker may take to start on a busy machine
 GRACE_SECONDS = 30.0  # after the deadline a worker ends by itself, should its owner be gone
 TASKS = {"load": modalities.load, "check": modalities.check}
-TASKS |= {"samples": speech.read, "square": image.square}
+TASKS |= {"samples": speech.read, "square": image.square, "facts": facts.of}
 MODULE = "xllm_jax.data.media.decode_workers"
 ROOT = str(Path(__file__).parents[3])  # where the package lies, for the worker to import it
 
@@ -143,6 +144,14 @@ class Decoders:
           UserError: as there, and for a file whose decoder was late or died.
         """
         return self._ask("square", (path, side), path)
+
+    def facts(self, modality: str, path: str) -> Facts:
+        """`facts.of` with a deadline.
+
+        Raises:
+          UserError: as there, and for a file whose decoder was late or died.
+        """
+        return self._ask("facts", (modality, path), path)
 
     def _ask(self, task: str, arguments: tuple[Any, ...], path: str) -> Any:
         worker = self._idle.get()
