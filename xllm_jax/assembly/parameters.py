@@ -44,6 +44,11 @@ def parameters(system: System, only: Collection[str] | None = None) -> Params:
     params: Flat = {}
     for prefix, source in ordered(system.stage.init):
         wanted, others = below(prefix, like), below(prefix, unread)
+        # What a row for a part of this subtree brings need not fit here, such as a longer table.
+        inner = [name for name in system.stage.init if name.startswith(f"{prefix}/")]
+        brought = {path for name in inner if system.stage.init[name] for path in below(name, like)}
+        others |= {path: x for path, x in wanted.items() if path in brought}
+        wanted = {path: x for path, x in wanted.items() if path not in brought}
         if not wanted and not others:
             raise UserError("no part has this subtree", field=f"init.{prefix}", hint="See parts")
         if source and wanted:
