@@ -122,6 +122,25 @@ def test_runs_that_a_row_has_no_place_for_go_elsewhere_or_are_left_out(made):
     assert batch.signals["image"].weights.max() == 1
 
 
+def test_runs_of_the_second_version_have_a_word_between(folder, made):
+    """2 n - 1 positions, all of them read; a linear projection has a weight for each."""
+    stage = small_outputs.stage(folder)
+    stage.data.signals["image"].between = 20
+    stage.parts["image_projection"].network = "outputs.projection.LinearProjection"
+    _, batch, skipped = batch_of(stage.data, EXAMPLES)
+    assert not skipped and batch.signals["image"].weights.sum() == 4
+    run = np.insert(np.arange(FIRST, FIRST + COUNT), [1, 2, 3], 20)
+    table = batch.signals["image"]
+    for row, place in np.argwhere(table.weights > 0):
+        start = table.start[row, place]
+        np.testing.assert_array_equal(batch.ids[row, start : start + len(run)], run)
+    other = System.build(stage, mesh.make({}))
+    params = parameters.parameters(other)
+    assert params["image_projection"]["head_0"]["mixing"].shape == (7, small_outputs.TOKENS)
+    found = gradients(other, params, batch)
+    assert (np.abs(found["image_projection/head_0/mixing"]).max(1) > 0).all()
+
+
 def by_hand(system, params, batch, scale):
     """The loss from the networks' outputs, in NumPy and run by run."""
     model = system.model
@@ -313,6 +332,10 @@ def no_projection(stage):
     stage.outputs = {"image": Output("projektion")}
 
 
+def no_word_between(stage):
+    stage.data.signals = {"image": Signals(FIRST, COUNT, between=FIRST + 1)}
+
+
 def taken_ids(stage):
     stage.data.signals = {"image": Signals(519, COUNT)}
 
@@ -356,6 +379,7 @@ def no_tokenizer(stage):
     [
         (no_projection, "outputs.image"),
         (taken_ids, "data.signals.image.first"),
+        (no_word_between, "data.signals.image.between"),
         (beyond_the_table, "data.signals.image.first"),
         (another_width, "parts.image_projection.fields.output_width"),
         (another_llm, "parts.image_projection.fields.llm_width"),

@@ -19,6 +19,7 @@ NAMES = (
     "stage2_speech",
     "stage3_instruction",
     "stage_output_image",
+    "stage_output_denoising",
 )
 
 # Paper, Table 7: peak, minimum, start of the warm-up, its updates, examples of an update

@@ -97,6 +97,46 @@ def test_what_may_follow():
     assert allowed(8, 9) == [9]  # the last token of the answer
 
 
+def test_what_may_follow_where_a_word_stands_between():
+    """Runs of NExT-GPT's second version: 2 n - 1 positions."""
+
+    def allowed(last, step, before=-1, most=10):
+        runs = ((4, 3, 1),)
+        arrays = (jnp.zeros((1, 9)), jnp.array([last]), step, runs, most, jnp.array([before]))
+        return np.flatnonzero(np.isfinite(permitted(*arrays)[0])).tolist()
+
+    assert allowed(4, 3, 1) == [1] and allowed(5, 5, 1) == [1]
+    assert allowed(1, 4, 4) == [5] and allowed(1, 6, 5) == [6]
+    anything = [0, 1, 2, 3, 4, 7, 8]
+    assert allowed(6, 5, 1, 12) == anything  # behind the last one
+    assert allowed(1, 5, 6) == allowed(1, 5, 3) == anything  # the word by itself
+    assert 4 in allowed(0, 5, 1) and 4 not in allowed(0, 6, 1)  # five places are needed
+
+
+def test_a_word_between_is_written_and_read(restored):
+    """Trained, forced and read alike: seven positions a run."""
+    stage = restored.stage
+    signals = {"image": dataclasses.replace(stage.data.signals["image"], between=20)}
+    stage = dataclasses.replace(stage, data=dataclasses.replace(stage.data, signals=signals))
+    system = System.build(stage, mesh.make({}))
+    assert system.model.spans == {"image": 2 * COUNT - 1}
+    model = Assistant(Restored(system.model, restored.params, stage), rows=3, max_tokens=40)
+    how = model.decoding(sample=True, temperature=1.5)
+    prompts = sorted((model.prompt(one, {}) for one in ASKED), key=lambda one: len(one.ids))
+    _, key = jax.random.split(jax.random.key(0))
+    made = decoding.generate(model.model.encoded, model.params, model.batch(prompts, {}), how, key)
+    tokens, replies = np.asarray(made.tokens), model.replies(ASKED, how, 0)
+    assert any(one.pictures for one in replies)
+    run = list(signals["image"].ids)
+    assert run[::2] == list(range(FIRST, FIRST + COUNT)) and set(run[1::2]) == {20}
+    for row in tokens.tolist():
+        starts = [n for n, token in enumerate(row) if token == FIRST]
+        assert all(row[n : n + len(run)] == run for n in starts)
+        others = [token for token in row if FIRST < token < FIRST + COUNT]
+        assert len(others) == (COUNT - 1) * len(starts)
+    assert sum(len(one.pictures) for one in replies) == (tokens == FIRST).sum()
+
+
 def fed(model, params, prompt, tokens, layers):
     """States of each token when it is fed, one by one into a cache, and embeddings there."""
     llm = model.llm(params)

@@ -56,6 +56,7 @@ def network(part: Part, stage: Stage, name: str) -> nn.Module:
         )
     common = {"dtype": jnp.dtype(stage.compute), "remat": stage.remat, "unroll": stage.unroll}
     common["registry"] = outputs.registry(stage)
+    common |= outputs.tokens(stage, name)
     common = {key: value for key, value in common.items() if key in known}
     given = {**row, **common, **part.fields}
     width, heads = given.get("width"), given.get("heads")
@@ -93,7 +94,13 @@ def model(stage: Stage) -> XLLM:
                     field=f"modalities.{name}",
                     hint=f"Choices: {', '.join(networks)}",
                 )
-    made = XLLM(networks=networks, modalities=rows, outputs=outputs.rows(stage))
+    made = XLLM(
+        networks=networks,
+        modalities=rows,
+        outputs=outputs.rows(stage),
+        spans={name: len(one.ids) for name, one in stage.data.signals.items()},
+        denoisers=outputs.denoisers(stage),
+    )
     outputs.check(stage, made)
     made = dataclasses.replace(made, frozen=frozen_sections(stage, made))
     given = given_sections(stage, made)
@@ -142,8 +149,9 @@ def _check_width(stage: Stage, modality: str, wanted: int) -> None:
 
 
 def frozen_sections(stage: Stage, xllm: XLLM) -> dict[str, int]:
-    """{modality: how many of its first sections hold nothing that trains}."""
+    """{modality: how many of its first sections hold nothing that trains}; of captions, too."""
     parts = {part for modality, *pair in xllm.modalities for part in pair}
+    parts |= set(xllm.encoders.values())
     key = jax.random.key(0)
     tree = {
         n: jax.eval_shape(lambda n=n: init_params(xllm.networks[n], key)) for n in sorted(parts)
@@ -159,7 +167,7 @@ def frozen_sections(stage: Stage, xllm: XLLM) -> dict[str, int]:
         )
         return next(first, len(sections))
 
-    return {modality: count(modality) for modality, *_ in xllm.modalities}
+    return {name: count(name) for name in (*(n for n, *_ in xllm.modalities), *xllm.encoders)}
 
 
 def init_params(network: nn.Module, key: jax.Array) -> Params:

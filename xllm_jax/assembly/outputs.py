@@ -11,6 +11,9 @@ import jax.numpy as jnp
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Stage
 from xllm_jax.core.types import Params
+from xllm_jax.data.media import target_pictures
+from xllm_jax.models.outputs.autoencoder import Autoencoder
+from xllm_jax.models.outputs.unet import UNet
 from xllm_jax.models.xllm import LLM, SIGNALS, XLLM
 
 MEAN = "mean"  # of the LLM's other rows: how signal tokens may begin
@@ -24,6 +27,22 @@ def registry(stage: Stage) -> tuple[tuple[str, int, int], ...]:
 def rows(stage: Stage) -> tuple[tuple[str, str, str], ...]:
     """(modality, projection part, text encoder part or ''), see `XLLM.outputs`."""
     return tuple((n, out.projection, out.text_encoder) for n, out in sorted(stage.outputs.items()))
+
+
+def tokens(stage: Stage, part: str) -> dict[str, int]:
+    """The field `tokens` of a projection: positions of a run of its modality; {} of other parts."""
+    named = [name for name, out in stage.outputs.items() if out.projection == part]
+    spans = {len(one.ids) for name, one in stage.data.signals.items() if name in named}
+    return {"tokens": max(spans)} if spans else {}
+
+
+def denoisers(stage: Stage) -> dict[str, tuple[str, str]]:
+    """{modality: (UNet part, autoencoder part)}, see `XLLM.denoisers`."""
+    return {
+        name: (out.unet, out.autoencoder)
+        for name, out in sorted(stage.outputs.items())
+        if out.unet or out.autoencoder
+    }
 
 
 def check(stage: Stage, model: XLLM) -> None:
@@ -54,6 +73,34 @@ def check(stage: Stage, model: XLLM) -> None:
             what = f"names layer {deepest} of an LLM that has {llm.depth}"
             hint = f"Layers are counted from 1 to {llm.depth}; -1 is behind the final norm"
             raise UserError(what, field=f"parts.{projection}.fields.llm_layers", hint=hint)
+    for name, parts in model.denoisers.items():
+        _check_denoiser(stage, model, name, *parts)
+
+
+def _check_denoiser(stage: Stage, model: XLLM, name: str, unet: str, autoencoder: str) -> None:
+    """Raises UserError unless a denoising loss can go through these parts."""
+    for field, part, kind in (("unet", unet, UNet), ("autoencoder", autoencoder, Autoencoder)):
+        if not isinstance(model.networks.get(part), kind):
+            what = f"{part!r} is no part whose network is of the kind {kind.__name__}"
+            hint = "A denoising loss needs both, see configs/stage_output_denoising.py"
+            raise UserError(what, field=f"outputs.{name}.{field}", hint=hint)
+    networks: Any = model.networks
+    projection, vae = networks[model.output(name)[0]], networks[autoencoder]
+    field = f"parts.{unet}.fields"
+    _same(f"{field}.text_width", networks[unet].text_width, "projection", projection.output_width)
+    _same(
+        f"{field}.latent_channels",
+        networks[unet].latent_channels,
+        autoencoder,
+        vae.latent_channels,
+    )
+    side, field = stage.data.signals[name].pixels, f"data.signals.{name}.pixels"
+    if side and name not in target_pictures.KINDS:
+        hint = f"Of {', '.join(target_pictures.KINDS)} alone; say 0"
+        raise UserError("no file shows this modality", field=field, hint=hint)
+    if side % vae.factor:
+        what = f"{side} is no multiple of the autoencoder's factor {vae.factor}"
+        raise UserError(what, field=field, hint="Choose another side, such as 512")
 
 
 def _check_names(stage: Stage, model: XLLM) -> None:

@@ -17,6 +17,12 @@ import numpy as np
 
 Array = Any  # NumPy on the host, jax.Array on the device, ShapeDtypeStruct when compiling ahead
 
+
+def captions_of(modality: str) -> str:
+    """How captions of what answers stand for are called among the media that a cache holds."""
+    return f"{modality}_captions"
+
+
 B = TypeVar("B")
 """The batch of some format: a dataclass of arrays that JAX knows as a pytree."""
 
@@ -52,11 +58,19 @@ class SignalRuns:
       start: `[B, R]` int32, position of a run's first token; 0 where there is none.
       captions: `[B, R, C]` int32, ids of what a run stands for, for a text encoder.
       weights: `[B, R]` float32, 0 where there is none.
+      pictures: `[B, R, side, side, 3]` uint8, what a run stands for, where the stage reads it; else
+        None.
+      shown: `[B, R]` float32, 0 where there is no picture; None as `pictures`.
+      targets: `[B, R, q, width]`, what the frozen text encoder makes of the captions, where a cache
+        holds it; else None.
     """
 
     start: Array
     captions: Array
     weights: Array
+    pictures: Array | None = None
+    shown: Array | None = None
+    targets: Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -185,14 +199,16 @@ def zeros(
     answers: int,
     axes: int,
     media: Mapping[str, tuple[Any, ...]] | None = None,
-    signals: Mapping[str, tuple[int, int]] | None = None,
+    signals: Mapping[str, tuple[int, ...]] | None = None,
+    targets: Mapping[str, tuple[tuple[int, ...], Any]] | None = None,
 ) -> ConversationBatch:
     """An all-padding batch of the given sizes, for init, tests and ahead-of-time compilation.
 
     Args:
       rows, length, answers, axes: B, T, A and P.
       media: {modality: (items per row M, shape of one item[, its dtype])}.
-      signals: {modality: (runs per row R, tokens of a caption C)}.
+      signals: {modality: (runs per row R, tokens of a caption C[, side of a picture])}.
+      targets: {modality: (shape, dtype) of what a cache holds of a caption}.
     """
 
     def integers(*shape: int) -> np.ndarray:
@@ -206,6 +222,18 @@ def zeros(
             index=integers(rows, length) - 1,
         )
 
+    def runs(name: str, count: int, tokens: int, side: int = 0) -> SignalRuns:
+        pictures = np.zeros((rows, count, side, side, 3), np.uint8) if side else None
+        shape, dtype = (targets or {}).get(name, (None, None))
+        return SignalRuns(
+            start=integers(rows, count),
+            captions=integers(rows, count, tokens),
+            weights=np.zeros((rows, count), np.float32),
+            pictures=pictures,
+            shown=np.zeros((rows, count), np.float32) if side else None,
+            targets=None if shape is None else np.zeros((rows, count, *shape), dtype),
+        )
+
     return ConversationBatch(
         ids=integers(rows, length),
         positions=integers(rows, length, axes),
@@ -215,12 +243,5 @@ def zeros(
         targets=integers(rows, answers),
         weights=np.zeros((rows, answers), np.float32),
         media={name: empty(*size) for name, size in (media or {}).items()},
-        signals={
-            name: SignalRuns(
-                start=integers(rows, runs),
-                captions=integers(rows, runs, tokens),
-                weights=np.zeros((rows, runs), np.float32),
-            )
-            for name, (runs, tokens) in (signals or {}).items()
-        },
+        signals={name: runs(name, *size) for name, size in (signals or {}).items()},
     )

@@ -26,6 +26,7 @@ import ml_dtypes
 import numpy as np
 
 from xllm_jax.core import bounded
+from xllm_jax.core.batch import captions_of
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data
 from xllm_jax.data.media import modalities
@@ -175,6 +176,27 @@ class Features:
         """(shape, dtype) of an item of a modality, None where it is not cached."""
         kind = self._kinds.get(modality)
         return (kind.shape, kind.dtype) if kind else None
+
+    def target(self, modality: str, caption: str, data: Data) -> np.ndarray | None:
+        """What a text encoder made of a caption; None where captions are not cached.
+
+        Args:
+          modality: of the output.
+          caption: what is to be drawn.
+          data: of the stage.
+
+        Raises:
+          UserError: the cache lacks it.
+        """
+        name = captions_of(modality)
+        kind = self._kinds.get(name)
+        if kind is None:
+            return None
+        content = kind.content(digest(name, caption, 0, data.root))
+        if content is None:
+            what = f"the caption {caption[:40]!r} is not in the cache {self.directory}"
+            raise UserError(what, field="data.cache", hint=again(self.directory, self._config))
+        return unpacked(content, kind.shape, kind.dtype)[0][0]
 
     def loader(self, otherwise: modalities.Load) -> modalities.Load:
         """What takes cached media from here, and the others from `otherwise`."""

@@ -18,6 +18,8 @@ class Example:
       answer: the text to be learnt, or the reference answer in evaluation.
       outputs: ordered (modality, caption) pairs of what the answer holds beside text; the n-th
         `<modality>` marker in it stands for the n-th of them, and the others stand at its end.
+      pictures: files that show `outputs`, one for each or none at all, '' where nobody has one;
+        opened where `data.signals` asks for pixels.
       task: 'caption', 'region', 'vqa', 'asr', 'video_caption', 'spoken_vqa', 'dialogue', 'draw' or
         'text'.
       history: earlier rounds of a dialogue as (question, answer) pairs, oldest first.
@@ -36,3 +38,4 @@ class Example:
     transcript: str = ""
     tags: tuple[str, ...] = ()
     outputs: tuple[tuple[str, str], ...] = ()
+    pictures: tuple[str, ...] = ()

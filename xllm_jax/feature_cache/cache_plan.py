@@ -23,7 +23,7 @@ from xllm_jax.core.progress import Bar
 from xllm_jax.core.sharded_job import Shards
 from xllm_jax.core.stage import Stage
 from xllm_jax.data import cached_features, mixture
-from xllm_jax.data.media import modalities
+from xllm_jax.data.media import captions, modalities
 from xllm_jax.data.record import Record
 from xllm_jax.feature_cache import describe
 from xllm_jax.models.xllm import XLLM
@@ -102,7 +102,7 @@ class FeatureCachePlan:
         source, index, part = (int(value) for value in job.places[row])
         name = list(self.sources)[source]
         record = Record(self.sources[name][index], name, 0, index, self.stage.seed)
-        return record.example.media[part][1], record
+        return captions.media_of(record.example)[part][1], record
 
 
 def make(
@@ -155,7 +155,7 @@ def scan(
     for number, index, record in Bar(_records(stage, sources), "media", total, unit="records"):
         if record is None:
             continue
-        for part, (modality, path) in enumerate(record.example.media):
+        for part, (modality, path) in enumerate(captions.media_of(record.example)):
             if modality not in digests:
                 continue
             try:
@@ -215,6 +215,12 @@ def _job(
 
 def outcome(xllm: XLLM, modality: str, steps: int, params: Any, *given: Any) -> Any:
     """What a modality's first steps give; `given` are values, lengths and counts of items."""
+    if modality in xllm.encoders:
+        values, lengths, _ = given
+        made = xllm.apply(
+            params, xllm.encoders[modality], values.astype(jnp.int32), method="states"
+        )
+        return made, lengths
     return xllm.run_sections(params, modality, slice(0, steps), *given)
 
 

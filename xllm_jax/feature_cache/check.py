@@ -73,7 +73,7 @@ def _steps(stage: Stage, xllm: XLLM, about: Mapping[str, Any]) -> tuple[str, str
     if not batch_format.find(stage.data).caches:
         return batch_format.FIELD, describe.no_features(stage.data)
     for name, kind in about["modalities"].items():
-        if name not in xllm.frozen or name not in stage.data.items:
+        if name not in xllm.frozen or name not in (*stage.data.items, *xllm.encoders):
             return "data.cache", f"it holds {name!r}, which the stage does not have"
         if name in xllm.given:
             return f"data.{name}_features", f"the cache was made of files that are {name} itself"

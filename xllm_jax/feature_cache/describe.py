@@ -35,6 +35,7 @@ def depths(stage: Stage, xllm: XLLM, asked: Sequence[str] = ()) -> dict[str, int
     if not batch_format.find(stage.data).caches:
         raise UserError(no_features(stage.data), field=batch_format.FIELD)
     known = {name: xllm.frozen[name] for name, *_ in xllm.modalities if name in stage.data.items}
+    known |= {name: xllm.frozen[name] for name in xllm.encoders}
     known |= dict.fromkeys(known.keys() & xllm.given.keys(), 0)  # small files already
     for name in asked:
         if not known.get(name):
@@ -75,7 +76,8 @@ def fields(stage: Stage, xllm: XLLM, modality: str, count: int) -> dict[str, Any
     """{name of a setting: value} of all that decides the outcome of a modality's first steps."""
     medium = modalities.find(modality, stage.data)
     found: dict[str, Any] = {"compute": stage.compute, "frozen": stage.frozen}
-    found |= _flat(f"modalities.{modality}", dataclasses.asdict(stage.modalities[modality]))
+    if modality in stage.modalities:
+        found |= _flat(f"modalities.{modality}", dataclasses.asdict(stage.modalities[modality]))
     for part in dict.fromkeys(step.part for step in xllm.chain(modality)[:count]):
         found |= _flat(f"parts.{part}", dataclasses.asdict(stage.parts[part]))
     for name, value in medium.values(stage.data).items():

@@ -26,10 +26,11 @@ from xllm_jax.core.parallel import overlapped
 from xllm_jax.core.progress import Bar
 from xllm_jax.core.sharded_job import Shards
 from xllm_jax.data import cached_features
-from xllm_jax.data.media import modalities
+from xllm_jax.data.media import captions, modalities
 from xllm_jax.data.media.decode_workers import Decoders
 from xllm_jax.data.quarantine import Quarantine
 from xllm_jax.data.record import DoesNotFit, Skipped
+from xllm_jax.data.text.clip_tokenizer import ClipTokenizer
 from xllm_jax.feature_cache import cache_plan, describe
 from xllm_jax.feature_cache.cache_plan import FeatureCachePlan, Job
 
@@ -81,6 +82,7 @@ def run(
     name = f"quarantine-{host}.jsonl" if count > 1 else "quarantine.jsonl"
     quarantine = Quarantine(plan.output / name, plan.stage.data.max_bad_share)
     load = Decoders(plan.stage.data).load if plan.stage.data.deadline else modalities.load
+    load = _with_captions(plan, load)
     for job in plan.jobs:
         shards = plan.shards(job, identity)
         mine = range(host, shards.count, count)
@@ -96,6 +98,21 @@ def run(
                 _write(plan, job, shards, todo, read, compute, batch, quarantine, bar)
     hosts.meet(store, "written")
     return hosts.share(store, "description", lambda: finish(plan, identity, base))
+
+
+def _with_captions(plan: FeatureCachePlan, otherwise: modalities.Load) -> modalities.Load:
+    """What reads captions with one tokenizer for all of them, and files as `otherwise` does."""
+    data, encoders = plan.stage.data, plan.xllm.encoders
+    if not any(job.modality in encoders for job in plan.jobs):
+        return otherwise
+    tokenizer = ClipTokenizer(data.caption_tokenizer)
+
+    def load(modality: str, path: str, *more: Any) -> tuple[np.ndarray, np.ndarray]:
+        if modality not in encoders:
+            return otherwise(modality, path, *more)
+        return captions.ids(tokenizer, path, data), np.ones(1, np.int32)
+
+    return load
 
 
 def _note_rejects(shards: Shards, finished: Sequence[int], quarantine: Quarantine) -> None:

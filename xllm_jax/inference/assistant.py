@@ -58,7 +58,7 @@ class Assistant:
 
     def decoding(self, **options: Any) -> Decoding:
         """How to decode; greedy unless `options` (fields of `Decoding`) say otherwise."""
-        signals = tuple((one.first, one.count) for one in self.data.signals.values())
+        signals = tuple((one.first, one.count, one.between) for one in self.data.signals.values())
         usual = {"max_new_tokens": self.max_tokens, "signals": signals}
         return Decoding.of(self.family, **usual | options)
 

@@ -45,8 +45,9 @@ class Decoding:
       beams: more than 1 for beam search.
       length_penalty: exponent of the hypothesis length (prompt included) that divides its score.
       early_stopping: a row ends as soon as it has `beams` finished hypotheses.
-      signals: (id of the first, tokens of a run) of each kind of signal tokens. A run that begins
-        is completed, and begins only where the answer has room for all of it.
+      signals: (id of the first, tokens of a run, id of what stands between them or -1) of each kind
+        of signal tokens. A run that begins is completed, and begins only where the answer has room
+        for all of it.
     """
 
     ends: tuple[int, ...]
@@ -60,7 +61,7 @@ class Decoding:
     beams: int = 1
     length_penalty: float = 1.0
     early_stopping: bool = False
-    signals: tuple[tuple[int, int], ...] = ()
+    signals: tuple[tuple[int, ...], ...] = ()
 
     @classmethod
     def of(cls, family: LLMFamily, **options: Any) -> Decoding:
@@ -241,10 +242,7 @@ def decode(llm: Any, state: State, decoding: Decoding, key: Array | None) -> Gen
     }
 
     def emit(state: State) -> State:
-        last = jnp.where(state["step"] > 0, state["tokens"][:, state["step"] - 1], -1)
-        logits = permitted(
-            state["logits"], last, state["step"], decoding.signals, decoding.max_new_tokens
-        )
+        logits = _permitted(state, state["tokens"], state["logits"], decoding)
         chosen = choose(logits, decoding, key, state["step"])
         chosen = jnp.where(state["done"], decoding.pad, chosen)
         gain = jnp.take_along_axis(jax.nn.log_softmax(logits), chosen[:, None], 1)[:, 0]
@@ -264,6 +262,14 @@ def decode(llm: Any, state: State, decoding: Decoding, key: Array | None) -> Gen
 
     state = jax.lax.while_loop(more, advance, emit(state))
     return Generated(state["tokens"], state["scores"], state["logits"])
+
+
+def _permitted(state: State, tokens: Array, logits: Array, decoding: Decoding) -> Array:
+    """Scores of what may follow the tokens `[rows, N]` of a step, see `whole_runs`."""
+    step = state["step"]
+    last, before = (jnp.where(step >= n, tokens[:, step - n], -1) for n in (1, 2))
+    most = decoding.max_new_tokens
+    return permitted(logits, last, step, decoding.signals, most, before)
 
 
 def _ends(tokens: Array, decoding: Decoding) -> Array:
@@ -355,10 +361,9 @@ def _beam_step(state: State, decoding: Decoding, start: int) -> State:
 
 def _candidates(state: State, decoding: Decoding) -> tuple[Array, Array, Array]:
     """Best 2K continuations of each row: (sums, parent beams, tokens), each `[B, 2K]`."""
-    beams, step = decoding.beams, state["step"]
-    last = jnp.where(step > 0, jnp.take(state["tokens"], step - 1, axis=2), -1).reshape(-1)
-    logits = state["logits"].astype(jnp.float32)
-    logits = permitted(logits, last, step, decoding.signals, decoding.max_new_tokens)
+    beams = decoding.beams
+    tokens = state["tokens"].reshape(-1, decoding.max_new_tokens)
+    logits = _permitted(state, tokens, state["logits"].astype(jnp.float32), decoding)
     gains = jax.nn.log_softmax(logits)
     width = min(2 * beams, gains.shape[-1])  # no beam can give more of the best 2K
     gains, tokens = jax.lax.top_k(gains, width)

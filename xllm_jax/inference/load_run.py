@@ -37,7 +37,7 @@ def load_run(directory: str | Path, replaced: Mapping[str, str] | None = None) -
         then, or sizes differ.
     """
     replaced = replaced or {}
-    stage = without_text_encoders(stage_of(directory))
+    stage = without_teachers(stage_of(directory))
     about = base_description.base_about(final(directory))
     trained = {path.split("/")[0] for path in about["shapes"]}
     init = {name: place(source, directory) for name, source in stage.init.items() if source}
@@ -53,11 +53,14 @@ def load_run(directory: str | Path, replaced: Mapping[str, str] | None = None) -
     return Restored(system.model, params, stage)
 
 
-def without_text_encoders(stage: Stage) -> Stage:
-    """The stage without what only its training compares projections with."""
-    teachers = {out.text_encoder for out in stage.outputs.values()}
+def without_teachers(stage: Stage) -> Stage:
+    """The stage without what only the training of its projections asks: text encoders, and the
+    networks of a denoising loss."""
+    fields = ("text_encoder", "unet", "autoencoder")
+    teachers = {getattr(out, field) for out in stage.outputs.values() for field in fields}
     outputs = {
-        name: dataclasses.replace(out, text_encoder="") for name, out in stage.outputs.items()
+        name: dataclasses.replace(out, **dict.fromkeys(fields, ""))
+        for name, out in stage.outputs.items()
     }
     parts, init = (
         {name: value for name, value in row.items() if name.split("/")[0] not in teachers}

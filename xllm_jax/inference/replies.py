@@ -119,7 +119,7 @@ def read(
     whole, starts = extended(batch, answers, how.position_step, how.max_new_tokens)
     made: dict[str, list[list[np.ndarray]]] = {}
     for name in names:
-        count = registry[name].count
+        count = len(registry[name].ids)
         runs = [[places for other, places in row if other == name] for row in found]
         # Rounded up, so that few sizes occur.
         most = 2 ** (max(map(len, runs)) - 1).bit_length()

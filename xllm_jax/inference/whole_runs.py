@@ -11,7 +11,12 @@ Array = jax.Array
 
 
 def permitted(
-    logits: Array, last: Array, step: Array | int, signals: Sequence[tuple[int, int]], most: int
+    logits: Array,
+    last: Array,
+    step: Array | int,
+    signals: Sequence[tuple[int, ...]],
+    most: int,
+    before: Array | int = -1,
 ) -> Array:
     """Scores with -inf for what would leave a run incomplete, or begin it in its midst.
 
@@ -22,16 +27,31 @@ def permitted(
       logits: `[..., V]`.
       last: `[...]` int32, the token before; -1 at the start.
       step: number of the token that is chosen, from 0.
-      signals: (id of the first, tokens of a run) of each kind; none permits everything.
+      signals: (id of the first, tokens of a run[, id of what stands between them]) of each kind;
+        none permits everything.
       most: tokens of an answer.
+      before: `[...]` int32, the token before the last one; -1 where there is none.
     """
     if not signals:
         return logits
     token, banned = jnp.arange(logits.shape[-1]), jnp.zeros(logits.shape, bool)
-    for first, count in signals:
+    kinds = [(first, count, *(*between, -1)[:1]) for first, count, *between in signals]
+    for first, count, between in kinds:
+        length = count if between < 0 else 2 * count - 1
         banned |= (token > first) & (token < first + count)
-        banned |= (token == first) & (step + count > most)
-    for first, count in signals:
-        inside = ((last >= first) & (last < first + count - 1))[..., None]
-        banned = jnp.where(inside, token != last[..., None] + 1, banned)
+        banned |= (token == first) & (step + length > most)
+    for first, count, between in kinds:
+        inside = _inside(last, first, count)
+        wanted = last + 1 if between < 0 else jnp.full_like(last, between)
+        if between >= 0:
+            parted = (last == between) & _inside(before, first, count)
+            wanted = jnp.where(parted, before + 1, wanted)
+            inside |= parted
+        banned = jnp.where(inside[..., None], token != wanted[..., None], banned)
     return jnp.where(banned, -jnp.inf, logits)
+
+
+def _inside(last: Array | int, first: int, count: int) -> Array:
+    """Where a run has begun and not ended."""
+    last = jnp.asarray(last)
+    return (last >= first) & (last < first + count - 1)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from xllm_jax.core import mesh
-from xllm_jax.core.batch import ConversationBatch, Media
+from xllm_jax.core.batch import ConversationBatch, Media, captions_of
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.types import Params
 from xllm_jax.models import lora
@@ -55,6 +55,8 @@ class XLLM:
       modalities: (modality, encoder part, interface part) in any number; modalities may share an
         encoder.
       outputs: (modality, projection part, text encoder part or '') of answers beside text.
+      spans: {modality of an output: positions of a run of its signal tokens}.
+      denoisers: {modality of an output: (UNet part, autoencoder part)}, for a denoising loss.
       frozen: {modality: how many of its first sections (`chain`) nothing trains in}. They run as in
         evaluation, and no gradient reaches them. A modality without an entry has a frozen encoder.
       cached: {modality: how many of its first sections are done}: batches hold their outputs.
@@ -64,6 +66,8 @@ class XLLM:
     networks: Mapping[str, nn.Module]
     modalities: tuple[tuple[str, str, str], ...] = ()
     outputs: tuple[tuple[str, str, str], ...] = ()
+    spans: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    denoisers: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
     frozen: Mapping[str, int] = dataclasses.field(default_factory=dict)
     cached: Mapping[str, int] = dataclasses.field(default_factory=dict)
     given: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -91,10 +95,21 @@ class XLLM:
         raise UserError(f"unknown modality {modality!r}", field="media", hint=f"Known: {known}")
 
     def chain(self, modality: str) -> tuple[Section, ...]:
-        """The sections from a medium's values to its embeddings, in order."""
+        """The sections from a medium's values to its embeddings, in order.
+
+        Of the captions of an output: from their ids to what its text encoder makes of them.
+        """
+        if modality in self.encoders:
+            part = self.encoders[modality]
+            return sections_of(part, self.networks[part])
         return tuple(
             s for part in self.parts(modality) for s in sections_of(part, self.networks[part])
         )
+
+    @functools.cached_property
+    def encoders(self) -> dict[str, str]:
+        """{captions of an output, by their name: its text encoder's part}."""
+        return {captions_of(name): part for name, _, part in self.outputs if part}
 
     @functools.cached_property
     def encoded(self) -> XLLM:
@@ -179,7 +194,7 @@ class XLLM:
     def unread(self) -> tuple[Section, ...]:
         """Steps whose parameters nobody reads, since all of their outputs come cached."""
         done, asked = [], []
-        for modality, _, _ in self.modalities:
+        for modality in (*(name for name, *_ in self.modalities), *self.encoders):
             sections, count = self.chain(modality), self.cached.get(modality, 0)
             done += sections[:count]
             asked += sections[count:]

@@ -9,14 +9,53 @@ Letters: B rows; `...` the axes of latents.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from xllm_jax.models.outputs.autoencoder import deviation
 from xllm_jax.models.outputs.sampling import Network
 from xllm_jax.models.outputs.schedulers import VELOCITY, Scheduler
 
 Array = jax.Array
+
+
+class Drawn(NamedTuple):
+    """What a network is shown of some pictures.
+
+    Attributes:
+      latents, noise: `[B, ...]` float32; no gradient passes the former.
+      times: `[B]` int32.
+    """
+
+    latents: Array
+    noise: Array
+    times: Array
+
+
+def draws(
+    scheduler: Scheduler, mean: Array, logvar: Array, scaling: float, key: Array | None
+) -> Drawn:
+    """Latents, noise and one time for every picture.
+
+    One time falls into each of B equal parts of the schedule, so that the error of a batch varies
+    less.
+
+    Args:
+      scheduler: whose times are drawn.
+      mean, logvar: of the latents, `[B, ...]`.
+      scaling: of the autoencoder.
+      key: without one, times are spread evenly and the noise is always the same.
+    """
+    moments, times, drawn = jax.random.split(jax.random.key(0) if key is None else key, 3)
+    latents = mean + deviation(logvar) * jax.random.normal(moments, mean.shape)
+    latents = jax.lax.stop_gradient(latents) * scaling
+    rows = len(latents)
+    spread = 0.5 if key is None else jax.random.uniform(times, (rows,))
+    time = ((jnp.arange(rows) + spread) * scheduler.train_steps / rows).astype(jnp.int32)
+    return Drawn(latents, jax.random.normal(drawn, latents.shape), time)
 
 
 def loss(
@@ -42,11 +81,25 @@ def loss(
     Returns:
       (scalar float32, `[B]` errors without weights).
     """
+    weighed, errors = each(network, scheduler, latents, noise, times, conditions, gamma)
+    return weighed.mean(), errors
+
+
+def each(
+    network: Network,
+    scheduler: Scheduler,
+    latents: Array,
+    noise: Array,
+    times: Array,
+    conditions: Array,
+    gamma: float = 0.0,
+) -> tuple[Array, Array]:
+    """Errors of single pictures: (with Min-SNR's weights, without), `[B]` float32; see `loss`."""
     output = network(noisy(scheduler, latents, noise, times), times, conditions)
     wanted = target(scheduler, latents, noise, times)
     errors = jnp.square(output.astype(jnp.float32) - wanted).mean(range(1, wanted.ndim))
     weights = jnp.asarray(min_snr_weights(scheduler, gamma), jnp.float32)[times] if gamma else 1.0
-    return (errors * weights).mean(), errors
+    return errors * weights, errors
 
 
 def noisy(scheduler: Scheduler, latents: Array, noise: Array, times: Array) -> Array:

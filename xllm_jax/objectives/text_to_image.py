@@ -14,15 +14,12 @@ import jax.numpy as jnp
 from xllm_jax.core.batch import DescribedPictures
 from xllm_jax.core.types import Metrics, Params
 from xllm_jax.models.outputs import schedulers
-from xllm_jax.models.outputs.autoencoder import Autoencoder, deviation
+from xllm_jax.models.outputs.autoencoder import Autoencoder
 from xllm_jax.models.xllm import XLLM
 from xllm_jax.objectives import denoising
 
 Array = jax.Array
-# The noise schedule of Stable Diffusion 1.5.
-SCHEDULE = schedulers.Ddim(
-    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
-)
+SCHEDULE = schedulers.Ddim(**schedulers.SIZES["stable_diffusion_1_5"])
 QUARTERS = 4
 
 
@@ -49,15 +46,8 @@ def loss(
       (scalar, metrics `noise_error/q`: the error without weights in each quarter of the schedule).
     """
     mean, logvar = model.apply(params, "autoencoder", jnp.asarray(batch.images), method="encode")
-    moments, times, drawn = jax.random.split(jax.random.key(0) if key is None else key, 3)
     scaling = cast(Autoencoder, model.networks["autoencoder"]).scaling
-    latents = mean + deviation(logvar) * jax.random.normal(moments, mean.shape)
-    latents = jax.lax.stop_gradient(latents) * scaling
-    rows = len(latents)
-    # One time in each of as many equal parts: the error of a batch varies less.
-    spread = 0.5 if key is None else jax.random.uniform(times, (rows,))
-    time = ((jnp.arange(rows) + spread) * SCHEDULE.train_steps / rows).astype(jnp.int32)
-    noise = jax.random.normal(drawn, latents.shape)
+    latents, noise, time = denoising.draws(SCHEDULE, mean, logvar, scaling, key)
     text = model.apply(params, "text_encoder", batch.ids, method="states")
     network = functools.partial(model.apply, params, "unet")
     value, errors = denoising.loss(network, SCHEDULE, latents, noise, time, text, gamma)

@@ -35,16 +35,32 @@ class JittedStep(Protocol):
 def objective(stage: Stage) -> ModuleType:
     """The file of a stage's objective: `loss`, and where it has means `counts`, `NORMALIZERS`.
 
+    One whose options change the terms of its loss has `normalizers(options)` instead; one that
+    needs more of the stage than its options has `prepared(stage)`, further arguments of its loss.
+
     Raises:
       UserError: there is no such objective.
     """
     return lookup.module("xllm_jax.objectives", stage.objective, "objective")
 
 
+def normalizers(stage: Stage) -> tuple[str, ...]:
+    """What the terms of a stage's loss are means over."""
+    file = objective(stage)
+    if hasattr(file, "normalizers"):
+        return file.normalizers(stage.options)
+    return getattr(file, "NORMALIZERS", ("micro-batch",))
+
+
 def stage_loss(system: System, train: bool = True) -> Loss:
-    """The stage's loss with its networks and options filled in; `train` is for dropout and such."""
-    stage = system.stage
-    loss = functools.partial(objective(stage).loss, system.model, train=train, **stage.options)
+    """The stage's loss with its networks and options filled in; `train` is for dropout and such.
+
+    Raises:
+      UserError: the objective finds the stage's settings at odds.
+    """
+    stage, file = system.stage, objective(system.stage)
+    more = file.prepared(stage) if hasattr(file, "prepared") else {}
+    loss = functools.partial(file.loss, system.model, train=train, **stage.options, **more)
     if not stage.offload:
         return loss
     return lambda params, batch, key: loss(system.resident(params), batch, key)
@@ -75,7 +91,7 @@ class Trainer:
     @functools.cached_property
     def _optimization(self) -> tuple[optim.Transformation, optim.Schedule]:
         stage = self.system.stage
-        terms = len(getattr(objective(stage), "NORMALIZERS", ("micro-batch",)))
+        terms = len(normalizers(stage))
         return optim.make(stage.optimizer, self._halves[0], stage.steps, terms)
 
     @property

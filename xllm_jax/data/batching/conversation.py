@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from xllm_jax.core.batch import ConversationBatch, zeros
+from xllm_jax.core.batch import ConversationBatch, captions_of, zeros
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data
 from xllm_jax.data.batching import packing
 from xllm_jax.data.batching.batch_format import BatchFormat, BatchPlan, Entry
 from xllm_jax.data.cached_features import Features
 from xllm_jax.data.example import Example
-from xllm_jax.data.media import modalities
+from xllm_jax.data.media import modalities, target_pictures
 from xllm_jax.data.record import PROMPT, DoesNotFit, Mode, Record, Skipped
 from xllm_jax.data.text import llm_family, prompt, signal_runs, token_rows
 from xllm_jax.data.text.clip_tokenizer import ClipTokenizer
@@ -106,8 +106,12 @@ class Format(BatchFormat[Placed, ConversationBatch, Resources]):
 
         media = {name: (items, *item(name)) for name, items in data.items.items()}
         axes = len(llm_family.find(data).position_step)
-        signals = {name: (one.runs, data.caption_length) for name, one in data.signals.items()}
-        return zeros(rows, data.length, data.answers, axes, media, signals)
+        signals = {
+            name: (one.runs, data.caption_length, one.pixels) for name, one in data.signals.items()
+        }
+        held = {name: self.features and self.features.item(captions_of(name)) for name in signals}
+        targets = {name: item for name, item in held.items() if item}
+        return zeros(rows, data.length, data.answers, axes, media, signals, targets)
 
     def _at(self, bucket: int) -> Data:
         """The settings with one length bucket alone."""
@@ -235,6 +239,8 @@ class Format(BatchFormat[Placed, ConversationBatch, Resources]):
                         load(slot.modality, slot.path, fits, placed.record, part, mode.train)
                         for part, slot in enumerate(placed.prompt.slots)
                     ]
+                    shown = self._shown(placed, fits, load)
+                    targets = self._targets(placed)
                 except UserError as error:
                     too_long = isinstance(error, DoesNotFit)
                     if too_long and mode.strict:
@@ -242,15 +248,39 @@ class Format(BatchFormat[Placed, ConversationBatch, Resources]):
                     key = placed.record.example.key
                     skipped.append(Skipped(key, error.what, bad=not too_long, file=error.field))
                     continue
-                self._write_runs(batch, number, placed, used)
+                self._write_runs(batch, number, placed, shown, targets, used)
                 _write(batch, number, segment, placed, loaded, used)
         return batch, skipped
 
+    def _shown(self, placed: Placed, fits: Data, load: modalities.Load) -> list[np.ndarray | None]:
+        """The picture of every run, `[side, side, 3]` uint8, where there is one to be opened."""
+        made: list[np.ndarray | None] = []
+        for run in placed.prompt.runs:
+            opened = run.picture and fits.signals[run.modality].pixels
+            name = target_pictures.name_of(run.modality)
+            loaded = load(name, run.picture, fits, placed.record, 0, False) if opened else None
+            made.append(loaded[0][0] if loaded else None)
+        return made
+
+    def _targets(self, placed: Placed) -> list[np.ndarray | None]:
+        """What a cache holds of every run's caption, `[q, width]`; None without a cache of them."""
+        features, data = self.resources.features, self.data
+        return [
+            features.target(run.modality, run.caption, data) if features else None
+            for run in placed.prompt.runs
+        ]
+
     def _write_runs(
-        self, batch: ConversationBatch, row: int, placed: Placed, used: dict[str, int]
+        self,
+        batch: ConversationBatch,
+        row: int,
+        placed: Placed,
+        shown: Sequence[np.ndarray | None],
+        targets: Sequence[np.ndarray | None],
+        used: dict[str, int],
     ) -> None:
         """Writes where an example's signal tokens stand, and what they stand for."""
-        for run in placed.prompt.runs:
+        for run, picture, target in zip(placed.prompt.runs, shown, targets):
             assert self.resources.captions is not None, "loaded where there are signal tokens"
             table, place = batch.signals[run.modality], used[runs_of(run.modality)]
             table.start[row, place] = used["tokens"] + run.start
@@ -258,6 +288,12 @@ class Format(BatchFormat[Placed, ConversationBatch, Resources]):
                 [run.caption], self.data.caption_length
             )
             table.weights[row, place] = 1.0
+            if picture is not None:
+                assert table.pictures is not None and table.shown is not None, "`zeros` makes them"
+                table.pictures[row, place], table.shown[row, place] = picture, 1.0
+            if target is not None:
+                assert table.targets is not None, "`zeros` makes them"
+                table.targets[row, place] = target
             used[runs_of(run.modality)] += 1
 
     def padding(self, batch: ConversationBatch) -> dict[str, tuple[int, int]]:

@@ -16,7 +16,7 @@ from xllm_jax.core import lookup
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data, Source
 from xllm_jax.data.example import Example
-from xllm_jax.data.media import cif_features, image, speech, video
+from xllm_jax.data.media import captions, cif_features, image, speech, target_pictures, video
 from xllm_jax.data.media.modality import FRAMES, Modality
 from xllm_jax.data.record import MEDIA, DoesNotFit, Record
 from xllm_jax.data.text.characters import token_count
@@ -78,6 +78,10 @@ def find(name: str, data: Data) -> Modality:
         return _record(name, data.modalities[name], "data.modalities")
     if name == SPEECH and featured(data):
         return cif_features.MODALITY
+    if (found := captions.find(name, data)) is not None:
+        return found
+    if name in target_pictures.MODALITIES:
+        return target_pictures.MODALITIES[name]
     if name not in MODALITIES:
         choices = ", ".join(MODALITIES | data.modalities)
         raise UserError(f"unknown modality {name!r}", hint=f"Choices: {choices}")

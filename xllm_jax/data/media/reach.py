@@ -161,6 +161,6 @@ class Confined(Sequence):
     def __getitem__(self, index: int) -> Example:
         with self._reach.holding():
             found = self._examples[index]
-        for _, path in found.media:
+        for path in (*(path for _, path in found.media), *filter(None, found.pictures)):
             self._reach.check(path)
         return found

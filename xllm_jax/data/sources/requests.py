@@ -3,7 +3,8 @@
     Source("requests", PATH, options={"reader": "cc3m", "options": {…}, "wording": "zh"})
 
 PATH and the split are those of the other reader, one of captioned pictures: cc3m, coco, wukong …
-Their pictures are not opened: what a text encoder makes of the caption is what is learnt.
+Their pictures are opened by a denoising loss alone (`pixels` of `data.signals`): what a text
+encoder makes of the caption is what is learnt.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ def examples(
         caption = one.answer.strip()
         if not caption:
             raise UserError("has no caption to be drawn", field=one.key)
-        return instructions_to_draw.request(one.key, caption, modality, words, echo, reply)
+        shown = next((path for name, path in one.media if name == modality), "")
+        return instructions_to_draw.request(one.key, caption, modality, words, echo, reply, shown)
 
     return Lazy(len(found), example)

@@ -79,7 +79,13 @@ def find(name: str, field: str) -> Wording:
 
 
 def request(
-    key: str, caption: str, modality: str, wording: Wording, echo: bool = False, reply: bool = True
+    key: str,
+    caption: str,
+    modality: str,
+    wording: Wording,
+    echo: bool = False,
+    reply: bool = True,
+    picture: str = "",
 ) -> Example:
     """A request to draw a caption, always in the same words.
 
@@ -91,6 +97,7 @@ def request(
       echo: the answer says the caption before the picture, so that the LLM's states there are about
         it, instead of one of the wording's replies.
       reply: False answers with the picture alone.
+      picture: file that shows it.
     """
     generator = np.random.default_rng(zlib.crc32(key.encode()))
     asked, said = (
@@ -103,4 +110,5 @@ def request(
         answer=said.replace(RUN, f"<{modality}>"),
         task="draw",
         outputs=((modality, caption),),
+        pictures=(picture,) if picture else (),
     )

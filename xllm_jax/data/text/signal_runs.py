@@ -25,11 +25,13 @@ class Run:
       modality: what it stands for.
       start: index of its first token.
       caption: what is to be drawn.
+      picture: file that shows it, or ''.
     """
 
     modality: str
     start: int
     caption: str
+    picture: str = ""
 
 
 def pieces(example: Example) -> list[tuple[str, str]]:
@@ -65,7 +67,7 @@ def encode(example: Example, family: LLMFamily, registry: Registry) -> list[int]
         if not name:
             ids += family.tokenizer.encode(text)
         elif name in registry:
-            ids += range(registry[name].first, registry[name].first + registry[name].count)
+            ids += registry[name].ids
         else:
             raise DoesNotFit(f"data.signals gives {name!r} no tokens", field=example.key)
     return ids
@@ -80,13 +82,31 @@ def located(example: Example, ids: np.ndarray, registry: Registry) -> tuple[Run,
     found = []
     for name in dict.fromkeys(name for name, _ in example.outputs):
         first, count = registry[name].first, registry[name].count
-        wanted = [caption for other, caption in pieces(example) if other == name]
+        wanted = [
+            (caption, picture)
+            for (other, caption), picture in zip(example.outputs, _pictures(example))
+            if other == name
+        ]
         starts = np.flatnonzero(ids == first).tolist()
         if int(((ids >= first) & (ids < first + count)).sum()) != len(wanted) * count:
             what = f"its answer is cut before the end of its <{name}> signal tokens"
             raise DoesNotFit(what, field=example.key, hint="Raise data.answers or data.length")
-        found += [Run(name, start, caption) for start, caption in zip(starts, wanted)]
+        found += [Run(name, start, *shown) for start, shown in zip(starts, wanted)]
     return tuple(sorted(found, key=lambda run: run.start))
+
+
+def _pictures(example: Example) -> tuple[str, ...]:
+    """The files of the outputs, one for each.
+
+    Raises:
+      UserError: another number of them.
+    """
+    if not example.pictures:
+        return ("",) * len(example.outputs)
+    if len(example.pictures) != len(example.outputs):
+        what = f"has {len(example.pictures)} pictures for {len(example.outputs)} outputs"
+        raise UserError(what, field=example.key, hint="One for each, '' where there is none")
+    return example.pictures
 
 
 def check(registry: Registry, family: LLMFamily) -> None:
@@ -102,6 +122,9 @@ def check(registry: Registry, family: LLMFamily) -> None:
             what = f"{ids[0]} to {ids[-1]} are not spare ids of the LLM"
             hint = f"Spare are {spare.start} to {spare.stop - 1}" if spare else "It has none"
             raise UserError(what, field=f"data.signals.{name}.first", hint=hint)
+        if one.between in family.spare or one.between in ids:
+            what, hint = f"{one.between} is no word of the LLM", "Or -1, for none"
+            raise UserError(what, field=f"data.signals.{name}.between", hint=hint)
 
 
 def split(tokens: Sequence[int], registry: Registry) -> list[tuple[str, tuple[int, ...]]]:
@@ -117,9 +140,9 @@ def split(tokens: Sequence[int], registry: Registry) -> list[tuple[str, tuple[in
     while place < len(tokens):
         name = of.get(tokens[place], "")
         if name:
-            count = registry[name].count
-            made.append((name, tuple(range(place, place + count))))
-            place += count
+            length = len(registry[name].ids)
+            made.append((name, tuple(range(place, place + length))))
+            place += length
         else:
             text = made.pop()[1] if made and not made[-1][0] else ()
             made.append(("", (*text, tokens[place])))

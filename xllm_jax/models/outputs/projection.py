@@ -72,6 +72,7 @@ class OutputProjection(nn.Module):
       llm_layers: layers of the LLM whose states are read: 0 are its input embeddings, i the states
         behind layer i, -1 those behind the final norm.
       llm_width: D.
+      tokens: n; a linear projection has a weight for each, the others take any number.
       queries: q, embeddings of a caption.
       width: of the head inside.
       output_width: of a caption's embedding.
@@ -82,6 +83,7 @@ class OutputProjection(nn.Module):
 
     llm_layers: tuple[int, ...] = (LAST,)
     llm_width: int = 4096
+    tokens: int = 4
     queries: int = 77
     width: int = 512
     output_width: int = 768
@@ -118,8 +120,8 @@ class OutputProjection(nn.Module):
 
     def example(self) -> tuple[Array, Array]:
         """Arguments for `init`."""
-        shape = (1, len(self.llm_layers), 2, self.llm_width)
-        return jnp.zeros(shape), jnp.zeros((1, 2, self.llm_width))
+        shape = (1, len(self.llm_layers), self.tokens, self.llm_width)
+        return jnp.zeros(shape), jnp.zeros((1, self.tokens, self.llm_width))
 
 
 class Head(nn.Module):

@@ -374,3 +374,14 @@ def _table(times: np.ndarray, start: Any = 1.0, limit: float = np.inf, **columns
         shape = (calls, 3) if name == "past" else (calls,)
         made[name] = np.broadcast_to(np.asarray(value, dtype), shape).copy()
     return Table(np.asarray(start, np.float32), np.asarray(limit, np.float32), Calls(**made))
+
+
+_SCHEDULE: dict[str, Any] = dict(
+    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
+)
+SIZES: dict[str, dict[str, Any]] = {
+    # Noise schedules as published with runwayml/stable-diffusion-v1-5, and with
+    # stabilityai/stable-diffusion-2-1.
+    "stable_diffusion_1_5": _SCHEDULE,
+    "stable_diffusion_2_1": _SCHEDULE | dict(prediction=VELOCITY),
+}
