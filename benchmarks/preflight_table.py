@@ -29,7 +29,7 @@ from xllm_jax.preflight import forecast, report, targets
 
 STAGES = (
     "stage1_speech", "stage1_image", "stage2_image", "stage2_video", "stage2_speech",
-    "stage3_instruction",
+    "stage3_instruction", "stage_output_image",
 )  # fmt: skip
 SLICES = ("v5e-16", "v5p-8", "v4-32")
 BATCHES = ("configured", "largest")  # and "arithmetic"

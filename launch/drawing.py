@@ -7,15 +7,16 @@ import functools
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import jax
 import numpy as np
 from absl import flags
 from PIL import Image
 
 from xllm_jax.assembly import networks
-from xllm_jax.core import atomic
+from xllm_jax.core import atomic, mesh
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Stage
 from xllm_jax.data.text.llm_family import LLMFamily
@@ -88,6 +89,7 @@ class Painter:
       seed: of the noise that every picture begins with, whatever is drawn before or beside it.
       size: (height, width) in pixels.
       steps, guidance: as of `Renderer`.
+      axes: of the run's mesh, over which the decoder is split.
     """
 
     base: decoder_base.DecoderBase
@@ -95,11 +97,13 @@ class Painter:
     size: tuple[int, int]
     steps: int
     guidance: float
+    axes: Mapping[str, int]
 
     @functools.cached_property
     def renderer(self) -> render.Renderer:
         """The networks with their parameters."""
-        return self.base.renderer()
+        alone = jax.device_count() == 1
+        return self.base.renderer(device_mesh=None if alone else mesh.make(self.axes))
 
     def __call__(self, picture: Picture, file: Path) -> Path:
         """Writes a PNG file."""
@@ -203,12 +207,12 @@ def _write(stage: Stage, modality: str, seed: int) -> Write:
     base = decoder_base.look(out.decoder, SCHEDULER.value, stage.compute, stage.frozen)
     projection = networks.network(stage.parts[out.projection], stage, out.projection)
     base.check_projection(projection.output_width, projection.queries, field)
-    size = _size(SIZE.value) or base.size
+    size = pixels(SIZE.value) or base.size
     render.check_size(size, base.autoencoder.factor)
     if not math.isfinite(GUIDANCE.value):
         raise UserError(f"is {GUIDANCE.value}", field="--guidance", hint="Such as 7.5")
     base.scheduler.table(STEPS.value)
-    return Painter(base, seed, size, STEPS.value, GUIDANCE.value)
+    return Painter(base, seed, size, STEPS.value, GUIDANCE.value, stage.mesh)
 
 
 def _refuse_options(why: str, hint: str) -> None:
@@ -217,8 +221,12 @@ def _refuse_options(why: str, hint: str) -> None:
         raise UserError(f"has no effect {why}", field=f"--{given}", hint=hint)
 
 
-def _size(text: str) -> tuple[int, int] | None:
-    """(height, width) of '512' or '512x768'; None of ''."""
+def pixels(text: str) -> tuple[int, int] | None:
+    """(height, width) of '512' or '512x768'; None of ''.
+
+    Raises:
+      UserError: it is no size.
+    """
     if not text:
         return None
     found = re.fullmatch(r"([0-9]{1,6})(?:x([0-9]{1,6}))?", text)

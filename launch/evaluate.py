@@ -4,6 +4,11 @@
 
 Writes report.txt, report.html (with pictures) and report.json. A run that is not there leaves its
 rows out; runs/stage3 is where the parts of X-LLM are found.
+
+    xllm evaluate --runs=runs --draw=out [--limit=50]
+
+also answers held-out requests with every run that draws, writes their pictures to out/RUN and
+counts them (`pictures.json` there).
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ from xllm_jax.core.errors import UserError
 from xllm_jax.evaluation import demo_suite, error_rate, measure
 from xllm_jax.inference import assistant, transcriber
 from xllm_jax.inference.load_run import Restored, load_run, stage_of
-from xllm_jax.launch import cli
+from xllm_jax.launch import cli, drawing, evaluate_drawing
 
 RUNS = flags.DEFINE_string("runs", "runs", "Folder that holds the runs of all stages.")
 DATA = flags.DEFINE_string(
@@ -42,12 +47,30 @@ CER = flags.DEFINE_enum(
 )
 ROWS = flags.DEFINE_integer("rows", 32, "Number of questions that are answered at a time.", 1)
 
+DRAW = flags.DEFINE_string(
+    "draw",
+    "",
+    "Folder for pictures of held-out requests, by every run whose answers hold some.",
+    allow_override=True,
+)
+SEED = flags.DEFINE_integer(
+    "seed", 0, "With --draw: of the noise that a picture begins with.", 0, allow_override=True
+)
+
 ASR, NO_INIT, STAGE3 = "stage1_speech", "stage2_image_no_init", "stage3"
 flags.declare_key_flag("allow_paths")
+for name in drawing.OPTIONS:
+    flags.declare_key_flag(name)
 
 
 def main(_: list[str]) -> None:
     began = time.monotonic()
+    if DRAW.value:
+        drawn(Path(RUNS.value))
+        if not any(ended(Path(RUNS.value) / name) for name in (ASR, STAGE3)):
+            return
+    else:
+        drawing.check_unused()
     todo = demo_suite.tasks(DATA.value, LIMIT.value, cli.ALLOW_PATHS.value, CER.value)
     results = demo_suite.run(todo, models(Path(RUNS.value)))
     results["curves"] = demo_suite.curves(RUNS.value)
@@ -57,6 +80,15 @@ def main(_: list[str]) -> None:
     print()
     print(report.write(results, OUTPUT.value))
     print(f"\nWith pictures: {Path(OUTPUT.value) / 'report.html'}")
+
+
+def drawn(runs: Path) -> None:
+    """Draws with every run below a folder that can, and prints a line for each."""
+    found = evaluate_drawing.runs_in(runs)
+    arguments = (Path(DRAW.value), LIMIT.value, ROWS.value, SEED.value)
+    made = [(run.name, evaluate_drawing.evaluate(run, *arguments)) for run in found]
+    print(evaluate_drawing.table(made))
+    print(f"Pictures: {DRAW.value}")
 
 
 def models(runs: Path) -> dict[str, Callable[[], measure.Answer]]:

@@ -6,6 +6,11 @@ r"""Says before renting whether a stage fits a slice, how fast it can be, and wh
 Compiles the real training step for the slice on any CPU (`pip install -e '.[preflight]'` brings
 the TPU compiler); GPUs get arithmetic only. The topology is that of one slice, and the stage's
 `slices` says how many there are. Exits with 1 when the stage does not fit.
+
+    xllm preflight --config=stage_output_image --topology=v5e-16 --draw \
+        [--steps=50] [--guidance=7.5] [--size=512]
+
+accounts for drawing instead: FLOPs, seconds and memory of a picture, by arithmetic.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ import os
 from absl import flags
 from ml_collections import config_flags
 
+from xllm_jax.core.errors import UserError
 from xllm_jax.launch import cli
 
 CONFIG = config_flags.DEFINE_config_file("config", None, cli.STAGE_HELP)
@@ -32,12 +38,28 @@ RECORDS = flags.DEFINE_integer(
 SEARCH = flags.DEFINE_bool(
     "search", True, "Also search for the largest micro-batch that fits; takes several compilations."
 )
+DRAW = flags.DEFINE_bool("draw", False, "Account for a picture instead of a training step.")
+STEPS = flags.DEFINE_integer(
+    "steps", 50, "With --draw: steps of the scheduler.", 1, 1000, allow_override=True
+)
+GUIDANCE = flags.DEFINE_float(
+    "guidance", 7.5, "With --draw: up to 1 there is one call less.", 0.0, allow_override=True
+)
+SIZE = flags.DEFINE_string(
+    "size",
+    "",
+    "With --draw: height and width in pixels, such as 512 or 512x768; by default what the decoder "
+    "was trained on.",
+    allow_override=True,
+)
 flags.declare_key_flag("allow_paths")
 
 
 def main(_: list[str]) -> int:
     """Returns the exit code."""
     prepare_compiler()
+    if DRAW.value:
+        return draw()
     from xllm_jax.preflight import forecast, records, report, targets
 
     stage, target = CONFIG.value, targets.parse(TOPOLOGY.value)
@@ -50,6 +72,30 @@ def main(_: list[str]) -> int:
     files = report.write(OUTPUT.value, name, page, report.record(made, largest, look))
     print("Written:", ", ".join(map(str, files)))
     return 0 if made.fits else 1
+
+
+def draw() -> int:
+    """Accounts for pictures of every modality that the stage answers in; returns the exit code."""
+    from xllm_jax.launch.drawing import pixels
+    from xllm_jax.preflight import drawing, report, targets
+
+    stage = CONFIG.value
+    target = targets.repeated(targets.parse(TOPOLOGY.value), stage.slices)
+    options = {"steps": STEPS.value, "guidance": GUIDANCE.value, "size": pixels(SIZE.value) or ()}
+    if not stage.outputs:
+        hint = "Give a stage such as stage_output_image, or leave --draw out"
+        raise UserError("answers of this stage hold text alone", field="--draw", hint=hint)
+    found = {name: drawing.forecast(stage, target, name, **options) for name in stage.outputs}
+    title = f"{stage.name} on {target.title}, {target.chips} chips"
+    lines = [line for one in found.values() for line in ("", *drawing.text(one))]
+    page = "\n".join([title, *lines]) + "\n"
+    name = f"{stage.name}_{target.title.replace(':', '_').replace(' ', '')}_draw"
+    print(page)
+    plain = {"stage": stage.name, "topology": target.name}
+    plain |= {name: drawing.record(one) for name, one in found.items()}
+    files = report.write(OUTPUT.value, name, page, plain)
+    print("Written:", ", ".join(map(str, files)))
+    return 0 if all(one.fits for one in found.values()) else 1
 
 
 def prepare_compiler() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -14,11 +15,11 @@ import small_outputs
 import small_runs
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.core.stage import Stage
+from xllm_jax.core.stage import Stage, Validation
 from xllm_jax.inference import assistant
-from xllm_jax.inference.load_run import load_run
+from xllm_jax.inference.load_run import load_run, stage_of
 from xllm_jax.inference.replies import Picture, Reply
-from xllm_jax.launch import chat, drawing
+from xllm_jax.launch import chat, drawing, evaluate_drawing
 
 ROOT = Path(__file__).parents[1]
 SIZE = (small_outputs.TOKENS, 12)
@@ -120,8 +121,54 @@ def test_the_command_writes_what_a_decoder_reads(run, tmp_path):
         )
 
 
+def held_out(stage, requests=3):
+    """The run's stage with requests that it never saw."""
+    sources = {"said": stage.data.sources["captions"]}
+    return dataclasses.replace(stage, validation=Validation(sources, examples=requests))
+
+
+def test_evaluation_draws_and_counts(run, model, tmp_path, monkeypatch):
+    """Answers with one, two and no picture: files, and the share that is as asked."""
+    stage = stage_of(run)
+    monkeypatch.setattr(evaluate_drawing, "stage_of", lambda _: held_out(stage))
+    monkeypatch.setattr(evaluate_drawing, "load_run", lambda _: None)
+    answers = [Reply(("好", picture(1))), Reply((picture(2), picture(3))), Reply(("不",))]
+
+    class Answering:
+        family = model.family
+
+        def __init__(self, restored, rows, most):
+            assert most == stage.data.answers
+
+        def replies(self, asked):
+            assert not any(one.answer for one in asked) and len(asked) == 3
+            return answers
+
+    monkeypatch.setattr(evaluate_drawing.assistant, "Assistant", Answering)
+    found = evaluate_drawing.evaluate(run, tmp_path, 3, 2)
+    assert (found["requests"], found["asked"], found["drawn"]) == (3, 3, 3)
+    assert found["as_asked"] == pytest.approx(1 / 3)
+    place = tmp_path / run.name
+    files = sorted(path.name for path in place.glob("*.npz"))
+    assert files == ["image_0.npz", "image_1.npz", "image_2.npz"]
+    assert json.loads((place / "pictures.json").read_text()) == found
+    assert "33.3%" in evaluate_drawing.table([("mine", found)])
+    captions = {one["caption"] for one in found["answers"]}
+    assert captions <= set(small_outputs.CAPTIONS)
+
+
+def test_an_evaluation_that_cannot_draw_is_one_line(run, tmp_path):
+    with pytest.raises(UserError) as error:
+        evaluate_drawing.evaluate(run, tmp_path, 3, 2)
+    assert error.value.field == "validation.sources" and error.value.hint
+    with pytest.raises(UserError) as error:
+        evaluate_drawing.runs_in(tmp_path)
+    assert error.value.field == "--draw"
+    assert evaluate_drawing.runs_in(run.parent) == [run]
+
+
 def test_data_paths_of_a_run_are_resolved(run):
     stage = load_run(run).stage
-    assert dataclasses.asdict(stage)["data"]["signals"] == {
-        "image": {"first": small_outputs.FIRST, "count": small_outputs.COUNT, "runs": 3}
-    }
+    found = dataclasses.asdict(stage)["data"]["signals"]["image"]
+    assert found["runs"] == 3
+    assert (found["first"], found["count"]) == (small_outputs.FIRST, small_outputs.COUNT)

@@ -14,16 +14,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from xllm_jax.assembly.networks import init_params
-from xllm_jax.core import base_description, checkpoint, damage, rules
+from xllm_jax.core import base_description, checkpoint, damage, mesh, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.types import Params, Shapes
 from xllm_jax.data.text.clip_tokenizer import ClipTokenizer
 from xllm_jax.inference.render import Renderer
 from xllm_jax.models.clip_text import ClipText
-from xllm_jax.models.outputs import scheduler_config
+from xllm_jax.models.outputs import autoencoder, scheduler_config, unet
 from xllm_jax.models.outputs.autoencoder import Autoencoder
 from xllm_jax.models.outputs.schedulers import Scheduler
 from xllm_jax.models.outputs.unet import UNet
@@ -69,20 +70,25 @@ class DecoderBase:
             what = f"{what}, and the projection gives {have[0]} x {have[1]}"
             raise UserError(what, field=field, hint="Take the decoder that it was trained for")
 
-    def renderer(self, batch: int = 1) -> Renderer:
+    def renderer(self, batch: int = 1, device_mesh: Mesh | None = None) -> Renderer:
         """Reads the parameters.
 
         Args:
           batch: pictures that are drawn at once.
+          device_mesh: over which the UNet and the autoencoder are split; None is one device.
 
         Raises:
           UserError: a component is missing, damaged or of other shapes; names it.
         """
         stores = checkpoint.open_leaves(self.folder)
         networks = {"unet": self.unet, "vae": self.autoencoder}
-        params = {part: self._params(part, network, stores) for part, network in networks.items()}
+        params = {
+            part: self._params(part, network, stores, device_mesh)
+            for part, network in networks.items()
+        }
         empty = self._empty(stores)
-        return Renderer(self.unet, self.autoencoder, params, self.scheduler, empty, batch)
+        rest = (self.scheduler, empty, batch, device_mesh)
+        return Renderer(self.unet, self.autoencoder, params, *rest)
 
     def _empty(self, stores: Mapping[str, Any]) -> np.ndarray:
         """What the text encoder says of an empty text, `[tokens, width]` float32."""
@@ -97,20 +103,39 @@ class DecoderBase:
         return np.asarray(apply(params, jnp.asarray(ids)), np.float32)[0]
 
     def _params(
-        self, part: str, network: UNet | Autoencoder | ClipText, stores: Mapping[str, Any]
+        self,
+        part: str,
+        network: UNet | Autoencoder | ClipText,
+        stores: Mapping[str, Any],
+        device_mesh: Mesh | None = None,
     ) -> Params:
         """Reads a part leaf by leaf, so that a damaged one ends it at once."""
         found: dict[str, jax.Array] = {}
-        for path, like in _shapes(part, network).items():
-            if path.startswith(UNREAD):
-                continue
+        shapes = {p: x for p, x in shapes_of(part, network).items() if not p.startswith(UNREAD)}
+        places = shardings(part, shapes, device_mesh) if device_mesh else {}
+        for path, like in shapes.items():
             have = tuple(stores[path].shape) if path in stores else None
             if have != like.shape:
                 what = f"{path} has shape {have}, the network {like.shape}"
                 raise UserError(what, field=str(self.folder), hint=MAKE)
             with damage.reading(self.folder):
-                found[path] = jnp.asarray(stores[path].read().result(), jnp.dtype(self.frozen))
+                held = np.asarray(stores[path].read().result()).astype(jnp.dtype(self.frozen))
+                found[path] = jax.device_put(held, places.get(path))
         return rules.unflatten(found)[part]
+
+
+def shardings(part: str, shapes: Shapes, device_mesh: Mesh) -> dict[str, NamedSharding]:
+    """{path: where a parameter of a decoder lies}, by SHARDING of its network's file.
+
+    Args:
+      part: 'unet' or 'vae', the first word of the paths.
+      shapes: of the parameters.
+      device_mesh: with the axes of a stage's mesh.
+    """
+    table = {"unet": unet, "vae": autoencoder}[part].SHARDING
+    tree = rules.unflatten(dict(shapes))
+    specs = {part: rules.assign(table, tree[part], what=f"{part} SHARDING", total=False)}
+    return rules.flatten(mesh.parameter_shardings(device_mesh, specs, tree))
 
 
 def look(
@@ -144,16 +169,16 @@ def look(
             raise UserError(f"lacks {name}, which a decoder needs", field=str(folder), hint=MAKE)
     place = folder / SCHEDULER
     noise = scheduler_config.parse(damage.read_object(place), scheduler, str(place))
-    unet, vae, text = made["unet"], made["vae"], made["text_encoder"]
+    net, vae, text = made["unet"], made["vae"], made["text_encoder"]
     pairs = (
-        ("text_width", unet.text_width, "text encoder's width", text.width),
-        ("latent_channels", unet.latent_channels, "autoencoder's", vae.latent_channels),
+        ("text_width", net.text_width, "text encoder's width", text.width),
+        ("latent_channels", net.latent_channels, "autoencoder's", vae.latent_channels),
     )
     for name, have, other, wanted in pairs:
         if have != wanted:
             what = f"the UNet's {name} is {have}, and the {other} {wanted}"
             raise UserError(what, field=str(folder), hint=MAKE)
-    return DecoderBase(folder, unet, vae, text, noise, _size(folder, vae.factor), frozen)
+    return DecoderBase(folder, net, vae, text, noise, _size(folder, vae.factor), frozen)
 
 
 def _network(
@@ -163,11 +188,12 @@ def _network(
     with damage.reading(folder / base_description.CONVERSION):
         given = {k: tuple(x) if isinstance(x, list) else x for k, x in fields.items()}
         network = kind(**given, dtype=jnp.dtype(compute))
-        _shapes(part, network)
+        shapes_of(part, network)
     return network
 
 
-def _shapes(part: str, network: Any) -> Shapes:
+def shapes_of(part: str, network: Any) -> Shapes:
+    """{path: shape} of a decoder's network, the part's name in front."""
     tree = jax.eval_shape(lambda: init_params(network, jax.random.key(0)))
     return rules.flatten({part: tree})
 

@@ -3,10 +3,14 @@
 One program is compiled for a size, a number of calls and a batch; prompts, seeds, schedulers of as
 many calls and the guidance are its arguments. Every request has a key of its own and stands in a
 batch of the same size whatever is asked for beside it, so that a seed gives the same picture.
+
+On a mesh parameters lie as SHARDING of the networks' files says, and pictures are split over 'data'
+and 'fsdp' where their number divides; noise is drawn before, so that it is that of one device.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -14,8 +18,10 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 from PIL import Image
 
+from xllm_jax.core import mesh
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.media import image
 from xllm_jax.models.outputs import sampling
@@ -35,6 +41,7 @@ class Renderer:
       scheduler: way from noise to latents.
       without: `[tokens, width]`, what the text encoder says of an empty text.
       batch: pictures that are drawn at once.
+      device_mesh: where the parameters lie; None is the first device alone.
     """
 
     def __init__(
@@ -45,7 +52,9 @@ class Renderer:
         scheduler: Scheduler,
         without: np.ndarray,
         batch: int = 4,
+        device_mesh: Mesh | None = None,
     ):
+        self.device_mesh = device_mesh
         self.unet, self.autoencoder, self.scheduler = unet, autoencoder, scheduler
         self.params, self.without, self.batch = params, jnp.asarray(without), batch
         self._draw = jax.jit(self._latents, static_argnames=("guided",))
@@ -83,7 +92,7 @@ class Renderer:
             rows = np.arange(first, first + self.batch) % len(seeds)
             noise = self.noise([seeds[int(row)] for row in rows], size)
             latents, _ = self.latents(noise, conditions[rows], table, guidance)
-            drawn.append(np.asarray(self._decode(self.params["vae"], latents)))
+            drawn.append(np.asarray(self.decoded(latents)))
         pictures = np.concatenate(drawn)[: len(seeds)] if drawn else np.zeros((0, *size, 3))
         return image.from_signed(pictures)
 
@@ -113,14 +122,32 @@ class Renderer:
           trace: every call's results, too.
         """
         empty = self.without if without is None else jnp.asarray(without)
-        arguments = (self.params["unet"], table, noise, jnp.asarray(conditions), empty)
-        if trace:
-            return self._latents(*arguments, guidance, guided=guidance > 1, trace=True)
-        return self._draw(*arguments, jnp.float32(guidance), guided=guidance > 1)
+        rows = (self._placed(noise), self._placed(jnp.asarray(conditions)))
+        arguments = (self.params["unet"], table, *rows, empty)
+        with self._mesh():
+            if trace:
+                return self._latents(*arguments, guidance, guided=guidance > 1, trace=True)
+            return self._draw(*arguments, jnp.float32(guidance), guided=guidance > 1)
 
     def decoded(self, latents: Array) -> Array:
         """Pictures of latents, within -1..1 or near, `[batch, height, width, 3]` float32."""
-        return self._decode(self.params["vae"], latents)
+        with self._mesh():
+            return self._decode(self.params["vae"], latents)
+
+    def programs(self) -> tuple[jax.stages.Wrapped, jax.stages.Wrapped]:
+        """The compiled functions: (parameters of the UNet, table, noise, conditions, empty text,
+        guidance, guided=) to latents, and (parameters of the autoencoder, latents) to pictures."""
+        return self._draw, self._decode
+
+    def _mesh(self) -> contextlib.AbstractContextManager[Any]:
+        return jax.set_mesh(self.device_mesh) if self.device_mesh else contextlib.nullcontext()
+
+    def _placed(self, rows: Array) -> Array:
+        """Rows split over the mesh as a batch is, where they divide."""
+        if self.device_mesh is None:
+            return rows
+        spec = mesh.fitting(self.device_mesh, mesh.batch_spec(), rows.shape)
+        return jax.device_put(rows, NamedSharding(self.device_mesh, spec))
 
     def _latents(
         self,
