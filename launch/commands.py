@@ -31,6 +31,8 @@ COMMANDS = {
     "generate": "generate",
     "chat": "chat",
     "convert": "convert",
+    "adapter": "adapter",
+    "quantize": "quantize",
     "prepare": "prepare",
     "build-data": "build_data",
     "inspect": "inspect_data",

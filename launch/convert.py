@@ -41,6 +41,11 @@ DIRECTION = flags.DEFINE_enum(
     ("import", "export"),
     "import reads a published checkpoint; export writes one.",
 )
+KEEP_PACKED = flags.DEFINE_bool(
+    "keep_packed",
+    False,
+    "Keep the integers of a quantized release of ChatGLM-6B, instead of turning them into floats.",
+)
 VERIFY = flags.DEFINE_string(
     "verify", "", "Folder of one recording, or of several, to compare our networks with."
 )
@@ -58,7 +63,9 @@ def main(_: list[str]) -> int:
         files = run_export.run_export(SOURCE.value, INPUT.value, OUTPUT.value, SIZE.value)
         print(f"{SOURCE.value}: {', '.join(files)} in {OUTPUT.value}")
         return 0
-    done = run_import.run_import(SOURCE.value, INPUT.value, OUTPUT.value, SIZE.value)
+    done = run_import.run_import(
+        SOURCE.value, INPUT.value, OUTPUT.value, SIZE.value, KEEP_PACKED.value
+    )
     print(f"{done.line()}; written to {OUTPUT.value}")
     return 0
 

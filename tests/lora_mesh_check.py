@@ -1,6 +1,6 @@
 """Run in a process with 4 virtual devices: gradients of adapters on a mesh and on one device.
 
-Prints one JSON line: {case: [loss difference, largest gradient difference]}.
+Prints one JSON line: {how the base is packed: [loss difference, largest gradient difference]}.
 """
 
 from __future__ import annotations
@@ -22,21 +22,29 @@ AXES = {"fsdp": 2, "tensor": 2}
 FAR = (r"llm/(embedding|layers/.*kernel.*)",)  # in the hosts' memory
 
 
-def compare(**changes):
-    """One case: of adapters on every kernel."""
+def compare(weights):
+    """One case: adapters on every kernel."""
     settings = Lora(rank=4, targets="llm/layers/.*", dora=True)
-    made = small_stage.stage(trainable=(), lora=settings, unroll=1, **changes)
+    made = small_stage.stage(trainable=(), lora=settings, unroll=1)
+    made.parts["llm"].weights = weights
     system = System.build(made, mesh.make({}, jax.devices()[:1]))
-    params = {path: values(path, x) for path, x in system.parameters.items()}
+    params = {path: packed_values(path, x) for path, x in system.parameters.items()}
     batch = fill(batch_format.find(made.data).shapes(), np.random.default_rng(0), {})
     alone = gradients(made, {}, params, batch)
     made.offload = FAR
     return difference(alone, gradients(made, AXES, params, batch))
 
 
+def packed_values(path, x):
+    """Floats as for every stage, codes of any kind."""
+    if np.issubdtype(x.dtype, np.floating):
+        return values(path, x) / (1 if "kernel_scale" not in path else 50)
+    return np.random.default_rng(len(path)).integers(0, 127, x.shape).astype(x.dtype)
+
+
 def main():
     jax.config.update("jax_default_matmul_precision", "highest")
-    print(json.dumps({"bfloat16": compare()}))
+    print(json.dumps({weights: compare(weights) for weights in ("", "nf4")}))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ import pytest
 import small_stage
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.core.stage import Data, Divergence, Source, parse_stage
+from xllm_jax.core.stage import Data, Divergence, Source
+from xllm_jax.core.stage_record import parse_stage
 from xllm_jax.data import mixture
 from xllm_jax.data.batching import batch_format
 from xllm_jax.data.batching.batch_format import BatchPlan, Entry, RowPerRecord

@@ -15,7 +15,8 @@ import pytest
 import small_stage
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.core.stage import Data, Source, parse_stage
+from xllm_jax.core.stage import Data, Source
+from xllm_jax.core.stage_record import parse_stage
 from xllm_jax.data import mixture
 from xllm_jax.data.batching import batch_format
 from xllm_jax.data.example import Example

@@ -20,7 +20,8 @@ from xllm_jax.assembly.system import System
 from xllm_jax.core import checkpoint, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.lora_settings import Lora
-from xllm_jax.core.stage import Part, parse_stage
+from xllm_jax.core.stage import Part
+from xllm_jax.core.stage_record import parse_stage
 from xllm_jax.data.batching import batch_format
 from xllm_jax.inference import load_run
 from xllm_jax.models import lora

@@ -19,7 +19,8 @@ import pytest
 import small_stage
 
 from xllm_jax.core import checkpoint, kept_checkpoints, lookup
-from xllm_jax.core.stage import Best, Stage, parse_stage
+from xllm_jax.core.stage import Best, Stage
+from xllm_jax.core.stage_record import parse_stage
 from xllm_jax.inference.load_run import load_run
 from xllm_jax.training import loop
 

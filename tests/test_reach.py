@@ -18,7 +18,8 @@ import soundfile
 from PIL import Image
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.core.stage import Source, Stage, parse_stage
+from xllm_jax.core.stage import Source, Stage
+from xllm_jax.core.stage_record import parse_stage
 from xllm_jax.data import mixture
 from xllm_jax.data.media import paths
 from xllm_jax.prepare import preparation, shard

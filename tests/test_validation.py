@@ -22,7 +22,8 @@ from xllm_jax.assembly.system import System
 from xllm_jax.core import hosts, mesh, rules, watchdog
 from xllm_jax.core.batch import ImageTextPairs
 from xllm_jax.core.errors import UserError
-from xllm_jax.core.stage import Best, Source, Validation, parse_stage
+from xllm_jax.core.stage import Best, Source, Validation
+from xllm_jax.core.stage_record import parse_stage
 from xllm_jax.data import mixture
 from xllm_jax.data.pipeline import Pipeline
 from xllm_jax.data.record import DoesNotFit

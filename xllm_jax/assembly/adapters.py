@@ -14,13 +14,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
+from xllm_jax.assembly.packed_weights import layers_of
 from xllm_jax.assembly.submodules import submodules
 from xllm_jax.core import rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.lora_settings import Lora
 from xllm_jax.core.stage import Stage
 from xllm_jax.core.types import Flat, Params, Shapes
-from xllm_jax.models import lora
+from xllm_jax.models import lora, quantized
 from xllm_jax.models.layers import Dense
 
 KERNEL = "/kernel"
@@ -99,8 +100,7 @@ def shapes(settings: Lora, path: str, module: Dense, kernel: tuple[int, ...]) ->
       module: the layer.
       kernel: shape of its kernel, `[*layers, *inputs, *outputs]`.
     """
-    outputs = 1 if isinstance(module.features, int) else len(module.features)
-    layers = len(kernel) - module.inputs - outputs
+    layers = layers_of(module, kernel)
     lead, fan_in = kernel[:layers], kernel[layers : layers + module.inputs]
     fan_out = kernel[layers + module.inputs :]
     made = {lora.A: (*lead, *fan_in, settings.rank), lora.B: (*lead, settings.rank, *fan_out)}
@@ -122,10 +122,14 @@ def split(stage: Stage, tree: Params) -> tuple[Params, Params]:
     """A tree of a stage as what trains and the rest; an adapter's constants never train.
 
     Raises:
-      UserError: a pattern that matches nothing.
+      UserError: a pattern that matches nothing, or packed kernels.
     """
     trains, rest = rules.split(allowed(stage), tree)
     flat = rules.flatten(trains)
+    whole = [path for path in flat if quantized.is_packed(path)]
+    if whole:
+        hint = "Train adapters beside it: --config.lora.rank=16 --config.lora.targets=…"
+        raise UserError(f"{whole[0]} is quantized and cannot train", field="trainable", hint=hint)
     constants = {path: x for path, x in flat.items() if re.fullmatch(lora.CONSTANT, path)}
     for path in constants:
         del flat[path]
@@ -133,7 +137,7 @@ def split(stage: Stage, tree: Params) -> tuple[Params, Params]:
 
 
 def specs(table: rules.Rules, tree: Params, what: str) -> Params:
-    """PartitionSpec of every leaf of a part: those of an adapter follow its kernel's.
+    """PartitionSpec of every leaf of a part: a packed kernel and an adapter follow the kernel's.
 
     Args:
       table: SHARDING of the part's file.
@@ -141,14 +145,19 @@ def specs(table: rules.Rules, tree: Params, what: str) -> Params:
       what: the table's name, for errors.
     """
     flat = rules.flatten(tree)
-    plain = rules.unflatten({path: x for path, x in flat.items() if not lora.is_adapter(path)})
-    found = rules.flatten(rules.assign(table, plain, what=what, total=False))
-    for path, x in flat.items():
-        if lora.is_adapter(path):
-            place, _, name = path.rpartition("/")
-            kernel, layers = place + KERNEL, flat[f"{place}/{lora.SCALE}"].ndim
-            entries = _entries(found[kernel], flat[kernel].ndim)
-            found[path] = PartitionSpec(*_placed(name, entries, layers, x.ndim))
+
+    def row(path: str) -> str:
+        follows = lora.is_adapter(path) or quantized.is_packed(path)
+        return path.rpartition("/")[0] + KERNEL if follows else path
+
+    plain = rules.unflatten(dict.fromkeys(map(row, flat)))
+    known = rules.flatten(rules.assign(table, plain, what=what, total=False))
+    found = {path: known[row(path)] for path in flat}
+    for path in filter(lora.is_adapter, flat):
+        place, _, name = path.rpartition("/")
+        a, b, scale = (flat[f"{place}/{n}"].ndim for n in (lora.A, lora.B, lora.SCALE))
+        entries = _entries(found[path], a + b - 2 - scale)
+        found[path] = PartitionSpec(*_placed(name, entries, scale, flat[path].ndim))
     return rules.unflatten(found)
 
 
@@ -216,6 +225,19 @@ def magnitudes(params: Params, drawn: set[str]) -> Params:
         if name == lora.MAGNITUDE:
             leaves = {n: flat[f"{place}/{n}"] for n in (lora.A, lora.B, lora.SCALE)}
             layers = leaves[lora.SCALE].ndim
-            made = jax.jit(lora.norms, static_argnums=2)(flat[place + KERNEL], leaves, layers)
+            kernel = _kernel(flat, place, leaves[lora.A].ndim - 1 - layers, layers)
+            made = jax.jit(lora.norms, static_argnums=2)(kernel, leaves, layers)
             flat[path] = jax.device_put(made, flat[path].sharding)
     return rules.unflatten(flat)
+
+
+def _kernel(flat: Flat, place: str, inputs: int, layers: int) -> jax.Array:
+    """A layer's kernel, unpacked where it is packed."""
+    for codes in quantized.CODES:
+        values = flat.get(f"{place}{KERNEL}_{codes}")
+        if values is not None:
+            scale = flat[f"{place}/{quantized.SCALE}"]
+            return jax.jit(quantized.unpack, static_argnums=(2, 3, 4))(
+                values, scale, codes, inputs, layers
+            )
+    return flat[place + KERNEL]

@@ -12,10 +12,10 @@ import jax
 from absl import logging
 from flax import linen as nn
 
-from xllm_jax.assembly import adapters, outputs
+from xllm_jax.assembly import adapters, outputs, packed_weights
 from xllm_jax.assembly.networks import init_params
 from xllm_jax.assembly.system import System
-from xllm_jax.core import base_description, checkpoint, damage, rules
+from xllm_jax.core import base_description, checkpoint, damage, kernel_fingerprint, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Stage
 from xllm_jax.core.types import Flat, Params, Shapes
@@ -53,7 +53,11 @@ def parameters(system: System, only: Collection[str] | None = None) -> Params:
             raise UserError("no part has this subtree", field=f"init.{prefix}", hint="See parts")
         if source and wanted:
             check_fields(system.model.networks, source, prefix)
-            params |= load(source, prefix, *with_adapters(source, prefix, wanted, others))
+            there = held(source, prefix)
+            part = prefix.partition("/")[0]
+            weights = system.stage.parts[part].weights
+            packed_weights.check_source(part, weights, wanted, there)
+            params |= load(source, prefix, *with_adapters(source, prefix, wanted, others, there))
     settings, seed = system.stage.lora, system.stage.seed
     if settings.init:
         params |= load_adapters(system.stage, like)
@@ -72,8 +76,15 @@ def parameters(system: System, only: Collection[str] | None = None) -> Params:
     return outputs.start_signals(system.model, made, drawn)
 
 
+def held(source: str, prefix: str) -> set[str]:
+    """What a source holds of a subtree, by the names that the stage has for it."""
+    place, inner = origin(source, prefix)
+    there = below(inner, base_description.base_about(place)["shapes"])
+    return {prefix + path[len(inner) :] for path in there}
+
+
 def with_adapters(
-    source: str, prefix: str, like: Shapes, others: Collection[str]
+    source: str, prefix: str, like: Shapes, others: Collection[str], there: Collection[str]
 ) -> tuple[Shapes, list[str]]:
     """What of a subtree is loaded, and what else its source may hold.
 
@@ -84,17 +95,16 @@ def with_adapters(
       prefix: of the subtree.
       like: all leaves that are wanted.
       others: leaves of the subtree that the model has and that are not wanted.
+      there: what the source holds.
 
     Raises:
       UserError: the source has adapters, and the stage none.
     """
-    place, inner = origin(source, prefix)
-    there = below(inner, base_description.base_about(place)["shapes"])
-    low = {prefix + path[len(inner) :] for path in there if lora.is_adapter(path)}
+    low = {path for path in there if lora.is_adapter(path)}
     wanted = {path: x for path, x in like.items() if path in low or not lora.is_adapter(path)}
     if low and len(wanted) == sum(not lora.is_adapter(path) for path in like):
         hint = "Name them in lora.targets, or write a base without: xllm adapter --action=merge"
-        raise UserError(f"{place} has adapters", field=f"init.{prefix}", hint=hint)
+        raise UserError(f"{source} has adapters", field=f"init.{prefix}", hint=hint)
     own = [path for path in low if path.endswith(f"/{lora.DROPOUT}")]
     return {path: x for path, x in wanted.items() if path not in own}, [*others, *own]
 
@@ -126,8 +136,38 @@ def load_adapters(stage: Stage, like: Shapes) -> Flat:
                 what = f"{path} has shape {shape}, the stage {x.shape}"
                 hint = "They are of another rank or of another base"
                 raise UserError(what, field="lora.init", hint=hint)
+        check_base(stage, part, place, about.get(kernel_fingerprint.FIELD, {}))
         found |= checkpoint.load_leaves(place, part, wanted, exact=False)
     return found
+
+
+def check_base(stage: Stage, part: str, place: Path, known: Mapping[str, str]) -> None:
+    """Compares the base of a stage with the one that adapters say they belong to.
+
+    Args:
+      stage: its `init` names the base.
+      part: of the base.
+      place: folder of the adapters, for the error.
+      known: {kernel: fingerprint}, as the adapters have it.
+
+    Raises:
+      UserError: a kernel has other values; names it.
+    """
+    source = stage.init.get(part, "")
+    if not known or not source:
+        return
+    folder, inner = origin(source, part)
+    leaves = {
+        part + path[len(inner) :]: store
+        for path, store in below(inner, checkpoint.open_leaves(folder)).items()
+    }
+    about = base_description.base_about(folder)
+    places = {path.removesuffix(kernel_fingerprint.KERNEL) for path in known}
+    ours = kernel_fingerprint.of_leaves(leaves, about, places)
+    for path in sorted(known.keys() & ours.keys()):
+        if known[path] != ours[path]:
+            what = f"{place} is of another base: {path} has other values in {folder}"
+            raise UserError(what, field="lora.init", hint="Give the base that it was trained on")
 
 
 def _given(path: str) -> bool:
@@ -177,9 +217,11 @@ def draw(net: nn.Module, name: str, key: jax.Array, like: Shapes) -> Flat:
       like: of the leaves that are wanted.
     """
 
+    axes = packed_weights.axes_of(net, name, like)
+
     def init(key: jax.Array) -> Flat:
-        drawn = rules.flatten({name: init_params(net, key)})
-        return {path: drawn[path].astype(want.dtype) for path, want in like.items()}
+        plain = rules.flatten({name: init_params(net, key)})
+        return packed_weights.drawn(axes, like, plain)
 
     return jax.jit(init, out_shardings={p: x.sharding for p, x in like.items()})(key)
 

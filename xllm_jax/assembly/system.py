@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from xllm_jax.assembly import adapters, networks
+from xllm_jax.assembly import adapters, networks, packed_weights
 from xllm_jax.core import lookup, mesh, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Stage
 from xllm_jax.core.types import Params, Shapes
-from xllm_jax.models import lora
+from xllm_jax.models import lora, quantized
 from xllm_jax.models.xllm import XLLM
 
 
@@ -75,7 +75,10 @@ class System:
           UserError: adapters are asked for where there is no kernel.
         """
         found = networks.shapes(self.model)
-        return adapters.extended(self.stage.lora, self.model.networks, found)
+        parts, made = self.stage.parts, self.model.networks
+        files = {n: lookup.attribute(networks.MODELS, part.network)[0] for n, part in parts.items()}
+        found = adapters.extended(self.stage.lora, made, found)
+        return packed_weights.packed(parts, made, files, found)
 
     @functools.cached_property
     def shapes(self) -> Shapes:
@@ -126,14 +129,18 @@ class System:
     @functools.cached_property
     def parameters(self) -> Shapes:
         """Shape, dtype and sharding of every parameter: float32 what trains and all of an adapter,
-        else `frozen`.
+        integers and their scales as they are, else `frozen`.
 
         Raises:
           UserError: patterns of `stage.trainable` or `stage.offload` do not fit.
         """
         frozen = jnp.dtype(self.stage.frozen)
-        whole = {path for path in self.shapes if lora.is_adapter(path)} | self.trainable
-        dtypes = dict.fromkeys(whole, jnp.dtype(jnp.float32))
+        own = {
+            path: x.dtype
+            for path, x in self.shapes.items()
+            if lora.is_adapter(path) or quantized.is_packed(path)
+        }
+        dtypes = own | dict.fromkeys(self.trainable, jnp.dtype(jnp.float32))
         placed = mesh.parameter_shardings(self.device_mesh, self.specs, self.tree)
         shardings = rules.flatten(placed)
         for path in self.offloaded:
@@ -158,6 +165,8 @@ class System:
 
         def place(path: str, leaf: jax.Array) -> jax.Array:
             part, _, inner = path.partition("/")
+            if quantized.is_packed(inner):
+                inner = f"{inner.rpartition('/')[0]}/{quantized.KERNEL}"
             fetched = any(re.fullmatch(pattern, inner) for pattern in streamed[part])
             return leaf if fetched else mesh.on_device(leaf)
 

@@ -120,6 +120,7 @@ class ConversionPlan:
       fields: {part: {field of its network: value}} that the parameters were made for, where a shape
         does not show it and the network has another value by default.
       moved_files: {further file of the input: where it lies in the base and in an export}.
+      integers: source tensors that may be integers, packed weights; others are floats.
       weight_files: {what tensors' names begin with: path of the exported file of those, which have
         the rest as their names there}, without its ending.
       written_files: {file of an export: makes its text from the exported folder}, in this order,
@@ -134,6 +135,7 @@ class ConversionPlan:
     extra_files: tuple[str, ...] = ()
     fields: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     moved_files: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    integers: frozenset[str] = frozenset()
     weight_files: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"": "model"})
     written_files: Mapping[str, Callable[[Path], str]] = dataclasses.field(default_factory=dict)
 

@@ -94,7 +94,11 @@ def check_kind(name: str, opened: files.Checkpoint) -> None:
 
 
 def run_import(
-    source: str, path: str | Path, output: str | Path, size: str = ""
+    source: str,
+    path: str | Path,
+    output: str | Path,
+    size: str = "",
+    keep_packed: bool = False,
 ) -> conversion_record.Conversion:
     """Converts a published checkpoint into a base, with conversion.json beside it.
 
@@ -103,12 +107,13 @@ def run_import(
       path: the published file or folder.
       output: folder of the base; a base that stands there is replaced.
       size: row of SIZES, where the files do not tell.
+      keep_packed: integer weights stay integers, where the source has a table for them.
 
     Raises:
       UserError: the files are not what was said, damaged or incomplete; not enough room. Nothing is
         left of the output then.
     """
-    found = examine(source, path, size)
+    found = examine(source, path, size, keep_packed=keep_packed)
     check_output(output, found.opened.path)
     sizes = [math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in found.leaves.values()]
     check_room(output, sum(sizes))
@@ -143,7 +148,11 @@ class Examined:
 
 
 def examine(
-    source: str, path: str | Path, size: str = "", options: Mapping[str, Any] | None = None
+    source: str,
+    path: str | Path,
+    size: str = "",
+    options: Mapping[str, Any] | None = None,
+    keep_packed: bool = False,
 ) -> Examined:
     """Opens a published checkpoint and makes every check that needs no weights.
 
@@ -152,6 +161,7 @@ def examine(
       path: the published file or folder.
       size: row of SIZES, where the files do not tell.
       options: of the source's plan, where neither the files nor SIZES tell them.
+      keep_packed: see `run_import`.
 
     Raises:
       UserError: the files are not what was said, or are incomplete.
@@ -160,6 +170,11 @@ def examine(
     opened = wrapped_names.unwrapped(files.open_checkpoint(path), module.recognize)
     check_kind(source, opened)
     options = module.options(opened, size) if options is None else options
+    if keep_packed:
+        if not hasattr(module, "packed_options"):
+            what = f"{source} has no integer weights to keep"
+            raise UserError(what, field="--keep_packed", hint="Leave it out; see xllm quantize")
+        options = module.packed_options(options, opened)
     plan = module.plan(options)
     prepare = getattr(module, "prepare", None)
     tensors = prepare(opened, options) if prepare else opened
@@ -186,7 +201,7 @@ def laid_out(
         fresh=plan.fresh,
     )
     for name in sorted(rows):
-        if tensors.header(name).dtype.name not in FLOATS:
+        if tensors.header(name).dtype.name not in FLOATS and name not in plan.integers:
             raise UserError(
                 f"is {tensors.header(name).dtype}, weights are {', '.join(FLOATS)}",
                 field=place(tensors, name),
@@ -278,6 +293,8 @@ def check_finite(tensor: np.ndarray, name: str) -> None:
     Raises:
       UserError: names file and tensor.
     """
+    if tensor.dtype.kind in "iu":
+        return
     exponent = EXPONENTS[tensor.dtype.name]
     bits = np.dtype(f"u{tensor.dtype.itemsize}")
     for piece in pieces(tensor):

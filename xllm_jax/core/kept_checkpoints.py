@@ -9,7 +9,7 @@ from pathlib import Path
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
-from xllm_jax.core.stage import metric_names
+from xllm_jax.core.stage_record import metric_names
 
 
 def options(keep: int, metric: str, lowest: bool) -> ocp.CheckpointManagerOptions:

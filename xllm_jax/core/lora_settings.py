@@ -24,7 +24,7 @@ class Lora:
 
     rank: int = within(0, 0, 10**5)
     targets: str = dataclasses.field(default="", metadata={"patterns": True})
-    alpha: float = within(16.0, 0, 1e6)
+    alpha: float = within(16.0, 1e-6, 1e6)
     dropout: float = within(0.0, 0, 0.99)
     dora: bool = False
     init: str = ""

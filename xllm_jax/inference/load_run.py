@@ -11,7 +11,8 @@ from xllm_jax.assembly import adapters, parameters
 from xllm_jax.assembly.system import System
 from xllm_jax.core import base_description, checkpoint, checksum, damage, mesh
 from xllm_jax.core.errors import UserError
-from xllm_jax.core.stage import Stage, parse_stage
+from xllm_jax.core.stage import Stage
+from xllm_jax.core.stage_record import parse_stage
 from xllm_jax.models.xllm import XLLM
 
 

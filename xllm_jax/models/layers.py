@@ -16,7 +16,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from xllm_jax.core import mesh
-from xllm_jax.models import lora
+from xllm_jax.models import lora, quantized
 from xllm_jax.models.dropout import Dropout
 
 Array = jax.Array
@@ -36,8 +36,8 @@ def truncated_normal(stddev: float = 0.02) -> Initializer:
 class Dense(nn.Module):
     """Linear map over the last `inputs` axes to `features` (one or several output axes).
 
-    The kernel keeps its axes, `[*inputs, *features]`, so that heads can be sharded by name. An
-    adapter may stand beside it (`models/lora.py`).
+    The kernel keeps its axes, `[*inputs, *features]`, so that heads can be sharded by name. It may
+    be packed (`models/quantized.py`), and an adapter may stand beside it (`models/lora.py`).
 
     Attributes:
       tensor_axis: which of `features` the mesh's 'tensor' axis splits; None = none.
@@ -56,10 +56,8 @@ class Dense(nn.Module):
         """Maps `[..., *inputs]` to `[..., *features]`."""
         features = (self.features,) if isinstance(self.features, int) else tuple(self.features)
         lead, axes = x.shape[: x.ndim - self.inputs], x.shape[x.ndim - self.inputs :]
-        kernel = self.param("kernel", self.kernel_init, (*axes, *features), jnp.float32)
-        kernel = mesh.on_device(kernel)  # of a stack, one layer's: the chip never holds all
-        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        y = lora.product(x, kernel, self.inputs)
+        kernel, x = self._kernel((*axes, *features)), x.astype(self.dtype)
+        y = quantized.product(x, kernel, self.inputs)
         if self.has_variable("params", lora.A):
             y = self._adapted(x, kernel, y)
         if self.use_bias:
@@ -71,7 +69,19 @@ class Dense(nn.Module):
             y, None if self.tensor_axis is None else len(lead) + self.tensor_axis
         )
 
-    def _adapted(self, x: Array, kernel: Array, y: Array) -> Array:
+    def _kernel(self, shape: tuple[int, ...]) -> Array | quantized.Quantized:
+        """The kernel in the compute dtype; of a stack, one layer's: the chip never holds all."""
+        for codes in quantized.CODES:
+            name = f"{quantized.KERNEL}_{codes}"
+            if self.has_variable("params", name):
+                values, scale = (
+                    mesh.on_device(self.get_variable("params", n)) for n in (name, quantized.SCALE)
+                )
+                return quantized.Quantized(values, scale, codes, self.inputs, self.dtype)
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+        return mesh.on_device(kernel).astype(self.dtype)
+
+    def _adapted(self, x: Array, kernel: Array | quantized.Quantized, y: Array) -> Array:
         """The product with what an adapter beside the kernel adds."""
         found = [name for name in lora.LEAVES if self.has_variable("params", name)]
         leaves = {name: self.get_variable("params", name) for name in found}

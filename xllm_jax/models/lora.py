@@ -17,9 +17,10 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from xllm_jax.core import mesh, rules
+from xllm_jax.core import rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.types import Params
+from xllm_jax.models.quantized import Quantized, product
 
 Array = jax.Array
 
@@ -38,24 +39,6 @@ def is_adapter(path: str) -> bool:
 def drops(params: Params) -> bool:
     """Whether any adapter in a network's parameters drops inputs."""
     return any(path.endswith(f"/{DROPOUT}") for path in rules.flatten(params))
-
-
-def product(x: Array, kernel: Array, inputs: int) -> Array:
-    """`[..., *inputs]` times `[*inputs, *outputs]`.
-
-    The product runs on flattened matrices, which XLA's CPU backend needs to be fast, unless the
-    mesh splits heads: a flattened axis would have to be gathered first.
-
-    Args:
-      x, kernel: as above, of one dtype.
-      inputs: how many axes are summed.
-    """
-    if mesh.tensor_parallel():
-        return jnp.tensordot(x, kernel, axes=inputs)
-    lead, axes = x.shape[: x.ndim - inputs], kernel.shape[:inputs]
-    fan_in = math.prod(axes)
-    y = x.reshape(-1, fan_in) @ kernel.reshape(fan_in, -1)
-    return y.reshape(*lead, *kernel.shape[inputs:])
 
 
 def dropped(x: Array, rate: Array, key: Array) -> Array:
@@ -80,7 +63,11 @@ def norms(kernel: Array, leaves: Mapping[str, Array], layers: int = 0) -> Array:
 
 
 def adapted(
-    x: Array, kernel: Array, y: Array, leaves: Mapping[str, Array], key: Array | None
+    x: Array,
+    kernel: Array | Quantized,
+    y: Array,
+    leaves: Mapping[str, Array],
+    key: Array | None,
 ) -> Array:
     """What one layer's kernel and its adapter make of `x`, without the bias.
 
@@ -88,7 +75,7 @@ def adapted(
 
     Args:
       x: `[..., *inputs]`.
-      kernel: `[*inputs, *outputs]` in the dtype of `x`.
+      kernel: `[*inputs, *outputs]` in the dtype of `x`, or packed.
       y: their product.
       leaves: of the adapter, one layer's.
       key: of the dropout; None drops nothing.
@@ -102,7 +89,8 @@ def adapted(
     more = product(low, (leaves[SCALE] * b).astype(x.dtype), 1)
     if MAGNITUDE not in leaves:
         return y + more
-    length = jax.lax.stop_gradient(norms(kernel, leaves))
+    whole = kernel.unpacked() if isinstance(kernel, Quantized) else kernel
+    length = jax.lax.stop_gradient(norms(whole, leaves))
     factor = leaves[MAGNITUDE] / length
     base = y if left is x else product(left, kernel, inputs)
     return y + (factor - 1).astype(x.dtype) * base + factor.astype(x.dtype) * more

@@ -130,6 +130,8 @@ def devices(target: Target) -> list[Device]:
     if target.kind == "local":
         return jax.devices()
     options: dict[str, Any] = {"chip_config_name": "megacore"} if target.kind == "v4" else {}
+    if target.chips == target.slices:  # a host of four chips is what the compiler expects
+        options["chips_per_host_bounds"] = (1, 1, 1)
     if target.slices > 1:
         options["num_slices"] = target.slices
     try:

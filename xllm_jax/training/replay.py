@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 from xllm_jax.assembly.system import System
 from xllm_jax.core import checkpoint, mesh, rules
 from xllm_jax.core.errors import UserError
-from xllm_jax.core.stage import Stage, parse_stage
+from xllm_jax.core.stage import Stage
+from xllm_jax.core.stage_record import parse_stage
 from xllm_jax.core.types import Params
 from xllm_jax.data.batching import batch_format
 from xllm_jax.training import divergence, nonfinite, startup

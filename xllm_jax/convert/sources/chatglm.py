@@ -41,6 +41,8 @@ DROP = (
     Drop(r"transformer\.prefix_encoder\..*", "a P-Tuning prefix, converted by itself"),
     Drop(r"transformer\.(layers\.\d+\.attention\.)?rotary_emb.*\.inv_freq", "computed, not read"),
 )
+KEPT = "packed"  # the option: integer weights of the layers stay integers
+SCALES = chatglm_quantized.SCALE.removeprefix(chatglm_quantized.WEIGHT)
 BITS = ("quantized", "quantised")  # the option's name, and as older conversion.json spell it
 
 
@@ -185,15 +187,36 @@ def options_of(base: Base) -> dict[str, Any]:
 
 def network(options: Mapping[str, Any]) -> ChatGLM:
     """The model of such options, in float32."""
-    return ChatGLM(**{key: value for key, value in options.items() if key not in BITS})
+    own = (*BITS, KEPT)
+    return ChatGLM(**{key: value for key, value in options.items() if key not in own})
+
+
+def packed_options(options: Mapping[str, Any], checkpoint: files.Checkpoint) -> dict[str, Any]:
+    """Options with which the layers' integer weights stay integers.
+
+    Raises:
+      UserError: the release is not quantized, or some of its layers are not.
+    """
+    bits = options.get(BITS[0], {})
+    table = chatglm_quantized.packed_rows(rows(options["depth"], options["heads"]), bits)
+    if table is None:
+        what = "not every layer holds integers of as many bits"
+        raise UserError(what, field=str(checkpoint.path), hint="Leave --keep_packed out")
+    return {**options, KEPT: True}
 
 
 def plan(options: Mapping[str, Any]) -> ConversionPlan:
     """The whole source as part 'llm'; configuration and tokenizer go beside it."""
     model = network(options)
+    table, made = rows(model.depth, model.heads), shapes(model)
+    kept = options.get(KEPT) and chatglm_quantized.packed_rows(table, options[BITS[0]])
+    if kept:
+        made = chatglm_quantized.packed_shapes(table, options[BITS[0]], made)
+        table = kept
     return ConversionPlan(
-        table=mount("llm", rows(model.depth, model.heads)),
-        shapes={"llm": shapes(model)},
+        table=mount("llm", table),
+        shapes={"llm": made},
+        integers=chatglm_quantized.integers(kept or ()),
         drop=tuple(rule for rule in DROP if rule.pattern != re.escape(HEAD)),
         tied={HEAD: WORDS},
         extra_files=EXTRA_FILES,
@@ -203,12 +226,17 @@ def plan(options: Mapping[str, Any]) -> ConversionPlan:
 
 def prepare(checkpoint: files.Checkpoint, options: Mapping[str, Any]) -> Mapping:
     """The checkpoint with integer weights as floats."""
-    return chatglm_quantized.view(checkpoint, options["width"], options["hidden"])
+    kept = options.get(KEPT) and chatglm_quantized.packed_rows(
+        rows(options["depth"], options["heads"]), options[BITS[0]]
+    )
+    names = chatglm_quantized.integers(kept or ())
+    return chatglm_quantized.view(checkpoint, options["width"], options["hidden"], names)
 
 
 def restore(tensors: Mapping[str, np.ndarray], options: Mapping[str, Any]) -> Mapping:
     """Exported tensors with the weights of a quantized release back in their integers."""
-    bits = next((options[name] for name in BITS if options.get(name)), 0)
+    bits = next((options[name] for name in BITS if options.get(name)), {})
+    bits = {name: count for name, count in bits.items() if name + SCALES not in tensors}
     return chatglm_quantized.restore(tensors, bits) if bits else tensors
 
 

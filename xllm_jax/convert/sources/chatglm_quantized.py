@@ -8,21 +8,32 @@ THUDM/chatglm-6b-int4, `quantization_kernels.c`).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
 
+import jax
 import numpy as np
 
+from xllm_jax.convert import Row
 from xllm_jax.convert.files import Checkpoint, Derived, View
+from xllm_jax.convert.matrix import KERNEL, matrix
+from xllm_jax.core import rules
 from xllm_jax.core.errors import UserError
+from xllm_jax.models import quantized
 
 WEIGHT, SCALE = ".weight", ".weight_scale"
+KINDS = {8: quantized.KINDS["int8"], 4: quantized.KINDS["int4_channel"]}
 INNER = "mlp.dense_4h_to_h.weight"
 LIMITS = {8: 127, 4: 7}
 BLOCK = 512  # rows at a time on the way back, for which several float32 copies are made
 
 
-def view(checkpoint: Checkpoint, width: int, hidden: int) -> Mapping:
+def view(
+    checkpoint: Checkpoint, width: int, hidden: int, kept: frozenset[str] = frozenset()
+) -> Mapping:
     """A quantized checkpoint under the names and shapes of the ordinary release.
 
     Each weight is dequantized when it is read; the scales have no entry of their own. A checkpoint
@@ -32,6 +43,7 @@ def view(checkpoint: Checkpoint, width: int, hidden: int) -> Mapping:
       checkpoint: the opened files.
       width: the model's width, the columns of every weight but one.
       hidden: the feed-forward's inner width, the columns of `mlp.dense_4h_to_h`.
+      kept: weights that stay as they are, as their scales do.
 
     Raises:
       UserError: a scale without its weight, a weight of another dtype or shape; reading raises it
@@ -42,9 +54,68 @@ def view(checkpoint: Checkpoint, width: int, hidden: int) -> Mapping:
         name = scale.removesuffix(SCALE) + WEIGHT
         columns = _columns(name, width, hidden)
         rows, dtype = _check(checkpoint, name, scale, columns)
+        if name in kept:
+            continue
         make = functools.partial(_dequantize, checkpoint.where(scale), columns)
         derived[name] = Derived((name, scale), (rows, columns), dtype, make)
     return View(checkpoint, derived) if derived else checkpoint
+
+
+def packed_rows(table: Iterable[Row], bits: Mapping[str, int]) -> tuple[Row, ...] | None:
+    """The table with the layers' kernels as packed ones (`models/quantized.py`).
+
+    Two codes share a byte as ours do, so that integers stay as they are.
+
+    Args:
+      table: of the ordinary release.
+      bits: {weight: 8 or 4} of those that are quantized.
+
+    Returns:
+      the table; None unless every layer's kernels have as many bits.
+    """
+    made, counts = [], set()
+    for row in table:
+        one = matrix(row)
+        if one is None:
+            made.append(row)
+            continue
+        counts |= {bits.get(name, 0) for name in row.names()}
+        leaf = f"{KERNEL}_int{max(counts)}"
+        ones, names = " ".join(["1"] * one.inputs), set(re.findall(r"\w+", one.left[0]))
+        scale = dataclasses.replace(
+            row,
+            source=row.source.removesuffix(WEIGHT) + SCALE,
+            target=f"{one.place}/{quantized.SCALE}",
+            pattern=f"{one.left[0]} -> {ones} {one.right[1]}",
+            sizes=tuple(size for size in row.sizes if size[0] in names),
+        )
+        made += [dataclasses.replace(row, target=one.place + leaf), scale]
+    return tuple(made) if counts in ({8}, {4}) else None
+
+
+def integers(table: Iterable[Row]) -> frozenset[str]:
+    """Names of the integer tensors of `packed_rows`."""
+    rows = [row for row in table if quantized.is_packed(row.target)]
+    return frozenset(name for row in rows for name in row.names() if name.endswith(WEIGHT))
+
+
+def packed_shapes(
+    table: Iterable[Row], bits: Mapping[str, int], plain: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Shapes of the parameters that `packed_rows` fills.
+
+    Args:
+      table, bits: as of `packed_rows`.
+      plain: tree of shapes with kernels.
+    """
+    flat = rules.flatten(plain)
+    for one in filter(None, map(matrix, table)):
+        kind = KINDS[bits[one.row.names()[0]]]
+        found = quantized.shapes(kind, flat.pop(one.row.target).shape, one.layers, one.inputs)
+        for leaf, shape in found.items():
+            dtype = np.float32 if leaf == quantized.SCALE else np.int8
+            flat[f"{one.place}/{leaf}"] = jax.ShapeDtypeStruct(shape, dtype)
+    return rules.unflatten(flat)
 
 
 def _columns(name: str, width: int, hidden: int) -> int:
