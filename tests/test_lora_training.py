@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -163,6 +164,20 @@ def test_a_run_trains_adapters_alone_and_is_found_again(run):
     assert held is None or "kernel" not in str(held["state"])
     stage = parse_stage(json.loads(json.dumps(dataclasses.asdict(made))))
     assert stage.lora == made.lora
+
+
+def test_a_run_that_began_with_adapters_is_found_with_those_that_it_trained(run, tmp_path):
+    made, workdir = run
+    again = tmp_path / "again"
+    shutil.copytree(workdir / "final", again / "final")
+    file = again / "final" / "about.json"
+    said = json.loads(file.read_text())
+    said["stage"]["lora"]["init"] = str(tmp_path / "gone")
+    file.write_text(json.dumps(said))
+    ours, theirs = (rules.flatten(load_run.load_run(path).params) for path in (again, workdir))
+    path = "llm/layers/attention/qkv/lora_b"
+    np.testing.assert_array_equal(ours[path], theirs[path])
+    assert made.lora.init == ""
 
 
 def test_adapters_go_into_a_further_stage_where_they_stay_as_they_are(run):

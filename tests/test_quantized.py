@@ -15,6 +15,7 @@ from test_lora_training import batch_of
 from xllm_jax.assembly import parameters
 from xllm_jax.assembly.system import System
 from xllm_jax.convert import files, quantize, run_export, run_import
+from xllm_jax.convert.verify import chatglm_model
 from xllm_jax.core import checkpoint, limits, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.lora_settings import Lora
@@ -240,6 +241,33 @@ def test_integers_of_a_published_release_are_used_as_they_are(bits, tmp_path):
     back = files.open_checkpoint(tmp_path / "back")
     assert set(back) == tensors.keys()
     assert all(same_bits(back[name], tensors[name]) for name in tensors)
+
+
+def test_distance_to_floats_on_the_recordings_inputs(golden):
+    """Kernels are off by their codes' rounding, which this model of random weights magnifies: its
+    final states are by eight times as much."""
+    reference = chatglm_model.Reference(golden / "chatglm")
+    model, params = reference.loaded
+    with np.load(golden / "chatglm" / "cases_text.npz") as cases:
+        ids = cases["gmask.input_ids"]
+    layout, found, off = chatglm_model.layout_of(ids, reference.specials), {}, {}
+    for name in ("", "int8", "nf4"):
+        flat = rules.flatten(params)
+        for path in [p for p in flat if name and p.endswith("/kernel")]:
+            inputs, kernel = 2 if "attention/out" in path else 1, np.asarray(flat.pop(path))
+            kind, place = quantized.KINDS[name], path.removesuffix("/kernel")
+            leaves = quantized.pack(kernel, kind, 1, inputs)
+            flat |= {f"{place}/{leaf}": jnp.asarray(x) for leaf, x in leaves.items()}
+            back = (flat[f"{place}/{leaf}"] for leaf in (kind.leaf, quantized.SCALE))
+            back = np.asarray(quantized.unpack(*back, kind.codes, inputs, 1))
+            off[name, path] = np.linalg.norm(back - kernel) / np.linalg.norm(kernel)
+        found[name] = np.float64(
+            chatglm_model.forward(model, rules.unflatten(flat), ids, layout)[1]
+        )
+    far = {n: np.linalg.norm(x - found[""]) / np.linalg.norm(found[""]) for n, x in found.items()}
+    most = {n: max(x for (m, _), x in off.items() if m == n) for n in ("int8", "nf4")}
+    assert most["int8"] < 0.01 and most["nf4"] < 0.1, most
+    assert far["int8"] < 0.1 and far["nf4"] < 0.8 and far["int8"] * 5 < far["nf4"], far
 
 
 def test_a_release_of_floats_has_no_integers_to_keep(base):

@@ -46,11 +46,14 @@ class System:
           device_mesh: None makes the stage's mesh of all devices.
 
         Raises:
-          UserError: parts, modalities, mesh or files of features do not fit together.
+          UserError: parts, modalities, mesh, adapters or files of features do not fit together.
         """
         if device_mesh is None:
             device_mesh = mesh.make(stage.mesh, slices=stage.slices)
-        return cls(stage, networks.model(stage), device_mesh)
+        made = cls(stage, networks.model(stage), device_mesh)
+        if stage.lora.targets or any(part.weights for part in stage.parts.values()):
+            _ = made.tree  # what does not fit is told before any data is read
+        return made
 
     @functools.cached_property
     def uncached(self) -> System:

@@ -135,7 +135,7 @@ def checksums(system: System, paths: Collection[str], older: bool = False) -> di
     Raises:
       UserError: a base is missing.
     """
-    shapes, stage = system.uncached.shapes, system.stage
+    shapes, stage, like = system.uncached.shapes, system.stage, system.uncached.parameters
     paths = sorted(shapes.keys() & set(paths))
     origins = parameters.origins(stage.init, paths)
     folders = {folder for folder, _ in origins.values()}
@@ -144,7 +144,7 @@ def checksums(system: System, paths: Collection[str], older: bool = False) -> di
     for path, (folder, name) in origins.items():
         stores = opened[folder]
         if name in stores and tuple(stores[name].shape) == tuple(shapes[path].shape):
-            found[path] = checksum.of_store(stores[name], stage.frozen, older)
+            found[path] = checksum.of_store(stores[name], like[path].dtype, older)
     drawn = [path for path in paths if path not in origins]
     return found | checksum.of_tree(loaded(system, drawn), older)
 

@@ -53,7 +53,7 @@ class Assistant:
         self.data = restored.stage.data
         self.rows, self.max_tokens = rows, max_tokens
         self.family = llm_family.load(self.data)
-        self.style = prompt.template(self.data.template)
+        self.style = prompt.template_of(self.data.template, self.family)
         self.cache = MediaCache(cache_bytes)
 
     def decoding(self, **options: Any) -> Decoding:

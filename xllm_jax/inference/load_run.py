@@ -13,6 +13,7 @@ from xllm_jax.core import base_description, checkpoint, checksum, damage, mesh
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Stage
 from xllm_jax.core.stage_record import parse_stage
+from xllm_jax.models import lora
 from xllm_jax.models.xllm import XLLM
 
 
@@ -46,7 +47,10 @@ def load_run(directory: str | Path, replaced: Mapping[str, str] | None = None) -
         init = {name: source for name, source in init.items() if name.split("/")[0] != part}
         init[part] = str(final(directory))
     init |= {name: source for name, source in replaced.items() if source}
-    stage = dataclasses.replace(stage, init=init, offload=())
+    # What the run has trained comes from its result, and not from where it began.
+    began = "" if any(map(lora.is_adapter, about["shapes"])) else stage.lora.init
+    settings = dataclasses.replace(stage.lora, init=place(began, directory) if began else "")
+    stage = dataclasses.replace(stage, init=init, offload=(), lora=settings)
     system = System.build(stage, mesh.make(stage.mesh))
     params = parameters.parameters(system)
     frozen = adapters.split(stage, params)[1]

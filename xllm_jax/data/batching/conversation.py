@@ -75,7 +75,7 @@ class Format(BatchFormat[Placed, ConversationBatch, Resources]):
         family = llm_family.load(data)
         signal_runs.check(data.signals, family)
         captions = _caption_tokenizer(data) if data.signals else None
-        return Resources(family, prompt.template(data.template), self.features, captions)
+        return Resources(family, prompt.template_of(data.template, family), self.features, captions)
 
     @functools.cached_property
     def features(self) -> Features | None:

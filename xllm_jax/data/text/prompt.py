@@ -63,6 +63,7 @@ def chat(user: str, assistant: str, end: str, system: str = "", space: str = "")
     return Template(last, earlier, last, system)
 
 
+SIGN = r"<\|\w+\|>"  # of a role or a turn, one token to the LLMs that know it
 HELPFUL = (
     "A chat between a curious {one} and an artificial intelligence assistant. The assistant gives "
     "helpful, detailed, and polite answers to the {one}'s questions."
@@ -181,6 +182,20 @@ def template(name: str) -> Template:
             hint=f"Choices: {', '.join(TEMPLATES)}",
         )
     return TEMPLATES[name]
+
+
+def template_of(name: str, family: LLMFamily) -> Template:
+    """The named template, whose signs of roles the family's tokenizer has to know.
+
+    Raises:
+      UserError: there is none of this name, or a sign of it would be read letter by letter.
+    """
+    found = template(name)
+    for sign in re.findall(SIGN, f"{found.system}{found.earlier}{found.last}"):
+        if len(family.tokenizer.encode(sign)) > 2:  # sentencepiece puts a space before it
+            what = f"{name!r} is of another family: the tokenizer has no {sign}"
+            raise UserError(what, field="data.template", hint="See docs/llms.md")
+    return found
 
 
 def question(example: Example, generator: np.random.Generator) -> str:
