@@ -153,18 +153,10 @@ def loss(
         chunk,
         answer.carriers(batch),
     )
-    total, number = jnp.float32(0), jnp.float32(0)
-    conditions: dict[str, Array] = {}
-    for name, readings in found.items():
-        runs = batch.signals[name]
-        made = model.project(params, name, readings, model.spans[name])
-        far = distances(made, wanted(model, params, name, runs)).mean(-1)
-        term = WeightedMean((far * runs.weights).sum(), runs.weights.sum())
-        metrics[f"distance/{name}"] = term
-        total += (scales or {}).get(name, scale) * term.total
-        number += term.count
-        conditions[name] = made
-    term = WeightedMean(total, number)
+    conditions = {n: model.project(params, n, x, model.spans[n]) for n, x in found.items()}
+    factors = {name: (scales or {}).get(name, scale) for name in found}
+    term, apart = apart_from_captions(model, params, batch, conditions, factors)
+    metrics |= apart
     metrics["terms"] = {"runs": term, **metrics["terms"]}
     value += term.mean
     if denoising:
@@ -173,6 +165,34 @@ def loss(
         metrics |= errors | {"terms": {PICTURES: term, **metrics["terms"]}}
         value += term.mean
     return value, metrics | {"loss": value}
+
+
+def apart_from_captions(
+    model: XLLM,
+    params: Params,
+    batch: ConversationBatch,
+    conditions: Mapping[str, Array],
+    factors: Mapping[str, float],
+) -> tuple[WeightedMean, Metrics]:
+    """How far projections are from what text encoders make of the captions.
+
+    Args:
+      model, params, batch: as of `loss`.
+      conditions: {modality: `[B, R, q, width]`}, of `XLLM.project`.
+      factors: {modality: factor of its distances}.
+
+    Returns:
+      (scaled distances over all runs, {`distance/NAME`: those of a modality, not scaled}).
+    """
+    total, number, metrics = jnp.float32(0), jnp.float32(0), {}
+    for name, made in conditions.items():
+        runs = batch.signals[name]
+        far = distances(made, wanted(model, params, name, runs)).mean(-1)
+        term = WeightedMean((far * runs.weights).sum(), runs.weights.sum())
+        metrics[f"distance/{name}"] = term
+        total += factors[name] * term.total
+        number += term.count
+    return WeightedMean(total, number), metrics
 
 
 def denoised(
