@@ -11,7 +11,7 @@ define install
 	  >.venv/pip.log 2>&1 || { cat .venv/pip.log >&2; exit 1; }
 endef
 
-.PHONY: demo test lint chat backbones lock clean
+.PHONY: demo test lint chat serve backbones lock clean
 
 ifeq ($(origin PYTHON),command line)
 ifneq ($(shell $(PYTHON) -c '$(VERSION)'),$(shell $(BIN)/python -c '$(VERSION)' 2>/dev/null))
@@ -29,6 +29,10 @@ endif
 	$(call install,--editable='.[test]')
 	@touch $@
 
+.venv/ready-serve: .venv/ready
+	$(call install,--editable='.[demo]')
+	@touch $@
+
 # QUICK=1 does the same in about three minutes with whatever quality that gives. SEED=1 trains with
 # another seed, SEEDS=3 with three, one after another.
 demo: .venv/ready
@@ -37,6 +41,10 @@ demo: .venv/ready
 
 chat: .venv/ready
 	$(BIN)/xllm chat --checkpoint=demo/runs/stage3
+
+# The server and its web page, on what `make demo` has trained.
+serve: .venv/ready-serve
+	$(BIN)/xllm serve --checkpoint=demo/runs/stage3
 
 test: .venv/ready-test
 	$(BIN)/ruff check .

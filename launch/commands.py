@@ -30,6 +30,7 @@ COMMANDS = {
     "evaluate": "evaluate",
     "generate": "generate",
     "chat": "chat",
+    "serve": "serve",
     "convert": "convert",
     "adapter": "adapter",
     "quantize": "quantize",

@@ -23,7 +23,8 @@ from xllm_jax.data.text.chatglm_tokenizer import train_tokenizer
 from xllm_jax.launch import commands
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("torch", "apache_beam", "libtpu", "wandb")  # what the extras bring, as it is imported
+# What the extras bring, as it is imported.
+PACKAGES = ("torch", "apache_beam", "libtpu", "wandb", "gradio")
 FIRST_STEP = """
 import importlib, runpy, sys
 
@@ -55,6 +56,7 @@ STEPS = {
     ),
     "generate": ("--checkpoint=run --prompt=红 --max_tokens=2", ""),
     "chat": ("--checkpoint=run --max_tokens=2", "> "),
+    "serve": ("--help", "Folder of a finished run"),
     "demo": ("--help", "Folder in which the world, the runs"),
     # These need more than a first step can make, and say so once everything is imported.
     "cache": ("--config=stage2_speech:tiny --output=cache --config.data.root=none", "no such file"),

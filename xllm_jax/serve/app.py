@@ -10,7 +10,7 @@ from fastapi import Request as Incoming
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from xllm_jax.serve import chat
+from xllm_jax.serve import chat, drawing, realtime, transcriptions
 from xllm_jax.serve.errors import INVALID, ApiError
 from xllm_jax.serve.gate import Gate
 from xllm_jax.serve.openai_schema import check_model
@@ -37,7 +37,7 @@ def create(
       page: adds the web page.
     """
     app = FastAPI(title="xllm_jax", docs_url=None, redoc_url=None, openapi_url=None)
-    for module in (chat,):
+    for module in (chat, drawing, realtime, transcriptions):
         app.include_router(module.router(served))
     app.include_router(_about(served))
     app.add_exception_handler(ApiError, _told)

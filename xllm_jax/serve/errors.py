@@ -57,7 +57,9 @@ def of(error: UserError) -> ApiError:
     if isinstance(error, Refused):
         busy = error.status == 429
         kind, code = ("rate_limit_error", "queue_full") if busy else ("server_error", "unavailable")
-        return ApiError(error.status, error.what, kind, code)
+        return ApiError(
+            error.status, ": ".join(filter(None, (error.field, error.what))), kind, code
+        )
     found = PLACE.search(error.field)
     message = PLACE.sub(lambda match: match["place"], str(error))
     param = found["place"] if found else error.field or None

@@ -23,6 +23,7 @@ from xllm_jax.serve.limits import Limits
 from xllm_jax.serve.metrics import Metrics
 from xllm_jax.serve.security import Keys, Names
 
+MODEL, PAGE = "/v1/", "/page"
 OPEN = ("/health", "/ready")  # without a key
 POLICY = {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}
 UNKNOWN = "unknown"  # route of a path that nobody serves; the path itself is a stranger's text
@@ -72,16 +73,20 @@ class Gate:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
-        asked, began = Asked(), time.monotonic()
+        asked, began, path = Asked(), time.monotonic(), scope["path"]
         scope.setdefault("state", {})["asked"] = asked
         self.requests += 1
+        asks = path.startswith(MODEL)
+        self.metrics.under_way += asks
         status: list[int] = []
         try:
             await self._pass(scope, receive, self._named(send, asked, status), asked, status)
         finally:
             self.requests -= 1
+            self.metrics.under_way -= asks
             self.bytes -= asked.held
-            self._tell(scope, asked, status[0] if status else 499, time.monotonic() - began)
+            seconds = time.monotonic() - began
+            self._tell(scope, path, asked, status[0] if status else 499, seconds)
 
     async def _pass(
         self, scope: Any, receive: Any, send: Any, asked: Asked, status: list[int]
@@ -164,11 +169,12 @@ class Gate:
 
         return named
 
-    def _tell(self, scope: Any, asked: Asked, status: int, seconds: float) -> None:
-        route = getattr(scope.get("route"), "path", UNKNOWN)
+    def _tell(self, scope: Any, path: str, asked: Asked, status: int, seconds: float) -> None:
+        paged = path == PAGE or path.startswith(f"{PAGE}/")
+        route = PAGE if paged else getattr(scope.get("route"), "path", UNKNOWN)
         method = scope.get("method", "WS")
         self.metrics.answered(route, status, seconds)
-        if self.log is None or (route in OPEN and status == 200):
+        if self.log is None or (route in (*OPEN, PAGE) and status < 400):
             return
         words = {"id": asked.id, "status": status, "seconds": f"{seconds:.3f}", "bytes": asked.held}
         told = " ".join(f"{name}={value}" for name, value in (words | asked.notes).items())

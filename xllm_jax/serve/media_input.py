@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import dataclasses
 import re
 import urllib.parse
@@ -71,6 +72,11 @@ class MediaReader:
             what = f"The request holds {len(parts)} files, more than {self.limits.media}"
             raise wrong(what, "messages", "too_many_files")
         return [(part.modality, self._file(part, key)) for part in parts]
+
+    def warm_up(self) -> None:
+        """Starts what looks at files, which takes seconds."""
+        with contextlib.suppress(UserError):  # it is no picture
+            self.facts("image", Carried("warm-up", b"none"))
 
     def _file(self, part: Part, key: str) -> Carried:
         content = part.content or self.bytes(part.text, part.param)

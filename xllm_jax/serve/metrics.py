@@ -20,6 +20,9 @@ class Metrics:
 
     Args:
       engine: what the engine counts, by name, asked anew each time.
+
+    Attributes:
+      under_way: requests for the model that are being answered.
     """
 
     def __init__(self, engine: Callable[[], Mapping[str, float]] = dict):
@@ -50,10 +53,13 @@ class Metrics:
         self._sockets = Gauge(
             f"{PREFIX}realtime_sessions", "Open transcriptions.", registry=self.registry
         )
+        self.under_way = 0
         self.registry.register(self)
 
     def collect(self) -> Iterator[Metric]:
         """The engine's numbers, for the registry."""
+        name = "http_requests_under_way"
+        yield GaugeMetricFamily(PREFIX + name, "That ask the model.", value=self.under_way)
         for name, value in self._engine().items():
             if name.endswith(TOTAL):
                 yield CounterMetricFamily(PREFIX + name.removesuffix(TOTAL), name, value=value)

@@ -25,14 +25,14 @@ import numpy as np
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data, Source
 from xllm_jax.core.text_lines import split_lines
-from xllm_jax.data.media import facts, image, modalities, speech
+from xllm_jax.data.media import facts, image, modalities, speech, video
 from xllm_jax.data.media.facts import Facts
 from xllm_jax.data.record import DoesNotFit, Record
 
 START_SECONDS = 120.0  # a worker may take to start on a busy machine
 GRACE_SECONDS = 30.0  # after the deadline a worker ends by itself, should its owner be gone
 TASKS = {"load": modalities.load, "check": modalities.check}
-TASKS |= {"samples": speech.read, "square": image.square, "facts": facts.of}
+TASKS |= {"samples": speech.read, "square": image.square, "facts": facts.of, "seen": video.seen}
 MODULE = "xllm_jax.data.media.decode_workers"
 ROOT = str(Path(__file__).parents[3])  # where the package lies, for the worker to import it
 
@@ -144,6 +144,14 @@ class Decoders:
           UserError: as there, and for a file whose decoder was late or died.
         """
         return self._ask("square", (path, side), path)
+
+    def seen(self, path: str, data: Data) -> list[np.ndarray]:
+        """`video.seen` with a deadline: `[size, size, 3]` uint8 each.
+
+        Raises:
+          UserError: as there, and for a file whose decoder was late or died.
+        """
+        return self._ask("seen", (path, data), path)
 
     def facts(self, modality: str, path: str) -> Facts:
         """`facts.of` with a deadline.

@@ -72,6 +72,18 @@ def pictures(path: str | Path, wanted: int, sampling: str = "uniform") -> list[I
     return video_readings.pictures(path, functools.partial(_of_span, times, path), times)
 
 
+def seen(path: str | Path, data: Data) -> list[np.ndarray]:
+    """The frames that a model sees of one video, `[size, size, 3]` uint8 each; errors of `load`.
+
+    Args:
+      path: the file.
+      data: with the options of its modality.
+    """
+    options = data.image | data.video
+    wanted, size = options.get("frames", 5), options.get("size", 224)
+    return [center(one, size) for one in pictures(path, wanted, options.get("sampling", "uniform"))]
+
+
 def _of_whole(wanted: int, sampling: str) -> Pick:
     """What chooses frames of a whole video.
 

@@ -1,0 +1,220 @@
+"""The web page in a real browser: what a visitor does, with an engine that answers at once.
+
+Skipped where there is no Chromium: `apt-get install chromium`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+
+import gray_video
+import pytest
+import served
+from fake_engine import FakeEngine
+
+from xllm_jax.core.stage import Data
+from xllm_jax.serve import app, page
+from xllm_jax.serve.security import Keys
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+KEY = "sk-0123456789abcdef"
+DATA = Data(image={"size": 64}, video={"frames": 4})
+WAIT = 60_000  # milliseconds, on a busy machine
+SIZES = {"wide": (1280, 800), "narrow": (390, 844)}
+
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium"),
+    # Gradio makes event loops of its own, and leaves what they hold to the garbage collector.
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def site():
+    """(address, engine) of a server with its page, for anybody."""
+    engine = FakeEngine()
+    engine.start()
+    with served.decoders() as workers:
+        made = served.service(engine, workers, ears=served.FakeEars())
+        add = page.Adder(made, Keys(), "", lambda file: workers.seen(file, DATA))
+        with served.running(app.create(made, page=add)) as url:
+            add.url = url
+            yield url, engine
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as tool:
+        made = tool.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield made
+        made.close()
+
+
+@pytest.fixture
+def tab(chromium, site):
+    """The page in a fresh tab; in the end nothing was wrong on its console, and nothing came from
+    elsewhere."""
+    made = chromium.new_page(viewport=dict(zip(("width", "height"), SIZES["wide"])))
+    wrong, asked = [], []
+    made.on("console", lambda told: wrong.append(told.text) if told.type == "error" else None)
+    made.on("pageerror", lambda error: wrong.append(str(error)))
+    made.on("request", lambda request: asked.append(request.url))
+    made.set_default_timeout(WAIT)
+    made.goto(site[0])
+    made.wait_for_selector("#ask textarea")
+    yield made
+    made.close()
+    assert wrong == []
+    strange = {url for url in asked if not url.startswith((site[0], "data:", "blob:"))}
+    assert strange == set()
+
+
+def say(tab, text: str) -> None:
+    tab.fill("#ask textarea", text)
+    tab.keyboard.press("Enter")
+
+
+def last(tab) -> str:
+    """The last thing that the model said."""
+    found = tab.locator("#chat .bot .message, #chat .message.bot").all_inner_texts()
+    return found[-1] if found else ""
+
+
+def until(tab, true) -> None:
+    for _ in range(WAIT // 100):
+        if true():
+            return
+        tab.wait_for_timeout(100)
+    raise AssertionError(f"waited in vain; the chat says {last(tab)!r}")
+
+
+def upload(tab, *files) -> None:
+    tab.set_input_files("#ask input[type=file]", [str(file) for file in files])
+    tab.wait_for_selector("#ask .thumbnail-item, #ask .thumbnails")
+
+
+def test_a_picture_is_uploaded_and_asked_about(tab, site, tmp_path):
+    (tmp_path / "红.png").write_bytes(served.picture())
+    upload(tab, tmp_path / "红.png")
+    say(tab, "图中有什么？")
+    until(tab, lambda: "ANSWER|图中有什么？|image:" in last(tab))
+    say(tab, "二")
+    until(tab, lambda: "二|image:" in last(tab))
+    asked = site[1].asked[-1].example
+    assert len(asked.media) == 1 and asked.history[0][0] == "图中有什么？"
+
+
+def test_what_it_heard_and_saw(tab, site, tmp_path):
+    (tmp_path / "a.wav").write_bytes(served.sound())
+    upload(tab, tmp_path / "a.wav", gray_video.write(tmp_path / "v.mp4", 8))
+    say(tab, "?")
+    until(tab, lambda: "speech:" in last(tab) and "video:" in last(tab))
+    assert tab.input_value("#heard textarea") == "你好"
+    until(tab, lambda: tab.locator("#seen img").count() >= 4)
+
+
+def test_an_answer_comes_in_pieces_and_stops(tab, site):
+    engine = site[1]
+    engine.pause = 0.1
+    try:
+        say(tab, "a" * 300)
+        until(tab, lambda: "ANSW" in last(tab))
+        assert "a" * 300 not in last(tab)
+        tab.click("#ask .stop-button")
+        until(tab, lambda: not engine.running)
+        assert engine.cancelled >= 1
+    finally:
+        engine.pause = 0.0
+    say(tab, "b")
+    until(tab, lambda: "b|" in last(tab))
+
+
+def test_retry_and_undo(tab, site):
+    say(tab, "c")
+    until(tab, lambda: "ANSWER|c|" in last(tab))
+    before = len(site[1].asked)
+    tab.click("#chat [aria-label=Retry], #chat [title=Retry]")
+    until(tab, lambda: len(site[1].asked) == before + 1)
+    until(tab, lambda: "ANSWER|c|" in last(tab))
+    tab.click("#chat [aria-label=Undo], #chat [title=Undo]")
+    until(tab, lambda: last(tab) == "")
+    assert tab.input_value("#ask textarea") == "c"
+
+
+def test_markup_is_shown_as_words(tab):
+    say(tab, "<img src=x onerror=\"document.title='in'\"><script>1</script>")
+    until(tab, lambda: "<img src=x" in last(tab))
+    assert tab.title() != "in"
+
+
+def test_what_the_server_refuses_is_told(tab, tmp_path):
+    (tmp_path / "a.png").write_bytes(served.picture(400, 400))
+    upload(tab, tmp_path / "a.png")
+    say(tab, "d")
+    until(tab, lambda: "160,000 pixels" in tab.inner_text("body"))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_nothing_is_cut_off(tab, size):
+    """Whole width on a screen and on a telephone; the question is always within reach."""
+    width, height = SIZES[size]
+    tab.set_viewport_size({"width": width, "height": height})
+    tab.wait_for_timeout(300)
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    box = tab.locator("#ask").bounding_box()
+    assert box["x"] >= 0 and box["x"] + box["width"] <= width
+
+
+def test_a_page_behind_keys(chromium):
+    engine = FakeEngine()
+    engine.start()
+    with served.decoders() as workers:
+        made, keys = served.service(engine, workers), Keys([KEY])
+        add = page.Adder(made, keys, "", lambda file: [])
+        with served.running(app.create(made, keys, page=add)) as url:
+            add.url = url
+            tab = chromium.new_page()
+            tab.set_default_timeout(WAIT)
+            tab.goto(url)
+            for key in ("wrong", KEY):
+                tab.fill("input[type=password]", key)
+                tab.fill("input[type=text], input:not([type]), textarea", "me")
+                tab.click("button:has-text('Login')")
+                tab.wait_for_timeout(500)
+                if key == "wrong":
+                    assert tab.locator("#ask").count() == 0
+            tab.wait_for_selector("#ask textarea")
+            say(tab, "e")
+            until(tab, lambda: "ANSWER|e|" in last(tab))
+            tab.close()
+
+
+def test_examples_come_from_a_world(tmp_path):
+    for place in ("coco/test/a.jpg", "msrvtt/TestVideo/v.mp4", "aishell/wav/test/S1/u.flac"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).touch()
+    assert page.examples(str(tmp_path), ("image",)) == []
+    (tmp_path / "world.json").touch()
+    found = page.examples(str(tmp_path), ("image", "speech"))
+    assert [row[0]["files"][0].rpartition(".")[2] for row in found] == ["jpg", "flac"]
+    assert page.examples("", ("image",)) == []
+
+
+def test_the_history_of_a_chat_in_openai_form(tmp_path):
+    (tmp_path / "a.png").write_bytes(served.picture())
+    file = {"type": "file", "file": {"path": str(tmp_path / "a.png")}}
+    said = [{"type": "text", "text": "一"}]
+    history = [
+        {"role": "user", "content": [file]},
+        {"role": "user", "content": said},
+        {"role": "assistant", "content": "红"},
+    ]
+    user, assistant = page.past(history)
+    assert [part["type"] for part in user["content"]] == ["image_url", "text"]
+    assert user["content"][0]["image_url"]["url"].startswith("data:image/png;base64,")
+    assert assistant == {"role": "assistant", "content": [{"type": "text", "text": "红"}]}
+    assert dataclasses.is_dataclass(page.Adder)

@@ -1,0 +1,366 @@
+"""The web page: a chat about pictures, clips and speech, as a client of the server's own API.
+
+It shows what the model heard in a sound and the frames that it saw of a clip. Where the server
+needs keys, the page asks for one before it shows itself. Nothing on it comes from elsewhere.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import importlib.util
+import json
+import mimetypes
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xllm_jax.core.errors import UserError
+from xllm_jax.data.text.instructions import instructions
+from xllm_jax.serve.security import Keys
+from xllm_jax.serve.service import Service
+
+PATH = "/page"
+KEPT_SECONDS = 3600  # that uploads are kept
+PARTS = {"image": "image_url", "video": "video_url", "audio": "audio_url"}
+MODALITY = {"image": "image", "video": "video", "audio": "speech"}
+SHOWN = 64  # entries of a history that are sent again
+EXAMPLES = (("coco/test", ".jpg", "caption"), ("msrvtt", ".mp4", "video_caption"))
+SPEECH = (("aishell/wav/test", ".flac", "asr"),)
+WATCH = """
+<style>footer {display: none !important}</style>
+"""
+
+Frames = Callable[[str], Sequence[np.ndarray]]
+"""A clip's file -> the frames that the model sees, `[size, size, 3]` uint8 each."""
+
+
+def installed() -> bool:
+    """Whether the page's library is there."""
+    return importlib.util.find_spec("gradio") is not None
+
+
+@dataclasses.dataclass
+class Adder:
+    """Adds the page to an application.
+
+    Attributes:
+      served: the model.
+      keys: that open the server.
+      url: of the server.
+      frames: of clips.
+      world: folder of the synthetic world, from which examples come; '' for none.
+    """
+
+    served: Service
+    keys: Keys
+    url: str
+    frames: Frames
+    world: str = ""
+
+    def __call__(self, app: Any) -> None:
+        """Mounts the page."""
+        import gradio
+        from gradio.themes import Default
+        from starlette.responses import RedirectResponse, Response
+
+        @app.get("/", include_in_schema=False)
+        async def root() -> RedirectResponse:
+            return RedirectResponse(f"{PATH}/")
+
+        @app.get("/favicon.ico", include_in_schema=False)
+        async def icon() -> Response:
+            return Response(status_code=204)
+
+        auth = (lambda _, key: self.keys.allow(key)) if self.keys.required else None
+        gradio.mount_gradio_app(
+            app,
+            blocks(self),
+            path=PATH,
+            auth=auth,
+            auth_message="Any name, and a key of this server as the password.",
+            max_file_size=self.served.limits.medium,
+            allowed_paths=[self.world] if self.world else None,
+            root_path=PATH,
+            footer_links=[],
+            enable_monitoring=False,
+            ssr_mode=False,
+            mcp_server=False,
+            theme=Default(font=["sans-serif"], font_mono=["monospace"]),
+            head=WATCH,
+        )
+
+
+def blocks(page: Adder) -> Any:
+    """The page itself, of gradio's parts."""
+    import gradio
+
+    known = page.served.card.modalities
+    kinds = [one for one, modality in MODALITY.items() if modality in known]
+    title = f"X-LLM: {page.served.card.name}"
+    with (
+        gradio.Blocks(
+            title=title,
+            analytics_enabled=False,
+            delete_cache=(KEPT_SECONDS, KEPT_SECONDS),
+            fill_height=True,
+        ) as made,
+        gradio.Row(equal_height=False),
+    ):
+        with gradio.Column(scale=1, min_width=240, render=False) as side:
+            told = _told()
+            settings = _settings(kinds)
+        with gradio.Column(scale=3, min_width=320):
+            gradio.ChatInterface(
+                _asker(page),
+                multimodal=True,
+                title=title,
+                chatbot=_chat(),
+                textbox=_question(kinds),
+                additional_inputs=settings,
+                additional_outputs=told,
+                examples=examples(page.world, known) or None,
+                run_examples_on_click=False,
+                cache_examples=False,
+                flagging_mode="never",
+                api_visibility="private",
+                concurrency_limit=64,
+            )
+        side.render()
+    return made
+
+
+def _chat() -> Any:
+    import gradio
+
+    # Answers are words: what looks like markup in them is shown as it is.
+    return gradio.Chatbot(
+        height="60vh",
+        elem_id="chat",
+        render_markdown=False,
+        allow_tags=False,
+        show_label=False,
+        feedback_options=None,
+        buttons=["copy", "copy_all"],
+    )
+
+
+def _question(kinds: Sequence[str]) -> Any:
+    import gradio
+
+    sources: list[Any] = ["upload", *(["microphone"] if "audio" in kinds else [])]
+    return gradio.MultimodalTextbox(
+        sources=sources,
+        file_types=list(kinds),
+        file_count="multiple",
+        placeholder="Ask about pictures, clips or speech",
+        elem_id="ask",
+        show_label=False,
+    )
+
+
+def _told() -> list[Any]:
+    """What the model heard, and the frames that it saw."""
+    import gradio
+
+    heard = gradio.Textbox(
+        label="What the model heard", lines=2, interactive=False, elem_id="heard"
+    )
+    seen = gradio.Gallery(
+        label="Frames that it saw", columns=3, height=200, elem_id="seen", buttons=[]
+    )
+    return [heard, seen]
+
+
+def _settings(kinds: Sequence[str]) -> list[Any]:
+    """Temperature, length, and what a camera records."""
+    import gradio
+
+    with gradio.Accordion("Record and settings", open=False):
+        return [
+            gradio.Slider(0, 2, 0, step=0.05, label="Temperature (0 takes the best)"),
+            gradio.Slider(4, 1024, 64, step=4, label="Tokens of an answer"),
+            gradio.Image(
+                label="Picture", sources=["webcam"], type="filepath", visible="image" in kinds
+            ),
+            gradio.Video(label="Clip", sources=["webcam"], visible="video" in kinds),
+        ]
+
+
+def examples(world: str, known: Sequence[str]) -> list[list[Any]]:
+    """A picture, a clip and a sound of the synthetic world, with what to ask; none elsewhere."""
+    if not (world and (Path(world) / "world.json").is_file()):
+        return []
+    found = []
+    for folder, suffix, task in (*EXAMPLES, *SPEECH):
+        modality = {".jpg": "image", ".mp4": "video", ".flac": "speech"}[suffix]
+        file = next(iter(sorted(Path(world, folder).rglob(f"*{suffix}"))), None)
+        if file and modality in known:
+            found.append(
+                [{"text": instructions(task)[0], "files": [str(file)]}, None, None, None, None]
+            )
+    return found
+
+
+def _asker(page: Adder) -> Callable[..., AsyncIterator[tuple[Any, Any, Any]]]:
+    """What gradio calls with a question; a closure, for it looks at the signature."""
+
+    async def ask(
+        message: Mapping[str, Any],
+        history: Sequence[Mapping[str, Any]],
+        heat: float,
+        length: int,
+        camera: str | None,
+        film: str | None,
+    ) -> AsyncIterator[tuple[Any, Any, Any]]:
+        files = [*message.get("files", []), *filter(None, (camera, film))]
+        async for piece in answered(page, message.get("text") or "", files, history, heat, length):
+            yield piece
+
+    return ask
+
+
+async def answered(
+    page: Adder,
+    text: str,
+    files: Sequence[str],
+    history: Sequence[Mapping[str, Any]],
+    heat: float,
+    length: int,
+) -> AsyncIterator[tuple[Any, Any, Any]]:
+    """(answer so far, what was heard, frames that were seen) again and again.
+
+    Args:
+      page: it.
+      text: the question.
+      files: uploaded with it.
+      history: of the chat, as gradio keeps it.
+      heat: temperature.
+      length: tokens of the answer.
+
+    Raises:
+      gradio.Error: the server refuses; with its words.
+    """
+    import asyncio
+
+    import gradio
+    import httpx
+
+    headers = {"authorization": f"Bearer {page.keys.inside}"}
+    async with httpx.AsyncClient(base_url=page.url, headers=headers, timeout=600) as client:
+        try:
+            heard = [await _heard(client, file) for file in files if kind(file) == "audio"]
+            clips = [file for file in files if kind(file) == "video"]
+            frames = [one for file in clips for one in await asyncio.to_thread(page.frames, file)]
+            words = "\n".join(filter(None, heard))
+            messages = [*past(history), {"role": "user", "content": parts(text, files)}]
+            body = {
+                "model": page.served.card.name,
+                "messages": messages,
+                "stream": True,
+                "temperature": heat,
+                "max_tokens": int(length),
+            }
+            said, drawn = "", []
+            yield "", words, frames
+            same = gradio.skip()  # the frames would be sent again with every piece
+            async for delta in _deltas(client, body):
+                said += delta.get("content") or ""
+                drawn += [_picture(one) for one in delta.get("images") or []]
+                yield [said, *drawn] if drawn else said, same, same
+        except UserError as error:
+            raise gradio.Error(error.what, print_exception=False) from None
+        except httpx.HTTPError as error:
+            what = f"The server does not answer ({type(error).__name__})"
+            raise gradio.Error(what, print_exception=False) from None
+
+
+async def _deltas(client: Any, body: Mapping[str, Any]) -> AsyncIterator[Mapping[str, Any]]:
+    async with client.stream("POST", "/v1/chat/completions", json=body) as answer:
+        if answer.status_code != 200:
+            raise UserError(_message(await answer.aread()))
+        async for line in answer.aiter_lines():
+            if not line.startswith("data:") or line == "data: [DONE]":
+                continue
+            piece = json.loads(line.removeprefix("data:"))
+            if "error" in piece:
+                raise UserError(piece["error"]["message"])
+            for choice in piece["choices"]:
+                yield choice["delta"]
+
+
+async def _heard(client: Any, file: str) -> str:
+    """What the server hears in a file; '' where it cannot tell."""
+    sent = {"file": (Path(file).name, Path(file).read_bytes())}
+    answer = await client.post("/v1/audio/transcriptions", files=sent)
+    return answer.json().get("text", "") if answer.status_code == 200 else ""
+
+
+def _message(content: bytes) -> str:
+    try:
+        return str(json.loads(content)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return "The server cannot be understood"
+
+
+def _picture(part: Mapping[str, Any]) -> Any:
+    import io
+
+    import gradio
+    from PIL import Image
+
+    _, _, packed = part["image_url"]["url"].partition(",")
+    return gradio.Image(Image.open(io.BytesIO(base64.b64decode(packed))), buttons=[])
+
+
+def kind(file: str) -> str:
+    """'image', 'video', 'audio' or '' of a file, by its name."""
+    return (mimetypes.guess_type(file)[0] or "").partition("/")[0]
+
+
+def parts(text: str, files: Sequence[str]) -> list[dict[str, Any]]:
+    """A question in OpenAI's form."""
+    found = []
+    for file in files:
+        name = PARTS.get(kind(file))
+        if name is None:
+            raise UserError("Only pictures, clips and sounds can be read")
+        packed = base64.b64encode(Path(file).read_bytes()).decode()
+        guessed = mimetypes.guess_type(file)[0]
+        found.append({"type": name, name: {"url": f"data:{guessed};base64,{packed}"}})
+    return [*found, *([{"type": "text", "text": text}] if text.strip() else [])]
+
+
+def past(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The chat so far in OpenAI's form; one message for each side at a time."""
+    found: list[dict[str, Any]] = []
+    for entry in history[-SHOWN:]:
+        role, content = entry["role"], parts(*_split(entry["content"]))
+        if role == "assistant":
+            content = [part for part in content if part["type"] == "text"]
+        if found and found[-1]["role"] == role:
+            found[-1]["content"] += content
+        else:
+            found.append({"role": role, "content": content})
+    return found
+
+
+def _split(content: Any) -> tuple[str, list[str]]:
+    """(words, files) of an entry of gradio's history."""
+    texts, files = [], []
+    for piece in _pieces(content):
+        if isinstance(piece, str):
+            texts.append(piece)
+        elif isinstance(piece, Mapping) and piece.get("type") == "text":
+            texts.append(piece["text"])
+        elif isinstance(piece, Mapping):
+            inner = piece.get("file") or piece
+            path = inner.get("path") if isinstance(inner, Mapping) else None
+            files += [path] if path else []
+    return "\n".join(texts), files
+
+
+def _pieces(content: Any) -> Iterator[Any]:
+    yield from content if isinstance(content, list | tuple) else [content]
