@@ -14,9 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tensorboard.compat.proto import event_pb2, summary_pb2
-from tensorboard.summary.writer.record_writer import RecordWriter
-
 from xllm_jax.core import atomic, disk
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.progress import Bar
@@ -108,14 +105,21 @@ class Events:
     """
 
     def __init__(self, directory: Path, start: int):
+        # Not above: they load S3's client, which takes longer than the rest of this package.
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        # Any: their classes exist at run time alone.
+        self._events: Any = event_pb2
+        self._summaries: Any = summary_pb2
         disk.make_folder(directory)
         name = f"events.out.tfevents.{time.time_ns()}.{os.uname().nodename}"
         self._file = directory / name
         with disk.writing(self._file):
             self._records = RecordWriter(atomic.opened(self._file, "xb"))
-        log = _EVENTS.SessionLog(status=_EVENTS.SessionLog.START)
-        self._add(_EVENTS.Event(file_version="brain.Event:2"))
-        self._add(_EVENTS.Event(session_log=log, step=start + 1))
+        log = self._events.SessionLog(status=self._events.SessionLog.START)
+        self._add(self._events.Event(file_version="brain.Event:2"))
+        self._add(self._events.Event(session_log=log, step=start + 1))
 
     def _add(self, event: Any) -> None:
         event.wall_time = time.time()
@@ -125,8 +129,9 @@ class Events:
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Adds the scalars of one step."""
-        values = [_SUMMARIES.Summary.Value(tag=k, simple_value=v) for k, v in scalars.items()]
-        self._add(_EVENTS.Event(step=step, summary=_SUMMARIES.Summary(value=values)))
+        summary = self._summaries.Summary
+        values = [summary.Value(tag=k, simple_value=v) for k, v in scalars.items()]
+        self._add(self._events.Event(step=step, summary=summary(value=values)))
 
     def close(self) -> None:
         """Closes the file."""
@@ -178,10 +183,6 @@ class WeightsAndBiases:
         """Finishes the upload."""
         self._run.finish()
 
-
-# Their classes exist at run time alone.
-_EVENTS: Any = event_pb2
-_SUMMARIES: Any = summary_pb2
 
 _SHOWN = ("loss", "accuracy", "samples_per_second", "mfu", "bad_records")
 

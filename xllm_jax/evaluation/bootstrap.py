@@ -22,7 +22,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-import scipy.stats
 
 RESAMPLES, SHARE = 2000, 0.95
 FEWEST = 10  # with fewer samples, their spread is not looked at
@@ -95,7 +94,9 @@ def _is_among(statistics: np.ndarray, values: tuple[int, ...]) -> bool:
 
 def clopper_pearson(right: float, count: int, share: float = SHARE) -> tuple[float, float]:
     """The exact interval of a share: `right` of `count`."""
-    beta, miss = scipy.stats.beta, (1 - share) / 2
+    from scipy.stats import beta  # half a second, which who only trains does not wait for
+
+    miss = (1 - share) / 2
     low = beta.ppf(miss, right, count - right + 1) if right else 0.0
     high = beta.ppf(1 - miss, right + 1, count - right) if right < count else 1.0
     return float(low), float(high)
@@ -139,11 +140,18 @@ def studentized(
     turned = np.where(flat & (np.abs(distance) > 1e-12), np.copysign(np.inf, distance), turned)
     # Few samples hold few extremes: wider by Student's t, and by quantiles farther out.
     miss = (1 - share) * (1 - 5 / count) / 2
-    wider = scipy.stats.t.ppf((1 + share) / 2, count - 1) / scipy.stats.norm.ppf((1 + share) / 2)
+    wider = _wider_by_few(count, share)
     low, high = np.quantile(turned, [miss, 1 - miss], method="closest_observation")
     if not np.isfinite([low, high]).all():
         return None
     return float(center - wider * high * scale), float(center - wider * low * scale)
+
+
+def _wider_by_few(count: int, share: float) -> float:
+    """Quantile of Student's t for `count` samples over that of the normal distribution."""
+    from scipy.stats import norm, t  # see clopper_pearson
+
+    return t.ppf((1 + share) / 2, count - 1) / norm.ppf((1 + share) / 2)
 
 
 def _standard_errors(draws: np.ndarray, statistics: np.ndarray, value: Value) -> np.ndarray:
