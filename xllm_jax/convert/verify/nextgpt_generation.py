@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from xllm_jax.convert.verify.nextgpt_llama import layout
@@ -21,6 +22,44 @@ ASK = "\n### Assistant:"
 CUT = re.compile(r" <|> ")  # where the reference cuts a prompt
 MEDIUM = re.compile(r"(\w+)>(\w+)</\1")
 MOST = 64  # tokens of an answer
+ROOM = 128  # of which a cache's length is a multiple, so that cases share one
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What every case runs, compiled for its shapes once.
+
+    Attributes:
+      found: the recorded networks as ours.
+    """
+
+    found: Recorded
+
+    @functools.cached_property
+    def table(self) -> np.ndarray:
+        """`[V, D]`, embeddings of the LLM's words."""
+        return np.asarray(self.found.params["llm"]["embedding"])
+
+    @functools.cached_property
+    def feed(self) -> Callable[..., tuple[jax.Array, jax.Array, Any]]:
+        """(LLM's parameters, embeddings, layout, cache) to (states, next token, cache)."""
+        model = self.found.model
+
+        @jax.jit
+        def feed(params: Any, x: jax.Array, rows: tuple, cache: Any) -> Any:
+            states, cache = model.apply({"params": params}, x, *rows, cache)
+            scores = model.apply({"params": params}, states[:, -1], method="logits")
+            return states, scores.argmax(-1)[0], cache
+
+        return feed
+
+    @functools.cached_property
+    def heads(self) -> dict[str, Callable[..., jax.Array]]:
+        """{kind: (its parameters, states, embeddings) to what a pipeline receives}."""
+        return {
+            kind: jax.jit(lambda params, x, e, head=head: head.apply({"params": params}, x, e))
+            for kind, head in self.found.heads.items()
+        }
 
 
 def answers(replay: Replay) -> None:
@@ -30,17 +69,20 @@ def answers(replay: Replay) -> None:
     with np.load(replay.folder / f"{HEADS_FILE}.npz") as file:
         others = {name: file[name] for name in file.files if name.startswith(("w/", "media/"))}
     heads = {name.removeprefix("w/"): x for name, x in others.items()}
-    found = read(replay, sizes, heads)
+    compiled = Compiled(read(replay, sizes, heads))
     media = {name.removeprefix("media/"): x for name, x in others.items()}
     stops = [ids[-1] for ids in config["stop_ids"]]
     for case, (prompt, _) in config["cases"].items():
         told = config["results"][case]
-        replay.attempt(_case, case, prompt, found, media, stops, told)
+        replay.attempt(_case, case, prompt, compiled, media, stops, told)
 
 
-def _prompt(prompt: str, found: Recorded, media: Mapping[str, np.ndarray], told: Any) -> jax.Array:
+def _prompt(
+    prompt: str, compiled: Compiled, media: Mapping[str, np.ndarray], told: Any
+) -> np.ndarray:
     """`[1, P, D]`: each text behind a <s> of its own, each medium between its tags."""
-    tokenizer, model = found.cases.tokenizer, found.model
+    found = compiled.found
+    tokenizer, params = found.cases.tokenizer, found.params["input"]
     parts = [part for part in CUT.split(prompt + ASK) if part]
     if parts != told["prompt_segments"]:
         raise UserError("other segments than were recorded", field="prompt_segments")
@@ -50,39 +92,36 @@ def _prompt(prompt: str, found: Recorded, media: Mapping[str, np.ndarray], told:
         if medium is None and tokenizer.encode(part) != ids:
             raise UserError("other ids than were recorded", field="prompt_segment_ids")
         if medium is None:
-            made.append(_embed(found, [*tokenizer.start, *tokenizer.encode(part)]))
+            made.append(compiled.table[[*tokenizer.start, *tokenizer.encode(part)]])
             continue
-        given = media[medium[2]] @ found.params["input"]["kernel"] + found.params["input"]["bias"]
+        given = media[medium[2]] @ np.asarray(params["kernel"]) + np.asarray(params["bias"])
         tags = [tokenizer.find(tag) for tag in (nextgpt_format.OPEN, nextgpt_format.CLOSE)]
-        made += [_embed(found, tags[:1]), given.reshape(1, 1, model.width), _embed(found, tags[1:])]
-    return jnp.concatenate(made, axis=1)
-
-
-def _embed(found: Recorded, ids: list[Any]) -> jax.Array:
-    table = jnp.asarray(found.params["llm"]["embedding"])
-    return table[np.asarray(ids, np.int32)][None]
+        before, after = compiled.table[tags]
+        made += [np.stack([before, given.ravel(), after])]
+    return np.concatenate(made)[None]
 
 
 def _case(
     replay: Replay,
     case: str,
     prompt: str,
-    found: Recorded,
+    compiled: Compiled,
     media: Mapping[str, np.ndarray],
     stops: list[int],
     told: Mapping[str, Any],
 ) -> None:
     """Decodes, finds the runs of signal tokens and projects their states."""
-    x = _prompt(prompt, found, media, told)
+    found = compiled.found
+    x = _prompt(prompt, compiled, media, told)
     replay.compare(f"{case}/inputs_embeds", x)
-    tokens, states = _decode(found, x, stops)
+    tokens, states = _decode(compiled, x, stops)
     # The reference puts a <s> before what was said, which the LLM never read.
     sequence = [*found.cases.tokenizer.start, *tokens]
     replay.compare(f"{case}/sequences", np.asarray([sequence], np.int32))
     replay.compare(f"{case}/hidden_states", states)
     if found.cases.tokenizer.decode(tokens) != told["answer_text"]:
         raise UserError("another text than was recorded", field=f"{case}: answer_text")
-    for kind, head in found.heads.items():
+    for kind, head in compiled.heads.items():
         run = [found.cases.tokenizer.find(name) for name in nextgpt_format.signals(kind).split()]
         if run[0] not in tokens:
             continue
@@ -90,30 +129,22 @@ def _case(
         if tokens[first : first + len(run)] != run:
             raise UserError("a run of signal tokens is not whole", field=f"{case}: {kind}")
         raw = states[:, first : first + len(run)]
-        made = head.apply({"params": found.params[kind]}, raw[:, None], _embed(found, run))
+        made = head(found.params[kind], raw[:, None], compiled.table[None, run])
         replay.compare(f"{case}/{kind}_gen_idx", np.int32(first + 1))
         replay.compare(f"{case}/{kind}_raw", raw)
         replay.compare(f"{case}/{kind}_prompt_embeds", made[:, 0] if kind == "audio" else made)
 
 
-def _decode(found: Recorded, x: jax.Array, stops: list[int]) -> tuple[list[int], jax.Array]:
+def _decode(compiled: Compiled, x: np.ndarray, stops: list[int]) -> tuple[list[int], np.ndarray]:
     """(greedy tokens, states `[1, N - 1, D]` at all but the last, which nobody feeds)."""
-    model, variables = found.model, {"params": found.params["llm"]}
-
-    @jax.jit
-    def feed(x: jax.Array, positions: jax.Array, cache: Any) -> tuple[jax.Array, jax.Array, Any]:
-        rows = layout(np.ones(x.shape[:2], np.int32))[:2]
-        states, cache = model.apply(variables, x, *rows, positions[..., None], cache)
-        scores = model.apply(variables, states[:, -1], method="logits")
-        return states, scores.argmax(-1)[0], cache
-
-    count = x.shape[1]
-    cache = model.init_cache(1, count + MOST)
-    _, token, cache = feed(x, jnp.arange(count)[None], cache)
+    params, count = compiled.found.params["llm"], x.shape[1]
+    cache = compiled.found.model.init_cache(1, -(-(count + MOST) // ROOM) * ROOM)
+    first, one = layout(np.ones((1, count), np.int32)), np.ones((1, 1), np.int32)
+    _, token, cache = compiled.feed(params, x, first, cache)
     tokens, states = [int(token)], []
     while tokens[-1] not in stops and len(tokens) < MOST:
-        place = jnp.full((1, 1), count + len(tokens) - 1)
-        state, token, cache = feed(_embed(found, tokens[-1:]), place, cache)
-        states.append(state)
+        rows = layout(one, np.full((1, 1), count + len(tokens) - 1, np.int32))
+        state, token, cache = compiled.feed(params, compiled.table[None, tokens[-1:]], rows, cache)
+        states.append(np.asarray(state))
         tokens.append(int(token))
-    return tokens, jnp.concatenate(states, axis=1)
+    return tokens, np.concatenate(states, axis=1)
