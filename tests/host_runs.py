@@ -6,7 +6,6 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import small_stage
@@ -15,15 +14,11 @@ from xllm_jax.core.stage import Source, Stage, Validation
 
 ROOT = small_stage.ROOT
 SECONDS = 300  # bound on one process, far above what it takes
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 PRELUDE = """
 import os, signal, sys
 sys.path[:0] = ['tests', '.']
 import jax
 jax.config.update('jax_default_matmul_precision', 'highest')
-jax.config.update('jax_compilation_cache_dir', {cache!r})
-jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
-jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 import host_runs
 from xllm_jax.training import loop
 from xllm_jax.core import errors, hosts, watchdog
@@ -68,12 +63,10 @@ def start(count: int, code: str, folder: Path) -> list[subprocess.Popen]:
 
 
 def _start(address: str, count: int, index: int, code: str, folder: Path) -> subprocess.Popen:
-    cache = str(Path(tempfile.gettempdir()) / "xllm_jax-test-compiled")
-    named = {"address": address, "count": count, "index": index, "cache": cache}
+    named = {"address": address, "count": count, "index": index}
     join = JOIN.format(**named) if count > 1 else ""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": QUICK,
         "PYTHONPATH": str(ROOT),
     }
     with (folder / f"host-{index}.txt").open("w") as output:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
+
+import virtual_devices
 
 from xllm_jax.core.stage import Data, Optimizer, Part, Source, Stage
 
@@ -60,12 +61,10 @@ def start(workdir: Path, code: str = "", devices: int = 1) -> subprocess.Popen:
         code,
         f"loop.fit(made, {str(workdir)!r})",
     )
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(
         [sys.executable, "-c", "\n".join(lines)],
         cwd=ROOT,
-        env=environment,
+        env=virtual_devices.environment(devices),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import small_cache
+import virtual_devices
 from small_runs import make_world
 from small_stage import ROOT, curve
 
@@ -299,13 +299,12 @@ made = cache_plan.make(small_cache.pictures(Path({str(tmp_path / "pictures")!r})
 write.run(made, 3)
 print(len(jax.local_devices()))
 """
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env=os.environ | flags,
+        env=virtual_devices.environment(2),
     )
     assert done.stdout.strip() == "2", done.stderr
     both = cached_features.Features(tmp_path / "both")

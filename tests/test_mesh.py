@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 import small_stage
+import virtual_devices
 from mesh_check import COUNTED, MESHES, OFFLOADED, STAGES
 from small_stage import GLM, ROOT
 
@@ -30,10 +30,7 @@ DEPTH = GLM["depth"]
 @pytest.fixture(scope="module")
 def found():
     """What `mesh_check.py` printed on 8 virtual devices."""
-    flags = "--xla_force_host_platform_device_count=8"
-    environment = os.environ | {
-        "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"
-    }  # fmt: skip
+    environment = virtual_devices.environment(8) | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     done = subprocess.run(
         [sys.executable, "tests/mesh_check.py"],
         capture_output=True, text=True, cwd=ROOT, env=environment,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
+import functools
 import random
 import subprocess
 import sys
@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import restore_check
 import small_stage
+import virtual_devices
 
 from xllm_jax.assembly import networks, parameters
 from xllm_jax.assembly.system import System
@@ -112,11 +113,8 @@ def test_devices_change_nothing(whole, tmp_path, axes):
 
 def test_a_checkpoint_goes_on_on_other_meshes(whole, tmp_path):
     """From 8 devices that split the parameters to 4, to other axes, and to one."""
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": f"{small_stage.ROOT}:{small_stage.ROOT / 'tests'}",
-    }  # fmt: skip
+    paths = f"{small_stage.ROOT}:{small_stage.ROOT / 'tests'}"
+    environment = virtual_devices.environment(8) | {"PYTHONPATH": paths}
     done = subprocess.run(
         [sys.executable, "tests/restore_check.py", str(tmp_path), str(whole)],
         capture_output=True, text=True, cwd=small_stage.ROOT, env=environment, timeout=3 * SECONDS,
@@ -185,12 +183,20 @@ def test_accumulation_equals_a_larger_batch(tmp_path):
     single = dataclasses.replace(made, optimizer=dataclasses.replace(made.optimizer))
     single.optimizer.accumulation = 1
     plain = Trainer(System.build(single, device_mesh)).optimizer
-    updates, _ = plain.update(gradients, plain.init(state.trainable), state.trainable)
-    expected = jax.tree.map(lambda p, u: p + u, state.trainable, updates)
-    for batch in two:
-        state, _ = train_step(
-            state, batch, loss=loss, optimizer=optimizer, policy=made.divergence, seed=made.seed
+
+    @jax.jit
+    def updated(gradients, trainable):
+        updates, _ = plain.update(gradients, plain.init(trainable), trainable)
+        return jax.tree.map(lambda p, u: p + u, trainable, updates)
+
+    expected = updated(gradients, state.trainable)
+    step = jax.jit(
+        functools.partial(
+            train_step, loss=loss, optimizer=optimizer, policy=made.divergence, seed=made.seed
         )
+    )
+    for batch in two:
+        state, _ = step(state, batch)
     for path, leaf in rules.flatten(state.trainable).items():
         wanted = rules.flatten(expected)[path]
         np.testing.assert_allclose(leaf, wanted, rtol=1e-3, atol=2e-5, err_msg=path)

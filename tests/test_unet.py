@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import virtual_devices
 
 from xllm_jax.core import lookup, rules
 from xllm_jax.models.outputs import autoencoder, unet, unet_blocks
@@ -52,11 +52,10 @@ def test_every_size_has_a_sharding_row_for_each_leaf(name):
 
 def test_meshes_equal_one_device():
     code = "import runpy; runpy.run_path('outputs_mesh_check.py', run_name='__main__')"
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=HERE,
-        env=os.environ | flags,
+        env=virtual_devices.environment(8),
         capture_output=True,
         text=True,
     )

@@ -8,11 +8,9 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
-import host_runs
 import pytest
 import small_runs
 import small_stage
@@ -29,13 +27,7 @@ import host_runs
 def get_config():
     return host_runs.stage(steps={steps}, save_every=2)
 """
-ENVIRONMENT = os.environ | {
-    "JAX_PLATFORMS": "cpu",
-    "PYTHONPATH": str(small_stage.ROOT),
-    "XLA_FLAGS": host_runs.QUICK,
-    "JAX_COMPILATION_CACHE_DIR": str(Path(tempfile.gettempdir()) / "xllm_jax-test-compiled"),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-}
+ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(small_stage.ROOT)}
 
 
 def train(folder: Path, workdir: Path | str, steps: int, limit: int = 0, **options):
@@ -47,7 +39,7 @@ def train(folder: Path, workdir: Path | str, steps: int, limit: int = 0, **optio
     return subprocess.Popen(
         [*(restricted(limit) if limit else restricted()), *command, f"--workdir={workdir}"],
         cwd=folder,
-        env=ENVIRONMENT | ({"JAX_ENABLE_COMPILATION_CACHE": "false"} if limit else {}),
+        env=ENVIRONMENT,
         text=True,
         **pipes,
     )
@@ -180,7 +172,7 @@ def test_every_command_that_writes_says_so_in_one_line(name, tmp_path):
     done = subprocess.run(
         [*restricted(1000), *command],
         cwd=tmp_path,
-        env=ENVIRONMENT | {"JAX_ENABLE_COMPILATION_CACHE": "false"},
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
     )
