@@ -8,7 +8,6 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from xllm_jax.assembly.submodules import submodules
 from xllm_jax.convert.verify.diffusion_model import (
     Pipeline,
     first_channels,
@@ -52,7 +51,7 @@ def _apply(
     params = inside(pipeline.params(part), path)
     if layer is not None:
         params = jax.tree.map(lambda leaf: leaf[layer], params)
-    built = submodules(pipeline.network(part))["/".join(path)]
+    built = pipeline.modules(part)["/".join(path)]
     x = last_channels(x) if x.ndim == 4 else jnp.asarray(x)
     replay.compare(f"{name}.y", first_channels(built.apply({"params": params}, x, *others)))
 

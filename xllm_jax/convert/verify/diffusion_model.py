@@ -11,7 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
+from xllm_jax.assembly.submodules import submodules
 from xllm_jax.convert import run_import
 from xllm_jax.convert.sources import stable_diffusion
 from xllm_jax.core.errors import UserError
@@ -45,6 +47,7 @@ class Pipeline:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self._modules: dict[str, Mapping[str, nn.Module]] = {}
 
     @functools.cached_property
     def _read(self) -> tuple[dict[str, stable_diffusion.Network], dict[str, Any]]:
@@ -66,6 +69,12 @@ class Pipeline:
     def params(self, part: str) -> dict[str, Any]:
         """Parameters of a network."""
         return self._read[1][part]
+
+    def modules(self, part: str) -> Mapping[str, nn.Module]:
+        """{path: module} of all that a network calls, which is traced once."""
+        if part not in self._modules:
+            self._modules[part] = submodules(self.network(part))
+        return self._modules[part]
 
 
 def ours(module: str, part: str = "unet") -> list[str]:
