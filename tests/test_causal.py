@@ -215,7 +215,7 @@ def test_remat_changes_nothing(pair):
             states, _ = model.apply({"params": params}, x, segments, segments < 0, places)
             return jnp.square(model.apply({"params": params}, states, method="logits")).sum()
 
-        return rules.flatten(jax.grad(loss)(pair.params))
+        return rules.flatten(jax.jit(jax.grad(loss))(pair.params))
 
     kept, again = gradient(pair.ours), gradient(pair.ours.clone(remat="all"))
     for path, leaf in kept.items():
