@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import dataclasses
 import difflib
+import functools
 import importlib
 import json
 import os
@@ -23,6 +24,7 @@ from ml_collections.config_flags import config_flags
 from xllm_jax.core import disk, errors, interrupts, limits, memory_allocator
 from xllm_jax.core.errors import Diverged, UserError
 from xllm_jax.core.stage import Stage
+from xllm_jax.core.suite import Suite
 from xllm_jax.launch import dict_overrides, terminal
 
 # Exit codes. 0: done. After SAVED and LOST the same command continues the run; after FAILED and
@@ -49,7 +51,11 @@ STAGE_HELP = (
 )
 
 
-def run(main: Callable[[list[str]], Any], safe: str | Callable[[], str] = "") -> NoReturn:
+def run(
+    main: Callable[[list[str]], Any],
+    safe: str | Callable[[], str] = "",
+    kind: type[Stage] | type[Suite] = Stage,
+) -> NoReturn:
     """Parses the flags and calls `main` with what is left of the command line.
 
     Exits with 0, with what `main` returns, with 2 after a user's mistake (one line on stderr that
@@ -61,6 +67,7 @@ def run(main: Callable[[list[str]], Any], safe: str | Callable[[], str] = "") ->
       main: the command.
       safe: a sentence on what is intact when it cannot write or is stopped; '' for one that writes
         no files.
+      kind: what the command's configurations are.
     """
     kept = safe if callable(safe) else lambda: safe
     memory_allocator.keep_freed_memory()
@@ -68,7 +75,10 @@ def run(main: Callable[[list[str]], Any], safe: str | Callable[[], str] = "") ->
     disk.say_once()
     with terminal.ready():
         try:
-            app.run(lambda argv: guard(main, argv, kept), flags_parser=parse)
+            app.run(
+                lambda argv: guard(main, argv, kept),
+                flags_parser=functools.partial(parse, kind=kind),
+            )
         except KeyboardInterrupt:
             interrupts.ignore()
             stop(f"Stopped. {kept()}")
@@ -103,7 +113,7 @@ def guard(main: Callable[[list[str]], Any], argv: list[str], safe: Callable[[], 
         raise
 
 
-def parse(argv: Sequence[str]) -> list[str]:
+def parse(argv: Sequence[str], kind: type[Stage] | type[Suite] = Stage) -> list[str]:
     """Parses absl flags; a wrong one ends the program with one line.
 
     `--help` prints the command's docstring and flags, and exits with 0.
@@ -119,7 +129,7 @@ def parse(argv: Sequence[str]) -> list[str]:
         for setting in settings:
             setting.apply(flags.FLAGS[setting.flag].value)
         for name in configs:
-            check_settings(name, flags.FLAGS[name].value)
+            check_settings(name, flags.FLAGS[name].value, kind)
             allow_paths(flags.FLAGS[name].value)
         if len(rest) > 1:
             raise UserError(f"unexpected argument {rest[1]!r}", hint="Flags start with --")
@@ -130,21 +140,25 @@ def parse(argv: Sequence[str]) -> list[str]:
         fail(format_message(error))
 
 
-def check_settings(flag: str, stage: Any) -> None:
-    """Looks at the values of a stage before anything heavy is imported.
+def check_settings(flag: str, made: Any, kind: type[Stage] | type[Suite] = Stage) -> None:
+    """Looks at the values of a stage or suite before anything heavy is imported.
 
     Raises:
-      UserError: `get_config` gave no stage, or a field holds what it cannot.
+      UserError: `get_config` gave another thing, or a field holds what it cannot.
     """
-    if not isinstance(stage, Stage):
-        what = f"get_config gives a {type(stage).__name__}"
-        raise UserError(what, field=f"--{flag}", hint="Let it return a Stage")
-    limits.check(stage)
+    if not isinstance(made, kind):
+        what = f"get_config gives a {type(made).__name__}"
+        raise UserError(what, field=f"--{flag}", hint=f"Let it return a {kind.__name__}")
+    limits.check(made)
 
 
-def allow_paths(stage: Stage) -> None:
-    """Lets the sources of a stage read the folders of --allow_paths."""
-    for source in (*stage.data.sources.values(), *stage.validation.sources.values()):
+def allow_paths(made: Stage | Suite) -> None:
+    """Lets the sources of a stage or suite read the folders of --allow_paths."""
+    if isinstance(made, Suite):
+        sources = [*made.sets.values()]
+    else:
+        sources = [*made.data.sources.values(), *made.validation.sources.values()]
+    for source in sources:
         source.allow_paths = (*source.allow_paths, *ALLOW_PATHS.value)
 
 
@@ -291,9 +305,14 @@ def locate(flag: str, value: str) -> str:
 
 def packaged_stages() -> dict[str, Path]:
     """{name: file} of the stages that ship with the package, by name."""
-    (folder,) = importlib.import_module("xllm_jax.configs").__path__
-    files = sorted(Path(folder).glob("[!.]*.py"))  # macOS leaves ._NAME.py beside some
+    files = sorted(packaged_folder().glob("[!.]*.py"))  # macOS leaves ._NAME.py beside some
     return {file.stem: file for file in files if "def get_config(" in file.read_text("utf-8")}
+
+
+def packaged_folder() -> Path:
+    """The folder of the stages that ship with the package."""
+    (folder,) = importlib.import_module("xllm_jax.configs").__path__
+    return Path(folder)
 
 
 def configurations(argv: Sequence[str]) -> dict[str, Any]:

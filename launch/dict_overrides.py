@@ -21,7 +21,8 @@ from xllm_jax.core.errors import UserError
 MIX = re.compile(r"(data|validation)\.mix")
 FIELDS = re.compile(r"parts\.[^.]+\.fields")
 OPEN = re.compile(
-    r"init|(data|validation)\.(mix|sources\.[^.]+\.options)|parts\.[^.]+\.fields|options"
+    r"init|(data|validation)\.(mix|sources\.[^.]+\.options)|parts\.[^.]+\.fields|options|"
+    r"sets\.[^.]+\.options|titles|speakers"
 )
 
 

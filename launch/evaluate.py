@@ -1,4 +1,4 @@
-"""Measures a finished set of runs on held-out files and writes the report.
+"""Measures a finished set of runs on held-out files, or one run on published sets.
 
     xllm evaluate --runs=demo/runs --data=demo/world --output=demo [--limit=50]
 
@@ -9,25 +9,38 @@ rows out; runs/stage3 is where the parts of X-LLM are found.
 
 also answers held-out requests with every run that draws, writes their pictures to out/RUN and
 counts them (`pictures.json` there).
+
+    xllm evaluate --suite=asr[:tiny] --checkpoint=RUN --output=DIR \\
+        [--config=mine.py] [--config.root=data] [--config.only="('test_ios',)"] [--baseline=OTHER]
+
+Suites (docs/evaluation.md): asr, captions, vqa, llava_test, pictures; ':tiny' takes the demo's
+world. They write results.json, .txt, .md and .html, and every answer to DIR/answers; the same
+command continues after an interruption. Several hosts share one evaluation with the flags of
+launch/hosts.py, or --host_count and --host_index alone where they share nothing but DIR. --baseline
+is the --output of another run of the suite, which is compared sample by sample.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from absl import flags
+from ml_collections import config_flags
 
 from xllm_jax import report
 from xllm_jax.core import bounded, fingerprint
 from xllm_jax.core.errors import UserError
+from xllm_jax.core.suite import Suite
 from xllm_jax.evaluation import demo_suite, error_rate, measure
 from xllm_jax.inference import assistant, transcriber
 from xllm_jax.inference.load_run import Restored, load_run, stage_of
-from xllm_jax.launch import cli, drawing, evaluate_drawing
+from xllm_jax.launch import cli, drawing, evaluate_drawing, suite_models
+from xllm_jax.launch import hosts as host_flags
 
 RUNS = flags.DEFINE_string("runs", "runs", "Folder that holds the runs of all stages.")
 DATA = flags.DEFINE_string(
@@ -35,7 +48,10 @@ DATA = flags.DEFINE_string(
 )
 OUTPUT = flags.DEFINE_string("output", ".", "Folder in which the report is written.")
 LIMIT = flags.DEFINE_integer(
-    "limit", 0, "Largest number of samples of a task; 0 takes a few hundred.", 0
+    "limit",
+    0,
+    "Largest number of samples of a task; 0 takes a few hundred, with --suite all.",
+    0,
 )
 CER = flags.DEFINE_enum(
     "cer",
@@ -56,6 +72,25 @@ DRAW = flags.DEFINE_string(
 SEED = flags.DEFINE_integer(
     "seed", 0, "With --draw: of the noise that a picture begins with.", 0, allow_override=True
 )
+SUITE = flags.DEFINE_string(
+    "suite", "", "Suite on published data: " + ", ".join(suite_models.SUITES) + "; NAME:tiny."
+)
+CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "With --suite: a file whose get_config returns a Suite; else the packaged one.",
+    allow_override=True,
+)
+CHECKPOINT = flags.DEFINE_string(
+    "checkpoint",
+    "",
+    "With --suite: folder of the finished run that answers.",
+    allow_override=True,
+)
+BASELINE = flags.DEFINE_string(
+    "baseline", "", "With --suite: the --output of another run of it, to compare with."
+)
+flags.adopt_module_key_flags(host_flags)
 
 ASR, NO_INIT, STAGE3 = "stage1_speech", "stage2_image_no_init", "stage3"
 flags.declare_key_flag("allow_paths")
@@ -64,6 +99,18 @@ for name in drawing.OPTIONS:
 
 
 def main(_: list[str]) -> None:
+    if SUITE.value:
+        config = suite_models.limited(
+            CONFIG.value,
+            ROWS.value if ROWS.present else None,
+            LIMIT.value if LIMIT.present else None,
+        )
+        return suite_models.evaluate(
+            SUITE.value.partition(":")[0], config, CHECKPOINT.value, OUTPUT.value, BASELINE.value
+        )
+    for flag in (CHECKPOINT, BASELINE, host_flags.HOSTS, host_flags.COUNT):
+        if flag.value:
+            raise UserError("goes with --suite", field=f"--{flag.name}", hint="Give --suite=NAME")
     began = time.monotonic()
     if DRAW.value:
         drawn(Path(RUNS.value))
@@ -162,4 +209,5 @@ def timings(seconds: float) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    cli.run(main, "The runs are as they were")
+    sys.argv = suite_models.with_config(sys.argv)
+    cli.run(main, "The runs are as they were, and the same command continues", Suite)

@@ -160,6 +160,22 @@ def llava_test(root: Path) -> None:
     pictures(root / "images")
 
 
+def vqav2(root: Path) -> None:
+    asked = [{"question_id": 10 * n, "image_id": n, "question": "什么？"} for n in NUMBERS]
+    said = [
+        {
+            "question_id": 10 * n,
+            "answers": [{"answer": text}] * 10,
+            "multiple_choice_answer": text,
+            "answer_type": "other",
+        }
+        for n, text in zip(NUMBERS, TEXTS)
+    ][::-1]
+    write(root / "v2_OpenEnded_mscoco_train2014_questions.json", {"questions": asked})
+    write(root / "v2_mscoco_train2014_annotations.json", {"annotations": said})
+    pictures(root / "train2014", *(f"COCO_train2014_{n:012d}.jpg" for n in NUMBERS))
+
+
 def minigpt4(root: Path) -> None:
     captions = [{"image_id": str(n), "caption": text} for n, text in zip(NUMBERS, TEXTS)]
     write(root / "filter_cap.json", {"annotations": captions})

@@ -31,7 +31,7 @@ READERS = {
             "flickr30k",
         ),
         *("instructions", "msrvtt", "sbu", "table", "visdial", "visual_genome", "webdataset"),
-        *("wukong", "llava_test"),
+        *("wukong", "llava_test", "vqav2"),
     )
 } | {
     "aishell_2": ("aishell", {}),

@@ -218,6 +218,7 @@ def test_lists_of_images(reader, name, tmp_path):
 READERS = (
     *("activitynet", "ai_challenger", "aishell", "cc3m", "coco", "flickr30k", "instructions"),
     *("llava_test", "msrvtt", "sbu", "table", "visdial", "visual_genome", "vsdial_cn", "wukong"),
+    "vqav2",
 )
 
 

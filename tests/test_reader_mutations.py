@@ -29,7 +29,7 @@ CASES = {
     for name in (
         *("activitynet", "ai_challenger", "captions_folder", "cc3m", "coco", "flickr30k"),
         *("instructions", "msrvtt", "sbu", "selection", "table", "visdial", "visual_genome"),
-        *("webdataset", "wukong", "aishell", "llava_test"),
+        *("webdataset", "wukong", "aishell", "llava_test", "vqav2"),
     )
 } | {
     "aishell_2": ("aishell", "", {}),

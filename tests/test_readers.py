@@ -38,7 +38,7 @@ pytestmark = pytest.mark.filterwarnings("default")
 OWN_NAMES = (
     *("activitynet", "ai_challenger", "captions_folder", "cc3m", "coco", "flickr30k"),
     *("instructions", "msrvtt", "sbu", "selection", "table", "visdial", "visual_genome"),
-    *("webdataset", "wukong"),
+    *("vqav2", "webdataset", "wukong"),
 )
 CASES = {
     name: (name, name, "", "train", {}, "conversation") for name in OWN_NAMES

@@ -1,4 +1,4 @@
-"""The settings of a stage, checked once, before anything heavy is imported.
+"""The settings of a stage or suite, checked once, before anything heavy is imported.
 
 What a field may hold stands at the field: its type, and its limits or choices (`core/stage.py`).
 What only other parts can know, such as the names of readers or the shape of a mesh, they check.
@@ -18,19 +18,22 @@ from typing import Any
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.fields import Option
 from xllm_jax.core.stage import Stage
+from xllm_jax.core.suite import Suite
 
 NUMBER = (int, float)
 SHOWN = 60  # characters of a wrong value
 
 
-def check(stage: Stage) -> None:
-    """Looks at every field of a stage.
+def check(stage: Stage | Suite) -> None:
+    """Looks at every field of a stage or suite.
 
     Raises:
       UserError: the first value that its field cannot hold; names the field.
     """
     for problem in _problems(stage, ""):
         raise problem
+    if isinstance(stage, Suite):
+        return
     data = stage.data
     if list(data.frames) != sorted(set(data.frames)) or not data.frames:
         raise _wrong("data.frames", data.frames, "Give lengths in ascending order")

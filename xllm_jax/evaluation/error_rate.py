@@ -25,6 +25,26 @@ def edit_distance(first: Sequence, second: Sequence) -> int:
     return int(row[-1])
 
 
+def edit_counts(reference: Sequence, hypothesis: Sequence) -> tuple[int, int, int]:
+    """(replacements, deletions, insertions) of the edits that make the hypothesis.
+
+    Of the shortest ways, that with the most replacements: their number is then well defined.
+    """
+    # A replacement costs `unit`, all else a little more: the remainder counts what is no
+    # replacement, and from it and the lengths follows the rest.
+    unit = len(reference) + len(hypothesis) + 1
+    columns = np.arange(len(hypothesis) + 1) * (unit + 1)
+    row = columns
+    for number, item in enumerate(reference, start=1):
+        differs = np.fromiter((item != other for other in hypothesis), np.int64, len(hypothesis))
+        best = np.minimum(row[1:] + unit + 1, row[:-1] + differs * unit)
+        first = number * (unit + 1)
+        row = np.minimum.accumulate(np.concatenate([[first], best]) - columns) + columns
+    edits, others = divmod(int(row[-1]), unit)
+    insertions = (others + len(hypothesis) - len(reference)) // 2
+    return edits - others, others - insertions, insertions
+
+
 def normalized(reference: str, hypothesis: str) -> Pair:
     """What was said, whatever its spelling: NFKC, lower case, no spaces, punctuation or symbols."""
 

@@ -127,11 +127,11 @@ def _metric(score: scorers.Score, asides: dict[str, scorers.Score], task: Task) 
 
     There is no margin over controls that have no value, nor without one of the answers.
     """
-    found = _plain(score.estimate()) | {
+    found = plain(score.estimate()) | {
         "higher": score.higher,
-        **{name: _plain(aside.estimate()) for name, aside in asides.items()},
+        **{name: plain(aside.estimate()) for name, aside in asides.items()},
         "groups": {
-            tag: _plain(score.estimate(members)) for tag, members in groups(task.examples).items()
+            tag: plain(score.estimate(members)) for tag, members in groups(task.examples).items()
         },
         "scores": [round(float(value), 4) for value in score.samples],
     }
@@ -154,7 +154,7 @@ def difference(first: scorers.Score, second: scorers.Score) -> dict[str, Any]:
     width = max(first.scale[1], second.scale[1]) - min(first.scale[0], second.scale[0])
     if first.is_mean and second.is_mean:
         found = bootstrap.mean_difference(sign * first.samples, sign * second.samples)
-        return _plain(scorers.within(found, (-width, width)))
+        return plain(scorers.within(found, (-width, width)))
     size = first.sums.shape[1]
     worst, best = (0, 1) if second.higher else (1, 0)
     ends = [
@@ -167,7 +167,7 @@ def difference(first: scorers.Score, second: scorers.Score) -> dict[str, Any]:
 
     pairs = np.concatenate([first.sums, second.sums], axis=1)
     found = bootstrap.estimate(pairs, value, ends=np.array(ends))
-    return _plain(scorers.within(found, (-width, width)))
+    return plain(scorers.within(found, (-width, width)))
 
 
 def compare(first: dict[str, Any], second: dict[str, Any], metric: str) -> dict[str, Any] | None:
@@ -184,7 +184,7 @@ def compare(first: dict[str, Any], second: dict[str, Any], metric: str) -> dict[
         return None
     before, after = (np.asarray(one["scores"]) for one in both)
     sign = 1.0 if first["metrics"][metric]["higher"] else -1.0
-    return _plain(bootstrap.mean_difference(sign * before, sign * after))
+    return plain(bootstrap.mean_difference(sign * before, sign * after))
 
 
 def groups(examples: Sequence[Example]) -> dict[str, list[int]]:
@@ -232,7 +232,7 @@ def _right(scored: dict[str, scorers.Score], number: int) -> bool | None:
     return None
 
 
-def _plain(estimate: bootstrap.Estimate) -> dict[str, Any]:
+def plain(estimate: bootstrap.Estimate) -> dict[str, Any]:
     """An estimate as JSON, which has no NaN: None where there is nothing to score."""
     found = estimate._asdict().items()
     return {name: None if math.isnan(value) else round(value, 6) for name, value in found}

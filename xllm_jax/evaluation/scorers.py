@@ -14,7 +14,7 @@ import numpy as np
 
 from xllm_jax.data.example import Example
 from xllm_jax.data.synthetic_world import language
-from xllm_jax.evaluation import bootstrap, caption_metrics, error_rate
+from xllm_jax.evaluation import bootstrap, caption_metrics, error_rate, transcript_forms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +75,11 @@ def transcription(
     Args:
       answers: what was heard.
       examples: what was said.
-      form: in which form both are compared, a name of `error_rate.FORMS`.
+      form: in which form both are compared, see `transcript_forms.form`.
     """
-    pairs = zip(answers, examples)
-    counts = [error_rate.character_errors(reference(e), a, form) for a, e in pairs]
+    bring = transcript_forms.form(form)
+    pairs = [bring(reference(e), a) for a, e in zip(answers, examples)]
+    counts = [(error_rate.edit_distance(said, heard), len(said)) for said, heard in pairs]
     sums = np.asarray(counts, np.float64).reshape(-1, 2)
     alone = sums[:, 0] / np.maximum(sums[:, 1], 1)
     ends = bootstrap.rate_ends(sums)

@@ -13,6 +13,7 @@ from xllm_jax.core import base_description, checkpoint, checksum, damage, mesh
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Stage
 from xllm_jax.core.stage_record import parse_stage
+from xllm_jax.core.types import Device
 from xllm_jax.models import lora
 from xllm_jax.models.xllm import XLLM
 
@@ -26,13 +27,18 @@ class Restored:
     stage: Stage
 
 
-def load_run(directory: str | Path, replaced: Mapping[str, str] | None = None) -> Restored:
+def load_run(
+    directory: str | Path,
+    replaced: Mapping[str, str] | None = None,
+    devices: list[Device] | None = None,
+) -> Restored:
     """Loads all networks of a finished run: what it trained, and what it was trained on.
 
     Args:
       directory: folder of the run (the --workdir of launch/train.py).
       replaced: {part: 'DIR' or 'DIR:part'} that come from elsewhere; '' as source takes what the
         run started from.
+      devices: where the parameters go; all by default, those of other hosts among them.
 
     Raises:
       UserError: no finished run there, something it was trained on is gone or is not what it was
@@ -51,7 +57,7 @@ def load_run(directory: str | Path, replaced: Mapping[str, str] | None = None) -
     began = "" if any(map(lora.is_adapter, about["shapes"])) else stage.lora.init
     settings = dataclasses.replace(stage.lora, init=place(began, directory) if began else "")
     stage = dataclasses.replace(stage, init=init, offload=(), lora=settings)
-    system = System.build(stage, mesh.make(stage.mesh))
+    system = System.build(stage, mesh.make(stage.mesh, devices))
     params = parameters.parameters(system)
     frozen = adapters.split(stage, params)[1]
     check_base(frozen, params.keys() - replaced.keys(), about.get("base", {}), directory)
