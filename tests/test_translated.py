@@ -20,13 +20,14 @@ import reader_fixtures
 from fake_endpoint import KEY, chinese, serving
 from restricted import restricted
 
+from xllm_jax.core import chat_endpoint
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
 from xllm_jax.data import mixture
 from xllm_jax.data.record import Skipped
 from xllm_jax.data.rows import translated as rows
 from xllm_jax.data.sources import cc3m, coco, table
-from xllm_jax.prepare import endpoint, translation_faults
+from xllm_jax.prepare import translation_faults
 from xllm_jax.prepare.endpoint import Endpoint
 from xllm_jax.prepare.recipes import questions, translated
 
@@ -48,7 +49,7 @@ pytestmark = pytest.mark.filterwarnings("default")
 @pytest.fixture(autouse=True)
 def english(monkeypatch):
     monkeypatch.setattr(reader_fixtures, "TEXTS", ENGLISH)
-    monkeypatch.delenv(endpoint.KEY, raising=False)
+    monkeypatch.delenv(chat_endpoint.KEY, raising=False)
 
 
 def talks(file):
@@ -232,7 +233,7 @@ def test_beam_does_the_same(pictures, tmp_path):
 
 
 def test_what_will_not_pass_ends_with_a_line(pictures, tmp_path, monkeypatch):
-    monkeypatch.setenv(endpoint.KEY, KEY)
+    monkeypatch.setenv(chat_endpoint.KEY, KEY)
     told = {
         "401": r"answers 401: .*Bearer \[key\].*OPENAI_API_KEY",
         "404": "answers 404.*--endpoint and --model",
@@ -274,7 +275,7 @@ def test_the_key_comes_from_the_environment_or_a_file_and_stays_there(pictures, 
     key.write_text(f"{KEY}\n")
     for name, extra, environment in (
         ("a", [f"--key_file={key}"], {}),
-        ("b", [], {endpoint.KEY: KEY}),
+        ("b", [], {chat_endpoint.KEY: KEY}),
     ):
         with serving("401" if name == "b" else "500") as server:
             given = [*flags, f"--output={tmp_path / name}", f"--endpoint={server.url}"]

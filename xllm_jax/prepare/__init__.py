@@ -8,7 +8,7 @@
     transforms.py   speech, resampling, a look at every medium: what such a function does
     translators.py  texts into Chinese by a table, mBART-50 or an endpoint, kept as they are made
     translate.py    mBART-50; the one place that needs PyTorch
-    endpoint.py     any OpenAI-compatible endpoint
+    endpoint.py     any OpenAI-compatible endpoint (its client: core/chat_endpoint.py)
     translation_faults.py   why a translation is left out
     pick.py         lists of picked records, for the reader 'selection'
     recipes/        what the paper built itself (launch/build_data.py)
