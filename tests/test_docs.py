@@ -13,7 +13,8 @@ import pytest
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Stage
-from xllm_jax.launch import cli, commands, dict_overrides
+from xllm_jax.core.suite import Suite
+from xllm_jax.launch import cli, commands, dict_overrides, suite_models
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -101,13 +102,15 @@ def test_every_command_exists():
 
 
 @pytest.fixture(scope="module")
-def stages() -> list[Stage]:
-    """Every packaged stage at both sizes."""
-    modules = [importlib.import_module(f"xllm_jax.configs.{n}") for n in cli.packaged_stages()]
+def stages() -> list[Stage | Suite]:
+    """Every packaged stage and suite at both sizes."""
+    suites = [f"suites.{name}" for name in suite_models.SUITES]
+    names = [*cli.packaged_stages(), *suites]
+    modules = [importlib.import_module(f"xllm_jax.configs.{name}") for name in names]
     return [module.get_config(size) for module in modules for size in ("tiny", "real")]
 
 
-def has(stage: Stage, token: str) -> bool:
+def has(stage: Stage | Suite, token: str) -> bool:
     """Whether a stage has the field that a flag sets."""
     try:
         _, settings = dict_overrides.take([token], {"config": stage})
