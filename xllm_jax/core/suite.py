@@ -166,12 +166,14 @@ class PictureSuite(Suite):
     Attributes:
       drawn: folder of drawings, NAME.png for the sample NAME, with NAME.npz beside it where the
         projected embeddings are to be looked at.
+      wanted: folder of the text encoder's embeddings of the captions, NAME.npz; '' for none.
       clip: base of the CLIP whose features are taken (`xllm convert --source=clip`).
       tokenizer: folder of its tokenizer; '' takes the base's.
       batch: pictures computed at a time.
     """
 
     drawn: str = ""
+    wanted: str = ""
     clip: str = ""
     tokenizer: str = ""
     batch: int = within(32, 1)
