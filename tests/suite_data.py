@@ -31,6 +31,11 @@ def speech(root: Path, utterances: int, speakers: int = 3) -> SpeechSuite:
     fixtures.write(
         root / "ios/test/wav.scp", "\n".join(f"{n}\twav/{who}/{n}.wav" for who, n, _ in names)
     )
+    return speech_config(root)
+
+
+def speech_config(root: Path) -> SpeechSuite:
+    """The suite of the set that `speech` has written."""
     return SpeechSuite(
         root=str(root),
         sets={"test_ios": Source("aishell", "ios", "test")},
