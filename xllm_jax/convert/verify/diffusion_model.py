@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
 from xllm_jax.assembly.submodules import submodules
 from xllm_jax.convert import run_import
@@ -47,7 +46,7 @@ class Pipeline:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._modules: dict[str, Mapping[str, nn.Module]] = {}
+        self._modules: dict[str, Mapping[str, Any]] = {}
 
     @functools.cached_property
     def _read(self) -> tuple[dict[str, stable_diffusion.Network], dict[str, Any]]:
@@ -70,7 +69,7 @@ class Pipeline:
         """Parameters of a network."""
         return self._read[1][part]
 
-    def modules(self, part: str) -> Mapping[str, nn.Module]:
+    def modules(self, part: str) -> Mapping[str, Any]:
         """{path: module} of all that a network calls, which is traced once."""
         if part not in self._modules:
             self._modules[part] = submodules(self.network(part))
