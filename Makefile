@@ -73,6 +73,9 @@ backbones: .venv/ready
 	cd backbones && ../$(BIN)/xllm train --config=world_llm_slots --workdir=runs/world_llm_slots
 	cd backbones && ../$(BIN)/xllm train --config=world_vision --workdir=runs/world_vision
 	cd backbones && ../$(BIN)/xllm train --config=world_bert --workdir=runs/world_bert
+	cd backbones && ../$(BIN)/xllm train --config=world_autoencoder --workdir=runs/world_autoencoder
+	cd backbones && ../$(BIN)/xllm build-backbones --output=bases --latents=runs
+	cd backbones && ../$(BIN)/xllm train --config=world_diffusion --workdir=runs/world_diffusion
 	cd backbones && ../$(BIN)/xllm build-backbones --output=bases --export=runs
 
 clean:

@@ -39,9 +39,7 @@ INSTRUCTIONS = {
 REQUESTS = {
     "cc3m": Source("requests", "cc3m", options={"reader": "cc3m", "wording": "en", "echo": True}),
 }
-WORLD_REQUESTS = {
-    "requests": Source("requests", "coco", options={"reader": "coco", "reply": False}),
-}
+WORLD_REQUESTS = {"requests": Source("world_requests", options={"count": 40_000})}
 
 
 def validation(sources: dict[str, Source], examples: int, every: int, *metrics: str) -> Validation:
@@ -80,6 +78,27 @@ def drawn_requests(examples: int) -> Data:
     return Data(
         batch_format="scene_pictures",
         sources={"requests": Source("world_scenes", options={"count": 10_000_000})},
+        caption_tokenizer=f"{networks.DECODER}/tokenizer",
+        caption_length=networks.TINY_CAPTION,
+        examples=examples,
+        **tiny_image(),
+    )
+
+
+LATENTS = "latents"
+
+
+def drawn_latents(examples: int) -> Data:
+    """Data of the stage that pre-trains the mini UNet: latents of such pictures, from a file.
+
+    Args:
+      examples: of a batch.
+    """
+    count = {"count": 32_768}
+    return Data(
+        root="bases",
+        batch_format="scene_latents",
+        sources={"requests": Source("world_scenes", LATENTS, options=count)},
         caption_tokenizer=f"{networks.DECODER}/tokenizer",
         caption_length=networks.TINY_CAPTION,
         examples=examples,

@@ -13,13 +13,13 @@ from xllm_jax.core.stage import Optimizer, Stage
 def get_config(size: str = "tiny") -> Stage:
     return Stage(
         name="world_autoencoder",
-        parts={"autoencoder": networks.autoencoder(size)},
-        trainable=(r"autoencoder/.*",),
+        parts={"vae": networks.autoencoder(size)},
+        trainable=(r"vae/.*",),
         objective="autoencoder",
         optimizer=Optimizer(
             peak=2e-3, minimum=1e-5, warmup_from=1e-5, warmup_steps=100, clip=1.0, b2=0.98
         ),
-        data=sources.drawn_requests(examples=16),
-        steps=1500,
+        data=sources.drawn_requests(examples=8),
+        steps=2500,
         **networks.numerics(size),
     )

@@ -2,9 +2,10 @@
 
     xllm build-backbones --output=bases
     xllm build-backbones --output=bases --tokenizer    # maintainers: learn the tokenizer
+    xllm build-backbones --output=bases --latents=runs # maintainers: what the mini UNet learns from
     xllm build-backbones --output=bases --export=runs  # maintainers: ship what was trained
 
-`make backbones` runs all of it in order, with the four trainings in between.
+`make backbones` runs all of it in order, with the trainings in between.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
+from typing import Any, cast
 
 import jax
 from absl import flags
@@ -20,16 +22,31 @@ import xllm_jax
 from xllm_jax.assembly import parameters
 from xllm_jax.assembly.networks import model
 from xllm_jax.assembly.system import System
-from xllm_jax.configs import networks, world_bert, world_llm_slots, world_vision
-from xllm_jax.convert.sources import world
-from xllm_jax.core import mesh
+from xllm_jax.configs import (
+    networks,
+    sources,
+    world_autoencoder,
+    world_bert,
+    world_diffusion,
+    world_llm_slots,
+    world_vision,
+)
+from xllm_jax.convert.sources import stable_diffusion, world
+from xllm_jax.core import bounded, mesh
+from xllm_jax.core.stage import Stage
+from xllm_jax.core.types import Params
+from xllm_jax.data.batching import scene_latents as latents_format
+from xllm_jax.data.sources import world_scenes
 from xllm_jax.data.synthetic_world import clip_vocabulary
 from xllm_jax.data.synthetic_world.text_stream import text_examples
 from xllm_jax.data.text.chatglm_tokenizer import train_tokenizer
 from xllm_jax.data.text.prompt import TEMPLATES
+from xllm_jax.feature_cache import scene_latents
 from xllm_jax.launch import cli
 from xllm_jax.models.bert import SIZES as BERT_SIZES
 from xllm_jax.models.bert import BertEncoder
+from xllm_jax.models.outputs.autoencoder import Autoencoder
+from xllm_jax.models.xllm import XLLM
 
 OUTPUT = flags.DEFINE_string("output", "bases", "Folder in which the bases are written.")
 EXPORT = flags.DEFINE_string(
@@ -41,9 +58,16 @@ TOKENIZER = flags.DEFINE_bool(
     "Write only what pre-training needs: a newly learned tokenizer of the LLM, the vocabularies of "
     "BERT and of the text encoder.",
 )
+LATENTS = flags.DEFINE_string(
+    "latents",
+    "",
+    "Folder of runs: write only the latents that its world_autoencoder gives to drawn pictures.",
+)
 
 WORDS_AROUND = ("paper", "chatglm_zh", "plain")  # templates whose words the tokenizer knows
 SHIPPED = Path(xllm_jax.__file__).parent / "data" / "synthetic_world" / "backbones"
+DECODER = SHIPPED / Path(networks.DECODER).name
+LATENTS_NAME = sources.LATENTS
 
 
 def main(_: list[str]) -> None:
@@ -53,14 +77,20 @@ def main(_: list[str]) -> None:
         shutil.copy(SHIPPED / "bert" / world.VOCABULARY, output / world.VOCABULARY)
         clip_vocabulary.write(output / Path(networks.DECODER).name / "tokenizer")
         return
+    if LATENTS.value:
+        scaling = write_latents(Path(LATENTS.value), output / LATENTS_NAME)
+        print(f"Latents, times {scaling:.4f}: {output / LATENTS_NAME}")
+        return
     if EXPORT.value:
-        export(Path(EXPORT.value), output / "llm")
+        export(Path(EXPORT.value), output)
     world.import_llm(SHIPPED / "llm", output / "llm")
     vision = model(world_vision.get_config()).networks["vision_encoder"]
     world.import_vision(vision, SHIPPED / "vision_encoder", output / "vision_encoder")
     text_model = model(world_bert.get_config()).networks["text_model"]
     c_former = BertEncoder(**{**BERT_SIZES["tiny"], "vocabulary": 0})
     world.import_bert(text_model, c_former, SHIPPED / "bert", output)
+    if DECODER.is_dir():
+        world.import_decoder(DECODER, output / DECODER.name)
     print(f"Bases: {', '.join(sorted(p.name for p in output.iterdir()))} in {output}")
 
 
@@ -82,26 +112,74 @@ def learn_tokenizer(folder: Path) -> Path:
     return train_tokenizer([t for t in texts if t], folder, learned=200, longest=2, words=tags)
 
 
-def export(runs: Path, tokenizer: Path) -> None:
-    """Puts the results of the pre-training runs into the package, in the published forms."""
+def write_latents(runs: Path, folder: Path) -> float:
+    """Writes the latents of as many drawn pictures as world_diffusion reads; returns the scaling.
+
+    Args:
+      runs: folder of the run world_autoencoder.
+      folder: of the latents.
+    """
+    data = world_diffusion.get_config().data
+    (stream,) = data.sources.values()
+    first = world_scenes.examples("", stream.split, **stream.options)[0].key
+    xllm, params = trained(world_autoencoder.get_config(), runs, ("vae",))
+    network, seed = cast(Autoencoder, xllm.networks["vae"]), int(first.split("-")[0])
+    count, side = stream.options["count"], data.image["size"]
+    return scene_latents.write(network, params["vae"], seed, count, side, folder)
+
+
+def export(runs: Path, bases: Path) -> None:
+    """Puts the results of the pre-training runs into the package, in the published forms.
+
+    Args:
+      runs: folder of the runs; what it lacks stays as it ships.
+      bases: with the tokenizers and the latents' scaling.
+    """
     for name, stage in (
         ("llm", world_llm_slots.get_config()),
         ("vision_encoder", world_vision.get_config()),
         ("text_model", world_bert.get_config()),
+        ("unet", world_diffusion.get_config()),
     ):
         if not (runs / stage.name).is_dir():
             print(f"No run {stage.name}: what ships stays")
             continue
-        stage.init, stage.frozen = {name: str(runs / stage.name)}, "float32"
-        system = System.build(stage, mesh.make({}, jax.devices()[:1]))
-        xllm, params = system.model, parameters.parameters(system)[name]
+        if name == "unet":
+            export_decoder(runs, bases)
+            continue
+        xllm, params = trained(stage, runs, (name,))
         if name == "llm":
-            world.export_llm(xllm.networks[name], params, tokenizer, SHIPPED / name)
+            world.export_llm(xllm.networks[name], params[name], bases / name, SHIPPED / name)
         elif name == "text_model":
             vocabulary = SHIPPED / "bert" / world.VOCABULARY
-            world.export_bert(xllm.networks[name], params, vocabulary, SHIPPED / "bert")
+            world.export_bert(xllm.networks[name], params[name], vocabulary, SHIPPED / "bert")
         else:
-            world.export_vision(xllm.networks[name], params, SHIPPED / name)
+            world.export_vision(xllm.networks[name], params[name], SHIPPED / name)
+
+
+def export_decoder(runs: Path, bases: Path) -> None:
+    """Ships the mini Stable Diffusion: its UNet, text encoder and autoencoder."""
+    stage = world_diffusion.get_config()
+    first, vae = trained(world_autoencoder.get_config(), runs, ("vae",))
+    then, others = trained(stage, runs, ("unet", "text_encoder"))
+    about = bounded.read_json(bases / LATENTS_NAME / latents_format.ABOUT)
+    made: dict[str, Any] = {**first.networks, **then.networks}
+    made["vae"] = made["vae"].clone(scaling=about["scaling"])
+    schedule = stable_diffusion.DEFAULT_SCHEDULER | {
+        "_class_name": "DPMSolverMultistepScheduler",
+        "prediction_type": stage.options["prediction"],
+    }
+    tokenizer, side = bases / DECODER.name / "tokenizer", about["side"]
+    world.export_decoder(made, vae | others, schedule, side, tokenizer, DECODER)
+
+
+def trained(stage: Stage, runs: Path, parts: tuple[str, ...]) -> tuple[XLLM, Params]:
+    """The networks of a stage and the parameters of some parts of its finished run, in float32."""
+    stage.init = {part: str(runs / stage.name) for part in parts}
+    stage.frozen = "float32"
+    system = System.build(stage, mesh.make({}, jax.devices()[:1]))
+    params = parameters.parameters(system)
+    return system.model, {part: params[part] for part in parts}
 
 
 if __name__ == "__main__":

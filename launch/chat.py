@@ -57,7 +57,7 @@ class Chat:
 
 def main(_: list[str]) -> None:
     write = drawing.chosen(CHECKPOINT.value, DRAW.value, SEED.value)
-    restored = load_run(CHECKPOINT.value)
+    restored = load_run(CHECKPOINT.value, outputs=drawing.OUTPUTS.value)
     model = assistant.Assistant(restored, max_tokens=MAX_TOKENS.value)
     known = tuple(name for name, _, _ in model.model.modalities)
     easel = drawing.Easel(Path(DRAW.value), model.family, write) if write else None

@@ -53,6 +53,13 @@ SCHEDULER = flags.DEFINE_string(
     f"Way from noise to a picture: {', '.join(scheduler_config.KINDS)}; by default the decoder's.",
     allow_override=True,
 )
+OUTPUTS = flags.DEFINE_string(
+    "outputs",
+    "",
+    "Folder of a run of stage_output_image beside the same LLM, with which the run of --checkpoint "
+    "answers with pictures, too.",
+    allow_override=True,
+)
 OPTIONS = {"steps": STEPS, "guidance": GUIDANCE, "size": SIZE, "scheduler": SCHEDULER}
 
 PLACE = re.compile(r"\[[^\[\]]+\.(?:png|npz)\]")
@@ -184,7 +191,7 @@ def chosen(checkpoint: str, folder: str, seed: int) -> Write | None:
       UserError: as `writer`, or a flag of pictures was given without --draw.
     """
     if folder:
-        return writer(stage_of(checkpoint), folder, seed)
+        return writer(stage_of(checkpoint, OUTPUTS.value), folder, seed)
     check_unused()
     return None
 

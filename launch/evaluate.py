@@ -28,6 +28,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -36,8 +37,8 @@ from xllm_jax import report
 from xllm_jax.core import bounded, fingerprint
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.suite import Suite
-from xllm_jax.evaluation import demo_suite, error_rate, measure
-from xllm_jax.inference import assistant, transcriber
+from xllm_jax.evaluation import demo_suite, drawing_suite, error_rate, measure
+from xllm_jax.inference import assistant, decoder_base, transcriber
 from xllm_jax.inference.load_run import Restored, load_run, stage_of
 from xllm_jax.launch import cli, drawing, evaluate_drawing, suite_models
 from xllm_jax.launch import hosts as host_flags
@@ -61,6 +62,7 @@ CER = flags.DEFINE_enum(
     "punctuation or symbols), untagged (also without tags such as <NOISE>), raw, or xllm (as the "
     "X-LLM repository does).",
 )
+PICTURES = 16  # drawn at a time
 ROWS = flags.DEFINE_integer("rows", 32, "Number of questions that are answered at a time.", 1)
 
 DRAW = flags.DEFINE_string(
@@ -93,6 +95,7 @@ BASELINE = flags.DEFINE_string(
 flags.adopt_module_key_flags(host_flags)
 
 ASR, NO_INIT, STAGE3 = "stage1_speech", "stage2_image_no_init", "stage3"
+DRAWS = "stage_output_image"
 flags.declare_key_flag("allow_paths")
 for name in drawing.OPTIONS:
     flags.declare_key_flag(name)
@@ -120,6 +123,7 @@ def main(_: list[str]) -> None:
         drawing.check_unused()
     todo = demo_suite.tasks(DATA.value, LIMIT.value, cli.ALLOW_PATHS.value, CER.value)
     results = demo_suite.run(todo, models(Path(RUNS.value)))
+    results["measures"] |= drawings(Path(RUNS.value), Path(OUTPUT.value) / "pictures")
     results["curves"] = demo_suite.curves(RUNS.value)
     results["timings"] = timings(time.monotonic() - began)
     results["cer"] = error_rate.STATED[CER.value]
@@ -174,6 +178,48 @@ def stage3_models(runs: Path) -> dict[str, Callable[[], measure.Answer]]:
         without = before | {"image_interface": str(runs / NO_INIT)}
         found = {"no_init": lambda: load(without), **found}
     return found
+
+
+def drawings(runs: Path, folder: Path) -> dict[str, Any]:
+    """Measures the pictures of held-out requests, where a run that draws has ended.
+
+    Args:
+      runs: of all stages; X-LLM of stage 3 draws with what DRAWS learned, if both are there.
+      folder: for those pictures that the report shows.
+
+    Returns:
+      {name of the measure: as of `measure.measure`}.
+    """
+    if not ended(runs / DRAWS):
+        return {}
+    out = stage_of(runs / DRAWS).outputs["image"]
+    base = decoder_base.look(out.decoder)
+    renderer, how = base.renderer(PICTURES), drawing_suite.Rendering(base.size)
+    joined = ended(runs / STAGE3)
+    restored = load_run(runs / STAGE3, outputs=runs / DRAWS) if joined else load_run(runs / DRAWS)
+    model = assistant.Assistant(restored, ROWS.value)
+    asked = drawing_suite.requests(LIMIT.value or drawing_suite.COUNT)
+    found = drawing_suite.run(
+        "Requests to draw",
+        asked,
+        drawing_suite.by_answers(model.replies, renderer, how),
+        folder,
+        {
+            "ceiling": drawing_suite.by_words(base, renderer, how),
+            "unconditional": drawing_suite.by_words(base, renderer, how, words=False),
+        },
+    )
+    made = {"drawing": found}
+    if joined:
+        heard = drawing_suite.spoken(asked, folder / "speech")
+        draw = drawing_suite.by_answers(model.replies, renderer, how)
+        made["drawing_spoken"] = drawing_suite.run(
+            "Spoken requests to draw", heard, draw, folder / "spoken"
+        )
+    for one in made.values():
+        looks = one["metrics"]["looks"]["value"]
+        print(f"{one['title']}: looks {looks:.3f} ({one['seconds']:.0f} s)")
+    return made
 
 
 def ended(run: Path) -> bool:

@@ -1,9 +1,12 @@
-"""Asks a trained X-LLM about images, videos and speech.
+r"""Asks a trained X-LLM about images, videos and speech.
 
     xllm generate --checkpoint=demo/runs/stage3 --image=a.jpg --prompt="图中有什么？"
     xllm generate --checkpoint=demo/runs/stage3 --image=a.jpg --speech=question.flac
 
     xllm generate --checkpoint=runs/stage_output_image --prompt="画一个红色的圆" --draw=out/
+
+    xllm generate --checkpoint=runs/stage3 --outputs=runs/stage_output_image --speech=request.flac \
+        --draw=out/
 
 Any number of files; with speech the question may be spoken. Without --prompt the model gets the
 instruction that fits its files: describe the image or video, write down the speech, answer the
@@ -75,7 +78,7 @@ def main(_: list[str]) -> None:
     from xllm_jax.inference import assistant  # takes seconds, which a mistake need not wait for
 
     write = drawing.chosen(CHECKPOINT.value, DRAW.value, SEED.value)
-    restored = load_run(CHECKPOINT.value)
+    restored = load_run(CHECKPOINT.value, outputs=drawing.OUTPUTS.value)
     model = assistant.Assistant(restored, max_tokens=MAX_TOKENS.value)
     if HEARD.value:
         for name, path in example.media:

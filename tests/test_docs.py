@@ -62,17 +62,30 @@ def test_every_path_exists(page):
 
 
 def flags_of(command: str) -> set[str]:
-    """Names of the flags that a command defines, with the negation of its switches."""
+    """Names of the flags that a command defines or adopts, with the negation of its switches."""
     found = {"help"}
     for module in (commands.COMMANDS[command], "hosts"):
         for node in ast.walk(ast.parse((ROOT / "launch" / f"{module}.py").read_text())):
             called = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
-            if called and node.func.attr.startswith("DEFINE_"):
-                words = [node.args[0]] if isinstance(node.args[0], ast.Constant) else []
-                found |= {word.value for word in words}
-                if node.func.attr == "DEFINE_bool":
-                    found |= {f"no{word.value}" for word in words}
+            if called and node.func.attr == "adopt_module_key_flags":
+                assert isinstance(node.args[0], ast.Name)
+                adopted = ROOT / "launch" / f"{node.args[0].id}.py"
+                found |= defined(adopted) if adopted.is_file() else set()
+        found |= defined(ROOT / "launch" / f"{module}.py")
     return found | ({"image", "video", "speech"} if command == "generate" else set())
+
+
+def defined(module: Path) -> set[str]:
+    """Names of the flags that a module defines, with the negation of its switches."""
+    found = set()
+    for node in ast.walk(ast.parse(module.read_text())):
+        called = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+        if called and node.func.attr.startswith("DEFINE_"):
+            words = [node.args[0]] if isinstance(node.args[0], ast.Constant) else []
+            found |= {word.value for word in words}
+            if node.func.attr == "DEFINE_bool":
+                found |= {f"no{word.value}" for word in words}
+    return found
 
 
 def shown() -> list[tuple[str, str, list[str]]]:

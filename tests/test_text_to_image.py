@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
 
+from xllm_jax.assembly.networks import init_params
 from xllm_jax.assembly.system import System
 from xllm_jax.configs import world_autoencoder, world_diffusion
 from xllm_jax.core import mesh
@@ -16,6 +19,8 @@ from xllm_jax.data.batching import batch_format
 from xllm_jax.data.example import Example
 from xllm_jax.data.record import Mode, Record
 from xllm_jax.data.synthetic_world import clip_vocabulary
+from xllm_jax.feature_cache import scene_latents
+from xllm_jax.models.outputs.autoencoder import Autoencoder
 from xllm_jax.models.xllm import XLLM
 from xllm_jax.objectives import autoencoder, text_to_image
 from xllm_jax.training.trainer import Trainer
@@ -71,11 +76,11 @@ def batch() -> DescribedPictures:
 
 def model(miss: float = 0.0) -> XLLM:
     """The three stand-ins."""
-    parts = {"autoencoder": Exact(), "text_encoder": Words(), "unet": Clairvoyant(miss)}
+    parts = {"vae": Exact(), "text_encoder": Words(), "unet": Clairvoyant(miss)}
     return XLLM(networks=parts)
 
 
-PARAMS = {"autoencoder": {}, "text_encoder": {}, "unet": {}}
+PARAMS = {"vae": {}, "text_encoder": {}, "unet": {}}
 
 
 @pytest.mark.parametrize("key", [None, 1])
@@ -119,11 +124,15 @@ def test_reconstruction_counts_pixels_and_edges():
     rng = np.random.default_rng(0)
     images = rng.uniform(-1, 1, (2, 4, 4, 3)).astype(np.float32).repeat(2, 1).repeat(2, 2)
     pictures = DescribedPictures(np.zeros((2, 4), np.int32), images)
-    whole = XLLM(networks={"autoencoder": Exact()})
+    whole = XLLM(networks={"vae": Exact()})
     assert float(autoencoder.loss(whole, PARAMS, pictures, prior=0.0)[0]) < 1e-6
-    blurred = XLLM(networks={"autoencoder": Exact(blur=0.25)})
-    value, metrics = autoencoder.loss(blurred, PARAMS, pictures, edges=2.0, prior=1e-3)
-    pixels = 0.25 * np.abs(images).mean()
+    blurred = XLLM(networks={"vae": Exact(blur=0.25)})
+    value, metrics = autoencoder.loss(blurred, PARAMS, pictures, edges=2.0, prior=1e-3, floor=0.5)
+    wide = images.astype(np.float64)
+    apart = np.abs(wide - wide.mean((1, 2), keepdims=True)).mean(-1)
+    weights = 0.5 + apart / apart.mean((1, 2), keepdims=True)
+    missed = 0.25 * np.abs(wide)
+    pixels = (weights[..., None] * (missed + missed**2)).mean()
     edges = 0.25 * sum(np.abs(np.diff(images, axis=axis)).mean() for axis in (1, 2))
     latents = images[:, ::2, ::2].astype(np.float64)
     kl = 0.5 * (latents**2 + np.exp(-30.0) - 1 + 30).mean()
@@ -132,10 +141,17 @@ def test_reconstruction_counts_pixels_and_edges():
 
 
 SMALL = {
-    "autoencoder": {"channels": (8, 8), "groups": 4},
+    "vae": {"channels": (8, 8), "groups": 4},
     "unet": {"channels": (8, 16), "transformers": (True, False), "heads": (2, 2), "groups": 4},
     "text_encoder": {"depth": 1},
 }
+
+
+def latents(root: Path) -> Path:
+    """Latents of the pictures that the batch below asks for, as the root of a stage."""
+    vae = Autoencoder(**SMALL["vae"], depth=1)
+    scene_latents.write(vae, init_params(vae, jax.random.key(0)), 3, 4, 16, root / "latents")
+    return root
 
 
 @pytest.mark.parametrize("config", [world_autoencoder, world_diffusion])
@@ -144,6 +160,7 @@ def test_its_stages_take_a_step_that_leaves_frozen_parts_alone(config, tmp_path)
     stage.init = {}
     for name, part in stage.parts.items():
         part.fields |= SMALL[name]
+    stage.data.root = str(latents(tmp_path))
     stage.data.caption_tokenizer = str(clip_vocabulary.write(tmp_path / "clip"))
     stage.data.examples, stage.data.image, stage.unroll = 4, {"size": 16}, 1
     form = batch_format.find(stage.data)
@@ -155,9 +172,14 @@ def test_its_stages_take_a_step_that_leaves_frozen_parts_alone(config, tmp_path)
     for _ in range(2):  # the first step's rate is almost 0
         state, metrics = made.step(state, batch)
     assert np.isfinite(float(metrics["loss"]))
-    trains = {"world_autoencoder": {"autoencoder"}, "world_diffusion": {"text_encoder", "unet"}}
+    trains = {"world_autoencoder": {"vae"}, "world_diffusion": {"text_encoder", "unet"}}
     assert state.trainable.keys() == trains[stage.name]
     for part, tree in state.trainable.items():
         moved = jax.tree.map(lambda a, b: bool((a != b).any()), tree, before.trainable[part])
         assert any(jax.tree.leaves(moved)), part
     jax.tree.map(np.testing.assert_array_equal, state.frozen, before.frozen)
+
+
+def test_a_picture_of_one_color_counts_evenly():
+    images = np.full((1, 4, 4, 3), 0.3, np.float32)
+    np.testing.assert_allclose(autoencoder.salience(images, 0.2), 1.2, rtol=1e-5)

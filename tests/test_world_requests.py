@@ -130,4 +130,4 @@ def test_pictures_from_minus_one_to_one_are_the_pixels_again():
 
 def test_pictures_have_no_grain(asked):
     for request in asked[:200]:
-        assert request.scene.background in requests.SMOOTH
+        assert request.scene.background == requests.SMOOTH

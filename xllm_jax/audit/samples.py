@@ -10,6 +10,7 @@ import numpy as np
 
 from xllm_jax.core.batch import (
     ConversationBatch,
+    DescribedLatents,
     DescribedPictures,
     ImageTextPairs,
     SceneAttributes,
@@ -172,7 +173,7 @@ def _row(
         shown = image.from_signed(shown) if signed else pixels(shown)
         media = (Medium("image", shown, paths[0], found),)
         tokens["image"] = 1
-    if isinstance(batch, DescribedPictures):
+    if isinstance(batch, DescribedPictures | DescribedLatents):
         ids = resources.words(batch.ids[row])
     if isinstance(batch, ImageTextPairs):
         ids = batch.ids[row][batch.mask[row]]

@@ -193,6 +193,22 @@ class DescribedPictures:
     images: Array
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DescribedLatents:
+    """Latents of pictures and the words for them, see `DescribedPictures`.
+
+    Attributes:
+      ids: as of `DescribedPictures`.
+      means, deviations: `[B, height, width, channels]` float32 of the autoencoder's posterior,
+        times its scaling.
+    """
+
+    ids: Array
+    means: Array
+    deviations: Array
+
+
 def zeros(
     rows: int,
     length: int,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -96,7 +96,7 @@ def measure(task: Task, answer: Answer, controls: bool = False) -> dict[str, Any
       controls: also answer blind and with other samples' media.
 
     Returns:
-      JSON: 'title', 'samples' (number), 'seconds', 'metrics' {name: see `_metric`}, 'shown' (some
+      JSON: 'title', 'samples' (number), 'seconds', 'metrics' {name: see `metric`}, 'shown' (some
       samples with their answers), 'keys' of all samples.
     """
     examples, began = task.examples, time.monotonic()
@@ -114,7 +114,7 @@ def measure(task: Task, answer: Answer, controls: bool = False) -> dict[str, Any
         "samples": len(examples),
         "seconds": round(time.monotonic() - began, 2),
         "metrics": {
-            name: _metric(score, {aside: other[name] for aside, other in compared.items()}, task)
+            name: metric(score, {aside: other[name] for aside, other in compared.items()}, examples)
             for name, score in scored.items()
         },
         "shown": show(task, answers, scored),
@@ -122,16 +122,23 @@ def measure(task: Task, answer: Answer, controls: bool = False) -> dict[str, Any
     }
 
 
-def _metric(score: scorers.Score, asides: dict[str, scorers.Score], task: Task) -> dict[str, Any]:
+def metric(
+    score: scorers.Score, asides: Mapping[str, scorers.Score], examples: Sequence[Example]
+) -> dict[str, Any]:
     """One metric as JSON: value, low, high, samples, higher, controls, groups, scores, margin.
 
     There is no margin over controls that have no value, nor without one of the answers.
+
+    Args:
+      score: of the answers.
+      asides: {control: its score}.
+      examples: that were answered, in order.
     """
     found = plain(score.estimate()) | {
         "higher": score.higher,
         **{name: plain(aside.estimate()) for name, aside in asides.items()},
         "groups": {
-            tag: plain(score.estimate(members)) for tag, members in groups(task.examples).items()
+            tag: plain(score.estimate(members)) for tag, members in groups(examples).items()
         },
         "scores": [round(float(value), 4) for value in score.samples],
     }

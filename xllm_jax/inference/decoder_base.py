@@ -7,7 +7,7 @@ large is read; parameters are read when the first picture is asked for.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,13 +86,20 @@ class DecoderBase:
             part: self._params(part, network, stores, device_mesh)
             for part, network in networks.items()
         }
-        empty = self._empty(stores)
+        empty = self._said([""], stores)[0]
         rest = (self.scheduler, empty, batch, device_mesh)
         return Renderer(self.unet, self.autoencoder, params, *rest)
 
-    def _empty(self, stores: Mapping[str, Any]) -> np.ndarray:
-        """What the text encoder says of an empty text, `[tokens, width]` float32."""
-        ids = ClipTokenizer(self.folder / TOKENIZER).encode([""], self.text.positions)
+    def conditions(self, texts: Sequence[str]) -> np.ndarray:
+        """What the text encoder says of texts, `[texts, tokens, width]` float32.
+
+        Raises:
+          UserError: as of `renderer`.
+        """
+        return self._said(texts, checkpoint.open_leaves(self.folder))
+
+    def _said(self, texts: Sequence[str], stores: Mapping[str, Any]) -> np.ndarray:
+        ids = ClipTokenizer(self.folder / TOKENIZER).encode(texts, self.text.positions)
         if ids.max() >= self.text.vocabulary:
             what = f"gives the id {ids.max()}, and the text encoder has {self.text.vocabulary} rows"
             raise UserError(what, field=str(self.folder / TOKENIZER), hint=MAKE)
@@ -100,7 +107,7 @@ class DecoderBase:
         apply = jax.jit(
             lambda params, ids: self.text.apply({"params": params}, ids, method="states")
         )
-        return np.asarray(apply(params, jnp.asarray(ids)), np.float32)[0]
+        return np.asarray(apply(params, jnp.asarray(ids)), np.float32)
 
     def _params(
         self,

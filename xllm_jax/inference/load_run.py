@@ -31,6 +31,7 @@ def load_run(
     directory: str | Path,
     replaced: Mapping[str, str] | None = None,
     devices: list[Device] | None = None,
+    outputs: str | Path = "",
 ) -> Restored:
     """Loads all networks of a finished run: what it trained, and what it was trained on.
 
@@ -39,13 +40,15 @@ def load_run(
       replaced: {part: 'DIR' or 'DIR:part'} that come from elsewhere; '' as source takes what the
         run started from.
       devices: where the parameters go; all by default, those of other hosts among them.
+      outputs: folder of a run of decoding-side alignment beside the same LLM, whose signal tokens
+        and projections let this one answer with pictures.
 
     Raises:
       UserError: no finished run there, something it was trained on is gone or is not what it was
-        then, or sizes differ.
+        then, or sizes differ; the runs cannot be joined.
     """
     replaced = replaced or {}
-    stage = without_teachers(stage_of(directory))
+    stage = without_teachers(stage_of(directory, outputs))
     about = base_description.base_about(final(directory))
     trained = {path.split("/")[0] for path in about["shapes"]}
     init = {name: place(source, directory) for name, source in stage.init.items() if source}
@@ -125,9 +128,62 @@ def final(directory: str | Path) -> Path:
     return found
 
 
-def stage_of(directory: str | Path) -> Stage:
+def stage_of(directory: str | Path, outputs: str | Path = "") -> Stage:
     """The stage of a finished run, paths of its data and decoders resolved; it reads media, not
-    cached ones."""
+    cached ones.
+
+    Args:
+      directory: folder of the run.
+      outputs: of a run that it is joined with, see `load_run`.
+
+    Raises:
+      UserError: as of `final` and `joined`.
+    """
+    stage = _stage_of(directory)
+    return joined(stage, directory, outputs) if str(outputs) else stage
+
+
+def joined(stage: Stage, directory: str | Path, outputs: str | Path) -> Stage:
+    """A run's stage with the signal tokens, projections and decoders of another one.
+
+    Args:
+      stage: of the run `directory`.
+      directory, outputs: folders of the two runs.
+
+    Raises:
+      UserError: the other run has no outputs, this one has some already, or their LLMs differ.
+    """
+    field, other = f"--outputs={outputs}", _stage_of(outputs)
+    if not other.outputs:
+        hint = "Give a run of stage_output_image"
+        raise UserError("answers of this run hold text alone", field=field, hint=hint)
+    if stage.outputs:
+        what = f"{directory} answers with {', '.join(stage.outputs)} already"
+        raise UserError(what, field=field, hint="Leave --outputs out")
+    abouts = [base_description.base_about(final(run)) for run in (directory, outputs)]
+    trained = {path.split("/")[0] for path in abouts[1]["shapes"]}
+    common = sorted(trained & stage.parts.keys())
+    if common:
+        what = f"trained {common[0]}, which {directory} has, too"
+        raise UserError(what, field=field, hint="Give a run that trained its outputs alone")
+    bases = [about.get("base", {}).get("llm") for about in abouts]
+    older = any(checksum.is_older(base) for base in bases if base)
+    same = stage.parts.get("llm") == other.parts.get("llm")
+    if not same or (all(bases) and not older and bases[0] != bases[1]):
+        what = f"was trained beside another LLM than {directory}"
+        raise UserError(what, field=field, hint="Train it beside the same LLM")
+    told = ("signals", "caption_tokenizer", "caption_length")
+    data = dataclasses.replace(stage.data, **{name: getattr(other.data, name) for name in told})
+    return dataclasses.replace(
+        stage,
+        parts=stage.parts | {name: other.parts[name] for name in sorted(trained)},
+        init=stage.init | dict.fromkeys(sorted(trained), str(final(outputs).absolute())),
+        outputs=other.outputs,
+        data=data,
+    )
+
+
+def _stage_of(directory: str | Path) -> Stage:
     about = base_description.base_about(final(directory))
     with damage.reading(final(directory)):
         stage = parse_stage(about["stage"])

@@ -133,7 +133,8 @@ def samples(measure: Mapping[str, Any], places: Mapping[str, str]) -> str:
 
 def sample(entry: Mapping[str, Any], places: Mapping[str, str]) -> str:
     """One sample."""
-    files = "".join(file(modality, path, places) for modality, path in entry["media"])
+    drawn = [("image", entry["drawn"])] if entry.get("drawn") else []
+    files = "".join(file(modality, path, places) for modality, path in [*entry["media"], *drawn])
     lines = [
         ("said", entry["said"]),
         ("asked", entry["question"]),

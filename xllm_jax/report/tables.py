@@ -17,6 +17,8 @@ METRICS = {
     "cider": ("CIDEr-D", 1),
     "bleu4": ("BLEU-4 %", 100),
     "objects": ("objects F1 %", 100),
+    "looks": ("count, shape and color right %", 100),
+    "places": ("in place, too %", 100),
 }
 
 

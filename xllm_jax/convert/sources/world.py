@@ -1,12 +1,14 @@
 """The embedded world's backbones: small files in the published forms, and our bases from them.
 
 `llm/` is a ChatGLM folder (config.json, model.safetensors, tokenizer), `vision_encoder/` an EVA
-file, `bert/` a BERT with its language head and vocab.txt; all in float16 and under the names of the
-real checkpoints, read by the same tables.
+file, `bert/` a BERT with its language head and vocab.txt, `image_decoder/` a pipeline's folder of
+Stable Diffusion; all in float16 and under the names of the real checkpoints, read by the same
+tables.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,9 +18,17 @@ import jax
 import numpy as np
 
 from xllm_jax.convert import ConversionPlan, export_tree, files, import_tree, run_import
-from xllm_jax.convert.sources import bert, blip2, chatglm, eva_vit
-from xllm_jax.core import atomic, checkpoint, disk, rules
+from xllm_jax.convert.sources import (
+    bert,
+    blip2,
+    chatglm,
+    clip_text,
+    eva_vit,
+    stable_diffusion,
+)
+from xllm_jax.core import atomic, bounded, checkpoint, disk, rules
 from xllm_jax.core.errors import UserError
+from xllm_jax.core.new_folder import new_folder
 from xllm_jax.data.text.chatglm_tokenizer import ChatGLMTokenizer
 from xllm_jax.models.bert import BertEncoder
 from xllm_jax.models.blip2_pretraining import ContrastModel
@@ -26,9 +36,12 @@ from xllm_jax.models.glm import ChatGLM
 from xllm_jax.models.vit import VisionTransformer
 
 TOKENIZER = ("ice_text.model", "tokenizer_config.json")
+CONFIG = "config.json"
 WEIGHTS, VOCABULARY = "model.safetensors", "vocab.txt"
 TYPES = "bert.embeddings.token_type_embeddings.weight"
 KINDS = {"chatglm": chatglm, "eva_vit": eva_vit}
+NO_FIELDS = {"parent", "name", "dtype", "attention", "implementation", "remat", "unroll"}
+"""Fields of a network that say how it is computed, and not what it is."""
 LARGEST = 1024
 """Widths from here on are the published models' own."""
 
@@ -37,7 +50,7 @@ def export_llm(model: ChatGLM, params: Mapping[str, Any], tokenizer: Path, folde
     """Writes a ChatGLM folder: configuration, float16 weights, tokenizer."""
     disk.make_folder(folder)
     config = chatglm.config_of(model, ChatGLMTokenizer(tokenizer).specials)
-    atomic.write_json(folder / "config.json", config)
+    atomic.write_json(folder / CONFIG, config)
     tensors = export_tree(chatglm.rows(model.depth, model.heads), params)
     _save(tensors | {chatglm.HEAD: tensors[chatglm.WORDS]}, folder / WEIGHTS)
     for name in TOKENIZER:
@@ -64,6 +77,61 @@ def export_bert(
     _save(tensors, folder / WEIGHTS)
     if vocabulary != folder / VOCABULARY:
         _copy(vocabulary, folder)
+
+
+def export_decoder(
+    networks: Mapping[str, stable_diffusion.Network],
+    params: Mapping[str, Any],
+    schedule: Mapping[str, Any],
+    side: int,
+    tokenizer: Path,
+    folder: Path,
+) -> None:
+    """Writes a pipeline's folder in float16; one that stands there is replaced.
+
+    Args:
+      networks, params: by part: unet, vae and text_encoder.
+      schedule: the scheduler_config.json.
+      side: of the latents that it learned to draw.
+      tokenizer: folder of the text encoder's.
+      folder: to write.
+    """
+    plan = stable_diffusion.plan(_decoder_options(networks))
+    tensors = export_tree(plan.table, params)
+    with new_folder(folder) as partial:
+        shutil.copytree(tokenizer, partial / "tokenizer")
+        for start, stem in plan.weight_files.items():
+            disk.make_folder((partial / stem).parent)
+            own = {n.removeprefix(start): x for n, x in tensors.items() if n.startswith(start)}
+            _save(own, partial / f"{stem}.safetensors")
+        disk.make_folder((partial / stable_diffusion.SCHEDULER).parent)
+        atomic.write_json(partial / stable_diffusion.SCHEDULER, dict(schedule))
+        for name, text in plan.written_files.items():
+            if not (partial / name).exists():
+                atomic.write_text(partial / name, text(partial))
+        config = partial / "unet" / "config.json"
+        atomic.write_json(config, bounded.read_json(config) | {"sample_size": side})
+
+
+def _decoder_options(networks: Mapping[str, stable_diffusion.Network]) -> dict[str, Any]:
+    """What `stable_diffusion.options` would say of these networks."""
+    told = {"unet": {"linear_projection": False}, "vae": {"old_names": False}}
+    found: dict[str, Any] = {"alone": False, "index": {}}
+    for part, network in networks.items():
+        names = {f.name for f in dataclasses.fields(network)} - NO_FIELDS
+        fields = {name: getattr(network, name) for name in sorted(names)}
+        found[part] = {"fields": fields} | told.get(part, {"prefix": clip_text.PREFIXES[0]})
+    return found
+
+
+def import_decoder(folder: Path, output: Path) -> None:
+    """Writes the base 'image_decoder', which draws.
+
+    The tokenizer alone, which pre-training needed there, gives way.
+    """
+    if output.is_dir() and [path.name for path in output.iterdir()] == ["tokenizer"]:
+        shutil.rmtree(output)
+    run_import.run_import("stable_diffusion", folder, output)
 
 
 def import_bert(model: ContrastModel, encoder: BertEncoder, folder: Path, output: Path) -> None:
@@ -94,9 +162,9 @@ def import_bert(model: ContrastModel, encoder: BertEncoder, folder: Path, output
 
 
 def import_llm(folder: Path, output: Path) -> None:
-    """Writes the base 'llm' with the tokenizer beside it."""
+    """Writes the base 'llm' with the tokenizer and its configuration beside it."""
     _write(run_import.examine("chatglm", folder).tree(), folder, output)
-    for name in TOKENIZER:
+    for name in (*TOKENIZER, CONFIG):  # which tells the ids that are spare
         _copy(folder / name, output)
 
 

@@ -83,4 +83,4 @@ def asked_for(key: str) -> tuple[Request, bool]:
 
 def picture(request: Request, side: int) -> np.ndarray:
     """A picture that fulfils a request, `[side, side, 3]` float32 from -1 to 1."""
-    return image.to_signed(image.resize(render_scene(request.scene), side))
+    return image.to_signed(image.resize(render_scene(request.scene, grain=False), side))

@@ -29,11 +29,18 @@ def cell_center(place: str) -> tuple[float, float]:
     return (2 * column + 1) / 6, (2 * row + 1) / 6
 
 
-def render_scene(scene: Scene, pixels: int = PIXELS) -> Image.Image:
-    """The picture of a scene, `[pixels, pixels, 3]` uint8 as a Pillow image."""
+def render_scene(scene: Scene, pixels: int = PIXELS, grain: bool = True) -> Image.Image:
+    """The picture of a scene, `[pixels, pixels, 3]` uint8 as a Pillow image.
+
+    Args:
+      scene: what it shows.
+      pixels: of a side.
+      grain: as a sensor gives it.
+    """
     rng = generator(scene.seed, "background")
-    base = background(scene.background, rng, pixels)
-    return Image.fromarray(add_noise(draw(base, sprites(scene)), rng))
+    drawn = draw(background(scene.background, rng, pixels), sprites(scene))
+    whole = np.clip(drawn, 0, 255).astype(np.uint8)
+    return Image.fromarray(add_noise(drawn, rng) if grain else whole)
 
 
 def sprites(scene: Scene) -> list:

@@ -25,8 +25,8 @@ from xllm_jax.data.synthetic_world.scene import (
     sample_scene,
 )
 
-# Pictures that are drawn from words have no grain: no word asks for it.
-SMOOTH = ("gradient", "clouds")
+# Pictures that are drawn from words have no texture and no grain: no word asks for them.
+SMOOTH = "gradient"
 # Where the first object stands, seen from the second: (columns, rows) of the grid.
 RELATIONS = {"左边": (-1, 0), "右边": (1, 0), "上面": (0, -1), "下面": (0, 1)}
 SHARES = {"plain": 0.35, "placed": 0.3, "repeated": 0.1, "related": 0.25}
@@ -56,12 +56,14 @@ class Request:
       said: how it is said, a phrase without a full stop.
       scene: one picture that fulfils it.
       relation: where the first object stands, seen from the second; a key of RELATIONS or ''.
+      kind: of request, a key of SHARES.
     """
 
     objects: tuple[Wanted, ...]
     said: str
     scene: Scene
     relation: str = ""
+    kind: str = ""
 
     @property
     def unseen(self) -> bool:
@@ -86,8 +88,8 @@ def sample_request(
     weights = np.asarray(list(shares.values()))
     kind = str(rng.choice(list(shares), p=weights / weights.sum()))
     made = KINDS[kind](rng, pairs, unseen_wording)
-    scene = dataclasses.replace(made.scene, background=choose(rng, SMOOTH))
-    return dataclasses.replace(made, scene=scene)
+    scene = dataclasses.replace(made.scene, background=SMOOTH)
+    return dataclasses.replace(made, scene=scene, kind=kind)
 
 
 def _plain(rng: np.random.Generator, pairs: str, unseen_wording: bool) -> Request:
@@ -119,7 +121,7 @@ def _repeated(rng: np.random.Generator, pairs: str, unseen_wording: bool) -> Req
     size = choose(rng, SIZES)
     objects = tuple(Object(shape, color, size, PLACES[place]) for place in places)
     wanted = Wanted(shape, color, size if rng.random() < 0.4 else "")
-    scene = Scene(objects, SMOOTH[0], int(rng.integers(2**31)))
+    scene = Scene(objects, SMOOTH, int(rng.integers(2**31)))
     return Request((wanted,) * count, language.NUMBERS[count] + _look(wanted), scene)
 
 

@@ -215,7 +215,7 @@ SIZES = {
         name: dict(channels=(128, 256, 512, 512))
         for name in ("stable_diffusion_1_5", "stable_diffusion_2_1")
     },
-    "tiny": dict(channels=(32, 64, 64), depth=1, groups=8),
+    "tiny": dict(channels=(16, 32, 64, 64), depth=1, groups=8),
 }
 
 SHARDING = (
