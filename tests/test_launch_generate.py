@@ -17,7 +17,7 @@ import soundfile
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
-from xllm_jax.inference import assistant, transcriber
+from xllm_jax.inference import assistant, file_encoder, transcriber
 from xllm_jax.inference.load_run import load_run
 from xllm_jax.launch import chat
 
@@ -119,13 +119,13 @@ def test_the_same_states_as_the_training_path(restored, examples, files):
 @pytest.fixture
 def counted(monkeypatch):
     """Sizes of the batches that are encoded, in a list that grows."""
-    sizes, encode = [], assistant._encode
+    sizes, encode = [], file_encoder._encode
 
     def watched(model, modality, params, media):
         sizes.append(int((media.lengths > 0).any(axis=1).sum()))
         return encode(model, modality, params, media)
 
-    monkeypatch.setattr(assistant, "_encode", watched)
+    monkeypatch.setattr(file_encoder, "_encode", watched)
     return sizes
 
 
@@ -146,7 +146,8 @@ def test_a_file_is_encoded_once_by_its_content(restored, world, tmp_path, counte
     changed = model.encode([seen(one)])["image", str(one)]
     assert counted == [1, 1]
     assert np.abs(changed.embeddings - alike["image", str(copy)].embeddings).max() > 0
-    model.data = dataclasses.replace(model.data, image=model.data.image | {"flip": True})
+    data = model.encoder.data
+    model.encoder.data = dataclasses.replace(data, image=data.image | {"flip": True})
     model.encode([seen(copy)])
     assert counted == [1, 1, 1]  # other preprocessing
 
@@ -156,16 +157,17 @@ def test_remembered_files_stay_below_the_bound(restored, world, counted):
     model = assistant.Assistant(restored, rows=1, max_tokens=6)
     size = model.encode([seen(paths[0])])["image", str(paths[0])].embeddings.nbytes
     model = assistant.Assistant(restored, rows=1, max_tokens=6, cache_bytes=2 * size)
+    cache = model.encoder.cache
     for path in (*paths[:2], paths[0], paths[2]):
         model.encode([seen(path)])
-        assert model.cache.bytes == len(model.cache) * size <= 2 * size
+        assert cache.bytes == len(cache) * size <= 2 * size
     del counted[:]
     model.encode([seen(paths[0]), seen(paths[2])])
     assert counted == []
     model.encode([seen(paths[1])])  # the least recently used went
     assert counted == [1]
     tiny = assistant.Assistant(restored, rows=1, max_tokens=6, cache_bytes=size - 1)
-    assert len(tiny.encode(list(map(seen, paths)))) == 3 and tiny.cache.bytes == 0
+    assert len(tiny.encode(list(map(seen, paths)))) == 3 and tiny.encoder.cache.bytes == 0
 
 
 def test_recognizer(folder, world, files):

@@ -9,7 +9,6 @@ again after the first answers.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,23 +16,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from xllm_jax.core import checksum
 from xllm_jax.core.batch import ConversationBatch, Media
-from xllm_jax.core.types import Params
 from xllm_jax.data.example import Example
-from xllm_jax.data.media import modalities, paths
-from xllm_jax.data.record import Record
+from xllm_jax.data.media import modalities
 from xllm_jax.data.text import llm_family, prompt
+from xllm_jax.data.text.llm_family import LLMFamily
 from xllm_jax.inference import decoding, replies
 from xllm_jax.inference.decoding import Decoding
+from xllm_jax.inference.file_encoder import FileEncoder
 from xllm_jax.inference.load_run import Restored
-from xllm_jax.inference.media_cache import Encoded, MediaCache
+from xllm_jax.inference.media_cache import Encoded
 from xllm_jax.inference.replies import Reply
-from xllm_jax.models.xllm import XLLM
 
 Files = Mapping[tuple[str, str], Encoded]  # by (modality, path)
-
-ITEMS = 32  # media items encoded at a time
 
 
 class Assistant:
@@ -54,7 +49,7 @@ class Assistant:
         self.rows, self.max_tokens = rows, max_tokens
         self.family = llm_family.load(self.data)
         self.style = prompt.template_of(self.data.template, self.family)
-        self.cache = MediaCache(cache_bytes)
+        self.encoder = FileEncoder(restored, rows, cache_bytes)
 
     def decoding(self, **options: Any) -> Decoding:
         """How to decode; greedy unless `options` (fields of `Decoding`) say otherwise."""
@@ -110,65 +105,12 @@ class Assistant:
         An example without instruction gets one of its task's, always the same one.
         """
 
-        def slot(modality: str, path: str) -> prompt.Slot:
-            encoded = files[modality, path]
-            items, stride, _ = encoded.embeddings.shape
-            return prompt.Slot(modality, path, items, encoded.size, stride)
-
-        limits = prompt.Limits(decoding.BUCKETS[-1], self.max_tokens, strict=True)
-        generator = np.random.default_rng(zlib.crc32(example.key.encode()))
-        return prompt.build(example, self.family, self.style, slot, limits, generator, answer=False)
+        length = decoding.BUCKETS[-1]
+        return open_prompt(example, files, self.family, self.style, length)
 
     def encode(self, examples: Sequence[Example]) -> dict[tuple[str, str], Encoded]:
         """All files of the examples; those that are not remembered by their content are encoded."""
-        keys = {
-            (modality, path): self._key(modality, path)
-            for example in examples
-            for modality, path in example.media
-            if not prompt.is_written(modality)
-        }
-        known: dict[str, Encoded] = {}
-        wanted: dict[str, dict[str, str]] = {}
-        for (modality, path), key in keys.items():
-            found = self.cache.get(key)
-            if found is None:
-                wanted.setdefault(modality, {})[key] = path
-            else:
-                known[key] = found
-        for modality, files in wanted.items():
-            made = self._encode_files(modality, list(files.values()))
-            for key, encoded in zip(files, made):
-                known[key] = encoded
-                self.cache.put(key, encoded)
-        return {medium: known[key] for medium, key in keys.items()}
-
-    def _key(self, modality: str, path: str) -> str:
-        """Of a file's content and all that turns it into media items."""
-        self.model.parts(modality)
-        options = modalities.find(modality, self.data).values(self.data)
-        stride = self.data.embeddings[modality]
-        return checksum.of_json([modality, paths.sha256(path, modality), stride, options])
-
-    def _encode_files(self, modality: str, files: Sequence[str]) -> list[Encoded]:
-        found, stride = modalities.find(modality, self.data), self.data.embeddings[modality]
-        items = found.items(self.data)
-        rows = max(1, min(ITEMS, self.rows) // items)
-        made: list[Encoded] = []
-        for start in range(0, len(files), rows):
-            group = files[start : start + rows]
-            values = np.zeros((rows, items, *found.shape(self.data)), np.float32)
-            lengths = np.zeros((rows, items), np.int32)
-            for row, path in enumerate(group):
-                record = Record(Example(path))
-                loaded = modalities.load(modality, path, self.data, record, 0, False)
-                values[row], lengths[row] = loaded
-            media = Media(values, lengths, None, np.zeros((rows, 0), np.int32))
-            embeddings, counts = map(np.asarray, _encode(self.model, modality, self.params, media))
-            embeddings = embeddings.reshape(rows, items, stride, -1)
-            for row in range(len(group)):
-                size = min(int(counts[row, 0]), stride) if found.spoken else stride
-                made.append(Encoded(embeddings[row].copy(), size))
-        return made
+        return self.encoder.files(examples)
 
     def batch(self, prompts: Sequence[prompt.Prompt], files: Files) -> ConversationBatch:
         """Prompts and the finished embeddings of their media, as `XLLM.encoded` reads them."""
@@ -215,8 +157,29 @@ class Assistant:
         ]
 
 
-@functools.partial(jax.jit, static_argnames=("model", "modality"))
-def _encode(
-    model: XLLM, modality: str, params: Params, items: Media
-) -> tuple[jax.Array, jax.Array]:
-    return model.encode(params, modality, items)
+def open_prompt(
+    example: Example, files: Files, family: LLMFamily, style: prompt.Template, length: int
+) -> prompt.Prompt:
+    """The prompt of one example, ready to be answered.
+
+    An example without instruction gets one of its task's, always the same one.
+
+    Args:
+      example: its answer is not looked at.
+      files: encoded, by (modality, path).
+      family: of the LLM.
+      style: the words around the question.
+      length: tokens that the prompt may take.
+
+    Raises:
+      UserError: it is longer, or cannot be a prompt.
+    """
+
+    def slot(modality: str, path: str) -> prompt.Slot:
+        encoded = files[modality, path]
+        items, stride, _ = encoded.embeddings.shape
+        return prompt.Slot(modality, path, items, encoded.size, stride)
+
+    limits = prompt.Limits(length, 0, strict=True)
+    generator = np.random.default_rng(zlib.crc32(example.key.encode()))
+    return prompt.build(example, family, style, slot, limits, generator, answer=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import threading
 
 import numpy as np
 
@@ -24,12 +25,20 @@ class Encoded:
 class MediaCache:
     """Encoded files by key; where they take more than `capacity` bytes, the least recently used go.
 
+    Threads may share it.
+
     Args:
       capacity: bytes of embeddings, at most; a file that is larger alone is not kept.
+
+    Attributes:
+      bytes: that are kept now.
+      hits, misses: how often `get` found something, and nothing.
     """
 
     def __init__(self, capacity: int):
         self.capacity, self.bytes = capacity, 0
+        self.hits = self.misses = 0
+        self._lock = threading.Lock()
         self._kept: collections.OrderedDict[str, Encoded] = collections.OrderedDict()
 
     def __len__(self) -> int:
@@ -37,15 +46,21 @@ class MediaCache:
 
     def get(self, key: str) -> Encoded | None:
         """What is kept under a key, now the most recently used."""
-        found = self._kept.get(key)
-        if found is not None:
-            self._kept.move_to_end(key)
-        return found
+        with self._lock:
+            found = self._kept.get(key)
+            self.hits += found is not None
+            self.misses += found is None
+            if found is not None:
+                self._kept.move_to_end(key)
+            return found
 
     def put(self, key: str, encoded: Encoded) -> None:
-        """Keeps a file that is not kept yet."""
-        self._kept[key] = encoded
-        self.bytes += encoded.embeddings.nbytes
-        while self.bytes > self.capacity:
-            _, gone = self._kept.popitem(last=False)
-            self.bytes -= gone.embeddings.nbytes
+        """Keeps a file; one of the same key gives way."""
+        with self._lock:
+            before = self._kept.pop(key, None)
+            self.bytes -= before.embeddings.nbytes if before else 0
+            self._kept[key] = encoded
+            self.bytes += encoded.embeddings.nbytes
+            while self.bytes > self.capacity:
+                _, gone = self._kept.popitem(last=False)
+                self.bytes -= gone.embeddings.nbytes

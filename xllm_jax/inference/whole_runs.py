@@ -15,7 +15,7 @@ def permitted(
     last: Array,
     step: Array | int,
     signals: Sequence[tuple[int, ...]],
-    most: int,
+    most: Array | int,
     before: Array | int = -1,
 ) -> Array:
     """Scores with -inf for what would leave a run incomplete, or begin it in its midst.
@@ -26,10 +26,10 @@ def permitted(
     Args:
       logits: `[..., V]`.
       last: `[...]` int32, the token before; -1 at the start.
-      step: number of the token that is chosen, from 0.
+      step: number of the token that is chosen, from 0; one of all rows, or `[...]`.
       signals: (id of the first, tokens of a run[, id of what stands between them]) of each kind;
         none permits everything.
-      most: tokens of an answer.
+      most: tokens of an answer; of all rows, or `[...]`.
       before: `[...]` int32, the token before the last one; -1 where there is none.
     """
     if not signals:
@@ -39,7 +39,7 @@ def permitted(
     for first, count, between in kinds:
         length = count if between < 0 else 2 * count - 1
         banned |= (token > first) & (token < first + count)
-        banned |= (token == first) & (step + length > most)
+        banned |= (token == first) & jnp.asarray(step + length > most)[..., None]
     for first, count, between in kinds:
         inside = _inside(last, first, count)
         wanted = last + 1 if between < 0 else jnp.full_like(last, between)

@@ -49,6 +49,12 @@ class TimedOut(Refused):
     """A request waited, or ran, for longer than it may."""
 
 
+class Defect(Refused):
+    """The engine failed, by a fault of ours or of its device; its log has the traceback."""
+
+    status = 500
+
+
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How one answer is to be decoded.

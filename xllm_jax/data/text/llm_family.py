@@ -95,6 +95,13 @@ class LLMFamily(abc.ABC):
         """The text of an answer as users see it."""
         return text.strip()
 
+    def settled(self, text: str) -> str:
+        """How `finish` begins for every text that begins so: what may be shown before the end.
+
+        A family with a `finish` of its own tells it too, or shows answers at their end.
+        """
+        return text.strip() if type(self).finish is LLMFamily.finish else ""
+
 
 def find(data: Data) -> type[LLMFamily]:
     """The family that the data names: a file of `llm_families/`, or 'package.module:Class'.

@@ -13,7 +13,12 @@ from xllm_jax.data.text.glm_layout import positions_of
 from xllm_jax.data.text.llm_family import LLMFamily
 from xllm_jax.data.text.token_rows import Row
 
+TRAINED = "[[训练时间]]"  # what ChatGLM replaces by the year
 FULL_WIDTH = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
+# The end of a text that what follows may change: a name that the tokenizer writes as blanks or a
+# line break when it has come whole, the word that is replaced, and punctuation before a character.
+_BEGUN = "|".join(re.escape(TRAINED[:size]) for size in range(len(TRAINED) - 1, 0, -1))
+OPEN = re.compile(rf"\s*(?:<[^<>]{{0,{len('|blank_80|')}}}|{_BEGUN}|[{''.join(FULL_WIDTH)}])$")
 # X-LLM's demo renames the model and its makers in every answer, in this order.
 XLLM_NAMES = (
     ("ChatGLM-6B", "百灵（Lark）"),
@@ -70,6 +75,10 @@ class Family(LLMFamily):
         """Full-width punctuation next to Chinese characters, as ChatGLM does."""
         return process_response(text)
 
+    def settled(self, text: str) -> str:
+        """All but what a piece, a replaced word or a punctuation mark may still be changed by."""
+        return process_response(OPEN.sub("", text.rstrip()))
+
 
 def process_response(text: str, names: Sequence[tuple[str, str]] = ()) -> str:
     """Finishes an answer as ChatGLM does: full-width punctuation next to Chinese characters.
@@ -78,7 +87,7 @@ def process_response(text: str, names: Sequence[tuple[str, str]] = ()) -> str:
       text: decoded answer.
       names: (old, new) replacements in order; XLLM_NAMES is what the reference's demo does.
     """
-    text = text.strip().replace("[[训练时间]]", "2023年")
+    text = text.strip().replace(TRAINED, "2023年")
     for old, new in names:
         text = text.replace(old, new)
     for half, full in FULL_WIDTH.items():
