@@ -41,7 +41,7 @@ class Preparation:
     def __init__(self, encoder: FileEncoder, family: LLMFamily, plan: Plan, done: Done):
         self._encoder, self._family, self._plan, self._done = encoder, family, plan, done
         self._data = encoder.data
-        self._style = prompt.template(self._data.template)
+        self._style = prompt.template_of(self._data.template, family)
         threads = max(self._data.threads, 1)
         self._words = ThreadPoolExecutor(1, "prompts")
         self._readers = ThreadPoolExecutor(threads, "readers")

@@ -93,7 +93,7 @@ class Scheduler:
             ends=self.family.ends,
             position_step=self.family.position_step,
             width=model.networks[LLM].width,
-            signals=tuple((one.first, one.count) for one in data.signals.values()),
+            signals=tuple((one.first, one.count, one.between) for one in data.signals.values()),
         )
         self._decoders = Decoders(data) if load is None else None
         load = self._decoders.load if self._decoders else load or modalities.load
