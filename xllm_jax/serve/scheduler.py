@@ -192,6 +192,7 @@ class Scheduler:
             if job.over:
                 return
             self._waiting.pop(job, None)
+            self._prepared = collections.deque(one for one in self._prepared if one is not job)
             self._rows = {slot: one for slot, one in self._rows.items() if one is not job}
             kind = {"cancelled": "requests_cancelled_total", "error": "requests_failed_total"}
             self._counts[kind.get(event.finish_reason or "", "requests_answered_total")] += 1
@@ -200,15 +201,17 @@ class Scheduler:
 
     def _run(self) -> None:
         """The life of the decoding thread."""
-        while self._next_round():
-            try:
-                self._round()
-                self._failures = 0
-            except Exception as error:
-                logging.exception("a round of decoding failed")
-                if not self._recovered(error):
-                    break
-        self._close()
+        try:
+            while self._next_round():
+                try:
+                    self._round()
+                    self._failures = 0
+                except Exception as error:
+                    logging.exception("a round of decoding failed")
+                    if not self._recovered(error):
+                        break
+        finally:
+            self._close()
 
     def _next_round(self) -> bool:
         """Waits until there is something to do; False when there never will be."""
@@ -321,7 +324,7 @@ class Scheduler:
         """Ends all threads and workers, and whoever still waits."""
         with self._changed:
             self._state = "stopping"
-            for job in list(self._waiting):
+            for job in (*self._waiting, *self._rows.values()):
                 error = Overloaded("has stopped", field="engine", hint="Try again later")
                 self._end(job, Event(finish_reason="error", error=error))
         self._preparation.close()
