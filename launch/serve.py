@@ -188,12 +188,11 @@ def _reached(opened: Any) -> str:
 
 def service(restored: Restored, workers: Decoders, bounds: Limits) -> Service:
     """The model with all that is around it."""
-    from xllm_jax.serve.scheduler import Options, Scheduler
-
     from xllm_jax.serve import drawing, hearing
     from xllm_jax.serve.fetch import Fetcher
     from xllm_jax.serve.media_input import MediaReader
     from xllm_jax.serve.metrics import Metrics
+    from xllm_jax.serve.scheduler import Options, Scheduler
     from xllm_jax.serve.service import Card, Service
 
     options = Options(
