@@ -21,6 +21,7 @@ class FakeEngine:
       most: requests at a time; more are refused.
       running: tickets under way.
       asked: requests that came, in order.
+      text: that it answers whatever is asked; '' for what the class says.
       fail: what a request meets instead of an answer.
     """
 
@@ -30,6 +31,7 @@ class FakeEngine:
         self.running: set[Ticket] = set()
         self.asked: list[Request] = []
         self.cancelled = 0
+        self.text = ""
         self.fail: Callable[[Request], Exception | None] = lambda _: None
         self._lock = threading.Lock()
 
@@ -64,7 +66,7 @@ class FakeEngine:
         failed = self.fail(asked)
         if failed:
             raise failed
-        text, how = answer(asked), asked.sampling
+        text, how = self.text or answer(asked), asked.sampling
         cut = min((text.find(stop) for stop in how.stop if stop in text), default=-1)
         reason = "stop"
         text = text if cut < 0 else text[:cut]

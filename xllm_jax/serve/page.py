@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import html
 import importlib.util
 import json
 import mimetypes
@@ -267,7 +268,8 @@ async def answered(
             yield "", words, frames
             same = gradio.skip()  # the frames would be sent again with every piece
             async for delta in _deltas(client, body):
-                said += delta.get("content") or ""
+                # Gradio shows HTML even where it renders no Markdown: words are escaped.
+                said += html.escape(delta.get("content") or "", quote=False)
                 drawn += [_picture(one) for one in delta.get("images") or []]
                 yield [said, *drawn] if drawn else said, same, same
         except UserError as error:
@@ -339,7 +341,11 @@ def past(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for entry in history[-SHOWN:]:
         role, content = entry["role"], parts(*_split(entry["content"]))
         if role == "assistant":
-            content = [part for part in content if part["type"] == "text"]
+            content = [
+                part | {"text": html.unescape(part["text"])}
+                for part in content
+                if part["type"] == "text"
+            ]
         if found and found[-1]["role"] == role:
             found[-1]["content"] += content
         else:
