@@ -12,6 +12,7 @@ import html
 import importlib.util
 import json
 import mimetypes
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from xllm_jax.serve.security import Keys
 from xllm_jax.serve.service import Service
 
 PATH = "/page"
+SHOW_SECONDS = 0.1  # between two states of an answer, each of which goes through gradio as a whole
 KEPT_SECONDS = 3600  # that uploads are kept
 PARTS = {"image": "image_url", "video": "video_url", "audio": "audio_url"}
 MODALITY = {"image": "image", "video": "video", "audio": "speech"}
@@ -156,6 +158,7 @@ def _question(kinds: Sequence[str]) -> Any:
         sources=sources,
         file_types=list(kinds),
         file_count="multiple",
+        stop_btn=True,
         placeholder="Ask about pictures, clips or speech",
         elem_id="ask",
         show_label=False,
@@ -264,14 +267,17 @@ async def answered(
                 "temperature": heat,
                 "max_tokens": int(length),
             }
-            said, drawn = "", []
+            said, drawn, shown = "", [], 0.0
             yield "", words, frames
             same = gradio.skip()  # the frames would be sent again with every piece
             async for delta in _deltas(client, body):
                 # Gradio shows HTML even where it renders no Markdown: words are escaped.
                 said += html.escape(delta.get("content") or "", quote=False)
                 drawn += [_picture(one) for one in delta.get("images") or []]
-                yield [said, *drawn] if drawn else said, same, same
+                if time.monotonic() - shown >= SHOW_SECONDS:
+                    yield [said, *drawn] if drawn else said, same, same
+                    shown = time.monotonic()
+            yield [said, *drawn] if drawn else said, same, same
         except UserError as error:
             raise gradio.Error(error.what, print_exception=False) from None
         except httpx.HTTPError as error:
