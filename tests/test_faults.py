@@ -314,6 +314,19 @@ def test_without_any_whole_checkpoint_the_run_does_not_start_anew(tmp_path):
     checkpoints.close()
 
 
+@pytest.mark.parametrize("there", ["file", "link"])
+def test_a_damaged_checkpoint_without_a_place_is_one_line(there, tmp_path):
+    checkpoints = saved_twice(tmp_path / "run")
+    truncate(largest(checkpoints.directory / "2" / "state"))
+    aside, other = tmp_path / "run" / "damaged", tmp_path / "other"
+    other.mkdir()
+    aside.write_text("") if there == "file" else aside.symlink_to(other)
+    with pytest.raises(UserError, match=str(aside)):
+        startup.newest(checkpoints)
+    assert checkpoints.steps() == [1, 2] and not list(other.iterdir())
+    checkpoints.close()
+
+
 @pytest.mark.parametrize(("lowest", "kept"), [(True, {2, 4}), (False, {1, 4})])
 def test_the_best_checkpoint_has_a_direction(lowest, kept, tmp_path):
     checkpoints = checkpoint.Checkpoints(tmp_path, keep=1, metric="cer", lowest=lowest)

@@ -150,21 +150,28 @@ class Checkpoints:
         return ""
 
     def set_aside(self, step: int) -> Path:
-        """Moves a damaged checkpoint out of the way, for a person to look at."""
+        """Moves a damaged checkpoint out of the way, for a person to look at.
+
+        Raises:
+          CannotWrite, UserError: the run's folder does not let it be moved.
+        """
         target = self.directory.with_name("damaged") / f"{step}-{time.time_ns()}"
-        target.parent.mkdir(exist_ok=True)
-        return (self.directory / str(step)).rename(target)
+        if target.parent.is_symlink():
+            raise UserError("is a link", field=str(target.parent), hint="Remove it")
+        disk.make_folder(target.parent)
+        with disk.writing(target):
+            return (self.directory / str(step)).rename(target)
 
     def restore(self, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
         """Reads the arrays of a checkpoint into the shapes, dtypes and shardings of `like`.
 
         Raises:
-          UserError: the checkpoint holds other leaves or shapes than `like`.
+          UserError: the checkpoint holds other leaves or shapes than `like`, or is damaged.
         """
+        wanted = ocp.args.Composite(state=ocp.args.StandardRestore(like))
         try:
-            return self._manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like))
-            )["state"]
+            with damage.reading(self.directory / str(step), ValueError, KeyError, TypeError):
+                return self._manager.restore(step, args=wanted)["state"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"does not fit this stage: {self._difference(step, like) or error}",

@@ -23,16 +23,24 @@ ERRORS = (
 
 
 @contextlib.contextmanager
-def reading(path: str | Path) -> Iterator[None]:
+def reading(path: str | Path, *other: type[Exception]) -> Iterator[None]:
     """Names the file or folder that a block reads, where its content makes no sense.
+
+    Args:
+      path: of the file or folder.
+      other: errors that mean something else, and stay.
 
     Raises:
       UserError: it does not.
     """
     try:
         yield
-    except ERRORS as error:
-        what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    except Exception as error:
+        bare = type(error) is Exception  # so orbax wraps what tensorstore raises for an array
+        if not bare and (isinstance(error, other) or not isinstance(error, ERRORS)):
+            raise
+        cause = (bare and error.__cause__) or error
+        what = " ".join(f"{type(cause).__name__}: {cause}".split())[:200]
         hint = "Bring it back from a copy, or make it again"
         raise UserError(f"is damaged ({what})", field=str(path), hint=hint) from error
 

@@ -135,11 +135,14 @@ def told(safe: Callable[[], str]) -> Iterator[None]:
 class Raised(logging.Filter):
     """Drops records about errors that are raised as well.
 
-    Orbax logs each with its traceback before it raises it, and asyncio repeats it for every array.
+    Orbax logs each with its traceback before it raises it, and asyncio, which nobody else uses,
+    repeats it for every array that was read or written at the same time.
     """
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether the record is shown."""
+        if record.name == "asyncio" and "exception was never retrieved" in record.getMessage():
+            return False
         error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
         return error is None or not ("orbax" in Path(record.pathname).parts or failure(error))
 
@@ -152,8 +155,14 @@ def say_once() -> None:
     hook = sys.unraisablehook
 
     def shown(args: sys.UnraisableHookArgs) -> None:
-        # What tensorstore has still to say when orbax has given up.
-        if str(args.exc_value) != "Event loop is closed":
+        if not _given_up(args):
             hook(args)
 
     sys.unraisablehook = shown
+
+
+def _given_up(args: sys.UnraisableHookArgs) -> bool:
+    """Whether orbax and tensorstore still talk of what they have given up, and raised before."""
+    code = getattr(args.object, "cr_code", None)
+    of_orbax = code is not None and "orbax" in Path(code.co_filename).parts
+    return of_orbax or str(args.exc_value) == "Event loop is closed"

@@ -74,7 +74,12 @@ class Way:
 
 
 def outputs(
-    texts: Sequence[str], way: Way, output: str, beam: Sequence[str] = (), workers: int = 0
+    texts: Sequence[str],
+    way: Way,
+    output: str,
+    split: str,
+    beam: Sequence[str] = (),
+    workers: int = 0,
 ) -> tuple[dict[str, str], dict[str, Any]]:
     """What a way makes of texts; what was made before is not made again.
 
@@ -82,6 +87,7 @@ def outputs(
       texts: of which no two say the same.
       way: how.
       output: folder of what is kept.
+      split: whose texts they are; two splits of one folder may be translated at the same time.
       beam, workers: as of `runner.mapped`.
 
     Returns:
@@ -105,7 +111,7 @@ def outputs(
     disk.make_folder(kept)
     todo = pending(texts, known(kept))
     files = {batch_file(str(kept), batch): len(batch) for batch in todo}
-    step, results = TranslateBatch(str(kept), made), folder / "done.json"
+    step, results = TranslateBatch(str(kept), made), folder / f"{split}_done.json"
     threads, stop = (way.endpoint.parallel, made.stop) if way.endpoint else (1, lambda: None)
     with engine.Progress("translate", sum(files.values()), engine.Finished(files), "texts"):
         runner.mapped(step, todo, results, beam, workers, threads, stop)

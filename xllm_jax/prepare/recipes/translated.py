@@ -66,7 +66,7 @@ def build(
     begin(source, output)
     found, unreadable = read(source, output, beam, workers)
     texts = unique(found)
-    made, cost = translators.outputs(texts, way, output, beam, workers)
+    made, cost = translators.outputs(texts, way, output, split, beam, workers)
     table, reasons = translation_faults.judged(made)
     left_out = dict(Counter(reasons.values()).most_common())
     counts = {"texts": len(texts), "translated": len(table), "left_out": left_out}
@@ -101,7 +101,7 @@ def read(
       UserError: no record can be read.
     """
     count = len(mixture.read(source.reader, source, ""))
-    starts, file = range(0, count, CHUNK), Path(output) / "texts.json"
+    starts, file = range(0, count, CHUNK), Path(output) / f"{source.split}_read.json"
     found = runner.mapped(ReadTexts(source), starts, file, beam, workers)
     unreadable = sum(one["unreadable"] for one in found)
     if unreadable == count:

@@ -73,13 +73,13 @@ def build(
     with Reach([input]).holding():
         data = questions.read(input, split)
     texts = questions.collect(questions.texts(data), output, split)
-    found, cost = translators.outputs(texts, way, output, beam, workers)
+    found, cost = translators.outputs(texts, way, output, split, beam, workers)
     known, reasons = translation_faults.judged(found)
     atomic.write_json(Path(output) / f"{split}_translated.json", cost | {"reasons": reasons})
     table = completed(data, known)
     asked = {data["questions"][r["question"]] for d in data["dialogs"] for r in d["dialog"]}
     folder = Path(output) / "audio"
-    speak(sorted(asked), table, folder, say, beam, workers)
+    speak(sorted(asked), table, folder, Path(output) / f"{split}_spoken.json", say, beam, workers)
     files = {same(text): name for text, name in spoken(folder).items()}
     made, counts = in_chinese(data, table, files)
     if not counts["rounds"]:
@@ -124,6 +124,7 @@ def speak(
     asked: Sequence[str],
     table: Mapping[str, str],
     folder: Path,
+    listed: Path,
     engine: transforms.Engine,
     beam: Sequence[str],
     workers: int,
@@ -134,7 +135,7 @@ def speak(
     say = Say(str(folder), engine)
     notes = {say.file(text).with_suffix(".json"): 1 for text in once}
     with engines.Progress("speak", len(once), engines.Finished(notes)):
-        runner.mapped(say, once, folder.with_name("spoken.json"), beam, workers)
+        runner.mapped(say, once, listed, beam, workers)
 
 
 class Say(transforms.Speak):
