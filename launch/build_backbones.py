@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -74,7 +73,7 @@ def main(_: list[str]) -> None:
     output = Path(OUTPUT.value)
     if TOKENIZER.value:
         print(f"Tokenizer: {learn_tokenizer(output / 'llm')}")
-        shutil.copy(SHIPPED / "bert" / world.VOCABULARY, output / world.VOCABULARY)
+        world.copy_file(SHIPPED / "bert" / world.VOCABULARY, output)
         clip_vocabulary.write(output / Path(networks.DECODER).name / "tokenizer")
         return
     if LATENTS.value:

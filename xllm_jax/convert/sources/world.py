@@ -55,7 +55,7 @@ def export_llm(model: ChatGLM, params: Mapping[str, Any], tokenizer: Path, folde
     _save(tensors | {chatglm.HEAD: tensors[chatglm.WORDS]}, folder / WEIGHTS)
     for name in TOKENIZER:
         if tokenizer != folder:
-            _copy(tokenizer / name, folder)
+            copy_file(tokenizer / name, folder)
 
 
 def export_vision(model: VisionTransformer, params: Mapping[str, Any], folder: Path) -> None:
@@ -76,7 +76,7 @@ def export_bert(
     tensors[TYPES] = np.zeros((2, model.width), np.float32)
     _save(tensors, folder / WEIGHTS)
     if vocabulary != folder / VOCABULARY:
-        _copy(vocabulary, folder)
+        copy_file(vocabulary, folder)
 
 
 def export_decoder(
@@ -158,14 +158,14 @@ def import_bert(model: ContrastModel, encoder: BertEncoder, folder: Path, output
     table = bert.rows(encoder.depth, encoder.heads, words=False)
     params, _ = import_tree(table, source, shapes, drop=bert.DROP)
     _write({"bert": params}, folder, output / "bert")
-    _copy(folder / VOCABULARY, output)
+    copy_file(folder / VOCABULARY, output)
 
 
 def import_llm(folder: Path, output: Path) -> None:
     """Writes the base 'llm' with the tokenizer and its configuration beside it."""
     _write(run_import.examine("chatglm", folder).tree(), folder, output)
     for name in (*TOKENIZER, CONFIG):  # which tells the ids that are spare
-        _copy(folder / name, output)
+        copy_file(folder / name, output)
 
 
 def import_vision(model: VisionTransformer, folder: Path, output: Path) -> None:
@@ -181,9 +181,11 @@ def _write(parts: dict[str, Any], source: Path, output: Path) -> None:
     checkpoint.save_base(output, parts, {"source": source.name})
 
 
-def _copy(file: Path, folder: Path) -> None:
+def copy_file(file: Path, folder: Path) -> None:
+    """Copies a file into a folder, whole or not at all; what a killed copy has left goes."""
     with atomic.whole(folder / file.name) as partial:
         shutil.copy(file, partial)
+    atomic.remove_partial(folder, {file.name})
 
 
 def _save(tensors: Mapping[str, np.ndarray], path: Path) -> None:
@@ -193,6 +195,7 @@ def _save(tensors: Mapping[str, np.ndarray], path: Path) -> None:
     halved = {name: np.asarray(x, np.float16) for name, x in tensors.items()}
     with atomic.whole(path) as partial, disk.writing(path, also=(SafetensorError,)):
         save_file(halved, str(partial))
+    atomic.remove_partial(path.parent, {path.name})
 
 
 def recognize(checkpoint: files.Checkpoint) -> bool:
