@@ -15,7 +15,7 @@ from test_video_tables import clip
 from xllm_jax.data.media import speech, unsized
 
 USUAL, MANY = 100, 10_000
-KINDS = ("keys.mp4", "custom.mp4", "udta.mp4", "track.mp4", "avi", "asf", "flv")
+KINDS = ("keys.mp4", "custom.mp4", "udta.mp4", "track.mp4", "avi", "asf", "flv", "late.flv")
 
 
 def box(kind, *parts):
@@ -100,8 +100,10 @@ def named(plain, kind, count):
             + content[24:30]
             + (extra + content[30:])
         )
-    if kind == "flv":
-        return content[:13] + flv(count) + content[13:]
+    if kind.endswith("flv"):
+        empty = b"\x09" + bytes(10) + struct.pack(">I", 11)
+        before = 1500 * empty if kind.startswith("late") else b""
+        return content[:13] + before + flv(count) + content[13:]
     return (
         content[:4]
         + struct.pack("<I", len(content) - 8 + len(info(count)))

@@ -18,7 +18,7 @@ from xllm_jax.data.media import paths, unsized
 MOST_NAMES = 500  # of a file
 MOST_PARTS = 10_000  # chunks, tags or objects that are looked at
 # A script of FLV lists its key frames, too, 18 bytes each; a name takes 7 bytes and more.
-SCRIPT_BYTES, SCRIPT_TAG, FLV_TAGS = 1 << 17, 18, 1000
+SCRIPT_BYTES, SCRIPT_TAG, FLV_TAGS = 1 << 17, 18, 1_000_000  # four hours
 ASF = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
 ASF_DATA = bytes.fromhex("3626b2758e66cf11a6d900aa0062ce6c")
 ASF_EXTENSION = bytes.fromhex("b503bf5f2ea9cf118ee300c00c205365")
@@ -37,8 +37,8 @@ def check(path: str | Path, head: bytes) -> None:
       head: its first bytes.
 
     Raises:
-      UserError: more than MOST_NAMES, a script beyond SCRIPT_BYTES, or MOST_PARTS parts before
-        the frames.
+      UserError: more than MOST_NAMES, scripts beyond SCRIPT_BYTES, MOST_PARTS parts before the
+        frames, or more than FLV_TAGS tags.
     """
     if head[:4] == b"RIFF":
         counted, most = _avi, MOST_NAMES
@@ -77,15 +77,17 @@ def _avi(file: BinaryIO) -> Iterator[int]:
 
 
 def _flv(file: BinaryIO) -> Iterator[int]:
-    """Bytes of the script in each of the first tags."""
+    """Bytes of each script: FFmpeg reads those between the frames, too."""
     at = int.from_bytes(_read(file, 5, 4)) + 4
     for _ in range(FLV_TAGS):
         head = _read(file, at, 4)
         if len(head) < 4:
             return
         size = int.from_bytes(head[1:])
-        yield size if head[0] & 31 == SCRIPT_TAG else 0
+        if head[0] & 31 == SCRIPT_TAG:
+            yield size
         at += 11 + size + 4
+    yield SCRIPT_BYTES + 1
 
 
 def _asf(file: BinaryIO) -> Iterator[int]:
