@@ -38,7 +38,7 @@ RECIPE = flags.DEFINE_string(
 INPUT = flags.DEFINE_string("input", None, "Folder of the data that the recipe reads.")
 OUTPUT = flags.DEFINE_string("output", None, "Folder in which the data set is written.")
 WORKERS = flags.DEFINE_integer(
-    "workers", 0, "Number of worker processes; 0 works in this process.", 0
+    "workers", 0, "Number of worker processes; 0 works in this process.", 0, 1024
 )
 BEAM = flags.DEFINE_multi_string("beam", [], "Pipeline option for Apache Beam")
 
@@ -76,7 +76,7 @@ OWN = (
         "tokenizer", None, "similar: folder of CLIP's tokenizer; without it, the base's."
     ),
     flags.DEFINE_integer(
-        "batch", None, "similar: number of pairs that CLIP computes at a time.", 1
+        "batch", None, "similar: number of pairs that CLIP computes at a time.", 1, 65536
     ),
     flags.DEFINE_float("threshold", None, THRESHOLD_HELP),
     flags.DEFINE_string(
@@ -109,7 +109,9 @@ ENDPOINT = (
         'With --endpoint: further fields of every request, as a JSON object; {"temperature": 0} '
         "without it.",
     ),
-    flags.DEFINE_integer("parallel", None, "With --endpoint: requests at a time; 8 without it.", 1),
+    flags.DEFINE_integer(
+        "parallel", None, "With --endpoint: requests at a time; 8 without it.", 1, 1024
+    ),
     flags.DEFINE_float(
         "timeout", None, "With --endpoint: seconds that a reply may take; 120 without it.", 0.1
     ),

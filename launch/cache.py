@@ -39,7 +39,9 @@ MODALITY = flags.DEFINE_list(
 MOST = flags.DEFINE_float(
     "most_gib", 16.0, "Largest size that the cache may get, in GiB; a larger one is not begun.", 0.0
 )
-BATCH = flags.DEFINE_integer("batch", 32, "Number of files that this host computes at a time.", 1)
+BATCH = flags.DEFINE_integer(
+    "batch", 32, "Number of files that this host computes at a time.", 1, 65536
+)
 SHARD = flags.DEFINE_integer("shard_records", 1024, "Number of files in a shard.", 1)
 AGAIN = flags.DEFINE_bool("again", False, "Replace the cache that is in the folder.")
 flags.declare_key_flag("allow_paths")

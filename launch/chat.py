@@ -33,7 +33,7 @@ CHECKPOINT = flags.DEFINE_string(
 )
 ROUNDS = flags.DEFINE_integer("rounds", 4, "Number of earlier rounds that the model sees.", 0)
 MAX_TOKENS = flags.DEFINE_integer(
-    "max_tokens", 64, "Length of the longest answer in tokens, the end token included.", 2
+    "max_tokens", 64, "Length of the longest answer in tokens, the end token included.", 2, 1 << 20
 )
 DRAW = flags.DEFINE_string("draw", "", drawing.HELP)
 flags.adopt_module_key_flags(drawing)

@@ -9,6 +9,7 @@ import difflib
 import functools
 import importlib
 import json
+import math
 import os
 import re
 import runpy
@@ -21,7 +22,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections.config_flags import config_flags
 
-from xllm_jax.core import disk, errors, interrupts, limits, memory_allocator
+from xllm_jax.core import disk, errors, interrupts, limits, memory_allocator, words
 from xllm_jax.core.errors import Diverged, UserError
 from xllm_jax.core.stage import Stage
 from xllm_jax.core.suite import Suite
@@ -37,6 +38,8 @@ LOST = errors.LOST  # 76, a host stalled or was lost
 STOPPED = 130  # Ctrl-C
 LARGEST_STAGE = 1 << 20  # bytes of a stage file
 MESSAGE = 200  # characters of a library's message that are shown
+LINE = 2000  # characters of a line on stderr
+MOST = 2**31 - 1  # of an integer
 
 ALLOW_PATHS = flags.DEFINE_multi_string(
     "allow_paths",
@@ -126,6 +129,7 @@ def parse(argv: Sequence[str], kind: type[Stage] | type[Suite] = Stage) -> list[
         given, settings = dict_overrides.take(argv, configs)
         check_names(given, configs)
         rest = parsed(given)
+        check_numbers()
         for setting in settings:
             setting.apply(flags.FLAGS[setting.flag].value)
         for name in configs:
@@ -138,6 +142,22 @@ def parse(argv: Sequence[str], kind: type[Stage] | type[Suite] = Stage) -> list[
         fail(str(error))
     except flags.Error as error:
         fail(format_message(error))
+
+
+def check_numbers() -> None:
+    """Looks at the numbers of all flags: absl takes NaN for one within any bounds.
+
+    Raises:
+      UserError: one is not finite, or an integer beyond 32 bits.
+    """
+    for flag in (flags.FLAGS[name] for name in flags.FLAGS if "." not in name):
+        for value in flag.value if isinstance(flag.value, list) else [flag.value]:
+            odd = isinstance(value, float) and not math.isfinite(value)
+            if odd or (isinstance(value, int) and abs(value) > MOST):
+                hint = f"Give a number up to {MOST:,}".replace(",", "_")
+                raise UserError(
+                    f"cannot be {words.shown(value)}", field=f"--{flag.name}", hint=hint
+                )
 
 
 def check_settings(flag: str, made: Any, kind: type[Stage] | type[Suite] = Stage) -> None:
@@ -184,9 +204,11 @@ def parsed(argv: list[str]) -> list[str]:
 def fail(line: str, code: int = FAILED) -> NoReturn:
     """Prints one line on stderr, or none, and leaves; too long a word of the user is cut."""
     line = re.sub(rf"\S{{{MESSAGE},}}", lambda word: f"{word[0][:60]}…", line)
-    for stream, words in ((sys.stdout, ""), (sys.stderr, " ".join(line.split()))):
+    line = " ".join(line.split())
+    line = line if len(line) <= LINE else f"{line[:LINE]}…"
+    for stream, text in ((sys.stdout, ""), (sys.stderr, line)):
         try:
-            print(words, end="\n" if words else "", file=stream, flush=True)
+            print(text, end="\n" if text else "", file=stream, flush=True)
         except OSError:  # Python would try again at the end, and print a traceback
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     raise SystemExit(code)

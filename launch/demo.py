@@ -43,7 +43,7 @@ QUICK = flags.DEFINE_bool(
     "quick", False, "Run everything in about three minutes, at lower quality."
 )
 SLOTS = flags.DEFINE_integer(
-    "slots", 0, "Number of steps that run at a time; 0 runs one for each core, two at most."
+    "slots", 0, "Number of steps that run at a time; 0 runs one for each core, two at most.", 0
 )
 SEED = flags.DEFINE_integer(
     "seed", 0, "Seed of all trainings; the world and its test split stay as they are.", 0

@@ -63,7 +63,9 @@ CER = flags.DEFINE_enum(
     "X-LLM repository does).",
 )
 PICTURES = 16  # drawn at a time
-ROWS = flags.DEFINE_integer("rows", 32, "Number of questions that are answered at a time.", 1)
+ROWS = flags.DEFINE_integer(
+    "rows", 32, "Number of questions that are answered at a time.", 1, 65536
+)
 
 DRAW = flags.DEFINE_string(
     "draw",

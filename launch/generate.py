@@ -60,9 +60,9 @@ TOP_P = flags.DEFINE_float(
 TOP_K = flags.DEFINE_integer(
     "top_k", 0, "Sample from this many of the likeliest tokens; 0 takes all.", 0
 )
-BEAMS = flags.DEFINE_integer("beams", 4, "Number of beams of beam search.", 2)
+BEAMS = flags.DEFINE_integer("beams", 4, "Number of beams of beam search.", 2, 1024)
 MAX_TOKENS = flags.DEFINE_integer(
-    "max_tokens", 64, "Length of the longest answer in tokens, the end token included.", 2
+    "max_tokens", 64, "Length of the longest answer in tokens, the end token included.", 2, 1 << 20
 )
 SEED = flags.DEFINE_integer(
     "seed", 0, "Seed of the random numbers for sampling, and of the noise that pictures begin with."

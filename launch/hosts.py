@@ -18,8 +18,12 @@ HOSTS = flags.DEFINE_string(
     "Hosts that run the command together: '' for this process alone, 'auto' for the hosts of a TPU "
     "pod, SLURM step or Kubernetes job, ADDRESS:PORT of host 0 for --host_count hosts.",
 )
-COUNT = flags.DEFINE_integer("host_count", None, "Number of hosts; goes with --hosts=ADDRESS:PORT.")
-INDEX = flags.DEFINE_integer("host_index", None, "Number of this host, from 0 to host_count - 1.")
+COUNT = flags.DEFINE_integer(
+    "host_count", None, "Number of hosts; goes with --hosts=ADDRESS:PORT.", 1
+)
+INDEX = flags.DEFINE_integer(
+    "host_index", None, "Number of this host, from 0 to host_count - 1.", 0
+)
 
 
 def join() -> None:

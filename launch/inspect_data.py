@@ -16,7 +16,7 @@ from ml_collections import config_flags
 from xllm_jax.launch import cli
 
 CONFIG = config_flags.DEFINE_config_file("config", None, cli.STAGE_HELP)
-SAMPLES = flags.DEFINE_integer("samples", 24, "Number of samples on the page.", 1)
+SAMPLES = flags.DEFINE_integer("samples", 24, "Number of samples on the page.", 1, 100_000)
 OUTPUT = flags.DEFINE_string("output", ".", "Folder in which audit.html is written.")
 flags.declare_key_flag("allow_paths")
 

@@ -33,7 +33,7 @@ OUTPUT = flags.DEFINE_string(
     "output", "preflight", "Folder in which the page is written, as text and as JSON."
 )
 RECORDS = flags.DEFINE_integer(
-    "records", 200, "Number of records of the data to measure; 0 measures none."
+    "records", 200, "Number of records of the data to measure; 0 measures none.", 0
 )
 SEARCH = flags.DEFINE_bool(
     "search", True, "Also search for the largest micro-batch that fits; takes several compilations."

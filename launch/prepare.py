@@ -34,7 +34,7 @@ SHARD = flags.DEFINE_integer(
     "shard_records", preparation.PER_SHARD, "Number of records in a shard.", 1
 )
 WORKERS = flags.DEFINE_integer(
-    "workers", 0, "Number of worker processes; 0 works in this process.", 0
+    "workers", 0, "Number of worker processes; 0 works in this process.", 0, 1024
 )
 CHECK = flags.DEFINE_bool(
     "check", True, "Decode every file before it is stored, and leave out what cannot be decoded."

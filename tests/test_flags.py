@@ -198,6 +198,33 @@ def test_any_value_of_any_flag_is_taken_or_refused_in_one_line(name):
     assert wrong == []
 
 
+NUMBERS = [
+    *(("generate", "temperature=nan"), ("generate", "top_p=nan"), ("generate", "guidance=nan")),
+    *(("generate", "seed=99999999999999999999"), ("generate", "max_tokens=2000000")),
+    *(("generate", "beams=2000"), ("generate", "steps=0"), ("generate", "guidance=inf")),
+    *(("chat", "rounds=99999999999999999999"), ("chat", "steps=1001"), ("chat", "max_tokens=1")),
+    *(("prepare", "deadline=nan"), ("prepare", "memory=inf"), ("prepare", "workers=1000000")),
+    *(("cache", "most_gib=nan"), ("cache", "batch=99999999999999999999")),
+    *(("build_data", "timeout=nan"), ("build_data", "threshold=inf"), ("build_data", "seed=-1")),
+    *(("evaluate", "limit=99999999999999999999"), ("evaluate", "rows=0")),
+    *(("demo", "slots=-1"), ("world", "images=99999999999999999999"), ("preflight", "records=-1")),
+]
+
+
+@pytest.mark.parametrize("name, given", NUMBERS)
+def test_a_number_of_a_flag_is_one_and_within_its_range(name, given):
+    with command(name):
+        code, said = run([f"--{given}"])
+    assert (code, said.count("\n")) == (2, 1), said
+    assert given.partition("=")[0] in said and given.partition("=")[2][:20] in said
+
+
+def test_a_long_line_is_cut(capsys):
+    with pytest.raises(SystemExit):
+        cli.fail("a word " * 10_000)
+    assert len(capsys.readouterr().err) < 2010
+
+
 NAMED = {
     "keep.=3": "keep",
     "data.rows.0=0": "data.rows.0",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import zlib
 
 import measured_reading
 import pytest
@@ -50,7 +51,13 @@ def attached(size):
 
 
 CUE = element("bb", element("b3", b"\1") + element("b7", b"\xf7\x81\1"))
+PACKED = element("5034", element("4254", b"\0"))  # by zlib, the head of the track, too
+PACKED = element("6d80", element("6240", element("5032", b"\3") + PACKED))
+HEAVY = element("d7", b"\x20") + element("83", b"\x11") + element("86", b"S_TEXT/ASS") + PACKED
+HEAVY = element("ae", HEAVY + element("63a2", zlib.compress(bytes(9_000_000), 9)))
 REFUSED = {
+    "packed tracks": element(TRACKS, HEAVY * 65),
+    "packings": element(TRACKS, element("ae", element("6d80", b"\x62\x40\x80" * 400_000))),
     "tracks": element(TRACKS, b"\xae\x80" * 500_000),
     "cues": element(CUES, b"\xbb\x80" * 500_000),
     "attachments": element(ATTACHMENTS, b"\x61\xa7\x80" * 1_000_000),

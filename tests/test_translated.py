@@ -300,13 +300,33 @@ def test_the_key_comes_from_the_environment_or_a_file_and_stays_there(pictures, 
         ("localhost:8000", {"model": "m"}, "is no address of an API"),
         ("http://me:secret@host/v1", {"model": "m"}, "holds more than an address"),
         ("http://host/v1?key=secret", {"model": "m"}, "holds more than an address"),
+        ("http://[", {"model": "m"}, "is no address of an API"),
+        ("http://host:99999999/v1", {"model": "m"}, "is no address of an API"),
+        ("http://host/v 1", {"model": "m"}, "is no address of an API"),
+        ("http://host/v1\n", {"model": "m"}, "is no address of an API"),
         ("http://host/v1", {}, "--model: an endpoint needs it"),
         ("http://host/v1", {"model": "m", "prices": "cheap"}, "'cheap' are no prices"),
+        ("http://host/v1", {"model": "m", "prices": "nan,1"}, "'nan,1' are no prices"),
+        ("http://host/v1", {"model": "m", "prices": "1,-1"}, "'1,-1' are no prices"),
     ],
 )
 def test_mistakes_of_an_endpoint(url, options, message):
     with pytest.raises(UserError, match=message) as caught:
         Endpoint(url, **options)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["device", "hollow", "words", "bytes", "none"])
+def test_a_file_that_holds_no_key(kind, tmp_path):
+    """Nobody waits for it, and nothing of it is shown."""
+    file = tmp_path / "key"
+    file.write_bytes({"words": b"secret words", "bytes": b"\xff\xfe"}.get(kind, b""))
+    if kind == "hollow":
+        with file.open("wb") as opened:
+            opened.truncate(6 << 30)
+    file = Path("/dev/zero") if kind == "device" else file
+    with pytest.raises(UserError) as caught:
+        Endpoint("http://host/v1", "m", key_file=str(file)).key()
     assert "secret" not in str(caught.value)
 
 

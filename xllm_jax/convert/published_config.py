@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from xllm_jax.convert.files import Checkpoint
+from xllm_jax.core import words
 from xllm_jax.core.errors import UserError
 from xllm_jax.models.layers import ACTIVATIONS
 
@@ -34,7 +35,7 @@ class PublishedConfig:
 
     def refuse(self, name: str, what: str) -> UserError:
         """The error that names a field."""
-        what = f"is {self.values.get(name)!r}, {what}"
+        what = f"is {words.shown(self.values.get(name))}, {what}"
         hint = "Correct config.json, or give another checkpoint"
         return UserError(what, field=self.place + name, hint=hint)
 
@@ -128,7 +129,7 @@ def read(
     place = f"{checkpoint.config_file()}: "
     told = whole.get("model_type")
     if kinds and told is not None and told not in kinds:
-        what = f"is {told!r}, and this source reads {', '.join(kinds)}"
+        what = f"is {words.shown(told)}, and this source reads {', '.join(kinds)}"
         raise UserError(what, field=f"{place}model_type", hint="Give that model's own config.json")
     inner = whole.get(section) if section else None
     if not isinstance(inner, Mapping):

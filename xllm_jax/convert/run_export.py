@@ -16,7 +16,7 @@ from xllm_jax.convert import ConversionPlan, Row, check_table, conversion_record
 from xllm_jax.convert.base_sizes import Base
 from xllm_jax.convert.header import Header
 from xllm_jax.convert.safetensors_file import SAFETENSORS
-from xllm_jax.core import atomic, checkpoint, litter, rules
+from xllm_jax.core import atomic, checkpoint, damage, limits, litter, rules
 from xllm_jax.core.errors import CannotWrite, UserError
 from xllm_jax.core.new_folder import new_folder
 
@@ -121,11 +121,13 @@ def run_export(source: str, path: str | Path, output: str | Path, size: str = ""
             field=str(path),
             hint=f"Say --source={made.source}",
         )
-    options = made.options if made else _measured(module, leaves, path, size)
-    plan = module.plan(options)
-    tensors: Mapping[str, np.ndarray] = Exported(plan, leaves, path)
-    restore = getattr(module, "restore", None)
-    tensors = restore(tensors, options) if restore else tensors
+    with damage.reading(path):
+        options = made.options if made else _measured(module, leaves, path, size)
+        limits.check_network(options, str(path))
+        plan = module.plan(options)
+        tensors: Mapping[str, np.ndarray] = Exported(plan, leaves, path)
+        restore = getattr(module, "restore", None)
+        tensors = restore(tensors, options) if restore else tensors
     if output.exists() and (output.is_file() or litter.filled(output)):
         raise UserError("is there already", field=str(output), hint="Choose another --output")
     run_import.check_room(output, sum(_bytes(header_of(tensors, name)) for name in tensors))

@@ -37,7 +37,7 @@ from xllm_jax.convert import (
     place,
     wrapped_names,
 )
-from xllm_jax.core import checkpoint, litter, lookup, rules
+from xllm_jax.core import bounded, checkpoint, damage, limits, litter, lookup, rules
 from xllm_jax.core.errors import CannotWrite, UserError
 from xllm_jax.core.streamed_leaf import Blocks
 
@@ -169,15 +169,17 @@ def examine(
     module = source_named(source)
     opened = wrapped_names.unwrapped(files.open_checkpoint(path), module.recognize)
     check_kind(source, opened)
-    options = module.options(opened, size) if options is None else options
-    if keep_packed:
-        if not hasattr(module, "packed_options"):
-            what = f"{source} has no integer weights to keep"
-            raise UserError(what, field="--keep_packed", hint="Leave it out; see xllm quantize")
-        options = module.packed_options(options, opened)
-    plan = module.plan(options)
-    prepare = getattr(module, "prepare", None)
-    tensors = prepare(opened, options) if prepare else opened
+    with damage.reading(opened.path):  # a configuration may say anything
+        options = module.options(opened, size) if options is None else options
+        limits.check_network(options, str(opened.path))
+        if keep_packed:
+            if not hasattr(module, "packed_options"):
+                what = f"{source} has no integer weights to keep"
+                raise UserError(what, field="--keep_packed", hint="Leave it out; see xllm quantize")
+            options = module.packed_options(options, opened)
+        plan = module.plan(options)
+        prepare = getattr(module, "prepare", None)
+        tensors = prepare(opened, options) if prepare else opened
     leaves, report = laid_out(plan, tensors)
     return Examined(opened, options, plan, tensors, leaves, report)
 
@@ -341,9 +343,28 @@ def check_room(output: str | Path, needed: int) -> None:
 
 
 def copy_extra_files(plan: ConversionPlan, source: Path, target: Path) -> None:
-    """Copies the plan's further files (tokenizer, configuration) from one folder to the other."""
+    """Copies the plan's further files (tokenizer, configuration) from one folder to the other.
+
+    Raises:
+      UserError: one is a link that leaves the folder, which nobody wants to publish by accident,
+        or too large for such a file.
+    """
     folder = source if source.is_dir() else source.parent
     for name, new in ({name: name for name in plan.extra_files} | dict(plan.moved_files)).items():
         if (folder / name).is_file():
+            check_own(folder / name, folder)
+            bounded.look(folder / name)
             (target / new).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(folder / name, target / new)
+            shutil.copyfile(folder / name, target / new)
+
+
+def check_own(file: Path, folder: Path) -> None:
+    """Raises UserError for a file of a folder that lies elsewhere in truth.
+
+    Hugging Face's cache has files of `snapshots/REVISION` beside them, in `blobs`.
+    """
+    home, place = folder.resolve(), file.resolve()
+    blobs = [home.parent.parent / "blobs"] if home.parent.name == "snapshots" else []
+    if not any(place.is_relative_to(one) for one in (home, *blobs)):
+        what, hint = f"is a link to {place}", "Put the file itself there, or remove it"
+        raise UserError(what, field=str(file), hint=hint)

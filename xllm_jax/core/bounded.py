@@ -32,12 +32,33 @@ def read_bytes(file: Path, most: int = MOST) -> bytes:
 
     with open(file, "rb", opener=at_once) as opened:
         state = os.fstat(opened.fileno())
-        if not stat.S_ISREG(state.st_mode):
-            raise UserError("is no regular file", field=str(file))
-        if state.st_size > most or len(content := opened.read(most + 1)) > most:
-            what = f"has {state.st_size:,} bytes, more than {most:,}"
+        _check(file, state, most)
+        content = opened.read(most + 1)
+        if len(content) > most:
+            what = f"has more than {most:,} bytes"
             raise UserError(what, field=str(file), hint="Bring it back from a copy, or fetch it")
     return content
+
+
+def look(file: Path, most: int = MOST) -> None:
+    """Looks at a file that a library will read as a whole; one that is not there is none.
+
+    Raises:
+      UserError: as of `read_bytes`.
+    """
+    try:
+        state = os.stat(file)
+    except OSError:
+        return
+    _check(file, state, most)
+
+
+def _check(file: Path, state: os.stat_result, most: int) -> None:
+    if not stat.S_ISREG(state.st_mode):
+        raise UserError("is no regular file", field=str(file))
+    if state.st_size > most:
+        what = f"has {state.st_size:,} bytes, more than {most:,}"
+        raise UserError(what, field=str(file), hint="Bring it back from a copy, or fetch it")
 
 
 def read_text(file: Path) -> str:

@@ -10,6 +10,7 @@ import dataclasses
 import email.utils
 import http.client
 import json
+import math
 import os
 import random
 import ssl
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from xllm_jax.core import bounded
 from xllm_jax.core.errors import UserError
 
 KEY = "OPENAI_API_KEY"  # environment variable
@@ -30,6 +32,7 @@ REFUSED = (400, 413, 422)  # states of an endpoint that does not want these text
 ATTEMPTS, PATIENT = 8, 40  # failures in a row that end the run; PATIENT of them are rate limits
 LONGEST_WAIT = 60.0  # seconds
 LARGEST = 1 << 24  # bytes of a reply
+LONGEST_KEY = 1 << 16  # bytes of its file
 CONTINUES = "What was answered is kept: the same command continues"
 
 
@@ -64,8 +67,12 @@ class Endpoint:
     attempts: int = ATTEMPTS
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(self.url)
+            known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:  # half an IPv6 address, a port beyond 65535
+            known = False
+        if not known or not self.url.isascii() or not self.url.isprintable() or " " in self.url:
             hint = "Such as http://localhost:8000/v1"
             raise UserError("is no address of an API", field="--endpoint", hint=hint)
         if parts.username or parts.password or parts.query:
@@ -83,6 +90,8 @@ class Endpoint:
             return None
         try:
             given, made = (float(text) / 1e6 for text in self.prices.split(","))
+            if not (0 <= given < math.inf and 0 <= made < math.inf):
+                raise ValueError
         except ValueError:
             hint = "INPUT,OUTPUT of a million tokens: 0.15,0.60"
             raise UserError(f"{self.prices!r} are no prices", field="--prices", hint=hint) from None
@@ -97,8 +106,8 @@ class Endpoint:
         if not self.key_file:
             return os.environ.get(KEY, "").strip()
         try:
-            found = Path(self.key_file).read_text("utf-8").strip()
-        except (OSError, UnicodeDecodeError):
+            found = bounded.read_bytes(Path(self.key_file), LONGEST_KEY).decode("utf-8").strip()
+        except (OSError, ValueError):
             raise UserError("cannot be read", field="--key_file", hint=self.key_file) from None
         if not found.isascii() or not found.isprintable() or " " in found or not found:
             raise UserError("holds no key", field="--key_file", hint="The key, and nothing else")

@@ -45,6 +45,35 @@ def reading(path: str | Path, *other: type[Exception]) -> Iterator[None]:
         raise UserError(f"is damaged ({what})", field=str(path), hint=hint) from error
 
 
+@contextlib.contextmanager
+def given_to_library(
+    folder: str | Path, *names: str, told: str = "cannot be used"
+) -> Iterator[None]:
+    """Names the folder from which a block lets libraries read, whatever they raise.
+
+    Args:
+      folder: of a tokenizer or a model.
+      names: of its files that are read as a whole.
+      told: of a folder that makes no sense.
+
+    Raises:
+      UserError: the library cannot use them, or one is too large, or no regular file.
+    """
+    for name in names:
+        bounded.look(Path(folder) / name)
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        # Libraries written in Rust raise what is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        hint = "Download its files again"
+        raise UserError(f"{told} ({what})", field=str(folder), hint=hint) from error
+
+
 def read_object(file: Path) -> dict[str, Any]:
     """A JSON object.
 

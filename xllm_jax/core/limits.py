@@ -15,13 +15,13 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from xllm_jax.core import words
 from xllm_jax.core.errors import UserError
-from xllm_jax.core.fields import Option
-from xllm_jax.core.stage import Stage
+from xllm_jax.core.fields import MOST, Option
+from xllm_jax.core.stage import Part, Stage
 from xllm_jax.core.suite import Suite
 
 NUMBER = (int, float)
-SHOWN = 60  # characters of a wrong value
 
 
 def check(stage: Stage | Suite) -> None:
@@ -38,8 +38,37 @@ def check(stage: Stage | Suite) -> None:
     if list(data.frames) != sorted(set(data.frames)) or not data.frames:
         raise _wrong("data.frames", data.frames, "Give lengths in ascending order")
     if stage.profile and (len(stage.profile) != 2 or stage.profile[0] > stage.profile[1]):
-        what = f"{_shown(stage.profile)} is no range of micro-batches"
+        what = f"{words.shown(stage.profile)} is no range of micro-batches"
         raise UserError(what, field="profile", hint="Write --config.profile='(10,12)'")
+
+
+def check_network(record: Mapping[str, Any], path: str) -> None:
+    """Looks at what a file says of networks, before any is made: at every number, however deep.
+
+    Args:
+      record: fields of networks, or dictionaries of them.
+      path: of the file or folder.
+
+    Raises:
+      UserError: a size that no network has; names it.
+    """
+    known = Part.__dataclass_fields__["fields"].metadata["known"]
+
+    def problems(name: str, value: Any) -> Iterator[UserError]:
+        if isinstance(value, dict):
+            for inner, one in value.items():
+                yield from problems(str(inner), one)
+        elif isinstance(value, list | tuple):
+            for one in value:
+                yield from problems(name, one)
+        elif isinstance(value, NUMBER) and not isinstance(value, bool):
+            option = known.get(name, Option(float, -MOST))
+            fault = _misfit(value, option.kind)
+            where = f"{path}: {name}"
+            yield from [_wrong(where, value, fault)] if fault else _number(option, where, value)
+
+    for problem in problems("", record):
+        raise problem
 
 
 def _problems(holder: Any, path: str) -> Iterator[UserError]:
@@ -156,12 +185,4 @@ def _range(least: float, most: float) -> str:
 
 
 def _wrong(path: str, value: Any, hint: str) -> UserError:
-    return UserError(f"cannot be {_shown(value)}", field=path, hint=hint)
-
-
-def _shown(value: Any) -> str:
-    try:
-        text = repr(value)
-    except ValueError:  # Python writes no integers of thousands of digits
-        return "an integer of thousands of digits"
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+    return UserError(f"cannot be {words.shown(value)}", field=path, hint=hint)

@@ -31,11 +31,14 @@ SIZES = (
     "stride text_width tokens unroll visual_width vocab width"
 )
 NONE = "kernel linguistic_blocks positions self_blocks types visual_blocks vocabulary"  # may be 0
+DEEP = ("depth", "linguistic_blocks", "self_blocks", "visual_blocks")
+LAYERS = 4096  # of a stack, each of which is traced or named
 # Whatever a network has, it has once at least; of layers, -1 is the last.
 NETWORK = numbers(
     0,
     dict.fromkeys(SIZES.split(), Option(int, 1))
     | dict.fromkeys(NONE.split(), Option(int))
+    | {name: Option(int, int(name == "depth"), LAYERS) for name in DEEP}
     | {"llm_layers": Option(int, -1), "dropout": Option(float, 0, 1)},
 )
 SPEECH = options(bins=Option(int, 1, 1024), specaugment=Option((bool, dict)))

@@ -1,4 +1,4 @@
-"""What kind of value somebody wrote, in words that do not need Python."""
+"""A value that somebody wrote, in words for a message."""
 
 from __future__ import annotations
 
@@ -15,6 +15,16 @@ KINDS = {
     dict: "an object",
     bytes: "bytes",
 }
+SHOWN = 60  # characters of a wrong value
+
+
+def shown(value: Any) -> str:
+    """A wrong value as Python writes it, cut off where that is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # Python writes no integers of thousands of digits
+        return "an integer of thousands of digits"
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
 
 
 def kind(value: Any) -> str:

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from xllm_jax.assembly.networks import init_params
-from xllm_jax.core import base_description, checkpoint, damage, mesh, rules
+from xllm_jax.core import base_description, checkpoint, damage, limits, mesh, rules, words
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.types import Params, Shapes
 from xllm_jax.data.text.clip_tokenizer import ClipTokenizer
@@ -193,6 +193,7 @@ def _network(
 ) -> Any:
     """A part as its record says; raises UserError where the record makes no sense."""
     with damage.reading(folder / base_description.CONVERSION):
+        limits.check_network(fields, f"{folder / base_description.CONVERSION}: {part}")
         given = {k: tuple(x) if isinstance(x, list) else x for k, x in fields.items()}
         network = kind(**given, dtype=jnp.dtype(compute))
         shapes_of(part, network)
@@ -213,5 +214,5 @@ def _size(folder: Path, factor: int) -> tuple[int, int]:
         sides = told if isinstance(told, list) else [told or 64] * 2
         height, width = (side * factor for side in sides)
         if not all(type(side) is int and side > 0 for side in (height, width)):
-            raise ValueError(f"sample_size is {told!r}")
+            raise ValueError(f"sample_size is {words.shown(told)}")
     return height, width

@@ -64,7 +64,8 @@ def make(channels: int, theta: float, scaling: Mapping[str, str | Number]) -> Ro
         as config.json has them.
 
     Raises:
-      UserError: an odd number of channels, an unknown kind or key, or one that is missing.
+      UserError: an odd number of channels, an unknown kind or key, one that is missing, or
+        numbers that give no frequencies.
     """
     if channels < 2 or channels % 2:
         raise UserError(f"{channels} channels of a head make no pairs", field="head_dim")
@@ -81,8 +82,12 @@ def make(channels: int, theta: float, scaling: Mapping[str, str | Number]) -> Ro
     for key in set(needed) - given.keys():
         raise UserError(f"{kind} needs {key!r}", field="scaling", hint="See config.json")
     exponent = np.arange(0, channels, 2, dtype=np.float32) / np.float32(channels)
-    plain = (1.0 / np.float32(theta) ** exponent).astype(np.float32)
-    found, scale = function(plain, theta, **given)
+    with np.errstate(all="ignore"):
+        plain = (1.0 / np.float32(theta) ** exponent).astype(np.float32)
+        found, scale = function(plain, theta, **given)
+    if not (np.isfinite(found).all() and math.isfinite(scale) and theta > 0):
+        what = f"theta {theta} and {kind} scaling give no frequencies"
+        raise UserError(what, field="scaling", hint="Correct config.json")
     return Rotary(tuple(float(value) for value in found), scale)
 
 

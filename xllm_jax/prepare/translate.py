@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from xllm_jax.core import bounded, checksum
+from xllm_jax.core import bounded, checksum, damage
 from xllm_jax.core.errors import UserError
 
 MODEL_FILE = "sentencepiece.bpe.model"
@@ -73,14 +73,12 @@ class Translator:
             check(self.folder)
             from transformers import MBartForConditionalGeneration
 
-            vocabulary = Vocabulary(self.folder)
-            for code in (self.source, self.target):
-                vocabulary.language(code)
-            try:
+            names, told = ("config.json", MODEL_FILE), "no mBART-50 model"
+            with damage.given_to_library(self.folder, *names, told=told):
+                vocabulary = Vocabulary(self.folder)
+                for code in (self.source, self.target):
+                    vocabulary.language(code)
                 model = MBartForConditionalGeneration.from_pretrained(self.folder).eval()
-            except (OSError, ValueError) as error:
-                message = " ".join(str(error).split())[:160]
-                raise UserError(f"no mBART-50 model ({message})", field=self.folder) from error
             self._loaded = model, vocabulary
         return self._loaded
 

@@ -147,13 +147,13 @@ def _rotary(config: PublishedConfig) -> tuple[float, float, dict[str, Any]]:
     kind = rest.pop("rope_type", older)
     if kind not in SCALINGS:
         raise config.refuse(name, f"known are {', '.join(SCALINGS)}")
-    if kind == "default":
-        return float(theta), float(share), {}
-    scaling = {"kind": SCALINGS[kind]} | {key: value for key, value in rest.items() if value}
+    scaling: dict[str, Any] = {}
+    if kind != "default":
+        scaling = {"kind": SCALINGS[kind]} | {key: value for key, value in rest.items() if value}
     if kind in ("llama3", "yarn"):
         scaling.setdefault(LENGTH, values["max_position_embeddings"])
     try:
-        rotary.make(2, float(theta), scaling)
+        rotary.make(64, float(theta), scaling)
     except (UserError, ValueError, TypeError) as error:
-        raise config.refuse(name, str(error)) from error
+        raise config.refuse(name, " ".join(str(error).split())[:200]) from error
     return float(theta), float(share), scaling

@@ -22,7 +22,7 @@ BOUNDS = {
     SEEK_HEAD: ("places", 1 << 14, 500),
     0x1254C367: ("tags", 1 << 18, 500),
     0x1043A770: ("chapters", 1 << 18, 1000),
-    0x1654AE6B: ("tracks", 1 << 22, 1000),
+    0x1654AE6B: ("tracks", 1 << 20, 64),  # the head of each may unpack to 10 MB
     0x1C53BB6B: ("cues", 1 << 22, 200_000),
     0x1941A469: ("attachments", 1 << 25, 1000),
 }
@@ -101,7 +101,7 @@ def _elements(file: io.BufferedIOBase, at: int, end: int) -> Iterator[Element]:
             return
         inside = at + length + more
         endless = size == (1 << 7 * more) - 1
-        behind = end if endless else min(inside + size, end)
+        behind = max(inside, end if endless else min(inside + size, end))
         yield kind, inside, behind
         at = inside if kind == SEGMENT or endless else behind
 

@@ -116,9 +116,10 @@ def _decoded(path: str | Path) -> tuple[np.ndarray, int]:
         with soundfile.SoundFile(_sized(path)) as sound:
             _check_format(sound.format, path)
             _check_header(sound.samplerate, sound.frames * sound.channels, path)
-            rate, samples = sound.samplerate, sound.read(dtype="float32", always_2d=True)
-            form = sound.format
-    except (soundfile.SoundFileError, RuntimeError) as error:
+            rate, form = sound.samplerate, sound.format
+            # Told how many: some codecs, such as GSM's, cannot go back to count them.
+            samples = sound.read(sound.frames, dtype="float32", always_2d=True)
+    except (soundfile.SoundFileError, RuntimeError, ValueError) as error:
         raise UserError(f"not a readable audio file ({error})", field=str(path)) from error
     if form.startswith("WAV"):
         _check_whole(path, len(samples))

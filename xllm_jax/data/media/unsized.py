@@ -16,6 +16,7 @@ import numpy as np
 
 MOST_BYTES = 1 << 29  # of a file that is mended, in memory
 MOST_CHUNKS = 10_000  # looked at, be they empty
+BEYOND = 1 << 40  # bytes: the end of every file; there is no place that is much further
 MP3_TAG = 64  # bytes of the first frame that hold the tag with the length
 MP3_PADDING = 4 * 1152  # samples that an encoder may add at both ends
 HEAD = 12  # bytes before the first chunk of a WAV file
@@ -128,7 +129,7 @@ def _caf(file: BinaryIO) -> Size | None:
         name, size = struct.unpack(">4sq", head)
         if name == b"data":
             return Size(at + 4, ">q", size, at + 12)
-        at += 12 + max(size, 0)
+        at += 12 + min(max(size, 0), BEYOND)
     return None
 
 

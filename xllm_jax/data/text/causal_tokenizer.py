@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import sentencepiece
 import tokenizers
 
+from xllm_jax.core import bounded
 from xllm_jax.core.errors import UserError
 
 FAST, SLOW = "tokenizer.json", "tokenizer.model"
@@ -184,8 +184,8 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_bytes())
-    except ValueError as error:
+        found = bounded.read_json(path)
+    except (ValueError, RecursionError) as error:
         raise UserError("is not JSON", field=str(path), hint="Download it again") from error
     return found if isinstance(found, dict) else {}
 

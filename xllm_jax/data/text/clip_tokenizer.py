@@ -7,7 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
+from xllm_jax.core import damage
 from xllm_jax.core.errors import UserError
+
+FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
+FILES += ("special_tokens_map.json", "added_tokens.json", "config.json")
 
 
 class ClipTokenizer:
@@ -31,13 +35,11 @@ class ClipTokenizer:
             raise UserError(what, field=str(folder), hint=hint)
         from transformers import CLIPTokenizer
 
-        try:
+        with damage.given_to_library(folder, *FILES, told="is no tokenizer of CLIP"):
             self._model = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
-        except Exception as error:  # the parser below has no errors of its own
-            what = f"is no tokenizer of CLIP ({' '.join(str(error).split())[:200]})"
-            raise UserError(what, field=str(folder), hint="Download its files again") from error
-        self.end: int = self._model.eos_token_id
-        self.largest = max(self._model.get_vocab().values())
+            self.end: int = int(self._model.eos_token_id)
+            self.largest = max(self._model.get_vocab().values())
+            self.encode([""], 2)
 
     def encode(self, texts: Sequence[str], length: int) -> np.ndarray:
         """Start, pieces, end and padding of every text: `[texts, length]` int32; cut to fit."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from xllm_jax.core import words
 from xllm_jax.core.errors import UserError
 from xllm_jax.models.outputs.schedulers import (
     EPSILON,
@@ -29,6 +30,7 @@ KINDS = {
     "dpmpp_2m": ("DPMSolverMultistepScheduler", DpmSolver),
 }
 """{our name: (published class, ours)}."""
+LEAST_SHARE = 1e-12  # of a picture in what is all but noise; Stable Diffusion has 0.005
 SHARED = dict(
     num_train_timesteps=1000,
     beta_start=1e-4,
@@ -68,11 +70,11 @@ def parse(
     for option, wanted in {**kind.ONLY, "trained_betas": None}.items():
         if values[option] not in (wanted, str(wanted)):
             hint = f"Choose another scheduler: {', '.join(KINDS)}"
-            what = f"is {values[option]!r}, and only {wanted!r} is computed here"
+            what = f"is {words.shown(values[option])}, and only {wanted!r} is computed here"
             raise UserError(what, field=f"{place}: {option}", hint=hint)
     for option, known in CHOICES.items():
         if values[option] not in known:
-            what = f"is {values[option]!r}"
+            what = f"is {words.shown(values[option])}"
             raise UserError(what, field=f"{place}: {option}", hint=f"Known: {', '.join(known)}")
     _check_numbers(values, place)
     own: dict[str, Any] = {}
@@ -82,7 +84,7 @@ def parse(
         own["clip_range"] = values["clip_sample_range"] if values["clip_sample"] else np.inf
     if kind is DpmSolver:
         own["karras"] = bool(values["use_karras_sigmas"])
-    return kind(
+    made = kind(
         train_steps=values["num_train_timesteps"],
         beta_start=values["beta_start"],
         beta_end=values["beta_end"],
@@ -92,20 +94,26 @@ def parse(
         steps_offset=values["steps_offset"],
         **own,
     )
+    if made.alphas()[-1] < LEAST_SHARE:
+        what = "its betas leave nothing of a picture after the last step"
+        raise UserError(what, field=place, hint="Correct it, or download it again")
+    return made
 
 
 def _kind(config: Mapping[str, Any], name: str, place: str) -> type[Scheduler]:
     if name:
         if name not in KINDS:
             hint = f"Choices: {', '.join(KINDS)}"
-            raise UserError(f"unknown scheduler {name!r}", field="--scheduler", hint=hint)
+            raise UserError(
+                f"unknown scheduler {words.shown(name)}", field="--scheduler", hint=hint
+            )
         return KINDS[name][1]
     told = config.get("_class_name")
     found = next((kind for published, kind in KINDS.values() if published == told), None)
     if found is None:
         known = ", ".join(published for published, _ in KINDS.values())
         hint = f"Known are {known}; --scheduler takes another over the same schedule"
-        raise UserError(f"is {told!r}", field=f"{place}: _class_name", hint=hint)
+        raise UserError(f"is {words.shown(told)}", field=f"{place}: _class_name", hint=hint)
     return found
 
 
@@ -114,18 +122,18 @@ def _check_numbers(values: Mapping[str, Any], place: str) -> None:
         return isinstance(value, int) and not isinstance(value, bool)
 
     def positive(value: Any) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+        return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 10**6
 
     good = dict(
         num_train_timesteps=whole(values["num_train_timesteps"])
         and 1 < values["num_train_timesteps"] <= 10**6,
         beta_start=positive(values["beta_start"]) and values["beta_start"] < 1,
         beta_end=positive(values["beta_end"]) and values["beta_end"] < 1,
-        steps_offset=whole(values["steps_offset"]) and values["steps_offset"] >= 0,
+        steps_offset=whole(values["steps_offset"]) and 0 <= values["steps_offset"] <= 10**6,
         clip_sample_range=positive(values.get("clip_sample_range", 1)),
     )
     for option, fine in good.items():
         if not fine:
-            what = f"is {values[option]!r}, which no schedule has"
+            what = f"is {words.shown(values[option])}, which no schedule has"
             hint = "Correct it, or download it again"
             raise UserError(what, field=f"{place}: {option}", hint=hint)

@@ -20,6 +20,7 @@ from xllm_jax.data.text.token_rows import Row
 ENDS = ("<|eot_id|>", "<|im_end|>", "<|user|>", "</s>", "<|end_of_text|>", "<|endoftext|>")
 PADS = ("<|finetune_right_pad_id|>", "<pad>", "<|endoftext|>")
 CONFIGS = ("generation_config.json", "config.json")
+MOST_ROWS = 1 << 24  # of a word table; an id is a 32-bit number
 
 
 class Family(LLMFamily):
@@ -44,8 +45,13 @@ class Family(LLMFamily):
         pads = (self.tokenizer.find(piece) for piece in PADS)
         self.pad = next((index for index in pads if index is not None), self.ends[0])
         self.specials = self.tokenizer.specials | {*self.start, *self.ends, self.pad}
-        rows = causal_tokenizer.read_json(Path(folder) / CONFIGS[-1]).get("vocab_size", 0)
-        self.spare = range(self.tokenizer.pieces, max(rows, self.tokenizer.pieces))
+        told = causal_tokenizer.read_json(Path(folder) / CONFIGS[-1]).get("vocab_size", 0)
+        rows = max(told, self.tokenizer.pieces)
+        odd = next((index for index in sorted(self.specials) if not 0 <= index < rows), None)
+        if odd is not None or rows > MOST_ROWS:
+            what = f"{odd} is no id of {rows} rows" if odd is not None else f"has {rows} rows"
+            raise UserError(what, field=folder, hint="Download its files again")
+        self.spare = range(self.tokenizer.pieces, rows)
 
     @property
     def ending(self) -> tuple[int, ...]:
