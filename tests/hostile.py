@@ -34,7 +34,7 @@ def places(value: Any, at: tuple = ()) -> list[tuple]:
 
 def values(good: str, rng: random.Random, count: int) -> Iterator[tuple[str, Any]]:
     """(what was changed, the value) of so many changes of a JSON text; one in thirty lacks it."""
-    for _ in range(count):
+    for _ in range(count if places(json.loads(good)) else 0):
         value = json.loads(good)
         *path, last = place = rng.choice(places(value))
         holder = value

@@ -213,8 +213,9 @@ NUMBERS = [
 
 @pytest.mark.parametrize("name, given", NUMBERS)
 def test_a_number_of_a_flag_is_one_and_within_its_range(name, given):
-    with command(name):
-        code, said = run([f"--{given}"])
+    with command(name) as own:
+        needed = ["--checkpoint=run"] if "checkpoint" in own else []
+        code, said = run([f"--{given}", *needed])
     assert (code, said.count("\n")) == (2, 1), said
     assert given.partition("=")[0] in said and given.partition("=")[2][:20] in said
 

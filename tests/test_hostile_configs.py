@@ -210,7 +210,7 @@ def fast(folder):
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel()
     made.add_special_tokens(["<s>", "</s>", "<|im_end|>"])
     made.save(str(folder / "tokenizer.json"))
-    write(folder, {"config": {"vocab_size": 20, "eos_token_id": 5}, "tokenizer_config": {}})
+    write(folder, {"config": {"vocab_size": 20, "eos_token_id": 5}})
     write(folder, {"generation_config": {"eos_token_id": [5, 6]}})
     return "causal"
 
