@@ -191,6 +191,7 @@ def test_sizes_that_no_network_has_are_refused_before_it_is_made(name, copy):
 def test_any_record_of_a_conversion(copy, monkeypatch):
     """Of a base that is to be exported."""
     monkeypatch.setattr(run_export, "Exported", lambda *given: {})
+    monkeypatch.setattr(run_export.checkpoint, "open_leaves", lambda folder: {})
 
     def export():
         run_export.run_export("stable_diffusion", copy, copy.with_name("out"))
