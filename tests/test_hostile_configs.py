@@ -144,7 +144,7 @@ def copy(base, tmp_path):
 
 
 def test_any_record_of_a_decoder(copy, monkeypatch):
-    monkeypatch.setattr(decoder_base, "_shapes", lambda part, network: {})  # seconds of tracing
+    monkeypatch.setattr(decoder_base, "shapes_of", lambda part, network: {})  # seconds of tracing
     rng = random.Random(0)
 
     def look():
