@@ -362,7 +362,8 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     """Success by a call; what only a process shows, exit code and a single line, by one."""
     path = published.write_shards(good(), tmp_path / "in", "bin")
     flags = {"SOURCE": "chatglm", "INPUT": str(path), "OUTPUT": str(tmp_path / "base")}
-    values = {"VERIFY": "", "SIZE": "", "DIRECTION": "import", **flags}
+    rest = {"VERIFY": "", "SIZE": "", "DIRECTION": "import", "KEEP_PACKED": False}
+    values = {**rest, **flags}
     for name, value in values.items():
         monkeypatch.setattr(launcher, name, SimpleNamespace(value=value))
     assert launcher.main([]) == 0

@@ -43,6 +43,8 @@ STEPS = {
         "Trained parts: run/final",
     ),
     "convert": ("--source=chatglm --input=chatglm --output=base", "written to base"),
+    "quantize": ("--input=base --output=packed --weights=int8", "packed"),
+    "adapter": ("--help", "PEFT's folder, or a file of weights"),
     "prepare": ("--source=coco --input=world/coco --output=prepared", "12 records in 1 shards"),
     "build-data": ("--recipe=questions --input=english --output=texts", "texts: 3"),
     "inspect": (
