@@ -42,10 +42,17 @@ NEEDS = {
 }
 
 CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "Folder of a finished run, such as demo/runs/stage3.", required=True
+    "checkpoint",
+    None,
+    "Folder of a finished run, such as demo/runs/stage3.",
+    required=True,
+    allow_override=True,
 )
 ASR = flags.DEFINE_string(
-    "asr", "", "Folder of a stage-1 speech run that transcribes; by default the LLM does."
+    "asr",
+    "",
+    "Folder of a stage-1 speech run that transcribes; by default the LLM does.",
+    allow_override=True,
 )
 NAME = flags.DEFINE_string("model_name", "", "Name that clients ask for; by default the folder's.")
 HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen at.")
@@ -61,10 +68,16 @@ ORIGINS = flags.DEFINE_multi_string(
 FETCH = flags.DEFINE_multi_string(
     "fetch_hosts", [], "Host that files may be fetched from by URL, as HOST or HOST:PORT."
 )
-PAGE = flags.DEFINE_bool("page", True, "Also serve the web page, at /page.")
-SLOTS = flags.DEFINE_integer("slots", 8, "Requests that are decoded at a time.", 1, 4096)
-LENGTH = flags.DEFINE_integer("length", 512, "Tokens of a prompt, files included.", 16, 1 << 20)
-MAX_TOKENS = flags.DEFINE_integer("max_tokens", 256, "Tokens of an answer, at most.", 2, 1 << 20)
+PAGE = flags.DEFINE_bool("page", True, "Also serve the web page, at /page.", allow_override=True)
+SLOTS = flags.DEFINE_integer(
+    "slots", 8, "Requests that are decoded at a time.", 1, 4096, allow_override=True
+)
+LENGTH = flags.DEFINE_integer(
+    "length", 512, "Tokens of a prompt, files included.", 16, 1 << 20, allow_override=True
+)
+MAX_TOKENS = flags.DEFINE_integer(
+    "max_tokens", 256, "Tokens of an answer, at most.", 2, 1 << 20, allow_override=True
+)
 QUEUE = flags.DEFINE_integer("queue", 64, "Requests that may wait; more are refused.", 1, 1 << 20)
 QUEUE_SECONDS = flags.DEFINE_float(
     "queue_seconds", 60.0, "Seconds that a request may wait for a slot.", 0.001
@@ -72,7 +85,9 @@ QUEUE_SECONDS = flags.DEFINE_float(
 REQUEST_SECONDS = flags.DEFINE_float(
     "request_seconds", 300.0, "Seconds that a request may take in all.", 0.001
 )
-CACHE = flags.DEFINE_float("cache", 1.0, "Gigabytes of encoded files that are remembered.", 0.0)
+CACHE = flags.DEFINE_float(
+    "cache", 1.0, "Gigabytes of encoded files that are remembered.", 0.0, allow_override=True
+)
 DRAIN = flags.DEFINE_float("drain", 30.0, "Seconds that requests may take to end at SIGTERM.", 0.0)
 BODY = flags.DEFINE_float("max_body", 64.0, "Megabytes of a request.", 0.001)
 FILES = flags.DEFINE_integer("max_files", 16, "Files of a request.", 1)
@@ -80,7 +95,9 @@ PIXELS = flags.DEFINE_integer("max_pixels", 40_000_000, "Pixels of a picture or 
 FRAMES = flags.DEFINE_integer("max_frames", 36_000, "Frames of a clip.", 1)
 CLIP = flags.DEFINE_float("max_clip_seconds", 600.0, "Seconds of a clip.", 0.001)
 SOUND = flags.DEFINE_float("max_sound_seconds", 60.0, "Seconds of a sound.", 0.001)
-DEADLINE = flags.DEFINE_float("deadline", 20.0, "Seconds that decoding a file may take.", 0.001)
+DEADLINE = flags.DEFINE_float(
+    "deadline", 20.0, "Seconds that decoding a file may take.", 0.001, allow_override=True
+)
 MEMORY = flags.DEFINE_float("memory", 2.0, "Gigabytes that decoding a file may take.", 0.01)
 STEPS = flags.DEFINE_integer(
     "steps", 50, "Steps of the scheduler for a picture.", 1, 1000, allow_override=True

@@ -86,15 +86,19 @@ def fresh_stages():
 
 
 def put_away(package, name: str):
-    """A module of a package, which forgets it."""
-    delattr(package, name.rpartition(".")[2])
+    """A module of a package, which forgets it; one of a folder in it goes with the folder."""
+    folder, _, own = name.rpartition(".")
+    if folder == package.__name__:
+        delattr(package, own)
     return sys.modules.pop(name)
 
 
 def put_back(package, modules) -> None:
     sys.modules.update(modules)
     for name, module in modules.items():
-        setattr(package, name.rpartition(".")[2], module)
+        folder, _, own = name.rpartition(".")
+        if folder == package.__name__:
+            setattr(package, own, module)
 
 
 @contextlib.contextmanager

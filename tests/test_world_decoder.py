@@ -8,6 +8,7 @@ import json
 import jax
 import numpy as np
 import pytest
+import small_runs
 
 from xllm_jax.assembly import networks
 from xllm_jax.configs import stage_output_image, world_autoencoder, world_diffusion
@@ -23,7 +24,6 @@ from xllm_jax.data.text import llm_family
 from xllm_jax.feature_cache import scene_latents as writer
 from xllm_jax.inference import decoder_base
 from xllm_jax.inference.render import Renderer
-from xllm_jax.launch import build_backbones
 from xllm_jax.objectives import text_to_image
 
 SEED, COUNT, SIDE = 7, 5, 16
@@ -163,7 +163,7 @@ def test_the_shipped_folder_gives_back_networks_and_parameters(tmp_path, folder,
 
 
 def test_the_mini_llm_has_spare_ids_for_the_signals_of_the_miniature(tmp_path):
-    world.import_llm(build_backbones.SHIPPED / "llm", tmp_path / "llm")
+    world.import_llm(small_runs.TOKENIZER, tmp_path / "llm")
     stage = stage_output_image.get_config("tiny")
     stage.data.tokenizer = str(tmp_path / "llm")
     family = llm_family.load(stage.data)
