@@ -18,11 +18,6 @@ import numpy as np
 Array = Any  # NumPy on the host, jax.Array on the device, ShapeDtypeStruct when compiling ahead
 
 
-def captions_of(modality: str) -> str:
-    """How captions of what answers stand for are called among the media that a cache holds."""
-    return f"{modality}_captions"
-
-
 B = TypeVar("B")
 """The batch of some format: a dataclass of arrays that JAX knows as a pytree."""
 

@@ -26,8 +26,8 @@ import ml_dtypes
 import numpy as np
 
 from xllm_jax.core import bounded
-from xllm_jax.core.batch import captions_of
 from xllm_jax.core.errors import UserError
+from xllm_jax.core.media_names import captions_of
 from xllm_jax.core.stage import Data
 from xllm_jax.data.media import modalities
 from xllm_jax.data.record import DoesNotFit, Record

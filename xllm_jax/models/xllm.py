@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from xllm_jax.core import mesh
-from xllm_jax.core.batch import ConversationBatch, Media, captions_of
+from xllm_jax.core.batch import ConversationBatch, Media
 from xllm_jax.core.errors import UserError
+from xllm_jax.core.media_names import captions_of
 from xllm_jax.core.types import Params
 from xllm_jax.models import lora
 from xllm_jax.models.outputs.projection import LAST

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from xllm_jax.core.batch import ConversationBatch, captions_of, zeros
+from xllm_jax.core.batch import ConversationBatch, zeros
 from xllm_jax.core.errors import UserError
+from xllm_jax.core.media_names import captions_of
 from xllm_jax.core.stage import Data
 from xllm_jax.data.batching import packing
 from xllm_jax.data.batching.batch_format import BatchFormat, BatchPlan, Entry

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from xllm_jax.core import checksum
-from xllm_jax.core.batch import captions_of
+from xllm_jax.core.media_names import captions_of
 from xllm_jax.core.stage import Data
 from xllm_jax.data.example import Example
 from xllm_jax.data.media.modality import Modality
@@ -42,6 +41,8 @@ def _shape(data: Data) -> tuple[int, ...]:
 
 def _settings(data: Data) -> dict[str, str]:
     """The tokenizer by what its files hold, wherever they lie."""
+    from xllm_jax.core import checksum  # brings JAX, which readers of data do without
+
     held = {
         name: checksum.of_json((Path(data.caption_tokenizer) / name).read_text("utf-8"))
         for name in TOKENIZER
