@@ -194,7 +194,8 @@ class Client:
             with self._opener.open(asked, timeout=self._about.timeout) as reply:
                 return _reply(_read(reply, self._about.timeout))
         except urllib.error.HTTPError as error:
-            raise self._judged(error, key) from None
+            with error:  # its connection stays open else
+                raise self._judged(error, key) from None
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
             if isinstance(reason, ssl.SSLCertVerificationError):
