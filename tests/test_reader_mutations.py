@@ -208,9 +208,10 @@ def test_no_reader_is_forgotten():
         "layout",
         "captioned_list",
         "msrvtt_lists",
+        "world_requests",
         "world_scenes",
         "world_text",
-    }  # no readers, and two without files
+    }  # no readers, and three without files
     library = {"hugging_face"}  # whose package reads the files
     readers = {reader for reader, _, _ in CASES.values()} | {"prepared", "tfds"}
     assert set(lookup.choices(mixture.READERS)) == readers | made_up | library
