@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from xllm_jax.core.text_lines import split_lines
 from xllm_jax.evaluation import bootstrap
 from xllm_jax.evaluation.scorers import Score, average
 
@@ -97,7 +98,7 @@ def llava_pair(reply: str) -> tuple[float, float]:
 def pair(reply: str) -> tuple[float, float] | None:
     """The two scores, None where the first line that says something has not exactly two numbers
     from 1 to 10."""
-    line = next((line for line in reply.splitlines() if line.strip()), "")
+    line = next((line for line in split_lines(reply) if line.strip()), "")
     found = [float(number) for number in NUMBER.findall(line)]
     if len(found) != 2 or not all(LOWEST <= one <= HIGHEST for one in found):
         return None
