@@ -40,6 +40,10 @@ REQUESTS = {
     "cc3m": Source("requests", "cc3m", options={"reader": "cc3m", "wording": "en", "echo": True}),
 }
 WORLD_REQUESTS = {"requests": Source("world_requests", options={"count": 40_000})}
+# Captions of the world's files, whose pictures a denoising loss reads.
+WORLD_CAPTIONS = {
+    "requests": Source("requests", "coco", options={"reader": "coco", "reply": False}),
+}
 
 
 def validation(sources: dict[str, Source], examples: int, every: int, *metrics: str) -> Validation:

@@ -11,7 +11,7 @@ that code; `--config.data.signals.image.pixels=512` is what Stable Diffusion 1.5
 
 import dataclasses
 
-from xllm_jax.configs import networks, stage_output_image
+from xllm_jax.configs import networks, sources, stage_output_image
 from xllm_jax.core.stage import Stage
 
 
@@ -21,6 +21,10 @@ def get_config(size: str = "real") -> Stage:
     output = dataclasses.replace(made.outputs["image"], unet="unet", autoencoder="autoencoder")
     signals = dataclasses.replace(made.data.signals["image"], pixels=96 if tiny else 224)
     made.data.signals = {"image": signals}
+    if tiny:
+        made.data.sources = dict(sources.WORLD_CAPTIONS)
+        made.validation = sources.validation(sources.WORLD_CAPTIONS, 72, 200)
+        output.schedule = "stable_diffusion_2_1"  # v, as the mini decoder predicts
     return dataclasses.replace(
         made,
         name="stage_output_denoising",
