@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import reader_fixtures as fixtures
+import small_runs
 import suite_data
 from fake_judge import serving
 
@@ -283,3 +286,40 @@ def test_what_is_missing_is_named(config, tmp_path):
         with pytest.raises(UserError, match=told):
             judged(config, tmp_path / "out", fair)
         file.write_text(content, "utf-8")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return small_runs.make_world(tmp_path_factory.mktemp("judged"), items=4)
+
+
+def test_the_worlds_questions_have_true_answers(world, tmp_path):
+    """The tiny suite whole: the judge is told what is in a picture, and the truth gets it all."""
+    config = llava_config.get_config("tiny")
+    config.root, config.judge = str(world), JudgeSettings("", "fake", wait=0.01)
+    asked = run.samples(config)["llava_test"]
+    assert [example.tags[0] for example in asked] == [*KINDS] * (len(asked) // 3)
+    truth = {example.key: example.answer for example in asked}
+    wrong = {example.key for example in asked[1::3]}  # the descriptions
+
+    def answers(example: Example) -> str:
+        return "没有" if example.key in wrong else truth[example.key]
+
+    def rule(one: str, other: str) -> str:
+        return " ".join("9" if text in truth.values() else "3" for text in (one, other))
+
+    with serving(rule) as server:
+        config.judge.url = server.url
+        run.run("llava_test", config, suite_data.model(answers), Place(tmp_path / "out"))
+    found = suite_data.results(tmp_path / "out")["kinds"]
+    assert found["detail"]["llava"]["score"] == pytest.approx(100 / 3)
+    assert found["conv"]["both_orders"]["value"] == 100 == found["complex"]["llava"]["score"]
+    scenes = json.loads((world / "coco/annotations/captions_test.json").read_text("utf-8"))
+    told = "\n\n".join(server.asked)
+    names = {picture["file_name"]: picture["id"] for picture in scenes["images"]}
+    shown = {names[Path(example.media[0][1]).name] for example in asked}
+    for row in scenes["annotations"]:
+        assert row["image_id"] not in shown or row["caption"] in told
+    boxes = re.findall(r"(\w+)色(\w+): \[(.*)\]", told)
+    assert len(boxes) >= len(server.asked)
+    assert all(0 <= float(x) <= 1 for *_, box in boxes for x in box.split(","))

@@ -7,7 +7,8 @@ r"""LLaVA-test, the paper's Table 1: 30 images, 90 questions, a judge.
     … --config.judge.rules=LLaVA/llava/eval/table/rule.json           # LLaVA's own rules
 
 Below `root`: llava_test in its layout (docs/data.md), with caps_boxes_coco2014_val_80.jsonl of the
-same place beside the questions. There is no ':tiny': the demo's world has no such judge.
+same place beside the questions. ':tiny' takes the demo's world, whose questions are Chinese and
+whose reference answers are the true ones.
 """
 
 from xllm_jax.core.stage import Source
@@ -15,6 +16,9 @@ from xllm_jax.core.suite import JudgedSuite
 
 
 def get_config(size: str = "real") -> JudgedSuite:
-    """The suite; there is one size."""
+    """The suite: size 'tiny' is the demo's world."""
     sets = {"llava_test": Source("llava_test", "llava_test", "test")}
+    if size == "tiny":
+        titles = {"llava_test": "LLaVA-test of the world"}
+        return JudgedSuite(root="demo/world", sets=sets, titles=titles, max_tokens=64)
     return JudgedSuite(sets=sets, titles={"llava_test": "LLaVA-test"})

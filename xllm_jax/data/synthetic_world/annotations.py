@@ -12,6 +12,7 @@ from xllm_jax.data.synthetic_world.scene import choose, generator
 from xllm_jax.data.text.instructions import instructions
 
 AISHELL_SPLIT = {"train": "train", "val": "dev", "test": "test"}
+JUDGED = 30  # pictures of LLaVA-test
 MSRVTT_SPLIT = {"train": "train", "val": "validate", "test": "test"}
 # One turn of the instruction mix: four of images, two of speech to write down (one beside its
 # picture), two of spoken questions to answer, two of videos.
@@ -73,6 +74,57 @@ def genome_questions(split: Split) -> list[dict]:
             asked.append({**entry, "answer": question.answer, "a_objects": [], "tags": tags})
         rows.append({"id": picture.image_id, "qas": asked})
     return rows
+
+
+def judged_pictures(split: Split) -> list[Picture]:
+    """The pictures of LLaVA-test: as many as the published set has, at most."""
+    return genome_pictures(split)[:JUDGED]
+
+
+def llava_test(split: Split) -> dict[str, list[dict]]:
+    """The rows of LLaVA-test's files by their names: three questions about each picture.
+
+    'conv' is a question with a short answer, 'detail' asks for a description, and 'complex' is a
+    question about several objects where the picture has one.
+    """
+    asked, said, known = [], [], []
+    for picture in judged_pictures(split):
+        file = f"{picture.image_id:012d}.jpg"
+        conv, hard = picture.questions[0], _hardest(picture)
+        detail = instructions("caption")[0], picture.captions[0]
+        rounds = {
+            "conv": (conv.text, conv.answer),
+            "detail": detail,
+            "complex": (hard.text, hard.answer),
+        }
+        for kind, (question, answer) in rounds.items():
+            number = len(asked)
+            row = {"question_id": number, "image": file, "text": question, "category": kind}
+            asked.append(row)
+            said.append({"question_id": number, "text": answer, "category": kind})
+        known.append(
+            {"image": file, "captions": list(picture.captions), "instances": _instances(picture)}
+        )
+    names = ("qa90_questions", "qa90_gpt4_answer", "caps_boxes_coco2014_val_80")
+    return dict(zip(names, (asked, said, known)))
+
+
+def _hardest(picture: Picture) -> questions.Question:
+    several = ("comparison", "count", "existence")
+    rest = picture.questions[1:]
+    return next((one for kind in several for one in rest if one.kind == kind), rest[-1])
+
+
+def _instances(picture: Picture) -> list[dict]:
+    """Objects with corners of their boxes in parts of the picture, as LLaVA's judge is told."""
+    boxes = render.object_boxes(picture.scene)
+    return [
+        {
+            "category": item.color + item.shape,
+            "bbox": [round(n / render.PIXELS, 3) for n in (x, y, x + width, y + height)],
+        }
+        for item, (x, y, width, height) in zip(picture.scene.objects, boxes)
+    ]
 
 
 def speech_name(dialogue: Dialogue, index: int) -> str:

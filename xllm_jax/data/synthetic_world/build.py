@@ -6,6 +6,7 @@ visdial/visdial_1.0_SPLIT.json, visdial/speech/SPLIT/*.flac          VisDial, sp
 aishell/wav/{train,dev,test}/SPEAKER/*.flac, aishell/transcript/     AISHELL-1
 msrvtt/{train_val,test}_videodatainfo.json, {TrainVal,Test}Video/    MSR-VTT
 instructions/SPLIT.json                                              stage 3 conversations
+llava_test/*.jsonl, images/*.jpg                                     LLaVA-test
 characters.txt                                                       of all transcripts, for ASR
 world.json                                                           what all this is
 """
@@ -66,7 +67,7 @@ def build(
         with disk.writing(directory):
             partial.mkdir(parents=True)
             _run(list(_jobs(partial, splits)), workers, progress)
-            _link_genome(partial, splits)
+            _link_pictures(partial, splits)
             _write_annotations(partial, splits, sizes, seed)
             _move(partial, directory, sizes, seed)
     finally:
@@ -182,18 +183,24 @@ def make_files(jobs: list[tuple]) -> int:
     return len(jobs)
 
 
-def _link_genome(root: pathlib.Path, splits: list[Split]) -> None:
-    """Visual Genome has its own names for pictures that COCO has too: links, or copies."""
+def _link_pictures(root: pathlib.Path, splits: list[Split]) -> None:
+    """Visual Genome and LLaVA-test have names of their own for pictures that COCO has too: links,
+    or copies."""
     for split in splits:
         folder = root / "visual_genome" / split.name / "VG_100K"
-        folder.mkdir(parents=True)
-        for picture in annotations.genome_pictures(split):
-            source = root / "coco" / split.name / picture.file_name
-            target = folder / f"{picture.image_id}.jpg"
-            try:
-                os.link(source, target)
-            except OSError:
-                shutil.copyfile(source, target)
+        names = {f"{one.image_id}.jpg": one for one in annotations.genome_pictures(split)}
+        _link(root / "coco" / split.name, folder, names)
+    judged = {f"{one.image_id:012d}.jpg": one for one in annotations.judged_pictures(splits[-1])}
+    _link(root / "coco" / splits[-1].name, root / "llava_test" / "images", judged)
+
+
+def _link(source: pathlib.Path, folder: pathlib.Path, pictures: dict[str, plan.Picture]) -> None:
+    folder.mkdir(parents=True)
+    for name, picture in pictures.items():
+        try:
+            os.link(source / picture.file_name, folder / name)
+        except OSError:
+            shutil.copyfile(source / picture.file_name, folder / name)
 
 
 def _write_annotations(root, splits: list[Split], sizes: WorldSizes, seed: int) -> None:
@@ -209,6 +216,9 @@ def _write_annotations(root, splits: list[Split], sizes: WorldSizes, seed: int) 
         _write(root, f"instructions/{name}.json", records)
     _write(root, "msrvtt/train_val_videodatainfo.json", annotations.msrvtt(splits[:2]))
     _write(root, "msrvtt/test_videodatainfo.json", annotations.msrvtt(splits[2:]))
+    for name, rows in annotations.llava_test(splits[-1]).items():
+        lines = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
+        (root / "llava_test" / f"{name}.jsonl").write_text(lines, "utf-8")
     _write(root, "aishell/tags.json", annotations.aishell_tags(splits))
     transcripts = root / "aishell" / "transcript" / "aishell_transcript_v0.8.txt"
     transcripts.parent.mkdir(parents=True)
@@ -227,6 +237,7 @@ def _document() -> dict:
             "aishell": "AISHELL-1, FLAC instead of WAV",
             "msrvtt": "MSR-VTT",
             "instructions": "conversations with <image>, <video> and <speech> slots",
+            "llava_test": "LLaVA-test of the test split, with true reference answers",
         },
         "held_out_pairs": sorted([list(pair) for pair in HELD_OUT]),
         "unseen_voice": [speak.UNSEEN_VARIANT, list(speak.UNSEEN_PITCHES)],
