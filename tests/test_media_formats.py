@@ -207,3 +207,23 @@ def test_features_of_no_shape_are_refused(shape, tmp_path):
     for read in (cif_features.load, cif_features.count):
         with pytest.raises(UserError, match=r"a\.npy"):
             read(file)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("slot", ["image", "video", "speech", "cif"])
+def test_what_is_said_of_a_damaged_file_holds_no_address(good, slot):
+    """The decoders name what they read from; of bytes in memory Python tells where they lie."""
+    wholes = [path.read_bytes() for path in good[slot]]
+    heads = [content[:size] for content in wholes for size in (16, 40, len(content) // 2)]
+    noise = np.random.default_rng(0).bytes(2000)
+    said = set()
+    for content in [*heads, *(head[:16] + noise for head in heads), noise]:
+        told = []
+        for _ in range(2):
+            try:
+                read(slot, paths.Carried("the file", bytes(bytearray(content))))
+            except UserError as error:
+                told.append(str(error))
+        assert len({*told}) <= 1, told
+        said |= {*told}
+    assert said and not any("0x" in text for text in said)

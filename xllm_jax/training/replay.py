@@ -117,7 +117,7 @@ def _arrays(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     try:
         with np.load(path) as stored:
             arrays = dict(stored)
-    except (ValueError, OSError) as error:
+    except Exception as error:  # what NumPy raises on damaged files has no bounds
         raise UserError(f"cannot be read: {error}", field=str(path)) from error
     if divergence.ABOUT not in arrays:
         raise UserError("is not the recording of a micro-batch", field=str(path))

@@ -83,8 +83,10 @@ def _opened(path: str | os.PathLike, read: Callable[[BinaryIO], Any]) -> Any:
     try:
         with open(source, "rb") if isinstance(source, str) else source as file:
             return read(file)
-    except (OSError, ValueError, EOFError) as error:
-        what = f"cannot be read as features ({error})"
+    except UserError:
+        raise
+    except Exception as error:  # what NumPy raises on damaged files has no bounds
+        what = f"cannot be read as features ({formats.reason(error)})"
         raise UserError(what, field=str(path), hint=MEND) from error
 
 

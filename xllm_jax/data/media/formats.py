@@ -37,6 +37,8 @@ _BEGINNINGS = {
 _KNOWN = {name: re.compile(b"|".join(some), re.DOTALL) for name, some in _BEGINNINGS.items()}
 _WORDS = {"image": "cannot be read as an image", "video": "cannot be read as a video"}
 _WORDS |= {"speech": "not a readable audio file", "cif": "cannot be read as features"}
+# How Python writes an object that a decoder read from: with its address, another one each time.
+_OBJECT = re.compile(r"<[^<>]* at 0x[0-9a-fA-F]+>")
 
 
 def check(path: str | os.PathLike, slot: str, head: bytes | None = None) -> None:
@@ -59,3 +61,8 @@ def check(path: str | os.PathLike, slot: str, head: bytes | None = None) -> None
         if slot == "video" and _KNOWN["speech"].match(head):
             what = "has no video stream: it is a sound"
         raise UserError(what, field=str(path), hint="Download it again")
+
+
+def reason(error: Exception) -> str:
+    """What a decoder says, without addresses of this process's memory."""
+    return _OBJECT.sub("the file", str(error))

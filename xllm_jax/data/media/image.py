@@ -115,7 +115,9 @@ def read(
         raise UserError(what, field=str(path), hint="Download it again") from error
     except (OSError, ValueError, SyntaxError, EOFError) as error:  # what Pillow's decoders raise
         raise UserError(
-            f"cannot be read as an image ({error})", field=str(path), hint="Download it again"
+            f"cannot be read as an image ({formats.reason(error)})",
+            field=str(path),
+            hint="Download it again",
         ) from error
 
 

@@ -120,10 +120,14 @@ def _decoded(path: str | Path) -> tuple[np.ndarray, int]:
             # Told how many: some codecs, such as GSM's, cannot go back to count them.
             samples = sound.read(sound.frames, dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, RuntimeError, ValueError) as error:
-        raise UserError(f"not a readable audio file ({error})", field=str(path)) from error
+        raise _unreadable(error, path) from error
     if form.startswith("WAV"):
         _check_whole(path, len(samples))
     return (samples if form not in ("MP3", "MPEG") else _all_of_mp3(path, samples, rate)), rate
+
+
+def _unreadable(error: Exception, path: str | Path) -> UserError:
+    return UserError(f"not a readable audio file ({formats.reason(error)})", field=str(path))
 
 
 def _all_of_mp3(path: str | Path, samples: np.ndarray, rate: int) -> np.ndarray:
@@ -136,7 +140,7 @@ def _all_of_mp3(path: str | Path, samples: np.ndarray, rate: int) -> np.ndarray:
     try:
         return unsized.mp3(content)
     except ValueError as error:
-        raise UserError(f"not a readable audio file ({error})", field=str(path)) from error
+        raise _unreadable(error, path) from error
 
 
 def _sized(path: str | Path) -> str | io.BytesIO:
@@ -188,7 +192,7 @@ def count_frames(path: str | Path) -> int:
     try:
         info = soundfile.info(_sized(path))
     except (soundfile.SoundFileError, RuntimeError) as error:
-        raise UserError(f"not a readable audio file ({error})", field=str(path)) from error
+        raise _unreadable(error, path) from error
     return frames_of(-(-info.frames * RATE // max(info.samplerate, 1)))
 
 

@@ -41,7 +41,7 @@ def opened(path: str | Path) -> Iterator[tuple[Any, Any]]:
         with av.open(source, container_options=ALLOWED) as container:
             yield container, _stream(container, path)
     except (FFmpegError, ValueError, EOFError) as error:
-        what = f"cannot be read as a video ({error})"
+        what = f"cannot be read as a video ({formats.reason(error)})"
         raise UserError(what, field=str(path), hint="Download it again") from error
 
 
