@@ -12,7 +12,9 @@ import jax
 import numpy as np
 import pytest
 import small_engine
+from jax.sharding import NamedSharding, PartitionSpec
 
+from xllm_jax.core import mesh
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
 from xllm_jax.data.media import modalities
@@ -146,6 +148,20 @@ def test_alternatives_are_the_best_ones(engine):
     hot = engine.submit(dataclasses.replace(LONG, sampling=Sampling(9.0, seed=3, logprobs=5)))
     again = engine.submit(dataclasses.replace(LONG, sampling=Sampling(0.0, logprobs=5)))
     assert hot.result(60).tokens[0].top == again.result(60).tokens[0].top
+
+
+def test_new_rows_compile_nothing_on_a_mesh_of_one_device(files):
+    """Where a run's parameters lie; a request may be the first one in any bucket."""
+    restored = small_engine.restored(prefix=False)  # without one, new rows read no parameters
+    place = NamedSharding(mesh.make({"data": 1}, jax.devices()[:1]), PartitionSpec())
+    params = jax.device_put(restored.params, place)
+    made = small_engine.engine(dataclasses.replace(restored, params=params), slots=2)
+    made.start()
+    long = Request("96", Example("96", (("sensor", files[4]),) * 2, "图中有什么？" * 6))
+    assert made.submit(long).result(60).usage.prompt_tokens > 64
+    assert made.submit(LONG).result(60).tokens
+    assert made.metrics()["compilations_since_warm_up_total"] == 0
+    made.stop(0.0)
 
 
 class Gate:

@@ -237,9 +237,13 @@ def settings_of(sampling: Sampling, max_tokens: int) -> Settings:
 
 
 def _whole(params: Params) -> Sharding | None:
-    """Where rows live: on every device that holds the parameters, or wherever there is one."""
+    """Where rows live: on every device that holds the parameters, or wherever there is one.
+
+    Said also of a mesh of one device: else new rows would lie nowhere in particular, and programs
+    that read them are other ones than those that read what a step has made.
+    """
     sharding = jax.tree.leaves(params)[0].sharding
-    meshed = isinstance(sharding, NamedSharding) and sharding.mesh.size > 1
+    meshed = isinstance(sharding, NamedSharding)
     return NamedSharding(sharding.mesh, PartitionSpec()) if meshed else None
 
 
