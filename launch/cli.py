@@ -58,6 +58,7 @@ def run(
     main: Callable[[list[str]], Any],
     safe: str | Callable[[], str] = "",
     kind: type[Stage] | type[Suite] = Stage,
+    arguments: bool = False,
 ) -> NoReturn:
     """Parses the flags and calls `main` with what is left of the command line.
 
@@ -71,6 +72,7 @@ def run(
       safe: a sentence on what is intact when it cannot write or is stopped; '' for one that writes
         no files.
       kind: what the command's configurations are.
+      arguments: whether words that are no flags may follow the command.
     """
     kept = safe if callable(safe) else lambda: safe
     memory_allocator.keep_freed_memory()
@@ -80,7 +82,7 @@ def run(
         try:
             app.run(
                 lambda argv: guard(main, argv, kept),
-                flags_parser=functools.partial(parse, kind=kind),
+                flags_parser=functools.partial(parse, kind=kind, arguments=arguments),
             )
         except KeyboardInterrupt:
             interrupts.ignore()
@@ -116,7 +118,9 @@ def guard(main: Callable[[list[str]], Any], argv: list[str], safe: Callable[[], 
         raise
 
 
-def parse(argv: Sequence[str], kind: type[Stage] | type[Suite] = Stage) -> list[str]:
+def parse(
+    argv: Sequence[str], kind: type[Stage] | type[Suite] = Stage, arguments: bool = False
+) -> list[str]:
     """Parses absl flags; a wrong one ends the program with one line.
 
     `--help` prints the command's docstring and flags, and exits with 0.
@@ -135,7 +139,7 @@ def parse(argv: Sequence[str], kind: type[Stage] | type[Suite] = Stage) -> list[
         for name in configs:
             check_settings(name, flags.FLAGS[name].value, kind)
             allow_paths(flags.FLAGS[name].value)
-        if len(rest) > 1:
+        if len(rest) > 1 and not arguments:
             raise UserError(f"unexpected argument {rest[1]!r}", hint="Flags start with --")
         return rest
     except UserError as error:

@@ -39,6 +39,7 @@ COMMANDS = {
     "inspect": "inspect_data",
     "cache": "cache",
     "preflight": "preflight",
+    "conformance": "conformance",
     "replay": "replay",
     "world": "world",
     "build-backbones": "build_backbones",

@@ -34,6 +34,7 @@ os.environ["PYTHONWARNINGS"] = ",".join(
 import jax
 import pytest
 
+from xllm_jax.conformance import plugin
 from xllm_jax.core import memory_allocator
 
 memory_allocator.keep_freed_memory()
@@ -41,6 +42,12 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 # Folder of the PyTorch recordings; XLLM_GOLDEN chooses another one of the same form.
 GOLDEN = Path(os.environ.get("XLLM_GOLDEN", Path(__file__).parent / "golden"))
+
+
+def pytest_configure(config):
+    """Also where the package was installed before it had a plugin."""
+    if not config.pluginmanager.has_plugin("xllm_conformance"):
+        config.pluginmanager.register(plugin, "xllm_conformance")
 
 
 def pytest_collection_finish():

@@ -31,6 +31,7 @@ FLOORS = (
     "preflight",
     "serve",
     "configs",
+    "conformance",
     "launch",
 )
 # Folders at the top of the repository that the package reaches by a link.

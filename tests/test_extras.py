@@ -43,6 +43,7 @@ STEPS = {
         "Trained parts: run/final",
     ),
     "convert": ("--source=chatglm --input=chatglm --output=base", "written to base"),
+    "conformance": ("clip_vision --checks=shapes", "shapes  passed"),
     "quantize": ("--input=base --output=packed --weights=int8", "packed"),
     "adapter": ("--help", "PEFT's folder, or a file of weights"),
     "prepare": ("--source=coco --input=world/coco --output=prepared", "12 records in 1 shards"),

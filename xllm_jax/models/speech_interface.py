@@ -161,5 +161,4 @@ SHARDING = (
     (r"adapter/kernel", P("fsdp", "tensor")),
     *((rf"(c_former/)?{pattern}", spec) for pattern, spec in bert.SHARDING),
     (r".*/bias", P()),
-    (r"adapter/bias", P()),
 )
