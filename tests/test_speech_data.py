@@ -7,7 +7,7 @@ import pytest
 import soundfile
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.data.media import speech, wav
+from xllm_jax.data.media import specaugment, speech, wav
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def test_augmentation_only_with_a_generator(tmp_path, wave):
 @pytest.mark.parametrize("shape", [(1, 80), (9, 2), (3, 27)])
 def test_masks_of_small_features(shape):
     for seed in range(20):
-        masks = speech.spec_masks(shape, np.random.default_rng(seed))
+        masks = specaugment.spec_masks(shape, np.random.default_rng(seed))
         assert masks.shape == shape
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from xllm_jax.assembly import adapters, outputs
+from xllm_jax.assembly import adapters, fit, outputs
 from xllm_jax.core import lookup, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Part, Stage
@@ -102,6 +102,7 @@ def model(stage: Stage) -> XLLM:
         denoisers=outputs.denoisers(stage),
     )
     outputs.check(stage, made)
+    fit.check(stage, made)
     made = dataclasses.replace(made, frozen=frozen_sections(stage, made))
     given = given_sections(stage, made)
     cached = cached_features.steps(stage.data.cache) if stage.data.cache else {}

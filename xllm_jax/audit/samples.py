@@ -92,7 +92,8 @@ def _packed(
         items = np.unique(index[index >= 0] // data.embeddings[name])
         paths = [path for modality, path in example.media if modality == name]
         kind = modalities.find(name, data)
-        media += _items(name, kind, entry.values[row, items], entry.lengths[row, items], paths)
+        values, lengths = entry.values[row, items], entry.lengths[row, items]
+        media += _items(name, kind, values, lengths, paths, _kind(name, data))
     learnt = (batch.weights[row] > 0) & np.isin(batch.answer_index[row], places)
     targets = batch.targets[row, learnt]
     context = batch.context[row, places]
@@ -104,21 +105,32 @@ def _packed(
     return Sample(example.key, source, example.task, tuple(media), tuple(pieces), tokens)
 
 
+def _kind(name: str, data: Data) -> str:
+    """How the pictures of a modality are normalized."""
+    return image.normalization(data.image | (data.video if name == "video" else {}))
+
+
 def _items(
-    name: str, kind: Modality, values: np.ndarray, lengths: np.ndarray, paths: Sequence[str]
+    name: str,
+    kind: Modality,
+    values: np.ndarray,
+    lengths: np.ndarray,
+    paths: Sequence[str],
+    normalized: str,
 ) -> list[Medium]:
     """Items of one modality; several frames of a video share its path."""
     each = max(len(values) // max(len(paths), 1), 1)
     named = [paths[min(number // each, len(paths) - 1)] for number in range(len(values))]
     return [
-        Medium(name, pixels(one) if kind.view in PIXELS else one[:length], path, kind)
+        Medium(name, pixels(one, normalized) if kind.view in PIXELS else one[:length], path, kind)
         for one, length, path in zip(values, lengths, named)
     ]
 
 
-def pixels(values: np.ndarray) -> np.ndarray:
-    """`[H, W, 3]` normalized float32 back to uint8."""
-    return np.clip((values * image.STD + image.MEAN) * 255 + 0.5, 0, 255).astype(np.uint8)
+def pixels(values: np.ndarray, kind: str = "clip") -> np.ndarray:
+    """`[H, W, 3]` float32, normalized by a row of `image.NORMALIZATIONS`, back to uint8."""
+    mean, deviation = image.NORMALIZATIONS[kind]
+    return np.clip((values * deviation + mean) * 255 + 0.5, 0, 255).astype(np.uint8)
 
 
 def _runs(ids: np.ndarray, owners: np.ndarray, family: LLMFamily) -> list[tuple[str, str]]:
@@ -170,7 +182,7 @@ def _row(
     if isinstance(batch, ImageTextPairs | SceneAttributes | DescribedPictures):
         found, shown = modalities.find("image", data), batch.images[row]
         signed = isinstance(batch, DescribedPictures)
-        shown = image.from_signed(shown) if signed else pixels(shown)
+        shown = image.from_signed(shown) if signed else pixels(shown, _kind("image", data))
         media = (Medium("image", shown, paths[0], found),)
         tokens["image"] = 1
     if isinstance(batch, DescribedPictures | DescribedLatents):

@@ -23,6 +23,8 @@ PICTURES = {
     "patch": Option(int, 1, 8192),
     "frames": Option(int, 1, 10**4),
     "sampling": Option(str, choices=("uniform", "reference")),
+    "normalization": Option(str, choices=("clip", "siglip")),
+    "resample": Option(str, choices=("bicubic", "bilinear")),
 }
 SIZES = (
     "bins channels classes cross_attention_frequency depth embed encoder_width features groups "
@@ -30,7 +32,10 @@ SIZES = (
     "llm_width max_tokens out_channels output_width patch picture_channels pools queries shared "
     "stride text_width tokens unroll visual_width vocab width"
 )
-NONE = "kernel linguistic_blocks positions self_blocks types visual_blocks vocabulary"  # may be 0
+NONE = (  # may be 0
+    "kernel linguistic_blocks positions self_blocks skip types unused_blocks visual_blocks "
+    "vocabulary"
+)
 DEEP = ("depth", "linguistic_blocks", "self_blocks", "visual_blocks")
 LAYERS = 4096  # of a stack, each of which is traced or named
 # Whatever a network has, it has once at least; of layers, -1 is the last.
@@ -41,7 +46,11 @@ NETWORK = numbers(
     | {name: Option(int, int(name == "depth"), LAYERS) for name in DEEP}
     | {"llm_layers": Option(int, -1), "dropout": Option(float, 0, 1)},
 )
-SPEECH = options(bins=Option(int, 1, 1024), specaugment=Option((bool, dict)))
+SPEECH = options(
+    bins=Option(int, 1, 1024),
+    specaugment=Option((bool, dict)),
+    features=Option(str, choices=("kaldi", "whisper")),
+)
 
 
 @dataclasses.dataclass
@@ -163,9 +172,9 @@ class Data:
         holds examples of one bucket; those without speech belong to the first.
       characters_length: largest transcript in characters, the end token included.
       text_length: tokens of a caption for the Q-Former's text branch.
-      image: options of the image processor (size, crop scale, flip, orientation …).
+      image: options of the image processor (size, crop scale, flip, orientation, normalization …).
       video: options of the video reader (frames …).
-      speech: options of the filterbanks and SpecAugment.
+      speech: options of the filterbanks (bins, features: Kaldi's or Whisper's) and SpecAugment.
       modalities: {name: 'package.module:NAME' of its record} of modalities beyond image, video and
         speech, see `data/media/modality.py`.
       options: {name: its options} of those modalities.

@@ -1,4 +1,4 @@
-"""The vision tower of CLIP (arXiv 2103.00020), whose features the multimodal ASR decoder may see.
+"""The vision tower of CLIP (arXiv 2103.00020): for an LLM, or for the multimodal ASR decoder.
 
 EVA's blocks with a bias on the keys as well and the quick GELU; a norm before the blocks and one
 behind them, a patch projection without bias, the class token first. CLIP's projection into the
@@ -6,6 +6,8 @@ space that it shares with text is left out.
 """
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +29,8 @@ class ClipVision(nn.Module):
       width, depth, heads, hidden: sizes of the stack (`hidden`: feed-forward).
       final_norm: return every feature behind the last norm, so that the first is CLIP's pooled
         vector; False gives the states before it, which Hugging Face calls `last_hidden_state`.
+      unused_blocks: of the last blocks, whose outcome is not asked for; LLaVA reads what one block
+        before the last gives (1, and no `final_norm`).
       attention: implementation of `layers.attention`.
       remat: row of `layers.REMAT`.
       unroll: blocks per scan step.
@@ -40,10 +44,17 @@ class ClipVision(nn.Module):
     hidden: int = 3072
     epsilon: float = 1e-5
     final_norm: bool = True
+    unused_blocks: int = 0
     attention: layers.Kernel | None = None
     dtype: DTypeLike = jnp.float32
     remat: str = "none"
     unroll: int = 1
+
+    INPUT: ClassVar = {"image.normalization": "clip"}
+
+    def features_of(self, size: int) -> int:
+        """Features of a square image of so many pixels a side: patches, and the class token."""
+        return (size // self.patch) ** 2 + 1
 
     def example(self) -> tuple[Array]:
         """Arguments for `init`."""
@@ -76,8 +87,12 @@ class ClipVision(nn.Module):
 
 
 SIZES = {
-    # openai/clip-vit-base-patch16.
+    # openai/clip-vit-base-patch16, -large-patch14, -large-patch14-336, as they are published.
     "clip_vit_b_16": dict(image_size=224, patch=16, width=768, depth=12, heads=12, hidden=3072),
+    "clip_vit_l_14": dict(image_size=224, patch=14, width=1024, depth=24, heads=16, hidden=4096),
+    "clip_vit_l_14_336": dict(
+        image_size=336, patch=14, width=1024, depth=24, heads=16, hidden=4096
+    ),
     "tiny": dict(image_size=96, patch=16, width=96, depth=4, heads=4, hidden=384),
 }
 
@@ -86,3 +101,5 @@ SHARDING = (
     (r"(.*/)?norm_(before|behind)/(scale|bias)", PartitionSpec()),
     *vit.SHARDING,
 )
+
+STREAMED = vit.STREAMED

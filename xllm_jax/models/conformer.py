@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -295,6 +296,13 @@ class SpeechEncoder(nn.Module):
     dtype: DTypeLike = jnp.float32
     unroll: int = 1
     remat: str = "none"
+
+    INPUT: ClassVar = {"speech.features": "kaldi"}
+
+    @property
+    def reduction(self) -> int:
+        """Frames of the filterbank in a feature: the convolution halves them, and each pool."""
+        return 2 ** (1 + len(self.pools))
 
     def example(self) -> tuple[Array, Array]:
         """Arguments for `init`."""

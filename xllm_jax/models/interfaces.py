@@ -1,7 +1,8 @@
 """X2L interfaces: features of one modality to embeddings that the LLM reads (paper, section 3.1).
 
 The image interface and the video interface are two instances of `QFormerInterface`; a video is its
-frames, each through the same interface. The speech interface is in `speech_interface.py`.
+frames, each through the same interface. The speech interface is in `speech_interface.py`, others
+for images in `mlp_interface.py` and `perceiver.py`.
 """
 
 from __future__ import annotations
@@ -36,6 +37,10 @@ class QFormerInterface(bert.Sizes):
     norm_epsilon: float = 1e-5
 
     SECTIONS: ClassVar = (("norm", "queries", "qformer"), ("adapter",))
+
+    def made_of(self, features: int) -> int:
+        """Embeddings of so many features."""
+        return self.queries
 
     @nn.compact
     def __call__(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -66,14 +66,18 @@ class Block(nn.Module):
     activation: Callable[[Array], Array] = layers.gelu_exact
 
     @nn.compact
-    def __call__(self, x: Array, mask: Array | None, drop: Array | None) -> tuple[Array, None]:
+    def __call__(
+        self, x: Array, mask: Array | None, drop: Array | None, used: Array | None
+    ) -> tuple[Array, None]:
         """Maps `[batch, tokens, width]`.
 
         Args:
           x: `[batch, tokens, width]`.
           mask: of `Attention`, or None.
           drop: the layer's drop-path rate, or None.
+          used: whether the layer changes anything, or None where all do.
         """
+        given = x
         y = layers.LayerNorm(self.epsilon, self.dtype, name="attention_norm")(x)
         options = (self.dtype, self.implementation, self.key_bias, self.causal)
         y = Attention(self.heads, *options, name="attention")(y, mask)
@@ -82,7 +86,8 @@ class Block(nn.Module):
         feed_forward = layers.FeedForward(
             self.hidden, self.activation, dtype=self.dtype, name="feed_forward"
         )
-        return x + self._drop_path(feed_forward(y), drop), None
+        x = x + self._drop_path(feed_forward(y), drop)
+        return (x if used is None else jnp.where(used, x, given)), None
 
     def _drop_path(self, y: Array, drop: Array | None) -> Array:
         """Drops the whole branch of single examples in training and rescales the others."""
@@ -120,6 +125,12 @@ class VisionTransformer(nn.Module):
     remat: str = "none"
     unroll: int = 1
 
+    INPUT: ClassVar = {"image.normalization": "clip"}
+
+    def features_of(self, size: int) -> int:
+        """Features of a square image of so many pixels a side: patches, and the class token."""
+        return (size // self.patch) ** 2 + 1
+
     def example(self) -> tuple[Array]:
         """Arguments for `init`."""
         return (jnp.zeros((1, self.image_size, self.image_size, 3)),)
@@ -154,54 +165,63 @@ def run_blocks(
     """Runs the blocks of a tower, whose parameters are named 'layers'.
 
     Args:
-      tower: `VisionTransformer`, `ClipVision` or `ClipText`: sizes, epsilon, dtype and so on.
+      tower: `VisionTransformer`, `ClipVision`, `SiglipVision`, `ClipText`, `WhisperEncoder`:
+        sizes, epsilon, dtype and so on; the last `unused_blocks`, where it has such a field, change
+        nothing.
       x: `[batch, tokens, width]`.
       rates: `[depth]` drop-path rates, or None.
       mask: `[batch, tokens]` bool, False for tokens that no other sees, or None.
       options: other fields of `Block`.
     """
-    scanned = int(rates is not None)
+    unused = getattr(tower, "unused_blocks", 0)
+    used = jnp.arange(tower.depth) < tower.depth - unused if unused else None
+    scanned = 2 if rates is not None else int(used is not None)
     stack = layers.stack(
         Block,
         tower.depth,
-        broadcast=2 - scanned,
+        broadcast=3 - scanned,
         scanned=scanned,
         remat=tower.remat,
         unroll=tower.unroll,
     )
     names = ("heads", "hidden", "epsilon", "dtype")
     fields = {name: getattr(tower, name) for name in names} | options
-    x, _ = stack(implementation=tower.attention, **fields, name="layers")(x, mask, rates)
+    x, _ = stack(implementation=tower.attention, **fields, name="layers")(x, mask, rates, used)
     return x
 
 
 class Embeddings(nn.Module):
-    """Patch projection, class token and positions."""
+    """Patch projection, positions, and where `class_token` says so a class token first.
+
+    `image_size`, for which the position table is made, need be no multiple of `patch`: the table is
+    that of the whole patches.
+    """
 
     image_size: int
     patch: int
     width: int
     dtype: DTypeLike = jnp.float32
     use_bias: bool = True
+    class_token: bool = True
 
     @nn.compact
     def __call__(self, images: Array) -> Array:
-        """`[batch, height, width, 3]` to `[batch, patches + 1, width]`."""
+        """`[batch, height, width, 3]` to `[batch, patches (+ 1), width]`."""
         grid = (images.shape[1] // self.patch, images.shape[2] // self.patch)
         cells = patches(images, self.patch)
         project = layers.Dense(
             self.width, inputs=3, use_bias=self.use_bias, dtype=self.dtype, name="patches"
         )
         x = project(cells)
+        first, side = int(self.class_token), self.image_size // self.patch
+        shape = (first + side * side, self.width)
+        table = self.param("positions", layers.truncated_normal(), shape, jnp.float32)
+        positions = resize_positions(table, grid, first).astype(self.dtype)
+        if not self.class_token:
+            return x + positions
         token = self.param("class_token", layers.truncated_normal(), (self.width,), jnp.float32)
-        side = self.image_size // self.patch
-        table = self.param(
-            "positions", layers.truncated_normal(), (1 + side * side, self.width), jnp.float32
-        )
         token = jnp.broadcast_to(token, (x.shape[0], 1, self.width)).astype(self.dtype)
-        return jnp.concatenate([token, x], axis=1) + resize_positions(table, grid).astype(
-            self.dtype
-        )
+        return jnp.concatenate([token, x], axis=1) + positions
 
 
 def patches(images: Array, size: int) -> Array:
@@ -216,24 +236,25 @@ def patches(images: Array, size: int) -> Array:
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, size, size, channels)
 
 
-def resize_positions(table: Array, grid: tuple[int, int]) -> Array:
+def resize_positions(table: Array, grid: tuple[int, int], first: int = 1) -> Array:
     """Interpolates a position table to another grid; the class token's row stays.
 
     Args:
-      table: `[1 + side * side, width]`.
+      table: `[first + side * side, width]`.
       grid: rows and columns wanted.
+      first: rows before those of the patches.
 
     Returns:
-      `[1 + rows * columns, width]` float32.
+      `[first + rows * columns, width]` float32.
     """
     table = table.astype(jnp.float32)
-    side = round((table.shape[0] - 1) ** 0.5)
+    side = round((table.shape[0] - first) ** 0.5)
     if grid == (side, side):
         return table
-    square = table[1:].reshape(side, side, -1)
+    square = table[first:].reshape(side, side, -1)
     rows, columns = bicubic_matrix(side, grid[0]), bicubic_matrix(side, grid[1])
     resized = jnp.einsum("yi,xj,ijd->yxd", rows, columns, square)
-    return jnp.concatenate([table[:1], resized.reshape(-1, table.shape[1])])
+    return jnp.concatenate([table[:first], resized.reshape(-1, table.shape[1])])
 
 
 def bicubic_matrix(old: int, new: int) -> np.ndarray:

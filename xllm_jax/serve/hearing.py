@@ -31,6 +31,7 @@ from xllm_jax.inference.load_run import Restored
 from xllm_jax.models import asr_search
 from xllm_jax.models.asr import ASRDecoder
 from xllm_jax.models.conformer import SpeechEncoder
+from xllm_jax.models.whisper import WhisperEncoder
 from xllm_jax.models.xllm import XLLM
 from xllm_jax.serve.request import Answer, Request
 
@@ -193,9 +194,8 @@ def padded(restored: Restored, features: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def hop(model: XLLM, encoder: str) -> float:
-    """Seconds of a frame of a speech encoder: its convolution halves their rate, and each pool."""
-    pools = cast(SpeechEncoder, model.networks[encoder]).pools
-    return FRAME * 2 ** (1 + len(pools))
+    """Seconds of a frame of a speech encoder."""
+    return FRAME * cast(SpeechEncoder | WhisperEncoder, model.networks[encoder]).reduction
 
 
 def fired(frames: np.ndarray, seconds: float) -> list[float]:

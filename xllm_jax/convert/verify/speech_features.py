@@ -6,7 +6,7 @@ import numpy as np
 
 from xllm_jax.convert.verify.recording import Replay
 from xllm_jax.core.errors import UserError
-from xllm_jax.data.media import speech
+from xllm_jax.data.media import specaugment, speech
 
 INTEGERS = 32768  # samples of the files are integers of 16 bits
 OPTIONS = {
@@ -46,7 +46,7 @@ def _utterance(replay: Replay, number: str) -> None:
     if f"specaug{number}" in replay:
         masks = replay.input(f"specaug{number}_mask")
         normalized = replay.recorded(f"utt_cmvn{number}")
-        replay.compare(f"specaug{number}", speech.mask(normalized, masks))
+        replay.compare(f"specaug{number}", specaugment.mask(normalized, masks))
         replay.attempt(_drawn, int(number), normalized.shape)
 
 
@@ -54,7 +54,7 @@ def _drawn(replay: Replay, number: int, shape: tuple[int, ...]) -> None:
     """The masks themselves, by the recorded recipe and its generator."""
     recipe = replay.about()["specaugment"]["aishell1_recipe"]
     options = {OPTIONS[key]: value for key, value in recipe.items() if key in OPTIONS}
-    drawn = speech.spec_masks(shape, LegacyRandom(SEED + number), **options)
+    drawn = specaugment.spec_masks(shape, LegacyRandom(SEED + number), **options)
     replay.compare(f"specaug{number}_mask", drawn)
 
 

@@ -78,7 +78,8 @@ class Format(RowPerRecord[Entry, SceneAttributes, None]):
           classes of shape, color and size}, nothing skipped).
         """
         keys = [entry.record.example.key for row in plan.rows[rows] for entry in row]
-        drawn = [draw(key, self._size, self._grid) for key in keys]
+        kind = image.normalization(self.data.image)
+        drawn = [draw(key, self._size, self._grid, kind) for key in keys]
         images, patches, cells = (np.stack(values) for values in zip(*drawn))
         return SceneAttributes(cells, images, patches), []
 
@@ -87,11 +88,13 @@ class Format(RowPerRecord[Entry, SceneAttributes, None]):
         return {"image": (len(batch.images), len(batch.images))}
 
 
-def draw(key: str, size: int, grid: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def draw(
+    key: str, size: int, grid: int, kind: str = "clip"
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One picture with its labels, a function of the key alone."""
     seed, index = map(int, key.split("-"))
     scene = sample_scene(generator(seed, "attributes", index), "seen")
-    pixels = image.normalize(image.resize(render_scene(scene), size))
+    pixels = image.normalize(image.resize(render_scene(scene), size), kind)
     return pixels, patch_labels(scene, grid), cell_labels(scene)
 
 

@@ -1,9 +1,9 @@
 """Image files to normalized arrays, as BLIP-2's processors make them (`blip_processors.py`).
 
-Training crops a random box and may mirror it; evaluation squashes the whole image into a square;
-CLIP, whose mean and deviation these are, wants the central square. Pillow's bicubic filter with
-antialiasing does the resizing in all of them. A picture is held as its EXIF orientation says, by
-the option `orientation`; the reference ignores it.
+Training crops a random box and may mirror it; evaluation squashes the whole image into a square, as
+SigLIP's processor does, too; CLIP, whose mean and deviation these are by default, wants the central
+square. Pillow's filters with antialiasing do the resizing in all of them. A picture is held as its
+EXIF orientation says, by the option `orientation`; the reference ignores it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from xllm_jax.data.media.modality import Modality
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5)
+NORMALIZATIONS = {"clip": (MEAN, STD), "siglip": (HALF, HALF)}
+FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 MOST_PIXELS = 100_000_000
 BUDGET = 1 << 29  # bytes that decoding one image may take
 MOST_BYTES = 1 << 28  # of a file
@@ -48,22 +51,24 @@ def load(
       path: the file.
       options: 'size' in pixels (224); for training 'scale', the range of the share of the area that
         a random crop keeps, None for no crop (None), and 'flip', mirror every second image (False);
-        'orientation': 'exif' or 'ignore' ('exif').
+        'orientation': 'exif' or 'ignore' ('exif'); 'normalization': a row of NORMALIZATIONS
+        ('clip'); 'resample': a row of FILTERS ('bicubic').
       rng: randomness of training; None prepares the image as in evaluation.
 
     Returns:
-      `[size, size, 3]` float32, normalized by BLIP-2's mean and standard deviation.
+      `[size, size, 3]` float32, normalized.
 
     Raises:
-      UserError: the file is missing, not an image, damaged or too large; unknown orientation.
+      UserError: the file is missing, not an image, damaged or too large; an unknown choice.
     """
     size, picture = options.get("size", 224), read(path, orientation=orientation(options))
+    kind, by = normalization(options), resampling(options)
     if rng is None:
-        return normalize(resize(picture, size))
+        return normalize(resize(picture, size, by), kind)
     scale = options.get("scale")
     box = crop_box(picture.height, picture.width, scale, rng) if scale else None
     flip = bool(options.get("flip", False)) and rng.random() < 0.5
-    return normalize(augment(picture, size, box, flip))
+    return normalize(augment(picture, size, box, flip, by), kind)
 
 
 def orientation(options: Mapping[str, Any]) -> str:
@@ -72,10 +77,33 @@ def orientation(options: Mapping[str, Any]) -> str:
     Raises:
       UserError: unknown.
     """
-    chosen = options.get("orientation", "exif")
-    if chosen not in ORIENTATIONS:
-        what = f"unknown orientation {chosen!r}"
-        raise UserError(what, field="data.image.orientation", hint="exif or ignore")
+    return _choice(options, "orientation", ORIENTATIONS)
+
+
+def normalization(options: Mapping[str, Any]) -> str:
+    """The option 'normalization', which is 'clip' where nothing is said.
+
+    Raises:
+      UserError: unknown.
+    """
+    return _choice(options, "normalization", tuple(NORMALIZATIONS))
+
+
+def resampling(options: Mapping[str, Any]) -> Image.Resampling:
+    """The filter that the option 'resample' names, the bicubic one where nothing is said.
+
+    Raises:
+      UserError: unknown.
+    """
+    return FILTERS[_choice(options, "resample", tuple(FILTERS))]
+
+
+def _choice(options: Mapping[str, Any], name: str, choices: tuple[str, ...]) -> str:
+    """An option that is one of some words, the first of them where nothing is said."""
+    chosen = options.get(name, choices[0])
+    if chosen not in choices:
+        what = f"unknown {name} {chosen!r}"
+        raise UserError(what, field=f"data.image.{name}", hint=" or ".join(choices))
     return chosen
 
 
@@ -178,9 +206,11 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
-def resize(picture: Image.Image, size: int) -> np.ndarray:
+def resize(
+    picture: Image.Image, size: int, by: Image.Resampling = Image.Resampling.BICUBIC
+) -> np.ndarray:
     """The whole image squashed to `[size, size, 3]` uint8."""
-    return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC))
+    return np.asarray(picture.resize((size, size), by))
 
 
 def center(picture: Image.Image, size: int) -> np.ndarray:
@@ -206,7 +236,11 @@ def square(path: str | Path, side: int) -> np.ndarray:
 
 
 def augment(
-    picture: Image.Image, size: int, box: tuple[int, int, int, int] | None, flip: bool
+    picture: Image.Image,
+    size: int,
+    box: tuple[int, int, int, int] | None,
+    flip: bool,
+    by: Image.Resampling = Image.Resampling.BICUBIC,
 ) -> np.ndarray:
     """A crop, resized and perhaps mirrored, `[size, size, 3]` uint8.
 
@@ -215,11 +249,12 @@ def augment(
       size: side in pixels.
       box: (top, left, height, width) of the crop; None keeps the whole image.
       flip: mirror left and right after the crop.
+      by: filter of the resizing.
     """
     if box is not None:
         top, left, height, width = box
         picture = picture.crop((left, top, left + width, top + height))
-    picture = picture.resize((size, size), Image.Resampling.BICUBIC)
+    picture = picture.resize((size, size), by)
     return np.asarray(picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else picture)
 
 
@@ -250,14 +285,20 @@ def crop_box(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def normalize(pixels: np.ndarray) -> np.ndarray:
-    """`[..., 3]` uint8 to float32 with BLIP-2's (and CLIP's) mean and standard deviation."""
+def normalize(pixels: np.ndarray, kind: str = "clip") -> np.ndarray:
+    """`[..., 3]` uint8 to float32.
+
+    Args:
+      pixels: of any number of images.
+      kind: whose mean and standard deviation, a row of NORMALIZATIONS; BLIP-2 has CLIP's.
+    """
+    mean, deviation = NORMALIZATIONS[kind]
     width = pixels.shape[-2]
     # Over whole lines: NumPy is five times slower where it repeats three numbers for every pixel.
     lines = pixels.reshape(*pixels.shape[:-2], 3 * width).astype(np.float32)
     lines /= np.float32(255)
-    lines -= np.tile(np.asarray(MEAN, np.float32), width)
-    lines /= np.tile(np.asarray(STD, np.float32), width)
+    lines -= np.tile(np.asarray(mean, np.float32), width)
+    lines /= np.tile(np.asarray(deviation, np.float32), width)
     return lines.reshape(pixels.shape)
 
 

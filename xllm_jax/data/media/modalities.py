@@ -1,6 +1,7 @@
 """The modalities that there are, by name, and how their files become media items.
 
 A further one is a file like `image.py`, named in `Data.modalities`. With
+`data.speech['features']` 'whisper' sounds become Whisper's spectrograms (`log_mel.py`); with
 `data.speech_features='cif'` an utterance comes as what the speech encoder and CIF have made of it,
 a `.npy` file (`cif_features.py`): readers call such a medium CIF, prompts and models 'speech'.
 """
@@ -16,12 +17,21 @@ from xllm_jax.core import lookup
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data, Source
 from xllm_jax.data.example import Example
-from xllm_jax.data.media import captions, cif_features, image, speech, target_pictures, video
+from xllm_jax.data.media import (
+    captions,
+    cif_features,
+    image,
+    log_mel,
+    speech,
+    target_pictures,
+    video,
+)
 from xllm_jax.data.media.modality import FRAMES, Modality
 from xllm_jax.data.record import MEDIA, DoesNotFit, Record
 from xllm_jax.data.text.characters import token_count
 
 SPEECH = "speech"
+KALDI, WHISPER = "kaldi", "whisper"  # filterbanks of sounds
 CIF = "cif"  # a reader's name of features, and the step of the speech interface that makes them
 
 MODALITIES: dict[str, Modality] = {
@@ -69,7 +79,7 @@ def _record(name: str, place: str, field: str) -> Modality:
 
 
 def find(name: str, data: Data) -> Modality:
-    """A modality as the data's settings have it: speech may come as CIF features.
+    """A modality as the data's settings have it: speech may come in several forms.
 
     Raises:
       UserError: unknown modality, or settings of speech that exclude each other.
@@ -78,6 +88,8 @@ def find(name: str, data: Data) -> Modality:
         return _record(name, data.modalities[name], "data.modalities")
     if name == SPEECH and featured(data):
         return cif_features.MODALITY
+    if name == SPEECH and filterbanks(data) == WHISPER:
+        return log_mel.MODALITY
     if (found := captions.find(name, data)) is not None:
         return found
     if name in target_pictures.MODALITIES:
@@ -114,6 +126,19 @@ def featured(data: Data) -> bool:
         what = "masks filterbanks, and speech comes as CIF features"
         raise UserError(what, field="data.speech.specaugment", hint="Turn one of them off")
     return bool(kind)
+
+
+def filterbanks(data: Data) -> str:
+    """Whose filterbanks sounds become, KALDI or WHISPER.
+
+    Raises:
+      UserError: of neither.
+    """
+    kind = data.speech.get("features", KALDI)
+    if kind not in (KALDI, WHISPER):
+        what = f"unknown features {kind!r}"
+        raise UserError(what, field="data.speech.features", hint=f"{KALDI} or {WHISPER}")
+    return kind
 
 
 def rename_cif_media(example: Example, data: Data) -> Example:
@@ -209,10 +234,11 @@ def bucket(example: Example, data: Data, silent: int) -> int:
       The first that holds every file; the last where a header tells nothing.
     """
     known, last = named(data.modalities), len(data.frames) - 1
+    forms = {name: find(name, data) for name, _ in example.media if name in known}
     counted = [
         (count, path)
         for name, path in example.media
-        if name in known and known[name].bound == FRAMES and (count := known[name].count)
+        if name in forms and forms[name].bound == FRAMES and (count := forms[name].count)
     ]
     try:
         frames = max((count(path) for count, path in counted), default=None)

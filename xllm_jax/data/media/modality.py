@@ -94,7 +94,11 @@ class Modality:
         for name in self.fields:
             field, _, option = name.partition(".")
             value = getattr(data, field)
-            found[field] = {key: value[key] for key in value if key == option} if option else value
+            if option:
+                one = {key: value[key] for key in value if key == option}
+                found[field] = found.get(field, {}) | one
+            else:
+                found[field] = value
         return found
 
     def bytes(self, data: Data) -> int:

@@ -22,7 +22,7 @@ import scipy.fft
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data
-from xllm_jax.data.media import formats, paths, unsized, wav
+from xllm_jax.data.media import formats, paths, specaugment, unsized, wav
 from xllm_jax.data.media.modality import FRAMES, Modality
 
 RATE = 16_000
@@ -45,7 +45,8 @@ def load(
 
     Args:
       path: any format that libsndfile reads (WAV, FLAC, OGG, MP3 ...), any rate, any channels.
-      options: 'bins' (80), and 'specaugment' (False): True, or the arguments of `spec_masks`.
+      options: 'bins' (80), and 'specaugment' (False): True, or arguments of
+        `specaugment.spec_masks`.
       rng: randomness of SpecAugment; None never augments.
 
     Returns:
@@ -56,11 +57,9 @@ def load(
         long, or states a rate that no recording has.
     """
     options = options or {}
-    features = normalize(filterbank(read(path), options.get("bins", 80)))
-    augment = options.get("specaugment", False)
-    if rng is None or not augment:
-        return features
-    return mask(features, spec_masks(features.shape, rng, **({} if augment is True else augment)))
+    return specaugment.augmented(
+        normalize(filterbank(read(path), options.get("bins", 80))), options, rng
+    )
 
 
 def read(path: str | Path) -> np.ndarray:
@@ -186,6 +185,15 @@ def count_frames(path: str | Path) -> int:
     Raises:
       UserError: missing or broken file.
     """
+    return frames_of(count_samples(path))
+
+
+def count_samples(path: str | Path) -> int:
+    """Samples that a file has at 16 kHz, by its header alone.
+
+    Raises:
+      UserError: missing or broken file.
+    """
     import soundfile
 
     formats.check(path, "speech")
@@ -193,7 +201,7 @@ def count_frames(path: str | Path) -> int:
         info = soundfile.info(_sized(path))
     except (soundfile.SoundFileError, RuntimeError) as error:
         raise _unreadable(error, path) from error
-    return frames_of(-(-info.frames * RATE // max(info.samplerate, 1)))
+    return -(-info.frames * RATE // max(info.samplerate, 1))
 
 
 def frames_of(samples: int) -> int:
@@ -329,48 +337,6 @@ def corpus_statistics(
     mean = np.asarray(total / count)
     variance = np.maximum(squares / count - mean**2, floor)
     return mean.astype(np.float32), np.sqrt(variance).astype(np.float32)
-
-
-def spec_masks(
-    shape: tuple[int, int],
-    rng: np.random.Generator,
-    frequency_masks: int = 2,
-    frequency_width: int = 27,
-    time_masks: int = 2,
-    time_width: int = 50,
-    time_share: float = 1.0,
-) -> np.ndarray:
-    """Random bands of SpecAugment (arXiv 1904.08779), without time warping.
-
-    Args:
-      shape: frames and bins.
-      rng: anything with NumPy's `integers(low, high)`.
-      frequency_masks, frequency_width: number of bands, and one more than the widest.
-      time_masks, time_width: the same over time.
-      time_share: a time band is at most this share of the utterance.
-
-    Returns:
-      bool of `shape`, True where the features are to be replaced.
-    """
-    frames, bins = shape
-    masks = np.zeros(shape, bool)
-    for _ in range(frequency_masks):
-        width = int(rng.integers(0, min(frequency_width, bins)))
-        start = int(rng.integers(0, bins - width))
-        masks[:, start : start + width] = True
-    most = min(time_width, int(frames * time_share))
-    if most < 1:
-        return masks
-    for _ in range(time_masks):
-        width = int(rng.integers(0, most))
-        start = int(rng.integers(0, frames - width))
-        masks[start : start + width] = True
-    return masks
-
-
-def mask(features: np.ndarray, masks: np.ndarray) -> np.ndarray:
-    """Replaces masked values by the mean of all features."""
-    return np.where(masks, features.mean(), features).astype(features.dtype)
 
 
 def _load(path: str, data: Data, rng: np.random.Generator | None) -> np.ndarray:

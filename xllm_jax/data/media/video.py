@@ -37,7 +37,8 @@ def load(
     Args:
       path: the file.
       options: 'frames' wanted (5), 'size' in pixels (224), 'sampling': 'uniform' or 'reference'
-        ('uniform'). Options of images that do not concern videos are ignored.
+        ('uniform'), 'normalization' and 'resample' as of images. Options of images that do not
+        concern videos are ignored.
       rng: ignored; frames are the same in training and evaluation.
 
     Returns:
@@ -49,7 +50,8 @@ def load(
     """
     wanted, size = options.get("frames", 5), options.get("size", 224)
     chosen = pictures(path, wanted, options.get("sampling", "uniform"))
-    pixels = {id(one): image.normalize(center(one, size)) for one in chosen}
+    kind, by = image.normalization(options), image.resampling(options)
+    pixels = {id(one): image.normalize(center(one, size, by), kind) for one in chosen}
     empty = [np.zeros((size, size, 3), np.float32)] * (wanted - len(chosen))
     return np.stack([pixels[id(one)] for one in chosen] + empty)
 
@@ -81,7 +83,8 @@ def seen(path: str | Path, data: Data) -> list[np.ndarray]:
     """
     options = data.image | data.video
     wanted, size = options.get("frames", 5), options.get("size", 224)
-    return [center(one, size) for one in pictures(path, wanted, options.get("sampling", "uniform"))]
+    chosen = pictures(path, wanted, options.get("sampling", "uniform"))
+    return [center(one, size, image.resampling(options)) for one in chosen]
 
 
 def _of_whole(wanted: int, sampling: str) -> Pick:
@@ -144,12 +147,14 @@ def _of_span(times: Sequence[Fraction], path: str | Path, shown: Timeline) -> li
     return [shown.at(time) for time in times]
 
 
-def center(picture: Image.Image, size: int) -> np.ndarray:
+def center(
+    picture: Image.Image, size: int, by: Image.Resampling = Image.Resampling.BICUBIC
+) -> np.ndarray:
     """Short side to `size`, then the central square: `[size, size, 3]` uint8."""
     width, height = picture.size
     short = min(width, height)
     shape = (int(size * width / short), int(size * height / short))
-    picture = picture.resize(shape, Image.Resampling.BICUBIC)
+    picture = picture.resize(shape, by)
     left, top = round((shape[0] - size) / 2), round((shape[1] - size) / 2)
     return np.asarray(picture.crop((left, top, left + size, top + size)).convert("RGB"))
 
@@ -175,7 +180,7 @@ MODALITY = Modality(
     load=_load,
     read=_read,
     shape=_shape,
-    fields=("image.size", "video"),
+    fields=("image.size", "image.normalization", "image.resample", "video"),
     libraries=("PyAV", "FFmpeg", "Pillow"),
     items=_items,
     tasks=("video_caption", "vqa"),
