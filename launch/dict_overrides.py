@@ -4,6 +4,7 @@ The configuration flags of ml_collections override what a configuration has. The
 dictionaries that may get a name more: `--config.data.mix.cc3m=0` where the weights are empty,
 `--config.data.sources.captions.options.media=DIR`, `--config.init.llm/layers=DIR`; and
 `--config.parts.llm.fields.alpha=None` takes away a field that another network does not have.
+So do the options of images, videos and speech, as far as there are any of that name.
 Everything else stays with the usual flags, and is refused there when it does not exist.
 """
 
@@ -13,7 +14,7 @@ import ast
 import dataclasses
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from xllm_jax.core.errors import UserError
@@ -57,6 +58,15 @@ def holder(config: Any, path: Sequence[str]) -> Any:
     return config
 
 
+def options(config: Any, path: Sequence[str]) -> Mapping[str, Any]:
+    """{name: what it may be} of the options that a dictionary is declared to take."""
+    above = holder(config, path[:-1]) if path else None
+    if not dataclasses.is_dataclass(above):
+        return {}
+    known = {field.name: field.metadata for field in dataclasses.fields(above)}
+    return known.get(path[-1], {}).get("options", {})
+
+
 def take(argv: Sequence[str], configs: dict[str, Any]) -> tuple[list[str], list[Setting]]:
     """Parts the command line into what goes the usual way, and settings of open fields.
 
@@ -80,9 +90,9 @@ def _setting(token: str, configs: dict[str, Any]) -> Setting | None:
     if not (token.startswith("-") and given and flag in configs and path):
         return None
     *path, key = path
-    if not OPEN.fullmatch(".".join(path)):
-        return None
     config = configs[flag]
+    if not OPEN.fullmatch(".".join(path)) and key not in options(config, path):
+        return None
     there = holder(config, path)
     away = text == "None" and FIELDS.fullmatch(".".join(path))
     if not isinstance(there, dict) or (key in there and "/" not in key and not away):

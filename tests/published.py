@@ -51,6 +51,8 @@ CASES = {
     "bert without prefix": ("bert", BERT | dict(prefix="", gamma=False)),
     "cif_asr": ("cif_asr", None),
     "llama": ("llama", None),
+    "siglip": ("siglip", None),
+    "whisper": ("whisper", None),
 }
 """{case: (source, options)}; None takes the source's own tiny size."""
 
@@ -58,6 +60,8 @@ LEFT_OUT = {
     "eva_vit": {"norm.weight": (96,), "blocks.4.mlp.fc1.bias": (384,), "head.bias": (7,)},
     "bert": {"bert.pooler.dense.bias": (96,), "cls.predictions.bias": (512,)},
     "llama": {"model.layers.1.self_attn.rotary_emb.inv_freq": (16,)},
+    "siglip": {"vision_model.head.probe": (1, 1, 96), "text_model.head.bias": (7,)},
+    "whisper": {"model.decoder.layers.0.fc1.bias": (384,), "proj_out.weight": (40, 96)},
     "cif_asr": {"encoder.conformer_layers.0.conv_module.batch_norm.num_batches_tracked": ()},
 }
 """{case: tensors that a published file holds and we drop}."""

@@ -24,6 +24,7 @@ ENCODER = conformer.SIZES["tiny"] | dict(width=24, heads=3, hidden=40, kernel=5,
 ENCODER |= dict(depth=5, pools=[1, 3])
 DECODER = {k: asr.SIZES["tiny"][k] for k in ("width", "hidden", "heads", "self_blocks", "vocab")}
 DECODER |= dict(width=24, hidden=40, heads=2, self_blocks=3, vocab=13)
+WHISPER = dict(bins=5, width=24, depth=3, heads=3, hidden=40, positions=9)
 CAUSAL = dict(vocab=21, width=24, depth=3, heads=3, hidden=40, key_heads=1)
 MARKED = dict(mark="vision_model.pre_layrnorm.weight")
 PIECES = {
@@ -65,6 +66,8 @@ CASES = {
         MARKED
         | dict(sizes=dict(vision_fields=TOWER, text_fields=TEXT | dict(end=None), shared=11)),
     ),
+    "siglip": ("siglip", dict(prefix="vision_model.", sizes=TOWER)),
+    "whisper": ("whisper", dict(prefix="model.encoder.", sizes=WHISPER)),
     "cif_asr": ("cif_asr", dict(encoder=ENCODER, decoder=DECODER, kernel=3)),
     "cif_asr, dense": ("cif_asr", dict(encoder=ENCODER, decoder=DECODER, kernel=0)),
     "xllm": (

@@ -33,18 +33,26 @@ def check(stage: Stage, xllm: XLLM) -> None:
       UserError: an encoder gets other media than it takes, an interface other features, or the LLM
         embeddings of another width or number; names the field.
     """
-    for modality, encoder, interface in _rows(stage, xllm):
+    for modality, encoder, interface in routes(stage, xllm):
         read, made = xllm.networks[encoder], xllm.networks[interface]
         if modality in PICTURES:
             _pictures(stage.data, modality, encoder, read)
-        if modality == SPEECH and not modalities.featured(stage.data):
+        given = modality == SPEECH and modalities.featured(stage.data)
+        if modality == SPEECH and not given:
             _sounds(stage.data, encoder, read)
-        _widths(xllm, encoder, interface)
+        if not given:  # else the files' width counts
+            _width(xllm, interface, "encoder_width", encoder)
+        _width(xllm, interface, "llm_width", LLM)
         _embeddings(stage.data, modality, interface, read, made)
 
 
-def _rows(stage: Stage, xllm: XLLM) -> list[tuple[str, str, str]]:
-    """(modality, encoder, interface); those of the ASR model of stage 1 have their own names."""
+def routes(stage: Stage, xllm: XLLM) -> list[tuple[str, str, str]]:
+    """(modality, encoder, interface); those of the ASR model of stage 1 have their own names.
+
+    Args:
+      stage: the settings.
+      xllm: its networks.
+    """
     asr = (SPEECH, "speech_encoder", "speech_interface")
     heard = stage.objective == "asr" and set(asr[1:]) <= xllm.networks.keys()
     return [*xllm.modalities, *([asr] if heard else [])]
@@ -88,16 +96,14 @@ def _input(options: Any, part: str, encoder: nn.Module, field: str) -> None:
             raise UserError(what, field=f"data.{name}", hint=f"Say --config.data.{name}={wanted}")
 
 
-def _widths(xllm: XLLM, encoder: str, interface: str) -> None:
-    """Features as wide as the interface reads them, and embeddings as wide as the LLM does."""
-    made = xllm.networks[interface]
-    for name, other in (("encoder_width", encoder), ("llm_width", LLM)):
-        have = getattr(made, name, None)
-        wanted = getattr(xllm.networks.get(other), "width", None)
-        if have and wanted and have != wanted:
-            flag = f"--config.parts.{interface}.fields.{name}={wanted}"
-            what = f"is {have}, and {other} has {wanted}"
-            raise UserError(what, field=f"parts.{interface}.fields.{name}", hint=f"Say {flag}")
+def _width(xllm: XLLM, interface: str, name: str, other: str) -> None:
+    """Features as wide as the interface reads them, or embeddings as wide as the LLM does."""
+    have = getattr(xllm.networks[interface], name, None)
+    wanted = getattr(xllm.networks.get(other), "width", None)
+    if have and wanted and have != wanted:
+        flag = f"--config.parts.{interface}.fields.{name}={wanted}"
+        what = f"is {have}, and {other} has {wanted}"
+        raise UserError(what, field=f"parts.{interface}.fields.{name}", hint=f"Say {flag}")
 
 
 def _embeddings(

@@ -12,7 +12,7 @@ import jax
 from absl import logging
 from flax import linen as nn
 
-from xllm_jax.assembly import adapters, outputs, packed_weights
+from xllm_jax.assembly import adapters, frame_rate, outputs, packed_weights
 from xllm_jax.assembly.networks import init_params
 from xllm_jax.assembly.system import System
 from xllm_jax.core import base_description, checkpoint, damage, kernel_fingerprint, rules
@@ -53,6 +53,7 @@ def parameters(system: System, only: Collection[str] | None = None) -> Params:
             raise UserError("no part has this subtree", field=f"init.{prefix}", hint="See parts")
         if source and wanted:
             check_fields(system.model.networks, source, prefix)
+            frame_rate.check(system, origin(source, prefix)[0], prefix)
             there = held(source, prefix)
             part = prefix.partition("/")[0]
             weights = system.stage.parts[part].weights

@@ -111,6 +111,7 @@ def options_of(base: Base) -> dict[str, Any]:
     patch = base.axis(f"{PART}/embeddings/patches/kernel", 0)
     side = round(base.axis(f"{PART}/embeddings/positions", 0) ** 0.5)
     found = {"image_size": side * patch, "patch": patch, **base_sizes.stack(base, f"{PART}/layers")}
+    found["width"] = base.axis(f"{PART}/norm_behind/scale", 0)  # which EVA's tower lacks
     return {"prefix": PREFIXES[0], "sizes": found}
 
 

@@ -21,7 +21,6 @@ PART = "speech_encoder"
 PREFIXES = ("model.encoder.", "encoder.", "")
 MARK = "embed_positions.weight"
 KINDS = ("whisper",)
-HEAD_WIDTH = 64  # of every published Whisper; heads cannot be read off the shapes
 CONVOLUTION = "o i k -> k i o"
 DEFAULTS = dict(
     num_mel_bins=80,
@@ -108,8 +107,7 @@ def options(checkpoint: Checkpoint | None, size: str) -> dict[str, Any]:
         describes what the network does not compute.
     """
     if checkpoint is None:
-        row = {k: v for k, v in sizes.row(SIZES, size).items() if k != "stride"}
-        return {"prefix": PREFIXES[0], "sizes": row}
+        return {"prefix": PREFIXES[0], "sizes": _plain(sizes.row(SIZES, size))}
     found = _prefixes(checkpoint)
     if not found:
         raise UserError(
@@ -117,8 +115,9 @@ def options(checkpoint: Checkpoint | None, size: str) -> dict[str, Any]:
             field=str(checkpoint.path),
             hint="Give a folder such as openai/whisper-large-v3",
         )
-    row = _sizes(checkpoint, found[0])
-    sizes.check_named({name: _plain(one) for name, one in SIZES.items()}, size, row)
+    known = {name: _plain(one) for name, one in SIZES.items()}
+    row = _sizes(checkpoint, found[0], known, size)
+    sizes.check_named(known, size, row)
     return {"prefix": found[0], "sizes": row}
 
 
@@ -150,8 +149,10 @@ def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name != "stride"}
 
 
-def _sizes(checkpoint: Checkpoint, prefix: str) -> dict[str, Any]:
-    """Fields of `WhisperEncoder`: by the shapes; heads by config.json, or as published."""
+def _sizes(
+    checkpoint: Checkpoint, prefix: str, known: Mapping[str, Mapping[str, Any]], size: str
+) -> dict[str, Any]:
+    """Fields of `WhisperEncoder`: by the shapes, config.json, or a known row."""
     positions, width = (sizes.axis(checkpoint, f"{prefix}{MARK}", n) for n in (0, 1))
     start = f"{prefix}layers."
     fields = dict(
@@ -163,7 +164,7 @@ def _sizes(checkpoint: Checkpoint, prefix: str) -> dict[str, Any]:
     )
     config = published_config.read(checkpoint, DEFAULTS, KINDS)
     if config is None:
-        return fields | {"heads": max(1, width // HEAD_WIDTH)}
+        return sizes.fitting(known, size, checkpoint, **fields)
     config.only(scale_embedding=False)
     names = dict(bins="num_mel_bins", width="d_model", depth="encoder_layers")
     names |= dict(hidden="encoder_ffn_dim", positions="max_source_positions")
