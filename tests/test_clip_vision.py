@@ -88,7 +88,8 @@ def test_equals_transformers(peer, size, tmp_path):
     assert not report.dropped
     pixels = torch.randn(2, 3, size, size)
     with torch.no_grad():
-        expected = peer(pixels, interpolate_pos_encoding=size != 32)
+        options = dict(interpolate_pos_encoding=size != 32, output_hidden_states=True)
+        expected = peer(pixels, **options)
         behind = peer.post_layernorm(expected.last_hidden_state)
     features, lengths = run(model, params, pixels)
     close(features, behind)
@@ -96,6 +97,9 @@ def test_equals_transformers(peer, size, tmp_path):
     np.testing.assert_array_equal(lengths, [1 + (size // 8) ** 2] * 2)
     states, _ = run(model.clone(final_norm=False), params, pixels)
     close(states, expected.last_hidden_state)
+    before, _ = run(model.clone(final_norm=False, unused_blocks=1), params, pixels)
+    close(before, expected.hidden_states[-2])  # which LLaVA reads
+    assert model.features_of(size) == features.shape[1]
 
 
 def test_the_whole_of_clip_gives_the_same_tower(peer, tmp_path):
@@ -280,14 +284,22 @@ def test_scan_unroll_and_remat_agree_in_both_precisions(peer, tmp_path):
     assert np.abs(half.astype(np.float32) - expected).mean() < 0.03 * np.abs(expected).mean()
 
 
-def test_published_size():
-    """As many parameters as transformers counts for ViT-B/16; each has a sharding row."""
+@pytest.mark.parametrize(
+    ("size", "published"),
+    [
+        ("clip_vit_b_16", 85_799_424),
+        ("clip_vit_l_14", 303_179_776),
+        ("clip_vit_l_14_336", 303_507_456),
+    ],
+)
+def test_published_sizes(size, published):
+    """As many parameters as transformers counts; each has a sharding row."""
     from transformers import CLIPVisionModel
 
     with torch.device("meta"):
-        peer = CLIPVisionModel(peer_config(clip_vision.SIZES["clip_vit_b_16"]))
-    model = clip_vision.ClipVision(**clip_vision.SIZES["clip_vit_b_16"])
+        peer = CLIPVisionModel(peer_config(clip_vision.SIZES[size]))
+    model = clip_vision.ClipVision(**clip_vision.SIZES[size])
     shapes = jax.eval_shape(model.init, jax.random.key(0), *model.example())["params"]
     count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
-    assert count == sum(p.numel() for p in peer.parameters()) == 85_799_424
+    assert count == sum(p.numel() for p in peer.parameters()) == published
     rules.assign(clip_vision.SHARDING, shapes, what="clip_vision.SHARDING", total=False)
