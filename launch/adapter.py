@@ -1,8 +1,8 @@
 """Takes LoRA and DoRA adapters from PEFT, gives them to PEFT, and merges them into a base.
 
     xllm adapter --action=import --input=peft_folder --base=bases/llm --output=bases/adapter
-    xllm adapter --action=export --input=runs/lora --base=bases/llm --output=peft_folder
-    xllm adapter --action=merge --input=runs/lora --base=bases/llm --output=bases/merged
+    xllm adapter --action=export --input=runs/lora --output=peft_folder
+    xllm adapter --action=merge --input=runs/lora --output=bases/merged
 
 A stage takes an imported adapter by --config.lora.init; PEFT reads an exported folder over the
 published model. Nothing half-written is left after an error.
@@ -24,7 +24,7 @@ INPUT = flags.DEFINE_string(
 )
 OUTPUT = flags.DEFINE_string("output", "", "Folder to write; it appears when it is complete.")
 BASE = flags.DEFINE_string(
-    "base", "", "Base that the adapters belong to; not needed for a run that has it in its result."
+    "base", "", "Base that the adapters belong to; a run says by itself where its base lies."
 )
 SOURCE = flags.DEFINE_string(
     "source", "", "What the base was converted from, where it does not tell."

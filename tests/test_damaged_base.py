@@ -138,6 +138,6 @@ def test_a_run_that_starts_from_itself_is_refused(base, tmp_path):
     for stage in ({"init": {"other": str(run)}}, {"init": 3}, {}, 7):
         (run / "final" / "about.json").write_text(json.dumps(about | {"stage": stage}))
         with pytest.raises(UserError, match=r"final(/about.json)?: is damaged"):
-            parameters.locate(run, "other")
+            parameters.places(run, "other")
         with pytest.raises(UserError):
             load_run.stage_of(run)

@@ -18,6 +18,7 @@ from mesh_check import fill, values
 
 from xllm_jax.assembly import adapters, parameters
 from xllm_jax.assembly.system import System
+from xllm_jax.convert import adapters_out
 from xllm_jax.core import checkpoint, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.lora_settings import Lora
@@ -178,6 +179,98 @@ def test_a_run_that_began_with_adapters_is_found_with_those_that_it_trained(run,
     path = "llm/layers/attention/qkv/lora_b"
     np.testing.assert_array_equal(ours[path], theirs[path])
     assert made.lora.init == ""
+
+
+@pytest.fixture(scope="module")
+def beside(tmp_path_factory):
+    """Folder of a base and of a run on it."""
+    folder = tmp_path_factory.mktemp("beside")
+    plain = small_stage.stage()
+    made = small(targets="llm/layers/attention/.*")
+    params = parameters.parameters(System.build(plain))
+    checkpoint.save_base(folder / "base", params, {"stage": {"init": {}}})
+    made.init, made.steps, made.save_every = {"llm": str(folder / "base")}, 2, 2
+    loop.fit(made, folder / "run")
+    return folder
+
+
+def test_a_run_on_a_base_leaves_its_adapters_and_where_the_rest_lies(beside):
+    held = checkpoint.open_leaves(beside / "run" / "final")
+    assert held and all(map(lora.is_adapter, held))
+    base = rules.flatten(parameters.parameters(System.build(small_stage.stage())))
+    found = rules.flatten(load_run.load_run(beside / "run").params)
+    for path, x in base.items():
+        np.testing.assert_array_equal(found[path], x)
+    assert np.abs(found["llm/layers/attention/qkv/lora_b"]).max() > 0
+    np.testing.assert_array_equal(
+        found["llm/layers/attention/qkv/lora_b"],
+        held["llm/layers/attention/qkv/lora_b"].read().result(),
+    )
+
+
+@pytest.mark.parametrize("name", ["run", "run/final"])
+def test_a_stage_takes_base_and_adapters_from_such_a_run(beside, name):
+    made = small(targets="llm/layers/attention/.*", trains=False)
+    made.trainable, made.init = (r"llm/final_norm/.*",), {"llm": str(beside / name)}
+    ours = rules.flatten(parameters.parameters(System.build(made)))
+    theirs = rules.flatten(load_run.load_run(beside / "run").params)
+    assert ours.keys() == theirs.keys()
+    for path, x in theirs.items():
+        np.testing.assert_array_equal(ours[path], x)
+    origins = parameters.origins(made.init, ours)
+    assert origins["llm/layers/attention/qkv/lora_b"][0] == beside / "run" / "final"
+    assert origins["llm/layers/attention/qkv/kernel"][0] == beside / "base"
+    made.lora = Lora()
+    with pytest.raises(UserError, match="has adapters"):
+        parameters.parameters(System.build(made))
+
+
+def test_a_third_run_goes_on_from_the_second(beside, tmp_path):
+    """Each one's result is small; the base is that of the first."""
+    made = small(targets="llm/layers/attention/.*")
+    made.init, made.steps, made.save_every = {"llm": str(beside / "run")}, 1, 1
+    loop.fit(made, tmp_path / "next")
+    assert all(map(lora.is_adapter, checkpoint.open_leaves(tmp_path / "next" / "final")))
+    first, last = (
+        rules.flatten(load_run.load_run(path).params)
+        for path in (beside / "run", tmp_path / "next")
+    )
+    changed = {path for path, x in first.items() if not np.array_equal(x, last[path])}
+    assert changed and all(map(lora.is_adapter, changed))
+
+
+def test_such_a_run_is_refused_over_another_base(beside, tmp_path):
+    shutil.copytree(beside / "run", tmp_path / "run")
+    flat = rules.flatten(parameters.parameters(System.build(small_stage.stage())))
+    path = "llm/layers/attention/qkv/kernel"
+    other = rules.unflatten(flat | {path: flat[path] + 1e-3})
+    checkpoint.save_base(tmp_path / "base", other, {"stage": {"init": {}}})
+    file = tmp_path / "run" / "final" / "about.json"
+    said = file.read_text().replace(str(beside / "base"), str(tmp_path / "base"))
+    file.write_text(said)
+    with pytest.raises(UserError, match=rf"init\.llm: .* is of another base: {path} has other"):
+        load_run.load_run(tmp_path / "run")
+    file.write_text(said.replace(str(tmp_path / "base"), "base"))
+    with pytest.raises(UserError, match="of another base"):  # found beside the run
+        load_run.load_run(tmp_path / "run")
+    shutil.rmtree(tmp_path / "base")
+    with pytest.raises(UserError, match="base: no base or finished run here"):
+        load_run.load_run(tmp_path / "run")
+
+
+def test_such_a_run_is_merged_with_the_base_that_it_names(beside, tmp_path):
+    said = adapters_out.merge(beside / "run", tmp_path / "merged")
+    assert said == "2 kernels of llm with their adapters in them"
+    merged, run = checkpoint.open_leaves(tmp_path / "merged"), load_run.load_run(beside / "run")
+    assert not any(map(lora.is_adapter, merged))
+    flat, place = rules.flatten(run.params), "llm/layers/attention/qkv"
+    leaves = {name: flat[f"{place}/{name}"] for name in lora.LEAVES if f"{place}/{name}" in flat}
+    for layer in range(2):
+        low = {name: x[layer] for name, x in leaves.items()}
+        wanted = by_hand(flat[f"{place}/kernel"][layer], low, 1)
+        found = merged[f"{place}/kernel"][layer].read().result()
+        np.testing.assert_allclose(found, wanted, atol=1e-6)
+    shutil.rmtree(tmp_path / "merged")
 
 
 def test_adapters_go_into_a_further_stage_where_they_stay_as_they_are(run):

@@ -79,9 +79,12 @@ def parameters(system: System, only: Collection[str] | None = None) -> Params:
 
 def held(source: str, prefix: str) -> set[str]:
     """What a source holds of a subtree, by the names that the stage has for it."""
-    place, inner = origin(source, prefix)
-    there = below(inner, base_description.base_about(place)["shapes"])
-    return {prefix + path[len(inner) :] for path in there}
+    found: set[str] = set()
+    inner = _inner(source, prefix)
+    for place in filter(None, _places(source, inner)):
+        there = below(inner, base_description.base_about(place)["shapes"])
+        found |= {prefix + path[len(inner) :] for path in there}
+    return found
 
 
 def with_adapters(
@@ -123,7 +126,8 @@ def load_adapters(stage: Stage, like: Shapes) -> Flat:
     low = {path: x for path, x in like.items() if lora.is_adapter(path)}
     found: Flat = {}
     for part in sorted({path.partition("/")[0] for path in low}):
-        place, _ = origin(stage.lora.init, part)
+        base, own = _places(stage.lora.init, part)
+        place = own or base
         about = base_description.base_about(place)
         there = {path for path in below(part, about["shapes"]) if _given(path)}
         wanted = {path: x for path, x in below(part, low).items() if _given(path)}
@@ -137,25 +141,27 @@ def load_adapters(stage: Stage, like: Shapes) -> Flat:
                 what = f"{path} has shape {shape}, the stage {x.shape}"
                 hint = "They are of another rank or of another base"
                 raise UserError(what, field="lora.init", hint=hint)
-        check_base(stage, part, place, about.get(kernel_fingerprint.FIELD, {}))
+        if stage.init.get(part):
+            known = about.get(kernel_fingerprint.FIELD, {})
+            check_base(stage.init[part], part, place, known, "lora.init")
         found |= checkpoint.load_leaves(place, part, wanted, exact=False)
     return found
 
 
-def check_base(stage: Stage, part: str, place: Path, known: Mapping[str, str]) -> None:
-    """Compares the base of a stage with the one that adapters say they belong to.
+def check_base(source: str, part: str, place: Path, known: Mapping[str, str], field: str) -> None:
+    """Compares a base with the one that adapters say they belong to.
 
     Args:
-      stage: its `init` names the base.
+      source: where the base comes from, as a row of `init`.
       part: of the base.
       place: folder of the adapters, for the error.
       known: {kernel: fingerprint}, as the adapters have it.
+      field: of the stage that named the adapters, for the error.
 
     Raises:
       UserError: a kernel has other values; names it.
     """
-    source = stage.init.get(part, "")
-    if not known or not source:
+    if not known:
         return
     folder, inner = origin(source, part)
     leaves = {
@@ -168,7 +174,7 @@ def check_base(stage: Stage, part: str, place: Path, known: Mapping[str, str]) -
     for path in sorted(known.keys() & ours.keys()):
         if known[path] != ours[path]:
             what = f"{place} is of another base: {path} has other values in {folder}"
-            raise UserError(what, field="lora.init", hint="Give the base that it was trained on")
+            raise UserError(what, field=field, hint="Give the base that it was trained on")
 
 
 def _given(path: str) -> bool:
@@ -247,9 +253,21 @@ def load(
     Raises:
       UserError: nothing there, or it does not fit.
     """
-    place, inner = origin(source, prefix)
+    inner = _inner(source, prefix)
+    place, own = _places(source, inner)
     renamed = {inner + path[len(prefix) :]: x for path, x in like.items()}
     unread = [inner + path[len(prefix) :] for path in others]
+    low: Flat = {}
+    if own:
+        about = base_description.base_about(own)
+        part = prefix.partition("/")[0]
+        known = about.get(kernel_fingerprint.FIELD, {})
+        check_base(str(place), part, own, known, f"init.{prefix}")
+        wanted = {path: x for path, x in renamed.items() if path in about["shapes"]}
+        low = checkpoint.load_leaves(own, inner, wanted, exact=False) if wanted else {}
+        # A base may have adapters of its own, in whose place these are.
+        unread += [path for path in base_description.base_about(place)["shapes"] if path in low]
+        renamed = {path: x for path, x in renamed.items() if path not in low}
     written = base_description.base_origin(place)
     if written:
         print(f"{prefix}: {place}, {written}", file=sys.stderr, flush=True)
@@ -259,15 +277,24 @@ def load(
         logging.info("%s: %d of %d leaves from %s", prefix, len(shared), len(renamed), place)
         renamed = shared or renamed
     exact = not source.endswith("*")
-    found = checkpoint.load_leaves(place, inner, renamed, exact, unread)
+    found = low | checkpoint.load_leaves(place, inner, renamed, exact, unread)
     return {prefix + path[len(inner) :]: leaf for path, leaf in found.items()}
 
 
 def origin(source: str, prefix: str) -> tuple[Path, str]:
     """(folder that really holds what a row of `init` names, the subtree there)."""
-    directory, _, other = source.removesuffix("*").partition(":")
-    inner = other or prefix
-    return locate(directory, inner), inner
+    inner = _inner(source, prefix)
+    return _places(source, inner)[0], inner
+
+
+def _inner(source: str, prefix: str) -> str:
+    """The subtree that a row of `init` for `prefix` takes from its source."""
+    return source.removesuffix("*").partition(":")[2] or prefix
+
+
+def _places(source: str, inner: str) -> tuple[Path, Path | None]:
+    """`places` of the folder that a row of `init` names."""
+    return places(source.removesuffix("*").partition(":")[0], inner)
 
 
 def origins(init: Mapping[str, str], paths: Collection[str]) -> dict[str, tuple[Path, str]]:
@@ -283,26 +310,78 @@ def origins(init: Mapping[str, str], paths: Collection[str]) -> dict[str, tuple[
             continue
         place, inner = origin(source, prefix)
         held = base_description.base_about(place)["shapes"]
+        own = _places(source, inner)[1]
+        low = base_description.base_about(own)["shapes"] if own else {}
         named = {path: inner + path[len(prefix) :] for path in wanted}
         taken = {
-            path: (place, n)
+            path: (own if own and n in low else place, n)
             for path, n in named.items()
-            if n in held or (source[-1] != "*" and not lora.is_adapter(path))
+            if n in low or n in held or (source[-1] != "*" and not lora.is_adapter(path))
         }
         found |= taken
     return found
 
 
-def locate(directory: str | Path, part: str) -> Path:
-    """The folder that really holds a part: a base, a run's result, or what the run started from."""
+def places(directory: str | Path, part: str) -> tuple[Path, Path | None]:
+    """Where a part really lies: in a base, in a run's result, or in what the run started from.
+
+    Args:
+      directory: of a base, of a run, or of a run's result.
+      part: or a subtree of it.
+
+    Returns:
+      (folder of the part, folder of its adapters where they lie beside a reference to the part).
+    """
     directory = Path(directory)
-    final = directory / "final"
-    if not checkpoint.base_exists(final):
-        return directory
-    about = base_description.base_about(final)
-    if any(path.startswith(part + "/") for path in about["shapes"]):
-        return final
-    with damage.reading(final):
-        source = about["stage"]["init"].get(part, "").removesuffix("*")
+    folder = directory / "final" if checkpoint.base_exists(directory / "final") else directory
+    if not checkpoint.base_exists(folder):
+        return folder, None
+    about = base_description.base_about(folder)
+    inside = below(part, about["shapes"])
+    referred = bool(inside) and all(map(lora.is_adapter, inside))
+    alone = folder == directory and (not referred or "stage" not in about)  # not a run's result
+    if (inside and not referred) or alone:
+        return folder, None
+    top = part.partition("/")[0] if referred else part
+    with damage.reading(folder):
+        source = about["stage"]["init"].get(top, "").removesuffix("*")
         inner, _, other = source.partition(":")
-        return locate(inner, other or part) if source else final
+        if not source:
+            return folder, None
+        base, low = places(resolved(inner, folder), other or part)
+    return base, folder if referred else low
+
+
+def resolved(path: str, folder: Path) -> str:
+    """A path that was named where a run started, which is one of the folders above the run's."""
+    above = (parent / path for parent in folder.absolute().parents)
+    return str(next((place for place in above if place.exists()), path))
+
+
+def refers(stage: Stage, part: str, trained: Collection[str]) -> bool:
+    """Whether a run's result holds adapters of a part and a reference to the rest of it.
+
+    Args:
+      stage: of the run.
+      part: that trained.
+      trained: paths of all that trained.
+    """
+    inside = below(part, dict.fromkeys(trained))
+    rows = [name for name in stage.init if name.startswith(f"{part}/")]
+    source = stage.init.get(part, "")
+    plain = bool(source) and source[-1] != "*" and ":" not in source and not rows
+    return plain and bool(inside) and all(map(lora.is_adapter, inside))
+
+
+def fingerprints(stage: Stage, part: str, paths: Collection[str]) -> dict[str, str]:
+    """{kernel: hash} of the base of those kernels of a part that have adapters.
+
+    Args:
+      stage: its `init` names the base.
+      part: of the base.
+      paths: of the adapters.
+    """
+    folder, _ = origin(stage.init[part], part)
+    beside = {path.rpartition("/")[0] for path in paths}
+    about = base_description.base_about(folder)
+    return kernel_fingerprint.of_leaves(checkpoint.open_leaves(folder), about, beside)

@@ -9,6 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from xllm_jax.assembly import parameters
 from xllm_jax.convert import (
     adapter_table,
     adapters,
@@ -138,7 +139,7 @@ class _Opened:
 
     def __init__(self, path: str | Path, base: str | Path, source: str, part: str):
         self.path = final_of(Path(path))
-        self.base = Path(base) if base else self.path
+        self.base = Path(base) if base else parameters.places(self.path, part)[0]
         held, self.stores = (checkpoint.open_leaves(p) for p in (self.path, self.base))
         self.leaves = {
             name: store
