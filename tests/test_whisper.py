@@ -14,7 +14,8 @@ import torch
 from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
 from transformers.models.whisper.modeling_whisper import WhisperEncoder as Peer
 
-from xllm_jax.convert import files, run_export, run_import
+from xllm_jax.convert import export_tree, files, run_export, run_import
+from xllm_jax.convert.sources import whisper as table
 from xllm_jax.core import checkpoint, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data
@@ -209,6 +210,42 @@ def test_a_folder_comes_in_and_goes_out(whole, folder, encoder, tmp_path):
     made = checkpoint.open_leaves(tmp_path / "other")
     for path, leaf in rules.flatten({"speech_encoder": encoder[1]}).items():
         np.testing.assert_array_equal(made[path][...], leaf)
+
+
+def test_openai_s_names_are_those_of_its_code():
+    """Every tensor of its `AudioEncoder`, rebuilt here; the key has no bias."""
+    names = {"encoder.positional_embedding", "encoder.ln_post.weight", "encoder.ln_post.bias"}
+    names |= {f"encoder.conv{n}.{leaf}" for n in (1, 2) for leaf in ("weight", "bias")}
+    for part in ("attn.query", "attn.value", "attn.out", "attn_ln", "mlp.0", "mlp.2", "mlp_ln"):
+        names |= {f"encoder.blocks.{n}.{part}.{x}" for n in (0, 1) for x in ("weight", "bias")}
+    names |= {f"encoder.blocks.{n}.attn.key.weight" for n in (0, 1)}
+    made = table.rows(2, 3, source="encoder.", names=table.OPENAI)
+    assert {name for row in made for name in row.names()} == names
+
+
+def test_openai_s_file_gives_the_same_encoder(tmp_path):
+    """A .pt of one published size, which alone tells the heads; in and out bit by bit."""
+    options = {"prefix": "encoder.", "sizes": table._plain(whisper.SIZES["tiny"]), "openai": True}
+    plan = table.plan(options)
+    rng = np.random.default_rng(0)
+    params = {
+        path: rng.normal(size=leaf.shape).astype(np.float32)
+        for path, leaf in rules.flatten(plan.shapes).items()
+    }
+    tensors = export_tree(plan.table, rules.unflatten(params))
+    state = {name: torch.tensor(np.ascontiguousarray(x)) for name, x in tensors.items()}
+    others = {"decoder.ln.weight": torch.ones(3)}
+    saved = {"dims": {"n_mels": 80}, "model_state_dict": state | others}
+    torch.save(saved, tmp_path / "tiny.pt")
+    done = run_import.run_import("whisper", tmp_path / "tiny.pt", tmp_path / "base")
+    assert done.options == options and done.dropped.keys() == others.keys()
+    made = checkpoint.open_leaves(tmp_path / "base")
+    for path, leaf in params.items():
+        np.testing.assert_array_equal(made[path][...], leaf)
+    run_export.run_export("whisper", tmp_path / "base", tmp_path / "out")
+    back = files.open_checkpoint(tmp_path / "out")
+    assert set(back) == state.keys()
+    assert all(np.asarray(back[name]).tobytes() == tensors[name].tobytes() for name in back)
 
 
 REFUSED = {

@@ -6,7 +6,17 @@ from typing import Any
 
 from xllm_jax.configs import networks
 from xllm_jax.conformance.subject import Subject
-from xllm_jax.convert.sources import bert, blip2, chatglm, cif_asr, clip_vision, eva_vit, llama
+from xllm_jax.convert.sources import (
+    bert,
+    blip2,
+    chatglm,
+    cif_asr,
+    clip_vision,
+    eva_vit,
+    llama,
+    siglip,
+    whisper,
+)
 from xllm_jax.core.stage import Part
 
 FAMILY = "causal.Causal"
@@ -36,6 +46,14 @@ def subjects() -> dict[str, Subject]:
         "clip_vision": Subject(
             Part("clip_vision.ClipVision", "tiny"), lambda n: clip_vision.rows(n.depth, n.heads)
         ),
+        "siglip": Subject(
+            Part("siglip.SiglipVision", "tiny"), lambda n: siglip.rows(n.depth, n.heads)
+        ),
+        "whisper": Subject(
+            Part("whisper.WhisperEncoder", "tiny"), lambda n: whisper.rows(n.depth, n.heads)
+        ),
+        "mlp_interface": Subject(Part("mlp_interface.MLPInterface", "tiny")),
+        "perceiver": Subject(Part("perceiver.PerceiverInterface", "tiny")),
         "speech_encoder": Subject(
             networks.speech_encoder("tiny"),
             _conformer_rows,

@@ -1,7 +1,8 @@
-"""Whisper's encoder as Hugging Face names it to `models/whisper.py`.
+"""Whisper's encoder, as Hugging Face and as OpenAI name it, to `models/whisper.py`.
 
 Folders of `WhisperForConditionalGeneration` and `WhisperModel`, whose decoder is left out, and of
-the encoder alone. Sizes are told by the shapes, heads and activation by config.json.
+the encoder alone; OpenAI's .pt files. Sizes are told by the shapes, heads and activation by
+config.json, without which the size must be a published one.
 """
 
 from __future__ import annotations
@@ -19,7 +20,32 @@ from xllm_jax.models.whisper import SIZES, WhisperEncoder
 
 PART = "speech_encoder"
 PREFIXES = ("model.encoder.", "encoder.", "")
-MARK = "embed_positions.weight"
+HUGGING_FACE = dict(
+    positions="embed_positions.weight",
+    layers="layers",
+    query="self_attn.q_proj",
+    key="self_attn.k_proj",
+    value="self_attn.v_proj",
+    out="self_attn.out_proj",
+    attention_norm="self_attn_layer_norm",
+    feed_forward_norm="final_layer_norm",
+    up="fc1",
+    down="fc2",
+    norm_behind="layer_norm",
+)
+OPENAI = dict(
+    positions="positional_embedding",
+    layers="blocks",
+    query="attn.query",
+    key="attn.key",
+    value="attn.value",
+    out="attn.out",
+    attention_norm="attn_ln",
+    feed_forward_norm="mlp_ln",
+    up="mlp.0",
+    down="mlp.2",
+    norm_behind="ln_post",
+)
 KINDS = ("whisper",)
 CONVOLUTION = "o i k -> k i o"
 DEFAULTS = dict(
@@ -40,7 +66,12 @@ FILES = ("preprocessor_config.json",)
 
 
 def rows(
-    depth: int, heads: int, *, source: str = "model.encoder.", target: str = ""
+    depth: int,
+    heads: int,
+    *,
+    source: str = "model.encoder.",
+    target: str = "",
+    names: Mapping[str, str] = HUGGING_FACE,
 ) -> tuple[Row, ...]:
     """The table.
 
@@ -48,18 +79,21 @@ def rows(
       depth, heads: sizes of the encoder.
       source: what the tensors' names start with, one of PREFIXES.
       target: what our paths start with.
+      names: HUGGING_FACE or OPENAI.
     """
-    old, new, layers = f"{source}layers.{{layer}}", f"{target}layers", tuple(range(depth))
+    layers = tuple(range(depth))
+    old, new = f"{source}{names['layers']}.{{layer}}.", f"{target}layers"
     projections = [
         row
-        for letter, name in (("q", "query"), ("k", "key"), ("v", "value"))
+        for name in ("query", "key", "value")
         for row in heads_in(
-            f"{old}.self_attn.{letter}_proj",
-            f"{new}/attention/{name}",
-            heads,
-            layers,
-            bias=name != "key",
+            f"{old}{names[name]}", f"{new}/attention/{name}", heads, layers, bias=name != "key"
         )
+    ]
+    norms = [
+        row
+        for name in ("attention_norm", "feed_forward_norm")
+        for row in norm(f"{old}{names[name]}", f"{new}/{name}", layers)
     ]
     convolutions = [
         row
@@ -71,28 +105,34 @@ def rows(
     ]
     return (
         *convolutions,
-        Row(f"{source}{MARK}", f"{target}positions"),
+        Row(f"{source}{names['positions']}", f"{target}positions"),
         *projections,
-        *heads_out(f"{old}.self_attn.out_proj", f"{new}/attention/out", heads, layers),
-        *norm(f"{old}.self_attn_layer_norm", f"{new}/attention_norm", layers),
-        *norm(f"{old}.final_layer_norm", f"{new}/feed_forward_norm", layers),
-        *linear(f"{old}.fc1", f"{new}/feed_forward/up", layers),
-        *linear(f"{old}.fc2", f"{new}/feed_forward/down", layers),
-        *norm(f"{source}layer_norm", f"{target}norm_behind"),
+        *heads_out(f"{old}{names['out']}", f"{new}/attention/out", heads, layers),
+        *norms,
+        *linear(f"{old}{names['up']}", f"{new}/feed_forward/up", layers),
+        *linear(f"{old}{names['down']}", f"{new}/feed_forward/down", layers),
+        *norm(f"{source}{names['norm_behind']}", f"{target}norm_behind"),
     )
 
 
-def _prefixes(checkpoint: Checkpoint) -> list[str]:
+def _layouts(checkpoint: Checkpoint) -> list[tuple[str, bool]]:
+    """(what the names start with, whether they are OpenAI's) of the encoders in a file."""
     return [
-        start
+        (start, openai)
         for start in PREFIXES
-        if f"{start}{MARK}" in checkpoint and f"{start}conv2.weight" in checkpoint
+        for openai in (False, True)
+        if f"{start}{_names(openai)['positions']}" in checkpoint
+        and f"{start}conv2.weight" in checkpoint
     ]
+
+
+def _names(openai: bool) -> dict[str, str]:
+    return OPENAI if openai else HUGGING_FACE
 
 
 def recognize(checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint holds Whisper's encoder."""
-    return bool(_prefixes(checkpoint))
+    return bool(_layouts(checkpoint))
 
 
 def options(checkpoint: Checkpoint | None, size: str) -> dict[str, Any]:
@@ -108,17 +148,18 @@ def options(checkpoint: Checkpoint | None, size: str) -> dict[str, Any]:
     """
     if checkpoint is None:
         return {"prefix": PREFIXES[0], "sizes": _plain(sizes.row(SIZES, size))}
-    found = _prefixes(checkpoint)
+    found = _layouts(checkpoint)
     if not found:
         raise UserError(
             "holds no encoder of Whisper",
             field=str(checkpoint.path),
-            hint="Give a folder such as openai/whisper-large-v3",
+            hint="Give a folder such as openai/whisper-large-v3, or OpenAI's large-v3.pt",
         )
     known = {name: _plain(one) for name, one in SIZES.items()}
-    row = _sizes(checkpoint, found[0], known, size)
+    prefix, openai = found[0]
+    row = _sizes(checkpoint, prefix, openai, known, size)
     sizes.check_named(known, size, row)
-    return {"prefix": found[0], "sizes": row}
+    return {"prefix": prefix, "sizes": row} | ({"openai": True} if openai else {})
 
 
 def options_of(base: Base) -> dict[str, Any]:
@@ -134,7 +175,8 @@ def options_of(base: Base) -> dict[str, Any]:
 def plan(options: Mapping[str, Any]) -> ConversionPlan:
     """The whole source as part 'speech_encoder'."""
     model = WhisperEncoder(**options["sizes"])
-    table = rows(model.depth, model.heads, source=options["prefix"])
+    names = _names(options.get("openai", False))
+    table = rows(model.depth, model.heads, source=options["prefix"], names=names)
     return ConversionPlan(
         table=mount(PART, table),
         shapes={PART: sizes.shapes_of(model)},
@@ -150,16 +192,25 @@ def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sizes(
-    checkpoint: Checkpoint, prefix: str, known: Mapping[str, Mapping[str, Any]], size: str
+    checkpoint: Checkpoint,
+    prefix: str,
+    openai: bool,
+    known: Mapping[str, Mapping[str, Any]],
+    size: str,
 ) -> dict[str, Any]:
     """Fields of `WhisperEncoder`: by the shapes, config.json, or a known row."""
-    positions, width = (sizes.axis(checkpoint, f"{prefix}{MARK}", n) for n in (0, 1))
-    start = f"{prefix}layers."
+    names = _names(openai)
+    table, start, up = (
+        f"{prefix}{names['positions']}",
+        f"{prefix}{names['layers']}.",
+        f".{names['up']}",
+    )
+    positions, width = (sizes.axis(checkpoint, table, n) for n in (0, 1))
     fields = dict(
         bins=sizes.axis(checkpoint, f"{prefix}conv1.weight", 1),
         width=width,
-        depth=sum(n.startswith(start) and n.endswith(".fc1.weight") for n in checkpoint),
-        hidden=sizes.axis(checkpoint, f"{start}0.fc1.bias", 0),
+        depth=sum(n.startswith(start) and n.endswith(f"{up}.weight") for n in checkpoint),
+        hidden=sizes.axis(checkpoint, f"{start}0{up}.bias", 0),
         positions=positions,
     )
     config = published_config.read(checkpoint, DEFAULTS, KINDS)
