@@ -141,6 +141,10 @@ def test_what_a_model_does_not_take_is_left_out(tmp_path):
         ["image", "speech"],
     ]
     assert {e.task for rows in both.values() for e in rows} == {"asr"}
+    assert {e.instruction for rows in both.values() for e in rows} == {"请识别语音内容。"}
+    config.instruction = "写下来。"
+    again = run.suite("asr").tasks(config, suite_data.model(str))
+    assert {e.instruction for rows in again.values() for e in rows} == {"写下来。"}
     assert [e.answer for e in both["questions_image"]] == [e.answer for e in both["questions"]]
     hears = dataclasses.replace(suite_data.model(str), modalities=("speech",))
     assert list(run.suite("asr").tasks(config, hears)) == ["questions"]

@@ -49,11 +49,13 @@ class SpeechSuite(Suite):
       speakers: {set: regular expression over the sound file's path, whose first group is the
         speaker}; a set without one has no table of speakers.
       lengths: first lengths, in characters of the reference, of the groups behind the first one.
+      instruction: what an LLM is asked; '' takes the first instruction of the task.
     """
 
     cer: str = "normalized"
     speakers: dict[str, str] = dataclasses.field(default_factory=dict)
     lengths: tuple[int, ...] = (6, 11, 16, 21)
+    instruction: str = ""
 
 
 @dataclasses.dataclass

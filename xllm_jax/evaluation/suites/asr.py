@@ -19,6 +19,7 @@ from xllm_jax.core.errors import UserError
 from xllm_jax.core.suite import SpeechSuite
 from xllm_jax.data.example import Example
 from xllm_jax.data.media.modalities import SPEECH
+from xllm_jax.data.text.instructions import instructions
 from xllm_jax.evaluation import error_rate, measure, paired, scorers, transcript_forms
 from xllm_jax.evaluation.answer_store import Answered
 from xllm_jax.evaluation.suites.run import Found, Model, samples
@@ -45,7 +46,9 @@ def tasks(config: SpeechSuite, model: Model | None = None) -> dict[str, tuple[Ex
     for name, pattern in config.speakers.items():
         _speaker(pattern, name)
     found = {
-        name: tuple(map(_transcribing, rows)) for name, rows in samples(config).items() if rows
+        name: tuple(_transcribing(row, config.instruction) for row in rows)
+        for name, rows in samples(config).items()
+        if rows
     }
     takes = model.modalities if model else ()
     suited = {n: rows for n, rows in found.items() if not takes or _modalities(rows) <= {*takes}}
@@ -59,9 +62,10 @@ def _modalities(rows: Sequence[Example]) -> set[str]:
     return {modality for row in rows for modality, _ in row.media}
 
 
-def _transcribing(example: Example) -> Example:
-    said = scorers.reference(example)
-    changed = {"task": "asr", "instruction": "", "answer": said, "history": ()}
+def _transcribing(example: Example, instruction: str) -> Example:
+    """With one instruction for all: a prompt would draw another for every sample."""
+    said, asked = scorers.reference(example), instruction or instructions("asr")[0]
+    changed = {"task": "asr", "instruction": asked, "answer": said, "history": ()}
     return dataclasses.replace(example, references=(said,), **changed)
 
 
