@@ -16,8 +16,8 @@ from xllm_jax.conformance import kit, packaged
 
 # Stacks are compiled once whatever their depth is: the conformer has one before each pool.
 SHALLOW = {"speech_encoder": {"depth": 2, "pools": (1,)}, "visual_interface": {"depth": 2}}
-# What a faulty network is not asked, unless that is what catches it.
-SLOW = ("sharded = unsharded", "restored on another mesh")
+# What compiles a further program: a faulty network is not asked, unless that catches it.
+SLOW = ("sharded = unsharded", "restored on another mesh", "cached decoding", "bfloat16")
 
 
 def results(subject, without=()):

@@ -38,7 +38,7 @@ def outcomes(results, outcome):
 
 
 def test_packaged_networks_pass(found):
-    assert {"llm", "llama", "vision_encoder", "speech_interface"} <= found["clean"].keys()
+    assert {"llm", "llama", "vision_encoder", "whisper", "perceiver"} <= found["clean"].keys()
     for name, results in found["clean"].items():
         assert outcomes(results, "failed") == {}, name
         assert len(outcomes(results, "passed")) >= 8, name
