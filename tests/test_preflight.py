@@ -14,8 +14,11 @@ import pytest
 from small_stage import ROOT
 
 from xllm_jax.configs import stage2_image, stage3_instruction
-from xllm_jax.core import flops
+from xllm_jax.core import flops, rules
 from xllm_jax.core.errors import UserError
+from xllm_jax.core.lora_settings import Lora
+from xllm_jax.core.stage import Part
+from xllm_jax.models import quantized
 from xllm_jax.preflight import (
     collectives,
     forecast,
@@ -211,6 +214,23 @@ def test_moments_are_sharded_as_their_parameters():
     trainable = memory.held(lowered.state.trainable)
     # Two moments and the accumulated gradient, and a few counters.
     assert memory.held(lowered.state.optimizer) == pytest.approx(3 * trainable, rel=1e-4)
+
+
+def test_a_llama_with_adapters_and_packed_kernels_is_counted():
+    stage = stage2_image.get_config("real")
+    before = memory.held(forecast.prepare(stage, targets.parse("h200:1")).state.trainable)
+    stage.parts["llm"] = Part("causal.Causal", "vicuna_7b", weights="nf4")
+    stage.lora = Lora(rank=16, targets="llm/layers/attention/.*")
+    state = forecast.prepare(stage, targets.parse("h200:1")).state
+    depth, width, hidden = 32, 4096, 11008
+    # Queries, keys, values and what leads out of the heads: A and B of each, in float32.
+    adapters = 4 * depth * 4 * 16 * 2 * width
+    assert memory.held(state.trainable) == before + adapters
+    kernels = depth * (4 * width * width + 3 * width * hidden)
+    frozen = {path: memory.held({"x": x}) for path, x in rules.flatten(state.frozen).items()}
+    packed = sum(size for path, size in frozen.items() if quantized.is_packed(path))
+    assert packed == kernels * 4.5 / 8  # four bits, and 16 of a scale for 64 of them
+    assert not [path for path in frozen if path.startswith("llm") and path.endswith("kernel")]
 
 
 def run(*arguments, folder):
