@@ -15,7 +15,6 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from xllm_jax.assembly import networks
 from xllm_jax.core import atomic, mesh
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Stage
@@ -196,30 +195,40 @@ def chosen(checkpoint: str, folder: str, seed: int) -> Write | None:
     return None
 
 
-def check_unused() -> None:
-    """Raises UserError for a flag of pictures that was given without --draw."""
-    _refuse_options("without --draw", "Add --draw=DIR")
+def check_unused(why: str = "without --draw", hint: str = "Add --draw=DIR") -> None:
+    """Raises UserError for a flag of pictures that was given where nothing is drawn."""
+    _refuse_options(why, hint)
 
 
 def _write(stage: Stage, modality: str, seed: int) -> Write:
     """How pictures of one modality become files; says in a line where there is no decoder."""
-    out, field = stage.outputs[modality], f"outputs.{modality}.decoder"
-    if not out.decoder or not Path(out.decoder).exists():
-        where = f"no folder {out.decoder}" if out.decoder else f"{field} of the run names no folder"
-        hint = "Convert one by xllm convert --source=stable_diffusion (docs/outputs.md)"
-        _refuse_options(f"without a decoder: {where}", hint)
+    base = decoder(stage, modality)
+    if base is None:
+        where = decoder_base.missing(stage, modality)
         line = f"No decoder of {modality} ({where}): embeddings are written as .npz"
         print(line, file=sys.stderr, flush=True)
         return embeddings
-    base = decoder_base.look(out.decoder, SCHEDULER.value, stage.compute, stage.frozen)
-    projection = networks.network(stage.parts[out.projection], stage, out.projection)
-    base.check_projection(projection.output_width, projection.queries, field)
     size = pixels(SIZE.value) or base.size
     render.check_size(size, base.autoencoder.factor)
+    return Painter(base, seed, size, STEPS.value, GUIDANCE.value, stage.mesh)
+
+
+def decoder(stage: Stage, modality: str) -> decoder_base.DecoderBase | None:
+    """The decoder of one modality with which the flags can draw; None where there is none.
+
+    Raises:
+      UserError: the decoder or a flag does not fit, or a flag is given without a decoder.
+    """
+    base = decoder_base.of_stage(stage, modality, SCHEDULER.value)
+    if base is None:
+        where = decoder_base.missing(stage, modality)
+        hint = "Convert one by xllm convert --source=stable_diffusion (docs/outputs.md)"
+        _refuse_options(f"without a decoder: {where}", hint)
+        return None
     if not math.isfinite(GUIDANCE.value):
         raise UserError(f"is {GUIDANCE.value}", field="--guidance", hint="Such as 7.5")
     base.scheduler.table(STEPS.value)
-    return Painter(base, seed, size, STEPS.value, GUIDANCE.value, stage.mesh)
+    return base
 
 
 def _refuse_options(why: str, hint: str) -> None:
@@ -228,8 +237,8 @@ def _refuse_options(why: str, hint: str) -> None:
         raise UserError(f"has no effect {why}", field=f"--{given}", hint=hint)
 
 
-def pixels(text: str) -> tuple[int, int] | None:
-    """(height, width) of '512' or '512x768'; None of ''.
+def pixels(text: str, field: str = "--size") -> tuple[int, int] | None:
+    """The sides in '512' or '512x768', in order; None of ''.
 
     Raises:
       UserError: it is no size.
@@ -239,6 +248,6 @@ def pixels(text: str) -> tuple[int, int] | None:
     found = re.fullmatch(r"([0-9]{1,6})(?:x([0-9]{1,6}))?", text)
     sides = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
     if not found or max(sides) > MOST:
-        hint = f"Height and width in pixels up to {MOST}, such as 512 or 512x768"
-        raise UserError(f"{text[:40]!r} is no size of a picture", field="--size", hint=hint)
+        hint = f"Two sides in pixels up to {MOST}, such as 512 or 512x768"
+        raise UserError(f"{text[:40]!r} is no size of a picture", field=field, hint=hint)
     return sides

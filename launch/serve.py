@@ -1,6 +1,7 @@
 """Serves a trained X-LLM: OpenAI's interface for text, pictures, clips and speech, and a web page.
 
     xllm serve --checkpoint=demo/runs/stage3
+    xllm serve --checkpoint=demo/runs/stage3 --outputs=RUN             # answers with pictures, too
     xllm serve --checkpoint=RUN --host=0.0.0.0 --server_names=gpu1.example.org --api_key_file=keys
 
 Any client of OpenAI's works with base_url http://127.0.0.1:8000/v1. Only this machine reaches the
@@ -22,11 +23,13 @@ from absl import flags
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.inference import load_run
-from xllm_jax.launch import cli
+from xllm_jax.launch import cli, drawing
 
 if TYPE_CHECKING:
+    from xllm_jax.core.stage import Stage
     from xllm_jax.data.media.decode_workers import Decoders
     from xllm_jax.inference.load_run import Restored
+    from xllm_jax.serve.easel import Easel
     from xllm_jax.serve.lifecycle import Server
     from xllm_jax.serve.limits import Limits
     from xllm_jax.serve.security import Keys, Names
@@ -40,6 +43,8 @@ NEEDS = {
     "websockets",
     "python_multipart",
 }
+
+flags.adopt_module_key_flags(drawing)
 
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint",
@@ -99,11 +104,20 @@ DEADLINE = flags.DEFINE_float(
     "deadline", 20.0, "Seconds that decoding a file may take.", 0.001, allow_override=True
 )
 MEMORY = flags.DEFINE_float("memory", 2.0, "Gigabytes that decoding a file may take.", 0.01)
-STEPS = flags.DEFINE_integer(
-    "steps", 50, "Steps of the scheduler for a picture.", 1, 1000, allow_override=True
+CONTEXTS = flags.DEFINE_float(
+    "contexts",
+    0.5,
+    "Gigabytes on the device of prompts that are remembered; the same one again is not read again.",
+    0.0,
+    allow_override=True,
 )
-GUIDANCE = flags.DEFINE_float(
-    "guidance", 7.5, "How far a picture goes beyond its words.", 0.0, 1000.0, allow_override=True
+SIZES = flags.DEFINE_multi_string(
+    "picture_sizes",
+    [],
+    "Further size that pictures may be asked for in, as WIDTHxHEIGHT; each is compiled beforehand.",
+)
+BATCH = flags.DEFINE_integer(
+    "draw_batch", 1, "Pictures of one size that are drawn at once.", 1, 64, allow_override=True
 )
 LOG_TEXT = flags.DEFINE_bool("log_text", False, "Also log questions and answers.")
 
@@ -181,12 +195,13 @@ def made(keys: Keys, names: Names) -> tuple[Server, Any]:
     from xllm_jax.data.media.decode_workers import Decoders
     from xllm_jax.serve import app, lifecycle, page
 
-    load_run.final(CHECKPOINT.value)
+    artist = easel(load_run.stage_of(CHECKPOINT.value, drawing.OUTPUTS.value))
     bounds, opened = limits(), lifecycle.listen(HOST.value, PORT.value)
-    restored = within_deadline(load_run.load_run(CHECKPOINT.value), bounds)
+    loaded = load_run.load_run(CHECKPOINT.value, outputs=drawing.OUTPUTS.value)
+    restored = within_deadline(loaded, bounds)
     data = restored.stage.data
     workers = Decoders(data)
-    served, add = service(restored, workers, bounds), None
+    served, add = service(restored, workers, bounds, artist), None
     if PAGE.value and page.installed():
         url = f"http://{_reached(opened)}"
         add = page.Adder(served, keys, url, lambda file: workers.seen(file, data), data.root)
@@ -203,9 +218,50 @@ def _reached(opened: Any) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def service(restored: Restored, workers: Decoders, bounds: Limits) -> Service:
+def easel(stage: Stage) -> Easel | None:
+    """What draws the pictures of a run's answers, looked at before anything large is read.
+
+    Raises:
+      UserError: a decoder or a flag of pictures does not fit, or a flag has no effect.
+    """
+    import jax
+
+    from xllm_jax.core import mesh
+    from xllm_jax.inference import decoder_base
+    from xllm_jax.serve.easel import Easel, Style
+
+    bases = {}
+    for name in sorted(stage.outputs):
+        base = drawing.decoder(stage, name)
+        if base is None:
+            line = f"No decoder of {name} ({decoder_base.missing(stage, name)}): it is not drawn"
+            print(line, file=sys.stderr, flush=True)
+        else:
+            bases[name] = base
+    if not bases:
+        why, hint = "where nothing is drawn", "Give --outputs=RUN, whose decoder is there"
+        drawing.check_unused(why, hint)
+        for flag in (SIZES, BATCH):
+            if flag.present:
+                raise UserError(f"has no effect {why}", field=f"--{flag.name}", hint=hint)
+        return None
+    style = Style(
+        drawing.STEPS.value,
+        drawing.GUIDANCE.value,
+        BATCH.value,
+        QUEUE.value,
+        REQUEST_SECONDS.value,
+    )
+    alone = jax.device_count() == 1
+    more = [drawing.pixels(one, "--picture_sizes") for one in SIZES.value]
+    turned = [(height, width) for width, height in filter(None, more)]
+    own = drawing.pixels(drawing.SIZE.value)
+    return Easel(bases, style, own, turned, None if alone else mesh.make(stage.mesh))
+
+
+def service(restored: Restored, workers: Decoders, bounds: Limits, artist: Easel | None) -> Service:
     """The model with all that is around it."""
-    from xllm_jax.serve import drawing, hearing
+    from xllm_jax.serve import hearing
     from xllm_jax.serve.fetch import Fetcher
     from xllm_jax.serve.media_input import MediaReader
     from xllm_jax.serve.metrics import Metrics
@@ -220,14 +276,14 @@ def service(restored: Restored, workers: Decoders, bounds: Limits) -> Service:
         queue_seconds=QUEUE_SECONDS.value,
         request_seconds=REQUEST_SECONDS.value,
         cache_bytes=int(CACHE.value * 1e9),
+        context_bytes=int(CONTEXTS.value * 1e9),
     )
     engine = Scheduler(restored, options)
     names = tuple(name for name, _, _ in restored.model.modalities)
     folder = Path(CHECKPOINT.value).resolve()
     written = int((load_run.final(folder)).stat().st_mtime)
-    card = Card(NAME.value or folder.name, names, written)
+    card = Card(NAME.value or folder.name, names, written, MAX_TOKENS.value)
     fetch = Fetcher(frozenset(FETCH.value), bounds.medium, bounds.fetch_seconds)
-    draws = drawing.drawable(restored.stage)
     if ASR.value:
         listener = within_deadline(load_run.load_run(ASR.value), bounds)
         ears: Any = hearing.ASREars(listener, workers.load)
@@ -238,8 +294,8 @@ def service(restored: Restored, workers: Decoders, bounds: Limits) -> Service:
         card,
         bounds,
         MediaReader(bounds, fetch, workers.facts),
-        Metrics(engine.metrics),
-        drawing.Easel(restored.stage, STEPS.value, GUIDANCE.value) if draws else None,
+        Metrics(lambda: {**engine.metrics(), **(artist.metrics() if artist else {})}),
+        artist,
         ears,
         LOG_TEXT.value,
     )

@@ -21,6 +21,7 @@ class FakeEngine:
       most: requests at a time; more are refused.
       running: tickets under way.
       asked: requests that came, in order.
+      pictures: that its answers hold.
       text: that it answers whatever is asked; '' for what the class says.
       fail: what a request meets instead of an answer.
     """
@@ -32,6 +33,7 @@ class FakeEngine:
         self.asked: list[Request] = []
         self.cancelled = 0
         self.text = ""
+        self.pictures: tuple = ()
         self.fail: Callable[[Request], Exception | None] = lambda _: None
         self._lock = threading.Lock()
 
@@ -81,7 +83,7 @@ class FakeEngine:
             ticket.put(Event(sign, told))
             if self.pause:
                 time.sleep(self.pause)
-        return Event(finish_reason=reason, usage=usage)
+        return Event(finish_reason=reason, usage=usage, pictures=self.pictures)
 
     def stop(self, drain_seconds: float = 30.0) -> None:
         self.ready = False

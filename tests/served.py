@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,23 @@ class FakeEars:
             *("一二三四五六"[n] for n in loud),
             "",
         ]
+
+
+class FakeEasel:
+    """Draws a square of the color that a picture's embeddings are."""
+
+    def __init__(self):
+        self.sizes = {"image": ((24, 24),)}
+
+    def size(self, said: str | None, modality: str) -> tuple[int, int]:
+        """See `Easel`."""
+        return self.sizes[modality][0]
+
+    def draw(self, picture: Any, seed: int, size: tuple[int, int]) -> Future[bytes]:
+        """See `Easel`."""
+        done: Future[bytes] = Future()
+        done.set_result(square(*size, picture.embeddings))
+        return done
 
 
 def service(engine: Any, decoders: Decoders, limits: Limits = LIMITS, **changes: Any) -> Service:
@@ -132,6 +150,9 @@ def picture(width: int = 20, height: int = 10, color: str = "red") -> bytes:
     content = io.BytesIO()
     Image.new("RGB", (width, height), color).save(content, "PNG")
     return content.getvalue()
+
+
+square = picture
 
 
 def sound(seconds: float = 0.5, pitch: float = 440.0) -> bytes:

@@ -23,7 +23,7 @@ from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Output
 from xllm_jax.inference import assistant, decoder_base, load_run
 from xllm_jax.inference.replies import Picture, Reply
-from xllm_jax.launch import chat, drawing
+from xllm_jax.launch import chat, drawing, serve
 
 ROOT = Path(__file__).parents[1]
 RECORDED = GOLDEN / "diffusion"
@@ -282,3 +282,21 @@ def test_parameters_of_another_shape_are_named(copy):
     file.write_text(json.dumps(told))
     with pytest.raises(UserError, match=r"text_encoder/layers/feed_forward/.* has shape"):
         decoder_base.look(copy).renderer()
+
+
+def test_the_server_draws_by_the_same_flags(stage, base, tmp_path, capsys):
+    with flagsaver.flagsaver(steps=2, picture_sizes=["24x16"]):
+        made = serve.easel(stage)
+    assert made.sizes == {"image": (base.size, (16, 24))} and made.style.steps == 2
+    assert made.size("24x16", "image") == (16, 24) and made.size(None, "image") == base.size
+    with flagsaver.flagsaver(size="16x24"):
+        assert serve.easel(stage).sizes == {"image": ((16, 24),)}
+    with flagsaver.flagsaver(picture_sizes=["17x16"]), pytest.raises(UserError, match="multiple"):
+        serve.easel(stage)
+    stage.outputs["image"].decoder = str(tmp_path / "gone")
+    assert serve.easel(stage) is None
+    assert str(tmp_path / "gone") in capsys.readouterr().err
+    with flagsaver.flagsaver():
+        flags.FLAGS["draw_batch"].present = 1
+        with pytest.raises(UserError, match="no effect"):
+            serve.easel(stage)

@@ -69,6 +69,21 @@ def test_a_seed_gives_the_same_picture_whatever_the_batch(renderer):
     assert np.abs(noise[0] - noise[2]).mean() > 0.5 and 0.8 < noise.std() < 1.2
 
 
+@pytest.mark.parametrize("guidance", [7.5, 1.0])
+def test_a_picture_drawn_call_by_call_is_the_same(renderer, guidance):
+    """Within one of 256 levels: another program may round another way."""
+    conditions, seeds = asked(2), [7, 8]
+    options = {"size": SIZE, "steps": 4, "guidance": guidance}
+    *calls, drawn = renderer.gradually(conditions, seeds, **options)
+    assert calls == [None] * 4
+    whole = renderer(conditions, seeds, **options)
+    assert np.abs(drawn.astype(int) - whole).max() <= 1 and drawn.dtype == np.uint8
+    *_, alone = renderer.gradually(conditions[1:], seeds[1:], **options)
+    np.testing.assert_array_equal(alone[0], drawn[1])
+    with pytest.raises(ValueError, match="4 pictures"):
+        next(renderer.gradually(asked(4), [1] * 4, **options))
+
+
 def test_requests_of_a_size_share_a_program(renderer):
     renderer(asked(1), [1], size=SIZE, steps=4)
     before = renderer.count

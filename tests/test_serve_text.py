@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import types
 
 import numpy as np
 import pytest
+import sentencepiece
 import small_stage
 import test_causal_family as causal_text
+import tokenizers
+from tokenizers import decoders, models, normalizers
 
 from xllm_jax.core.stage import Signals
 from xllm_jax.data.text.llm_families import causal, glm
@@ -26,6 +30,49 @@ def family(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizers") / "fast"
     causal_text.write_fast(folder, "chatml")
     return causal.Family(str(folder))
+
+
+@pytest.fixture(scope="module", params=["pieces", "fallback"])
+def llama(request, tmp_path_factory):
+    """LLaMA's pieces and bytes by either library, which write broken bytes differently."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    trained = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(causal_text.TEXTS * 3),
+        model_writer=trained,
+        model_type="bpe",
+        vocab_size=420,
+        byte_fallback=True,
+        character_coverage=0.98,
+        num_threads=1,
+        minloglevel=2,
+    )
+    if request.param == "pieces":
+        (folder / "tokenizer.model").write_bytes(trained.getvalue())
+    else:
+        write_fallback(folder, trained.getvalue())
+    return causal.Family(str(folder))
+
+
+def write_fallback(folder, trained: bytes) -> None:
+    """A model of sentencepiece as a `tokenizer.json`, as LLaMA 2 is published."""
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=trained)
+    vocabulary = {pieces.id_to_piece(n): n for n in range(pieces.get_piece_size())}
+    bpe = models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    made = tokenizers.Tokenizer(bpe)
+    made.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    made.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    made.add_special_tokens(["<unk>", "<s>", "</s>"])
+    made.save(str(folder / "tokenizer.json"))
 
 
 def told(family, tokens, stops=(), registry=NONE):
@@ -58,6 +105,82 @@ def test_pieces_join_to_the_whole_answer(family):
         assert "".join(pieces) == family.finish(family.tokenizer.decode(ids)), ids
         streamed += sum(map(bool, pieces[:-1]))
     assert streamed > 300
+
+
+def long_answers(family, count, length, random=True):
+    """Ids of long texts: words, characters of several tokens, bytes, and what has no text."""
+    rng = np.random.default_rng(7)
+    words = [
+        "中",
+        "，",
+        ", ",
+        "! ",
+        "\n",
+        "🙂",
+        "é",
+        "鑫淼",
+        "[[训练时间]]",
+        "    ",
+        " word",
+        "中,文",
+    ]
+    for number in range(count):
+        ids: list[int] = []
+        while len(ids) < length:
+            ids += family.tokenizer.encode("".join(rng.choice(words, 12)))
+            if random and number % 2:
+                ids += map(int, rng.integers(0, family.tokenizer.pieces, 2))
+        ids = [token for token in ids if token not in family.ends]
+        yield ids[:length] if random else ids  # a cut may leave half a character
+
+
+def check_long(family, stops, random):
+    for ids in long_answers(family, 6, 400, random):
+        pieces, stopped = told(family, ids, stops)
+        text, raw = "".join(pieces), family.tokenizer.decode(ids)
+        whole = family.finish(raw)
+        if any(stop in one for stop in stops for one in (raw, whole)):
+            assert stopped and not any(stop in text for stop in stops)
+            assert whole.startswith(text.rstrip("，！"))
+        else:
+            assert (text, stopped) == (whole, False)
+            assert len("".join(pieces[:-1])) > 0.8 * len(whole)
+
+
+STOPS = ((), ("never said",), ("淼é", "\n\n"))
+
+
+@pytest.mark.parametrize("stops", STOPS)
+def test_long_answers_are_told_to_the_letter(family, stops):
+    """Beyond the window that is decoded again, and most of it before the end."""
+    check_long(family, stops, True)
+
+
+@pytest.mark.parametrize("stops", STOPS)
+def test_long_answers_in_pieces_and_bytes(llama, stops):
+    """Of whole characters: where a byte is broken, the libraries take back what was whole."""
+    check_long(llama, stops, False)
+
+
+def check_costs(family, monkeypatch, stops):
+    decode, decoded = family.tokenizer.decode, []
+
+    def counted(ids):
+        ids = list(ids)
+        decoded.append(len(ids))
+        return decode(ids)
+
+    monkeypatch.setattr(family.tokenizer, "decode", counted)
+    (ids,) = long_answers(family, 1, 2000, False)
+    told(family, ids, stops)
+    assert sum(decoded) < 100 * len(ids)
+    assert len([one for one in decoded if one > 200]) <= 1  # the whole, in the end
+
+
+@pytest.mark.parametrize("stops", STOPS[:2])
+def test_a_token_costs_the_same_however_long_the_answer_is(family, llama, stops, monkeypatch):
+    for one in (family, llama):
+        check_costs(one, monkeypatch, stops)
 
 
 def test_no_piece_holds_a_part_of_a_character(family):

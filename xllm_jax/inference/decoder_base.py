@@ -17,9 +17,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
+from xllm_jax.assembly import networks
 from xllm_jax.assembly.networks import init_params
 from xllm_jax.core import base_description, checkpoint, damage, limits, mesh, rules, words
 from xllm_jax.core.errors import UserError
+from xllm_jax.core.stage import Stage
 from xllm_jax.core.types import Params, Shapes
 from xllm_jax.data.text.clip_tokenizer import ClipTokenizer
 from xllm_jax.inference.render import Renderer
@@ -81,10 +83,10 @@ class DecoderBase:
           UserError: a component is missing, damaged or of other shapes; names it.
         """
         stores = checkpoint.open_leaves(self.folder)
-        networks = {"unet": self.unet, "vae": self.autoencoder}
+        drawing = {"unet": self.unet, "vae": self.autoencoder}
         params = {
             part: self._params(part, network, stores, device_mesh)
-            for part, network in networks.items()
+            for part, network in drawing.items()
         }
         empty = self._said([""], stores)[0]
         rest = (self.scheduler, empty, batch, device_mesh)
@@ -186,6 +188,34 @@ def look(
             what = f"the UNet's {name} is {have}, and the {other} {wanted}"
             raise UserError(what, field=str(folder), hint=MAKE)
     return DecoderBase(folder, net, vae, text, noise, _size(folder, vae.factor), frozen)
+
+
+def of_stage(stage: Stage, modality: str, scheduler: str = "") -> DecoderBase | None:
+    """The decoder of one modality of a run's answers, looked at; None where its folder is missing.
+
+    Args:
+      stage: of the run, see `load_run.stage_of`.
+      modality: of `stage.outputs`.
+      scheduler: as of `look`.
+
+    Raises:
+      UserError: as of `look`, or it does not read what the run's projection gives.
+    """
+    out = stage.outputs[modality]
+    if not out.decoder or not Path(out.decoder).exists():
+        return None
+    base = look(out.decoder, scheduler, stage.compute, stage.frozen)
+    projection = networks.network(stage.parts[out.projection], stage, out.projection)
+    field = f"outputs.{modality}.decoder"
+    base.check_projection(projection.output_width, projection.queries, field)
+    return base
+
+
+def missing(stage: Stage, modality: str) -> str:
+    """Where the decoder of a modality is not, in words."""
+    folder = stage.outputs[modality].decoder
+    field = f"outputs.{modality}.decoder"
+    return f"no folder {folder}" if folder else f"{field} of the run names no folder"
 
 
 def _network(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -58,6 +58,7 @@ class Renderer:
         self.unet, self.autoencoder, self.scheduler = unet, autoencoder, scheduler
         self.params, self.without, self.batch = params, jnp.asarray(without), batch
         self._draw = jax.jit(self._latents, static_argnames=("guided",))
+        self._call = jax.jit(self._called, static_argnames=("guided",))
         self._decode = jax.jit(self._pictures)
 
     def __call__(
@@ -95,6 +96,45 @@ class Renderer:
             drawn.append(np.asarray(self.decoded(latents)))
         pictures = np.concatenate(drawn)[: len(seeds)] if drawn else np.zeros((0, *size, 3))
         return image.from_signed(pictures)
+
+    def gradually(
+        self,
+        conditions: np.ndarray,
+        seeds: Sequence[int],
+        *,
+        size: tuple[int, int],
+        steps: int = 50,
+        guidance: float = 7.5,
+    ) -> Iterator[np.ndarray | None]:
+        """Draws up to `batch` pictures call by call, so that a device can do other work between.
+
+        One program is compiled for a size, whatever the number of steps; its pictures are those of
+        `__call__` but for rounding.
+
+        Args, errors: as of `__call__`.
+
+        Yields:
+          None behind every call of the UNet, when it is done; last the pictures as `__call__`.
+        """
+        self._check(conditions, seeds, size)
+        if not 0 < len(seeds) <= self.batch:
+            raise ValueError(f"{len(seeds)} pictures in a batch of {self.batch}")
+        table = self.scheduler.table(steps)
+        rows = np.arange(self.batch) % len(seeds)
+        noise = self.noise([seeds[int(row)] for row in rows], size)
+        placed = self._placed(jnp.asarray(conditions[rows]))
+        way = sampling.begin(table, self._placed(noise))
+        given = (placed, self.without, jnp.float32(guidance))
+        for number in range(len(table.calls.time)):
+            row = jax.tree.map(lambda x, n=number: x[n], table.calls)
+            with self._mesh():
+                way = self._call(
+                    self.params["unet"], way, row, table.limit, *given, guided=guidance > 1
+                )
+            jax.block_until_ready(way)
+            yield None
+        pictures = np.asarray(self.decoded(way.latents))
+        yield image.from_signed(pictures[: len(seeds)])
 
     def noise(self, seeds: Sequence[int], size: tuple[int, int]) -> Array:
         """What the pictures of some seeds begin with, `[requests, height, width, channels]`."""
@@ -160,14 +200,32 @@ class Renderer:
         guided: bool,
         trace: bool = False,
     ) -> tuple[Array, Any]:
+        denoise = self._denoise(params, conditions, without, guidance, guided)
+        return sampling.draw(table, denoise, noise, trace)
+
+    def _called(
+        self,
+        params: Any,
+        way: sampling.Way,
+        row: Any,
+        limit: Array,
+        conditions: Array,
+        without: Array,
+        guidance: Array,
+        guided: bool,
+    ) -> sampling.Way:
+        denoise = self._denoise(params, conditions, without, guidance, guided)
+        return sampling.call(way, row, limit, denoise)[0]
+
+    def _denoise(
+        self, params: Any, conditions: Array, without: Array, guidance: Any, guided: bool
+    ) -> sampling.Denoise:
         def network(x: Array, time: Array, text: Array) -> Array:
             return cast(Array, self.unet.apply({"params": params}, x, time, text))
 
         if guided:
-            denoise = sampling.guided(network, conditions, without, guidance)
-        else:
-            denoise = functools.partial(_alone, network, conditions)
-        return sampling.draw(table, denoise, noise, trace)
+            return sampling.guided(network, conditions, without, guidance)
+        return functools.partial(_alone, network, conditions)
 
     def _pictures(self, params: Any, latents: Array) -> Array:
         scaled = latents / self.autoencoder.scaling

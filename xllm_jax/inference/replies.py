@@ -97,6 +97,7 @@ def read(
     answers: Sequence[Sequence[int]],
     registry: signal_runs.Registry,
     how: Decoding,
+    runs: int = 1,
 ) -> dict[str, list[list[np.ndarray]]]:
     """What projections make of the signal tokens of some answers.
 
@@ -107,6 +108,7 @@ def read(
       answers: tokens of each row.
       registry: of the signal tokens.
       how: they were decoded.
+      runs: of a row that a program has places for, at least, so that fewer programs occur.
 
     Returns:
       {modality: for each row the embeddings `[q, width]` of its runs, in order}.
@@ -120,15 +122,15 @@ def read(
     made: dict[str, list[list[np.ndarray]]] = {}
     for name in names:
         count = len(registry[name].ids)
-        runs = [[places for other, places in row if other == name] for row in found]
+        named = [[places for other, places in row if other == name] for row in found]
         # Rounded up, so that few sizes occur.
-        most = 2 ** (max(map(len, runs)) - 1).bit_length()
-        places = np.zeros((len(runs), most * count), np.int32)
-        for row, own in enumerate(runs):
+        most = 2 ** (max(runs, *map(len, named)) - 1).bit_length()
+        places = np.zeros((len(named), most * count), np.int32)
+        for row, own in enumerate(named):
             flat = [starts[row] + place for run in own for place in run]
             places[row, : len(flat)] = flat
         drawn = np.asarray(_project(model, params, whole, name, places, count))
-        made[name] = [[drawn[row, n] for n in range(len(own))] for row, own in enumerate(runs)]
+        made[name] = [[drawn[row, n] for n in range(len(own))] for row, own in enumerate(named)]
     return made
 
 

@@ -59,7 +59,8 @@ def _about(served: Service) -> APIRouter:
     routes = APIRouter()
     card = served.card
     told = {"id": card.name, "object": "model", "created": card.created, "owned_by": "xllm_jax"}
-    told |= {"modalities": list(card.modalities), "draws": served.draw is not None}
+    told |= {"modalities": list(card.modalities), "draws": served.easel is not None}
+    told["max_tokens"] = card.max_tokens
 
     @routes.get("/v1/models")
     async def models() -> dict[str, Any]:

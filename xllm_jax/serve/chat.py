@@ -17,7 +17,7 @@ from xllm_jax.serve import conversation, openai_schema, service
 from xllm_jax.serve.errors import ApiError
 from xllm_jax.serve.gate import Asked
 from xllm_jax.serve.openai_schema import ChatRequest, Form
-from xllm_jax.serve.request import Answer, Event, Sampling, Ticket, Usage
+from xllm_jax.serve.request import Answer, Event, Ticket, Usage
 from xllm_jax.serve.service import Service
 
 T = TypeVar("T", bound=openai_schema.Body)
@@ -53,19 +53,16 @@ async def _complete(served: Service, incoming: Incoming) -> Response:
     if wanted.stream:
         usage = bool(wanted.stream_options and wanted.stream_options.include_usage)
         stream = _Stream(served, asked, form, tickets, usage, wanted.logprobs is True)
-        stream.question, stream.samplings = example.instruction, samplings
+        stream.question = example.instruction
         return await stream.response(began)
-    found = await service.unless_gone(incoming, service.answers(tickets))
+    found = await service.unless_gone(incoming, service.answers(tickets, served.drawn))
     served.metrics.first(time.monotonic() - began)
     served.tell(asked, example.instruction, [one.text for one in found])
-    choices = [
-        _choice(number, one, await pictures(served, one.pictures, sampling))
-        for number, (one, sampling) in enumerate(zip(found, samplings))
-    ]
+    choices = [_choice(number, one) for number, one in enumerate(found)]
     if not wanted.logprobs:
         choices = [one | {"logprobs": None} for one in choices]
     usage = total([one.usage for one in found])
-    note(asked, usage)
+    note(asked, usage, sum(len(one.pictures) for one in found))
     return JSONResponse(form.completion(choices, usage))
 
 
@@ -82,10 +79,10 @@ async def body(incoming: Incoming, kind: type[T]) -> T:
     return openai_schema.parse(kind, await incoming.body())
 
 
-def _choice(number: int, answer: Answer, drawn: Sequence[str]) -> dict[str, Any]:
+def _choice(number: int, answer: Answer) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
-    if drawn:
-        message["images"] = images(drawn)
+    if answer.pictures:
+        message["images"] = images(answer.pictures)
     return {
         "index": number,
         "message": message,
@@ -94,18 +91,10 @@ def _choice(number: int, answer: Answer, drawn: Sequence[str]) -> dict[str, Any]
     }
 
 
-def images(drawn: Sequence[str]) -> list[dict[str, Any]]:
-    """Pictures of an answer, given as `data:` URLs, in the form of the parts of a question."""
-    return [{"type": "image_url", "image_url": {"url": url}} for url in drawn]
-
-
-async def pictures(served: Service, found: Sequence[Any], sampling: Sampling) -> list[str]:
-    """`data:` URLs of the pictures in an answer, drawn with its seed; none without a decoder."""
-    if not found or served.draw is None:
-        return []
-    seeds = [(sampling.seed + number) % 2**32 for number in range(len(found))]
-    drawn = await service.in_turn(served, served.draw, found, seeds, None)
-    return [f"data:image/png;base64,{base64.b64encode(one).decode()}" for one in drawn]
+def images(files: Sequence[bytes]) -> list[dict[str, Any]]:
+    """PNG files of an answer as `data:` URLs, in the form of the parts of a question."""
+    urls = [f"data:image/png;base64,{base64.b64encode(one).decode()}" for one in files]
+    return [{"type": "image_url", "image_url": {"url": url}} for url in urls]
 
 
 def total(usages: Sequence[Usage | None]) -> Usage:
@@ -115,16 +104,17 @@ def total(usages: Sequence[Usage | None]) -> Usage:
     return Usage(read, sum(one.completion_tokens for one in known))
 
 
-def note(asked: Asked, usage: Usage) -> None:
-    """Adds the numbers of tokens to the request's line in the log."""
+def note(asked: Asked, usage: Usage, pictures: int = 0) -> None:
+    """Adds the numbers of tokens and of pictures to the request's line in the log."""
     asked.notes |= {"prompt": usage.prompt_tokens, "completion": usage.completion_tokens}
+    asked.notes |= {"pictures": pictures} if pictures else {}
 
 
 class _Stream:
     """Answers as they come, by server-sent events."""
 
     question = ""
-    samplings: Sequence[Sampling] = ()
+    pictures = 0
 
     def __init__(
         self,
@@ -146,7 +136,7 @@ class _Stream:
         Args:
           began: when the request came.
         """
-        source = service.events(self.tickets)
+        source = service.events(self.tickets, self.served.drawn)
         try:
             first = await anext(source)
         except BaseException:
@@ -165,7 +155,7 @@ class _Stream:
                 delta = {"role": "assistant", "content": ""}
                 yield _data(self.form.chunk([_delta(number, delta)]))
             async for number, event in _behind(first, source):
-                yield _data(self.form.chunk([await self.choice(number, event)]))
+                yield _data(self.form.chunk([self.choice(number, event)]))
             if self.usage:
                 yield _data(self.form.chunk([], total(self.used)))
             yield {"data": "[DONE]"}
@@ -173,16 +163,16 @@ class _Stream:
             yield _data(error.body())
         finally:
             service.cancel(self.tickets)
-            note(self.asked, total(self.used))
+            note(self.asked, total(self.used), self.pictures)
             self.served.tell(self.asked, self.question, self.texts)
 
-    async def choice(self, number: int, event: Event) -> dict[str, Any]:
+    def choice(self, number: int, event: Event) -> dict[str, Any]:
         """The piece that an event is."""
         delta: dict[str, Any] = {"content": event.text} if event.text else {}
         self.texts[number] += event.text
         if event.pictures:
-            drawn = await pictures(self.served, event.pictures, self.samplings[number])
-            delta |= {"images": images(drawn)} if drawn else {}
+            delta["images"] = images(event.pictures)
+            self.pictures += len(event.pictures)
         if event.finish_reason is not None:
             self.used.append(event.usage)
         told = _delta(number, delta, event.finish_reason)

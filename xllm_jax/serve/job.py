@@ -7,8 +7,8 @@ import time
 
 from xllm_jax.inference.file_encoder import Read
 from xllm_jax.inference.media_cache import Encoded
+from xllm_jax.serve.entry import Entry
 from xllm_jax.serve.request import Event, Ticket, Usage
-from xllm_jax.serve.slots import Entry
 from xllm_jax.serve.text_stream import TextStream
 
 Medium = tuple[str, str]  # (modality, path)
@@ -23,7 +23,9 @@ class Job:
       stream: the answer's text.
       submitted: when, by the monotonic clock; `entered`: when it got a slot, 0 before.
       files: of the request, read or encoded.
-      entry: its prompt, once its files are encoded.
+      entry: its prompt, once its files are encoded, until it has a slot; `key` of it.
+      prompt: the same to the end, where the answer may hold pictures.
+      answer: tokens chosen so far, without the end.
       prompt_tokens: of it, media included.
       most: tokens that its answer may have, and `tokens` those chosen so far, the end included.
       over: whether its last event has been told.
@@ -36,6 +38,9 @@ class Job:
     entered: float = 0.0
     files: dict[Medium, Read | Encoded] = dataclasses.field(default_factory=dict)
     entry: Entry | None = None
+    key: str = ""
+    prompt: Entry | None = None
+    answer: list[int] = dataclasses.field(default_factory=list)
     prompt_tokens: int = 0
     tokens: int = 0
     over: bool = False

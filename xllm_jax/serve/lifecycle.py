@@ -69,6 +69,8 @@ class Server(uvicorn.Server):
         super().run(sockets)
         for thread in self._threads[1:]:
             thread.join()
+        if self.served.easel:
+            self.served.easel.close()
         if self.failed:
             raise self.failed
 
@@ -82,6 +84,8 @@ class Server(uvicorn.Server):
             self.served.media.warm_up()
             if self.served.ears:
                 self.served.ears.warm_up()
+            if self.served.easel:
+                self.served.easel.warm_up()
             self.served.engine.start()
             print("Ready.", flush=True)
         except BaseException as error:

@@ -14,6 +14,7 @@ from xllm_jax.core import bounded
 from xllm_jax.core.errors import UserError
 from xllm_jax.serve import errors
 from xllm_jax.serve.errors import ApiError, wrong
+from xllm_jax.serve.limits import Limits
 from xllm_jax.serve.request import Sampling, Token, Usage
 
 T = TypeVar("T", bound=pydantic.BaseModel)
@@ -126,6 +127,28 @@ class ImageRequest(Body):
     seed: int | None = None
     response_format: Literal["b64_json", "url"] | None = None
     output_format: Literal["png"] | None = None
+    # Refused where they would change the answer.
+    stream: bool | None = None
+    background: str | None = None
+
+    def count(self, limits: Limits) -> int:
+        """How many pictures are wanted.
+
+        Raises:
+          ApiError: too many or none, no prompt, or a field that this server cannot heed.
+        """
+        if self.response_format == "url":
+            raise wrong("response_format: only b64_json", "response_format")
+        for name, one in (("stream", self.stream), ("background", self.background)):
+            if one not in (None, False, "", "auto", "opaque"):
+                what = f"{name}: this server does not support it"
+                raise wrong(what, name, "unsupported_parameter")
+        count = 1 if self.n is None else self.n
+        if not 0 < count <= limits.choices:
+            raise wrong(f"n: is not between 1 and {limits.choices}", "n")
+        if not self.prompt.strip() or len(self.prompt) > limits.text:
+            raise wrong("prompt: is empty or too long", "prompt")
+        return count
 
 
 def parse(kind: type[T], body: bytes | dict[str, Any]) -> T:

@@ -11,9 +11,8 @@ import dataclasses
 import html
 import importlib.util
 import json
-import mimetypes
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +20,15 @@ import numpy as np
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.text.instructions import instructions
+from xllm_jax.serve import page_messages
+from xllm_jax.serve.page_messages import REFUSED, kind
 from xllm_jax.serve.security import Keys
 from xllm_jax.serve.service import Service
 
 PATH = "/page"
 SHOW_SECONDS = 0.1  # between two states of an answer, each of which goes through gradio as a whole
 KEPT_SECONDS = 3600  # that uploads are kept
-PARTS = {"image": "image_url", "video": "video_url", "audio": "audio_url"}
 MODALITY = {"image": "image", "video": "video", "audio": "speech"}
-SHOWN = 64  # entries of a history that are sent again
 EXAMPLES = (("coco/test", ".jpg", "caption"), ("msrvtt", ".mp4", "video_caption"))
 SPEECH = (("aishell/wav/test", ".flac", "asr"),)
 WATCH = """
@@ -77,6 +76,7 @@ class Adder:
         async def icon() -> Response:
             return Response(status_code=204)
 
+        page_messages.register_types()
         auth = (lambda _, key: self.keys.allow(key)) if self.keys.required else None
         gradio.mount_gradio_app(
             app,
@@ -112,16 +112,18 @@ def blocks(page: Adder) -> Any:
         ) as made,
         gradio.Row(equal_height=False),
     ):
+        question = _question(kinds)
         with gradio.Column(scale=1, min_width=240, render=False) as side:
             told = _told()
-            settings = _settings(kinds)
+            settings = _settings(page.served.card.max_tokens)
+            _recorders(kinds, question)
         with gradio.Column(scale=3, min_width=320):
             gradio.ChatInterface(
                 _asker(page),
                 multimodal=True,
                 title=title,
                 chatbot=_chat(),
-                textbox=_question(kinds),
+                textbox=question,
                 additional_inputs=settings,
                 additional_outputs=told,
                 examples=examples(page.world, known) or None,
@@ -156,12 +158,13 @@ def _question(kinds: Sequence[str]) -> Any:
     sources: list[Any] = ["upload", *(["microphone"] if "audio" in kinds else [])]
     return gradio.MultimodalTextbox(
         sources=sources,
-        file_types=list(kinds),
+        file_types=page_messages.types(kinds),
         file_count="multiple",
         stop_btn=True,
         placeholder="Ask about pictures, clips or speech",
         elem_id="ask",
         show_label=False,
+        render=False,
     )
 
 
@@ -173,24 +176,65 @@ def _told() -> list[Any]:
         label="What the model heard", lines=2, interactive=False, elem_id="heard"
     )
     seen = gradio.Gallery(
-        label="Frames that it saw", columns=3, height=200, elem_id="seen", buttons=[]
+        label="Frames that it saw", columns=2, height=260, elem_id="seen", buttons=[]
     )
     return [heard, seen]
 
 
-def _settings(kinds: Sequence[str]) -> list[Any]:
-    """Temperature, length, and what a camera records."""
+def _settings(most: int) -> list[Any]:
+    """Temperature and length."""
     import gradio
 
-    with gradio.Accordion("Record and settings", open=False):
+    with gradio.Accordion("Settings", open=False):
         return [
             gradio.Slider(0, 2, 0, step=0.05, label="Temperature (0 takes the best)"),
-            gradio.Slider(4, 1024, 64, step=4, label="Tokens of an answer"),
-            gradio.Image(
-                label="Picture", sources=["webcam"], type="filepath", visible="image" in kinds
-            ),
-            gradio.Video(label="Clip", sources=["webcam"], visible="video" in kinds),
+            gradio.Slider(1, most, min(64, most), step=1, label="Tokens of an answer, at most"),
         ]
+
+
+def _recorders(kinds: Sequence[str], question: Any) -> None:
+    """A camera for pictures and one for clips, whose recordings join the files of the question."""
+    import gradio
+
+    seen = [one for one in ("image", "video") if one in kinds]
+    if not seen:
+        return
+    # A mirrored or muted clip would need an ffmpeg program beside the server.
+    sides = {"width": {"ideal": 640}, "height": {"ideal": 480}}  # models look at fewer pixels
+    as_seen = gradio.WebcamOptions(mirror=False, constraints={"video": sides})
+    with gradio.Accordion("Camera", open=False, elem_id="camera"):
+        if "image" in seen:
+            _recorder(
+                gradio.Image(
+                    label="Picture", sources=["webcam"], type="filepath", webcam_options=as_seen
+                ),
+                question,
+            )
+        if "video" in seen:
+            film = gradio.Video(
+                label="Clip", sources=["webcam"], webcam_options=as_seen, include_audio=True
+            )
+            _recorder(film, question)
+
+
+def _recorder(camera: Any, question: Any) -> None:
+    """Puts what a camera records among the files of the question, and empties the camera."""
+
+    def add(file: str | None, asked: Mapping[str, Any] | None) -> tuple[Any, Any]:
+        import gradio
+
+        if not file:
+            return gradio.skip(), gradio.skip()
+        said = asked or {}
+        return None, {"text": said.get("text") or "", "files": [*said.get("files", []), file]}
+
+    camera.change(
+        add,
+        [camera, question],
+        [camera, question],
+        show_progress="hidden",
+        api_visibility="private",
+    )
 
 
 def examples(world: str, known: Sequence[str]) -> list[list[Any]]:
@@ -202,9 +246,7 @@ def examples(world: str, known: Sequence[str]) -> list[list[Any]]:
         modality = {".jpg": "image", ".mp4": "video", ".flac": "speech"}[suffix]
         file = next(iter(sorted(Path(world, folder).rglob(f"*{suffix}"))), None)
         if file and modality in known:
-            found.append(
-                [{"text": instructions(task)[0], "files": [str(file)]}, None, None, None, None]
-            )
+            found.append([{"text": instructions(task)[0], "files": [str(file)]}, None, None])
     return found
 
 
@@ -216,10 +258,8 @@ def _asker(page: Adder) -> Callable[..., AsyncIterator[tuple[Any, Any, Any]]]:
         history: Sequence[Mapping[str, Any]],
         heat: float,
         length: int,
-        camera: str | None,
-        film: str | None,
     ) -> AsyncIterator[tuple[Any, Any, Any]]:
-        files = [*message.get("files", []), *filter(None, (camera, film))]
+        files = message.get("files", [])
         async for piece in answered(page, message.get("text") or "", files, history, heat, length):
             yield piece
 
@@ -236,6 +276,8 @@ async def answered(
 ) -> AsyncIterator[tuple[Any, Any, Any]]:
     """(answer so far, what was heard, frames that were seen) again and again.
 
+    What the server refuses is told in the answer's place, and the chat goes on without it.
+
     Args:
       page: it.
       text: the question.
@@ -243,23 +285,17 @@ async def answered(
       history: of the chat, as gradio keeps it.
       heat: temperature.
       length: tokens of the answer.
-
-    Raises:
-      gradio.Error: the server refuses; with its words.
     """
-    import asyncio
-
     import gradio
     import httpx
 
+    same = gradio.skip()  # the frames would be sent again with every piece
+    messages: list[dict[str, Any]] = []
     headers = {"authorization": f"Bearer {page.keys.inside}"}
     async with httpx.AsyncClient(base_url=page.url, headers=headers, timeout=600) as client:
         try:
-            heard = [await _heard(client, file) for file in files if kind(file) == "audio"]
-            clips = [file for file in files if kind(file) == "video"]
-            frames = [one for file in clips for one in await asyncio.to_thread(page.frames, file)]
-            words = "\n".join(filter(None, heard))
-            messages = [*past(history), {"role": "user", "content": parts(text, files)}]
+            last = {"role": "user", "content": page_messages.parts(text, files)}
+            messages += [*page_messages.past(history), last]
             body = {
                 "model": page.served.card.name,
                 "messages": messages,
@@ -268,8 +304,7 @@ async def answered(
                 "max_tokens": int(length),
             }
             said, drawn, shown = "", [], 0.0
-            yield "", words, frames
-            same = gradio.skip()  # the frames would be sent again with every piece
+            yield "", *await _taken(page, client, files)
             async for delta in _deltas(client, body):
                 # Gradio shows HTML even where it renders no Markdown: words are escaped.
                 said += html.escape(delta.get("content") or "", quote=False)
@@ -279,10 +314,26 @@ async def answered(
                     shown = time.monotonic()
             yield [said, *drawn] if drawn else said, same, same
         except UserError as error:
-            raise gradio.Error(error.what, print_exception=False) from None
+            yield _refusal(page_messages.named(error.what, messages)), same, same
         except httpx.HTTPError as error:
-            what = f"The server does not answer ({type(error).__name__})"
-            raise gradio.Error(what, print_exception=False) from None
+            yield _refusal(f"The server does not answer ({type(error).__name__})"), same, same
+
+
+def _refusal(what: str) -> Any:
+    """An answer's place that says why there is none."""
+    import gradio
+
+    return gradio.ChatMessage(html.escape(what, quote=False), metadata={"title": REFUSED})
+
+
+async def _taken(page: Adder, client: Any, files: Sequence[str]) -> tuple[str, list[Any]]:
+    """(what is heard in some files, the frames that are seen of them)."""
+    import asyncio
+
+    heard = [await _heard(client, file) for file in files if kind(file) == "audio"]
+    clips = [file for file in files if kind(file) == "video"]
+    frames = [one for file in clips for one in await asyncio.to_thread(page.frames, file)]
+    return "\n".join(filter(None, heard)), frames
 
 
 async def _deltas(client: Any, body: Mapping[str, Any]) -> AsyncIterator[Mapping[str, Any]]:
@@ -321,58 +372,3 @@ def _picture(part: Mapping[str, Any]) -> Any:
 
     _, _, packed = part["image_url"]["url"].partition(",")
     return gradio.Image(Image.open(io.BytesIO(base64.b64decode(packed))), buttons=[])
-
-
-def kind(file: str) -> str:
-    """'image', 'video', 'audio' or '' of a file, by its name."""
-    return (mimetypes.guess_type(file)[0] or "").partition("/")[0]
-
-
-def parts(text: str, files: Sequence[str]) -> list[dict[str, Any]]:
-    """A question in OpenAI's form."""
-    found = []
-    for file in files:
-        name = PARTS.get(kind(file))
-        if name is None:
-            raise UserError("Only pictures, clips and sounds can be read")
-        packed = base64.b64encode(Path(file).read_bytes()).decode()
-        guessed = mimetypes.guess_type(file)[0]
-        found.append({"type": name, name: {"url": f"data:{guessed};base64,{packed}"}})
-    return [*found, *([{"type": "text", "text": text}] if text.strip() else [])]
-
-
-def past(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The chat so far in OpenAI's form; one message for each side at a time."""
-    found: list[dict[str, Any]] = []
-    for entry in history[-SHOWN:]:
-        role, content = entry["role"], parts(*_split(entry["content"]))
-        if role == "assistant":
-            content = [
-                part | {"text": html.unescape(part["text"])}
-                for part in content
-                if part["type"] == "text"
-            ]
-        if found and found[-1]["role"] == role:
-            found[-1]["content"] += content
-        else:
-            found.append({"role": role, "content": content})
-    return found
-
-
-def _split(content: Any) -> tuple[str, list[str]]:
-    """(words, files) of an entry of gradio's history."""
-    texts, files = [], []
-    for piece in _pieces(content):
-        if isinstance(piece, str):
-            texts.append(piece)
-        elif isinstance(piece, Mapping) and piece.get("type") == "text":
-            texts.append(piece["text"])
-        elif isinstance(piece, Mapping):
-            inner = piece.get("file") or piece
-            path = inner.get("path") if isinstance(inner, Mapping) else None
-            files += [path] if path else []
-    return "\n".join(texts), files
-
-
-def _pieces(content: Any) -> Iterator[Any]:
-    yield from content if isinstance(content, list | tuple) else [content]

@@ -21,9 +21,9 @@ from xllm_jax.data.text.llm_family import LLMFamily
 from xllm_jax.inference.assistant import open_prompt
 from xllm_jax.inference.file_encoder import FileEncoder, Read, files_of
 from xllm_jax.inference.media_cache import Encoded
+from xllm_jax.serve.entry import Plan, key_of, pack_entry
 from xllm_jax.serve.job import Job
 from xllm_jax.serve.request import Defect
-from xllm_jax.serve.slots import Plan, pack_entry
 
 Done = Callable[[Job, UserError | None], None]
 
@@ -35,11 +35,13 @@ class Preparation:
       encoder: of files.
       family: of the LLM.
       plan: shapes of the prompts.
+      keys: whether prompts are remembered by keys.
       done: is called with every job, and with what is wrong with it.
     """
 
-    def __init__(self, encoder: FileEncoder, family: LLMFamily, plan: Plan, done: Done):
+    def __init__(self, encoder: FileEncoder, family: LLMFamily, plan: Plan, keys: bool, done: Done):
         self._encoder, self._family, self._plan, self._done = encoder, family, plan, done
+        self._keys = keys
         self._data = encoder.data
         self._style = prompt.template_of(self._data.template, family)
         threads = max(self._data.threads, 1)
@@ -118,5 +120,6 @@ class Preparation:
             made = open_prompt(example, files, self._family, self._style, length)
             job.prompt_tokens = len(made.ids)
             job.entry = pack_entry(made, files, request.sampling, self._plan)
+            job.key = key_of(job.entry) if self._keys else ""
             job.files = {}
             self._done(job, None)

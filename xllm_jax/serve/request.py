@@ -158,7 +158,8 @@ class Event:
         max_tokens did; 'cancelled'; 'error'.
       usage: with the last event.
       error: with the finish_reason 'error': a `UserError` of the request, or a `Refused`.
-      pictures: what the answer holds beside text, with the last event.
+      pictures: what the answer holds beside text, with the last event: `Picture`s of an engine, and
+        PNG files where a server has drawn them.
     """
 
     text: str = ""

@@ -26,7 +26,9 @@ from xllm_jax.inference.load_run import Restored
 from xllm_jax.inference.row_sampling import Chosen
 from xllm_jax.models.xllm import LLM
 from xllm_jax.serve.compilations import Compilations
+from xllm_jax.serve.entry import Plan
 from xllm_jax.serve.job import Job
+from xllm_jax.serve.picture_reader import PictureReader
 from xllm_jax.serve.pieces import Pieces
 from xllm_jax.serve.preparation import Preparation
 from xllm_jax.serve.request import (
@@ -39,7 +41,7 @@ from xllm_jax.serve.request import (
     Ticket,
     TimedOut,
 )
-from xllm_jax.serve.slots import Plan, Slots
+from xllm_jax.serve.slots import Slots
 from xllm_jax.serve.text_stream import TextStream
 
 FAILURES = 3  # rounds in a row that may fail before the engine gives up
@@ -57,6 +59,7 @@ class Options:
       queue_seconds: that a request may wait for a slot.
       request_seconds: that a request may take in all.
       cache_bytes: of encoded files that are remembered.
+      context_bytes: of prompts that are remembered on the device when they have been read.
     """
 
     slots: int = 8
@@ -66,6 +69,7 @@ class Options:
     queue_seconds: float = 60.0
     request_seconds: float = 300.0
     cache_bytes: int = 2**30
+    context_bytes: int = 2**29
 
 
 class Scheduler:
@@ -98,13 +102,16 @@ class Scheduler:
         self._decoders = Decoders(data) if load is None else None
         load = self._decoders.load if self._decoders else load or modalities.load
         self._encoder = FileEncoder(restored, options.slots, options.cache_bytes, load)
-        self._slots = Slots(model, restored.params, self.plan)
+        self._slots = Slots(model, restored.params, self.plan, options.context_bytes)
+        told = (model, restored.params, data.signals, self.family, self.plan, self._completed)
+        self._pictures = PictureReader(*told) if model.outputs else None
         self._pieces = Pieces(self.family)
         self._counts: dict[str, float] = dict.fromkeys(COUNTERS, 0.0)
         self._changed = threading.Condition()
         self._waiting: dict[Job, None] = {}  # without a slot, in the order in which they came
         self._prepared: collections.deque[Job] = collections.deque()
         self._rows: dict[int, Job] = {}
+        self._completing: dict[Job, None] = {}  # have answered, and pictures are being read
         self._untold: collections.deque[tuple[Chosen, dict[int, Job]]] = collections.deque()
         self._state = "new"  # then 'ready', 'stopping', 'ended'
         self._drained_by = float("inf")
@@ -119,7 +126,10 @@ class Scheduler:
         """Compiles all that will run, then takes requests."""
         self._encoder.warm_up()
         self._slots.warm_up(self.family)
-        self._preparation = Preparation(self._encoder, self.family, self.plan, self._done)
+        if self._pictures:
+            self._pictures.warm_up()
+        keys = self.options.context_bytes > 0
+        self._preparation = Preparation(self._encoder, self.family, self.plan, keys, self._done)
         self._compilations = Compilations()
         self._thread = threading.Thread(target=self._run, name="decoding", daemon=True)
         self._state = "ready"
@@ -160,7 +170,7 @@ class Scheduler:
 
     def metrics(self) -> Mapping[str, float]:
         """Numbers now; see `Engine.metrics`."""
-        cache = self._encoder.cache
+        cache, contexts = self._encoder.cache, self._slots.contexts
         compiled = self._compilations.count if self._state != "new" else 0
         return self._counts | {
             "queue_length": float(len(self._waiting)),
@@ -171,6 +181,9 @@ class Scheduler:
             "media_cache_bytes": float(cache.bytes),
             "media_cache_hits_total": float(cache.hits),
             "media_cache_misses_total": float(cache.misses),
+            "context_cache_bytes": float(contexts.bytes),
+            "context_cache_hits_total": float(contexts.hits),
+            "context_cache_misses_total": float(contexts.misses),
         }
 
     def _wake(self) -> None:
@@ -186,12 +199,21 @@ class Scheduler:
                 self._prepared.append(job)
             self._changed.notify_all()
 
+    def _completed(self, job: Job, event: Event) -> None:
+        """Takes a job back whose pictures have been read."""
+        with self._changed:
+            if not job.over:
+                self._counts["pictures_read_total"] += len(event.pictures)
+            self._end(job, event)
+            self._changed.notify_all()
+
     def _end(self, job: Job, event: Event) -> None:
         """Ends a job, wherever it is; one that is over stays as it ended."""
         with self._changed:
             if job.over:
                 return
             self._waiting.pop(job, None)
+            self._completing.pop(job, None)
             self._prepared = collections.deque(one for one in self._prepared if one is not job)
             self._rows = {slot: one for slot, one in self._rows.items() if one is not job}
             kind = {"cancelled": "requests_cancelled_total", "error": "requests_failed_total"}
@@ -218,9 +240,10 @@ class Scheduler:
         with self._changed:
             while True:
                 self._reap()
-                if self._rows or self._untold or self._prepared:
+                room = len(self._completing) < self.plan.slots
+                if self._rows or self._untold or (self._prepared and room):
                     return True
-                if self._state == "stopping" and not self._waiting:
+                if self._state == "stopping" and not (self._waiting or self._completing):
                     return False
                 self._changed.wait(self._patience())
 
@@ -229,6 +252,7 @@ class Scheduler:
         now, options = time.monotonic(), self.options
         allowed = min(options.queue_seconds, options.request_seconds)
         due = [job.submitted + allowed for job in self._waiting]
+        due += [job.submitted + options.request_seconds for job in self._completing]
         due += [self._drained_by] if self._state == "stopping" else []
         return max(min(due) - now, 0.0) + 0.001 if due else None
 
@@ -236,7 +260,7 @@ class Scheduler:
         """Ends whose client has gone, and who has waited or run for too long."""
         now = time.monotonic()
         late = self._state == "stopping" and now >= self._drained_by
-        for job in (*self._waiting, *self._rows.values()):
+        for job in (*self._waiting, *self._rows.values(), *self._completing):
             age, options = now - job.submitted, self.options
             if job.ticket.cancelled or late:
                 self._end(job, Event(finish_reason="cancelled"))
@@ -249,8 +273,8 @@ class Scheduler:
         """Lets requests in, decodes one token of each row, and tells those of the round before."""
         for slot, job in self._admitted():
             assert job.entry is not None, "prepared"
-            self._untold.append((self._slots.enter(slot, job.entry), {0: job}))
-            job.entry = None
+            self._untold.append((self._slots.enter(slot, job.entry, job.key), {0: job}))
+            job.prompt, job.entry = job.entry if self._pictures else None, None
         rows = self._rows
         if rows:
             kept = np.isin(np.arange(self.plan.slots), list(rows))
@@ -263,7 +287,10 @@ class Scheduler:
         """Prepared requests and their slots."""
         entering = []
         with self._changed:
+            # Pictures that are to be read hold their prompts: they count as slots.
+            most = self.plan.slots - len(self._completing)
             free = [slot for slot in range(self.plan.slots) if slot not in self._rows]
+            free = free[: max(most - len(self._rows), 0)]
             while free and self._prepared:
                 job = self._prepared.popleft()
                 if job.over:
@@ -282,21 +309,34 @@ class Scheduler:
         told = any(job.ticket.request.sampling.logprobs for job in rows.values())
         top = jax.device_get((chosen.top_tokens, chosen.top_logprobs)) if told else ()
         for row, job in rows.items():
-            if job.over:
+            if job.over or job in self._completing:  # a step that was under way
                 continue
             job.tokens += 1
             self._counts["completion_tokens_total"] += 1
             best = tuple(x[row] for x in top)
             event = self._event(job, int(tokens[row]), float(logprobs[row]), best)
-            if event.finish_reason:
-                self._end(job, event)
-            else:
+            if event.finish_reason is None:
                 job.ticket.put(event)
+            elif self._pictures and self._pictures.asked(job.answer):
+                self._complete(job, event)
+            else:
+                self._end(job, event)
+
+    def _complete(self, job: Job, event: Event) -> None:
+        """Gives a slot back, and has the pictures of its answer read before the last event."""
+        assert self._pictures
+        with self._changed:
+            self._rows = {slot: one for slot, one in self._rows.items() if one is not job}
+            self._completing[job] = None
+        if event.text or event.tokens:
+            job.ticket.put(dataclasses.replace(event, finish_reason=None))
+        self._pictures.put(job, event)
 
     def _event(self, job: Job, token: int, logprob: float, top: tuple[np.ndarray, ...]) -> Event:
         if token in self.family.ends:
             return Event(job.stream.close(), finish_reason="stop")
         count = job.ticket.request.sampling.logprobs
+        job.answer.append(token)
         told = self._pieces.token(token, logprob, top, count)
         text = job.stream.push(token)
         if job.stream.stopped:
@@ -314,6 +354,7 @@ class Scheduler:
         for job in list(self._rows.values()):
             self._end(job, Event(finish_reason="error", error=Defect(what, field="engine")))
         try:
+            self._slots.contexts.clear()
             self._slots.reset()
         except Exception:
             logging.exception("the slots could not be made again")
@@ -324,10 +365,12 @@ class Scheduler:
         """Ends all threads and workers, and whoever still waits."""
         with self._changed:
             self._state = "stopping"
-            for job in (*self._waiting, *self._rows.values()):
+            for job in (*self._waiting, *self._rows.values(), *self._completing):
                 error = Overloaded("has stopped", field="engine", hint="Try again later")
                 self._end(job, Event(finish_reason="error", error=error))
         self._preparation.close()
+        if self._pictures:
+            self._pictures.close()
         if self._decoders:
             self._decoders.close()
         self._compilations.close()
@@ -347,6 +390,7 @@ COUNTERS = (
     "steps_total",
     "prompt_tokens_total",
     "completion_tokens_total",
+    "pictures_read_total",
 )
 
 

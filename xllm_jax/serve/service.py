@@ -10,6 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 from starlette.requests import Request as Incoming
 
 from xllm_jax.serve import errors, request
+from xllm_jax.serve.easel import Easel
 from xllm_jax.serve.errors import ApiError
 from xllm_jax.serve.gate import Asked
 from xllm_jax.serve.limits import Limits
@@ -20,8 +21,8 @@ from xllm_jax.serve.request import Answer, Engine, Event, Request, Sampling, Tic
 P = ParamSpec("P")
 T = TypeVar("T")
 
-Draw = Callable[[Sequence[Any], Sequence[int], str | None], list[bytes]]
-"""(pictures of an answer, a seed for each, 'HEIGHTxWIDTH' or None) -> PNG files."""
+Finish = Callable[[Event, Sampling], Awaitable[Event]]
+"""What is made of an event before a client sees it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +33,13 @@ class Card:
       name: that clients ask for.
       modalities: of the files that it reads.
       created: seconds since 1970.
+      max_tokens: of an answer, whatever a request asks for.
     """
 
     name: str
     modalities: tuple[str, ...]
     created: int = 0
+    max_tokens: int = 256
 
 
 @dataclasses.dataclass
@@ -49,7 +52,7 @@ class Service:
       limits: of requests.
       media: takes files.
       metrics: count.
-      draw: makes pictures; None where answers hold text alone.
+      easel: draws pictures; None where answers hold text alone.
       ears: hear speech, with times; None where the model hears none.
       log_text: also write questions and answers to the log.
       draining: whether the server is about to end.
@@ -61,7 +64,7 @@ class Service:
     limits: Limits
     media: MediaReader
     metrics: Metrics
-    draw: Draw | None = None
+    easel: Easel | None = None
     ears: Any = None
     log_text: bool = False
     draining: bool = False
@@ -104,6 +107,43 @@ class Service:
             raise
         return tickets
 
+    async def draw(self, orders: Sequence[tuple[Any, int, tuple[int, int]]]) -> list[bytes]:
+        """PNG files; who leaves before takes them back.
+
+        Args:
+          orders: (picture, seed, (height, width)) of each.
+
+        Raises:
+          ApiError: too many wait, or drawing fails.
+        """
+        assert self.easel is not None
+        futures: list[asyncio.Future[bytes]] = []
+        try:
+            for picture, seed, size in orders:
+                drawn = self.easel.draw(picture, seed % 2**32, size)
+                futures.append(asyncio.wrap_future(drawn))
+            return list(await asyncio.gather(*futures))
+        except request.UserError as error:
+            raise errors.of(error) from None
+        finally:
+            for future in futures:
+                future.cancel()
+
+    async def drawn(self, event: Event, sampling: Sampling) -> Event:
+        """An event with PNG files in the place of its pictures, drawn with the answer's seed.
+
+        Those without a decoder are left out; errors as of `draw`.
+        """
+        easel = self.easel
+        known = [one for one in event.pictures if easel and one.modality in easel.sizes]
+        if easel is None or not known:
+            return dataclasses.replace(event, pictures=())
+        orders = [
+            (one, sampling.seed + number, easel.size(None, one.modality))
+            for number, one in enumerate(known)
+        ]
+        return dataclasses.replace(event, pictures=tuple(await self.draw(orders)))
+
     def tell(self, asked: Asked, question: str, answers: Sequence[str]) -> None:
         """Adds question and answers to the request's line in the log, if that is wanted."""
         if self.log_text:
@@ -135,8 +175,14 @@ def checked(event: Event) -> Event:
     return event
 
 
-async def events(tickets: Sequence[Ticket]) -> AsyncGenerator[tuple[int, Event], None]:
+async def events(
+    tickets: Sequence[Ticket], finish: Finish | None = None
+) -> AsyncGenerator[tuple[int, Event], None]:
     """(number of the answer, event) of several answers as they come; one that leaves cancels all.
+
+    Args:
+      tickets: of the answers.
+      finish: is asked about every event; others do not wait for it.
 
     Raises:
       ApiError: one of them cannot be answered.
@@ -146,7 +192,8 @@ async def events(tickets: Sequence[Ticket]) -> AsyncGenerator[tuple[int, Event],
     async def follow(number: int, ticket: Ticket) -> None:
         try:
             async for event in ticket:
-                queue.put_nowait((number, event))
+                done = await finish(event, ticket.request.sampling) if finish else event
+                queue.put_nowait((number, done))
         except Exception as error:
             queue.put_nowait((number, error))
 
@@ -165,14 +212,14 @@ async def events(tickets: Sequence[Ticket]) -> AsyncGenerator[tuple[int, Event],
         cancel(tickets)
 
 
-async def answers(tickets: Sequence[Ticket]) -> list[Answer]:
-    """The whole answers of some tickets.
+async def answers(tickets: Sequence[Ticket], finish: Finish | None = None) -> list[Answer]:
+    """The whole answers of some tickets; arguments as of `events`.
 
     Raises:
       ApiError: one of them cannot be answered.
     """
     found: list[list[Event]] = [[] for _ in tickets]
-    async for number, event in events(tickets):
+    async for number, event in events(tickets, finish):
         found[number].append(event)
     return [request.joined(one) for one in found]
 

@@ -135,16 +135,17 @@ def split(tokens: Sequence[int], registry: Registry) -> list[tuple[str, tuple[in
       registry: of the signal tokens.
     """
     of = {one.first + n: name for name, one in registry.items() for n in range(one.count)}
-    made: list[tuple[str, tuple[int, ...]]] = []
+    made: list[tuple[str, list[int]]] = []
     place = 0
     while place < len(tokens):
         name = of.get(tokens[place], "")
         if name:
             length = len(registry[name].ids)
-            made.append((name, tuple(range(place, place + length))))
+            made.append((name, list(range(place, place + length))))
             place += length
         else:
-            text = made.pop()[1] if made and not made[-1][0] else ()
-            made.append(("", (*text, tokens[place])))
+            if not made or made[-1][0]:
+                made.append(("", []))
+            made[-1][1].append(tokens[place])
             place += 1
-    return made
+    return [(name, tuple(ids)) for name, ids in made]

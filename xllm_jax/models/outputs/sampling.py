@@ -7,7 +7,7 @@ call, and goes beyond the difference.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,50 @@ Denoise = Callable[[Array, Array], Array]
 """(latents `[batch, ...]`, time `[batch]`) to the network's output `[batch, ...]`."""
 Network = Callable[[Array, Array, Array], Array]
 """The same with conditions `[batch, tokens, width]` behind."""
+
+
+class Way(NamedTuple):
+    """Where a drawing stands between two calls.
+
+    Attributes:
+      latents: `[batch, ...]` float32; start: those that it began with.
+      earlier: `[3, batch, ...]` float32, k of the calls before, see `schedulers.Calls`.
+    """
+
+    latents: Array
+    start: Array
+    earlier: Array
+
+
+def begin(table: Table, noise: Array) -> Way:
+    """The way's beginning; arguments as of `draw`."""
+    start: Array = noise.astype(jnp.float32) * table.start
+    past = table.calls.past.shape[-1]
+    return Way(start, start, jnp.zeros((past, *start.shape), jnp.float32))
+
+
+def call(way: Way, row: Any, limit: Any, denoise: Denoise) -> tuple[Way, Array]:
+    """One call of the network.
+
+    Args:
+      way: before it.
+      row: of `table.calls`.
+      limit: of the table.
+      denoise: the network.
+
+    Returns:
+      (the way behind it; the network's output `[batch, ...]` float32).
+    """
+    x = way.latents
+    time = jnp.full(x.shape[:1], row.time)
+    output = denoise(x * row.scale, time).astype(jnp.float32)
+    x = jnp.where(row.restart, way.start, x)
+    kept = row.kept_sample * x + row.kept_output * output
+    kept = jnp.clip(kept, -limit, limit)
+    past = jnp.tensordot(row.past, way.earlier, axes=1, precision=jax.lax.Precision.HIGHEST)
+    x = row.sample * x + row.output * output + row.now * kept + past
+    joined = jnp.concatenate([kept[None], way.earlier[:-1]])
+    return Way(x, way.start, jnp.where(row.store, joined, way.earlier)), output
 
 
 def draw(
@@ -36,24 +80,13 @@ def draw(
       latents like `noise`, float32; of every call (output, next latents), `[calls, batch, ...]`.
     """
     table = jax.tree.map(jnp.asarray, table)
-    start: Array = noise.astype(jnp.float32) * table.start
 
-    def call(carry: tuple[Array, Array], row: Any) -> tuple[tuple[Array, Array], Any]:
-        x, earlier = carry
-        time = jnp.full(x.shape[:1], row.time)
-        output = denoise(x * row.scale, time).astype(jnp.float32)
-        x = jnp.where(row.restart, start, x)
-        kept = row.kept_sample * x + row.kept_output * output
-        kept = jnp.clip(kept, -table.limit, table.limit)
-        past = jnp.tensordot(row.past, earlier, axes=1, precision=jax.lax.Precision.HIGHEST)
-        x = row.sample * x + row.output * output + row.now * kept + past
-        joined = jnp.concatenate([kept[None], earlier[:-1]])
-        earlier = jnp.where(row.store, joined, earlier)
-        return (x, earlier), ((output, x) if trace else None)
+    def one(way: Way, row: Any) -> tuple[Way, Any]:
+        way, output = call(way, row, table.limit, denoise)
+        return way, ((output, way.latents) if trace else None)
 
-    nothing = jnp.zeros((table.calls.past.shape[-1], *start.shape), jnp.float32)
-    (x, _), traced = jax.lax.scan(call, (start, nothing), table.calls)
-    return x, traced
+    way, traced = jax.lax.scan(one, begin(table, noise), table.calls)
+    return way.latents, traced
 
 
 def guided(
