@@ -54,11 +54,17 @@ STAGES = {
     "stage1_speech": {},
     "stage2_image": {},
     "stage2_image_no_init": {"image_interface": ""},
+    "stage2_image_half": {},
     "stage2_video": {},
     "stage2_speech": {},
     "stage3": {},
 }
-FILES = {"stage2_image_no_init": "stage2_image", "stage3": "stage3_instruction"}
+FILES = {
+    "stage2_image_no_init": "stage2_image",
+    "stage2_image_half": "stage2_image",
+    "stage3": "stage3_instruction",
+}
+SHARES = {"stage2_image_half": 0.5}  # of the records of each source
 IDLE = ("name", "log_every", "save_every", "keep", "stall", "wandb", "profile", "best.")
 IDLE += ("data.threads", "data.waiting", "validation.")
 SHIPPED = Path(xllm_jax.__file__).parent / "data" / "synthetic_world" / "backbones"
@@ -92,7 +98,12 @@ def digest(value: Any) -> str:
 def stage(name: str) -> Stage:
     """A stage as the demo trains it."""
     made = import_module(f"xllm_jax.configs.{FILES.get(name, name)}").get_config("tiny")
-    return dataclasses.replace(made, init={**made.init, **STAGES[name]})
+    sources = {
+        key: dataclasses.replace(source, share=SHARES.get(name, 1.0))
+        for key, source in made.data.sources.items()
+    }
+    data = dataclasses.replace(made.data, sources=sources)
+    return dataclasses.replace(made, data=data, init={**made.init, **STAGES[name]})
 
 
 def fields(one: Stage) -> dict[str, str]:

@@ -13,6 +13,8 @@ TINY_VOCABULARY = 576
 TINY_CHARACTERS = 128
 # Tokens of <Image> and </Image>, of <Video> and </Video>, of <Speech> and </Speech>.
 TINY_TAGS = ((5, 6), (7, 8), (9, 10))
+# One of them is in each instruction to write down what is heard, and in no other about speech.
+TINY_REPEATING = (430, 450)
 TINY_LLM_WIDTH = 128
 TINY_LLM = {
     "vocab": TINY_VOCABULARY,
@@ -47,6 +49,11 @@ MODALITIES = {
 def llm(size: str) -> Part:
     """ChatGLM-6B, or the mini-GLM that was pre-trained on the world's text."""
     return Part("glm.ChatGLM", _row(size, "chatglm_6b"), dict(TINY_LLM) if size == "tiny" else {})
+
+
+def pseudo_interfaces(size: str) -> Part:
+    """What stands in for interfaces while the mini-GLM is pre-trained."""
+    return Part("pseudo_interface.PseudoInterfaces", size)
 
 
 def vision_encoder(size: str) -> Part:

@@ -59,6 +59,7 @@ QUICK_STEPS = {
     "stage1_image": 15,
     "stage2_image": 40,
     "stage2_image_no_init": 40,
+    "stage2_image_half": 40,
     "stage2_video": 20,
     "stage2_speech": 30,
     "stage3": 10,
@@ -104,6 +105,8 @@ def jobs(seed: int = 0) -> list[Job]:
     size = ("--quick",) if QUICK.value else ()
     limit = ("--limit=24",) if QUICK.value else ()
     start, fresh = ("world", "bases"), "--config.init.image_interface="
+    sources = ("captions", "regions", "questions")
+    half = (f"--config.data.sources.{name}.share=0.5" for name in sources)
     up = "../" if seed else ""
     stage2 = ("stage2_image", "stage2_video", "stage2_speech")
     return [
@@ -116,12 +119,14 @@ def jobs(seed: int = 0) -> list[Job]:
         stage("stage2_video", "stage2_video", seed, ("stage2_image",)),
         # The same number of steps from a fresh interface: Table 1's "no init".
         stage("stage2_image_no_init", "stage2_image", seed, start, fresh),
+        # As many steps on half of the pairs: Table 1's "w/ 4M".
+        stage("stage2_image_half", "stage2_image", seed, ("stage1_image",), *half),
         stage("stage3", "stage3_instruction", seed, stage2),
         Job(
             "evaluate",
             "evaluate",
             ("--runs=runs", "--data=world", "--output=.", *limit),
-            ("stage3", "stage2_image_no_init"),
+            ("stage3", "stage2_image_no_init", "stage2_image_half"),
             alone=True,
         ),
     ]

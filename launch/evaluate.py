@@ -23,6 +23,7 @@ is the --output of another run of the suite, which is compared sample by sample.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 import time
@@ -96,7 +97,8 @@ BASELINE = flags.DEFINE_string(
 )
 flags.adopt_module_key_flags(host_flags)
 
-ASR, NO_INIT, STAGE3 = "stage1_speech", "stage2_image_no_init", "stage3"
+ASR, STAGE3 = "stage1_speech", "stage3"
+IMAGE_RUNS = {"no_init": "stage2_image_no_init", "half": "stage2_image_half"}
 DRAWS = "stage_output_image"
 flags.declare_key_flag("allow_paths")
 for name in drawing.OPTIONS:
@@ -163,7 +165,7 @@ def models(runs: Path) -> dict[str, Callable[[], measure.Answer]]:
 
 
 def stage3_models(runs: Path) -> dict[str, Callable[[], measure.Answer]]:
-    """X-LLM with the image interface that had no initialization, before and after stage 3."""
+    """X-LLM before and after stage 3, and with the image interfaces of `IMAGE_RUNS`."""
     first: list[Restored] = []
 
     def load(replaced: dict[str, str]) -> measure.Answer:
@@ -176,10 +178,12 @@ def stage3_models(runs: Path) -> dict[str, Callable[[], measure.Answer]]:
     trained = [f"{modality}_interface" for modality in ("image", "video", "speech")]
     before = dict.fromkeys(trained, "")
     found = {"before": lambda: load(before), "after": lambda: load({})}
-    if ended(runs / NO_INIT):
-        without = before | {"image_interface": str(runs / NO_INIT)}
-        found = {"no_init": lambda: load(without), **found}
-    return found
+    others = {
+        model: before | {"image_interface": str(runs / name)}
+        for model, name in IMAGE_RUNS.items()
+        if ended(runs / name)
+    }
+    return {name: functools.partial(load, row) for name, row in others.items()} | found
 
 
 def drawings(runs: Path, folder: Path) -> dict[str, Any]:

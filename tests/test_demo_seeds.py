@@ -52,6 +52,8 @@ def test_settings_count_unless_they_change_no_figure():
     assert demo_behavior.fields(stage) == demo_behavior.fields(quiet)
     assert demo_behavior.fields(stage) != demo_behavior.fields(steeper)
     assert demo_behavior.stage("stage2_image_no_init").init["image_interface"] == ""
+    half = demo_behavior.stage("stage2_image_half").data.sources.values()
+    assert {source.share for source in half} == {0.5}
 
 
 def test_arrays_differ_by_whole_numbers_and_not_by_the_last_bits_of_others():
@@ -100,8 +102,8 @@ def test_intervals_over_runs_are_students():
 def test_a_table_over_runs_counts_those_that_meet_a_goal():
     rows = {row[0].text: [cell.text for cell in row[1:]] for row in spread.table(RUNS).rows}
     assert rows == {
-        CER: ["7.0 [-3.8, 17.8]", "4.0", "12.0", "≤ 8 %", "2 of 3"],
-        VQA: ["90.0 [65.2, 114.8]", "80.0", "100.0", "≥ 85 %", "2 of 3"],
+        CER: ["7.0 [-3.8, 17.8]", "4.0", "12.0", "≤ 5 %", "2 of 3"],
+        VQA: ["90.0 [65.2, 114.8]", "80.0", "100.0", "≥ 88 %", "2 of 3"],
         INIT: ["0.20 [-0.55, 0.95]", "-0.10", "0.50", "> 0", "2 of 3"],
     }
 

@@ -517,6 +517,16 @@ def test_the_blank_infilling_format_fills_blanks_and_answers_questions(pipeline)
     assert (ids == specials.mask).any() and (ids == specials.gmask).any()
 
 
+@pytest.mark.parametrize("share, count", [(1.0, 9), (0.5, 5), (1 / 3, 3), (1e-9, 1)])
+def test_a_share_of_a_source_is_its_first_records(share, count):
+    source = Source("world_text", options={"count": 9})
+    whole = mixture.read("a", source, "")
+    found = mixture.read("a", dataclasses.replace(source, share=share), "")
+    assert list(found) == list(whole)[:count]
+    with pytest.raises(IndexError):
+        found[count]
+
+
 def test_readers_and_their_options_are_checked():
     with pytest.raises(UserError, match="Did you mean 'world_text'"):
         mixture.read("a", Source("world_txt"), "")

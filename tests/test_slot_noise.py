@@ -14,10 +14,12 @@ from xllm_jax.assembly import parameters
 from xllm_jax.assembly.system import System
 from xllm_jax.configs import networks, world_llm, world_llm_slots
 from xllm_jax.core import mesh
+from xllm_jax.core.stage import Source
 from xllm_jax.data.example import Example
 from xllm_jax.data.pipeline import Pipeline
 from xllm_jax.data.synthetic_world.text_stream import text_example
 from xllm_jax.data.text import prompt
+from xllm_jax.data.text.instructions import INSTRUCTIONS, UNSEEN_INSTRUCTIONS
 from xllm_jax.data.text.llm_families.glm import Family
 from xllm_jax.objectives import answer, slot_noise
 
@@ -25,7 +27,7 @@ TAGS = ((5, 6), (7, 8), (9, 10))
 # Two kinds of slots, one of them twice, and words around them.
 IDS = np.array([[3, 5, 50, 51, 6, 70, 9, 60, 60, 10, 5, 50, 6, 71]])
 KINDS = [[0, 0, 1, 1, 0, 0, 0, 3, 3, 0, 0, 1, 0, 0]]
-NOTHING = {"clean": 0.0, "turn": 0.0, "shift": 0.0, "mix": 0.0, "noise": 0.0}
+NOTHING = {"clean": 0.0, "turn": 0.0, "shift": 0.0, "mix": 0.0, "noise": 0.0, "stretch": 1.0}
 
 
 @pytest.fixture(scope="module")
@@ -140,9 +142,66 @@ def test_spelling_changes_no_text_of_the_stream():
     assert 0.5 < spelled / said < 0.9
 
 
+def test_a_row_is_stretched_as_a_whole_between_the_bounds():
+    x, y = disturbed(stretch=4.0)
+    inside = np.array(KINDS[0]) > 0
+    factors = (np.linalg.norm(y, axis=-1) / np.linalg.norm(x, axis=-1))[:, inside]
+    np.testing.assert_allclose(y[:, inside], factors[..., None] * x[:, inside], rtol=1e-4)
+    assert factors.min() >= 0.5 - 1e-5 and factors.max() <= 4.0 + 1e-5
+    assert np.ptp(factors) > 1 and np.allclose(factors[:, 0], factors[:, -1])
+
+
+def test_examples_that_hold_a_token_are_found_whole():
+    ids = np.array([[1, 7, 2, 3, 3, 7], [7, 1, 1, 2, 0, 0]])
+    segments = np.array([[1, 1, 1, 2, 2, 3], [1, 2, 2, 2, 0, 0]])
+    found = slot_noise.tasks_with(jnp.asarray(ids), jnp.asarray(segments), (7,))
+    assert found.tolist() == [[True, True, True, False, False, True], [True] + [False] * 5]
+
+
+def test_instructions_to_repeat_and_no_other_beside_speech_hold_the_token(family):
+    for task in ("asr", "spoken_vqa"):
+        for text in (*INSTRUCTIONS[task], *UNSEEN_INSTRUCTIONS[task]):
+            held = set(family.tokenizer.encode(text)) & set(networks.TINY_REPEATING)
+            assert bool(held) == (task == "asr"), text
+
+
+@pytest.mark.parametrize("kind, learn", [("repeat_speech", True), ("answer_speech", False)])
+def test_pseudo_interfaces_learn_from_repetition_alone(kind, learn):
+    """The LLM learns from both, and without repetition no gradient reaches the maps."""
+    stage = world_llm_slots.get_config()
+    small = small_stage.stage()
+    options = {"count": 40, "shares": {kind: 1.0}, "spelled": 1.0}
+    data = dataclasses.replace(small.data, sources={"text": Source("world_text", options=options)})
+    stage = dataclasses.replace(small, parts=stage.parts | small.parts, data=data, options={})
+    stage.parts["pseudo_interfaces"].fields["width"] = stage.parts["llm"].fields["width"]
+    system = System.build(stage, mesh.make({}, jax.devices()[:1]))
+    params = parameters.parameters(system)
+    batch, _ = next(Pipeline(stage.data, 0).iterate())
+
+    def loss(params):
+        how = {"tags": networks.TINY_TAGS, "repeating": networks.TINY_REPEATING, "pseudo": 1.0}
+        return slot_noise.loss(system.model, params, batch, jax.random.key(0), train=True, **how)[0]
+
+    sizes = jax.tree.map(lambda x: float(jnp.abs(x).max()), jax.jit(jax.grad(loss))(params))
+    assert max(jax.tree.leaves(sizes["llm"])) > 1e-4
+    assert (max(jax.tree.leaves(sizes["pseudo_interfaces"])) > 1e-6) is learn
+
+
+def test_frames_lose_their_names_and_nothing_else():
+    for index in range(40):
+        one = {"shares": {"answer_clip": 1.0}}
+        plain, other = text_example(1, index, **one), text_example(1, index, **one, unnamed=1.0)
+        frames = dict(other.media)["text:video"].strip("。").split("。")
+        named = "，".join(f"第{number}帧{words}" for number, words in zip("一二三四", frames))
+        assert len(frames) == 4 and dict(plain.media)["text:video"] == f"{named}。"
+        assert dataclasses.replace(other, media=plain.media) == plain
+
+
 def test_the_second_part_goes_on_from_the_first():
     first, second = world_llm.get_config(), world_llm_slots.get_config()
-    assert second.init == {"llm": f"runs/{first.name}"} and second.parts == first.parts
+    assert (
+        second.init == {"llm": f"runs/{first.name}"} and second.parts["llm"] == first.parts["llm"]
+    )
     assert second.data.sources["text"].options["seed"] != first.data.sources["text"].options.get(
         "seed", 0
     )

@@ -133,6 +133,7 @@ class Source:
       options: of the reader.
       allow_paths: folders that its files may lie in, too; else they lie below `data.root`, in the
         source's own folder, or where its options say (`data/media/reach.py`).
+      share: of its records that take part, the first ones in the reader's order; one at least.
     """
 
     reader: str = ""
@@ -140,6 +141,7 @@ class Source:
     split: str = "train"
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     allow_paths: tuple[str, ...] = ()
+    share: float = within(1.0, 1e-9, 1)
 
 
 @dataclasses.dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import zlib
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,22 @@ ENDLESS = 2**50  # records; grain's own endless length overflows when batches ho
 Sources = Mapping[str, Sequence[Example]]
 Buckets = Mapping[str, np.ndarray]  # {source: bucket of each record}
 Drawn = Record | Skipped  # Skipped where the reader could not make the example
+
+
+class First(Sequence):
+    """A share of the examples of a source, the first ones; one of them at least."""
+
+    def __init__(self, examples: Sequence[Example], share: float):
+        self._examples = examples
+        self._count = max(math.ceil(share * len(examples)), min(1, len(examples)))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < self._count:
+            raise IndexError(index)
+        return self._examples[index]
 
 
 def read(
@@ -70,7 +87,8 @@ def read(
         passed = {"within": allowed, "modalities": places} if confined else {}
         with allowed.holding():
             found = reader.examples(path, source.split, **{**source.options, **passed})
-            return reach.Confined(found, allowed)
+            inside = reach.Confined(found, allowed)
+            return inside if source.share == 1 else First(inside, source.share)
 
     return guarded.opened(examples, field, path)
 

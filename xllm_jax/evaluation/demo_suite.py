@@ -1,8 +1,8 @@
 """The evaluation of the whole demo: which tasks, asked of which models, compared how.
 
 The models: the ASR model of stage 1 ('asr'); X-LLM put together from the stage-2 runs, before any
-instruction tuning ('before'); the same after stage 3 ('after'); and with an image interface that
-started from nothing ('no_init').
+instruction tuning ('before'); the same after stage 3 ('after'); with an image interface that
+started from nothing ('no_init'), and with one that saw half of the pairs ('half').
 """
 
 from __future__ import annotations
@@ -50,11 +50,18 @@ SCORERS = {
 }  # the others are transcriptions
 # Most samples of a task; enough for intervals of a few percent.
 MOST = {"vqa": 450}
-MODELS = {"asr": "stage 1", "before": "before stage 3", "after": "", "no_init": "no init"}
+MODELS = {
+    "asr": "stage 1",
+    "before": "before stage 3",
+    "after": "",
+    "no_init": "no init",
+    "half": "half of the pairs",
+}
 # {model: tasks}; with controls where they are named a second time.
 PLAN = {
     "asr": ("sentences", "questions"),
     "no_init": ("caption", "vqa"),
+    "half": ("caption", "vqa"),
     "before": ("caption", "vqa", "video", "sentences", "questions", "questions_image", "spoken"),
     "after": ("vqa", "caption", "spoken", "video", "sentences", "questions", "questions_image"),
 }
@@ -66,6 +73,8 @@ CONTROLLED = {
 COMPARED = {
     "init_cider": ("caption@no_init", "caption@before", "cider"),
     "init_vqa": ("vqa@no_init", "vqa@before", "accuracy"),
+    "pairs_cider": ("caption@half", "caption@before", "cider"),
+    "pairs_vqa": ("vqa@half", "vqa@before", "accuracy"),
     "stage3_spoken": ("spoken@before", "spoken@after", "accuracy"),
 }
 

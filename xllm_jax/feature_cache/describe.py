@@ -114,4 +114,6 @@ def sources(data: Data, sizes: Mapping[str, int]) -> dict[str, dict[str, Any]]:
     for name in mixture.mixture(data):
         about[name] = dataclasses.asdict(data.sources[name]) | {"records": sizes[name]}
         del about[name]["allow_paths"]
+        if about[name]["share"] == 1:  # as older caches have it
+            del about[name]["share"]
     return json.loads(json.dumps(about))

@@ -10,18 +10,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 
 from xllm_jax.core.batch import ConversationBatch
 from xllm_jax.core.types import Metrics, Params
+from xllm_jax.models.pseudo_interface import PseudoInterfaces
 from xllm_jax.models.xllm import LLM, XLLM
 from xllm_jax.objectives import answer
 
 Array = jax.Array
 NORMALIZERS = answer.NORMALIZERS
 counts = answer.counts
+PSEUDO = "pseudo_interfaces"  # the part
+PSEUDO_NOISE = 0.3  # of what they give, in relation to its size
 
 
 def loss(
@@ -31,11 +35,16 @@ def loss(
     key: Array | None = None,
     *,
     tags: Sequence[Sequence[int]],
+    repeating: Sequence[int] = (),
+    pseudo: float = 0.0,
     train: bool = False,
     chunk: int = 64,
     **strengths: float,
 ) -> tuple[Array, Metrics]:
     """`answer.loss` of written media; in training their embeddings are disturbed.
+
+    With a part 'pseudo_interfaces', the last kind of slots is what one of these makes of the words
+    in some rows. They learn where what they gave is repeated, and nowhere else.
 
     Args:
       model: its part 'llm' reads the batch.
@@ -43,6 +52,8 @@ def loss(
       batch: without media of its own.
       key: of what is drawn; needed with `train`.
       tags: token ids (opening, closing) of each kind of slot.
+      repeating: token ids of which one stands in every instruction to repeat, and in no other.
+      pseudo: share of rows with a pseudo interface.
       train: disturbs the embeddings.
       chunk: logit vectors per row that exist at once.
       strengths: of `disturbed`.
@@ -52,7 +63,13 @@ def loss(
     """
     x = model.embed(params, batch)
     if train and key is not None:
-        x = disturbed(x, slot_kinds(batch.ids, tags), key, len(tags), **strengths)
+        kinds = slot_kinds(batch.ids, tags)
+        words, x = x, disturbed(x, kinds, key, len(tags), **strengths)
+        if PSEUDO in model.networks:
+            around = jnp.where(kinds == 0, batch.ids, -1)
+            taught = tasks_with(around, batch.segments, repeating)
+            given, rows = _pseudo(model, params, words, taught, jax.random.fold_in(key, 1), pseudo)
+            x = jnp.where((kinds == len(tags))[..., None] & rows[:, None, None], given, x)
     states, _ = model.apply(params, LLM, x, batch.segments, batch.context, batch.positions)
     value, metrics = answer.answer_loss(
         lambda states: model.logits(params, states),
@@ -61,6 +78,32 @@ def loss(
         chunk,
     )
     return value, metrics | {"perplexity": jnp.exp(value)}
+
+
+def _pseudo(
+    model: XLLM, params: Params, words: Array, taught: Array, key: Array, share: float
+) -> tuple[Array, Array]:
+    """What pseudo interfaces give, with some noise, and in which rows: `[B, T, D]`, `[B]` bool."""
+    keys = jax.random.split(key, 3)
+    rows, count = words.shape[0], cast(PseudoInterfaces, model.networks[PSEUDO]).count
+    which = jax.random.randint(keys[0], (rows,), 0, count)
+    given = model.apply(params, PSEUDO, jax.lax.stop_gradient(words), which)
+    given = jnp.where(taught[..., None], given, jax.lax.stop_gradient(given))
+    size = jax.lax.stop_gradient(jnp.sqrt(jnp.square(given).mean((1, 2), keepdims=True)))
+    given = given + PSEUDO_NOISE * size * jax.random.normal(keys[1], given.shape, given.dtype)
+    return given, jax.random.bernoulli(keys[2], share, (rows,))
+
+
+def tasks_with(ids: Array, segments: Array, tokens: Sequence[int]) -> Array:
+    """Which tokens belong to an example that holds one of `tokens`, `[B, T]` bool.
+
+    Args:
+      ids, segments: `[B, T]` int32, as in a batch.
+      tokens: ids.
+    """
+    found = jnp.isin(ids, jnp.asarray(tokens, jnp.int32))
+    same = segments[:, :, None] == segments[:, None, :]
+    return (same & found[:, None, :]).any(-1)
 
 
 def slot_kinds(ids: Array, tags: Sequence[Sequence[int]]) -> Array:
@@ -88,6 +131,7 @@ def disturbed(
     shift: float = 0.7,
     mix: float = 0.4,
     noise: float = 0.4,
+    stretch: float = 1.0,
 ) -> Array:
     """Embeddings with those of slots disturbed, all slots of one kind in a row by the same map.
 
@@ -102,10 +146,12 @@ def disturbed(
         slot's own embeddings.
       mix: largest share of another word in an embedding.
       noise: largest size of what is added to single embeddings, in relation to them.
+      stretch: largest factor of a slot's embeddings, behind all else; the smallest is
+        1 / sqrt(stretch).
     """
     rows, length, width = x.shape
     words = jax.lax.stop_gradient(x).reshape(-1, width)  # as often as the batch has them
-    keys = iter(jax.random.split(key, 12))
+    keys = iter(jax.random.split(key, 13))
     draw = functools.partial(jax.random.uniform, dtype=x.dtype)
     kept = jax.random.bernoulli(next(keys), clean, (rows, count))
     sizes = [draw(next(keys), (rows, count)) * most for most in (turn, shift, mix, noise)]
@@ -123,6 +169,8 @@ def disturbed(
     few = few / jnp.maximum(jnp.linalg.norm(few, axis=-1, keepdims=True), 1e-6) * scale
     y = y + shift_ * jnp.take_along_axis(few, own[:, 0], axis=1)
     y = y + noise_ * scale * width**-0.5 * jax.random.normal(next(keys), x.shape, x.dtype)
+    powers = jnp.where(kept, 0, draw(next(keys), (rows, count), minval=-0.5, maxval=1.0))
+    y = y * stretch ** _each(powers, kinds)
     return jnp.where(kinds[..., None] > 0, y, x)
 
 

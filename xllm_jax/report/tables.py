@@ -53,15 +53,16 @@ class Goal:
 
 
 GOALS = (
-    Goal("Stage-1 speech recognition, CER", "sentences@asr", "cer", 0.08),
-    Goal("X-LLM speech recognition (S), CER", "sentences@after", "cer", 0.12),
-    Goal("Visual question answering", "vqa@after", "accuracy", 0.85, 0.50),
-    Goal("Spoken visual question answering, after stage 3", "spoken@after", "accuracy", 0.75),
+    Goal("Stage-1 speech recognition, CER", "sentences@asr", "cer", 0.05),
+    Goal("X-LLM speech recognition (S), CER", "sentences@after", "cer", 0.09),
+    Goal("Visual question answering", "vqa@after", "accuracy", 0.88, 0.40),
+    Goal("Spoken visual question answering, before stage 3", "spoken@before", "accuracy", 0.45),
+    Goal("Spoken visual question answering, after stage 3", "spoken@after", "accuracy", 0.78),
     Goal(
         "Video captions, object and motion right",
         "video@after",
         "accuracy",
-        0.70,
+        0.72,
         0.20,
         ("blind", "shuffled"),
     ),
@@ -80,12 +81,15 @@ class Claim:
 CLAIMS = (
     Claim("Initialized above “no init”, captions (CIDEr-D)", "init_cider", "cider"),
     Claim("Initialized above “no init”, visual questions", "init_vqa", "accuracy"),
+    Claim("All pairs above half of them, captions (CIDEr-D)", "pairs_cider", "cider"),
+    Claim("All pairs above half of them, visual questions", "pairs_vqa", "accuracy"),
     Claim("Stage 3 improves spoken visual question answering", "stage3_spoken", "accuracy"),
     Claim("Spoken questions before stage 3 above their best control", "zero_shot", "accuracy"),
 )
 TABLE1 = (
     ("image interface initialized (stage 1)", "before"),
     ("no init", "no_init"),
+    ("half of the pairs", "half"),
 )
 TABLE1_COLUMNS = (
     ("caption", "cider"),
@@ -200,21 +204,24 @@ def _verdict(goal: Goal, found: Mapping[str, Any]) -> Cell:
 
 
 def table1(measures: Mapping[str, Any], comparisons: Mapping[str, Any]) -> Table:
-    """Effect of the interface's initialization, as the paper's Table 1."""
+    """Effect of the interface's initialization and of more pairs, as the paper's Table 1."""
     rows = []
     for title, model in TABLE1:
         found = [(m, find(measures, f"{task}@{model}", m)) for task, m in TABLE1_COLUMNS]
         if any(entry for _, entry in found):
             cells = (Cell(number(entry, metric, interval=True)) for metric, entry in found)
             rows.append((Cell(title), *cells))
-    names = ("init_cider", None, None, "init_vqa")
-    gains = [comparisons.get(name) if name else None for name in names]
-    if any(gains):
-        cells = (_margin(gain, metric) for gain, (_, metric) in zip(gains, TABLE1_COLUMNS))
-        rows.append((Cell("difference, same samples"), *cells))
+    for title, prefix in (("initialized less no init", "init"), ("all less half", "pairs")):
+        names = (f"{prefix}_cider", None, None, f"{prefix}_vqa")
+        gains = [comparisons.get(name) if name else None for name in names]
+        if any(gains):
+            cells = (_margin(gain, metric) for gain, (_, metric) in zip(gains, TABLE1_COLUMNS))
+            rows.append((Cell(f"{title}, same samples"), *cells))
     head = ("", *(f"{task} {METRICS[metric][0]}" for task, metric in TABLE1_COLUMNS))
     note = "After stage 2 with equal steps. 95 % intervals in brackets."
-    return Table("Table 1: initializing the image interface", note, head, tuple(rows))
+    return Table(
+        "Table 1: initializing the image interface, and more pairs", note, head, tuple(rows)
+    )
 
 
 def table4(measures: Mapping[str, Any], how: str) -> Table:

@@ -8,6 +8,7 @@ Examples are made when they are read, so a long stream costs no memory.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
@@ -17,8 +18,8 @@ from xllm_jax.data.synthetic_world.text_stream import SHARES, text_example
 class Stream(Sequence):
     """Examples 0 to count - 1 of the stream of a seed."""
 
-    def __init__(self, count: int, seed: int, shares: Mapping[str, float], spelled: float):
-        self._count, self._seed, self._shares, self._spelled = count, seed, shares, spelled
+    def __init__(self, count: int, seed: int, **options: Any):
+        self._count, self._seed, self._options = count, seed, options
 
     def __len__(self) -> int:
         return self._count
@@ -26,7 +27,7 @@ class Stream(Sequence):
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < self._count:
             raise IndexError(index)
-        return text_example(self._seed, index, shares=self._shares, spelled=self._spelled)
+        return text_example(self._seed, index, **self._options)
 
 
 def examples(
@@ -36,10 +37,11 @@ def examples(
     seed: int = 0,
     shares: Mapping[str, float] = SHARES,
     spelled: float = 0.0,
+    unnamed: float = 0.0,
 ) -> Stream:
     """Returns the stream; `path` is not read, and each split has a stream of its own.
 
-    `shares` and `spelled` are those of `text_example`.
+    `shares`, `spelled` and `unnamed` are those of `text_example`.
 
     Raises:
       UserError: `shares` names a kind that the stream does not have.
@@ -51,6 +53,5 @@ def examples(
             field="options.shares",
             hint=f"Choices: {', '.join(SHARES)}",
         )
-    return Stream(
-        count, {"train": 1, "val": 2, "test": 3}[split] + 10 * seed, dict(shares), spelled
-    )
+    seed = {"train": 1, "val": 2, "test": 3}[split] + 10 * seed
+    return Stream(count, seed, shares=dict(shares), spelled=spelled, unnamed=unnamed)

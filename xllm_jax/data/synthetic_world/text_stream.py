@@ -61,6 +61,7 @@ def text_example(
     pairs: str = "all",
     shares: Mapping[str, float] = SHARES,
     spelled: float = 0.0,
+    unnamed: float = 0.0,
 ) -> Example:
     """Example `index` of the endless text stream (random access, for data loaders).
 
@@ -72,19 +73,33 @@ def text_example(
       shares: {kind of example, a key of SHARES: how often, in relation to the others}.
       spelled: share of written sentences that stand in the slot character by character, with one
         more sign at the end, as CIF fires.
+      unnamed: share of written clips whose frames are sentences without a frame's name, in order,
+        as an interface gives them.
     """
     rng = generator(seed, "text", index)
     weights = np.asarray(list(shares.values()))
     kind = str(rng.choice(list(shares), p=weights / weights.sum()))
     made = MAKERS[kind](rng, f"text-{seed}-{index}", pairs)
-    if spelled and rng.random() < spelled:  # last, so that the texts are the same with and without
-        return dataclasses.replace(made, media=tuple(map(_spell, made.media)))
+    # Last, so that the texts are the same with and without.
+    if spelled and rng.random() < spelled:
+        made = dataclasses.replace(made, media=tuple(map(_spell, made.media)))
+    if unnamed and rng.random() < unnamed:
+        made = dataclasses.replace(made, media=tuple(map(_leave_names_out, made.media)))
     return made
 
 
 def _spell(medium: tuple[str, str]) -> tuple[str, str]:
     kind, words = medium
     return ("spelled:speech", f"{words}。") if kind == "text:speech" else medium
+
+
+def _leave_names_out(medium: tuple[str, str]) -> tuple[str, str]:
+    kind, words = medium
+    if kind != "text:video":
+        return medium
+    for name in language.FRAME_NAMES:
+        words = words.replace(f"，{name}", "。").replace(name, "")
+    return kind, words
 
 
 def text_examples(seed: int, count: int | None = None, pairs: str = "all") -> Iterator[Example]:
