@@ -14,15 +14,15 @@ from xllm_jax.core.stage import Optimizer, Source, Stage
 
 # More speech and clips than in the first part.
 SHARES = {
-    "answer_scene": 0.22,
+    "answer_scene": 0.21,
     "dialogue_scene": 0.05,
     "caption_scene": 0.04,
     "region_scene": 0.02,
     "caption_clip": 0.09,
     "answer_clip": 0.09,
-    "repeat_speech": 0.12,
-    "repeat_speech_scene": 0.09,
-    "answer_speech": 0.27,
+    "repeat_speech": 0.13,
+    "repeat_speech_scene": 0.10,
+    "answer_speech": 0.26,
     "sentence": 0.01,
 }
 
@@ -45,9 +45,10 @@ def get_config(size: str = "tiny") -> Stage:
         "noise": 0.5,
     }
     stage.optimizer = Optimizer(
-        peak=1e-3, minimum=2e-5, warmup_from=1e-5, warmup_steps=100, clip=1.0, b2=0.98
+        peak=1e-3, minimum=2e-5, warmup_from=1e-5, warmup_steps=300, clip=1.0, b2=0.98
     )
-    options = {"count": 400_000, "seed": 1, "shares": dict(SHARES), "spelled": 1.0, "unnamed": 0.6}
+    heard = {"spelled": 1.0, "unnamed": 0.6, "shuffled": 0.85}
+    options = {"count": 400_000, "seed": 1, "shares": dict(SHARES), **heard}
     stage.data.sources = {"text": Source("world_text", options=options)}
-    stage.steps = 8000
+    stage.steps = 5000
     return stage

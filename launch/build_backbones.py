@@ -1,11 +1,12 @@
 """Converts the shipped backbones of the synthetic world into bases for `init`.
 
     xllm build-backbones --output=bases
-    xllm build-backbones --output=bases --tokenizer    # maintainers: learn the tokenizer
+    xllm build-backbones --output=bases --tokenizer    # maintainers: what pre-training begins with
     xllm build-backbones --output=bases --latents=runs # maintainers: what the mini UNet learns from
     xllm build-backbones --output=bases --export=runs  # maintainers: ship what was trained
 
-`make backbones` runs all of it in order, with the trainings in between.
+`make backbones` runs all of it in order, with the trainings in between. The tokenizer is shipped,
+too: ids of configs/networks.py are its. --learn_tokenizer learns another one.
 """
 
 from __future__ import annotations
@@ -54,8 +55,13 @@ EXPORT = flags.DEFINE_string(
 TOKENIZER = flags.DEFINE_bool(
     "tokenizer",
     False,
-    "Write only what pre-training needs: a newly learned tokenizer of the LLM, the vocabularies of "
-    "BERT and of the text encoder.",
+    "Write only what pre-training needs: the tokenizer of the LLM, the vocabularies of BERT and of "
+    "the text encoder.",
+)
+LEARN = flags.DEFINE_bool(
+    "learn_tokenizer",
+    False,
+    "As --tokenizer, but learn the LLM's anew: pieces and their ids change with the text.",
 )
 LATENTS = flags.DEFINE_string(
     "latents",
@@ -71,8 +77,9 @@ LATENTS_NAME = sources.LATENTS
 
 def main(_: list[str]) -> None:
     output = Path(OUTPUT.value)
-    if TOKENIZER.value:
-        print(f"Tokenizer: {learn_tokenizer(output / 'llm')}")
+    if TOKENIZER.value or LEARN.value:
+        made = learn_tokenizer(output / "llm") if LEARN.value else copy_tokenizer(output / "llm")
+        print(f"Tokenizer: {made}")
         world.copy_file(SHIPPED / "bert" / world.VOCABULARY, output)
         clip_vocabulary.write(output / Path(networks.DECODER).name / "tokenizer")
         return
@@ -91,6 +98,13 @@ def main(_: list[str]) -> None:
     if DECODER.is_dir():
         world.import_decoder(DECODER, output / DECODER.name)
     print(f"Bases: {', '.join(sorted(p.name for p in output.iterdir()))} in {output}")
+
+
+def copy_tokenizer(folder: Path) -> Path:
+    """Writes the shipped tokenizer of the LLM; returns its folder."""
+    for name in world.TOKENIZER:
+        world.copy_file(SHIPPED / "llm" / name, folder)
+    return folder
 
 
 def learn_tokenizer(folder: Path) -> Path:

@@ -37,7 +37,7 @@ runpy.run_module(f"xllm_jax.launch.{command}", run_name="__main__")
 # In this order: some read what others wrote. With what a step says on standard output or error.
 STEPS = {
     "world": ("--output=world --images=4", "World in world"),
-    "build-backbones": ("--output=bases --tokenizer", "Tokenizer: bases/llm"),
+    "build-backbones": ("--output=bases --learn_tokenizer", "Tokenizer: bases/llm"),
     "train": (
         "--config=world_llm:tiny --workdir=run --config.steps=1 --config.data.tokenizer=bases/llm",
         "Trained parts: run/final",

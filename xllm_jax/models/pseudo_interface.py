@@ -30,7 +30,7 @@ class PseudoInterfaces(nn.Module):
 
     count: int = 24
     width: int = 128
-    gain: float = 4.0
+    gain: float = 8.0
     shift: float = 2.0
     dtype: DTypeLike = jnp.float32
 

@@ -9,7 +9,7 @@ words' and made noisy in its pre-training.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import jax
@@ -22,7 +22,7 @@ from xllm_jax.models.xllm import LLM, XLLM
 from xllm_jax.objectives import answer
 
 Array = jax.Array
-NORMALIZERS = answer.NORMALIZERS
+NORMALIZERS = ("tokens", "repeated")  # what the terms of the loss are means over
 counts = answer.counts
 PSEUDO = "pseudo_interfaces"  # the part
 PSEUDO_NOISE = 0.3  # of what they give, in relation to its size
@@ -44,7 +44,8 @@ def loss(
     """`answer.loss` of written media; in training their embeddings are disturbed.
 
     With a part 'pseudo_interfaces', the last kind of slots is what one of these makes of the words
-    in some rows. They learn where what they gave is repeated, and nowhere else.
+    in some rows. As in stage 2, they learn from repetition alone, beside an LLM that does not learn
+    from it; and the LLM learns to answer what they give, which they do not learn from.
 
     Args:
       model: its part 'llm' reads the batch.
@@ -59,39 +60,62 @@ def loss(
       strengths: of `disturbed`.
 
     Returns:
-      (scalar float32, metrics) of `answer.answer_loss`, with `perplexity`.
+      (scalar float32, metrics) of `answer.answer_loss`, with `perplexity`; with pseudo interfaces
+      the `WeightedMean` 'loss/pseudo' of what the LLM answers them and 'loss/repeated'.
     """
-    x = model.embed(params, batch)
-    if train and key is not None:
-        kinds = slot_kinds(batch.ids, tags)
-        words, x = x, disturbed(x, kinds, key, len(tags), **strengths)
-        if PSEUDO in model.networks:
-            around = jnp.where(kinds == 0, batch.ids, -1)
-            taught = tasks_with(around, batch.segments, repeating)
-            given, rows = _pseudo(model, params, words, taught, jax.random.fold_in(key, 1), pseudo)
-            x = jnp.where((kinds == len(tags))[..., None] & rows[:, None, None], given, x)
-    states, _ = model.apply(params, LLM, x, batch.segments, batch.context, batch.positions)
-    value, metrics = answer.answer_loss(
-        lambda states: model.logits(params, states),
-        states,
-        *(batch.answer_index, batch.targets, batch.weights),
-        chunk,
+    words = model.embed(params, batch)
+    if not train or key is None:
+        value, metrics = _answered(model, params, batch, words, batch.weights, chunk)
+        return value, metrics | {"perplexity": jnp.exp(value)}
+    kinds = slot_kinds(batch.ids, tags)
+    x = disturbed(words, kinds, key, len(tags), **strengths)
+    count = round(pseudo * len(words)) if PSEUDO in model.networks else 0
+    if not count:
+        value, metrics = _answered(model, params, batch, x, batch.weights, chunk)
+        return value, metrics | {"perplexity": jnp.exp(value)}
+    first = jnp.arange(len(words)) < count  # rows with a pseudo interface
+    heard = (kinds == len(tags)) & first[:, None]
+    around = jnp.where(kinds == 0, batch.ids, -1)
+    taught = tasks_with(around, batch.segments, repeating)
+    taught = jnp.take_along_axis(taught, batch.answer_index, axis=1) & first[:, None]
+    given, noise = _pseudo(model, params, words, jax.random.fold_in(key, 1))
+    x = jnp.where(heard[..., None], jax.lax.stop_gradient(given) + noise, x)
+    own = {"pseudo": first[:, None] & ~taught}
+    value, metrics = _answered(model, params, batch, x, batch.weights * ~taught, chunk, own)
+    rows = jax.tree.map(lambda a: a[:count], batch)
+    x = jnp.where(heard[..., None], given, jax.lax.stop_gradient(words))[:count]
+    repeated, more = _answered(
+        model, jax.lax.stop_gradient(params), rows, x, rows.weights * taught[:count], chunk
     )
-    return value, metrics | {"perplexity": jnp.exp(value)}
+    metrics["terms"] |= {"repeated": more["terms"]["tokens"]}
+    metrics["loss/repeated"] = more["terms"]["tokens"]
+    return value + repeated, metrics | {"perplexity": jnp.exp(value)}
 
 
-def _pseudo(
-    model: XLLM, params: Params, words: Array, taught: Array, key: Array, share: float
-) -> tuple[Array, Array]:
-    """What pseudo interfaces give, with some noise, and in which rows: `[B, T, D]`, `[B]` bool."""
-    keys = jax.random.split(key, 3)
-    rows, count = words.shape[0], cast(PseudoInterfaces, model.networks[PSEUDO]).count
-    which = jax.random.randint(keys[0], (rows,), 0, count)
-    given = model.apply(params, PSEUDO, jax.lax.stop_gradient(words), which)
-    given = jnp.where(taught[..., None], given, jax.lax.stop_gradient(given))
+def _answered(
+    model: XLLM,
+    params: Params,
+    batch: ConversationBatch,
+    x: Array,
+    weights: Array,
+    chunk: int,
+    kinds: Mapping[str, Array] | None = None,
+) -> tuple[Array, Metrics]:
+    """`answer.answer_loss` of a batch whose embeddings are `x`, with other weights."""
+    states, _ = model.apply(params, LLM, x, batch.segments, batch.context, batch.positions)
+    head = functools.partial(model.logits, params)
+    targets = (batch.answer_index, batch.targets, weights)
+    return answer.answer_loss(head, states, *targets, chunk, kinds)
+
+
+def _pseudo(model: XLLM, params: Params, words: Array, key: Array) -> tuple[Array, Array]:
+    """What pseudo interfaces give, and noise for it: both `[B, T, D]`."""
+    which, noise = jax.random.split(key)
+    count = cast(PseudoInterfaces, model.networks[PSEUDO]).count
+    maps = jax.random.randint(which, words.shape[:1], 0, count)
+    given = model.apply(params, PSEUDO, jax.lax.stop_gradient(words), maps)
     size = jax.lax.stop_gradient(jnp.sqrt(jnp.square(given).mean((1, 2), keepdims=True)))
-    given = given + PSEUDO_NOISE * size * jax.random.normal(keys[1], given.shape, given.dtype)
-    return given, jax.random.bernoulli(keys[2], share, (rows,))
+    return given, PSEUDO_NOISE * size * jax.random.normal(noise, given.shape, given.dtype)
 
 
 def tasks_with(ids: Array, segments: Array, tokens: Sequence[int]) -> Array:

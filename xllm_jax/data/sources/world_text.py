@@ -38,10 +38,11 @@ def examples(
     shares: Mapping[str, float] = SHARES,
     spelled: float = 0.0,
     unnamed: float = 0.0,
+    shuffled: float = 0.0,
 ) -> Stream:
     """Returns the stream; `path` is not read, and each split has a stream of its own.
 
-    `shares`, `spelled` and `unnamed` are those of `text_example`.
+    `shares` and the further ones are those of `text_example`.
 
     Raises:
       UserError: `shares` names a kind that the stream does not have.
@@ -54,4 +55,5 @@ def examples(
             hint=f"Choices: {', '.join(SHARES)}",
         )
     seed = {"train": 1, "val": 2, "test": 3}[split] + 10 * seed
-    return Stream(count, seed, shares=dict(shares), spelled=spelled, unnamed=unnamed)
+    options = {"spelled": spelled, "unnamed": unnamed, "shuffled": shuffled}
+    return Stream(count, seed, shares=dict(shares), **options)

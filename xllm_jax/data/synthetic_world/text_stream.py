@@ -53,6 +53,7 @@ KINDS = {
 UNSEEN_SHARE = 0.25
 # Of what the LLM is asked to repeat: characters in no order, so that it can repeat anything.
 SCRAMBLED_SHARE = 0.3
+SPOKEN = 16  # most characters of a sentence that is spoken
 
 
 def text_example(
@@ -62,6 +63,7 @@ def text_example(
     shares: Mapping[str, float] = SHARES,
     spelled: float = 0.0,
     unnamed: float = 0.0,
+    shuffled: float = 0.0,
 ) -> Example:
     """Example `index` of the endless text stream (random access, for data loaders).
 
@@ -75,17 +77,29 @@ def text_example(
         more sign at the end, as CIF fires.
       unnamed: share of written clips whose frames are sentences without a frame's name, in order,
         as an interface gives them.
+      shuffled: share of sentences to repeat that become words and characters in no order, so that
+        nothing but the slot tells them.
     """
     rng = generator(seed, "text", index)
     weights = np.asarray(list(shares.values()))
     kind = str(rng.choice(list(shares), p=weights / weights.sum()))
     made = MAKERS[kind](rng, f"text-{seed}-{index}", pairs)
     # Last, so that the texts are the same with and without.
+    if shuffled and made.task == "asr" and rng.random() < shuffled:
+        made = _shuffle(made, rng)
     if spelled and rng.random() < spelled:
         made = dataclasses.replace(made, media=tuple(map(_spell, made.media)))
     if unnamed and rng.random() < unnamed:
         made = dataclasses.replace(made, media=tuple(map(_leave_names_out, made.media)))
     return made
+
+
+def _shuffle(made: Example, rng: np.random.Generator) -> Example:
+    kinds = (spoken_words(), spoken_characters())
+    count = int(rng.integers(2, 8))
+    said = "".join(str(rng.choice(list(kinds[rng.integers(2)]))) for _ in range(count))[:SPOKEN]
+    media = tuple((k, said if k == "text:speech" else words) for k, words in made.media)
+    return dataclasses.replace(made, media=media, answer=said, transcript=said)
 
 
 def _spell(medium: tuple[str, str]) -> tuple[str, str]:
@@ -135,6 +149,14 @@ def spoken_characters() -> str:
     values = [*PLACES, *SIZES, *COLORS, *SHAPES, *questions.ANSWER_OF.values(), "的物体"]
     letters = set(language.spoken("".join([*values, *(re.sub("{.*?}", "", t) for t in texts)])))
     return "".join(sorted(letters))
+
+
+@functools.cache
+def spoken_words() -> tuple[str, ...]:
+    """Words of the world that a transcript may contain, longer than a character."""
+    told = [*PLACES, *COLORS, *SHAPES, *questions.ANSWER_OF.values(), "什么", "物体", "有没有"]
+    asked = ["颜色", "形状", "位置", "大小", "哪里", "多少", "几个", "哪种", "请问", "图中"]
+    return tuple(sorted({language.spoken(word) for word in (*told, *asked) if len(word) > 1}))
 
 
 def describe(scene: Scene, rng: np.random.Generator) -> str:
