@@ -189,8 +189,9 @@ def test_pseudo_interfaces_learn_from_repetition_and_the_llm_from_answers(kind, 
 
     sizes = jax.tree.map(lambda x: float(jnp.abs(x).max()), jax.jit(jax.grad(loss))(params))
     largest = {part: max(jax.tree.leaves(of_part)) for part, of_part in sizes.items()}
-    assert (largest["llm"] > 1e-4) is not learn and (largest["pseudo_interfaces"] > 1e-4) is learn
-    assert min(largest.values()) == 0
+    assert {part for part, size in largest.items() if size > 0} == {
+        "pseudo_interfaces" if learn else "llm"
+    }
 
 
 def test_shuffled_sentences_are_words_and_characters_of_speech():
