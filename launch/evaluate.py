@@ -41,7 +41,7 @@ from xllm_jax.core.suite import Suite
 from xllm_jax.evaluation import demo_suite, drawing_suite, error_rate, measure
 from xllm_jax.inference import assistant, decoder_base, transcriber
 from xllm_jax.inference.load_run import Restored, load_run, stage_of
-from xllm_jax.launch import cli, drawing, evaluate_drawing, suite_models
+from xllm_jax.launch import cli, drawing, evaluate_drawing, evaluate_pairs, suite_models
 from xllm_jax.launch import hosts as host_flags
 
 RUNS = flags.DEFINE_string("runs", "runs", "Folder that holds the runs of all stages.")
@@ -97,6 +97,7 @@ BASELINE = flags.DEFINE_string(
 )
 flags.adopt_module_key_flags(host_flags)
 
+STAGE1_IMAGE, PAIRS = "stage1_image", 300
 ASR, STAGE3 = "stage1_speech", "stage3"
 IMAGE_RUNS = {"no_init": "stage2_image_no_init", "half": "stage2_image_half"}
 DRAWS = "stage_output_image"
@@ -127,6 +128,7 @@ def main(_: list[str]) -> None:
         drawing.check_unused()
     todo = demo_suite.tasks(DATA.value, LIMIT.value, cli.ALLOW_PATHS.value, CER.value)
     results = demo_suite.run(todo, models(Path(RUNS.value)))
+    results["measures"] |= pairs(Path(RUNS.value))
     results["measures"] |= drawings(Path(RUNS.value), Path(OUTPUT.value) / "pictures")
     results["curves"] = demo_suite.curves(RUNS.value)
     results["timings"] = timings(time.monotonic() - began)
@@ -184,6 +186,16 @@ def stage3_models(runs: Path) -> dict[str, Callable[[], measure.Answer]]:
         if ended(runs / name)
     }
     return {name: functools.partial(load, row) for name, row in others.items()} | found
+
+
+def pairs(runs: Path) -> dict[str, Any]:
+    """What stage 1 knows of held-out pictures and captions, where it has ended."""
+    source, run = demo_suite.SOURCES["caption"], runs / STAGE1_IMAGE
+    if not ended(run) or not (Path(DATA.value) / source.path).is_dir():
+        return {}
+    source = dataclasses.replace(source, allow_paths=tuple(cli.ALLOW_PATHS.value))
+    restored, most = load_run(run), LIMIT.value or PAIRS
+    return {"pairs@stage1": evaluate_pairs.evaluate(restored, DATA.value, source, most)}
 
 
 def drawings(runs: Path, folder: Path) -> dict[str, Any]:
