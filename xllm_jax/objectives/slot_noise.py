@@ -63,27 +63,48 @@ def loss(
       (scalar float32, metrics) of `answer.answer_loss`, with `perplexity`; with pseudo interfaces
       the `WeightedMean` 'loss/pseudo' of what the LLM answers them and 'loss/repeated'.
     """
-    words = model.embed(params, batch)
-    if not train or key is None:
-        value, metrics = _answered(model, params, batch, words, batch.weights, chunk)
-        return value, metrics | {"perplexity": jnp.exp(value)}
+    x = words = model.embed(params, batch)
     kinds = slot_kinds(batch.ids, tags)
-    x = disturbed(words, kinds, key, len(tags), **strengths)
-    count = round(pseudo * len(words)) if PSEUDO in model.networks else 0
-    if not count:
-        value, metrics = _answered(model, params, batch, x, batch.weights, chunk)
-        return value, metrics | {"perplexity": jnp.exp(value)}
+    if train and key is not None:
+        x = disturbed(words, kinds, key, len(tags), **strengths)
+        count = round(pseudo * len(words)) if PSEUDO in model.networks else 0
+        if count:
+            heard = jnp.where(kinds == 0, batch.ids, -1), kinds == len(tags), count
+            own = jax.random.fold_in(key, 1)
+            return _with_pseudo(model, params, batch, (words, x), heard, repeating, own, chunk)
+    value, metrics = _answered(model, params, batch, x, batch.weights, chunk)
+    return value, metrics | {"perplexity": jnp.exp(value)}
+
+
+def _with_pseudo(
+    model: XLLM,
+    params: Params,
+    batch: ConversationBatch,
+    embedded: tuple[Array, Array],
+    heard: tuple[Array, Array, int],
+    repeating: Sequence[int],
+    key: Array,
+    chunk: int,
+) -> tuple[Array, Metrics]:
+    """`loss` with pseudo interfaces in the first rows.
+
+    Args:
+      model, params, batch, repeating, chunk: as of `loss`.
+      embedded: words, and what the LLM reads where no pseudo interface gives anything, `[B, T, D]`.
+      heard: ids outside of slots, else -1, `[B, T]`; which are of speech; rows with an interface.
+      key: of what is drawn.
+    """
+    (words, x), (around, spoken, count) = embedded, heard
     first = jnp.arange(len(words)) < count  # rows with a pseudo interface
-    heard = (kinds == len(tags)) & first[:, None]
-    around = jnp.where(kinds == 0, batch.ids, -1)
+    spoken = spoken & first[:, None]
     taught = tasks_with(around, batch.segments, repeating)
     taught = jnp.take_along_axis(taught, batch.answer_index, axis=1) & first[:, None]
-    given, noise = _pseudo(model, params, words, jax.random.fold_in(key, 1))
-    x = jnp.where(heard[..., None], jax.lax.stop_gradient(given) + noise, x)
+    given, noise = _pseudo(model, params, words, key)
+    x = jnp.where(spoken[..., None], jax.lax.stop_gradient(given) + noise, x)
     own = {"pseudo": first[:, None] & ~taught}
     value, metrics = _answered(model, params, batch, x, batch.weights * ~taught, chunk, own)
     rows = jax.tree.map(lambda a: a[:count], batch)
-    x = jnp.where(heard[..., None], given, jax.lax.stop_gradient(words))[:count]
+    x = jnp.where(spoken[..., None], given, jax.lax.stop_gradient(words))[:count]
     repeated, more = _answered(
         model, jax.lax.stop_gradient(params), rows, x, rows.weights * taught[:count], chunk
     )
