@@ -345,7 +345,6 @@ def count(url: str) -> str:
     """Compilations of this process so far, those of other tests among them."""
     with urllib.request.urlopen(f"{url}/metrics") as answer:
         told = answer.read().decode()
-    assert "xllm_pictures_total" in told
     return re.search(r"xllm_compilations_since_warm_up_total (\S+)", told)[1]
 
 
