@@ -3,8 +3,8 @@
     xllm train --config=world_llm --workdir=runs/world_llm
 
 The text stream holds written scenes, frames and sentences between the tags where features come
-later, so that the LLM can read and answer before it ever sees or hears. Its result ships with the
-package; `make backbones` runs this file again.
+later, so that the LLM can read and answer before it ever sees or hears. `make backbones`
+runs this file; what ships is older (docs/demo.md).
 """
 
 from xllm_jax.configs import networks
@@ -34,6 +34,6 @@ def get_config(size: str = "tiny") -> Stage:
             length=128,
             answers=48,
         ),
-        steps=8000,
+        steps=20_000,
         **networks.numerics(size),
     )

@@ -6,7 +6,7 @@ Goes on from `world_llm`. Sentences in the speech slot stand character by charac
 them, while the LLM's own pieces are words; frames of a clip have no names, as an interface gives
 them; and what stands between the media's tags is disturbed (`objectives/slot_noise.py`). In many
 rows the speech slot holds what pseudo interfaces make of the words (`models/pseudo_interface.py`).
-Its result ships with the package; `make backbones` runs both files again.
+`make backbones` runs both files; what ships is older (docs/demo.md).
 """
 
 from xllm_jax.configs import networks, world_llm
@@ -50,5 +50,5 @@ def get_config(size: str = "tiny") -> Stage:
     heard = {"spelled": 1.0, "unnamed": 0.6, "shuffled": 0.85}
     options = {"count": 400_000, "seed": 1, "shares": dict(SHARES), **heard}
     stage.data.sources = {"text": Source("world_text", options=options)}
-    stage.steps = 5000
+    stage.steps = 8000
     return stage
