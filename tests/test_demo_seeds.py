@@ -21,7 +21,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import demo_behavior  # noqa: E402
 import demo_seeds  # noqa: E402
 
-VQA, CER = tables.GOALS[2].title, tables.GOALS[0].title
+TITLES = {goal.measure: goal.title for goal in tables.GOALS}
+VQA, CER = TITLES["vqa@after"], TITLES["sentences@asr"]
 INIT = tables.CLAIMS[0].title
 RUNS = {0: {VQA: 0.80, CER: 0.04, INIT: -0.1}, 1: {VQA: 0.90, CER: 0.05, INIT: 0.2}}
 RUNS |= {2: {VQA: 1.00, CER: 0.12, INIT: 0.5}}
