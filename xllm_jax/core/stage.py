@@ -27,8 +27,8 @@ PICTURES = {
     "resample": Option(str, choices=("bicubic", "bilinear")),
 }
 SIZES = (
-    "bins channels classes count cross_attention_frequency depth embed encoder_width features groups "
-    "head_dim heads hidden image_size key_heads latent_channels length linguistic_width "
+    "bins channels classes count cross_attention_frequency depth embed encoder_width features "
+    "groups head_dim heads hidden image_size key_heads latent_channels length linguistic_width "
     "llm_width max_tokens out_channels output_width patch picture_channels pools queries shared "
     "stride text_width tokens unroll visual_width vocab width"
 )
