@@ -273,6 +273,17 @@ def test_hostile_bodies(client, body, status, code):
     refused(found, status, code)
 
 
+def test_what_is_refused_at_the_gate_is_counted_at_its_route(client, log):
+    """The route stands in the server's own table; another path is not told."""
+    large = client.post(PATH, content=b" " * 2_000_001)
+    other = client.post(f"{PATH}/mine", content=b" " * 2_000_001)
+    assert large.status_code == other.status_code == 413
+    lines = log.getvalue().splitlines()
+    for found, route in ((large, PATH), (other, "unknown")):
+        (line,) = (line for line in lines if found.headers["x-request-id"] in line)
+        assert line.split(" ")[2] == route
+
+
 def test_a_body_without_a_length_is_cut_off_at_the_limit(client):
     def endless():
         for _ in range(40):

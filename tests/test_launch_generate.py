@@ -207,7 +207,7 @@ def changed(run: Path):
 
 def test_a_checkpoint_of_another_size_is_refused(run):
     with changed(run) as (record, write):
-        record["stage"]["parts"]["image_interface"]["fields"]["queries"] = 5
+        record["stage"]["parts"]["image_interface"]["fields"]["hidden"] = 100
         write()
         with pytest.raises(UserError, match="another size") as raised:
             load_run(run)

@@ -333,6 +333,19 @@ def test_the_history_of_a_chat_in_openai_form(tmp_path):
     assert assistant == {"role": "assistant", "content": [{"type": "text", "text": "红"}]}
 
 
+@pytest.mark.parametrize("content", [b"", b"words"])
+def test_a_file_that_is_none_costs_its_own_question_alone(tmp_path, content):
+    (tmp_path / "bad.png").write_bytes(content)
+    file = {"type": "file", "file": {"path": str(tmp_path / "bad.png")}}
+    refused = {"role": "assistant", "content": "x", "metadata": {"title": page_messages.REFUSED}}
+    asked = [{"role": "user", "content": word} for word in ("一", "二")]
+    answer = {"role": "assistant", "content": "红"}
+    history = [asked[0], answer, {"role": "user", "content": [file]}, refused, asked[1]]
+    found = page_messages.past(history)
+    assert [message["content"][0]["text"] for message in found] == ["一", "红", "二"]
+    assert page_messages.past([{"role": "user", "content": [file]}, refused, asked[1]]) == found[2:]
+
+
 def test_files_are_known_on_a_machine_with_a_short_list_of_types(tmp_path, monkeypatch):
     """Python's own list has neither FLAC nor WebP nor Matroska."""
     known = mimetypes.MimeTypes(filenames=())

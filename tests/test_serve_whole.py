@@ -244,6 +244,14 @@ def test_more_tokens_than_the_server_gives_end_at_its_bound(client, engine, fiel
     assert found.usage.completion_tokens == most == OPTIONS.max_tokens
 
 
+def test_a_chat_that_is_too_long_says_so_as_openai_does(client):
+    words = [{"role": "user", "content": "红色的圆在左边" * 200}]
+    with pytest.raises(openai.BadRequestError) as raised:
+        client.chat.completions.create(model="mini", messages=words)
+    assert raised.value.code == "context_length_exceeded" and raised.value.param == "messages"
+    assert re.search(r"^The chat takes \d+ tokens.*--length$", raised.value.body["message"])
+
+
 def test_speech_is_transcribed(client, files):
     found = client.audio.transcriptions.create(
         model="mini", file=files["speech"], response_format="verbose_json"

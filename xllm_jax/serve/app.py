@@ -37,9 +37,10 @@ def create(
       page: adds the web page.
     """
     app = FastAPI(title="xllm_jax", docs_url=None, redoc_url=None, openapi_url=None)
-    for module in (chat, drawing, realtime, transcriptions):
-        app.include_router(module.router(served))
-    app.include_router(_about(served))
+    routers = [module.router(served) for module in (chat, drawing, realtime, transcriptions)]
+    routers.append(_about(served))
+    for router in routers:
+        app.include_router(router)
     app.add_exception_handler(ApiError, _told)
     app.add_exception_handler(HTTPException, _told_of_http)
     if page:
@@ -50,6 +51,7 @@ def create(
         names=names or Names(LOOPBACK),
         limits=served.limits,
         metrics=served.metrics,
+        routes={str(getattr(route, "path", "")) for router in routers for route in router.routes},
         log=log,
     )
     return app

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from xllm_jax.core.errors import UserError
+from xllm_jax.data.record import DoesNotFit
 from xllm_jax.serve.request import Refused
 
 INVALID = "invalid_request_error"
@@ -60,6 +61,9 @@ def of(error: UserError) -> ApiError:
         return ApiError(
             error.status, ": ".join(filter(None, (error.field, error.what))), kind, code
         )
+    if isinstance(error, DoesNotFit):
+        what = f"The chat {error.what}. Leave some out, or start the server with a larger --length"
+        return ApiError(400, what, code="context_length_exceeded", param="messages")
     found = PLACE.search(error.field)
     message = PLACE.sub(lambda match: match["place"], str(error))
     param = found["place"] if found else error.field or None

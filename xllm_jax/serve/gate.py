@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, TextIO
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -52,6 +52,7 @@ class Gate:
       keys, names: who may ask.
       limits: of requests.
       metrics: that count them.
+      routes: paths that are served.
       guarded: prefixes of paths that need a key.
       log: where lines go; None for nowhere.
     """
@@ -63,11 +64,13 @@ class Gate:
         names: Names,
         limits: Limits,
         metrics: Metrics,
+        routes: Collection[str] = (),
         guarded: tuple[str, ...] = ("/v1", "/metrics"),
         log: TextIO | None = None,
     ):
         self.app, self.keys, self.names, self.limits = app, keys, names, limits
         self.metrics, self.guarded, self.log = metrics, guarded, log
+        self.routes = frozenset(routes)
         self.requests = self.bytes = 0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -171,7 +174,9 @@ class Gate:
 
     def _tell(self, scope: Any, path: str, asked: Asked, status: int, seconds: float) -> None:
         paged = path == PAGE or path.startswith(f"{PAGE}/")
-        route = PAGE if paged else getattr(scope.get("route"), "path", UNKNOWN)
+        # What was refused before it was routed has none; its path is ours only if we serve it.
+        own = path if path in self.routes else UNKNOWN
+        route = PAGE if paged else getattr(scope.get("route"), "path", own)
         method = scope.get("method", "WS")
         self.metrics.answered(route, status, seconds)
         if self.log is None or (route in (*OPEN, PAGE) and status < 400):

@@ -125,7 +125,8 @@ def named(what: str, messages: Sequence[Mapping[str, Any]]) -> str:
 def past(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The chat so far in OpenAI's form; one message for each side at a time.
 
-    Questions that the server refused are left out, or it would refuse all that follow, too.
+    Questions that were refused, by the server or for a file that is none, are left out, or all that
+    follow would be refused, too.
     """
     found: list[dict[str, Any]] = []
     for entry in history[-SHOWN:]:
@@ -134,7 +135,10 @@ def past(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             if found and found[-1]["role"] == "user":
                 found.pop()
             continue
-        content = parts(*_split(entry["content"]))
+        try:
+            content = parts(*_split(entry["content"]))
+        except UserError:
+            content = []
         if role == "assistant":
             content = [
                 part | {"text": html.unescape(part["text"])}
@@ -145,7 +149,7 @@ def past(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             found[-1]["content"] += content
         else:
             found.append({"role": role, "content": content})
-    return found
+    return [message for message in found if message["content"]]
 
 
 def _split(content: Any) -> tuple[str, list[str]]:
