@@ -38,7 +38,7 @@ def conformance() -> Callable[..., str]:
         environment = os.environ | {"PYTHONPATH": found, "JAX_PLATFORMS": "cpu"}
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode:
-            told = done.stdout or "\n".join(done.stderr.splitlines()[-LINES:])
+            told = done.stdout or "\n".join(done.stderr.split("\n")[-LINES:])
             pytest.fail(f"xllm conformance {name}\n{told}", pytrace=False)
         return done.stdout
 
