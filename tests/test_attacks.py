@@ -257,6 +257,7 @@ BODIES = [
     (b'{"messages": "\xff\xfe"}', 400, "invalid_json"),
     (rb'{"messages": [{"role": "user", "content": "\ud800"}]}', 400, "invalid_json"),
     (json.dumps(ASK | {"temperature": float("nan")}).encode(), 400, "invalid_value"),
+    (json.dumps(ASK | {"temperature": 2.1}).encode(), 400, "invalid_value"),
     (json.dumps(ASK | {"top_p": float("inf")}).encode(), 400, "invalid_value"),
     (json.dumps(ASK | {"temperature": "1"}).encode(), 400, "invalid_value"),
     (json.dumps(ASK | {"n": 10**18}).encode(), 400, "invalid_value"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,13 +13,15 @@ from xllm_jax.assembly import parameters
 from xllm_jax.assembly.system import System
 from xllm_jax.configs import stage1_image
 from xllm_jax.core import mesh
+from xllm_jax.data import synthetic_world
 from xllm_jax.data.synthetic_world import build
 from xllm_jax.data.synthetic_world.plan import WorldSizes
 from xllm_jax.evaluation import demo_suite
 from xllm_jax.inference.load_run import Restored
-from xllm_jax.launch import build_backbones, evaluate_pairs
+from xllm_jax.launch import evaluate_pairs
 from xllm_jax.objectives import blip2_pretraining
 
+BACKBONES = Path(synthetic_world.__file__).parent / "backbones"
 PAIRS = 24  # fewer than a batch has rows
 
 
@@ -31,7 +34,7 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def restored():
     stage = stage1_image.get_config("tiny")
-    vocabulary = build_backbones.SHIPPED / "bert" / "vocab.txt"
+    vocabulary = BACKBONES / "bert" / "vocab.txt"
     data = dataclasses.replace(stage.data, vocabulary=str(vocabulary), threads=1)
     stage = dataclasses.replace(stage, data=data, init={}, unroll=1)
     system = System.build(stage, mesh.make({}, jax.devices()[:1]))

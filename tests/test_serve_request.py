@@ -99,7 +99,6 @@ def test_errors_and_late_events_are_raised():
     ("field", "value"),
     [
         ("temperature", -0.1),
-        ("temperature", 2.1),
         ("temperature", float("nan")),
         ("temperature", float("inf")),
         ("top_p", 0.0),

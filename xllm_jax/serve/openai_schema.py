@@ -35,6 +35,9 @@ class Body(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(strict=True, allow_inf_nan=False)
 
 
+HOTTEST = 2  # temperature, as OpenAI has it
+
+
 class ChatRequest(Body):
     """`POST /v1/chat/completions`."""
 
@@ -90,6 +93,8 @@ class ChatRequest(Body):
         choices = 1 if self.n is None else self.n
         if not 0 < choices <= most:
             raise wrong(f"n: is not between 1 and {most}", "n")
+        if (self.temperature or 0) > HOTTEST:
+            raise wrong(f"temperature: is above {HOTTEST}", "temperature")
         if self.top_logprobs is not None and not self.logprobs:
             raise wrong("top_logprobs: needs logprobs", "top_logprobs")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())

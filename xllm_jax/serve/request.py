@@ -11,6 +11,7 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
+import math
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Any, ClassVar, Literal, Protocol
@@ -21,7 +22,6 @@ from xllm_jax.data.example import Example
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 MOST_STOPS = 16
-HOTTEST = 2  # temperature, as OpenAI has it
 MOST_ALTERNATIVES = 20  # alternatives that are told of each token, as in OpenAI's interface
 
 
@@ -81,7 +81,9 @@ class Sampling:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        _check(0 <= self.temperature <= HOTTEST, "temperature", f"0 to {HOTTEST}")
+        _check(
+            math.isfinite(self.temperature) and self.temperature >= 0, "temperature", "0 or more"
+        )
         _check(0 < self.top_p <= 1, "top_p", "above 0, at most 1")
         _check(self.top_k >= 0, "top_k", "0 or more")
         _check(-(2**63) <= self.seed < 2**64, "seed", "a number of 64 bits")
