@@ -36,7 +36,7 @@ BATCHES = ("configured", "largest")  # and "arithmetic"
 HEADER = (
     "stage", "slice", "rows x accumulation", "GiB a chip", "state + temporaries",
     "FLOPs / needed", "GB sent", "s an update", "limit", "samples/s", "days", "chip-hours",
-    "CPU s to compile",
+    "forecast: ms, of peak, samples/s", "CPU s to compile",
 )  # fmt: skip
 
 
@@ -96,7 +96,7 @@ def line(cell: tuple[str, str, str], record: dict[str, Any]) -> list[str]:
         f"{record['flops'] / record['minimum_flops']:.3f}",
     ]
     if not record["fits"]:
-        return [*shown, *cells, *[""] * 6, compiling]
+        return [*shown, *cells, *[""] * 7, compiling]
     return [
         *shown,
         *cells,
@@ -106,8 +106,18 @@ def line(cell: tuple[str, str, str], record: dict[str, Any]) -> list[str]:
         f"{speed['samples_per_second']:.0f}",
         f"{speed['days']:.2f}",
         f"{speed['chip_hours']:.0f}",
+        expected(record),
         compiling,
     ]
+
+
+def expected(record: dict[str, Any]) -> str:
+    """What the compiler's cycles say of one cell; '' where none are known."""
+    found = record.get("forecast")
+    if not found:
+        return ""
+    share = f"{found['utilization']:.2f}"
+    return f"{found['seconds'] * 1e3:.0f}, {share}, {found['samples_per_second']:.0f}"
 
 
 def table(cells: list[tuple[str, str, str]], folder: Path) -> Iterator[str]:

@@ -18,6 +18,7 @@ class Chip:
       cores: how many cores a rented slice's name counts per chip.
       network: bytes/s that the data center's network carries for one chip, between slices; 0 = the
         data sheet does not say.
+      clock: cycles/s that the TPU compiler counts in; 0 = its counts are not used.
     """
 
     flops: float
@@ -27,16 +28,17 @@ class Chip:
     axes: int = 0
     cores: int = 1
     network: float = 0.0
+    clock: float = 0.0
 
 
 GIB = 2**30
 
 
 CHIPS = {
-    "v4": Chip(275e12, 32 * GIB, 1.2e12, 4.5e10, axes=3, cores=2),
-    "v5e": Chip(197e12, 16 * GIB, 8.1e11, 4.5e10, axes=2, network=3.125e9),
-    "v5p": Chip(459e12, 95 * GIB, 2.765e12, 9e10, axes=3, cores=2, network=6.25e9),
-    "v6e": Chip(918e12, 32 * GIB, 1.64e12, 9e10, axes=2, network=1.25e10),
+    "v4": Chip(275e12, 32 * GIB, 1.2e12, 4.5e10, axes=3, cores=2, clock=1.05e9),
+    "v5e": Chip(197e12, 16 * GIB, 8.1e11, 4.5e10, axes=2, network=3.125e9, clock=1.5e9),
+    "v5p": Chip(459e12, 95 * GIB, 2.765e12, 9e10, axes=3, cores=2, network=6.25e9, clock=1.75e9),
+    "v6e": Chip(918e12, 32 * GIB, 1.64e12, 9e10, axes=2, network=1.25e10, clock=1.75e9),
     "a100": Chip(312e12, 80 * 10**9, 2.0e12, 3e11),
     "h100": Chip(989e12, 80 * 10**9, 3.35e12, 4.5e11),
     "h200": Chip(989e12, 141 * 10**9, 4.8e12, 4.5e11),

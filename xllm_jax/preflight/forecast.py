@@ -14,8 +14,18 @@ from xllm_jax.assembly import networks
 from xllm_jax.assembly.system import System
 from xllm_jax.core import flops, prng
 from xllm_jax.core.stage import Stage
-from xllm_jax.preflight import collectives, hlo, memory, micro_batch, refusal, roofline, targets
+from xllm_jax.preflight import (
+    collectives,
+    cycles,
+    hlo,
+    memory,
+    micro_batch,
+    refusal,
+    roofline,
+    targets,
+)
 from xllm_jax.preflight.collectives import Collective
+from xllm_jax.preflight.cycles import Cycles
 from xllm_jax.preflight.memory import Memory
 from xllm_jax.preflight.refusal import Refusal
 from xllm_jax.preflight.roofline import Roofline
@@ -35,7 +45,6 @@ class Forecast:
       mesh: {axis: size}.
       memory: bytes on one chip.
       fits: whether that is less than the chip has; what nothing was compiled for is arithmetic.
-      limit: bytes that the compiler may use of a chip, as its refusal states it; else all.
       compiled: whether the figures come from a compiled program.
       flops, minimum: FLOPs that a micro-step does and needs, over all chips.
       readable: whether the program could be read; if not, traffic and collectives are unknown.
@@ -45,6 +54,9 @@ class Forecast:
         of the compiled program.
       kept: (name, bytes) of the largest tensors that autodiff keeps, where nothing was compiled.
       seconds: CPU seconds of compiling; on an idle machine it takes no longer than that.
+      limit: bytes that the compiler may use of a chip, as its refusal states it; else all.
+      cycles: what the compiler itself expects; None where it states none.
+      plain: cycles of a plain product by the same compiler (`cycles.plain`); 0 where not known.
     """
 
     stage: Stage
@@ -63,6 +75,8 @@ class Forecast:
     kept: tuple[tuple[str, int], ...] = ()
     seconds: float = 0.0
     limit: int = 0
+    cycles: Cycles | None = None
+    plain: int = 0
 
     @property
     def capacity(self) -> int:
@@ -82,6 +96,18 @@ class Forecast:
             for between in (False, True)
         }
         return roofline.estimate(self.target, self.flops, self.traffic, sent[False], sent[True])
+
+    @property
+    def expected(self) -> float:
+        """Seconds of one micro-step by the compiler's cycles; 0 where none are known.
+
+        What the core needs, or what links or network need where that is longer.
+        """
+        clock = self.target.chip.clock
+        if self.cycles is None or not clock:
+            return 0.0
+        line = self.roofline
+        return max((self.cycles.core + self.cycles.links) / clock, line.links, line.network)
 
     def moved(self, between: bool) -> list[Collective]:
         """The collectives between slices, or those inside of one."""
@@ -216,7 +242,15 @@ def from_compiled(
         else (),
         temporaries=tuple(memory.largest_temporaries(program, LISTED)) if program else (),
         seconds=seconds,
+        **_cycles(program, target),
     )
+
+
+def _cycles(program: hlo.Program | None, target: Target) -> dict[str, Any]:
+    """What the compiler expects of a program, and of a plain product beside it."""
+    found = cycles.count(program) if program else None
+    known = found is not None and target.chip.clock
+    return {"cycles": found, "plain": cycles.plain(target) if known else 0}
 
 
 def _collectives(

@@ -10,7 +10,7 @@ from typing import Any
 
 from xllm_jax.core import atomic
 from xllm_jax.data.batching import batch_format
-from xllm_jax.preflight import collectives, memory, micro_batch
+from xllm_jax.preflight import collectives, cycles, memory, micro_batch
 from xllm_jax.preflight.collectives import Collective
 from xllm_jax.preflight.forecast import Forecast
 from xllm_jax.preflight.records import Look
@@ -57,6 +57,7 @@ def _forecast(step: Forecast) -> dict[str, Any]:
         "largest_temporaries": dict(step.temporaries),
         "largest_kept": dict(step.kept),
         "speed": speed(step),
+        "forecast": forecast(step),
     }
 
 
@@ -76,6 +77,36 @@ def speed(step: Forecast) -> dict[str, Any]:
         / (line.seconds * step.target.chips * step.target.chip.flops),
         "days": days,
         "chip_hours": days * 24 * step.target.chips,
+    }
+
+
+def forecast(step: Forecast) -> dict[str, Any]:
+    """What the compiler's own cycles say: seconds of a micro-step, utilization, and where they go.
+
+    Nothing where it states none. `utilization` is of the peak, on FLOPs that the stage needs;
+    `on_core` leaves out any waiting for links.
+    """
+    if not step.expected or step.cycles is None:
+        return {}
+    chip, counted = step.target.chip, step.cycles
+    needed = step.minimum / (step.target.chips * chip.flops)
+    on_core = counted.core / chip.clock
+    return {
+        "seconds": step.expected,
+        "on_core": on_core,
+        "utilization": needed / step.expected,
+        "utilization_on_core": needed / on_core,
+        "samples_per_second": step.stage.data.examples / step.expected,
+        "cycles": counted.core,
+        "cycles_of_copies": counted.copies,
+        "cycles_of_collectives": counted.links,
+        "clock": chip.clock,
+        "plain_product_cycles": step.plain,
+        "plain_product_share": cycles.plain_share(step.plain, step.target),
+        "places": {name: [number, round(share, 4)] for name, number, share in counted.most()},
+        "operations": {
+            name: [number, round(share, 4)] for name, number, share in counted.heaviest()
+        },
     }
 
 
@@ -142,7 +173,9 @@ def _refused(step: Forecast) -> list[str]:
 
 def _page(step: Forecast) -> list[str]:
     lines = [*_batch(step), *_memory(step), *_flops(step)]
-    return [*lines, *_collectives(step), *_speed(step)] if step.fits else lines
+    if not step.fits:
+        return lines
+    return [*lines, *_collectives(step), *_speed(step), *_forecast_lines(step)]
 
 
 def _batch(step: Forecast) -> list[str]:
@@ -200,6 +233,33 @@ def _speed(step: Forecast) -> list[str]:
         f"{found['tokens_per_second']:.0f} tokens/s, "
         f"{100 * found['useful_share_of_peak']:.0f} % of peak on needed FLOPs",
         f"whole stage   {found['days']:.2f} days, {found['chip_hours']:.0f} chip-hours",
+    ]
+
+
+def _forecast_lines(step: Forecast) -> list[str]:
+    """The compiler's cycles, and the places of the model that take most of them."""
+    found = forecast(step)
+    if not found:
+        return []
+    waits = "" if found["seconds"] == found["on_core"] else ", the rest waits for links"
+    lines = [
+        f"forecast      {found['seconds'] * 1e3:.1f} ms a micro-step, "
+        f"{found['samples_per_second']:.0f} samples/s, {100 * found['utilization']:.0f} % of peak "
+        "on needed FLOPs",
+        f"              by the compiler's {found['cycles'] / 1e6:.1f} M cycles: "
+        f"{found['on_core'] * 1e3:.1f} ms, "
+        f"{100 * found['utilization_on_core']:.0f} % of peak{waits}",
+    ]
+    if found["plain_product_share"]:
+        lines += [
+            f"              (by such a count a product of {cycles.PLAIN} x {cycles.PLAIN} x "
+            f"{cycles.PLAIN} reaches {100 * found['plain_product_share']:.0f} %)"
+        ]
+    shares = [f"{name} {100 * row[1]:.0f} %" for name, row in found["operations"].items()]
+    lines += [f"              {', '.join(shares[:6])}"]
+    return lines + [
+        f"{'' if number else 'most cycles':13} {cycles_ / 1e6:8.2f} M  {100 * share:4.1f} %  {name}"
+        for number, (name, (cycles_, share)) in enumerate(found["places"].items())
     ]
 
 
