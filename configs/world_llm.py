@@ -3,8 +3,8 @@
     xllm train --config=world_llm --workdir=runs/world_llm
 
 The text stream holds written scenes, frames and sentences between the tags where features come
-later, so that the LLM can read and answer before it ever sees or hears. `make backbones`
-runs this file; what ships is older (docs/demo.md).
+later, so that the LLM can read and answer before it ever sees or hears. Its result is the
+first part of the LLM that ships; `make backbones` runs this file again.
 """
 
 from xllm_jax.configs import networks
