@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from published import to_torch
 
-from xllm_jax.convert import export_tree, files, run_export, run_import
+from xllm_jax.convert import export_tree, files, run_export, run_import, sizes
 from xllm_jax.convert.sources import chatglm
 from xllm_jax.convert.sources import chatglm_quantized as quantized
 from xllm_jax.core import rules
@@ -32,7 +32,7 @@ QUANTISED = (
 def tensors_of(model: glm.ChatGLM, dtype=np.float16, scale: float = 0.3) -> dict[str, np.ndarray]:
     """A random checkpoint under the published names, without a head."""
     generator = np.random.default_rng(0)
-    flat = rules.flatten(chatglm.shapes(model))
+    flat = rules.flatten(sizes.shapes_of(model))
     params = {
         path: ((path.endswith("scale") + scale * generator.normal(size=x.shape)).astype(dtype))
         for path, x in flat.items()

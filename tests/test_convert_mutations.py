@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
 
@@ -11,7 +10,6 @@ import published
 import pytest
 
 from xllm_jax.convert import run_import
-from xllm_jax.convert.sources import chatglm
 from xllm_jax.core.errors import UserError
 
 MUTATIONS, CHUNK = 200, 25
@@ -137,8 +135,7 @@ def damage(seed, folder):
 
 
 @pytest.mark.parametrize("start", range(0, MUTATIONS, CHUNK))
-def test_damage_is_refused_by_name_or_harmless(start, tmp_path, monkeypatch):
-    monkeypatch.setattr(chatglm, "shapes", functools.cache(chatglm.shapes))
+def test_damage_is_refused_by_name_or_harmless(start, tmp_path):
     refused = 0
     for seed in range(start, start + CHUNK):
         folder = tmp_path / str(seed)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xllm_jax.convert.sources import chatglm
+from xllm_jax.convert import sizes
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.text import glm_layout
 from xllm_jax.data.text.glm_layout import Specials
@@ -65,7 +65,7 @@ def test_texts_of_recorded_answers(golden):
 def small():
     """A random small LLM whose answers differ from row to row. Returns (model, parameters)."""
     llm = glm.ChatGLM(vocab=64, width=32, depth=1, heads=2, hidden=64, alpha=1.0)
-    shapes = chatglm.shapes(llm)
+    shapes = sizes.shapes_of(llm)
     leaves, structure = jax.tree.flatten(shapes)
     keys = jax.random.split(jax.random.key(3), len(leaves))
     drawn = [0.4 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves)]

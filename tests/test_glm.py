@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xllm_jax.convert.sources import chatglm
+from xllm_jax.convert import sizes
 from xllm_jax.convert.verify.chatglm_model import Reference, forward, layout_of
 from xllm_jax.core import rules
 from xllm_jax.core.errors import UserError
@@ -31,7 +31,7 @@ def states_of(model, params, ids, layout):
 @pytest.mark.parametrize("size", glm.SIZES)
 def test_sizes_and_sharding_rows(size):
     model = glm.ChatGLM(**glm.SIZES[size])
-    shapes = chatglm.shapes(model)
+    shapes = sizes.shapes_of(model)
     width, hidden = model.width, model.hidden
     layer = 4 * width * (width + 1) + hidden * (2 * width + 1) + width + 4 * width
     expected = model.depth * layer + model.vocab * width + 2 * width
@@ -50,7 +50,7 @@ SPECIALS = Specials(mask=90, gmask=91, sop=92, eop=93, pad=3)
 def tiny():
     """A small model whose parameters are large enough for every path to matter."""
     model = glm.ChatGLM(vocab=96, width=48, depth=3, heads=3, hidden=96)
-    shapes = rules.flatten(chatglm.shapes(model))
+    shapes = rules.flatten(sizes.shapes_of(model))
     keys = jax.random.split(jax.random.key(0), len(shapes))
     params = {
         path: (1.0 if path.endswith("scale") else 0.0) + 0.1 * jax.random.normal(key, leaf.shape)
@@ -157,7 +157,7 @@ def test_backward_keeps_what_it_says(remat):
         run = lambda x: model.apply({"params": params}, x, *layout, positions)[0]  # noqa: E731
         return jax.vjp(run, x)[1]
 
-    kept = jax.eval_shape(backward, chatglm.shapes(model), jnp.zeros((rows, length, model.width)))
+    kept = jax.eval_shape(backward, sizes.shapes_of(model), jnp.zeros((rows, length, model.width)))
     stacked = [leaf for leaf in jax.tree.leaves(kept) if leaf.shape[:3] == (5, rows, length)]
     elements = sum(leaf.size for leaf in stacked) / (5 * rows * length)
     streams, hidden = (1, 0) if remat == "all" else (6, model.hidden)

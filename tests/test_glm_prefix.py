@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from xllm_jax.convert import export_tree, files, import_tree, run_export, run_import
+from xllm_jax.convert import export_tree, files, import_tree, run_export, run_import, sizes
 from xllm_jax.convert.sources import chatglm, chatglm_prefix
 from xllm_jax.core import rules
 from xllm_jax.core.errors import UserError
@@ -29,7 +29,7 @@ def tensors_of(model: glm.ChatGLM) -> dict[str, np.ndarray]:
     generator = np.random.default_rng(0)
     params = {
         path: (path.endswith("scale") + 0.3 * generator.normal(size=x.shape)).astype(np.float32)
-        for path, x in rules.flatten(chatglm.shapes(model)).items()
+        for path, x in rules.flatten(sizes.shapes_of(model)).items()
     }
     return export_tree(chatglm.rows(model.depth, model.heads), rules.unflatten(params))
 
@@ -139,7 +139,7 @@ def llm():
     """(float32 model, its parameters, its tensors for torch)."""
     model = glm.ChatGLM(**SMALL)
     tensors = tensors_of(model)
-    params, _ = import_tree(chatglm.rows(2, 2), tensors, chatglm.shapes(model))
+    params, _ = import_tree(chatglm.rows(2, 2), tensors, sizes.shapes_of(model))
     return model, params, {name: torch.from_numpy(x.copy()) for name, x in tensors.items()}
 
 

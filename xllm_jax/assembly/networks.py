@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -153,10 +154,7 @@ def frozen_sections(stage: Stage, xllm: XLLM) -> dict[str, int]:
     """{modality: how many of its first sections hold nothing that trains}; of captions, too."""
     parts = {part for modality, *pair in xllm.modalities for part in pair}
     parts |= set(xllm.encoders.values())
-    key = jax.random.key(0)
-    tree = {
-        n: jax.eval_shape(lambda n=n: init_params(xllm.networks[n], key)) for n in sorted(parts)
-    }
+    tree = {name: shapes_of(xllm.networks[name]) for name in sorted(parts)}
     tree = adapters.held(stage.lora, xllm.networks, tree)
     patterns = tuple((pattern, None) for pattern in adapters.allowed(stage))
     trains = [p for p in rules.flatten(tree) if rules.first_match(patterns, p) is not None]
@@ -176,13 +174,30 @@ def init_params(network: nn.Module, key: jax.Array) -> Params:
     return dict(network.init({"params": key}, *network.example())["params"])
 
 
+def shapes_of(network: nn.Module) -> Params:
+    """Shapes of one network's parameters, without allocating anything.
+
+    Networks that are equal are traced once, which takes longer than all else before a run begins.
+    """
+    try:
+        found = _traced(network)
+    except TypeError:  # a field that has no hash, such as a dict
+        found = _traced.__wrapped__(network)
+    return jax.tree.map(lambda x: x, found)
+
+
+@functools.lru_cache(maxsize=256)
+def _traced(network: nn.Module) -> Params:
+    return jax.eval_shape(lambda: init_params(network, jax.random.key(0)))
+
+
 def shapes(xllm: XLLM) -> Params:
     """Shapes of every parameter, `{part: tree}`, without allocating anything.
 
     What works only on media whose outputs come cached is left out.
     """
-    key, unread = jax.random.key(0), xllm.unread()
-    tree = {n: jax.eval_shape(lambda m=m: init_params(m, key)) for n, m in xllm.networks.items()}
+    unread = xllm.unread()
+    tree = {name: shapes_of(network) for name, network in xllm.networks.items()}
     if not unread:
         return tree
     flat = rules.flatten(tree)

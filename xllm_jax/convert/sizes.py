@@ -8,9 +8,11 @@ from typing import Any
 
 import jax
 
+from xllm_jax.assembly import networks
 from xllm_jax.convert.files import Checkpoint
 from xllm_jax.core import lookup, rules
 from xllm_jax.core.errors import UserError
+from xllm_jax.core.types import Params
 
 
 def row(sizes: Mapping[str, Mapping[str, Any]], size: str, **known: Any) -> dict[str, Any]:
@@ -114,7 +116,13 @@ def depth(names: Iterable[str], pattern: str) -> int:
     return max(found, default=-1) + 1
 
 
-def shapes_of(model: Any, *inputs: Any) -> dict[str, Any]:
-    """Shapes of a network's parameters, without computing them."""
-    arguments = inputs or model.example()
-    return jax.eval_shape(model.init, jax.random.key(0), *arguments)["params"]
+def shapes_of(model: Any, *inputs: Any) -> Params:
+    """Shapes of a network's parameters, without computing them.
+
+    Args:
+      model: the network.
+      inputs: arrays of the shapes that it takes; by default those of its example.
+    """
+    if not inputs:
+        return networks.shapes_of(model)
+    return jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]

@@ -18,7 +18,6 @@ from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from xllm_jax.assembly import networks
-from xllm_jax.assembly.networks import init_params
 from xllm_jax.core import base_description, checkpoint, damage, limits, mesh, rules, words
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Stage
@@ -232,8 +231,7 @@ def _network(
 
 def shapes_of(part: str, network: Any) -> Shapes:
     """{path: shape} of a decoder's network, the part's name in front."""
-    tree = jax.eval_shape(lambda: init_params(network, jax.random.key(0)))
-    return rules.flatten({part: tree})
+    return rules.flatten({part: networks.shapes_of(network)})
 
 
 def _size(folder: Path, factor: int) -> tuple[int, int]:

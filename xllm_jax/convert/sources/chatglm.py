@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from xllm_jax.convert import (
@@ -146,12 +145,6 @@ def config_of(model: ChatGLM, specials: Specials) -> dict[str, Any]:
     return config if model.alpha is None else config | {"residual_alpha": model.alpha}
 
 
-def shapes(model: ChatGLM) -> dict[str, Any]:
-    """Shapes of the model's parameters, without computing them."""
-    variables = jax.eval_shape(model.init, jax.random.key(0), *model.example())
-    return variables["params"]
-
-
 def recognize(checkpoint: files.Checkpoint) -> bool:
     """Whether the tensors are those of ChatGLM-6B."""
     return WORDS in checkpoint
@@ -208,7 +201,7 @@ def packed_options(options: Mapping[str, Any], checkpoint: files.Checkpoint) -> 
 def plan(options: Mapping[str, Any]) -> ConversionPlan:
     """The whole source as part 'llm'; configuration and tokenizer go beside it."""
     model = network(options)
-    table, made = rows(model.depth, model.heads), shapes(model)
+    table, made = rows(model.depth, model.heads), sizes.shapes_of(model)
     kept = options.get(KEPT) and chatglm_quantized.packed_rows(table, options[BITS[0]])
     if kept:
         made = chatglm_quantized.packed_shapes(table, options[BITS[0]], made)

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from xllm_jax.convert import ConversionPlan, export_tree, files, import_tree, run_import
+from xllm_jax.convert import ConversionPlan, export_tree, files, import_tree, run_import, sizes
 from xllm_jax.convert.sources import (
     bert,
     blip2,
@@ -170,7 +170,7 @@ def import_llm(folder: Path, output: Path) -> None:
 
 def import_vision(model: VisionTransformer, folder: Path, output: Path) -> None:
     """Writes the base 'vision_encoder'."""
-    shapes = jax.eval_shape(model.init, jax.random.key(0), *model.example())["params"]
+    shapes = sizes.shapes_of(model)
     source = files.open_checkpoint(folder)
     params, _ = import_tree(eva_vit.rows(model.depth, model.heads), source, shapes)
     _write({"vision_encoder": params}, folder, output)
