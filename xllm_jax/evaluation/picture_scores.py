@@ -137,12 +137,6 @@ def shuffled(values: np.ndarray) -> np.ndarray:
     return np.roll(values, 1, axis=0)
 
 
-def controlled(score: Score, first: np.ndarray, second: np.ndarray) -> dict[str, float]:
-    """{'value': a score of pairs, 'control': of shuffled ones}; the mean where it is by rows."""
-    pairs = {"value": second, "control": shuffled(second)}
-    return {name: float(np.mean(score(first, other))) for name, other in pairs.items()}
-
-
 def _unit(x: np.ndarray) -> np.ndarray:
     x = _checked(x)
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)

@@ -95,13 +95,6 @@ class ChatGLMTokenizer:
             ids += [self.piece_id(part)] if found else self._ids(part)
         return [*ids, self.specials.gmask, self.specials.sop] if special else ids
 
-    def tokenize(self, text: str) -> list[str]:
-        """Pieces of a text. Special tokens in it are found, and lose the spaces around them."""
-        tokens: list[str] = []
-        for part, found in self._parts(text):
-            tokens += [part] if found else self._model.encode(part, out_type=str)
-        return tokens
-
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids. Padding, image tokens and ids without a piece are left out.
 
