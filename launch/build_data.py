@@ -190,7 +190,7 @@ def main(_: list[str]) -> None:
     print("  ".join(f"{name}: {format_message(value)}" for name, value in found.items()))
 
 
-def format_message(value: Any) -> str:
+def format_message(value: object) -> str:
     """A count, or counts by name, in a few words."""
     if isinstance(value, dict):
         return ", ".join(f"{name} {format_message(one)}" for name, one in value.items()) or "none"

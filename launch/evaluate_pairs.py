@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xllm_jax.core.stage import Source, Validation
+from xllm_jax.core.types import Params
 from xllm_jax.data.pipeline import Pipeline
 from xllm_jax.evaluation import measure, scorers
 from xllm_jax.inference.load_run import Restored
@@ -89,7 +90,7 @@ def _batch(restored: Restored, batch: Any) -> dict[str, np.ndarray]:
 def _measured(model: Any, network: ContrastModel, part: str) -> Any:
     """The compiled pass over one batch."""
 
-    def run(params: Any, batch: Any) -> dict[str, jax.Array]:
+    def run(params: Params, batch: Any) -> dict[str, jax.Array]:
         encoder, _ = model.parts(MODALITY)
         features, _ = model.apply(params, encoder, batch.images, None)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.typing import DTypeLike
 
 from xllm_jax.core import bounded
 from xllm_jax.core.errors import UserError
@@ -34,7 +35,7 @@ def read_json(file: Path) -> Any:
         raise UserError("is not JSON", field=str(file), hint="Download it again") from error
 
 
-def shape(value: Any, dtype: Any, where: str) -> tuple[int, ...]:
+def shape(value: Any, dtype: DTypeLike, where: str) -> tuple[int, ...]:
     """The shape that a file states for an array.
 
     Args:

@@ -86,7 +86,7 @@ class _Made:
     def __init__(self, count: int = 1):
         self.count = count
 
-    def append(self, _: Any) -> None:
+    def append(self, _: object) -> None:
         """Takes an entry, as a deque does; the entry itself was paid for when it was read."""
         self.count += 1
 
@@ -122,7 +122,7 @@ class _Named:
         return _Made(total)
 
 
-def _check_size(storage: _Storage, _: Any, shape: Sequence[int]) -> None:
+def _check_size(storage: _Storage, _: object, shape: Sequence[int]) -> None:
     if math.prod(shape) > storage.count:
         raise ValueError("a tensor larger than its storage")
 

@@ -55,7 +55,7 @@ BOX = re.compile(
 class Box:
     """Takes what an object is made of; of what comes as a dict, its entries become attributes."""
 
-    def __init__(self, *_: Any, **__: Any):
+    def __init__(self, *_: object, **__: object):
         pass
 
     def __setstate__(self, state: Any) -> None:
@@ -66,7 +66,7 @@ class Box:
 class Queue:
     """Makes an empty list, which takes what is appended to a deque."""
 
-    def __new__(cls, *_: Any, **__: Any) -> Any:
+    def __new__(cls, *_: object, **__: object) -> Any:
         """Returns the list instead of an instance."""
         return []
 
@@ -74,7 +74,7 @@ class Queue:
 class Entries:
     """Makes an empty OrderedDict, the one kind of dict whose attributes the reader fills too."""
 
-    def __new__(cls, *_: Any, **__: Any) -> Any:
+    def __new__(cls, *_: object, **__: object) -> Any:
         """Returns the dict instead of an instance."""
         return collections.OrderedDict()
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.typing import DTypeLike
 
 from xllm_jax.convert import run_import
 from xllm_jax.core import checkpoint, rules
@@ -41,7 +42,7 @@ def copied(path: str, store: Any) -> Blocks:
 def computed(
     path: str,
     shape: tuple[int, ...],
-    dtype: Any,
+    dtype: DTypeLike,
     layers: int,
     make: Callable[[Any], np.ndarray],
 ) -> Blocks:

@@ -159,7 +159,9 @@ class _Reader(pickle.Unpickler):
         return dtype, entry
 
 
-def _place(storage: tuple[Any, str], offset: int, shape: tuple, strides: tuple, *_: Any) -> Place:
+def _place(
+    storage: tuple[Any, str], offset: int, shape: tuple, strides: tuple, *_: object
+) -> Place:
     dtype, entry = storage
     known = bounds.shape(shape, dtype, entry)
     steps = bounds.shape(strides, np.int8, entry)

@@ -17,7 +17,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import jax
 from jax._src import distributed  # the store has no public name
@@ -25,6 +25,8 @@ from jax._src import distributed  # the store has no public name
 from xllm_jax.core.errors import LOST as LOST
 from xllm_jax.core.errors import SAVED as SAVED
 from xllm_jax.core.errors import UserError
+
+Value = TypeVar("Value")  # what JSON holds
 
 START_SECONDS = 300  # hosts of a cluster may be minutes apart in starting
 SHOWN = 3  # differences that a message names
@@ -240,7 +242,7 @@ def store() -> Store | None:
     return Store(distributed.global_state.client, jax.process_index(), count) if count > 1 else None
 
 
-def share(store: Store | None, name: str, make: Callable[[], Any]) -> Any:
+def share(store: Store | None, name: str, make: Callable[[], Value]) -> Value:
     """What host 0 makes, on every host; JSON.
 
     Args:
@@ -255,7 +257,7 @@ def share(store: Store | None, name: str, make: Callable[[], Any]) -> Any:
     return store.get(name)
 
 
-def gather(store: Store | None, name: str, value: Any) -> list[Any]:
+def gather(store: Store | None, name: str, value: Value) -> list[Value]:
     """Every host's value in the order of hosts, on host 0; the others get their own alone.
 
     Args:

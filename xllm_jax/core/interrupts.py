@@ -105,7 +105,7 @@ def _say(line: str) -> None:
         os.write(2, f"{line}\n".encode())
 
 
-def _known(handler: Any) -> bool:
+def _known(handler: object) -> bool:
     """Whether a handler of Ctrl-C raises KeyboardInterrupt, as Python's own and ours do."""
     ours = isinstance(getattr(handler, "__self__", None), Steps)
     return ours or handler in (signal.default_int_handler, take)
@@ -138,7 +138,7 @@ def held_back() -> Iterator[None]:
         return
     came: list[int] = []
 
-    def note(number: int, frame: Any) -> None:
+    def note(number: int, frame: FrameType | None) -> None:
         came.append(number)
         if len(came) > 2:
             raise KeyboardInterrupt

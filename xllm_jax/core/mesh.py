@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -19,6 +19,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from xllm_jax.core import rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.types import Device, Params
+
+Tree = TypeVar("Tree")  # of arrays
 
 Entry = str | tuple[str, ...] | None  # of a PartitionSpec
 
@@ -245,7 +247,7 @@ def host_share(mesh: Mesh) -> tuple[int, int]:
     return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
 
 
-def to_global(mesh: Mesh, batch: Any) -> Any:
+def to_global(mesh: Mesh, batch: Tree) -> Tree:
     """Turns this host's arrays into global arrays, split along their leading axis.
 
     Args:

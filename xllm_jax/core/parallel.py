@@ -6,7 +6,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TypeVar
 
 Entry = TypeVar("Entry")
 Result = TypeVar("Result")
@@ -37,8 +37,8 @@ def ahead(
 
 
 def overlapped(
-    entries: Iterable[Entry], size: int, start: Callable[[list[Entry]], Any]
-) -> Iterator[tuple[list[Entry], Any]]:
+    entries: Iterable[Entry], size: int, start: Callable[[list[Entry]], Result]
+) -> Iterator[tuple[list[Entry], Result]]:
     """Starts a batch on the devices before the results of the last one are taken.
 
     Args:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 KINDS = {
     type(None): "null",
     bool: "true or false",
@@ -18,7 +16,7 @@ KINDS = {
 SHOWN = 60  # characters of a wrong value
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A wrong value as Python writes it, cut off where that is long."""
     try:
         text = repr(value)
@@ -27,7 +25,7 @@ def shown(value: Any) -> str:
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
 
 
-def kind(value: Any) -> str:
+def kind(value: object) -> str:
     """What a value is: 'null', 'a text' …; of kinds that JSON has not, Python's name for it."""
     return KINDS.get(type(value), type(value).__name__)
 

@@ -17,6 +17,7 @@ from xllm_jax.convert.sources import clip as tables
 from xllm_jax.core import checkpoint, checksum, mesh, rules
 from xllm_jax.core.atomic import sha256 as file_checksum
 from xllm_jax.core.errors import UserError
+from xllm_jax.core.types import Params
 from xllm_jax.data.media import image
 from xllm_jax.data.text.clip_tokenizer import ClipTokenizer
 from xllm_jax.models.clip import Clip
@@ -89,7 +90,7 @@ class ClipBase:
             placed = [jax.device_put(x, rows) for x in inputs]
             return self._compiled(self._params, *placed, method=method)
 
-    def _apply(self, params: Any, *inputs: jax.Array, method: str) -> Any:
+    def _apply(self, params: Params, *inputs: jax.Array, method: str) -> Any:
         return self._model.apply({"params": params}, *inputs, method=method)
 
     def _load(self, base: str) -> dict:

@@ -22,6 +22,7 @@ from xllm_jax.core.errors import UserError
 from xllm_jax.core.progress import Bar
 from xllm_jax.core.sharded_job import Shards
 from xllm_jax.core.stage import Stage
+from xllm_jax.core.types import Params
 from xllm_jax.data import cached_features, mixture
 from xllm_jax.data.media import captions, modalities
 from xllm_jax.data.record import Record
@@ -213,7 +214,7 @@ def _job(
     return Job(modality, steps, through, items, shape, dtype, places, table, per_shard, fields)
 
 
-def outcome(xllm: XLLM, modality: str, steps: int, params: Any, *given: Any) -> Any:
+def outcome(xllm: XLLM, modality: str, steps: int, params: Params, *given: Any) -> Any:
     """What a modality's first steps give; `given` are values, lengths and counts of items."""
     if modality in xllm.encoders:
         values, lengths, _ = given

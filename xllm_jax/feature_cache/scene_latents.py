@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from xllm_jax.core import atomic
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.new_folder import new_folder
 from xllm_jax.core.progress import Bar
+from xllm_jax.core.types import Params
 from xllm_jax.data.batching import scene_latents, scene_pictures
 from xllm_jax.models.outputs.autoencoder import Autoencoder, deviation
 
@@ -29,7 +29,7 @@ Picture = Callable[[str], np.ndarray]
 
 
 def write(
-    network: Autoencoder, params: Any, seed: int, count: int, side: int, folder: Path
+    network: Autoencoder, params: Params, seed: int, count: int, side: int, folder: Path
 ) -> float:
     """Writes the folder that `data/batching/scene_latents.py` reads.
 

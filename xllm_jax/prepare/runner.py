@@ -8,11 +8,14 @@ import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from xllm_jax.core import atomic, disk
 from xllm_jax.core.errors import CannotWrite, UserError
 from xllm_jax.core.parallel import ahead
+
+Element = TypeVar("Element")
+Value = TypeVar("Value")  # what JSON holds
 
 # Local processes would tell their every step amid the progress bar; failures come as exceptions.
 QUIET = "--default_sdk_harness_log_level=CRITICAL"
@@ -53,14 +56,14 @@ def pipeline(arguments: Sequence[str] = (), workers: int = 0) -> Any:
 
 
 def mapped(
-    call: Callable[[Any], Any],
-    elements: Sequence[Any],
+    call: Callable[[Element], Value],
+    elements: Sequence[Element],
     file: Path,
     arguments: Sequence[str] = (),
     workers: int = 0,
     threads: int = 1,
     stop: Callable[[], None] = lambda: None,
-) -> list[Any]:
+) -> list[Value]:
     """What a function makes of every element: in threads here, or by Beam, which tells no order.
 
     Args:

@@ -11,11 +11,12 @@ import sys
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any, TextIO
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from xllm_jax.serve import errors
 from xllm_jax.serve.errors import ApiError
@@ -59,7 +60,7 @@ class Gate:
 
     def __init__(
         self,
-        app: Any,
+        app: ASGIApp,
         keys: Keys,
         names: Names,
         limits: Limits,
@@ -73,7 +74,7 @@ class Gate:
         self.routes = frozenset(routes)
         self.requests = self.bytes = 0
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
         asked, began, path = Asked(), time.monotonic(), scope["path"]
@@ -92,7 +93,7 @@ class Gate:
             self._tell(scope, path, asked, status[0] if status else 499, seconds)
 
     async def _pass(
-        self, scope: Any, receive: Any, send: Any, asked: Asked, status: list[int]
+        self, scope: Scope, receive: Receive, send: Send, asked: Asked, status: list[int]
     ) -> None:
         headers = Headers(scope=scope)
         try:
@@ -114,7 +115,7 @@ class Gate:
         response = JSONResponse(found.body(), found.status, headers)
         await response(scope, receive, send)
 
-    def _check(self, scope: Any, headers: Headers) -> None:
+    def _check(self, scope: Scope, headers: Headers) -> None:
         if self.requests > self.limits.requests:
             raise ApiError(503, "Too many requests are under way", "server_error", "overloaded")
         self.names.check(headers)
@@ -131,10 +132,10 @@ class Gate:
         most = self.limits.body
         return ApiError(413, f"The request has more than {most:,} bytes", code="request_too_large")
 
-    def _bounded(self, receive: Any, asked: Asked) -> Any:
+    def _bounded(self, receive: Receive, asked: Asked) -> Receive:
         until, whole = time.monotonic() + self.limits.receive_seconds, False
 
-        async def bounded() -> Any:
+        async def bounded() -> Message:
             nonlocal whole
             if whole:
                 return await receive()
@@ -158,8 +159,8 @@ class Gate:
 
         return bounded
 
-    def _named(self, send: Any, asked: Asked, status: list[int]) -> Callable[[Any], Any]:
-        async def named(message: Any) -> None:
+    def _named(self, send: Send, asked: Asked, status: list[int]) -> Send:
+        async def named(message: Message) -> None:
             if message["type"] == "http.response.start":
                 status.append(message["status"])
                 headers = MutableHeaders(scope=message)
@@ -172,7 +173,7 @@ class Gate:
 
         return named
 
-    def _tell(self, scope: Any, path: str, asked: Asked, status: int, seconds: float) -> None:
+    def _tell(self, scope: Scope, path: str, asked: Asked, status: int, seconds: float) -> None:
         paged = path == PAGE or path.startswith(f"{PAGE}/")
         # What was refused before it was routed has none; its path is ours only if we serve it.
         own = path if path in self.routes else UNKNOWN

@@ -16,6 +16,7 @@ from xllm_jax.assembly.system import System
 from xllm_jax.core import checkpoint, checksum, fingerprint, hosts, lock, mesh, optim, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data, Stage
+from xllm_jax.core.types import Record
 from xllm_jax.data import manifest
 from xllm_jax.data.media import preprocessing
 from xllm_jax.data.pipeline import Pipeline
@@ -121,7 +122,7 @@ def resume(
     data: Data,
     store: hosts.Store | None = None,
     older: Callable[[], Mapping[str, str]] | None = None,
-) -> tuple[TrainState, Any]:
+) -> tuple[TrainState, Record | None]:
     """Loads the newest checkpoint that is whole, if there is one.
 
     Args:

@@ -18,6 +18,7 @@ from xllm_jax.convert.verify.chatglm_model import Reference, forward, layout_of,
 from xllm_jax.convert.verify.recording import Replay
 from xllm_jax.convert.verify.tolerances import Stated
 from xllm_jax.core import rules
+from xllm_jax.core.types import Params
 from xllm_jax.data.text import glm_layout, token_rows
 from xllm_jax.models import decoder_cache, glm, layers
 from xllm_jax.objectives.answer import answer_loss
@@ -169,12 +170,12 @@ def _training(replay: Replay, reference: Reference) -> None:
         replay.compare("train.param_grad_norms", norms)
 
 
-def _gradients(model: glm.ChatGLM, params: Any, x: jax.Array, layout: tuple, packed: Any):
+def _gradients(model: glm.ChatGLM, params: Params, x: jax.Array, layout: tuple, packed: Any):
     """(loss, (gradient of the parameters, gradient of the embeddings))."""
 
     @jax.jit
-    def run(params: Any, x: jax.Array):
-        def loss(params: Any, x: jax.Array) -> jax.Array:
+    def run(params: Params, x: jax.Array):
+        def loss(params: Params, x: jax.Array) -> jax.Array:
             states, _ = model.apply({"params": params}, x, *layout)
             head = functools.partial(model.apply, {"params": params}, method="logits")
             answers = (packed.answer_index, packed.targets, packed.weights)

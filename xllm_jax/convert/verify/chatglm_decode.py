@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ import numpy as np
 from xllm_jax.convert.verify.chatglm_model import Reference, layout_of
 from xllm_jax.convert.verify.recording import Replay, read_json
 from xllm_jax.core.batch import ConversationBatch, Media, zeros
+from xllm_jax.core.types import Params
 from xllm_jax.data.text import glm_layout
 from xllm_jax.data.text.llm_families.glm import Family
 from xllm_jax.data.text.token_rows import Row
@@ -143,7 +143,9 @@ def rows_of(prompts: Iterable[Sequence[int]], specials: glm_layout.Specials) -> 
     return [glm_layout.sequence(one, specials) for one in prompts]
 
 
-def behind_media(replay: Replay, reference: Reference, model: XLLM, params: Any, name: str) -> None:
+def behind_media(
+    replay: Replay, reference: Reference, model: XLLM, params: Params, name: str
+) -> None:
     """An answer behind recorded prefix embeddings: greedy or by beams, as the recording says.
 
     Args:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ from xllm_jax.convert.verify import chatglm_decode
 from xllm_jax.convert.verify.chatglm_model import Reference
 from xllm_jax.convert.verify.recording import Replay
 from xllm_jax.core.batch import ConversationBatch, Media
+from xllm_jax.core.types import Params
 from xllm_jax.data.text import glm_layout, token_rows
 from xllm_jax.data.text.chatglm_tokenizer import ChatGLMTokenizer
 from xllm_jax.models import decoder_cache
@@ -79,7 +79,12 @@ def media(replay: Replay, reference: Reference) -> None:
 
 
 def _training(
-    replay: Replay, name: str, kinds: list[str], model: XLLM, params: Any, words: ChatGLMTokenizer
+    replay: Replay,
+    name: str,
+    kinds: list[str],
+    model: XLLM,
+    params: Params,
+    words: ChatGLMTokenizer,
 ) -> None:
     batch, starts, prefix = _batch(replay, name, kinds, words)
     _compare_layout(replay, name, batch)
@@ -127,11 +132,11 @@ def _batch(
     return dataclasses.replace(batch, ids=ids, media=found, **stacked), starts, end
 
 
-def _run(model: XLLM, params: Any, batch: ConversationBatch) -> tuple:
+def _run(model: XLLM, params: Params, batch: ConversationBatch) -> tuple:
     """(embeddings, loss, logits, gradient of the embeddings, gradients of the features)."""
 
     @jax.jit
-    def run(params: Any, batch: ConversationBatch) -> tuple:
+    def run(params: Params, batch: ConversationBatch) -> tuple:
         x = model.embed(params, batch)
         layout = (batch.segments, batch.context, batch.positions)
 

@@ -13,6 +13,7 @@ import numpy as np
 from xllm_jax.convert import run_import
 from xllm_jax.convert.sources import chatglm
 from xllm_jax.core.errors import UserError
+from xllm_jax.core.types import Params
 from xllm_jax.data.text import glm_layout
 from xllm_jax.data.text.chatglm_tokenizer import ChatGLMTokenizer
 from xllm_jax.data.text.glm_layout import Specials
@@ -27,7 +28,7 @@ class Reference:
         self.folder = folder
 
     @functools.cached_property
-    def loaded(self) -> tuple[ChatGLM, dict[str, Any]]:
+    def loaded(self) -> tuple[ChatGLM, Params]:
         """(float32 model, parameters)."""
         model, params = read_llm(self.folder / "weights")
         return model, jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
@@ -51,13 +52,13 @@ class Reference:
         return ChatGLMTokenizer(self.folder / "tokenizer")
 
     @functools.cached_property
-    def composed(self) -> tuple[XLLM, dict[str, Any]]:
+    def composed(self) -> tuple[XLLM, Params]:
         """(X-LLM of the LLM alone, parameters)."""
         model, params = self.loaded
         return XLLM({"llm": model}), {"llm": params}
 
 
-def read_llm(folder: Path) -> tuple[ChatGLM, dict[str, Any]]:
+def read_llm(folder: Path) -> tuple[ChatGLM, Params]:
     """(float32 model, parameters in the file's dtype) of a checkpoint's folder."""
     found = run_import.examine("chatglm", folder)
     return chatglm.network(found.options), found.tree()["llm"]
@@ -73,7 +74,7 @@ def layout_of(ids: np.ndarray, specials: Specials) -> tuple[np.ndarray, np.ndarr
 
 
 def forward(
-    model: ChatGLM, params: Any, ids: np.ndarray, layout: tuple, capture: bool = False
+    model: ChatGLM, params: Params, ids: np.ndarray, layout: tuple, capture: bool = False
 ) -> tuple[jax.Array, jax.Array, jax.Array, dict[str, Any]]:
     """(embeddings, final states, logits, intermediates when asked for)."""
     variables = {"params": params}

@@ -17,7 +17,7 @@ SCHEDULES = {
 }
 
 
-def values(replay: Replay, *_: Any) -> None:
+def values(replay: Replay, *_: object) -> None:
     """Every case of the settings, then the schedules."""
     for name, case in replay.about()["cases"].items():
         replay.attempt(_case, name, case)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ from xllm_jax.convert import import_tree, sizes
 from xllm_jax.convert.files import open_checkpoint
 from xllm_jax.convert.sources import clip_text as table
 from xllm_jax.convert.verify.recording import Replay
+from xllm_jax.core.types import Params
 from xllm_jax.data.text.clip_tokenizer import ClipTokenizer
 from xllm_jax.models.clip_text import ClipText
 
@@ -21,7 +21,7 @@ VARIANT = "variants/text_encoder_transformers5"  # of the text encoder that draw
 
 
 @functools.cache
-def encoder(folder: Path) -> tuple[ClipText, dict[str, Any]]:
+def encoder(folder: Path) -> tuple[ClipText, Params]:
     """A recorded text encoder as ours, and its parameters."""
     opened = open_checkpoint(folder)
     net = ClipText(**table.fields(opened))
@@ -29,12 +29,12 @@ def encoder(folder: Path) -> tuple[ClipText, dict[str, Any]]:
     return net, import_tree(rows, opened, sizes.shapes_of(net), drop=table.DROP)[0]
 
 
-def images(replay: Replay, *_: Any) -> None:
+def images(replay: Replay, *_: object) -> None:
     """That of Stable Diffusion 1.x, which was recorded beside `sd/`."""
     _values(replay, replay.folder / "sd", replay.folder / "sd/text_encoder")
 
 
-def clips(replay: Replay, *_: Any) -> None:
+def clips(replay: Replay, *_: object) -> None:
     """That of Zeroscope, from the published names and from those of transformers 5."""
     home = replay.folder / "zeroscope"
     _values(replay, home, home / "text_encoder")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
 
@@ -15,7 +14,7 @@ from xllm_jax.objectives import denoising
 GAMMA, GUIDANCE, RESCALE = 5.0, 7.5, 0.7
 
 
-def values(replay: Replay, *_: Any) -> None:
+def values(replay: Replay, *_: object) -> None:
     """Both schedules, then guidance."""
     for name in ("sd", "audioldm"):
         replay.attempt(_schedule, name)

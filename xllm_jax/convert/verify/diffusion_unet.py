@@ -18,6 +18,7 @@ from xllm_jax.convert.verify.diffusion_model import (
     ours,
 )
 from xllm_jax.convert.verify.recording import Replay
+from xllm_jax.core.types import Params
 from xllm_jax.models import layers
 from xllm_jax.models.outputs import unet
 
@@ -83,7 +84,7 @@ def _gradients(replay: Replay, pipeline: Pipeline, case: str) -> None:
     noise = last_channels(replay.input(f"{case}.noise"))
 
     @jax.jit
-    def run(params: Any, sample: jax.Array, text: jax.Array) -> Any:
+    def run(params: Params, sample: jax.Array, text: jax.Array) -> Any:
         def loss(sample: jax.Array, text: jax.Array) -> jax.Array:
             return jnp.square(model.apply({"params": params}, sample, time, text) - noise).mean()
 

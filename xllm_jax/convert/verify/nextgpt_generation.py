@@ -15,6 +15,7 @@ from xllm_jax.convert.verify.nextgpt_llama import layout
 from xllm_jax.convert.verify.nextgpt_losses import Recorded, read
 from xllm_jax.convert.verify.recording import Replay, read_json
 from xllm_jax.core.errors import UserError
+from xllm_jax.core.types import Params
 from xllm_jax.data.text import nextgpt_format
 
 HEADS_FILE = "losses"  # which holds the projections and the media, and tells the sizes
@@ -46,7 +47,7 @@ class Compiled:
         model = self.found.model
 
         @jax.jit
-        def feed(params: Any, x: jax.Array, rows: tuple, cache: Any) -> Any:
+        def feed(params: Params, x: jax.Array, rows: tuple, cache: Any) -> Any:
             states, cache = model.apply({"params": params}, x, *rows, cache)
             scores = model.apply({"params": params}, states[:, -1], method="logits")
             return states, scores.argmax(-1)[0], cache

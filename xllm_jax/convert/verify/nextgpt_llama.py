@@ -14,6 +14,7 @@ from xllm_jax.convert.published_config import PublishedConfig
 from xllm_jax.convert.sources import llama, llama_config
 from xllm_jax.convert.verify.recording import Replay
 from xllm_jax.core import rules
+from xllm_jax.core.types import Params
 from xllm_jax.models.causal import Causal
 
 WEIGHTS = "w/model.norm.weight"
@@ -28,9 +29,7 @@ def models(replay: Replay) -> None:
         replay.attempt(_model, model, configs[model.strip("/")])
 
 
-def network(
-    config: Mapping[str, Any], weights: Mapping[str, np.ndarray]
-) -> tuple[Causal, dict[str, Any]]:
+def network(config: Mapping[str, Any], weights: Mapping[str, np.ndarray]) -> tuple[Causal, Params]:
     """A recorded LLM as ours, and its parameters.
 
     Args:
@@ -84,12 +83,12 @@ def _inputs(replay: Replay, case: str) -> tuple[np.ndarray, np.ndarray, tuple[np
     return ids, mask, layout(mask, replay.input(given) if given in replay else None)
 
 
-def _case(replay: Replay, case: str, model: Causal, params: Any) -> None:
+def _case(replay: Replay, case: str, model: Causal, params: Params) -> None:
     """Hidden states, logits, loss and its gradient to the embeddings."""
     ids, mask, rows = _inputs(replay, case)
     labels = replay.input(f"{case}labels")
 
-    def loss(x: jax.Array, params: Any) -> Any:
+    def loss(x: jax.Array, params: Params) -> Any:
         variables = {"params": params}
         extra = dict(capture_intermediates=True, mutable=["intermediates"])
         (states, _), seen = model.apply(variables, x, *rows, **extra)
@@ -114,12 +113,12 @@ def _case(replay: Replay, case: str, model: Causal, params: Any) -> None:
     replay.compare(f"{case}grad_inputs_embeds", gradient)
 
 
-def _gradients(replay: Replay, case: str, model: Causal, params: Any) -> None:
+def _gradients(replay: Replay, case: str, model: Causal, params: Params) -> None:
     """The gradient of every parameter, for other labels of a case."""
     ids, _, rows = _inputs(replay, case.replace("_all_labels", ""))
     labels = replay.input(f"{case}labels")
 
-    def loss(params: Any) -> jax.Array:
+    def loss(params: Params) -> jax.Array:
         variables = {"params": params}
         x = model.apply(variables, ids, method="embed")
         states, _ = model.apply(variables, x, *rows)
@@ -129,7 +128,7 @@ def _gradients(replay: Replay, case: str, model: Causal, params: Any) -> None:
         replay.compare(f"{case}grad/{name}", gradient)
 
 
-def _decode(replay: Replay, case: str, model: Causal, params: Any) -> None:
+def _decode(replay: Replay, case: str, model: Causal, params: Params) -> None:
     """Greedy decoding with a cache behind a prompt that is padded on the left."""
     ids, mask = replay.input(f"{case}input_ids"), replay.input(f"{case}attention_mask")
     steps, variables = replay.recorded(f"{case}tokens").shape[1], {"params": params}

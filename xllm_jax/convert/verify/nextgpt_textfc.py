@@ -11,6 +11,7 @@ import numpy as np
 from xllm_jax.convert import export_tree, import_tree
 from xllm_jax.convert.sources import nextgpt_projection
 from xllm_jax.convert.verify.recording import Replay
+from xllm_jax.core.types import Params
 from xllm_jax.models.outputs.projection import TransformerProjection
 from xllm_jax.objectives.align import distances
 
@@ -25,7 +26,7 @@ def projections(replay: Replay) -> None:
     replay.attempt(_zero_distance)
 
 
-def network(replay: Replay, case: str) -> tuple[TransformerProjection, dict[str, Any]]:
+def network(replay: Replay, case: str) -> tuple[TransformerProjection, Params]:
     """The recorded projection as ours, and its parameters."""
     weights = replay.weights(f"{case}w/")
     width, llm_width = weights["fc.weight"].shape
@@ -48,7 +49,7 @@ def _case(replay: Replay, case: str) -> None:
     net, params = network(replay, case)
     x, e, target = (replay.input(f"{case}{name}") for name in ("x", "e", "target"))
 
-    def loss(params: Any, x: jax.Array, e: jax.Array) -> Any:
+    def loss(params: Params, x: jax.Array, e: jax.Array) -> Any:
         variables = {"params": params}
         capture = dict(capture_intermediates=True, mutable=["intermediates"])
         y, seen = net.apply(variables, x[:, None], e, **capture)

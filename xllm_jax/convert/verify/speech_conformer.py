@@ -11,6 +11,7 @@ from xllm_jax.convert import export_tree, import_tree
 from xllm_jax.convert.sources.cif_asr import DROPPED, conformer_layer_rows
 from xllm_jax.convert.verify import speech_wenet
 from xllm_jax.convert.verify.recording import Replay
+from xllm_jax.core.types import Params
 from xllm_jax.models.conformer import ConformerBlock
 from xllm_jax.models.relative_attention import relative_positions
 
@@ -37,7 +38,7 @@ class Recorded:
         block = self.block(**fields)
 
         @jax.jit
-        def apply(params: Any, x: jax.Array, valid: jax.Array):
+        def apply(params: Params, x: jax.Array, valid: jax.Array):
             variables = {"params": params}
             extra = dict(capture_intermediates=True, mutable=["intermediates"])
             (out, _), seen = block.apply(variables, x, valid, **extra)

@@ -16,6 +16,7 @@ from xllm_jax.convert.verify.vision_model import (
     interface_table,
     norms,
 )
+from xllm_jax.core.types import Params
 from xllm_jax.models.interfaces import QFormerInterface
 
 VIDEO = "xllm_video_checkpoint_4.pth"
@@ -32,7 +33,7 @@ def interfaces(replay: Replay, reference: Reference) -> None:
 
 def _runner(model: QFormerInterface):
     @jax.jit
-    def run(params: Any, features: jax.Array, lengths: jax.Array):
+    def run(params: Params, features: jax.Array, lengths: jax.Array):
         variables = {"params": params}
         (embeddings, _), state = model.apply(
             variables, features, lengths, capture_intermediates=True
@@ -43,7 +44,7 @@ def _runner(model: QFormerInterface):
     return run
 
 
-def _image(replay: Replay, reference: Reference, model: Any, params: Any, run: Any) -> None:
+def _image(replay: Replay, reference: Reference, model: Any, params: Params, run: Any) -> None:
     features, lengths = reference.encode(replay.input("image_pixels"))
     embeddings, normed, states = run(params, features, lengths)
     replay.compare("image_ln_vision", normed)
@@ -56,7 +57,7 @@ def _image(replay: Replay, reference: Reference, model: Any, params: Any, run: A
 
 
 def _stub_gradient(
-    replay: Replay, reference: Reference, model: Any, params: Any, features, lengths, prompt
+    replay: Replay, reference: Reference, model: Any, params: Params, features, lengths, prompt
 ) -> None:
     """The stand-in for the LLM's loss is the mean square of what it would read."""
 
@@ -71,7 +72,7 @@ def _stub_gradient(
     replay.compare("image_stub_grad_norm", norms(tensors, order))
 
 
-def _video(replay: Replay, reference: Reference, model: Any, params: Any, run: Any) -> None:
+def _video(replay: Replay, reference: Reference, model: Any, params: Params, run: Any) -> None:
     own = _video_params(reference, params, "video")
     pixels = replay.input("video_pixels")
     clips, frames = pixels.shape[:2]

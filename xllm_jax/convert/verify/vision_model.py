@@ -17,6 +17,7 @@ from xllm_jax.convert.sources import blip2, eva_vit
 from xllm_jax.convert.verify.recording import Replay, read_json
 from xllm_jax.convert.verify.tolerances import Tolerances
 from xllm_jax.convert.verify.tolerances import read as read_tolerances
+from xllm_jax.core.types import Params
 from xllm_jax.models.blip2_pretraining import ContrastModel
 from xllm_jax.models.interfaces import QFormerInterface
 from xllm_jax.models.vit import VisionTransformer
@@ -53,7 +54,7 @@ class Reference:
         return read_tolerances(self.folder)
 
     @functools.cached_property
-    def vision(self) -> tuple[VisionTransformer, dict[str, Any]]:
+    def vision(self) -> tuple[VisionTransformer, Params]:
         """The vision encoder and its float32 parameters."""
         fields = vision_fields(self.config)
         eva_vit.check_depth(open_checkpoint(self.weights / VIT), fields["depth"])
@@ -67,14 +68,14 @@ class Reference:
         return jax.jit(lambda pixels: model.apply({"params": params}, images(pixels)))
 
     @functools.cached_property
-    def contrast(self) -> tuple[ContrastModel, dict[str, Any]]:
+    def contrast(self) -> tuple[ContrastModel, Params]:
         """The stage-1 model and its float32 parameters."""
         source = open_checkpoint(self.weights / STAGE1)
         fields = contrast_fields(self.config, source.header(blip2.WORDS).shape[0])
         tree = self.read("blip2", STAGE1, blip2_options(fields, text=True))
         return ContrastModel(**fields), tree["image_interface"]
 
-    def interface(self) -> tuple[QFormerInterface, dict[str, Any]]:
+    def interface(self) -> tuple[QFormerInterface, Params]:
         """The image interface and its float32 parameters."""
         fields = interface_fields(self.config)
         tree = self.read("blip2", STAGE2, blip2_options(fields))

@@ -18,6 +18,7 @@ from xllm_jax.convert.verify.vision_model import (
     interface_fields,
     vision_fields,
 )
+from xllm_jax.core.types import Params
 from xllm_jax.models import layers
 from xllm_jax.models.blip2_pretraining import ContrastModel
 from xllm_jax.models.interfaces import QFormerInterface
@@ -36,7 +37,7 @@ def folders(replay: Replay, reference: Reference) -> None:
 
 def _read(
     reference: Reference, folder: str, fields: dict[str, Any], text: bool
-) -> tuple[VisionTransformer, dict[str, Any]]:
+) -> tuple[VisionTransformer, Params]:
     """(vision encoder, parameters of both parts)."""
     vision = vision_fields(reference.config)
     tree = reference.read("blip2", folder, blip2_options(fields, "hf", text, vision))
@@ -79,7 +80,7 @@ def _first(replay: Replay, reference: Reference) -> None:
     ids, mask = pairs.input("text_input_ids"), pairs.input("text_attention_mask") > 0
 
     @jax.jit
-    def run(tree: Any, params: Any, pixels: jax.Array):
+    def run(tree: Any, params: Params, pixels: jax.Array):
         variables = {"params": params | {"temperature": jnp.ones(())}}
         features, _ = vision.apply({"params": tree}, images(pixels))
         image = model.apply(variables, features, method="normalize")
