@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import small_stage
 
 from xllm_jax.core.stage import Source, Stage, Validation
@@ -70,7 +71,7 @@ def _start(address: str, count: int, index: int, code: str, folder: Path) -> sub
         "PYTHONPATH": str(ROOT),
     }
     with (folder / f"host-{index}.txt").open("w") as output:
-        return subprocess.Popen(
+        return forked.Popen(
             [sys.executable, "-u", "-c", PRELUDE.format(**named) + join + code + END],
             cwd=ROOT,
             env=environment,

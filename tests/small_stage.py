@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import virtual_devices
 
 from xllm_jax.core.stage import Data, Optimizer, Part, Source, Stage
@@ -61,7 +62,7 @@ def start(workdir: Path, code: str = "", devices: int = 1) -> subprocess.Popen:
         code,
         f"loop.fit(made, {str(workdir)!r})",
     )
-    return subprocess.Popen(
+    return forked.Popen(
         [sys.executable, "-c", "\n".join(lines)],
         cwd=ROOT,
         env=virtual_devices.environment(devices),

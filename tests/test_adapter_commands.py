@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 
+import forked
 import numpy as np
 import pytest
 import small_stage
@@ -19,7 +19,7 @@ START = "base_model.model.transformer.layers"
 
 
 def run(name, *arguments):
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, str(small_stage.ROOT / "launch" / f"{name}.py"), *arguments],
         capture_output=True,
         text=True,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import soundfile
@@ -436,7 +436,7 @@ def test_the_instruction_set(beam, four, tmp_path):
 def test_the_command(visdial, tmp_path):
     def run(*flags):
         command = [sys.executable, "-m", "xllm_jax.launch.build_data", f"--input={visdial}", *flags]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        return forked.run(command, cwd=ROOT, capture_output=True, text=True)
 
     out = f"--output={tmp_path / 'texts'}"
     done = run("--recipe=questions", out)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import subprocess
 import sys
 
+import forked
 import jax
 import ml_dtypes
 import numpy as np
@@ -299,7 +299,7 @@ made = cache_plan.make(small_cache.pictures(Path({str(tmp_path / "pictures")!r})
 write.run(made, 3)
 print(len(jax.local_devices()))
 """
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 from xllm_jax.configs import stage2_image, stage2_speech
@@ -37,7 +37,7 @@ CONFIG = "--config=configs/stage2_image.py:tiny"
 )
 def test_a_mistake_is_one_line(arguments, words, tmp_path):
     workdir = [] if "required" in words else [f"--workdir={tmp_path / 'run'}"]
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, "launch/train.py", *arguments, *workdir],
         capture_output=True,
         text=True,

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import jax
 import ml_dtypes
 import numpy as np
@@ -371,7 +372,7 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     assert "1 dropped" in printed and (tmp_path / "base" / "conversion.json").exists()
     command = [sys.executable, "launch/convert.py", "--source=blip2", f"--input={path}"]
     command.append(f"--output={tmp_path / 'other'}")
-    refused = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    refused = forked.run(command, capture_output=True, text=True, cwd=ROOT)
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1
     assert "this looks like chatglm" in refused.stderr and "not blip2" in refused.stderr
     assert not (tmp_path / "other").exists()

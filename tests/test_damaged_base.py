@@ -6,10 +6,10 @@ import json
 import os
 import random
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,7 +68,7 @@ def test_changed_files_give_the_values_or_one_line(base, tmp_path):
     code = "import sys, pathlib, test_damaged_base as t; t.change(*map(pathlib.Path, sys.argv[1:]))"
     code = f"from xllm_jax.core import disk; disk.say_once(); {code}; import gc; gc.collect()"
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, "-c", code, base, tmp_path],
         cwd=Path(__file__).parent,
         env=environment,
@@ -113,7 +113,7 @@ def test_arrays_that_are_cut_off_are_one_line(left, tmp_path):
     content = file.read_bytes()
     file.unlink() if left is None else file.write_bytes(content[: int(left * len(content))])
     code = "import sys, test_damaged_base as t; from xllm_jax.launch import cli; cli.run(t.load)"
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, "-c", code],
         cwd=Path(__file__).parent,
         env=os.environ | {"JAX_PLATFORMS": "cpu", "DAMAGED": str(tmp_path / "base")},

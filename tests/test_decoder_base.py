@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import small_outputs
@@ -146,16 +144,6 @@ def test_pictures_are_files_and_one_program_draws_them(stage, home, tmp_path):
     np.testing.assert_array_equal(expected[0], read[0])
 
 
-def command(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "xllm_jax.launch.commands", "generate", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    )
-
-
 def test_the_command_draws(home, tmp_path):
     """Sampled until a picture comes: the untrained LLM says anything."""
     run = home / "runs/drawn"
@@ -167,16 +155,16 @@ def test_the_command_draws(home, tmp_path):
     options = ("--max_tokens=200", "--steps=2", "--size=16", "--scheduler=ddim")
     out = tmp_path / "out"
     asking = (f"--checkpoint={run}", "--prompt=画圆", f"--draw={out}", *sampled, *options)
-    done = command(*asking)
+    done = forked.xllm("generate", *asking)
     assert done.returncode == 0, done.stderr
     files = sorted(out.iterdir())
     assert files and all(f"[{file}]" in done.stdout for file in files)
     assert all(pixels(file).shape == (16, 16, 3) for file in files)
-    bad = command(*asking, "--scheduler=unipc")
+    bad = forked.xllm("generate", *asking, "--scheduler=unipc")
     assert bad.returncode == 2 and "--scheduler: unknown scheduler 'unipc'" in bad.stderr
     assert len(bad.stderr.strip().splitlines()) == 1
     for flag in ("--steps=-1", "--guidance=-1"):
-        bad = command(*asking, flag)
+        bad = forked.xllm("generate", *asking, flag)
         assert bad.returncode == 2 and flag.partition("=")[0][2:] in bad.stderr
         assert len(bad.stderr.strip().splitlines()) == 1
 

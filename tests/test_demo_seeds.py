@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -143,7 +144,7 @@ demo.main([])
 
 def test_seeds_have_folders_of_their_own_and_one_world(tmp_path):
     output = tmp_path / "made"
-    told = subprocess.run(
+    told = forked.run(
         [sys.executable, "-c", STANDING_IN, f"--output={output}", "--seeds=2"],
         capture_output=True,
         text=True,

@@ -6,12 +6,12 @@ import functools
 import os
 import random
 import re
-import subprocess
 import sys
 import time
 import types
 from pathlib import Path
 
+import forked
 import host_runs
 import jax.numpy as jnp
 import numpy as np
@@ -249,7 +249,7 @@ def test_a_save_that_is_killed_leaves_a_whole_one(what, tmp_path):
     for step, number in enumerate(random.sample(range(1, 40), 3), start=2):
         named = {"step": step, "number": number, "words": words, "what": what}
         code = SAVE_TWICE.format(folder=str(tmp_path), **named)
-        ends.append(subprocess.run([sys.executable, "-c", code], cwd=host_runs.ROOT).returncode)
+        ends.append(forked.run([sys.executable, "-c", code], cwd=host_runs.ROOT).returncode)
         if what == "base":
             about = base_description.base_about(tmp_path / "base")["number"]
             stored = checkpoint.open_leaves(tmp_path / "base")["llm/a"].read().result()

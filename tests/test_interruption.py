@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 
+import forked
 import numpy as np
 import pytest
 import reading
@@ -40,7 +41,7 @@ def whole(folder):
 @pytest.fixture(scope="module")
 def position(folder, whole):
     """Where a reader stands that was killed by signal 9 at a random moment."""
-    process = subprocess.Popen(
+    process = forked.Popen(
         [sys.executable, "tests/reading.py", str(folder)],
         cwd=small_stage.ROOT,
         env=os.environ | {"PYTHONPATH": ".", "JAX_PLATFORMS": "cpu"},

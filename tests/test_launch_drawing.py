@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import small_outputs
@@ -89,16 +87,6 @@ def test_a_run_of_text_alone_cannot_draw():
     assert error.value.field == "--draw" and error.value.hint
 
 
-def command(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "xllm_jax.launch.commands", "generate", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    )
-
-
 def test_the_command_writes_what_a_decoder_reads(run, tmp_path):
     """Sampled until a picture comes: the untrained LLM says anything."""
     made = load_run(run)
@@ -108,8 +96,13 @@ def test_the_command_writes_what_a_decoder_reads(run, tmp_path):
     seed = next(n for n in range(20) if words.replies([asked], how, n)[0].pictures)
     out = tmp_path / "out"
     flags = ("--decode=sample", "--temperature=1e3", "--top_p=1", f"--seed={seed}")
-    done = command(
-        f"--checkpoint={run}", "--prompt=画圆", "--max_tokens=200", f"--draw={out}", *flags
+    done = forked.xllm(
+        "generate",
+        f"--checkpoint={run}",
+        "--prompt=画圆",
+        "--max_tokens=200",
+        f"--draw={out}",
+        *flags,
     )
     assert done.returncode == 0, done.stderr
     expected = words.replies([asked], how, seed)[0]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import small_runs
@@ -225,7 +226,7 @@ def test_a_run_on_another_llm_is_refused(run):
 
 
 def script(name: str, *arguments: str, typed: str = "") -> subprocess.CompletedProcess:
-    return subprocess.run(
+    return forked.run(
         [sys.executable, str(ROOT / "launch" / name), *arguments],
         capture_output=True,
         text=True,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import small_stage
 
@@ -59,7 +59,7 @@ def made(tmp_path_factory):
     init = {"llm_prefix": str(folder / "llm_prefix")}
     stage = small_stage.stage(parts=parts, init=init, trainable=("llm/.*",))
     tensors = tensors_of(llm)
-    params, _ = import_tree(chatglm.rows(llm.depth, llm.heads), tensors, chatglm.shapes(llm))
+    params, _ = import_tree(chatglm.rows(llm.depth, llm.heads), tensors, sizes.shapes_of(llm))
     run = folder / "runs" / "stage3"
     about = {"stage": dataclasses.asdict(stage), "base": {}}
     checkpoint.save_base(run / "final", {"llm": params}, about)
@@ -81,7 +81,7 @@ def told(run, past) -> str:
 
 
 def command(name: str, *arguments: str, typed: str = "") -> list[str]:
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, str(ROOT / "launch" / name), *arguments, f"--max_tokens={TOKENS}"],
         capture_output=True,
         input=typed.encode(),
@@ -93,7 +93,7 @@ def command(name: str, *arguments: str, typed: str = "") -> list[str]:
 
 def evaluated(runs: Path) -> list[str]:
     """What the model of `xllm evaluate` answers to the question, three times, two at a time."""
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, "-c", EVALUATE, str(runs), ASKED],
         capture_output=True,
         env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},

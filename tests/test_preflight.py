@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 
+import forked
 import jax
 import jax.numpy as jnp
 import pytest
@@ -234,7 +235,7 @@ def test_a_llama_with_adapters_and_packed_kernels_is_counted():
 
 
 def run(*arguments, folder):
-    return subprocess.run(
+    return forked.run(
         [sys.executable, "launch/preflight.py", f"--output={folder}", "--nosearch", *arguments],
         capture_output=True, text=True, cwd=ROOT,
     )  # fmt: skip

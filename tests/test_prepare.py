@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import soundfile
@@ -124,7 +125,7 @@ def test_the_command_prints_what_it_did_and_mistakes_in_a_line(table, written):
     def run(*options):
         flags = ["--source=table", f"--input={table}", f"--output={written.output}", *options]
         command = [sys.executable, "-m", "xllm_jax.launch.prepare", "--name=pictures", *flags]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        return forked.run(command, cwd=ROOT, capture_output=True, text=True)
 
     done = run("--shard_records=4")
     assert done.stdout.startswith("7 records in 3 shards"), done.stderr
@@ -156,7 +157,7 @@ for number in made.shards.todo():
 def test_kill_9_leaves_what_is_whole_and_the_same_command_does_the_rest(table, written, tmp_path):
     output = tmp_path / "pictures"
     code = KILLED.format(table=str(table), output=str(output))
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == -9
+    assert forked.run([sys.executable, "-c", code], cwd=ROOT).returncode == -9
     made = planned(table, output)
     assert made.shards.todo() == [1, 2] and len(list(output.glob(".*.partial"))) == 1
     time = made.shards.file(0).stat().st_mtime_ns

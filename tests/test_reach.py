@@ -9,9 +9,9 @@ import io
 import json
 import os
 import pathlib
-import subprocess
 import sys
 
+import forked
 import numpy as np
 import pytest
 import soundfile
@@ -250,7 +250,7 @@ def test_the_command_line_allows_folders():
     )
     flags = ("--config=stage2_image:tiny", "--allow_paths=/a", "--allow_paths=/b")
     command = [sys.executable, "-c", code, *flags]
-    told = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    told = forked.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     assert told.stdout.strip() == "{('/a', '/b')}"
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import socketserver
-import subprocess
 import sys
 import threading
 
+import forked
 import host_runs
 
 CODE = """
@@ -27,7 +27,7 @@ class Strange(socketserver.BaseRequestHandler):
 def joined(port: int, index: int) -> tuple[int, str]:
     """(exit code, last line) of a host that joins."""
     command = (sys.executable, "-c", CODE.format(port=port, index=index))
-    done = subprocess.run(command, capture_output=True, text=True, cwd=host_runs.ROOT)
+    done = forked.run(command, capture_output=True, text=True, cwd=host_runs.ROOT)
     return done.returncode, done.stderr.splitlines()[-1]
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import small_runs
 import small_speech
@@ -43,13 +42,7 @@ def folder(tmp_path_factory) -> Path:
 
 def evaluate(*arguments: str, folder: Path) -> subprocess.CompletedProcess:
     """The command, with what it prints."""
-    return subprocess.run(
-        [sys.executable, "-m", "xllm_jax.launch.commands", "evaluate", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
-    )
+    return forked.xllm("evaluate", *arguments, cwd=folder)
 
 
 def test_a_run_is_evaluated_on_a_published_layout(folder):

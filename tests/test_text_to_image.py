@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
 
-from xllm_jax.assembly.networks import init_params
+from xllm_jax.assembly.networks import shapes_of
 from xllm_jax.assembly.system import System
 from xllm_jax.configs import world_autoencoder, world_diffusion
 from xllm_jax.core import mesh
@@ -147,20 +145,26 @@ SMALL = {
 }
 
 
-def latents(root: Path) -> Path:
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory):
     """Latents of the pictures that the batch below asks for, as the root of a stage."""
-    vae = Autoencoder(**SMALL["vae"], depth=1)
-    scene_latents.write(vae, init_params(vae, jax.random.key(0)), 3, 4, 16, root / "latents")
+    root, vae = tmp_path_factory.mktemp("root"), Autoencoder(**SMALL["vae"], depth=1)
+    rng = np.random.default_rng(0)
+    # Drawn by NumPy: initializing for real would compile every layer.
+    params = jax.tree.map(
+        lambda x: rng.normal(scale=0.1, size=x.shape).astype(np.float32), shapes_of(vae)
+    )
+    scene_latents.write(vae, params, 3, 4, 16, root / "latents")
     return root
 
 
 @pytest.mark.parametrize("config", [world_autoencoder, world_diffusion])
-def test_its_stages_take_a_step_that_leaves_frozen_parts_alone(config, tmp_path):
+def test_its_stages_take_a_step_that_leaves_frozen_parts_alone(config, latents, tmp_path):
     stage = config.get_config()
     stage.init = {}
     for name, part in stage.parts.items():
         part.fields |= SMALL[name]
-    stage.data.root = str(latents(tmp_path))
+    stage.data.root = str(latents)
     stage.data.caption_tokenizer = str(clip_vocabulary.write(tmp_path / "clip"))
     stage.data.examples, stage.data.image, stage.unroll = 4, {"size": 16}, 1
     form = batch_format.find(stage.data)

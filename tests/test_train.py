@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import random
-import subprocess
 import sys
 import time
 
+import forked
 import jax
 import numpy as np
 import pytest
@@ -115,7 +115,7 @@ def test_a_checkpoint_goes_on_on_other_meshes(whole, tmp_path):
     """From 8 devices that split the parameters to 4, to other axes, and to one."""
     paths = f"{small_stage.ROOT}:{small_stage.ROOT / 'tests'}"
     environment = virtual_devices.environment(8) | {"PYTHONPATH": paths}
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, "tests/restore_check.py", str(tmp_path), str(whole)],
         capture_output=True, text=True, cwd=small_stage.ROOT, env=environment, timeout=3 * SECONDS,
     )  # fmt: skip

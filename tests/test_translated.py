@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import forked
 import pytest
 import reader_fixtures
 from fake_endpoint import KEY, chinese, serving
@@ -190,7 +191,7 @@ def test_a_killed_run_goes_on_and_asks_nothing_twice(pictures, tmp_path):
         flags = ["--recipe=translated", "--reader=table", f"--input={pictures}", "--parallel=1"]
         flags += [f"--output={tmp_path / 'out'}", f"--endpoint={server.url}", "--model=fake"]
         command = [*restricted(), sys.executable, "-m", "xllm_jax.launch.build_data", *flags]
-        running = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+        running = forked.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
         while len(server.asked) < 2:
             time.sleep(0.02)
             assert running.poll() is None
@@ -199,7 +200,7 @@ def test_a_killed_run_goes_on_and_asks_nothing_twice(pictures, tmp_path):
         kept = [json.loads(p.read_text()) for p in (tmp_path / "out/answers").rglob("*.json")]
         first = {text for one in kept for text in one["texts"]}
         began = len(server.asked)
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        done = forked.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert first and not first & {text for texts in server.asked[began:] for text in texts}
     assert "texts: 69  translated: 69  left_out: none  unreadable: 0  requests: 3" in done.stdout
@@ -211,7 +212,7 @@ def test_ctrl_c_ends_all_waits_at_once(pictures, tmp_path):
         flags = ["--recipe=translated", "--reader=table", f"--input={pictures}", "--model=fake"]
         flags += [f"--output={tmp_path / 'out'}", f"--endpoint={server.url}"]
         command = [*restricted(), sys.executable, "-m", "xllm_jax.launch.build_data", *flags]
-        running = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        running = forked.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
         while len(server.asked) < 3:
             time.sleep(0.02)
         time.sleep(0.5)
@@ -280,7 +281,7 @@ def test_the_key_comes_from_the_environment_or_a_file_and_stays_there(pictures, 
         with serving("401" if name == "b" else "500") as server:
             given = [*flags, f"--output={tmp_path / name}", f"--endpoint={server.url}"]
             command = [sys.executable, "-m", "xllm_jax.launch.build_data", *given, "--model=fake"]
-            done = subprocess.run(
+            done = forked.run(
                 [*command, *extra],
                 cwd=ROOT,
                 env={**os.environ, **environment},

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import resource
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import small_cache
@@ -110,7 +110,7 @@ def test_a_vocabulary_that_does_not_fit(tmp_path):
 def test_a_prepared_set_that_does_not_fit(workers, tmp_path):
     command = (sys.executable, "-m", "xllm_jax.launch.commands", "prepare", "--source=coco")
     flags = (f"--input={pairs(tmp_path)}", "--output=out", f"--workers={workers}", "--deadline=0")
-    done = subprocess.run(
+    done = forked.run(
         [*restricted(1500), *command, *flags],
         cwd=tmp_path,
         env=ENVIRONMENT,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 from restricted import restricted
 from test_killed_recipes import pairs
@@ -27,7 +27,7 @@ RECIPES = {
 def build(folder: Path, case: str, *extra: str, limit: int = 0) -> tuple[int, list[str]]:
     """(exit code, lines but those of progress) of a recipe."""
     command = (sys.executable, "-m", "xllm_jax.launch.commands", "build-data")
-    done = subprocess.run(
+    done = forked.run(
         [*(restricted(limit) if limit else ()), *command, f"--recipe={case.split()[0]}"]
         + [*RECIPES[case], *extra],
         cwd=folder,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 import types
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 
@@ -196,7 +196,7 @@ def test_a_broken_file_is_refused(golden, tmp_path):
 
 
 def test_the_command_exits_with_two_on_an_unknown_folder(tmp_path):
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, "launch/convert.py", f"--verify={tmp_path}"],
         capture_output=True,
         text=True,

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import av
+import forked
 import numpy as np
 import pytest
 import soundfile
@@ -258,5 +259,5 @@ def test_the_command_builds_and_refuses(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").touch()
     command = [sys.executable, str(root / "launch" / "world.py"), f"--output={tmp_path / 'mine'}"]
-    ran = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    ran = forked.run(command, capture_output=True, text=True, cwd=root)
     assert ran.returncode == 2 and "no world.json" in ran.stderr.strip().splitlines()[-1]
