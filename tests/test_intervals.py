@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from scipy import stats
 from xllm_jax.data.example import Example
 from xllm_jax.evaluation import bootstrap, measure, scorers
 
-TRIALS, LEAST = int(os.environ.get("XLLM_TRIALS", "400")), 0.93
+TRIALS, LEAST = 800, 0.93
 SIZES = (10, 40)
 
 
