@@ -128,7 +128,7 @@ def parse(
     if any(token in HELP for token in argv[1:]):
         app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)
     try:
-        argv = locate_stages(argv)
+        argv = locate_stages(with_flag_files(argv))
         configs = configurations(argv)
         given, settings = dict_overrides.take(argv, configs)
         check_names(given, configs)
@@ -146,6 +146,23 @@ def parse(
         fail(str(error))
     except flags.Error as error:
         fail(format_message(error))
+
+
+def with_flag_files(argv: Sequence[str]) -> list[str]:
+    """The command line with the lines of every --flagfile in its place.
+
+    Configurations look at the command line before absl would read these files.
+
+    Raises:
+      UserError: one cannot be read.
+    """
+    try:
+        return [argv[0], *flags.FLAGS.read_flags_from_files(list(argv[1:]))]
+    except UnicodeDecodeError:
+        raise UserError("is no file of flags", field="--flagfile") from None
+    except (flags.Error, OSError) as error:
+        what = f"cannot be read ({error.__cause__ or error})"[:MESSAGE]
+        raise UserError(what, field="--flagfile", hint="Give a file with a flag a line") from None
 
 
 def check_numbers() -> None:

@@ -11,11 +11,19 @@ the TPU compiler); GPUs get arithmetic only. The topology is that of one slice, 
         [--steps=50] [--guidance=7.5] [--size=512]
 
 accounts for drawing instead: FLOPs, seconds and memory of a picture, by arithmetic.
+
+    xllm preflight --config=stage2_image --topology=v5e-16 --write=flags.txt
+    xllm train --flagfile=flags.txt --workdir=runs/stage2_image
+
+chooses micro-batch, mesh and remat of the same update with the best forecast that fits, within ten
+minutes of compiling, and remembers them.
 """
 
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
@@ -52,6 +60,13 @@ SIZE = flags.DEFINE_string(
     "was trained on.",
     allow_override=True,
 )
+WRITE = flags.DEFINE_string(
+    "write",
+    "",
+    "File of flags for xllm train: the micro-batch, mesh and remat with the best forecast that "
+    "fits, for the same update.",
+)
+AGAIN = flags.DEFINE_bool("again", False, "With --write: choose anew, whatever was chosen before.")
 flags.declare_key_flag("allow_paths")
 
 
@@ -60,6 +75,8 @@ def main(_: list[str]) -> int:
     prepare_compiler()
     if DRAW.value:
         return draw()
+    if WRITE.value:
+        return choose()
     from xllm_jax.preflight import forecast, records, report, targets
 
     stage, target = CONFIG.value, targets.parse(TOPOLOGY.value)
@@ -72,6 +89,22 @@ def main(_: list[str]) -> int:
     files = report.write(OUTPUT.value, name, page, report.record(made, largest, look))
     print("Written:", ", ".join(map(str, files)))
     return 0 if made.fits else 1
+
+
+def choose() -> int:
+    """Writes the flags of what was chosen for the stage; returns the exit code."""
+    from xllm_jax.preflight import chosen, targets
+
+    found = chosen.find(CONFIG.value, targets.parse(TOPOLOGY.value), AGAIN.value)
+    given = [
+        token
+        for token in cli.join_values(cli.with_flag_files(sys.argv))[1:]
+        if token.lstrip("-").startswith("config")
+    ]
+    chosen.write(Path(WRITE.value), given, found)
+    print(chosen.text(found))
+    print("Written:", WRITE.value)
+    return 0
 
 
 def draw() -> int:

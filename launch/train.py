@@ -24,6 +24,7 @@ WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run, for its checkpoints, logs and result."
 )
 flags.declare_key_flag("allow_paths")
+flags.declare_key_flag("flagfile")  # of xllm preflight --write
 
 
 def main(_: list[str]) -> None:

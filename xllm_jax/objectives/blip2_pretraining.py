@@ -25,6 +25,7 @@ Array = jax.Array
 PASSES = ("image", "text", "match", "caption")  # methods of the network that use dropout
 
 NORMALIZERS = ("pairs", "tokens")  # what the terms of the loss are means over
+WHOLE_BATCH = True  # ITC and ITM compare within a micro-batch: another one is another loss
 ABSENT = -1e9  # the score of a candidate that does not exist
 
 

@@ -281,13 +281,13 @@ def from_refusal(
         memory=account,
         fits=False,
         compiled=True,
-        kept=tuple(memory.largest_kept(_kept(lowered), common["target"].chips, LISTED)),
+        kept=tuple(memory.largest_kept(kept(lowered), common["target"].chips, LISTED)),
         seconds=seconds,
         limit=refused.limit,
     )
 
 
-def _kept(lowered: Lowered) -> list[memory.Kept]:
+def kept(lowered: Lowered) -> list[memory.Kept]:
     """What autodiff keeps of a step."""
     key = jax.eval_shape(lambda: prng.key(0))
     state = lowered.state
@@ -319,10 +319,10 @@ def arithmetic(stage: Stage, target: Target) -> Forecast:
     target = targets.repeated(target, stage.slices)
     lowered = prepare(stage, target, compiles=False)
     common = uncompiled(stage, target, lowered)
-    kept = _kept(lowered)
-    account = memory.account(lowered.state, lowered.batch, memory.residuals(kept) // target.chips)
+    found = kept(lowered)
+    account = memory.account(lowered.state, lowered.batch, memory.residuals(found) // target.chips)
     fits = not target.chip.memory or account.total <= target.chip.memory
-    listed = tuple(memory.largest_kept(kept, target.chips, LISTED))
+    listed = tuple(memory.largest_kept(found, target.chips, LISTED))
     return Forecast(**common, memory=account, fits=fits, compiled=False, kept=listed)
 
 

@@ -34,6 +34,11 @@ def sharded(data: Data, device_mesh: Mesh | AbstractMesh) -> Any:
     )
 
 
+def form(stage: Stage) -> batch_format.BatchFormat:
+    """The batch format of a stage's data."""
+    return batch_format.find(stage.data)
+
+
 def rows(stage: Stage) -> int:
     """Rows of a stage's micro-batch."""
     return batch_format.find(stage.data).rows

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from xllm_jax.core import atomic, bounded
+from xllm_jax.core import atomic, bounded, host_cache
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.rows import files
 
@@ -39,7 +39,7 @@ def check(folder: Path, split: str) -> None:
     known = [[one["file"], one["sha256"], *_state(folder / one["file"])] for one in shards]
     found = json.dumps(known)
     name = hashlib.sha256(os.fsencode(folder.resolve() / split)).hexdigest()
-    note = _memory() / f"{name}.json"
+    note = host_cache.folder("verified") / f"{name}.json"
     if not shards or _remembered(note) == found:
         return
     with ThreadPoolExecutor(THREADS) as pool:
@@ -99,12 +99,6 @@ def _state(file: Path) -> tuple[int, ...]:
     except (OSError, ValueError):  # not there, or a name that no file system knows
         return ()
     return state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino
-
-
-def _memory() -> Path:
-    """Where this host remembers what it has compared."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(cache) / "xllm_jax" / "verified"
 
 
 def _remembered(note: Path) -> str | None:
