@@ -26,7 +26,7 @@ from xllm_jax.core import disk, errors, interrupts, limits, memory_allocator, wo
 from xllm_jax.core.errors import Diverged, UserError
 from xllm_jax.core.stage import Stage
 from xllm_jax.core.suite import Suite
-from xllm_jax.launch import dict_overrides, terminal
+from xllm_jax.launch import compiled, dict_overrides, terminal
 
 # Exit codes. 0: done. After SAVED and LOST the same command continues the run; after FAILED and
 # DIVERGED it would fail again, after UNWRITABLE until there is room.
@@ -76,6 +76,7 @@ def run(
     """
     kept = safe if callable(safe) else lambda: safe
     memory_allocator.keep_freed_memory()
+    compiled.keep()
     interrupts.ready()
     disk.say_once()
     with terminal.ready():

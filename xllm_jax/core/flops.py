@@ -53,8 +53,13 @@ def inner(equation: core.JaxprEqn) -> Iterator[core.Jaxpr]:
 def measured(function: Callable[..., Any], *arguments: Any) -> float:
     """FLOPs that `function`, jitted or not, does on arrays of these shapes, dead code left out."""
     # Traced as it is: a jitted function with options of the compiler may not lie in another.
-    traced = function if hasattr(function, "trace") else jax.jit(function)
-    jaxpr = traced.trace(*arguments).jaxpr.jaxpr
+    jitted = function if hasattr(function, "trace") else jax.jit(function)
+    return of_trace(jitted.trace(*arguments))
+
+
+def of_trace(traced: jax.stages.Traced) -> float:
+    """FLOPs of a jitted function's trace, dead code left out."""
+    jaxpr = traced.jaxpr.jaxpr
     alive, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     return _measured(alive)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from typing import Any, cast
@@ -132,6 +134,19 @@ class Lowered:
         """Where the step shall run."""
         return self.trainer.system.device_mesh
 
+    @functools.cached_property
+    def traced(self) -> jax.stages.Traced:
+        """The step's one trace: what is counted is what is compiled."""
+        real = isinstance(self.device_mesh, Mesh)
+        with jax.set_mesh(self.device_mesh) if real else contextlib.nullcontext():
+            return self.trainer.step.trace(self.state, self.batch)
+
+    @functools.cached_property
+    def useful(self) -> float:
+        """FLOPs that a micro-step cannot do without, over all chips."""
+        state = self.state
+        return flops.useful(self.trainer.loss, state.trainable, state.frozen, self.batch)
+
 
 def prepare(stage: Stage, target: Target, compiles: bool = True) -> Lowered:
     """The step of `training/step.py` and the shapes of its arguments; nothing is allocated.
@@ -184,7 +199,7 @@ def make(stage: Stage, target: Target) -> Forecast:
     started = time.process_time()
     try:
         with jax.set_mesh(lowered.device_mesh):
-            compiled = lowered.trainer.step.lower(lowered.state, lowered.batch).compile()
+            compiled = lowered.traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         refused = refusal.read(str(error))
         if refused is None:
@@ -207,11 +222,7 @@ def read(compiled: jax.stages.Compiled) -> hlo.Program | None:
 
 def counts(lowered: Lowered) -> dict[str, float]:
     """FLOPs done and needed by one micro-step, over all chips."""
-    state, batch = lowered.state, lowered.batch
-    return {
-        "flops": flops.measured(lowered.trainer.step, state, batch),
-        "minimum": flops.useful(lowered.trainer.loss, state.trainable, state.frozen, batch),
-    }
+    return {"flops": flops.of_trace(lowered.traced), "minimum": lowered.useful}
 
 
 def from_compiled(

@@ -31,6 +31,10 @@ class JittedStep(Protocol):
         """The traced step, ready for the compiler."""
         ...
 
+    def trace(self, state: TrainState, batch: Any) -> jax.stages.Traced:
+        """The step as a program of JAX."""
+        ...
+
 
 def objective(stage: Stage) -> ModuleType:
     """The file of a stage's objective: `loss`, and where it has means `counts`, `NORMALIZERS`.
