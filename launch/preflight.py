@@ -139,6 +139,8 @@ def prepare_compiler() -> None:
         import jax  # takes seconds, which a mistake need not wait for
 
         jax.config.update("jax_platforms", "cpu")
+        # Without a chip jaxlib cannot read a program again that it has kept, and says so at length.
+        jax.config.update("jax_enable_compilation_cache", False)
 
 
 if __name__ == "__main__":
