@@ -52,6 +52,7 @@ CASES = {
     "cif_asr": ("cif_asr", None),
     "llama": ("llama", None),
     "siglip": ("siglip", None),
+    "llava": ("llava", None),
     "whisper": ("whisper", None),
 }
 """{case: (source, options)}; None takes the source's own tiny size."""
@@ -61,6 +62,7 @@ LEFT_OUT = {
     "bert": {"bert.pooler.dense.bias": (96,), "cls.predictions.bias": (512,)},
     "llama": {"model.layers.1.self_attn.rotary_emb.inv_freq": (16,)},
     "siglip": {"vision_model.head.probe": (1, 1, 96), "text_model.head.bias": (7,)},
+    "llava": {"model.layers.0.mlp.up_proj.weight": (24, 16), "lm_head.weight": (40, 16)},
     "whisper": {"model.decoder.layers.0.fc1.bias": (384,), "proj_out.weight": (40, 96)},
     "cif_asr": {"encoder.conformer_layers.0.conv_module.batch_norm.num_batches_tracked": ()},
 }

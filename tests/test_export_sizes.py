@@ -67,6 +67,13 @@ CASES = {
         | dict(sizes=dict(vision_fields=TOWER, text_fields=TEXT | dict(end=None), shared=11)),
     ),
     "siglip": ("siglip", dict(prefix="vision_model.", sizes=TOWER)),
+    "llava": (
+        "llava",
+        dict(
+            names=["model.mm_projector.0", "model.mm_projector.2"],
+            sizes=dict(encoder_width=12, hidden=20, llm_width=10),
+        ),
+    ),
     "whisper": ("whisper", dict(prefix="model.encoder.", sizes=WHISPER)),
     "cif_asr": ("cif_asr", dict(encoder=ENCODER, decoder=DECODER, kernel=3)),
     "cif_asr, dense": ("cif_asr", dict(encoder=ENCODER, decoder=DECODER, kernel=0)),

@@ -14,6 +14,7 @@ from xllm_jax.convert.sources import (
     clip_vision,
     eva_vit,
     llama,
+    llava,
     siglip,
     whisper,
 )
@@ -52,7 +53,9 @@ def subjects() -> dict[str, Subject]:
         "whisper": Subject(
             Part("whisper.WhisperEncoder", "tiny"), lambda n: whisper.rows(n.depth, n.heads)
         ),
-        "mlp_interface": Subject(Part("mlp_interface.MLPInterface", "tiny")),
+        "mlp_interface": Subject(
+            Part("mlp_interface.MLPInterface", "tiny"), lambda _: llava.rows()
+        ),
         "perceiver": Subject(Part("perceiver.PerceiverInterface", "tiny")),
         "speech_encoder": Subject(
             networks.speech_encoder("tiny"),
