@@ -92,7 +92,49 @@ def heard(world: Path) -> Stage:
     return dataclasses.replace(made, parts=parts, data=data, steps=2, save_every=2)
 
 
-STAGES = {"siglip": siglip, "clip": clip, "whisper": heard}
+def clips(world: Path) -> Stage:
+    """Stage 2, video, with the MLP of every frame."""
+    made = siglip(world)
+    made.parts["video_interface"] = made.parts.pop("image_interface")
+    data = dataclasses.replace(
+        made.data,
+        sources={"clips": sources.WORLD["clips"]},
+        items={"video": 4},
+        embeddings={"video": 4},
+        video={"frames": 4},
+    )
+    return dataclasses.replace(
+        made,
+        modalities={"video": choices.MODALITIES["video"]},
+        trainable=("video_interface/.*",),
+        data=data,
+    )
+
+
+def instructed(world: Path) -> Stage:
+    """Stage 3 of pictures through the MLP and of frames through the resampler: adapters train."""
+    made = clip(world)
+    fields = {**WIDTHS, "hidden": 24, "skip": 1}
+    made.parts["video_interface"] = made.parts["image_interface"]
+    made.parts["image_interface"] = Part("mlp_interface.MLPInterface", "tiny", fields)
+    names = ("questions", "clips")
+    data = dataclasses.replace(
+        made.data,
+        sources={name: sources.WORLD[name] for name in names},
+        items={"image": 2, "video": 4},
+        embeddings={"image": 4, "video": 3},
+        video={"frames": 4},
+    )
+    return dataclasses.replace(
+        made,
+        modalities={name: choices.MODALITIES[name] for name in ("image", "video")},
+        trainable=("(image|video)_interface/adapter/.*",),
+        data=data,
+    )
+
+
+STAGES = {"siglip": siglip, "clip": clip, "whisper": heard, "video": clips, "stage 3": instructed}
+ENDINGS = {"image": ("*.jpg",), "video": ("*.mp4",), "speech": ("*.wav", "*.flac")}
 
 
 @pytest.fixture(scope="module", params=STAGES)
@@ -109,17 +151,16 @@ def test_a_stage_trains_and_answers(run, world):
     stage, workdir = run
     losses = list(curve(workdir).values())
     assert len(losses) == 2 and np.isfinite(losses).all()
-    (name,) = stage.modalities
     trained = base_description.base_about(workdir / "final")["shapes"]
-    assert trained and all(path.startswith(f"{name}_interface/") for path in trained)
-    ending = {"image": "*.jpg", "speech": "*.wav"}[name]
-    media = sorted(world.rglob(ending)) or sorted(world.rglob("*.flac"))
+    assert {path.split("/")[0] for path in trained} == {f"{n}_interface" for n in stage.modalities}
     model = Assistant(load_run(workdir), max_tokens=3)
-    asked = [Example("q", ((name, str(path)),), "有几个物体？") for path in media[:2]]
-    assert len(model.answers(asked)) == 2
-    first, second = (model.encode([one])[one.media[0]] for one in asked)
-    assert np.isfinite(first.embeddings).all()
-    assert not np.array_equal(first.embeddings, second.embeddings)
+    for name in stage.modalities:
+        media = sorted(path for ending in ENDINGS[name] for path in world.rglob(ending))
+        asked = [Example("q", ((name, str(path)),), "有几个物体？") for path in media[:2]]
+        assert len(model.answers(asked)) == 2
+        first, second = (model.encode([one])[one.media[0]] for one in asked)
+        assert np.isfinite(first.embeddings).all()
+        assert not np.array_equal(first.embeddings, second.embeddings)
 
 
 @pytest.mark.parametrize("run", ["siglip", "whisper"], indirect=True)
@@ -135,17 +176,7 @@ def test_a_cache_gives_the_same_losses(run, tmp_path):
 
 def test_video_is_read_by_frames(world):
     """The same parts as the video's: shapes of the embeddings of four frames."""
-    made = siglip(world)
-    made.parts["video_interface"] = made.parts.pop("image_interface")
-    data = dataclasses.replace(
-        made.data, items={"video": 4}, embeddings={"video": 4}, video={"frames": 4}
-    )
-    made = dataclasses.replace(
-        made,
-        modalities={"video": choices.MODALITIES["video"]},
-        trainable=("video_interface/.*",),
-        data=data,
-    )
+    made = clips(world)
     assert networks.model(made).frozen == {"video": 1}
     with pytest.raises(UserError, match=r"data\.image\.normalization.*reads 'siglip'"):
         networks.model(small_cache.changed(made, image={"size": 32}))
@@ -158,7 +189,21 @@ def changed(stage: Stage, part: str = "", fields: dict | None = None, **data) ->
     return small_cache.changed(made, **data)
 
 
+def causal(world: Path) -> Stage:
+    made = siglip(world)
+    made.parts["llm"] = Part("causal.Causal", "tiny", {"width": 32, "heads": 2})
+    return made
+
+
 MISMATCHES = {
+    "family of the LLM": (
+        causal,
+        r"data\.llm_family: 'glm' is of another family than llm \(Causal\).*docs/llms\.md",
+    ),
+    "family of ChatGLM": (
+        lambda w: changed(siglip(w), llm_family="causal"),
+        r"data\.llm_family: 'causal' is of another family than llm \(ChatGLM\)",
+    ),
     "width of the encoder": (
         lambda w: changed(siglip(w), "image_interface", {"encoder_width": 24}),
         r"parts\.image_interface\.fields\.encoder_width: is 24, and vision_encoder has 16.*=16",

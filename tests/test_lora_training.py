@@ -38,6 +38,7 @@ def small(family="glm", **settings):
     made = small_stage.stage(trainable=(), lora=Lora(**settings))
     if family == "causal":
         made.parts = {"llm": Part("causal.Causal", "tiny", dict(LLAMA))}
+        made.data.llm_family = "causal"
     return made
 
 
@@ -47,10 +48,7 @@ def moved(system):
 
 
 def batch_of(made):
-    batch = fill(batch_format.find(made.data).shapes(), np.random.default_rng(0), {})
-    if "causal" in made.parts["llm"].network:
-        batch = dataclasses.replace(batch, positions=batch.positions[..., :1])
-    return batch
+    return fill(batch_format.find(made.data).shapes(), np.random.default_rng(0), {})
 
 
 def by_hand(kernel, leaves, inputs):

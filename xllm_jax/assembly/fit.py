@@ -2,7 +2,8 @@
 
 Networks say what they take in plain attributes, and what a network does not say is not looked at:
 an encoder `INPUT` ({setting of the data: its value}), `bins`, `patch` and `image_size`,
-`most_frames` and `width`; an interface `encoder_width`, `llm_width` and `made_of`.
+`most_frames` and `width`; an interface `encoder_width`, `llm_width` and `made_of`; an LLM `width`
+and `position_axes`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from flax import linen as nn
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data, Stage
 from xllm_jax.data.media import modalities
+from xllm_jax.data.text import llm_family
 from xllm_jax.models.xllm import LLM, XLLM
 
 DEFAULTS = {"image.normalization": "clip", "speech.features": "kaldi"}
@@ -31,8 +33,9 @@ def check(stage: Stage, xllm: XLLM) -> None:
 
     Raises:
       UserError: an encoder gets other media than it takes, an interface other features, or the LLM
-        embeddings of another width or number; names the field.
+        embeddings of another width or number, or texts of another family; names the field.
     """
+    _family(stage.data, xllm)
     for modality, encoder, interface in routes(stage, xllm):
         read, made = xllm.networks[encoder], xllm.networks[interface]
         if modality in PICTURES:
@@ -80,6 +83,16 @@ def _sounds(data: Data, part: str, encoder: nn.Module) -> None:
         what = f"is {data.frames[-1]}, and {part} has places for {most} frames"
         hint = f"Say at most {most}, and leave out longer sounds or cut them"
         raise UserError(what, field="data.frames", hint=hint)
+
+
+def _family(data: Data, xllm: XLLM) -> None:
+    """Positions as the LLM reads them: ChatGLM's have two numbers, a causal decoder's one."""
+    wanted = getattr(xllm.networks.get(LLM), "position_axes", None)
+    if wanted and len(llm_family.find(data).position_step) != wanted:
+        name = type(xllm.networks[LLM]).__name__
+        what = f"{data.llm_family!r} is of another family than {LLM} ({name})"
+        hint = "docs/llms.md has llm_family and template of every LLM"
+        raise UserError(what, field="data.llm_family", hint=hint)
 
 
 def _options(data: Data, modality: str) -> dict[str, Any]:

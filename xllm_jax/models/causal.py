@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -220,6 +221,8 @@ class Causal(nn.Module):
     dtype: DTypeLike = jnp.float32
     remat: str = "none"
     unroll: int = 1
+
+    position_axes: ClassVar = 1  # numbers to a token's position
 
     def setup(self) -> None:
         shape, normal = (self.vocab, self.width), basic.truncated_normal()

@@ -7,6 +7,8 @@ kind is four methods: `embed(ids)`, `__call__(x, segments, context, positions, c
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -184,6 +186,8 @@ class ChatGLM(nn.Module):
     dtype: DTypeLike = jnp.float32
     remat: str = "none"
     unroll: int = 1
+
+    position_axes: ClassVar = 2  # numbers to a token's position
 
     def setup(self) -> None:
         self.embedding = self.param(
