@@ -11,7 +11,7 @@ define install
 	  >.venv/pip.log 2>&1 || { cat .venv/pip.log >&2; exit 1; }
 endef
 
-.PHONY: demo test lint chat serve backbones lock clean
+.PHONY: demo ablation test lint chat serve backbones lock clean
 
 ifeq ($(origin PYTHON),command line)
 ifneq ($(shell $(PYTHON) -c '$(VERSION)'),$(shell $(BIN)/python -c '$(VERSION)' 2>/dev/null))
@@ -38,6 +38,10 @@ endif
 demo: .venv/ready
 	$(BIN)/xllm demo --output=demo $(if $(QUICK),--quick) $(if $(SEED),--seed=$(SEED)) \
 	  $(if $(SEEDS),--seeds=$(SEEDS))
+
+# What tuning the LLM and packed bases change, on what `make demo` has trained.
+ablation: .venv/ready
+	$(BIN)/xllm ablation --output=demo $(if $(SEEDS),--seeds=$(SEEDS))
 
 chat: .venv/ready
 	$(BIN)/xllm chat --checkpoint=demo/runs/stage3

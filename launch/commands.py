@@ -26,6 +26,7 @@ FOLDER = Path(__file__).parent
 # Command and module, in the order in which a newcomer needs them.
 COMMANDS = {
     "demo": "demo",
+    "ablation": "ablation",
     "train": "train",
     "evaluate": "evaluate",
     "generate": "generate",

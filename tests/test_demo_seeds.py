@@ -125,7 +125,7 @@ from pathlib import Path
 from absl import flags
 from xllm_jax.launch import demo
 
-def run_all(jobs, folder):
+def run_all(jobs, folder, slots):
     trained = [job for job in jobs if job.command == "train"]
     seeds = {[a for a in job.arguments if "seed" in a][:1] == [] for job in trained}
     world = [a for job in jobs for a in job.arguments if a.endswith("world") and "output" in a]
@@ -158,10 +158,10 @@ def test_seeds_have_folders_of_their_own_and_one_world(tmp_path):
 
 TIMED = """
 import subprocess, sys, time
-from xllm_jax.launch import demo
+from xllm_jax.launch import jobs
 
 def running(code):
-    made = demo.Running.__new__(demo.Running)
+    made = jobs.Running.__new__(jobs.Running)
     made.computed, made.process = 0.0, subprocess.Popen([sys.executable, "-c", code])
     return made
 

@@ -11,7 +11,7 @@ from xllm_jax.assembly import adapters, parameters
 from xllm_jax.assembly.system import System
 from xllm_jax.core import base_description, checkpoint, checksum, damage, mesh
 from xllm_jax.core.errors import UserError
-from xllm_jax.core.stage import Stage
+from xllm_jax.core.stage import Part, Stage
 from xllm_jax.core.stage_record import parse_stage
 from xllm_jax.core.types import Device
 from xllm_jax.models import lora
@@ -38,7 +38,7 @@ def load_run(
     Args:
       directory: folder of the run (the --workdir of launch/train.py).
       replaced: {part: 'DIR' or 'DIR:part'} that come from elsewhere; '' as source takes what the
-        run started from.
+        run started from. A base of `xllm quantize` keeps its packed kernels.
       devices: where the parameters go; all by default, those of other hosts among them.
       outputs: folder of a run of decoding-side alignment beside the same LLM, whose signal tokens
         and projections let this one answer with pictures.
@@ -59,12 +59,30 @@ def load_run(
     # What the run has trained comes from its result, and not from where it began.
     began = "" if any(map(lora.is_adapter, about["shapes"])) else stage.lora.init
     settings = dataclasses.replace(stage.lora, init=place(began, directory) if began else "")
-    stage = dataclasses.replace(stage, init=init, offload=(), lora=settings)
+    parts = {
+        name: packed_as(part, name, replaced.get(name, "")) for name, part in stage.parts.items()
+    }
+    stage = dataclasses.replace(stage, parts=parts, init=init, offload=(), lora=settings)
     system = System.build(stage, mesh.make(stage.mesh, devices))
     params = parameters.parameters(system)
     frozen = adapters.split(stage, params)[1]
     check_base(frozen, params.keys() - replaced.keys(), about.get("base", {}), directory)
     return Restored(system.model, params, stage)
+
+
+def packed_as(part: Part, name: str, source: str) -> Part:
+    """A part with its kernels packed as they are in what replaces its parameters.
+
+    Args:
+      part: of a stage.
+      name: of the part.
+      source: 'DIR' or 'DIR:part'; '' where nothing does.
+    """
+    if not source:
+        return part
+    folder, inner = parameters.origin(source, name)
+    packed = base_description.base_about(folder).get("weights", {}).get(inner, "")
+    return dataclasses.replace(part, weights=packed)
 
 
 def without_teachers(stage: Stage) -> Stage:
