@@ -8,6 +8,11 @@ Each cell of the table is a JSON file of its own, so that a second call goes on 
 stopped; `--show` measures nothing. 'configured' is the config as it is, 'largest' the largest
 micro-batch of the same update that fits, 'arithmetic' the config as it is without the compiler: it
 stands in the table where 'configured' is missing. '2xv5e-16' are two slices, over 'data'.
+
+A stage may be one of CHOICES, with other encoders, interfaces and LLMs:
+
+    --stages=siglip_vicuna,siglip_vicuna_nf4,whisper_cif,whisper_asr --slices=v5e-4 \
+        --batches=configured
 """
 
 from __future__ import annotations
@@ -24,7 +29,7 @@ from typing import Any
 
 import jax
 
-from xllm_jax.core.stage import Stage
+from xllm_jax.core.stage import Part, Stage
 from xllm_jax.preflight import forecast, report, targets
 
 STAGES = (
@@ -33,6 +38,41 @@ STAGES = (
 )  # fmt: skip
 SLICES = ("v5e-16", "v5p-8", "v4-32")
 BATCHES = ("configured", "largest")  # and "arithmetic"
+SIGLIP_MLP = {
+    "vision_encoder": Part("siglip.SiglipVision", "so400m_14_384"),
+    "image_interface": Part("mlp_interface.MLPInterface", "siglip"),
+    "llm": Part("causal.Causal", "vicuna_7b"),
+}
+PICTURES = {
+    "image": {"size": 384, "normalization": "siglip"},
+    "embeddings": {"image": 729},
+    "length": 800,
+    "rows": 16,
+    "examples": 16,
+    "llm_family": "causal",
+    "template": "vicuna_v1",
+}
+WHISPER = {"speech_encoder": Part("whisper.WhisperEncoder", "whisper_large_v3", {"stride": 4})}
+SOUNDS = {"speech": {"features": "whisper", "bins": 128}}
+CIF = {"encoder_width": 1280}
+# {name: (stage, {part: what replaces it}, {part: further fields}, {field of the data: value})}:
+# docs/encoders.md has the same as flags.
+CHOICES: dict[str, tuple[str, dict[str, Part], dict[str, dict], dict[str, Any]]] = {
+    "siglip_vicuna": ("stage2_image", SIGLIP_MLP, {}, PICTURES),
+    "siglip_vicuna_nf4": (
+        "stage2_image",
+        SIGLIP_MLP | {"llm": dataclasses.replace(SIGLIP_MLP["llm"], weights="nf4")},
+        {},
+        PICTURES,
+    ),
+    "whisper_cif": ("stage2_speech", WHISPER, {"speech_interface": CIF}, SOUNDS),
+    "whisper_asr": (
+        "stage1_speech",
+        WHISPER,
+        {"speech_interface": CIF, "asr_decoder": {"width": 1280}},
+        SOUNDS,
+    ),
+}
 HEADER = (
     "stage", "slice", "rows x accumulation", "GiB a chip", "state + temporaries",
     "FLOPs / needed", "GB sent", "s an update", "limit", "samples/s", "days", "chip-hours",
@@ -45,10 +85,32 @@ def place(folder: Path, cell: tuple[str, str, str]) -> Path:
     return folder / f"{'_'.join(cell)}.json"
 
 
+def stage_named(name: str) -> Stage:
+    """A packaged stage at the real size, or one of CHOICES."""
+    config, parts, fields, data = CHOICES.get(name, (name, {}, {}, {}))
+    stage: Stage = importlib.import_module(f"xllm_jax.configs.{config}").get_config("real")
+    parts = stage.parts | parts
+    for part, more in fields.items():
+        parts[part] = dataclasses.replace(parts[part], fields={**parts[part].fields, **more})
+    trains = ("speech_interface/cif/.*", "asr_decoder/.*")
+    if name == "whisper_asr":  # the encoder stays frozen
+        stage = dataclasses.replace(stage, trainable=trains)
+    changed = {
+        field: {**getattr(stage.data, field), **value} if isinstance(value, dict) else value
+        for field, value in data.items()
+    }
+    optimizer = stage.optimizer
+    if "rows" in data:  # as many examples an update
+        count = optimizer.accumulation * stage.data.rows // data["rows"]
+        optimizer = dataclasses.replace(optimizer, accumulation=count)
+    data = dataclasses.replace(stage.data, **changed)
+    return dataclasses.replace(stage, parts=parts, data=data, optimizer=optimizer)
+
+
 def measure(cell: tuple[str, str, str], folder: Path) -> None:
     """Compiles one cell and writes its file."""
     name, slice_, batch = cell
-    stage: Stage = importlib.import_module(f"xllm_jax.configs.{name}").get_config("real")
+    stage = stage_named(name)
     count, one = re.fullmatch(r"(?:(\d+)x)?(.+)", slice_).groups()
     stage = dataclasses.replace(stage, slices={"data": int(count)} if count else {})
     found = MAKERS[batch](stage, targets.parse(one))
