@@ -86,6 +86,19 @@ def test_paired_differences_of_right_answers(count, gained, lost):
     assert coverage(draw, gained - lost, quick(bootstrap.mean_difference)) >= LEAST
 
 
+def test_a_difference_that_no_sample_contradicts_is_not_certain():
+    """That none of 40 got worse does not say that none would."""
+    zeros, one, all_right = np.zeros(40), np.zeros(40), np.ones(40)
+    one[7] = 1
+    same = bootstrap.mean_difference(zeros, zeros)
+    assert same.value == 0 and 0.05 < same.high < 0.12
+    assert same.low == pytest.approx(-same.high, rel=0.1)
+    better, worse = (bootstrap.mean_difference(*pair) for pair in ((zeros, one), (one, zeros)))
+    assert better.low < 0 < better.value < better.high
+    assert worse.low == pytest.approx(-better.high, rel=0.1) and worse.high > 0
+    assert bootstrap.mean_difference(zeros, all_right).low > 0.75
+
+
 @pytest.mark.parametrize("count", SIZES)
 def test_paired_differences_of_scores(count):
     def draw(rng):

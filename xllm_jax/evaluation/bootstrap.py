@@ -75,7 +75,9 @@ def estimate(
     found = float(value(statistics.sum(axis=0))) if count else math.nan
     if math.isnan(found):
         return Estimate(found, found, found, count)
-    if value is rate and _is_among(statistics, (0, 1)):
+    # Differences of shares are none, even where no sample got worse.
+    positive = ends is None or np.asarray(ends)[0, 0] >= 0
+    if value is rate and positive and _is_among(statistics, (0, 1)):
         return Estimate(found, *clopper_pearson(statistics[:, 0].sum(), count, share), count)
     generator = np.random.default_rng(seed)
     limits = None
