@@ -12,7 +12,7 @@ import forked
 import pytest
 import small_stage
 
-from xllm_jax.convert import import_tree, run_import
+from xllm_jax.convert import import_tree, run_import, sizes
 from xllm_jax.convert.sources import chatglm
 from xllm_jax.core import checkpoint
 from xllm_jax.core.stage import Part
@@ -50,10 +50,10 @@ def made(tmp_path_factory):
     past = [(40 * key, 40 * value) for key, value in past]
     file = folder / "tuned" / "pytorch_model.bin"
     torch.save({name: 40 * x for name, x in torch.load(file).items()}, file)
-    sizes = {"length": 5, "depth": llm.depth, "width": llm.width, "heads": llm.heads}
+    fields = {"length": 5, "depth": llm.depth, "width": llm.width, "heads": llm.heads}
     parts = {
         "llm": Part("glm.ChatGLM", "tiny", dict(SIZES)),
-        "llm_prefix": Part("glm_prefix.Prefix", "tiny", sizes),
+        "llm_prefix": Part("glm_prefix.Prefix", "tiny", fields),
     }
     run_import.run_import("chatglm_prefix", folder / "tuned", folder / "llm_prefix")
     init = {"llm_prefix": str(folder / "llm_prefix")}
