@@ -70,17 +70,22 @@ def run(name: str, *arguments: str) -> str:
     return done.stdout
 
 
+def trained(folder: Path, stage: str, workdir: Path, *more: str) -> list[float]:
+    """Losses of the miniature's stage, trained on the small LLaMA."""
+    config = f"--config={ROOT / 'configs' / stage}.py:tiny"
+    data = (f"--config.data.root={folder / 'world'}", f"--config.data.tokenizer={folder}/tokenizer")
+    run("train", config, f"--workdir={workdir}", *FLAGS, *data, *more)
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
 def test_stage_2_trains_on_a_small_llama(folder):
     """The loss falls, only the interface trains, and the run describes a held-out picture."""
-    data = (f"--config.data.root={folder / 'world'}", f"--config.data.tokenizer={folder}/tokenizer")
     workdir = folder / "run"
-    config = f"--config={ROOT / 'configs' / 'stage2_image.py'}:tiny"
-    run("train", config, f"--workdir={workdir}", "--config.steps=6", *FLAGS, *data)
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    losses = [line["loss"] for line in lines if "loss" in line]
+    losses = trained(folder, "stage2_image", workdir, "--config.steps=6")
     assert len(losses) >= 5 and np.isfinite(losses).all() and losses[-1] < losses[0]
-    trained = checkpoint.open_leaves(workdir / "final")
-    assert trained and all(path.startswith("image_interface/") for path in trained)
+    moved = checkpoint.open_leaves(workdir / "final")
+    assert moved and all(path.startswith("image_interface/") for path in moved)
     image = next((folder / "world").rglob("*.jpg"))
     for search in ((), ("--decode=beam", "--beams=2")):
         said = run(
@@ -92,3 +97,26 @@ def test_stage_2_trains_on_a_small_llama(folder):
             *search,
         )
         assert said.endswith("\n")
+
+
+def test_stage_3_trains_on_it(folder):
+    """Pictures, clips and speech at once; adapters alone move, of a new interface as well."""
+    fresh = ("video_interface", "speech_encoder", "speech_interface")
+    losses = trained(
+        folder,
+        "stage3_instruction",
+        folder / "stage3",
+        *(f"--config.init.{name}=" for name in fresh),
+        "--config.parts.video_interface.network=perceiver.PerceiverInterface",
+        "--config.parts.video_interface.fields.queries=8",
+        "--config.data.embeddings.video=8",
+        f"--config.data.characters={folder / 'world' / 'characters.txt'}",
+        "--config.data.length=640",
+        "--config.steps=3",
+    )
+    assert len(losses) == 3 and np.isfinite(losses).all()
+    moved = checkpoint.open_leaves(folder / "stage3" / "final")
+    adapters = tuple(f"{name}_interface/adapter/" for name in ("image", "video", "speech"))
+    assert all(any(path.startswith(one) for path in moved) for one in adapters)
+    whole = {path for path in moved if not path.startswith(adapters)}
+    assert not any(path.startswith("llm/") for path in whole)
