@@ -20,11 +20,11 @@ ROOT = Path(__file__).parents[1]
 TOKENIZER = ROOT / "xllm_jax" / "data" / "synthetic_world" / "backbones" / "llm"
 
 
-def make_world(folder: Path, items: int = 8) -> Path:
-    """A world with `items` test files of each kind, and its characters."""
+def make_world(folder: Path, items: int = 8, **more: int) -> Path:
+    """A world with `items` test files of each kind, others as `more` says, and its characters."""
     names = (field.name for field in dataclasses.fields(WorldSizes))
     sizes = {name: items if name.startswith("test") else 4 for name in names}
-    made = world.build(folder / "world", WorldSizes(**sizes), seed=5, workers=0)
+    made = world.build(folder / "world", WorldSizes(**sizes | more), seed=5, workers=0)
     return made
 
 

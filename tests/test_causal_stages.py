@@ -1,4 +1,4 @@
-"""The LLM of a stage swapped by flags: a small LLaMA trains the miniature's stage 2 and answers."""
+"""The LLM of a stage swapped by flags: a small LLaMA trains the miniature's stages 2 and 3."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ FLAGS = (
 def folder(tmp_path_factory):
     """A world, and a tokenizer of the form that LLaMA's are published in."""
     folder = tmp_path_factory.mktemp("causal")
-    world = small_runs.make_world(folder)
+    world = small_runs.make_world(folder, train_instructions=24)
     texts = [path.read_text("utf-8") for path in world.rglob("*.json")]
     made = tokenizers.Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -82,7 +82,8 @@ def trained(folder: Path, stage: str, workdir: Path, *more: str) -> list[float]:
 def test_stage_2_trains_on_a_small_llama(folder):
     """The loss falls, only the interface trains, and the run describes a held-out picture."""
     workdir = folder / "run"
-    losses = trained(folder, "stage2_image", workdir, "--config.steps=6")
+    quick = ("--config.optimizer.warmup_steps=1", "--config.optimizer.peak=5e-3")
+    losses = trained(folder, "stage2_image", workdir, "--config.steps=6", *quick)
     assert len(losses) >= 5 and np.isfinite(losses).all() and losses[-1] < losses[0]
     moved = checkpoint.open_leaves(workdir / "final")
     assert moved and all(path.startswith("image_interface/") for path in moved)
