@@ -26,7 +26,6 @@ FOLDER = Path(__file__).parent
 # Command and module, in the order in which a newcomer needs them.
 COMMANDS = {
     "demo": "demo",
-    "ablation": "ablation",
     "train": "train",
     "evaluate": "evaluate",
     "generate": "generate",
@@ -42,6 +41,7 @@ COMMANDS = {
     "preflight": "preflight",
     "conformance": "conformance",
     "replay": "replay",
+    "ablation": "ablation",
     "world": "world",
     "build-backbones": "build_backbones",
 }
