@@ -117,7 +117,7 @@ def _source(line: Instruction, inside: list[Instruction]) -> str:
 
 
 def place(source: str) -> str:
-    """Module path of an operation's name, such as 'ChatGLM/layers/attention backward'.
+    """Module path of an operation's name, such as 'Causal/layers/attention backward'.
 
     Args:
       source: `op_name` of the program's text.
