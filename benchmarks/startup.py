@@ -69,7 +69,9 @@ def main() -> None:
         done = subprocess.run(command, capture_output=True, text=True, env=kept)
         if done.returncode:
             sys.exit(done.stderr)
-        cells = [f"{seconds:.2f}" for seconds in json.loads(done.stdout.splitlines()[-1])]
+        cells = [
+            f"{seconds:.2f}" for seconds in json.loads(done.stdout.strip().rsplit("\n", 1)[-1])
+        ]
         print(f"| {name} | " + " | ".join(cells + [""] * (len(PHASES) - len(cells))) + " |")
 
 

@@ -16,6 +16,7 @@ from collections.abc import MutableMapping
 from pathlib import Path
 
 from xllm_jax.core import host_cache
+from xllm_jax.core.text_lines import split_lines
 
 VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 MOST = 20 * 2**30  # bytes of a folder
@@ -56,7 +57,7 @@ def processor(information: Path = Path("/proc/cpuinfo")) -> str:
     """
     lines = []
     with contextlib.suppress(OSError):
-        lines = information.read_text("utf-8", "replace").splitlines()
+        lines = split_lines(information.read_text("utf-8", "replace"))
     told = [line for line in lines if line.startswith(("flags", "Features", "model name"))][:2]
     return hashlib.sha256("\n".join([platform.machine(), *told]).encode()).hexdigest()[:12]
 

@@ -16,7 +16,8 @@ from absl import flags
 from small_runs import TOKENIZER
 
 from xllm_jax.configs import stage3_instruction
-from xllm_jax.convert import quantize, run_import
+from xllm_jax.convert import quantize
+from xllm_jax.convert.sources import world
 from xllm_jax.core import checkpoint, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Stage
@@ -221,7 +222,7 @@ def test_the_page_s_figures_are_of_the_llm_that_ships(launcher, tmp_path):
     assert ablation_page.stated(changed) == ["abc"]
     assert "| adapters, answered with an nf4 base |" in changed
     if stated != "none":
-        run_import.run_import("world", TOKENIZER, tmp_path / "llm")
+        world.import_llm(TOKENIZER, tmp_path / "llm")
         assert launcher.identity(tmp_path / "llm") == stated
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from xllm_jax.core import atomic, bounded, fingerprint, host_cache
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Stage
+from xllm_jax.core.text_lines import split_lines
 from xllm_jax.preflight import choose, micro_batch
 from xllm_jax.preflight.targets import Target
 
@@ -110,5 +111,5 @@ def write(file: Path, given: Sequence[str], found: dict[str, Any]) -> None:
       given: `--config…` of the command line.
       found: what `find` gives.
     """
-    lines = [f"# {line}" for line in text(found).splitlines()]
+    lines = [f"# {line}" for line in split_lines(text(found))]
     atomic.write_text(file, "\n".join([*lines, *given, *found["flags"]]) + "\n")
