@@ -139,7 +139,7 @@ def test_what_is_only_remembered_may_stay_unwritten(tmp_path, monkeypatch):
     one = {"file": shard.name, "bytes": 5, "sha256": atomic.sha256(shard)}
     manifest = {"splits": {"train": {"shards": [one]}}}
     (shard.parent / "manifest.json").write_text(json.dumps(manifest))
-    monkeypatch.setattr(verified, "_memory", lambda: tmp_path / "memory")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "memory"))
     with full_at(10):
         verified.check(shard.parent, "train")
     assert not half_written(tmp_path)
