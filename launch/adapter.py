@@ -40,11 +40,13 @@ def main(_: list[str]) -> int:
     """Returns the exit code."""
     for flag in (ACTION, INPUT, OUTPUT):
         if not flag.value:
-            raise UserError("this flag is required", field=f"--{flag.name}", hint=flag.help)
+            raise UserError(
+                "this flag is required", field=f"--{flag.name}", hint=flags.FLAGS[flag.name].help
+            )
     given, rest = (INPUT.value, OUTPUT.value), (SOURCE.value, PART.value)
     if ACTION.value == "import":
         if not BASE.value:
-            raise UserError("this flag is required", field="--base", hint=BASE.help)
+            raise UserError("this flag is required", field="--base", hint=flags.FLAGS["base"].help)
         told = adapters.import_adapter(INPUT.value, BASE.value, OUTPUT.value, ALPHA.value, *rest)
     elif ACTION.value == "export":
         told = adapters_out.export_adapter(*given, BASE.value, *rest, NAME.value)

@@ -57,7 +57,9 @@ def main(_: list[str]) -> int:
         return replay(Path(VERIFY.value))
     for flag in (SOURCE, INPUT, OUTPUT):
         if not flag.value:
-            choices = f"Choices: {', '.join(run_import.sources())}" if flag is SOURCE else flag.help
+            choices = flags.FLAGS[flag.name].help
+            if flag is SOURCE:
+                choices = f"Choices: {', '.join(run_import.sources())}"
             raise UserError("this flag is required", field=f"--{flag.name}", hint=choices)
     if DIRECTION.value == "export":
         files = run_export.run_export(SOURCE.value, INPUT.value, OUTPUT.value, SIZE.value)

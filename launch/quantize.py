@@ -31,7 +31,9 @@ def main(_: list[str]) -> int:
     """Returns the exit code."""
     for flag in (INPUT, OUTPUT):
         if not flag.value:
-            raise UserError("this flag is required", field=f"--{flag.name}", hint=flag.help)
+            raise UserError(
+                "this flag is required", field=f"--{flag.name}", hint=flags.FLAGS[flag.name].help
+            )
     before, after = quantize.run(INPUT.value, OUTPUT.value, WEIGHTS.value, PART.value, SOURCE.value)
     print(f"{before / 1e6:,.1f} MB became {after / 1e6:,.1f} MB; written to {OUTPUT.value}")
     return 0

@@ -12,7 +12,9 @@ import small_stage
 from safetensors.numpy import save_file
 from test_convert_chatglm import tensors_of, write_folder
 
+from xllm_jax.convert import run_import
 from xllm_jax.core import checkpoint
+from xllm_jax.core.errors import UserError
 from xllm_jax.models import glm
 
 START = "base_model.model.transformer.layers"
@@ -80,3 +82,22 @@ def test_flags_of_train_say_what_they_cannot_find(tmp_path):
     code, _, told = run("train", config, f"--workdir={tmp_path}", "--config.lora.rank=16", targets)
     assert code == 2 and len(told.splitlines()) == 1
     assert told.startswith("lora.targets: pattern 'llm/layers/atention/.*' matches no kernel")
+
+
+@pytest.mark.parametrize("command", ["adapter", "adapter --action=import", "quantize", "convert"])
+def test_a_required_flag_is_asked_for_in_one_line(command):
+    name, *more = command.split()
+    given = ["--input=somewhere", "--output=elsewhere"] if more else []
+    code, _, told = run(name, *more, *given)
+    assert code == 2 and "this flag is required. " in told and told.count("\n") == 0
+
+
+def test_nothing_that_is_read_is_written_over(tmp_path):
+    for read in ("base", "runs/lora"):
+        (tmp_path / read / "final").mkdir(parents=True)
+        (tmp_path / read / "final" / "about.json").write_text("{}")
+    base, run_folder = tmp_path / "base", tmp_path / "runs" / "lora"
+    for output in (base, run_folder, run_folder / "final", tmp_path / "runs"):
+        with pytest.raises(UserError, match=r"is the input|holds, or is a part of"):
+            run_import.check_output(output, run_folder, base)
+    run_import.check_output(run_folder / "merged", run_folder, base)

@@ -78,7 +78,7 @@ def import_adapter(
             stores, about, {name.rpartition("/")[0] for name in made}
         ),
     }
-    run_import.check_output(output, path)
+    run_import.check_output(output, path, base)
     checkpoint.save_base(output, rules.unflatten(made), told)
     return f"{len(found)} adapters of rank {rank}{', DoRA' if config.dora else ''}"
 

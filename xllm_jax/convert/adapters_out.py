@@ -17,6 +17,7 @@ from xllm_jax.convert import (
     peft_config,
     rewrite,
     run_export,
+    run_import,
 )
 from xllm_jax.convert.adapter_table import Published
 from xllm_jax.convert.base_table import Matrix
@@ -104,6 +105,7 @@ def merge(
       UserError: there are no adapters, or not of this base.
     """
     opened = _Opened(path, base, source, part)
+    run_import.check_output(output, path, opened.base)
     made: dict[str, Blocks] = {}
     done = {one.place: one for one in opened.matrices.values() if one.place in opened.adapted}
     for name, store in opened.stores.items():

@@ -309,16 +309,23 @@ def check_finite(tensor: np.ndarray, name: str) -> None:
             )
 
 
-def check_output(output: str | Path, source: Path) -> None:
-    """Refuses an output folder that holds something else than a base.
+def check_output(output: str | Path, *sources: str | Path) -> None:
+    """Refuses an output folder that holds something else than a base, or what is read.
+
+    Args:
+      output: folder to write.
+      sources: files and folders that are read.
 
     Raises:
       UserError: it would be overwritten.
     """
     output = Path(output)
-    if output.resolve() == source.resolve():
-        raise UserError("is the input", field=str(output), hint="Choose another --output")
     filled = output.is_file() or (output.is_dir() and litter.filled(output))
+    own = output.resolve()
+    for source in (Path(one).resolve() for one in sources):
+        if own == source or own in source.parents or (filled and source in own.parents):
+            what = "is the input" if own == source else f"holds, or is a part of, {source}"
+            raise UserError(what, field=str(output), hint="Choose another --output")
     if filled and not (output / "about.json").exists():
         raise UserError(
             "is there already and is no base of ours",
