@@ -218,6 +218,9 @@ def test_a_stage_takes_base_and_adapters_from_such_a_run(beside, name):
     origins = parameters.origins(made.init, ours)
     assert origins["llm/layers/attention/qkv/lora_b"][0] == beside / "run" / "final"
     assert origins["llm/layers/attention/qkv/kernel"][0] == beside / "base"
+    made.lora = small(targets="llm/layers/attention/qkv", trains=False).lora
+    with pytest.raises(UserError, match=r"does not name, llm/layers/attention/out/lora_a"):
+        parameters.parameters(System.build(made))
     made.lora = Lora()
     with pytest.raises(UserError, match="has adapters"):
         parameters.parameters(System.build(made))

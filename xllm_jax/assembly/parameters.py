@@ -102,13 +102,17 @@ def with_adapters(
       there: what the source holds.
 
     Raises:
-      UserError: the source has adapters, and the stage none.
+      UserError: the source has adapters, and the stage none, or not all of them.
     """
     low = {path for path in there if lora.is_adapter(path)}
     wanted = {path: x for path, x in like.items() if path in low or not lora.is_adapter(path)}
     if low and len(wanted) == sum(not lora.is_adapter(path) for path in like):
         hint = "Name them in lora.targets, or write a base without: xllm adapter --action=merge"
         raise UserError(f"{source} has adapters", field=f"init.{prefix}", hint=hint)
+    for path in sorted(filter(_given, low - like.keys())):
+        what = f"{source} has, and lora.targets does not name, {path}"
+        hint = "Say in lora.targets and lora.dora what the adapters are"
+        raise UserError(what, field=f"init.{prefix}", hint=hint)
     own = [path for path in low if path.endswith(f"/{lora.DROPOUT}")]
     return {path: x for path, x in wanted.items() if path not in own}, [*others, *own]
 
