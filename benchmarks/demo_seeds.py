@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import demo_behavior
+import jax
 
 from xllm_jax.core import atomic, fingerprint
 from xllm_jax.launch import commands
@@ -71,7 +72,7 @@ def main() -> None:
     runs = {str(seed): run(given.output.absolute(), seed) for seed in seeds}
     if demo_behavior.whole(demo_behavior.behavior()) != code:
         sys.exit("The code has changed meanwhile: nothing was written")
-    about = {"hash": code, "commit": fingerprint.commit(), "runs": runs}
+    about = {"hash": code, "commit": fingerprint.commit(), "jax": jax.__version__, "runs": runs}
     atomic.write_json(ROOT / "xllm_jax" / "report" / spread.RECORDED, about)
     for page in PAGES:
         atomic.write_text(page, placed(page.read_text("utf-8"), block(runs, code)))

@@ -75,6 +75,8 @@ def test_the_pages_carry_the_hash_of_this_code():
         assert known is None
         return
     assert known and [known["hash"]] == found[0]
+    if known["jax"] != jax.__version__:
+        pytest.skip(f"StableHLO of JAX {known['jax']} is known, not of {jax.__version__}")
     # In a process of its own: programs are those of the demo, not with the settings of the tests.
     own = {name: x for name, x in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
     command = [sys.executable, str(ROOT / "benchmarks" / "demo_behavior.py")]
