@@ -111,11 +111,13 @@ def test_other_names_are_no_litter(name):
 
 
 def test_commands_leave_it_out(tmp_path, monkeypatch):
-    (tmp_path / ".DS_Store").touch()
-    check_output(tmp_path, tmp_path / "input")
-    (tmp_path / "mine").touch()
+    output, read = tmp_path / "output", tmp_path / "input"
+    output.mkdir()
+    (output / ".DS_Store").touch()
+    check_output(output, read)
+    (output / "mine").touch()
     with pytest.raises(UserError, match="is there already"):
-        check_output(tmp_path, tmp_path / "input")
+        check_output(output, read)
     fixtures.sound(tmp_path / "wav/a.wav")
     (tmp_path / "wav/._a.wav").write_bytes(APPLE)
     heard, others = resampled.found(tmp_path / "wav")
