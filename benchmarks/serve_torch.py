@@ -26,7 +26,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 
-from xllm_jax.data.text import prompt
+from xllm_jax.data.text import templates
 
 
 class Model:
@@ -43,7 +43,7 @@ class Model:
             bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left",
         )  # fmt: skip
         self.network = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-        style = prompt.template(serve_model.TEMPLATE)
+        style = templates.template(serve_model.TEMPLATE)
         self.around = f"{style.system}{style.question}".replace("{media}", "")
         self.turn = threading.Lock()
 

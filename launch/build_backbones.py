@@ -40,7 +40,7 @@ from xllm_jax.data.sources import world_scenes
 from xllm_jax.data.synthetic_world import clip_vocabulary
 from xllm_jax.data.synthetic_world.text_stream import text_examples
 from xllm_jax.data.text.chatglm_tokenizer import train_tokenizer
-from xllm_jax.data.text.prompt import TEMPLATES
+from xllm_jax.data.text.templates import TEMPLATES
 from xllm_jax.feature_cache import scene_latents
 from xllm_jax.launch import cli
 from xllm_jax.models.bert import SIZES as BERT_SIZES

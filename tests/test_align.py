@@ -243,7 +243,7 @@ def test_the_mean_of_a_head_of_its_own(folder):
     stage.parts["signal_tokens"].fields["initial"] = "mean"
     fields = {"vocab": 576, "width": 32, "depth": 1, "heads": 2, "hidden": 48, "tied": False}
     stage.parts["llm"] = Part("causal.Causal", "tiny", fields)
-    stage.data.llm_family = "causal"
+    stage.data.llm_family, stage.data.template = "causal", "paper"
     found = parameters.parameters(System.build(stage, mesh.make({})))
     head = np.delete(np.asarray(found["llm"]["head"], np.float64), range(FIRST, FIRST + COUNT), 0)
     rows = found["signal_tokens"]

@@ -12,7 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
-from xllm_jax.data.text import causal_tokenizer, prompt
+from xllm_jax.data.text import causal_tokenizer, prompt, templates
 from xllm_jax.data.text.llm_families import causal, vicuna_v0
 
 TEXTS = [
@@ -112,7 +112,7 @@ def test_vicunas_prompts_are_the_recorded_ones(golden):
     tokenizer = causal_tokenizer.load(golden / "nextgpt" / "tokenizer")
     names = {"v0": "vicuna_v0", "v1": "vicuna_v1", "vicuna_v1": "vicuna_v1"}
     for case in cases["cases"]:
-        style = prompt.template(names[case["template"]])
+        style = templates.template(names[case["template"]])
         *earlier, (question, answer) = case["turns"]
         example = Example("e", (), question, history=tuple(map(tuple, earlier)))
         made = prompt.segments((), prompt.words(example, question, style), lambda *_: None)
@@ -140,7 +140,7 @@ def test_rows_of_each_template(kind, tmp_path):
     made = prompt.build(
         example,
         family,
-        prompt.template(kind),
+        templates.template(kind),
         lambda modality, path: prompt.Slot(modality, path, 1, 3, 3),
         prompt.Limits(200, 40),
         np.random.default_rng(0),
@@ -163,7 +163,7 @@ def test_rows_of_each_template(kind, tmp_path):
     opened = prompt.build(
         Example("e", (), "red?"),
         family,
-        prompt.template(kind),
+        templates.template(kind),
         lambda *_: None,
         prompt.Limits(200, 40),
         np.random.default_rng(0),

@@ -204,6 +204,10 @@ MISMATCHES = {
         lambda w: changed(siglip(w), llm_family="causal"),
         r"data\.llm_family: 'causal' is of another family than llm \(ChatGLM\)",
     ),
+    "template of another family": (
+        lambda w: changed(siglip(w), template="vicuna_v1"),
+        r"data\.template: 'vicuna_v1' is for Vicuna.*not for the family 'glm'\. Take .*chatglm_zh",
+    ),
     "width of the encoder": (
         lambda w: changed(siglip(w), "image_interface", {"encoder_width": 24}),
         r"parts\.image_interface\.fields\.encoder_width: is 24, and vision_encoder has 16.*=16",

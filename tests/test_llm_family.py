@@ -6,7 +6,6 @@ import dataclasses
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -22,7 +21,7 @@ from xllm_jax.data import mixture
 from xllm_jax.data.batching import batch_format
 from xllm_jax.data.example import Example
 from xllm_jax.data.pipeline import Pipeline
-from xllm_jax.data.text import llm_family, prompt
+from xllm_jax.data.text import llm_family, prompt, templates
 from xllm_jax.data.text.llm_families import glm
 from xllm_jax.data.text.token_rows import Row, pack
 from xllm_jax.inference import assistant, decoding, replies
@@ -77,7 +76,7 @@ def build(example: Example, answer: bool = True, **limits: Any) -> prompt.Prompt
     def slot(modality: str, path: str) -> prompt.Slot:
         return prompt.Slot(modality, path, 1, 3, 3)
 
-    style, rng = prompt.template("plain"), np.random.default_rng(0)
+    style, rng = templates.template("plain"), np.random.default_rng(0)
     return prompt.build(example, FAMILY, style, slot, sizes, rng, answer)
 
 
@@ -91,24 +90,6 @@ def test_a_prompt_of_another_family():
     assert made.targets.tolist() == ids[-4:] and not made.context.any()
     opened = build(Example("e", (), "see", "abc"), answer=False)
     assert opened.ids.tolist() == [BOS, *words[:3]] and not len(opened.targets)
-
-
-def spelling(known):
-    """A family whose tokenizer knows letters and one sign."""
-
-    def encode(text):
-        return [0] if text == known else list(map(ord, text))
-
-    return SimpleNamespace(tokenizer=SimpleNamespace(encode=encode))
-
-
-def test_a_template_whose_signs_the_tokenizer_lacks_is_of_another_family():
-    with pytest.raises(UserError, match=r"data\.template.*'chatml' is of another.*<\|im_start\|>"):
-        prompt.template_of("chatml", spelling(known=""))
-    known = spelling(known="<|im_start|>")
-    with pytest.raises(UserError, match=r"<\|im_end\|>"):
-        prompt.template_of("chatml", known)
-    assert prompt.template_of("vicuna_v1", known) == prompt.TEMPLATES["vicuna_v1"]
 
 
 def test_long_text_leaves_place_for_the_familys_own_tokens():

@@ -38,7 +38,7 @@ def small(family="glm", **settings):
     made = small_stage.stage(trainable=(), lora=Lora(**settings))
     if family == "causal":
         made.parts = {"llm": Part("causal.Causal", "tiny", dict(LLAMA))}
-        made.data.llm_family = "causal"
+        made.data.llm_family, made.data.template = "causal", "plain"
     return made
 
 

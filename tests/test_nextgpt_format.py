@@ -9,7 +9,7 @@ import pytest
 
 from xllm_jax.convert.verify.nextgpt_formats import PAD, Cases
 from xllm_jax.data.example import Example
-from xllm_jax.data.text import nextgpt_format, prompt
+from xllm_jax.data.text import nextgpt_format, prompt, templates
 
 pytestmark = pytest.mark.golden
 KINDS = ("encode", "generate", "tx2t", "t2x", "mosit")
@@ -51,7 +51,7 @@ def test_the_template_has_the_same_words(cases):
     """Of a prompt's last round; the model's earlier answers end in a line ###."""
     (case, *_) = (one for one in cases.cases["tx2t"] if len(one["texts"]) > 2)
     said = [turn["value"] for turn in case["conversation"][:3]]
-    style = prompt.template("nextgpt")
+    style = templates.template("nextgpt")
     first = prompt.words(Example("e"), said[0], style)
     assert first.replace(prompt.MEDIA, "") == nextgpt_format.PREFIX + case["texts"][0]
     later = prompt.words(Example("e", history=((said[0], said[1]),)), said[2], style)

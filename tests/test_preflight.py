@@ -221,7 +221,7 @@ def test_a_llama_with_adapters_and_packed_kernels_is_counted():
     stage = stage2_image.get_config("real")
     before = memory.held(forecast.prepare(stage, targets.parse("h200:1")).state.trainable)
     stage.parts["llm"] = Part("causal.Causal", "vicuna_7b", weights="nf4")
-    stage.data.llm_family = "causal"
+    stage.data.llm_family, stage.data.template = "causal", "plain"
     stage.lora = Lora(rank=16, targets="llm/layers/attention/.*")
     state = forecast.prepare(stage, targets.parse("h200:1")).state
     depth, width, hidden = 32, 4096, 11008

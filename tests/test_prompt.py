@@ -10,7 +10,7 @@ import torch
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
-from xllm_jax.data.text import prompt
+from xllm_jax.data.text import prompt, templates
 from xllm_jax.data.text.llm_families.glm import Family
 
 IGNORED = -100
@@ -29,7 +29,7 @@ def build(example, family, slot=None, style="plain", answer=True, length=64, **l
     return prompt.build(
         example,
         family,
-        prompt.template(style),
+        templates.template(style),
         slot or one_item(4),
         prompt.Limits(length, limits.pop("answers", 32), **limits),
         np.random.default_rng(0),
@@ -183,14 +183,16 @@ def test_written_media_stand_between_the_tags_of_their_modality(family):
 
 def test_templates_and_rounds():
     example = Example("e", instruction="现在？", history=(("什么？", "猫。"), ("几只？", "两只。")))
-    text = prompt.words(example, "现在？", prompt.template("chatglm_zh"))
+    text = prompt.words(example, "现在？", templates.template("chatglm_zh"))
     assert text == (
         "[Round 0]\n问：什么？\n答：猫。\n[Round 1]\n问：几只？\n答：两只。\n"
         "[Round 2]\n问：现在？\n答："
     )
-    assert prompt.words(Example("e"), "Hi", prompt.template("paper")) == "Question: Hi \n Answer:"
+    assert (
+        prompt.words(Example("e"), "Hi", templates.template("paper")) == "Question: Hi \n Answer:"
+    )
     with pytest.raises(UserError, match="unknown template"):
-        prompt.template("nope")
+        templates.template("nope")
 
 
 def test_long_text_is_cut_as_the_reference_does(family):

@@ -23,7 +23,7 @@ from xllm_jax.data.synthetic_world.text_stream import (
     spoken_words,
     text_example,
 )
-from xllm_jax.data.text import prompt
+from xllm_jax.data.text import prompt, templates
 from xllm_jax.data.text.instructions import INSTRUCTIONS, UNSEEN_INSTRUCTIONS
 from xllm_jax.data.text.llm_families.glm import Family
 from xllm_jax.objectives import answer, slot_noise
@@ -122,7 +122,7 @@ def test_a_spelled_sentence_has_a_token_for_every_character(family):
         example = Example("e", ((name, "左上的物体。"),), "问", "答")
         slot = prompt.Limits(64, 32)
         made = prompt.build(
-            example, family, prompt.template("plain"), None, slot, np.random.default_rng(0)
+            example, family, templates.template("plain"), None, slot, np.random.default_rng(0)
         )
         inside = slot_noise.slot_kinds(jnp.asarray(made.ids[None]), networks.TINY_TAGS)[0]
         row[name] = made.ids[np.asarray(inside) == 3]

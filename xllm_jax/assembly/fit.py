@@ -15,13 +15,14 @@ from flax import linen as nn
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data, Stage
 from xllm_jax.data.media import modalities
-from xllm_jax.data.text import llm_family
+from xllm_jax.data.text import llm_family, templates
 from xllm_jax.models.xllm import LLM, XLLM
 
 DEFAULTS = {"image.normalization": "clip", "speech.features": "kaldi"}
 """Of the settings that an encoder may ask for."""
 VIDEO, SPEECH = "video", modalities.SPEECH
 PICTURES = ("image", VIDEO)
+CONVERSATION = "conversation"  # the batch format that has a template
 
 
 def check(stage: Stage, xllm: XLLM) -> None:
@@ -33,7 +34,8 @@ def check(stage: Stage, xllm: XLLM) -> None:
 
     Raises:
       UserError: an encoder gets other media than it takes, an interface other features, or the LLM
-        embeddings of another width or number, or texts of another family; names the field.
+        embeddings of another width or number, or texts or a template of another family; names the
+        field.
     """
     _family(stage.data, xllm)
     for modality, encoder, interface in routes(stage, xllm):
@@ -86,13 +88,17 @@ def _sounds(data: Data, part: str, encoder: nn.Module) -> None:
 
 
 def _family(data: Data, xllm: XLLM) -> None:
-    """Positions as the LLM reads them: ChatGLM's have two numbers, a causal decoder's one."""
+    """Positions as the LLM reads them (ChatGLM's have two numbers, a causal decoder's one), and
+    the words around a question."""
     wanted = getattr(xllm.networks.get(LLM), "position_axes", None)
-    if wanted and len(llm_family.find(data).position_step) != wanted:
+    family = llm_family.find(data) if LLM in xllm.networks else None
+    if family and wanted and len(family.position_step) != wanted:
         name = type(xllm.networks[LLM]).__name__
         what = f"{data.llm_family!r} is of another family than {LLM} ({name})"
         hint = "docs/llms.md has llm_family and template of every LLM"
         raise UserError(what, field="data.llm_family", hint=hint)
+    if family and data.batch_format == CONVERSATION:
+        templates.check_family(data.template, family)
 
 
 def _options(data: Data, modality: str) -> dict[str, Any]:

@@ -155,7 +155,7 @@ class Data:
         none is given, every other source takes part by its size.
       batch_format: what a batch looks like: a file of `data/batching` with a class `Format`, or
         'package.module:Class' of another package.
-      template: named prompt template of `data/text/prompt.py`.
+      template: of the prompt, a row of `data/text/templates.py`, or 'package.module:NAME'.
       llm_family: of the LLM, a file of `data/text/llm_families/`, or 'package.module:Class'.
       tokenizer: folder of the LLM's tokenizer.
       characters: file of the ASR model's character vocabulary, one a line.

@@ -19,7 +19,7 @@ import numpy as np
 from xllm_jax.core.batch import ConversationBatch, Media
 from xllm_jax.data.example import Example
 from xllm_jax.data.media import modalities
-from xllm_jax.data.text import llm_family, prompt
+from xllm_jax.data.text import llm_family, prompt, templates
 from xllm_jax.data.text.llm_family import LLMFamily
 from xllm_jax.inference import decoding, replies
 from xllm_jax.inference.decoding import Decoding
@@ -48,7 +48,7 @@ class Assistant:
         self.data = restored.stage.data
         self.rows, self.max_tokens = rows, max_tokens
         self.family = llm_family.load(self.data)
-        self.style = prompt.template_of(self.data.template, self.family)
+        self.style = templates.template_of(self.data.template, self.family)
         self.encoder = FileEncoder(restored, rows, cache_bytes)
 
     def decoding(self, **options: Any) -> Decoding:
@@ -158,7 +158,7 @@ class Assistant:
 
 
 def open_prompt(
-    example: Example, files: Files, family: LLMFamily, style: prompt.Template, length: int
+    example: Example, files: Files, family: LLMFamily, style: templates.Template, length: int
 ) -> prompt.Prompt:
     """The prompt of one example, ready to be answered.
 

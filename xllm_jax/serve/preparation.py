@@ -16,7 +16,7 @@ from absl import logging
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.media import modalities
-from xllm_jax.data.text import prompt
+from xllm_jax.data.text import templates
 from xllm_jax.data.text.llm_family import LLMFamily
 from xllm_jax.inference.assistant import open_prompt
 from xllm_jax.inference.file_encoder import FileEncoder, Read, files_of
@@ -43,7 +43,7 @@ class Preparation:
         self._encoder, self._family, self._plan, self._done = encoder, family, plan, done
         self._keys = keys
         self._data = encoder.data
-        self._style = prompt.template_of(self._data.template, family)
+        self._style = templates.template_of(self._data.template, family)
         threads = max(self._data.threads, 1)
         self._words = ThreadPoolExecutor(1, "prompts")
         self._readers = ThreadPoolExecutor(threads, "readers")

@@ -23,7 +23,7 @@ from xllm_jax.data.cached_features import Features
 from xllm_jax.data.example import Example
 from xllm_jax.data.media import modalities, target_pictures
 from xllm_jax.data.record import PROMPT, DoesNotFit, Mode, Record, Skipped
-from xllm_jax.data.text import llm_family, prompt, signal_runs, token_rows
+from xllm_jax.data.text import llm_family, prompt, signal_runs, templates, token_rows
 from xllm_jax.data.text.clip_tokenizer import ClipTokenizer
 
 
@@ -32,7 +32,7 @@ class Resources:
     """What planning needs besides the data's settings."""
 
     family: llm_family.LLMFamily
-    style: prompt.Template
+    style: templates.Template
     features: Features | None = None
     captions: ClipTokenizer | None = None
 
@@ -76,7 +76,9 @@ class Format(BatchFormat[Placed, ConversationBatch, Resources]):
         family = llm_family.load(data)
         signal_runs.check(data.signals, family)
         captions = _caption_tokenizer(data) if data.signals else None
-        return Resources(family, prompt.template_of(data.template, family), self.features, captions)
+        return Resources(
+            family, templates.template_of(data.template, family), self.features, captions
+        )
 
     @functools.cached_property
     def features(self) -> Features | None:

@@ -21,6 +21,7 @@ from xllm_jax.data.record import DoesNotFit
 from xllm_jax.data.text import signal_runs
 from xllm_jax.data.text.instructions import instructions
 from xllm_jax.data.text.llm_family import LLMFamily
+from xllm_jax.data.text.templates import Template
 from xllm_jax.data.text.token_rows import Row
 
 # Prefixes of media that are written out instead of shown: as pieces of words, or each character by
@@ -28,74 +29,6 @@ from xllm_jax.data.text.token_rows import Row
 WRITTEN, SPELLED = "text:", "spelled:"
 MEDIA = "\x00"  # in a prompt's text, the place of files that no marker places
 PLACEHOLDER = 0  # token id under a media embedding; the model ignores it
-
-
-@dataclasses.dataclass(frozen=True)
-class Template:
-    """The words around a question.
-
-    Attributes:
-      question: the only round of a prompt; `{question}` stands for the question.
-      earlier: one earlier round, with `{round}`, `{question}` and `{answer}`.
-      last: the round to be answered, after earlier ones.
-      system: what stands before all rounds.
-
-    `{media}` is where files go that no marker of the text places; without it they come first.
-    """
-
-    question: str
-    earlier: str
-    last: str
-    system: str = ""
-
-
-def chat(user: str, assistant: str, end: str, system: str = "", space: str = "") -> Template:
-    """A template whose rounds are all alike.
-
-    Args:
-      user, assistant: what stands before a question and before an answer.
-      end: what stands behind an earlier answer.
-      system: what stands before all rounds.
-      space: what stands before an earlier answer; the tokenizer puts it before the last one.
-    """
-    last = f"{user}{{media}}{{question}}{assistant}"
-    earlier = f"{user}{{question}}{assistant}{space}{{answer}}{end}"
-    return Template(last, earlier, last, system)
-
-
-SIGN = r"<\|\w+\|>"  # of a role or a turn, one token to the LLMs that know it
-HELPFUL = (
-    "A chat between a curious {one} and an artificial intelligence assistant. The assistant gives "
-    "helpful, detailed, and polite answers to the {one}'s questions."
-)
-
-TEMPLATES = {
-    # paper, appendix A.3
-    "paper": Template(
-        question="Question: {question} \n Answer:",
-        earlier="Question: {question} \n Answer: {answer}\n",
-        last="Question: {question} \n Answer:",
-    ),
-    # repository, xllm.py; the form its LLM was tuned on
-    "chatglm_zh": Template(
-        question="问：{question}\n答：",
-        earlier="[Round {round}]\n问：{question}\n答：{answer}\n",
-        last="[Round {round}]\n问：{question}\n答：",
-    ),
-    # the question as it is
-    "plain": Template(question="{question}", earlier="{question}\n{answer}\n", last="{question}"),
-    # LLaMA and its kin; what the tokenizer puts in front is not repeated here
-    "vicuna_v0": chat("###Human: ", "###Assistant:", "", HELPFUL.format(one="human"), " "),
-    "vicuna_v1": chat("USER: ", " ASSISTANT:", "</s>", HELPFUL.format(one="user") + " ", " "),
-    "nextgpt": chat("Human: ", "\n### Assistant: ", "\n### ", "### "),
-    "llama3": chat(
-        "<|start_header_id|>user<|end_header_id|>\n\n",
-        "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
-        "<|eot_id|>",
-    ),
-    "chatml": chat("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n"),
-    "glm4": chat("<|user|>\n", "<|assistant|>\n", ""),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,35 +100,6 @@ class Limits:
     length: int
     answers: int
     strict: bool = False
-
-
-def template(name: str) -> Template:
-    """The named template.
-
-    Raises:
-      UserError: unknown name.
-    """
-    if name not in TEMPLATES:
-        raise UserError(
-            f"unknown template {name!r}",
-            field="data.template",
-            hint=f"Choices: {', '.join(TEMPLATES)}",
-        )
-    return TEMPLATES[name]
-
-
-def template_of(name: str, family: LLMFamily) -> Template:
-    """The named template, whose signs of roles the family's tokenizer has to know.
-
-    Raises:
-      UserError: there is none of this name, or a sign of it would be read letter by letter.
-    """
-    found = template(name)
-    for sign in re.findall(SIGN, f"{found.system}{found.earlier}{found.last}"):
-        if len(family.tokenizer.encode(sign)) > 2:  # sentencepiece puts a space before it
-            what = f"{name!r} is of another family: the tokenizer has no {sign}"
-            raise UserError(what, field="data.template", hint="See docs/llms.md")
-    return found
 
 
 def question(example: Example, generator: np.random.Generator) -> str:
