@@ -9,6 +9,7 @@ Where a command asks for more than that, such as other options of Python, it sta
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import functools
 import gc
@@ -25,6 +26,7 @@ import sys
 import time
 import types
 import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -97,14 +99,14 @@ def plain(words: list[str]) -> bool:
 
 
 class Server:
-    """The process that has imported everything and forks."""
+    """The process that has imported everything, and `before` that some modules, and forks."""
 
-    def __init__(self):
+    def __init__(self, before: Iterable[str] = ()):
         self.variables = dict(os.environ)
         self.link, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with other:
             self.process = subprocess.Popen(
-                [sys.executable, __file__, str(other.fileno())],
+                [sys.executable, __file__, str(other.fileno()), *before],
                 pass_fds=[other.fileno()],
                 cwd=ROOT,
                 env=self.variables | {"PYTHONPATH": str(ROOT)},
@@ -129,6 +131,17 @@ class Server:
         self.process.wait(60)
 
 
+@contextlib.contextmanager
+def imported(*before: str) -> Iterator[None]:
+    """Within it processes are forks of one that imported these modules first."""
+    made = Server(before)
+    try:
+        with mock.patch(f"{__name__}._server", lambda: made):
+            yield
+    finally:
+        made.stop()
+
+
 @functools.cache
 def _server() -> Server:
     made = Server()
@@ -146,14 +159,17 @@ def parent(variables: dict[str, str]) -> Server | None:
     return made
 
 
-def preload() -> None:
-    """Imports what commands import, except for what they define their flags in."""
+def preload(before: Iterable[str]) -> None:
+    """Imports modules, then what commands import, except for what they define their flags in."""
+    for name in before:
+        importlib.import_module(name)
     for name in PRELOADED:
         package = importlib.import_module(f"xllm_jax.{name}")
         for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             importlib.import_module(found.name)
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
 
 
 def serve(link: socket.socket) -> dict:
@@ -249,6 +265,6 @@ def restrict(limit: int) -> None:
 if __name__ == "__main__":
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        preload()
+        preload(sys.argv[2:])
         asked = serve(socket.socket(fileno=int(sys.argv[1])))
     execute(asked["words"])

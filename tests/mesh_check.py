@@ -24,10 +24,9 @@ from xllm_jax.preflight import collectives, hlo, micro_batch, targets
 from xllm_jax.training.trainer import Trainer, stage_loss
 
 ROWS = 8
-STAGES = (
-    "stage1_speech", "stage1_image", "stage2_image", "stage2_video", "stage2_speech",
-    "stage3_instruction", "stage_output_image",
-)  # fmt: skip
+STAGES = ("stage1_speech", "stage1_image", "stage3_instruction", "stage_output_image")
+# Their networks are those of stage 3 and their loss is its own: it trains here what they train.
+WITHIN = {"stage3_instruction": ("stage2_image", "stage2_video", "stage2_speech")}
 MESHES = {
     "data 8": {"data": 8},
     "fsdp 8": {"fsdp": 8},
@@ -48,7 +47,10 @@ SHALLOW = {
     "clip_text.ClipText": {"depth": 1},
     "asr.ASRDecoder": {"self_blocks": 1, "visual_blocks": 1, "linguistic_blocks": 0},
 }
-OFFLOADED = "stage2_image"  # also with its frozen parameters in the host's memory
+# Every network's parameters and batches split in each way, and in all ways at once.
+SPLIT = ("fsdp 8", "data 2, fsdp 2, tensor 2")
+COMPARED = {stage: tuple(MESHES) if stage in WITHIN else SPLIT for stage in STAGES}
+OFFLOADED = "stage3_instruction"  # also with its frozen parameters in the host's memory
 # Compiling is most of the work here; none of these changes how arrays are split or moved.
 QUICKLY = {
     "xla_backend_optimization_level": 0,
@@ -64,9 +66,15 @@ COUNTED = {  # mesh, slices
 }
 
 
+def config(name):
+    """Miniature of a config."""
+    return importlib.import_module(f"xllm_jax.configs.{name}").get_config("tiny")
+
+
 def stage(name):
     """Shallow miniature of a config."""
-    made = importlib.import_module(f"xllm_jax.configs.{name}").get_config("tiny")
+    made = config(name)
+    made.trainable += tuple(path for one in WITHIN.get(name, ()) for path in config(one).trainable)
     made.unroll, made.compute = 1, "float32"
     for part in made.parts.values():
         part.fields |= SHALLOW.get(part.network, {})
@@ -116,11 +124,11 @@ def compare(name):
     batch = fill(batch_format.find(made.data).shapes(), np.random.default_rng(0), made.data.signals)
     alone = gradients(made, {}, params, batch)
     found = {
-        mesh_name: difference(alone, gradients(made, axes, params, batch))
-        for mesh_name, axes in MESHES.items()
+        mesh_name: difference(alone, gradients(made, MESHES[mesh_name], params, batch))
+        for mesh_name in COMPARED[name]
     }
     if name == OFFLOADED:
-        made.offload = (r"(vision_encoder|llm)/.*",)
+        made.offload = (r"(vision_encoder|speech_encoder|llm)/.*",)
         axes = MESHES["data 2, fsdp 2, tensor 2"]
         found["offloaded"] = difference(alone, gradients(made, axes, params, batch))
     return found

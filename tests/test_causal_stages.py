@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import small_runs
@@ -60,7 +60,7 @@ def folder(tmp_path_factory):
 
 
 def run(name: str, *arguments: str) -> str:
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, str(ROOT / "launch" / f"{name}.py"), *arguments],
         capture_output=True,
         text=True,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import conformance_networks
+import forked
 import pytest
 import virtual_devices
 
@@ -25,7 +25,7 @@ BUGS = conformance_networks.BUGS
 def found():
     """What `conformance_check.py` printed on 8 virtual devices."""
     environment = virtual_devices.environment(8) | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, "tests/conformance_check.py"],
         capture_output=True, text=True, cwd=ROOT, env=environment,
     )  # fmt: skip
@@ -95,7 +95,7 @@ def test_what_the_command_does_not_know_is_one_line():
 
 def command(*arguments):
     """Runs `xllm conformance` where a user's modules lie."""
-    return subprocess.run(
+    return forked.run(
         [sys.executable, "-m", "xllm_jax.launch.commands", "conformance", *arguments],
         capture_output=True, text=True, cwd=ROOT / "tests", env=virtual_devices.environment(1),
     )  # fmt: skip

@@ -8,11 +8,11 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
+import forked
 import pytest
 import sentencepiece
 from packaging.requirements import Requirement
@@ -25,15 +25,6 @@ from xllm_jax.launch import commands
 ROOT = Path(__file__).parents[1]
 # What the extras bring, as it is imported.
 PACKAGES = ("torch", "apache_beam", "libtpu", "wandb", "gradio")
-FIRST_STEP = """
-import importlib, runpy, sys
-
-for name in sys.argv.pop(1).split():
-    importlib.import_module(name)
-command, *given = sys.argv[1:]
-sys.argv = [command, *given]
-runpy.run_module(f"xllm_jax.launch.{command}", run_name="__main__")
-"""
 # In this order: some read what others wrote. With what a step says on standard output or error.
 STEPS = {
     "world": ("--output=world --images=4", "World in world"),
@@ -73,7 +64,7 @@ WITHOUT_BEAM = "Apache Beam is not installed. pip install -e '.[prepare]'"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where the steps run, one after another."""
+    """Where the steps run one after another, as forks of a process that imported the extras."""
     made = tmp_path_factory.mktemp("steps")
     (made / "chatglm").symlink_to(ROOT / "tests/golden/chatglm/weights")
     talk = {"image_id": 7, "caption": "a circle", "dialog": [{"question": 0, "answer": 0}]}
@@ -82,7 +73,8 @@ def folder(tmp_path_factory):
     (made / "english/visdial_1.0_train.json").write_text(json.dumps({"data": data}))
     picture = made / "english/images/COCO_train2014_000000000007.jpg"
     Image.new("RGB", (8, 8)).save(picture)
-    return made
+    with forked.imported(*(name for name in PACKAGES if importlib.util.find_spec(name))):
+        yield made
 
 
 def test_every_command_has_a_first_step():
@@ -94,10 +86,9 @@ def test_the_first_step_with_all_extras_imported(command, folder):
     arguments, wanted = STEPS[command]
     if command in NEEDS_BEAM and not importlib.util.find_spec("apache_beam"):
         wanted = WITHOUT_BEAM
-    there = " ".join(name for name in PACKAGES if importlib.util.find_spec(name))
-    module = commands.COMMANDS[command]
-    given = [sys.executable, "-c", FIRST_STEP, there, module, *arguments.split()]
-    done = subprocess.run(given, capture_output=True, text=True, cwd=folder, input="红\n")
+    module = f"xllm_jax.launch.{commands.COMMANDS[command]}"
+    given = [sys.executable, "-m", module, *arguments.split()]
+    done = forked.run(given, capture_output=True, text=True, cwd=folder, input="红\n")
     told = done.stdout + done.stderr
     refused = wanted in ("no such file", "has no videos", "holds no finished run", WITHOUT_BEAM)
     assert done.returncode == (2 if refused else 0) and wanted in told, told[-3000:]

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
 import sys
 
+import forked
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_stage
+import virtual_devices
 from mesh_check import fill, values
 
 from xllm_jax.assembly import adapters, parameters
@@ -325,13 +325,9 @@ def test_constants_of_adapters_never_train():
 
 
 def test_meshes_and_the_hosts_memory_change_nothing():
-    flags = "--xla_force_host_platform_device_count=4"
-    environment = os.environ | {
-        "XLA_FLAGS": flags,
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": f"{small_stage.ROOT}:{small_stage.ROOT / 'tests'}",
-    }
-    done = subprocess.run(
+    paths = f"{small_stage.ROOT}:{small_stage.ROOT / 'tests'}"
+    environment = virtual_devices.environment(4) | {"PYTHONPATH": paths}
+    done = forked.run(
         [sys.executable, "tests/lora_mesh_check.py"],
         capture_output=True,
         text=True,

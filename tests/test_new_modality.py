@@ -8,11 +8,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -300,7 +300,7 @@ def test_an_answer_reads_the_file(run, series):
     command = [sys.executable, "-m", "xllm_jax.launch.generate", f"--checkpoint={run}"]
     command += [f"--media=sensor:{last}", "--prompt=有红色吗？", "--max_tokens=4"]
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    done = subprocess.run(
+    done = forked.run(
         command,
         env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path},
         capture_output=True,

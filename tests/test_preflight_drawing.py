@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import jax
 import jax.numpy as jnp
 import pytest
 import small_outputs
+import virtual_devices
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.preflight import drawing, targets
@@ -76,11 +76,10 @@ def test_what_cannot_be_drawn_is_one_line(tmp_path):
 
 def test_pictures_of_a_mesh_are_those_of_one_device():
     code = "import runpy; runpy.run_path('drawing_mesh_check.py', run_name='__main__')"
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, "-c", code],
         cwd=HERE,
-        env=os.environ | flags,
+        env=virtual_devices.environment(8),
         capture_output=True,
         text=True,
     )

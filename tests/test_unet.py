@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,7 +52,7 @@ def test_every_size_has_a_sharding_row_for_each_leaf(name):
 
 def test_meshes_equal_one_device():
     code = "import runpy; runpy.run_path('outputs_mesh_check.py', run_name='__main__')"
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, "-c", code],
         cwd=HERE,
         env=virtual_devices.environment(8),
