@@ -6,7 +6,8 @@ Trains stage 3 of the miniature in each way, with as many steps and from the sam
 `--output`, a folder of `xllm demo`. Each answers held-out questions about pictures and spoken ones;
 runs without LoRA also answer with the LLM's base packed in 8 and 4 bits, untrained and trained.
 Writes ablation/ablation.json and .txt below the folder, and prints the table. What is finished is
-kept: the same command continues, and more seeds add to those that are there.
+kept: the same command continues, and more seeds add to those that are there. Other --steps, or
+another LLM in the demo, need the folder ablation/ anew.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 import jax
 from absl import flags
 
+from xllm_jax.assembly import adapter_source
 from xllm_jax.configs import stage3_instruction
 from xllm_jax.core import (
     atomic,
@@ -234,8 +236,8 @@ def main(_: list[str]) -> None:
     ways = [name for name in WAYS if not ONLY.value or name in ("adapters", *ONLY.value)]
     seeds = range(SEEDS.value)
     folder = prepare(Path(OUTPUT.value).absolute())
-    todo = [job for job in jobs(ways, seeds) if not done(folder, job)]
-    run_all(todo, folder, SLOTS.value, "ablation")
+    check_steps(folder)
+    run_all(waiting(folder, jobs(ways, seeds)), folder, SLOTS.value, "ablation")
     found = rows(examine(folder, ways, seeds), ways, seeds)
     about = {
         "seeds": list(seeds),
@@ -263,9 +265,50 @@ def steps() -> int:
     return STEPS.value or stage3_instruction.get_config("tiny").steps
 
 
+def waiting(folder: Path, made: list[Job]) -> list[Job]:
+    """The jobs that are still to run, which wait for one another alone."""
+    todo = [job for job in made if not done(folder, job)]
+    names = {job.name for job in todo}
+    return [dataclasses.replace(job, needs=tuple(names & {*job.needs})) for job in todo]
+
+
+def check_steps(folder: Path) -> None:
+    """Refuses other trainings than those that are there: they would go on from these, under the
+    schedule of another length.
+
+    Args:
+      folder: of the ablation.
+
+    Raises:
+      UserError: a run has ended with another number of steps; names it.
+    """
+    for run in sorted((folder / "runs").iterdir()):
+        way = run.name.rpartition("-")[0]
+        if way in WAYS and (run / "final").is_dir() and not ended(run):
+            had = base_description.base_about(run / "final")["stage"]["steps"]
+            hint = f"Say --steps={had}, or remove {os.path.relpath(folder)} first"
+            what = f"is {steps()}, and {run.name} has ended with {had} steps"
+            raise UserError(what, field="--steps", hint=hint)
+
+
 def done(folder: Path, job: Job) -> bool:
-    """Whether a training has ended with as many steps; whether the rest fits, loading it tells."""
-    return job.command == "train" and ended(folder / "runs" / job.name)
+    """Whether a training has ended, or a base is packed; whether the rest fits, loading it tells.
+
+    Raises:
+      UserError: a base was packed of another LLM than the demo's.
+    """
+    if job.command == "train":
+        return ended(folder / "runs" / job.name)
+    packed = folder / base(job.name)
+    if not checkpoint.base_exists(packed):
+        return False
+    ours, theirs = (adapter_source.kernels_in(one, LLM) for one in (packed, folder / "bases" / LLM))
+    other = next((path for path in sorted(ours) if theirs.get(path) != ours[path]), None)
+    if other:
+        what = f"was made of another LLM than the demo's: {other} has other values"
+        hint = f"Remove {os.path.relpath(folder)} first: its runs are of that LLM, too"
+        raise UserError(what, field=str(packed), hint=hint)
+    return True
 
 
 def ended(run: Path) -> bool:

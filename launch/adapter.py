@@ -24,16 +24,23 @@ INPUT = flags.DEFINE_string(
 )
 OUTPUT = flags.DEFINE_string("output", "", "Folder to write; it appears when it is complete.")
 BASE = flags.DEFINE_string(
-    "base", "", "Base that the adapters belong to; a run says by itself where its base lies."
+    "base",
+    "",
+    "Base that the adapters belong to; a run says by itself where its base lies.",
+    allow_override=True,
 )
 SOURCE = flags.DEFINE_string(
     "source", "", "What the base was converted from, where it does not tell."
 )
 PART = flags.DEFINE_string("part", "llm", "Part of the base that the adapters belong to.")
 ALPHA = flags.DEFINE_float(
-    "alpha", 0.0, "lora_alpha of a file without adapter_config.json; NExT-GPT's is 32."
+    "alpha",
+    0.0,
+    "With --action=import: lora_alpha of weights without adapter_config.json; NExT-GPT's is 32.",
 )
-NAME = flags.DEFINE_string("name", "", "What an exported configuration calls the base.")
+NAME = flags.DEFINE_string(
+    "name", "", "With --action=export: what the configuration calls the base."
+)
 
 
 def main(_: list[str]) -> int:
@@ -43,6 +50,10 @@ def main(_: list[str]) -> int:
             raise UserError(
                 "this flag is required", field=f"--{flag.name}", hint=flags.FLAGS[flag.name].help
             )
+    for flag, action in ((ALPHA, "import"), (NAME, "export")):
+        if flag.present and ACTION.value != action:
+            what, hint = f"has no effect with --action={ACTION.value}", "Leave it out"
+            raise UserError(what, field=f"--{flag.name}", hint=hint)
     given, rest = (INPUT.value, OUTPUT.value), (SOURCE.value, PART.value)
     if ACTION.value == "import":
         if not BASE.value:

@@ -26,7 +26,7 @@ from xllm_jax.data.media.modality import Modality
 from xllm_jax.data.text.instructions import instructions
 from xllm_jax.inference import assistant
 from xllm_jax.inference.load_run import load_run
-from xllm_jax.launch import cli, drawing, terminal
+from xllm_jax.launch import cli, drawing, other_base, terminal
 
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Folder of a finished run, such as demo/runs/stage3.", required=True
@@ -37,6 +37,7 @@ MAX_TOKENS = flags.DEFINE_integer(
 )
 DRAW = flags.DEFINE_string("draw", "", drawing.HELP)
 flags.adopt_module_key_flags(drawing)
+flags.adopt_module_key_flags(other_base)
 SEED = flags.DEFINE_integer(
     "seed", 0, "Seed of the noise that pictures begin with.", allow_override=True
 )
@@ -57,7 +58,7 @@ class Chat:
 
 def main(_: list[str]) -> None:
     write = drawing.chosen(CHECKPOINT.value, DRAW.value, SEED.value)
-    restored = load_run(CHECKPOINT.value, outputs=drawing.OUTPUTS.value)
+    restored = load_run(CHECKPOINT.value, outputs=drawing.OUTPUTS.value, base=other_base.BASE.value)
     model = assistant.Assistant(restored, max_tokens=MAX_TOKENS.value)
     known = tuple(name for name, _, _ in model.model.modalities)
     easel = drawing.Easel(Path(DRAW.value), model.family, write) if write else None

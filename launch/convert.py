@@ -65,6 +65,8 @@ def main(_: list[str]) -> int:
         files = run_export.run_export(SOURCE.value, INPUT.value, OUTPUT.value, SIZE.value)
         print(f"{SOURCE.value}: {', '.join(files)} in {OUTPUT.value}")
         return 0
+    run_import.check_output(OUTPUT.value, INPUT.value)
+    run_import.check_new(OUTPUT.value)
     done = run_import.run_import(
         SOURCE.value, INPUT.value, OUTPUT.value, SIZE.value, KEEP_PACKED.value
     )

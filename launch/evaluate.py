@@ -41,7 +41,14 @@ from xllm_jax.core.suite import Suite
 from xllm_jax.evaluation import demo_suite, drawing_suite, error_rate, measure
 from xllm_jax.inference import assistant, decoder_base, transcriber
 from xllm_jax.inference.load_run import Restored, load_run, stage_of
-from xllm_jax.launch import cli, drawing, evaluate_drawing, evaluate_pairs, suite_models
+from xllm_jax.launch import (
+    cli,
+    drawing,
+    evaluate_drawing,
+    evaluate_pairs,
+    other_base,
+    suite_models,
+)
 from xllm_jax.launch import hosts as host_flags
 
 RUNS = flags.DEFINE_string("runs", "runs", "Folder that holds the runs of all stages.")
@@ -96,6 +103,7 @@ BASELINE = flags.DEFINE_string(
     "baseline", "", "With --suite: the --output of another run of it, to compare with."
 )
 flags.adopt_module_key_flags(host_flags)
+flags.adopt_module_key_flags(other_base)
 
 STAGE1_IMAGE, PAIRS = "stage1_image", 300
 ASR, STAGE3 = "stage1_speech", "stage3"
@@ -114,9 +122,13 @@ def main(_: list[str]) -> None:
             LIMIT.value if LIMIT.present else None,
         )
         return suite_models.evaluate(
-            SUITE.value.partition(":")[0], config, CHECKPOINT.value, OUTPUT.value, BASELINE.value
+            SUITE.value.partition(":")[0],
+            config,
+            suite_models.Asked(CHECKPOINT.value, other_base.BASE.value),
+            OUTPUT.value,
+            BASELINE.value,
         )
-    for flag in (CHECKPOINT, BASELINE, host_flags.HOSTS, host_flags.COUNT):
+    for flag in (CHECKPOINT, BASELINE, other_base.BASE, host_flags.HOSTS, host_flags.COUNT):
         if flag.value:
             raise UserError("goes with --suite", field=f"--{flag.name}", hint="Give --suite=NAME")
     began = time.monotonic()

@@ -27,7 +27,7 @@ from xllm_jax.data.example import Example
 from xllm_jax.data.media.modalities import MODALITIES, SPEECH, task
 from xllm_jax.data.text.instructions import instructions
 from xllm_jax.inference.load_run import load_run
-from xllm_jax.launch import cli, drawing, terminal
+from xllm_jax.launch import cli, drawing, other_base, terminal
 
 if TYPE_CHECKING:
     from xllm_jax.inference import assistant
@@ -69,6 +69,7 @@ SEED = flags.DEFINE_integer(
 )
 DRAW = flags.DEFINE_string("draw", "", drawing.HELP)
 flags.adopt_module_key_flags(drawing)
+flags.adopt_module_key_flags(other_base)
 HEARD = flags.DEFINE_bool("heard", False, "Also print the transcript of the speech.")
 
 
@@ -78,7 +79,7 @@ def main(_: list[str]) -> None:
     from xllm_jax.inference import assistant  # takes seconds, which a mistake need not wait for
 
     write = drawing.chosen(CHECKPOINT.value, DRAW.value, SEED.value)
-    restored = load_run(CHECKPOINT.value, outputs=drawing.OUTPUTS.value)
+    restored = load_run(CHECKPOINT.value, outputs=drawing.OUTPUTS.value, base=other_base.BASE.value)
     model = assistant.Assistant(restored, max_tokens=MAX_TOKENS.value)
     if HEARD.value:
         for name, path in example.media:

@@ -116,7 +116,7 @@ def _run_all(
             if share:
                 waiting.remove(job)
                 if bar.in_terminal:
-                    bar.write(f"$ {typed(job)}")
+                    bar.write(f"$ {typed(job, folder)}")
                 running.append(Running(job, folder, share))
         time.sleep(0.2)
         for active in [r for r in running if r.ended()]:
@@ -125,7 +125,7 @@ def _run_all(
                 fail(active)
             seconds[active.job.name] = time.monotonic() - active.began
             atomic.write_json(folder / "timings.json", seconds)
-            how = "" if bar.in_terminal else f": {typed(active.job)}"
+            how = "" if bar.in_terminal else f": {typed(active.job, folder)}"
             took = f"{seconds[active.job.name]:.0f} s, {active.computed:.0f} s of a core"
             bar.write(f"  {active.job.name} done in {took}{how}")
             bar.update()
@@ -134,9 +134,11 @@ def _run_all(
     return seconds
 
 
-def typed(job: Job) -> str:
-    """The command as a user would type it."""
-    return shlex.join(["xllm", job.command, *job.arguments])
+def typed(job: Job, folder: Path) -> str:
+    """The command as a user would type it, in the folder that its paths start from."""
+    command = shlex.join(["xllm", job.command, *job.arguments])
+    place = os.path.relpath(folder)
+    return command if place == os.curdir else f"cd {shlex.quote(place)} && {command}"
 
 
 def pick_cores(cores: list[int], running: list[Running], slots: int, job: Job) -> set[int]:

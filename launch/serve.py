@@ -23,7 +23,7 @@ from absl import flags
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.inference import load_run
-from xllm_jax.launch import cli, drawing
+from xllm_jax.launch import cli, drawing, other_base
 
 if TYPE_CHECKING:
     from xllm_jax.core.stage import Stage
@@ -45,6 +45,7 @@ NEEDS = {
 }
 
 flags.adopt_module_key_flags(drawing)
+flags.adopt_module_key_flags(other_base)
 
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint",
@@ -197,7 +198,9 @@ def made(keys: Keys, names: Names) -> tuple[Server, Any]:
 
     artist = easel(load_run.stage_of(CHECKPOINT.value, drawing.OUTPUTS.value))
     bounds, opened = limits(), lifecycle.listen(HOST.value, PORT.value)
-    loaded = load_run.load_run(CHECKPOINT.value, outputs=drawing.OUTPUTS.value)
+    loaded = load_run.load_run(
+        CHECKPOINT.value, outputs=drawing.OUTPUTS.value, base=other_base.BASE.value
+    )
     restored = within_deadline(loaded, bounds)
     data = restored.stage.data
     workers = Decoders(data)

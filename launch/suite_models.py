@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from xllm_jax.core import base_description, checksum
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.suite import Suite
 from xllm_jax.data.media.modalities import SPEECH
@@ -39,13 +40,21 @@ def with_config(argv: Sequence[str]) -> list[str]:
     return [argv[0], f"--config={FOLDER / name}.py{colon}{variant}", *argv[1:]]
 
 
-def evaluate(name: str, config: Suite, checkpoint: str, output: str, baseline: str) -> None:
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """Who answers: the folder of a run, '' for nobody, and the flag --base."""
+
+    run: str
+    base: str = ""
+
+
+def evaluate(name: str, config: Suite, asked: Asked, output: str, baseline: str) -> None:
     """Runs a suite, and prints its tables.
 
     Args:
       name: of the suite.
       config: its configuration.
-      checkpoint: folder of the run that answers; '' for a suite that asks nobody.
+      asked: the run that answers; none for a suite that asks nobody.
       output: folder of the results.
       baseline: of other results, or ''.
 
@@ -53,16 +62,20 @@ def evaluate(name: str, config: Suite, checkpoint: str, output: str, baseline: s
       UserError: no run where the suite asks one, or what the suite raises.
     """
     asks = run.suite(name).ASKS
-    if asks != bool(checkpoint):
+    if asks != bool(asked.run):
         what = "is missing" if asks else f"has no part in {name}"
         raise UserError(what, field="--checkpoint", hint="Give the folder of a finished run")
+    if asked.base and not asks:
+        raise UserError(f"has no part in {name}", field="--base", hint="Leave it out")
     host, count = host_flags.share()
     from xllm_jax.core import hosts, watchdog
 
     store = hosts.store()
     place = run.Place(Path(output), baseline, host, count, store)
     with watchdog.Watch(place.folder, 0, store):
-        shown = run.run(name, config, of_run(checkpoint, config) if asks else None, place)
+        shown = run.run(
+            name, config, of_run(asked.run, config, asked.base) if asks else None, place
+        )
     if shown is None:
         print(f"Host {host} has done its share; others are still at work")
         return
@@ -70,24 +83,27 @@ def evaluate(name: str, config: Suite, checkpoint: str, output: str, baseline: s
     sys.stdout.flush()
 
 
-def of_run(directory: str, config: Suite) -> Model:
+def of_run(directory: str, config: Suite, base: str = "") -> Model:
     """A run of stage 1 (speech alone), or any run with an LLM, on this host's devices.
 
     Args:
       directory: of the run.
       config: says how many samples are answered at a time, and how.
+      base: the flag --base.
 
     Raises:
-      UserError: no finished run there.
+      UserError: no finished run there, or no base.
     """
     stage = load_run.stage_of(directory)
     hears = transcriber.DECODER in stage.parts
     about = {"run": answer_store.identity(load_run.final(directory))}
+    if base:
+        about["base"] = checksum.of_json(base_description.base_about(base))
 
     def load() -> Answer:
         import jax
 
-        restored = load_run.load_run(directory, devices=jax.local_devices())
+        restored = load_run.load_run(directory, devices=jax.local_devices(), base=base)
         if hears:
             return transcriber.Transcriber(restored, config.rows, config.beams).transcribe
         model = assistant.Assistant(restored, config.rows, config.max_tokens)

@@ -170,6 +170,51 @@ def test_without_a_demo_it_is_one_line(launcher, tmp_path):
         assert launcher.done(folder, job) == known == (folder / "runs" / job.name).is_symlink()
 
 
+def test_runs_of_another_length_are_not_gone_on_from(launcher, tmp_path):
+    """`xllm train` would: a finished run with fewer steps goes on under the longer schedule."""
+    stage = dataclasses.replace(stage3_instruction.get_config("tiny"), steps=4)
+    final = tmp_path / "runs" / "lora-0" / "final"
+    checkpoint.save_base(final, {"x": np.zeros(1)}, {"stage": dataclasses.asdict(stage)})
+    (tmp_path / "runs" / "stage2_image" / "final").mkdir(parents=True)
+    wanted = launcher.steps()
+    with pytest.raises(
+        UserError, match=rf"^--steps: is {wanted}, and lora-0 .* 4 steps\. Say .*=4"
+    ):
+        launcher.check_steps(tmp_path)
+    stage = dataclasses.replace(stage, steps=wanted)
+    checkpoint.save_base(final, {"x": np.zeros(1)}, {"stage": dataclasses.asdict(stage)})
+    launcher.check_steps(tmp_path)
+
+
+def test_a_base_is_packed_once_and_only_of_the_demo_s_llm(launcher, tmp_path):
+    """What needs it does not wait for a job that is done."""
+    made = small_cache.based(small_cache.pictures(tmp_path), tmp_path)
+    leaves = {p: np.asarray(x[...]) for p, x in checkpoint.open_leaves(made.init["llm"]).items()}
+    leaves = {p: x for p, x in leaves.items() if p.startswith("llm/")}
+    checkpoint.save_base(tmp_path / "bases" / "llm", rules.unflatten(leaves), {})
+    (tmp_path / "runs").mkdir()
+    jobs = launcher.jobs(["int8", "nf4"], range(1))
+    assert launcher.waiting(tmp_path, jobs) == jobs
+    quantize.run(tmp_path / "bases" / "llm", tmp_path / launcher.base("int8"), "int8")
+    waiting = {job.name: job.needs for job in launcher.waiting(tmp_path, jobs)}
+    assert waiting == {"nf4": (), "int8-0": (), "nf4-0": ("nf4",)}
+    other = {path: x + 1 for path, x in leaves.items()}
+    checkpoint.save_base(tmp_path / "bases" / "llm", rules.unflatten(other), {})
+    with pytest.raises(
+        UserError, match=r"packed/llm_int8: was made of another LLM than the demo's"
+    ):
+        launcher.waiting(tmp_path, jobs)
+
+
+def test_commands_are_shown_with_their_folder(launcher, tmp_path, monkeypatch):
+    from xllm_jax.launch import jobs
+
+    monkeypatch.chdir(tmp_path)
+    shown = jobs.typed(launcher.training("lora", 0), tmp_path / "a demo" / "ablation")
+    assert shown.startswith("cd 'a demo/ablation' && xllm train --config=")
+    assert jobs.typed(launcher.training("lora", 0), tmp_path).startswith("xllm train")
+
+
 def test_what_is_measured_is_kept_until_a_run_changes(launcher, tmp_path, monkeypatch):
     for name in (*(f"runs/{run}/final" for run in ("adapters-0", *launcher.STAGE2)), "packed"):
         (tmp_path / name).mkdir(parents=True)

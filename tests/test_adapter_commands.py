@@ -57,6 +57,10 @@ def test_in_packed_and_merged(folder):
     )
     code, said, _ = run("quantize", f"--input={base}", f"--output={folder}/int8", "--weights=int8")
     assert code == 0 and "MB became" in said
+    code, _, told = run(
+        "convert", "--source=chatglm", f"--input={folder}/published", f"--output={base}"
+    )
+    assert code == 2 and "is there already. Choose another --output, or remove it first" in told
     arguments = (f"--input={adapter}", f"--base={folder}/int8", f"--output={folder}/ours")
     code, _, told = run("adapter", "--action=import", *arguments)
     assert code == 2 and told.endswith("adapter_config.json: r is 0. Give 1 or more")
@@ -90,6 +94,19 @@ def test_a_required_flag_is_asked_for_in_one_line(command):
     given = ["--input=somewhere", "--output=elsewhere"] if more else []
     code, _, told = run(name, *more, *given)
     assert code == 2 and "this flag is required. " in told and told.count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        ("--action=export --alpha=3", "--alpha: has no effect with --action=export. Leave it out"),
+        ("--action=merge --alpha=3", "--alpha: has no effect with --action=merge"),
+        ("--action=import --base=b --name=x", "--name: has no effect with --action=import"),
+    ],
+)
+def test_a_flag_of_another_action_is_refused(flags, told):
+    code, _, said = run("adapter", *flags.split(), "--input=somewhere", "--output=elsewhere")
+    assert code == 2 and told in said and said.count("\n") == 0
 
 
 def test_nothing_that_is_read_is_written_over(tmp_path):

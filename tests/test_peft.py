@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -280,3 +281,45 @@ def test_adapters_among_the_tensors_of_a_training(whole, tmp_path):
     adapters.import_adapter(tmp_path / "pytorch_model.pt", base, tmp_path / "ours", alpha=6)
     close(whole.call(tree(base, tmp_path / "ours")), whole.theirs)
     assert all(map(lora.is_adapter, rules.flatten(tree(tmp_path / "ours"))))
+
+
+def test_alpha_is_said_once(whole, tmp_path):
+    """By the configuration where there is one, beside a file as well; else by the flag."""
+    source, base = whole.folder / "adapter", whole.folder / "base"
+    for path in (source, source / "adapter_model.safetensors"):
+        with pytest.raises(UserError, match=r"^--alpha: has no effect: .*json says lora_alpha 6\."):
+            adapters.import_adapter(path, base, tmp_path / "out", alpha=6)
+    bare = tmp_path / "bare"
+    shutil.copytree(source, bare)
+    (bare / "adapter_config.json").unlink()
+    for path in (bare, bare / "adapter_model.safetensors"):
+        for alpha in (0, -1, float("nan"), float("inf")):
+            with pytest.raises(UserError, match=r"has no adapter_config\.json.*Say --alpha"):
+                adapters.import_adapter(path, base, tmp_path / "out", alpha)
+    adapters.import_adapter(bare, base, tmp_path / "out", alpha=6)
+    close(whole.call(tree(base, tmp_path / "out")), whole.theirs)
+    with pytest.raises(UserError, match="out: is there already"):
+        adapters.import_adapter(source, base, tmp_path / "out")
+
+
+def test_ranks_and_magnitudes_of_weights_without_a_configuration(whole, tmp_path):
+    """Each module's scale is alpha over its own rank, as PEFT's rank_pattern has it."""
+    held = load_file(whole.folder / "adapter" / "adapter_model.safetensors")
+    cut = {
+        name: np.ascontiguousarray(x[:2] if "lora_A" in name else x[:, :2])
+        if "q_proj" in name
+        else x
+        for name, x in held.items()
+    }
+    (tmp_path / "bare").mkdir()
+    save_file(cut, tmp_path / "bare" / "adapter_model.safetensors")
+    base = whole.folder / "base"
+    adapters.import_adapter(tmp_path / "bare", base, tmp_path / "ours", alpha=6)
+    scale = {p: np.asarray(s[...]) for p, s in checkpoint.open_leaves(tmp_path / "ours").items()}
+    np.testing.assert_allclose(scale["llm/layers/attention/query/lora_scale"], 6 / 2)
+    np.testing.assert_allclose(scale["llm/layers/attention/value/lora_scale"], 6 / 4)
+    for name, x in list(cut.items()):
+        if "lora_B" in name:
+            cut[name.replace("lora_B.weight", "lora_magnitude_vector")] = np.ones(len(x), "f4")
+    save_file(cut, tmp_path / "bare" / "adapter_model.safetensors")
+    assert "DoRA" in adapters.import_adapter(tmp_path / "bare", base, tmp_path / "dora", alpha=6)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -135,28 +137,50 @@ def drawn(axes: Mapping[str, tuple[int, int]], like: Flat, plain: Flat) -> Flat:
     return made
 
 
-def check_source(part: str, weights: str, wanted: Shapes, there: Collection[str]) -> None:
+def kind_of(shapes: Mapping[str, tuple[Any, ...]], part: str) -> str:
+    """How the kernels of a part are packed, a key of `quantized.KINDS`; '' for floats.
+
+    Args:
+      shapes: {path: (shape, dtype)} of a base, as its about.json has them.
+      part: or a subtree of one.
+    """
+    for path, (shape, _) in shapes.items():
+        place, _, leaf = path.rpartition("/")
+        if not path.startswith(f"{part}/") or not quantized.is_packed(path):
+            continue
+        if leaf == quantized.SCALE:
+            continue
+        kinds = [name for name, kind in quantized.KINDS.items() if kind.leaf == leaf]
+        inputs = 2 * math.prod(shape) // max(math.prod(shapes[f"{place}/{quantized.SCALE}"][0]), 1)
+        whole = len(kinds) > 1 and inputs > quantized.BLOCK  # a scale is of more than a block
+        return kinds[-1] if whole else kinds[0]
+    return ""
+
+
+def check_source(
+    part: str, weights: str, wanted: Shapes, there: Mapping[str, tuple[Any, ...]]
+) -> None:
     """Compares how a part is packed with how its source is.
 
     Args:
       part: its name.
       weights: of the stage.
       wanted: leaves that the stage loads.
-      there: paths that the source holds, as the stage names them.
+      there: {path: (shape, dtype)} of what the source holds, as the stage names it.
 
     Raises:
       UserError: they differ; says what to do.
     """
-    for path in wanted:
-        place, _, leaf = path.rpartition("/")
-        kernels = [n for n in (quantized.KERNEL, *quantized.LEAVES[1:]) if f"{place}/{n}" in there]
-        packs = quantized.is_packed(path) or leaf == quantized.KERNEL
-        if not packs or path in there or not kernels:
-            continue
-        have = kernels[0].removeprefix(quantized.KERNEL).strip("_") or "floats"
-        hint = (
-            f"Say --config.parts.{part}.weights={have}"
-            if have != "floats"
-            else f"Pack it: xllm quantize --weights={weights}"
-        )
-        raise UserError(f"its source holds {have}", field=f"parts.{part}.weights", hint=hint)
+    packs = [p for p in wanted if quantized.is_packed(p) or p.endswith(KERNEL)]
+    beside = {path.rpartition("/")[0] for path in there if path.endswith(KERNEL)}
+    beside |= {path.rpartition("/")[0] for path in there if quantized.is_packed(path)}
+    have = kind_of(there, part)
+    for path in packs:
+        other = path not in there and path.rpartition("/")[0] in beside
+        # Leaves of different kinds may have the same names.
+        scaled = path in there and path.endswith(quantized.SCALE) and have != weights
+        if other or (scaled and tuple(there[path][0]) != wanted[path].shape):
+            hint = f"Pack it: xllm quantize --weights={weights}"
+            hint = f"Say --config.parts.{part}.weights={have}" if have else hint
+            what = f"its source holds {have or 'floats'}"
+            raise UserError(what, field=f"parts.{part}.weights", hint=hint)

@@ -6,7 +6,7 @@ import hashlib
 import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 from absl import logging
@@ -77,18 +77,22 @@ def parameters(system: System, only: Collection[str] | None = None) -> Params:
     return outputs.start_signals(system.model, made, drawn)
 
 
-def held(source: str, prefix: str) -> set[str]:
-    """What a source holds of a subtree, by the names that the stage has for it."""
-    found: set[str] = set()
+def held(source: str, prefix: str) -> dict[str, tuple[Any, ...]]:
+    """{path: (shape, dtype)} of what a source holds of a subtree, named as the stage does."""
+    found: dict[str, tuple[Any, ...]] = {}
     inner = _inner(source, prefix)
     for place in filter(None, _places(source, inner)):
         there = below(inner, base_description.base_about(place)["shapes"])
-        found |= {prefix + path[len(inner) :] for path in there}
+        found |= {prefix + path[len(inner) :]: told for path, told in there.items()}
     return found
 
 
 def with_adapters(
-    source: str, prefix: str, like: Shapes, others: Collection[str], there: Collection[str]
+    source: str,
+    prefix: str,
+    like: Shapes,
+    others: Collection[str],
+    there: Mapping[str, tuple[Any, ...]],
 ) -> tuple[Shapes, list[str]]:
     """What of a subtree is loaded, and what else its source may hold.
 
@@ -99,10 +103,10 @@ def with_adapters(
       prefix: of the subtree.
       like: all leaves that are wanted.
       others: leaves of the subtree that the model has and that are not wanted.
-      there: what the source holds.
+      there: {path: (shape, dtype)} of what the source holds.
 
     Raises:
-      UserError: the source has adapters, and the stage none, or not all of them.
+      UserError: the source has adapters, and the stage none, or not all of them, or others.
     """
     low = {path for path in there if lora.is_adapter(path)}
     wanted = {path: x for path, x in like.items() if path in low or not lora.is_adapter(path)}
@@ -113,6 +117,8 @@ def with_adapters(
         what = f"{source} has, and lora.targets does not name, {path}"
         hint = "Say in lora.targets and lora.dora what the adapters are"
         raise UserError(what, field=f"init.{prefix}", hint=hint)
+    for path in sorted(wanted.keys() & low):
+        _check_adapter(path, tuple(there[path][0]), wanted[path].shape, f"init.{prefix}")
     own = [path for path in low if path.endswith(f"/{lora.DROPOUT}")]
     return {path: x for path, x in wanted.items() if path not in own}, [*others, *own]
 
@@ -140,16 +146,23 @@ def load_adapters(stage: Stage, like: Shapes) -> Flat:
             hint = "Say in lora.targets, lora.dora and lora.rank what the adapters are"
             raise UserError(f"{place} {where} {path}", field="lora.init", hint=hint)
         for path, x in wanted.items():
-            shape = tuple(about["shapes"][path][0])
-            if shape != x.shape:
-                what = f"{path} has shape {shape}, the stage {x.shape}"
-                hint = "They are of another rank or of another base"
-                raise UserError(what, field="lora.init", hint=hint)
+            _check_adapter(path, tuple(about["shapes"][path][0]), x.shape, "lora.init")
         if stage.init.get(part):
             known = about.get(kernel_fingerprint.FIELD, {})
             check_base(stage.init[part], part, place, known, "lora.init")
         found |= checkpoint.load_leaves(place, part, wanted, exact=False)
     return found
+
+
+def _check_adapter(path: str, have: tuple[int, ...], wanted: tuple[int, ...], field: str) -> None:
+    """Compares the shape of a leaf of an adapter with the stage's."""
+    if have == wanted:
+        return
+    if path.endswith(f"/{lora.A}") and have[:-1] == wanted[:-1]:
+        what = f"is {wanted[-1]}, and the adapters that {field} names have {have[-1]}"
+        raise UserError(what, field="lora.rank", hint=f"Say --config.lora.rank={have[-1]}")
+    what = f"{path} has shape {have}, the stage {wanted}"
+    raise UserError(what, field=field, hint="They are of another rank or of another base")
 
 
 def check_base(source: str, part: str, place: Path, known: Mapping[str, str], field: str) -> None:

@@ -7,6 +7,7 @@ table of the base (`base_table.py`), for every source.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -47,7 +48,7 @@ def import_adapter(
       path: PEFT's folder, or a file of weights with adapters among them.
       base: folder of the base that it belongs to.
       output: folder to write.
-      alpha: lora_alpha, where there is no configuration.
+      alpha: lora_alpha, where there is no configuration; else 0.
       source: name of the source that the base was converted from; '' finds it out.
       part: that the adapter is of.
 
@@ -79,29 +80,46 @@ def import_adapter(
         ),
     }
     run_import.check_output(output, path, base)
+    run_import.check_new(output)
     checkpoint.save_base(output, rules.unflatten(made), told)
     return f"{len(found)} adapters of rank {rank}{', DoRA' if config.dora else ''}"
 
 
 def _opened(path: Path, alpha: float) -> tuple[files.Checkpoint, PeftConfig]:
     """The weights, and what scales them."""
+    folder = path if path.is_dir() else path.parent
     if path.is_dir():
-        config = peft_config.read(path)
-        for name in WEIGHTS:
-            if (path / name).is_file():
-                return files.open_checkpoint(path / name), config
-        hint = f"Give a folder that PEFT has written, with {WEIGHTS[0]}"
-        raise UserError("holds no adapter", field=str(path), hint=hint)
-    opened = files.open_checkpoint(path)
-    if (path.parent / peft_config.FILE).is_file():
-        return opened, peft_config.read(path.parent)
-    if not alpha > 0:
-        what, hint = f"has no {peft_config.FILE}", "Say --alpha: NExT-GPT's is 32"
+        found = next((path / name for name in WEIGHTS if (path / name).is_file()), None)
+        if found is None:
+            hint = f"Give a folder that PEFT has written, with {WEIGHTS[0]}"
+            raise UserError("holds no adapter", field=str(path), hint=hint)
+    else:
+        found = path
+    if (folder / peft_config.FILE).is_file():
+        config = peft_config.read(folder)
+        if alpha:
+            what = f"has no effect: {folder / peft_config.FILE} says lora_alpha {config.alpha:g}"
+            raise UserError(what, field="--alpha", hint="Leave it out, or change the file")
+        return files.open_checkpoint(found), config
+    if not 0 < alpha < math.inf:
+        what = f"has no {peft_config.FILE}, which says lora_alpha"
+        hint = "Say --alpha; NExT-GPT's is 32, and PEFT's is 8 where nobody said another"
         raise UserError(what, field=str(path), hint=hint)
-    ranks = [opened.header(name).shape[0] for name in opened if name.partition(".lora_A")[1]]
+    opened = files.open_checkpoint(found)
+    return opened, _unsaid(opened, alpha, path)
+
+
+def _unsaid(opened: files.Checkpoint, alpha: float, path: Path) -> PeftConfig:
+    """What a configuration would say of weights without one."""
+    ranks, dora = {}, False
+    for match in filter(None, map(NAME.fullmatch, opened)):
+        dora |= match["kind"] == "lora_magnitude_vector"
+        if match["kind"] == "lora_A":
+            shape = opened.header(match[0]).shape
+            ranks[re.escape(match["module"])] = max(shape[0] if shape else 1, 1)
     if not ranks:
         raise UserError("holds no adapter", field=str(path), hint="No name in it has lora_A")
-    return opened, PeftConfig(rank=max(ranks[0], 1), alpha=alpha)
+    return PeftConfig(rank=next(iter(ranks.values())), alpha=alpha, ranks=ranks, dora=dora)
 
 
 def _adapters(
@@ -148,7 +166,7 @@ def _adapters(
             what = f"lora_A is {a.shape} and lora_B is {b.shape}"
             raise UserError(what, field=module, hint="Their ranks are to be the same, at least 1")
         rank = config.rank_of(module)
-        if a.shape[0] != rank and path.is_dir():
+        if a.shape[0] != rank:
             what = f"has the rank {a.shape[0]}, and {peft_config.FILE} says {rank}"
             raise UserError(what, field=module, hint="They are not of one adapter")
         magnitude = parts.get("lora_magnitude_vector")

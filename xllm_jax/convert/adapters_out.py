@@ -9,7 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from xllm_jax.assembly import parameters
+from xllm_jax.assembly import adapter_source, parameters
 from xllm_jax.convert import (
     adapter_table,
     adapters,
@@ -21,7 +21,7 @@ from xllm_jax.convert import (
 )
 from xllm_jax.convert.adapter_table import Published
 from xllm_jax.convert.base_table import Matrix
-from xllm_jax.core import atomic, base_description, checkpoint, kernel_fingerprint, litter
+from xllm_jax.core import atomic, base_description, checkpoint, kernel_fingerprint
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.new_folder import new_folder
 from xllm_jax.core.streamed_leaf import Blocks
@@ -54,8 +54,7 @@ def export_adapter(
     """
     opened = _Opened(path, base, source, part)
     output = Path(output).absolute()
-    if output.exists() and (output.is_file() or litter.filled(output)):
-        raise UserError("is there already", field=str(output), hint="Choose another --output")
+    run_import.check_new(output)
     found = opened.published()
     ranks = {module: one.a.shape[0] for module, one in found.items()}
     alphas = {module: one.scale * ranks[module] for module, one in found.items()}
@@ -105,7 +104,7 @@ def merge(
       UserError: there are no adapters, or not of this base.
     """
     opened = _Opened(path, base, source, part)
-    run_import.check_output(output, path, opened.base)
+    run_import.check_output(output, path, opened.path, opened.base)
     made: dict[str, Blocks] = {}
     done = {one.place: one for one in opened.matrices.values() if one.place in opened.adapted}
     for name, store in opened.stores.items():
@@ -140,8 +139,10 @@ class _Opened:
     """
 
     def __init__(self, path: str | Path, base: str | Path, source: str, part: str):
-        self.path = final_of(Path(path))
-        self.base = Path(base) if base else parameters.places(self.path, part)[0]
+        run = final_of(Path(path))
+        whole = run.parent if run.name == "final" else run
+        self.base = Path(base) if base else parameters.places(whole, part)[0]
+        self.path = adapter_source.holder(run, part) or run
         held, self.stores = (checkpoint.open_leaves(p) for p in (self.path, self.base))
         self.leaves = {
             name: store

@@ -3,11 +3,40 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from xllm_jax.assembly import packed_weights
+from xllm_jax.core import base_description
 from xllm_jax.core.errors import UserError
+from xllm_jax.models import lora, quantized
+
+
+def check_kernel(path: str, leaves: Collection[str], base: Path) -> None:
+    """Tells why a base lacks a kernel where the names beside it show that.
+
+    Args:
+      path: of the kernel.
+      leaves: paths of what the base holds.
+      base: its folder.
+
+    Raises:
+      UserError: it is packed, or there are adapters alone.
+    """
+    place = path.rpartition("/")[0]
+    beside = [name for name in leaves if name.rpartition("/")[0] == place]
+    if any(map(quantized.is_packed, beside)):
+        told = base_description.base_about(base)
+        kind = packed_weights.kind_of(told["shapes"], path.partition("/")[0]) or "integers"
+        made = f", such as the one that it says it was made of ({told['source']})"
+        hint = "Export the base of floats" + (made if "source" in told else "")
+        raise UserError(f"is packed in {kind}: {path} is no float", field=str(base), hint=hint)
+    part = path.partition("/")[0]
+    inside = [name for name in leaves if name.startswith(f"{part}/")]
+    if inside and all(map(lora.is_adapter, inside)):
+        hint = "xllm adapter --action=merge makes a base of both, --action=export a file of PEFT's"
+        raise UserError(f"holds adapters without their base: no {path}", field=str(base), hint=hint)
 
 
 class Base:
@@ -32,6 +61,7 @@ class Base:
         """
         shape = self.shapes.get(path, ())
         if not -len(shape) <= number < len(shape):
+            check_kernel(path, self.shapes, self._place)
             raise UserError(
                 "the base lacks this parameter",
                 field=f"{self._place}: {path}",

@@ -78,10 +78,11 @@ def write(
       about: JSON kept with them.
 
     Raises:
-      UserError: the output is no base of ours.
+      UserError: the output is there already, or a part of what is read.
       CannotWrite: there is no room.
     """
     run_import.check_output(output, source)
+    run_import.check_new(output)
     run_import.check_room(output, sum(leaf.nbytes for leaf in leaves.values()))
 
     def finish(folder: Path) -> None:

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from xllm_jax.convert import ConversionPlan, Row, check_table, conversion_record, run_import
-from xllm_jax.convert.base_sizes import Base
+from xllm_jax.convert.base_sizes import Base, check_kernel
 from xllm_jax.convert.header import Header
 from xllm_jax.convert.safetensors_file import SAFETENSORS
-from xllm_jax.core import atomic, checkpoint, damage, limits, litter, rules
+from xllm_jax.core import atomic, checkpoint, damage, limits, rules
 from xllm_jax.core.errors import CannotWrite, UserError
 from xllm_jax.core.new_folder import new_folder
+from xllm_jax.models import lora
 
 COMPARED = ("width", "depth", "heads", "hidden")
 SHARD = 4 << 30
@@ -43,6 +44,7 @@ class Exported(Mapping):
         self._places: dict[str, list[_Place]] = {}
         for row in plan.table:
             if row.target not in leaves:
+                check_kernel(row.target, leaves, base)
                 raise UserError(
                     "the base lacks this parameter",
                     field=f"{base}: {row.target}",
@@ -96,6 +98,25 @@ class _Place:
     layer: int | None
 
 
+def check_adapters(plan: ConversionPlan, leaves: Mapping[str, Any], base: Path) -> None:
+    """Refuses adapters beside the kernels that are exported: no published layout has any.
+
+    Args:
+      plan: of the source.
+      leaves: {path: leaf} of the base.
+      base: its folder.
+
+    Raises:
+      UserError: there are some.
+    """
+    parts = {row.target.partition("/")[0] for row in plan.table}
+    found = (path for path in leaves if lora.is_adapter(path))
+    low = next((path for path in found if path.partition("/")[0] in parts), None)
+    if low:
+        hint = "xllm adapter --action=merge writes them into the kernels"
+        raise UserError(f"has adapters beside its kernels: {low}", field=str(base), hint=hint)
+
+
 def run_export(source: str, path: str | Path, output: str | Path, size: str = "") -> list[str]:
     """Writes a base as safetensors under the published names, in files of at most 4 GiB.
 
@@ -126,10 +147,10 @@ def run_export(source: str, path: str | Path, output: str | Path, size: str = ""
         limits.check_network(options, str(path))
         plan = module.plan(options)
         tensors: Mapping[str, np.ndarray] = Exported(plan, leaves, path)
+        check_adapters(plan, leaves, path)
         restore = getattr(module, "restore", None)
         tensors = restore(tensors, options) if restore else tensors
-    if output.exists() and (output.is_file() or litter.filled(output)):
-        raise UserError("is there already", field=str(output), hint="Choose another --output")
+    run_import.check_new(output)
     run_import.check_room(output, sum(_bytes(header_of(tensors, name)) for name in tensors))
     with new_folder(output) as partial:
         partial.mkdir(parents=True)

@@ -334,6 +334,21 @@ def check_output(output: str | Path, *sources: str | Path) -> None:
         )
 
 
+def check_new(output: str | Path) -> None:
+    """Refuses an output folder in which anything is, a base of ours too.
+
+    Args:
+      output: folder to write.
+
+    Raises:
+      UserError: it would be overwritten.
+    """
+    output = Path(output)
+    if output.is_file() or (output.is_dir() and litter.filled(output)):
+        hint = "Choose another --output, or remove it first"
+        raise UserError("is there already", field=str(output), hint=hint)
+
+
 def check_room(output: str | Path, needed: int) -> None:
     """Refuses to start what the disk cannot hold; `needed` in bytes, before compression.
 

@@ -11,11 +11,12 @@ from xllm_jax.assembly import adapters, parameters
 from xllm_jax.assembly.system import System
 from xllm_jax.core import base_description, checkpoint, checksum, damage, mesh
 from xllm_jax.core.errors import UserError
-from xllm_jax.core.stage import Part, Stage
+from xllm_jax.core.stage import Data, Stage
 from xllm_jax.core.stage_record import parse_stage
 from xllm_jax.core.types import Device
+from xllm_jax.inference import run_base
 from xllm_jax.models import lora
-from xllm_jax.models.xllm import XLLM
+from xllm_jax.models.xllm import LLM, XLLM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,7 @@ def load_run(
     replaced: Mapping[str, str] | None = None,
     devices: list[Device] | None = None,
     outputs: str | Path = "",
+    base: str = "",
 ) -> Restored:
     """Loads all networks of a finished run: what it trained, and what it was trained on.
 
@@ -42,12 +44,14 @@ def load_run(
       devices: where the parameters go; all by default, those of other hosts among them.
       outputs: folder of a run of decoding-side alignment beside the same LLM, whose signal tokens
         and projections let this one answer with pictures.
+      base: folder of the LLM's base, in place of the one that the run names: the same, or another
+        packing of it.
 
     Raises:
       UserError: no finished run there, something it was trained on is gone or is not what it was
-        then, or sizes differ; the runs cannot be joined.
+        then, or sizes differ; the runs cannot be joined; the base is of another LLM.
     """
-    replaced = replaced or {}
+    replaced = dict(replaced or {})
     stage = without_teachers(stage_of(directory, outputs))
     about = base_description.base_about(final(directory))
     trained = {path.split("/")[0] for path in about["shapes"]}
@@ -59,30 +63,38 @@ def load_run(
     # What the run has trained comes from its result, and not from where it began.
     began = "" if any(map(lora.is_adapter, about["shapes"])) else stage.lora.init
     settings = dataclasses.replace(stage.lora, init=place(began, directory) if began else "")
+    stage = dataclasses.replace(stage, offload=())
+    unlike = set(replaced)  # parts that are not what the run was trained on
+    if base:
+        own = {name: place(source, directory) for name, source in stage.init.items() if source}
+        ran = dataclasses.replace(stage, init=own)
+        other = run_base.other_base(ran, final(directory), base)
+        unlike |= set() if other.same else {LLM}
+        replaced[LLM] = base
+        init[LLM] = base
+        if other.adapters:
+            settings = dataclasses.replace(settings, init=str(other.adapters))
+        stage = dataclasses.replace(stage, data=beside(ran, base))
     parts = {
-        name: packed_as(part, name, replaced.get(name, "")) for name, part in stage.parts.items()
+        name: run_base.packed_as(part, name, replaced.get(name, ""))
+        for name, part in stage.parts.items()
     }
-    stage = dataclasses.replace(stage, parts=parts, init=init, offload=(), lora=settings)
+    stage = dataclasses.replace(stage, parts=parts, init=init, lora=settings)
+    run_base.check_packing(stage, directory)
     system = System.build(stage, mesh.make(stage.mesh, devices))
-    params = parameters.parameters(system)
+    with run_base.told_of_run(directory):
+        params = parameters.parameters(system)
     frozen = adapters.split(stage, params)[1]
-    check_base(frozen, params.keys() - replaced.keys(), about.get("base", {}), directory)
+    check_base(frozen, params.keys() - unlike, about.get("base", {}), directory, stage.init)
     return Restored(system.model, params, stage)
 
 
-def packed_as(part: Part, name: str, source: str) -> Part:
-    """A part with its kernels packed as they are in what replaces its parameters.
-
-    Args:
-      part: of a stage.
-      name: of the part.
-      source: 'DIR' or 'DIR:part'; '' where nothing does.
-    """
-    if not source:
-        return part
-    folder, inner = parameters.origin(source, name)
-    packed = base_description.base_about(folder).get("weights", {}).get(inner, "")
-    return dataclasses.replace(part, weights=packed)
+def beside(stage: Stage, base: str) -> Data:
+    """A run's data, with the tokenizer of a base where the one beside its own base is gone."""
+    data = stage.data
+    if Path(data.tokenizer).exists() or data.tokenizer != stage.init.get(LLM):
+        return data
+    return dataclasses.replace(data, tokenizer=base)
 
 
 def without_teachers(stage: Stage) -> Stage:
@@ -106,6 +118,7 @@ def check_base(
     kept: Collection[str],
     known: Mapping[str, str],
     directory: str | Path,
+    init: Mapping[str, str],
 ) -> None:
     """Compares the frozen parameters with those that a run was trained on.
 
@@ -114,6 +127,7 @@ def check_base(
       kept: parts that are to be as they were.
       known: {part: identity}, as the run wrote it.
       directory: of the run, for the error.
+      init: where the parts come from, for the error.
 
     Raises:
       UserError: a part is another one now; names it.
@@ -122,7 +136,8 @@ def check_base(
         older = checksum.is_older(known[part])
         if checksum.identity(frozen[part], older) != known[part]:
             raise UserError(
-                f"was trained on another {part} (its frozen parameters differ)",
+                f"was trained on another {part} than {init.get(part) or 'what its seed gives'} "
+                "(its frozen parameters differ)",
                 field=str(directory),
                 hint=f"Bring the {part} back that it was trained on, or train again",
             )

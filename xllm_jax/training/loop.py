@@ -13,6 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from xllm_jax.assembly import adapter_source
 from xllm_jax.assembly.system import System
 from xllm_jax.core import checkpoint, disk, hosts, kept_checkpoints, mesh, watchdog
 from xllm_jax.core.errors import Diverged, UserError
@@ -81,6 +82,7 @@ def train(
     startup.compare(system, pipeline, store)
     cached = check.verified(system)
     state = trainer.initial_state()
+    adapter_source.check_alpha(stage, state.trainable, state.frozen)
     startup.describe(state)
     base = check.base(state.frozen, cached)
     hosts.agree(store, "frozen base", base)

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import jax
 
-from xllm_jax.assembly import parameters
+from xllm_jax.assembly import adapter_source, parameters
 from xllm_jax.assembly.system import System
 from xllm_jax.core import checkpoint, kernel_fingerprint, rules
 from xllm_jax.core.types import Params
 from xllm_jax.feature_cache import check
 from xllm_jax.models import lora
+from xllm_jax.models.xllm import LLM
 from xllm_jax.training.step import TrainState
 
 
@@ -28,6 +29,7 @@ def write(
 
     A part comes whole. One of which adapters alone trained, and which was loaded from a folder,
     leaves these: the stage says where the rest lies, and a hash of each kernel which one it is.
+    The LLM's kernels have such a hash in any case, so that it may be packed in another way later.
 
     Args:
       system: that was trained.
@@ -48,6 +50,8 @@ def write(
         trained |= low
         if jax.process_index() == 0:
             kernels |= parameters.fingerprints(stage, part, rules.flatten(low))
+    if jax.process_index() == 0 and LLM not in state.trainable:
+        kernels |= adapter_source.kernels_of(stage, LLM)
     about |= {kernel_fingerprint.FIELD: kernels} if kernels else {}
     checkpoint.save_base(directory, trained, about)
 
