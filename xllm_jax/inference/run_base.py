@@ -73,7 +73,9 @@ def told_of_run(directory: str | Path) -> Iterator[None]:
         if not error.field.startswith(fields) and not any(n in error.hint for n in fields):
             raise
         what = f"is not over what it was trained on: {error.field}: {error.what}"
-        hint = "Bring that back; --base names another place of the LLM's base"
+        why, _, advice = error.hint.partition(";")
+        why = f"{why}. " if advice and not any(name in why for name in fields) else ""
+        hint = f"{why}Bring that back; --base names another place of the LLM's base"
         raise UserError(what, field=str(directory), hint=hint) from error
 
 
