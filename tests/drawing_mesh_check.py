@@ -10,8 +10,9 @@ import json
 
 import jax
 import numpy as np
+from mesh_check import values
 
-from xllm_jax.assembly.networks import init_params
+from xllm_jax.assembly.networks import shapes_of
 from xllm_jax.core import mesh, rules
 from xllm_jax.inference import decoder_base
 from xllm_jax.inference.render import Renderer
@@ -47,7 +48,9 @@ def renderer(params, batch, device_mesh=None) -> Renderer:
 
 def main() -> dict:
     """All differences."""
-    params = {n: init_params(net, jax.random.key(0)) for n, net in NETWORKS.items()}
+    shapes = {name: shapes_of(network) for name, network in NETWORKS.items()}
+    drawn = {path: values(path, x) for path, x in rules.flatten(shapes).items()}
+    params = rules.unflatten(drawn)
     rng = np.random.default_rng(0)
     conditions = rng.normal(size=(5, 3, 24)).astype(np.float32)
     seeds = [3, 4, 3, 5, 6]

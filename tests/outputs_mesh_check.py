@@ -10,8 +10,9 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+from mesh_check import values
 
-from xllm_jax.assembly.networks import init_params
+from xllm_jax.assembly.networks import shapes_of
 from xllm_jax.core import mesh, rules
 from xllm_jax.models.outputs import autoencoder, unet
 
@@ -38,7 +39,9 @@ def inputs(name: str) -> tuple[jax.Array, ...]:
 def differences(name: str) -> dict[str, list[float]]:
     """{mesh: [distance of outputs, of gradients]} from one device, relative to the largest."""
     file, network = NETWORKS[name]
-    params, batch = init_params(network, jax.random.key(0)), inputs(name)
+    shapes = rules.flatten(shapes_of(network))
+    params = rules.unflatten({path: values(path, x) for path, x in shapes.items()})
+    batch = inputs(name)
     specs = rules.assign(file.SHARDING, params, what=f"{name} SHARDING")
 
     def run(params, batch):

@@ -42,7 +42,7 @@ def captions(folder: Path) -> str:
 
 def stage(folder: Path, **changes):
     """The small stage with requests to draw; `changes` replace fields of the Stage."""
-    made = small_stage.stage(**changes)
+    made = small_stage.stage(**{"unroll": 1} | changes)
     made.parts |= {
         "signal_tokens": Part("outputs.signal_tokens.SignalTokens", "tiny", {"width": 32}),
         "image_projection": Part(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -82,14 +83,18 @@ class Pair:
     ours: causal.Causal
     params: dict
 
-    def run(self, ids, segments, positions, cache=None):
-        """Final states, logits and the cache."""
-        x = self.ours.apply({"params": self.params}, ids, method="embed")
-        context = np.zeros(ids.shape, bool)
-        states, cache = self.ours.apply(
-            {"params": self.params}, x, segments, context, positions[..., None], cache
-        )
-        return self.ours.apply({"params": self.params}, states, method="logits"), cache
+    @functools.cached_property
+    def run(self):
+        """`(ids, segments, positions, cache) -> (logits, cache)`."""
+
+        def run(ids, segments, positions, cache=None):
+            variables, context = {"params": self.params}, jnp.zeros(ids.shape, bool)
+            x = self.ours.apply(variables, ids, method="embed")
+            places = positions[..., None]
+            states, cache = self.ours.apply(variables, x, segments, context, places, cache)
+            return self.ours.apply(variables, states, method="logits"), cache
+
+        return jax.jit(run)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -196,11 +201,15 @@ def test_packed_rows_do_not_see_each_other(pair):
 def test_states_between_the_layers(pair):
     ids, watched = ids_of(2, 9), np.asarray([[2, 5], [8, 0]], np.int32)
     expected = pair.theirs.model(torch.tensor(ids), output_hidden_states=True).hidden_states
-    variables = {"params": pair.params}
-    x = pair.ours.apply(variables, ids, method="embed")
     places = np.broadcast_to(np.arange(9, dtype=np.int32), (2, 9))[..., None]
     rows = (np.ones_like(ids), np.zeros(ids.shape, bool), places)
-    *_, seen = pair.ours.apply(variables, x, *rows, watched=watched)
+
+    @jax.jit
+    def between(ids):
+        x = pair.ours.apply({"params": pair.params}, ids, method="embed")
+        return pair.ours.apply({"params": pair.params}, x, *rows, watched=watched)[-1]
+
+    seen = between(ids)
     for layer in range(pair.ours.depth):
         close(seen[layer], expected[layer][torch.arange(2)[:, None], torch.tensor(watched)])
 
@@ -225,13 +234,16 @@ def test_remat_changes_nothing(pair):
 def test_bfloat16_stays_near_float32():
     """Norms and softmax stay in float32, so that the distance is that of the products alone."""
     model = causal.Causal(**causal.SIZES["tiny"])
-    params = model.init(jax.random.key(0), *model.example())
+    params = jax.jit(model.init)(jax.random.key(0), *model.example())
     ids, segments = ids_of(2, 16), np.ones((2, 16), np.int32)
     places = np.broadcast_to(np.arange(16, dtype=np.int32), (2, 16))[..., None]
 
     def states(model):
-        x = model.apply(params, ids, method="embed")
-        return np.asarray(model.apply(params, x, segments, segments < 0, places)[0], np.float32)
+        def run(params):
+            x = model.apply(params, ids, method="embed")
+            return model.apply(params, x, segments, segments < 0, places)[0]
+
+        return np.asarray(jax.jit(run)(params), np.float32)
 
     full, half = states(model), states(model.clone(dtype=jnp.bfloat16))
     error = np.abs(half - full).max() / np.abs(full).max()

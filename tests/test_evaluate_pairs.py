@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import jax
@@ -41,6 +42,20 @@ def restored():
     return Restored(system.model, parameters.parameters(system), stage)
 
 
+def objective(model, params, batch):
+    """Metrics of the objective, whose negatives are those that the figures are about."""
+    encoder, part = model.parts("image")
+    network, own = model.networks[part], {"params": params[part]}
+    features, _ = model.apply(params, encoder, batch.images, None)
+    image = network.apply(own, features, method="normalize")
+    units = network.apply(own, image, method="image")[1]
+    texts = network.apply(own, batch.ids, batch.mask, method="text")[1][:, 0]
+    similar = blip2_pretraining.similarities(units, texts, params[part]["temperature"])
+    drawn = blip2_pretraining.sample_negatives(jax.random.key(0), *similar, "xllm", batch.weights)
+    given = (network, params[part], features, batch.ids, batch.mask)
+    return blip2_pretraining.pair_loss(*given, weights=batch.weights, negatives=drawn)[1]
+
+
 def test_the_figures_are_those_of_the_objective_on_the_same_pairs(root, restored):
     found = evaluate_pairs.evaluate(restored, str(root), demo_suite.SOURCES["caption"], PAIRS)
     count = found["samples"]
@@ -51,22 +66,7 @@ def test_the_figures_are_those_of_the_objective_on_the_same_pairs(root, restored
     source = demo_suite.SOURCES["caption"]
     (batch,) = evaluate_pairs.batches(restored, str(root), source, PAIRS)
     assert batch.weights.sum() == count
-    model, params = restored.model, restored.params
-    _, part = model.parts("image")
-    features, _ = model.apply(params, model.parts("image")[0], batch.images, None)
-    # The negatives that the figures are about; which ones does not matter to the objective.
-    image = model.networks[part].apply({"params": params[part]}, features, method="normalize")
-    units = model.networks[part].apply({"params": params[part]}, image, method="image")[1]
-    texts = model.networks[part].apply(
-        {"params": params[part]}, batch.ids, batch.mask, method="text"
-    )[1][:, 0]
-    similar = blip2_pretraining.similarities(units, texts, params[part]["temperature"])
-    drawn = blip2_pretraining.sample_negatives(jax.random.key(0), *similar, "xllm", batch.weights)
-    _, metrics = blip2_pretraining.pair_loss(
-        *(model.networks[part], params[part], features, batch.ids, batch.mask),
-        weights=batch.weights,
-        negatives=drawn,
-    )
+    metrics = jax.jit(functools.partial(objective, restored.model))(restored.params, batch)
     assert values["itm"] == pytest.approx(float(metrics["itm_accuracy"]), abs=1e-4)
     both = (values["r1_text"] + values["r1_image"]) / 2
     assert both == pytest.approx(float(metrics["itc_accuracy"]), abs=1e-4)

@@ -137,23 +137,28 @@ def test_a_word_between_is_written_and_read(restored):
     assert sum(len(one.pictures) for one in replies) == (tokens == FIRST).sum()
 
 
-def fed(model, params, prompt, tokens, layers):
+def feeding(model):
+    """`(params, cache, ids, segments, context, positions) -> (embeddings, states, …)`, compiled."""
+
+    def feed(params, cache, ids, *layout):
+        llm = model.llm(params)
+        x = llm(ids, method="embed")
+        return x, *llm(x, *layout, cache, watched=jnp.zeros((1, 1), jnp.int32))
+
+    return jax.jit(feed)
+
+
+def fed(feed, llm, params, prompt, tokens, layers):
     """States of each token when it is fed, one by one into a cache, and embeddings there."""
-    llm = model.llm(params)
-    ids = jnp.asarray(prompt.ids)[None]
-    cache = llm(1, len(prompt.ids) + len(tokens), method="init_cache")
-    layout = (jnp.asarray(prompt.segments)[None], jnp.asarray(prompt.context)[None])
-    _, cache = llm(llm(ids, method="embed"), *layout, jnp.asarray(prompt.positions)[None], cache)
+    given = (prompt.ids, prompt.segments, prompt.context, prompt.positions)
+    cache = llm(1, 64, method="init_cache")
+    _, _, cache, _ = feed(params, cache, *(jnp.asarray(x)[None] for x in given))
     position = np.asarray(prompt.positions[-1])
-    states, words = [], []
+    states, words, one = [], [], jnp.ones((1, 1), jnp.int32)
     for token in tokens:
         position = position + np.array([0, 1])
-        x = llm(jnp.array([[token]]), method="embed")
-        one = jnp.ones((1, 1), jnp.int32)
-        place = jnp.zeros((1, 1), jnp.int32)
-        final, cache, seen = llm(
-            x, one, one < 0, jnp.asarray(position)[None, None], cache, watched=place
-        )
+        place = jnp.asarray(position)[None, None]
+        x, final, cache, seen = feed(params, cache, token * one, one, one < 0, place)
         states.append([final[0, 0] if n == -1 else seen[n, 0, 0] for n in layers])
         words.append(x[0, 0])
     return np.asarray(states), np.asarray(words)
@@ -163,7 +168,9 @@ def test_pictures_are_read_where_the_tokens_were_fed(restored):
     """The last token of an answer has a state too."""
     model = Assistant(restored, rows=3, max_tokens=6)
     how = model.decoding(sample=True, temperature=1.5)
-    found = 0
+    found, feed = 0, feeding(model.model)
+    llm = model.model.llm(model.params)
+    project = jax.jit(lambda *x: model.model.apply(model.params, "image_projection", *x))
     for seed in range(3):
         prompts = [model.prompt(one, {}) for one in ASKED]
         order = sorted(range(3), key=lambda i: len(prompts[i].ids))
@@ -176,15 +183,10 @@ def test_pictures_are_read_where_the_tokens_were_fed(restored):
             starts = [n for n, token in enumerate(said) if token == FIRST]
             pictures = replies[number].pictures
             assert len(pictures) == len(starts)
-            states, words = fed(model.model, model.params, prompts[number], said, (-1, 1))
+            states, words = fed(feed, llm, model.params, prompts[number], said, (-1, 1))
             for start, picture in zip(starts, pictures):
                 at = slice(start, start + COUNT)
-                wanted = model.model.apply(
-                    model.params,
-                    "image_projection",
-                    states[at].swapaxes(0, 1)[None],
-                    words[None, at],
-                )
+                wanted = project(states[at].swapaxes(0, 1)[None], words[None, at])
                 np.testing.assert_allclose(picture.embeddings, wanted[0], rtol=2e-4, atol=2e-4)
                 found += 1
     assert found > 3
