@@ -33,6 +33,8 @@ os.environ["PYTHONWARNINGS"] = ",".join(
 
 import jax
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
 from xllm_jax.conformance import plugin
 from xllm_jax.core import memory_allocator
@@ -71,3 +73,14 @@ def pytest_unconfigure(config):
 def golden() -> Path:
     """Folder of the PyTorch recordings."""
     return GOLDEN
+
+
+@pytest.fixture
+def parsed_flags():
+    """Flags as a command has them that was given none."""
+    before = flags.FLAGS.is_parsed()
+    with flagsaver.flagsaver():
+        flags.FLAGS.mark_as_parsed()
+        yield
+    if not before:
+        flags.FLAGS.unparse_flags()

@@ -23,6 +23,7 @@ from xllm_jax.inference import assistant, decoder_base, load_run
 from xllm_jax.inference.replies import Picture, Reply
 from xllm_jax.launch import chat, drawing, serve
 
+pytestmark = pytest.mark.usefixtures("parsed_flags")
 ROOT = Path(__file__).parents[1]
 RECORDED = GOLDEN / "diffusion"
 PLACE = "runs/bases/image_decoder"
@@ -43,17 +44,6 @@ def home(tmp_path_factory):
     stage.outputs = {"image": Output("image_projection", "text_encoder", PLACE)}
     small_runs.write_run(stage, folder / "runs/drawn", ("signal_tokens", "image_projection"))
     return folder
-
-
-@pytest.fixture(autouse=True)
-def parsed_flags():
-    """Flags as a command has them that was given none."""
-    before = flags.FLAGS.is_parsed()
-    with flagsaver.flagsaver():
-        flags.FLAGS.mark_as_parsed()
-        yield
-    if not before:
-        flags.FLAGS.unparse_flags()
 
 
 @pytest.fixture

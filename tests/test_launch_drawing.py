@@ -19,6 +19,7 @@ from xllm_jax.inference.load_run import load_run, stage_of
 from xllm_jax.inference.replies import Picture, Reply
 from xllm_jax.launch import chat, drawing, evaluate_drawing
 
+pytestmark = pytest.mark.usefixtures("parsed_flags")
 ROOT = Path(__file__).parents[1]
 SIZE = (small_outputs.TOKENS, 12)
 
