@@ -64,7 +64,7 @@ FILES = {
     "stage2_image_half": "stage2_image",
     "stage3": "stage3_instruction",
 }
-SHARES = {"stage2_image_half": 0.5}  # of the records of each source
+SHARES = {"stage2_image_half": 0.5}  # of the records of each source, and of the steps
 IDLE = ("name", "log_every", "save_every", "keep", "stall", "wandb", "profile", "best.")
 IDLE += ("data.threads", "data.waiting", "validation.")
 SHIPPED = Path(xllm_jax.__file__).parent / "data" / "synthetic_world" / "backbones"
@@ -103,7 +103,8 @@ def stage(name: str) -> Stage:
         for key, source in made.data.sources.items()
     }
     data = dataclasses.replace(made.data, sources=sources)
-    return dataclasses.replace(made, data=data, init={**made.init, **STAGES[name]})
+    steps = int(made.steps * SHARES.get(name, 1.0))
+    return dataclasses.replace(made, data=data, steps=steps, init={**made.init, **STAGES[name]})
 
 
 def fields(one: Stage) -> dict[str, str]:

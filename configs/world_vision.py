@@ -29,6 +29,6 @@ def get_config(size: str = "tiny") -> Stage:
             examples=32,
             image={"size": 96, "patch": 16},
         ),
-        steps=6000,
+        steps=5000,
         **networks.numerics(size),
     )

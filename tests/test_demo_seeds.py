@@ -55,8 +55,9 @@ def test_settings_count_unless_they_change_no_figure():
     assert demo_behavior.fields(stage) == demo_behavior.fields(quiet)
     assert demo_behavior.fields(stage) != demo_behavior.fields(steeper)
     assert demo_behavior.stage("stage2_image_no_init").init["image_interface"] == ""
-    half = demo_behavior.stage("stage2_image_half").data.sources.values()
-    assert {source.share for source in half} == {0.5}
+    half = demo_behavior.stage("stage2_image_half")
+    assert {source.share for source in half.data.sources.values()} == {0.5}
+    assert half.steps == stage.steps // 2
 
 
 def test_arrays_differ_by_whole_numbers_and_not_by_the_last_bits_of_others():

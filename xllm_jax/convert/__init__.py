@@ -237,7 +237,10 @@ def import_tree(
 
 
 def export_tree(table: Iterable[Row], tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Writes our tree under the source's names and shapes; the inverse of `import_tree`."""
+    """Writes our tree under the source's names and shapes; the inverse of `import_tree`.
+
+    Tensors are in C order: safetensors' NumPy writer takes the bytes of any other as they lie.
+    """
     flat = rules.flatten(tree)
     tensors: dict[str, np.ndarray] = {}
     pieces: dict[str, dict[int, np.ndarray]] = {}
@@ -252,7 +255,8 @@ def export_tree(table: Iterable[Row], tree: Mapping[str, Any]) -> dict[str, np.n
             parts[row.piece[0]] = tensor
             parts.update({zero: np.zeros_like(tensor) for zero in row.zero_pieces})
     for name, parts in pieces.items():
-        tensors[name] = np.concatenate([parts[number] for number in sorted(parts)])
+        whole = np.concatenate([parts[number] for number in sorted(parts)])
+        tensors[name] = np.asarray(whole, order="C")
     return tensors
 
 

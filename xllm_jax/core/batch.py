@@ -165,11 +165,13 @@ class SceneAttributes:
 
     Attributes:
       cells: `[B, 9, 3]` int32, classes of the object in each place.
+      colors: `[B, N, 3]` float32, RGB of the object that covers each patch, from 0 to 1.
       images: `[B, height, width, 3]` float32, normalized.
-      patches: `[B, N, 3]` int32, classes of the object that covers each patch.
+      patches: `[B, N, 4]` int32, the same of the object that covers each patch, and its place.
     """
 
     cells: Array
+    colors: Array
     images: Array
     patches: Array
 

@@ -192,7 +192,7 @@ def _save(tensors: Mapping[str, np.ndarray], path: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    halved = {name: np.asarray(x, np.float16) for name, x in tensors.items()}
+    halved = {name: np.asarray(x, np.float16, order="C") for name, x in tensors.items()}
     with atomic.whole(path) as partial, disk.writing(path, also=(SafetensorError,)):
         save_file(halved, str(partial))
     atomic.remove_partial(path.parent, {path.name})

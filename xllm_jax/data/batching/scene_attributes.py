@@ -1,10 +1,19 @@
 """The format of scene attributes: scenes of the world and what stands on every patch and cell.
 
-Attributes are shape, color and size, counted from 1; 0 is nothing. Records come from
-`sources/world_scenes.py`; the held-out pairs of shape and color are never drawn.
+Attributes are shape, color and size, and of a patch the place, too, counted from 1; 0 is nothing,
+and NOT_ASKED has no loss.
+Records come from `sources/world_scenes.py`; the held-out pairs of shape and color are never drawn.
+
+Three of four scenes have objects of any color and off the middle of their cells, as clips do and
+what a real encoder is pre-trained on, and every patch tells its object's RGB: from six colors in
+seen pairs alone an encoder learns which shapes a color goes with, and its features tell the shape
+of a held-out pair wrongly.
 """
 
 from __future__ import annotations
+
+import colorsys
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -12,19 +21,24 @@ from xllm_jax.core.batch import SceneAttributes
 from xllm_jax.data.batching.batch_format import BatchPlan, Entry, RowPerRecord
 from xllm_jax.data.media import image, modalities
 from xllm_jax.data.record import Mode, Record, Skipped
-from xllm_jax.data.synthetic_world.render import PIXELS, object_boxes, render_scene
+from xllm_jax.data.synthetic_world.render import RADIUS, RGB, Sprite, render_scene, sprites
 from xllm_jax.data.synthetic_world.scene import (
     COLORS,
+    HELD_OUT,
     PLACES,
     SHAPES,
     SIZES,
-    Object,
     Scene,
     generator,
     sample_scene,
 )
 
 ATTRIBUTES = 3
+NOT_ASKED = -1
+ANY_LOOK = 0.75  # share of scenes
+ALONE, BESIDE = 0.16, 0.05  # of the side: how far objects are from the middle of their cells
+REACH = 0.7  # of the radius: how near a patch has to be to an object's center
+HUES_APART = 0.06  # of the circle: how far from a shape's held-out color others are
 
 
 class Format(RowPerRecord[Entry, SceneAttributes, None]):
@@ -56,7 +70,8 @@ class Format(RowPerRecord[Entry, SceneAttributes, None]):
         """An empty batch, see `BatchFormat.zeros`."""
         return SceneAttributes(
             images=np.zeros((rows, self._size, self._size, 3), np.float32),
-            patches=np.zeros((rows, self._grid**2, ATTRIBUTES), np.int32),
+            patches=np.zeros((rows, self._grid**2, ATTRIBUTES + 1), np.int32),
+            colors=np.zeros((rows, self._grid**2, 3), np.float32),
             cells=np.zeros((rows, len(PLACES), ATTRIBUTES), np.int32),
         )
 
@@ -74,14 +89,15 @@ class Format(RowPerRecord[Entry, SceneAttributes, None]):
         """Draws some rows, see `BatchFormat.fill`; rows without a record are left out.
 
         Returns:
-          ({'images': `[B, H, W, 3]` float32, 'patches': `[B, N, 3]` and 'cells': `[B, 9, 3]` int32
-          classes of shape, color and size}, nothing skipped).
+          ({'images': `[B, H, W, 3]` float32, 'cells': `[B, 9, 3]` int32 classes of shape, color and
+          size, NOT_ASKED for any other color, 'patches': `[B, N, 4]` the same and the place,
+          'colors': `[B, N, 3]` float32 RGB from 0 to 1, 0 where nothing is}, nothing skipped).
         """
         keys = [entry.record.example.key for row in plan.rows[rows] for entry in row]
         kind = image.normalization(self.data.image)
         drawn = [draw(key, self._size, self._grid, kind) for key in keys]
-        images, patches, cells = (np.stack(values) for values in zip(*drawn))
-        return SceneAttributes(cells, images, patches), []
+        images, patches, cells, colors = (np.stack(values) for values in zip(*drawn))
+        return SceneAttributes(cells, colors, images, patches), []
 
     def padding(self, batch: SceneAttributes) -> dict[str, tuple[int, int]]:
         """{kind of place: (used, capacity)}: every row holds a picture."""
@@ -90,36 +106,75 @@ class Format(RowPerRecord[Entry, SceneAttributes, None]):
 
 def draw(
     key: str, size: int, grid: int, kind: str = "clip"
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One picture with its labels, a function of the key alone."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(pixels, labels of patches and of cells, RGB of patches), a function of the key alone."""
     seed, index = map(int, key.split("-"))
-    scene = sample_scene(generator(seed, "attributes", index), "seen")
-    pixels = image.normalize(image.resize(render_scene(scene), size), kind)
-    return pixels, patch_labels(scene, grid), cell_labels(scene)
+    rng = generator(seed, "attributes", index)
+    scene = sample_scene(rng, "seen")
+    items, colors = sprites(scene), [COLORS.index(item.color) + 1 for item in scene.objects]
+    if rng.random() < ANY_LOOK:
+        items = [any_look(item, rng, len(items) == 1) for item in items]
+        colors = [NOT_ASKED] * len(items)
+    own, told = owners(items, grid), [classes(*pair) for pair in zip(items, colors)]
+    patches = np.array([(0,) * (ATTRIBUTES + 1), *told], np.int32)[own]
+    painted = np.array([(0, 0, 0), *(rgb for *_, rgb, _ in items)], np.float32)[own] / 255
+    pixels = image.resize(render_scene(scene, items=items), size)
+    return image.normalize(pixels, kind), patches, cell_labels(told), painted
 
 
-def classes(item: Object) -> tuple[int, int, int]:
-    """Shape, color and size of an object as classes."""
-    return (
-        SHAPES.index(item.shape) + 1,
-        COLORS.index(item.color) + 1,
-        SIZES.index(item.size) + 1,
-    )
+def any_look(item: Sprite, rng: np.random.Generator, alone: bool) -> Sprite:
+    """The same shape in any color, off the middle of its cell, of any size where it is alone."""
+    shape, x, y, radius, _, turn = item
+    reach = ALONE if alone else BESIDE
+    x, y = (float(np.clip(at + rng.uniform(-reach, reach), 0.12, 0.88)) for at in (x, y))
+    if alone:
+        radius = float(rng.uniform(0.9 * RADIUS["小"], 1.1 * RADIUS["大"]))
+    return shape, x, y, radius, any_color(shape, rng), turn
+
+
+def any_color(shape: str, rng: np.random.Generator) -> tuple[int, int, int]:
+    """RGB of any color that stands out and is not near the color held out for the shape."""
+    held_out = [RGB[color] for kind, color in sorted(HELD_OUT) if kind == shape]
+    hues = [colorsys.rgb_to_hsv(*(x / 255 for x in rgb))[0] for rgb in held_out]
+    while True:
+        hue, saturation = float(rng.random()), float(rng.random())
+        if all(min((hue - far) % 1, (far - hue) % 1) > HUES_APART for far in hues):
+            rgb = colorsys.hsv_to_rgb(hue, saturation, float(rng.uniform(0.65, 1.0)))
+            red, green, blue = (round(255 * x) for x in rgb)
+            return red, green, blue
+
+
+def classes(item: Sprite, color: int) -> tuple[int, int, int, int]:
+    """Shape, color, size and place of what is drawn as classes, by where it is and how large."""
+    shape, x, y, radius, *_ = item
+    size = "大" if radius > (RADIUS["大"] + RADIUS["小"]) / 2 else "小"
+    place = 3 * int(3 * y) + int(3 * x)
+    return SHAPES.index(shape) + 1, color, SIZES.index(size) + 1, place + 1
+
+
+def owners(items: Sequence[Sprite], grid: int) -> np.ndarray:
+    """`[grid * grid]` int32: the number of the object that reaches into each patch, 0 for none.
+
+    A small object between four patches covers the center of none.
+    """
+    low = np.arange(grid) / grid
+    found = np.zeros((grid, grid), np.int32)
+    for number, (_, x, y, radius, *_) in enumerate(items, 1):
+        across, down = (np.maximum(0, np.maximum(low - at, at - low - 1 / grid)) for at in (x, y))
+        found[across[None] ** 2 + down[:, None] ** 2 < (REACH * radius) ** 2] = number
+    return found.reshape(-1)
 
 
 def patch_labels(scene: Scene, grid: int) -> np.ndarray:
-    """`[grid * grid, 3]` int32: an object owns the patches whose center its circle covers."""
-    center = (np.arange(grid) + 0.5) * PIXELS / grid
-    labels = np.zeros((grid, grid, ATTRIBUTES), np.int32)
-    for item, (x, y, width, height) in zip(scene.objects, object_boxes(scene)):
-        across = (center[None] - x - width / 2) ** 2 + (center[:, None] - y - height / 2) ** 2
-        labels[across < (width / 2) ** 2] = classes(item)
-    return labels.reshape(-1, ATTRIBUTES)
+    """`[grid * grid, 4]` int32: what the patches of a scene's own picture show."""
+    items = sprites(scene)
+    told = [classes(x, COLORS.index(o.color) + 1) for x, o in zip(items, scene.objects)]
+    return np.array([(0,) * (ATTRIBUTES + 1), *told], np.int32)[owners(items, grid)]
 
 
-def cell_labels(scene: Scene) -> np.ndarray:
-    """`[places, 3]` int32: the object at each place."""
+def cell_labels(told: Sequence[tuple[int, ...]]) -> np.ndarray:
+    """`[places, 3]` int32: shape, color and size of the object in each place."""
     labels = np.zeros((len(PLACES), ATTRIBUTES), np.int32)
-    for item in scene.objects:
-        labels[PLACES.index(item.place)] = classes(item)
+    for *attributes, place in told:
+        labels[place - 1] = attributes
     return labels

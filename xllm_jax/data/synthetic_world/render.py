@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -21,6 +22,7 @@ RGB = {
 }
 RADIUS = {"大": 0.140, "小": 0.078}  # shares of the picture's side
 SUPERSAMPLING = 3
+Sprite = tuple[str, float, float, float, tuple[int, int, int], float]
 
 
 def cell_center(place: str) -> tuple[float, float]:
@@ -29,21 +31,27 @@ def cell_center(place: str) -> tuple[float, float]:
     return (2 * column + 1) / 6, (2 * row + 1) / 6
 
 
-def render_scene(scene: Scene, pixels: int = PIXELS, grain: bool = True) -> Image.Image:
+def render_scene(
+    scene: Scene,
+    pixels: int = PIXELS,
+    grain: bool = True,
+    items: Sequence[Sprite] = (),
+) -> Image.Image:
     """The picture of a scene, `[pixels, pixels, 3]` uint8 as a Pillow image.
 
     Args:
       scene: what it shows.
       pixels: of a side.
       grain: as a sensor gives it.
+      items: what is drawn in the place of the scene's own objects; empty for these.
     """
     rng = generator(scene.seed, "background")
-    drawn = draw(background(scene.background, rng, pixels), sprites(scene))
+    drawn = draw(background(scene.background, rng, pixels), items or sprites(scene))
     whole = np.clip(drawn, 0, 255).astype(np.uint8)
     return Image.fromarray(add_noise(drawn, rng) if grain else whole)
 
 
-def sprites(scene: Scene) -> list:
+def sprites(scene: Scene) -> list[Sprite]:
     """(shape, x, y, radius, rgb, turn) of every object, with the small changes of its look."""
     rng = generator(scene.seed, "jitter")
     return [(item.shape, *jitter(item, rng)) for item in scene.objects]
@@ -95,7 +103,7 @@ def outline(shape: str, x: float, y: float, radius: float, turn: float) -> list:
     return [(x + length * math.cos(a), y + length * math.sin(a)) for a, length in angles]
 
 
-def draw(base: np.ndarray, items: list) -> np.ndarray:
+def draw(base: np.ndarray, items: Sequence[Sprite]) -> np.ndarray:
     """Paints sprites (shape, x, y, radius, rgb, turn) over a `[pixels, pixels, 3]` background."""
     side = base.shape[0]
     picture = base.astype(np.float32)
