@@ -187,6 +187,15 @@ def load(model: Model, file: Path) -> None:
     """Takes the weights of our side."""
     with np.load(file) as stored:
         arrays = {path: torch.from_numpy(leaf) for path, leaf in stored.items()}
+    dense, norm = copiers(arrays)
+    with torch.no_grad():
+        load_vision(model.vision, arrays, dense, norm)
+        load_interface(model, arrays, dense, norm)
+        load_llm(model.llm, arrays, dense, norm)
+
+
+def copiers(arrays: dict[str, torch.Tensor]) -> tuple[Any, Any]:
+    """What copies a dense layer and a norm of ours, `{path: leaf}`, into those of PyTorch."""
 
     def dense(linear: nn.Linear, path: str, number: Any = (), inputs: int = 1) -> None:
         kernel = arrays[f"{path}/kernel"][number]
@@ -198,10 +207,7 @@ def load(model: Model, file: Path) -> None:
         layer.weight.copy_(arrays[f"{path}/scale"][number])
         layer.bias.copy_(arrays[f"{path}/bias"][number])
 
-    with torch.no_grad():
-        load_vision(model.vision, arrays, dense, norm)
-        load_interface(model, arrays, dense, norm)
-        load_llm(model.llm, arrays, dense, norm)
+    return dense, norm
 
 
 def load_vision(vision: nn.Module, arrays: dict[str, Any], dense: Any, norm: Any) -> None:
