@@ -73,7 +73,8 @@ def stage_of(choice: argparse.Namespace, gpu: bool) -> Any:
     from xllm_jax.core.stage import Optimizer
 
     stage = stage2_image.get_config(choice.size)
-    stage.init, stage.remat, stage.unroll = {}, choice.remat, choice.unroll
+    stage.init, stage.unroll = {}, choice.unroll
+    stage.remat = "all" if choice.remat else "none"
     stage.compute = stage.frozen = choice.precision
     stage.mesh = {"data": 1, "fsdp": -1, "tensor": 1}
     stage.optimizer = Optimizer(
@@ -134,7 +135,6 @@ def jax_side(choice: argparse.Namespace) -> dict[str, Any]:
     """Compiles and times our step; writes the weights for the other side where they are small."""
     import jax
 
-    pass
     from xllm_jax.assembly.system import System
     from xllm_jax.core import flops, mesh, rules
 
