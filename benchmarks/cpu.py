@@ -38,6 +38,8 @@ from cpu_pair import Compared, Pair
 from scipy import stats
 from torch._inductor import config as inductor
 
+from xllm_jax.core.text_lines import split_lines
+
 LEAST = 0.01  # seconds of CPU time of one measurement; shorter work is repeated within it
 AGREE = 2e-4  # largest difference, of the largest value
 
@@ -189,7 +191,8 @@ def products(side: int = 1024, times: int = 5) -> dict[str, float]:
 
 def machine(core: int) -> dict[str, Any]:
     """What the figures hold for."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if platform.system() == "Linux" else []
+    told = Path("/proc/cpuinfo").read_text() if platform.system() == "Linux" else ""
+    lines = split_lines(told)
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
         "date": time.strftime("%Y-%m-%d"),

@@ -11,7 +11,6 @@ too: ids of configs/networks.py are its. --learn_tokenizer learns another one.
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any, cast
 
@@ -120,7 +119,8 @@ def learn_tokenizer(folder: Path) -> Path:
         texts += [text for text in (*media, *rounds, example.instruction, example.answer) if text]
     for template in (TEMPLATES[name] for name in WORDS_AROUND):
         words = dict(round=0, question="", answer="")
-        texts += [text.format(**words) for text in dataclasses.astuple(template)] * 100
+        forms = (template.question, template.earlier, template.last, template.system)
+        texts += [text.format(**words) for text in forms] * 100
     tags = [f"<{sign}{name.capitalize()}>" for name in networks.MODALITIES for sign in ("", "/")]
     return train_tokenizer([t for t in texts if t], folder, learned=200, longest=2, words=tags)
 

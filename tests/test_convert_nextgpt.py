@@ -242,7 +242,11 @@ def test_a_stage_takes_vicuna_and_the_delta_over_it(tmp_path):
         },
         trainable=("image_projection/.*",),
         lora=Lora(rank, "llm/layers/attention/.*", alpha=32.0, init=base),
-        data=Data(llm_family="vicuna_v0", signals={"image": Signals(CONFIG["ids"]["img"][0], 4)}),
+        data=Data(
+            llm_family="vicuna_v0",
+            template="vicuna_v0",
+            signals={"image": Signals(CONFIG["ids"]["img"][0], 4)},
+        ),
         compute="float32",
         frozen="float32",
     )

@@ -99,7 +99,7 @@ class _Place:
 
 
 def check_adapters(plan: ConversionPlan, leaves: Mapping[str, Any], base: Path) -> None:
-    """Refuses adapters beside the kernels that are exported: no published layout has any.
+    """Refuses adapters beside exported kernels where the layout has no place for them.
 
     Args:
       plan: of the source.
@@ -109,8 +109,9 @@ def check_adapters(plan: ConversionPlan, leaves: Mapping[str, Any], base: Path) 
     Raises:
       UserError: there are some.
     """
-    parts = {row.target.partition("/")[0] for row in plan.table}
-    found = (path for path in leaves if lora.is_adapter(path))
+    targets = {row.target for row in plan.table}
+    parts = {target.partition("/")[0] for target in targets}
+    found = (path for path in leaves if lora.is_adapter(path) and path not in targets)
     low = next((path for path in found if path.partition("/")[0] in parts), None)
     if low:
         hint = "xllm adapter --action=merge writes them into the kernels"
