@@ -25,7 +25,7 @@ from xllm_jax.core.stage import Data, Part, Stage
 from xllm_jax.data.synthetic_world.text_stream import text_examples
 
 SPECIALS = ["<s>", "</s>", "<pad>"]
-TEMPLATE = "nextgpt"
+TEMPLATE = "paper"
 SPREAD = 0.06  # of the weights: scores far enough from each other that no rounding changes a token
 
 

@@ -177,10 +177,10 @@ def test_an_older_result_is_compared_by_its_own_sums(capfd):
     tree = {"llm": {"a": np.arange(6, dtype=np.float32)}}
     known = {"llm": checksum.identity(tree["llm"], older=True)}
     assert known == check.base(tree, {}, older=True)
-    check_base(tree, ["llm"], known, "run")
+    check_base(tree, ["llm"], known, "run", {})
     assert capfd.readouterr().err.count("run has checksums that miss") == 1
     with pytest.raises(UserError, match="another llm"):
-        check_base({"llm": {"a": np.ones(6, np.float32)}}, ["llm"], known, "run")
+        check_base({"llm": {"a": np.ones(6, np.float32)}}, ["llm"], known, "run", {})
 
 
 def test_a_damaged_checkpoint_of_either_kind_is_found(trained, tmp_path):

@@ -150,6 +150,10 @@ class Raised(logging.Filter):
 def say_once() -> None:
     """Lets a closed disk be told by the error that is raised alone; for a whole process."""
     warnings.filterwarnings("ignore", "Error writing persistent compilation cache")
+    # Of arrays that orbax had yet to read when another one's error ended it.
+    warnings.filterwarnings(
+        "ignore", r"coroutine '_(read|write)_array\w*' was never", RuntimeWarning
+    )
     for name in ("asyncio", "absl"):
         logging.getLogger(name).addFilter(Raised())
     hook = sys.unraisablehook
