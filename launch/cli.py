@@ -26,7 +26,7 @@ from xllm_jax.core import disk, errors, interrupts, limits, memory_allocator, wo
 from xllm_jax.core.errors import Diverged, UserError
 from xllm_jax.core.stage import Stage
 from xllm_jax.core.suite import Suite
-from xllm_jax.launch import compiled, dict_overrides, terminal
+from xllm_jax.launch import auto_value, compiled, dict_overrides, terminal
 
 # Exit codes. 0: done. After SAVED and LOST the same command continues the run; after FAILED and
 # DIVERGED it would fail again, after UNWRITABLE until there is room.
@@ -131,7 +131,7 @@ def parse(
     try:
         argv = locate_stages(with_flag_files(argv))
         configs = configurations(argv)
-        given, settings = dict_overrides.take(argv, configs)
+        given, settings = dict_overrides.take(auto_value.take(argv, configs), configs)
         check_names(given, configs)
         rest = parsed(given)
         check_numbers()

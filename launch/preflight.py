@@ -21,7 +21,6 @@ minutes of compiling, and remembers them.
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -93,9 +92,13 @@ def main(_: list[str]) -> int:
 
 def choose() -> int:
     """Writes the flags of what was chosen for the stage; returns the exit code."""
-    from xllm_jax.preflight import chosen, targets
+    from xllm_jax.preflight import apart, chosen, here, targets
 
-    found = chosen.find(CONFIG.value, targets.parse(TOPOLOGY.value), AGAIN.value)
+    stage = CONFIG.value
+    if TOPOLOGY.value == "local":
+        found = chosen.find(stage, here.target(stage.slices), AGAIN.value, make=apart.search)
+    else:
+        found = chosen.find(stage, targets.parse(TOPOLOGY.value), AGAIN.value)
     given = [
         token
         for token in cli.join_values(cli.with_flag_files(sys.argv))[1:]
@@ -132,15 +135,11 @@ def draw() -> int:
 
 
 def prepare_compiler() -> None:
-    """Lets the TPU compiler start where there is no TPU, and beside another of its kind."""
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    """Lets the TPU compiler start where the chips that are asked about are not here."""
     if TOPOLOGY.value != "local":
-        import jax  # takes seconds, which a mistake need not wait for
+        from xllm_jax.preflight import absent  # takes seconds, which a mistake need not wait for
 
-        jax.config.update("jax_platforms", "cpu")
-        # Without a chip jaxlib cannot read a program again that it has kept, and says so at length.
-        jax.config.update("jax_enable_compilation_cache", False)
+        absent.prepare()
 
 
 if __name__ == "__main__":

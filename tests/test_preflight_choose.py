@@ -155,7 +155,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     made = []
 
-    def choose_(stage, target):
+    def choose_(stage, target, rows=0):
         made.append(stage)
         one = micro_batch.with_rows(stage, 16)
         return choose.Choice(one, choose.flags(stage, one), 0.5, 2, 30)

@@ -48,8 +48,13 @@ def value_of(metric: str, lowest: bool) -> Callable[[Mapping[str, float]], float
 
 def sentence(workdir: str | Path) -> str:
     """Says from where the same command continues a run, in a sentence."""
-    folders = (Path(workdir) / "checkpoints").glob("*")
-    steps = [int(folder.name) for folder in folders if folder.name.isdecimal()]
-    if not steps:
+    found = steps(workdir)
+    if not found:
         return "No checkpoint is written yet"
-    return f"Checkpoint {max(steps)} is whole, from which the same command continues"
+    return f"Checkpoint {max(found)} is whole, from which the same command continues"
+
+
+def steps(workdir: str | Path) -> list[int]:
+    """Numbers of the checkpoints of a run's folder, in any order."""
+    folders = (Path(workdir) / "checkpoints").glob("*")
+    return [int(folder.name) for folder in folders if folder.name.isdecimal()]

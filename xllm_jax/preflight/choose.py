@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from xllm_jax.core import rules
@@ -73,29 +73,28 @@ def choose(
     limit: float = 600.0,
     compile_: Callable[[Stage, Target], Forecast] = forecast.make,
     clock: Callable[[], float] = time.monotonic,
+    rows: int = 0,
 ) -> Choice:
     """The candidate with the shortest update that fits.
 
     Args:
       stage: as it is configured; its update, rows x accumulation, stays what it is.
       target: one slice; the stage says how many.
-      tries: compilations at most, beside those that the compiler refuses for lack of memory.
+      tries: compilations at most, beside those that the compiler refuses for lack of memory; with 0
+        the arithmetic alone decides.
       limit: seconds after which no further compilation begins that would pass them.
       compile_: makes a forecast.
       clock: seconds.
+      rows: of a micro-batch, where they have to be these.
 
     Raises:
       UserError: nothing fits, or the stage does not fit together.
     """
-    ranked = rank(stage, target)
+    ranked = rank(stage, target, rows)
     fitting = [one for one in ranked if one.fits]
     if not fitting:
-        raise UserError(
-            f"no micro-batch of this stage fits {target.title} by arithmetic",
-            field="--topology",
-            hint="Choose a larger slice",
-        )
-    if not can_compile(target):
+        raise _nothing(stage, target, rows, bool(ranked))
+    if not tries or not can_compile(target):
         return _choice(stage, fitting[0], fitting[0].seconds, 0, len(ranked))
     found, began, longest = [], clock(), 0.0
     for one in fitting:
@@ -112,15 +111,26 @@ def choose(
     return _choice(stage, one, seconds, len(found), len(ranked), made)
 
 
+def _nothing(stage: Stage, target: Target, rows: int, divides: bool) -> UserError:
+    """Why there is nothing to choose from."""
+    if divides:
+        what, hint = "fits {} by arithmetic", "Choose a larger slice"
+    else:
+        what, hint = "splits over {}", "Choose a number of chips that divides the update's rows"
+    batch = f"micro-batch of {rows} rows" if rows else "micro-batch"
+    what = f"no {batch} of {stage.name or 'this stage'} {what.format(target.title)}"
+    return UserError(what, field="--topology", hint=hint)
+
+
 def _update(made: Forecast) -> float:
     """Seconds of an update: by the compiler's cycles, else by the roofline."""
     return (made.expected or made.roofline.seconds) * made.stage.optimizer.accumulation
 
 
 def can_compile(target: Target) -> bool:
-    """Whether the compiler for a slice is here."""
+    """Whether the compiler for a slice is here; it states cycles for TPUs alone."""
     try:
-        return target.compiles and bool(targets.devices(target))
+        return target.chip.axes > 0 and bool(targets.devices(target))
     except UserError:
         return False
 
@@ -133,11 +143,10 @@ def _choice(
     ranked: int,
     made: Forecast | None = None,
 ) -> Choice:
-    packed = [n for n, part in one.stage.parts.items() if part.weights != stage.parts[n].weights]
     notes = tuple(
         f"xllm quantize --input={stage.init.get(name) or f'bases/{name}'} "
-        f"--output=bases/{name}_{PACKED} --weights={PACKED} --part={name}"
-        for name in packed
+        f"--output={one.stage.init[name]} --weights={PACKED} --part={name}"
+        for name in packed_parts(stage, one.stage)
     )
     return Choice(one.stage, flags(stage, one.stage), seconds, compiled, ranked, made, notes)
 
@@ -167,52 +176,78 @@ def _settings(stage: Stage) -> Iterator[tuple[str, Any]]:
         yield f"init.{name}", stage.init.get(name, "")
 
 
-def rank(stage: Stage, target: Target) -> list[Candidate]:
+def variant(
+    stage: Stage, rows: int, axes: Mapping[str, int], remat: str, parts: Collection[str] = ()
+) -> Stage:
+    """The same update of a stage, done in another way.
+
+    Args:
+      stage: as it is configured.
+      rows: of a micro-batch; they divide the update.
+      axes: sizes of the mesh.
+      remat: see `Stage.remat`.
+      parts: whose frozen kernels are packed.
+    """
+    packed = _packed(stage, parts)
+    changed = micro_batch.with_rows(_with(packed, mesh=dict(axes), remat=remat), rows)
+    return _cadence(changed, stage)
+
+
+def packed_parts(before: Stage, after: Stage) -> list[str]:
+    """The parts whose kernels are packed in one stage and not in another."""
+    return [n for n, part in after.parts.items() if part.weights != before.parts[n].weights]
+
+
+def rank(stage: Stage, target: Target, rows: int = 0) -> list[Candidate]:
     """All candidates, those that fit first, then by the seconds of an update.
 
     Frozen kernels in int8 are other numbers than those of the config: they are looked at only where
     nothing fits without.
+
+    Args:
+      stage, target, rows: as of `choose`.
     """
     target = targets.repeated(target, stage.slices)
-    found = _ranked(stage, target)
-    packed = None if any(one.fits for one in found) else _packed(stage, target)
-    if packed is not None:
-        found += _ranked(packed, target)
+    found = _ranked(stage, target, (), rows)
+    if found and not any(one.fits for one in found) and _packable(found[0].stage, target):
+        found += _ranked(stage, target, ("llm",), rows)
     return sorted(found, key=lambda one: (not one.fits, one.seconds))
 
 
-def _packed(stage: Stage, target: Target) -> Stage | None:
-    """The stage with the LLM's kernels in int8, from a base that `xllm quantize` writes.
+def _packed(stage: Stage, names: Collection[str]) -> Stage:
+    """The stage with parts' kernels in int8, from bases that `xllm quantize` writes."""
+    parts = {n: dataclasses.replace(stage.parts[n], weights=PACKED) for n in names}
+    init = {n: f"bases/{n}_{PACKED}" for n in names}
+    return _with(stage, parts=stage.parts | parts, init=stage.init | init)
 
-    None where there is no LLM, or its kernels train or are packed already.
-    """
+
+def _packable(stage: Stage, target: Target) -> bool:
+    """Whether there is an LLM whose kernels neither train nor are packed already."""
     part = stage.parts.get("llm")
     if part is None or part.weights:
-        return None
+        return False
     trainable = rules.flatten(forecast.prepare(stage, target, compiles=False).state.trainable)
-    if any(path.startswith("llm/") and not lora.is_adapter(path) for path in trainable):
-        return None
-    parts = stage.parts | {"llm": dataclasses.replace(part, weights=PACKED)}
-    return _with(stage, parts=parts, init=stage.init | {"llm": f"bases/llm_{PACKED}"})
+    return not any(path.startswith("llm/") and not lora.is_adapter(path) for path in trainable)
 
 
-def _ranked(stage: Stage, target: Target) -> list[Candidate]:
+def _ranked(stage: Stage, target: Target, parts: Collection[str], fixed: int) -> list[Candidate]:
     """The candidates with one choice of packed parts."""
-    traced = functools.cache(lambda remat: _traced(_with(stage, remat=remat), target))
+    packed = _packed(stage, parts)
+    traced = functools.cache(lambda remat: _traced(_with(packed, remat=remat), target))
     found: list[Candidate] = []
     for axes in meshes(stage, target):
         split = axes["data"] * axes["fsdp"] * _outer(stage)
-        choices = row_choices(stage, split)
+        choices = row_choices(stage, split, fixed)
         if not choices:
             continue
-        lowered = forecast.prepare(
-            micro_batch.with_rows(_with(stage, mesh=axes), choices[0]), target, compiles=False
-        )
+        first = variant(stage, choices[0], axes, stage.remat, parts)
+        lowered = forecast.prepare(first, target, compiles=False)
         for remat in remats(stage):
             per_row = traced(remat)
-            for rows in choices:
-                made = micro_batch.with_rows(_with(stage, remat=remat, mesh=axes), rows)
-                found.append(_candidate(_cadence(made, stage), target, lowered, *per_row))
+            found += [
+                _candidate(variant(stage, rows, axes, remat, parts), target, lowered, *per_row)
+                for rows in choices
+            ]
     return found
 
 
@@ -283,11 +318,16 @@ def remats(stage: Stage) -> list[str]:
     return [stage.remat, *(name for name in layers.REMAT if name != stage.remat)]
 
 
-def row_choices(stage: Stage, split: int) -> list[int]:
+def row_choices(stage: Stage, split: int, wanted: int = 0) -> list[int]:
     """Rows of micro-batches of the same update that divide over `split` parts, ascending.
 
     Only the stage's own where an update of several micro-batches is another one: the objective
     compares within a micro-batch, or micro-batches weigh the same whatever is in them.
+
+    Args:
+      stage: as it is configured.
+      split: over how many parts a batch is.
+      wanted: rows, where they have to be these.
     """
     rows, update = micro_batch.rows(stage), micro_batch.rows(stage) * stage.optimizer.accumulation
     whole = getattr(trainer.objective(stage), "WHOLE_BATCH", False)
@@ -297,6 +337,7 @@ def row_choices(stage: Stage, split: int) -> list[int]:
         n
         for n in choices
         if n % split == 0 and update % n == 0 and stage.data.examples * n % rows == 0
+        if wanted in (0, n)
     ]
 
 

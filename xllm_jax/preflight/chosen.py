@@ -11,51 +11,97 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from xllm_jax.core import atomic, bounded, fingerprint, host_cache
+from xllm_jax.core.chips import CHIPS
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Stage
 from xllm_jax.core.text_lines import split_lines
-from xllm_jax.preflight import choose, micro_batch
+from xllm_jax.preflight import choose, micro_batch, targets
 from xllm_jax.preflight.targets import Target
 
 FIELDS = {
-    "stage", "slice", "flags", "rows", "accumulation", "seconds_an_update", "samples_per_second",
-    "compiled", "ranked", "memory", "notes",
+    "stage": str, "slice": str, "flags": list, "rows": int, "accumulation": int, "mesh": dict,
+    "remat": str, "packed": list, "seconds_an_update": float, "samples_per_second": float,
+    "compiled": int, "ranked": int, "memory": int, "notes": list,
 }  # fmt: skip
 
 
-def find(stage: Stage, target: Target, again: bool = False) -> dict[str, Any]:
+def find(
+    stage: Stage,
+    target: Target,
+    again: bool = False,
+    rows: int = 0,
+    make: Callable[[Stage, Target, int], dict[str, Any]] | None = None,
+) -> dict[str, Any]:
     """The choice as plain data: that of an earlier call, or a new one.
 
     Args:
-      stage, target: as of `choose.choose`.
+      stage, target, rows: as of `choose.choose`.
       again: choose anew, whatever was chosen before.
+      make: chooses, (stage, target, rows) -> record; `search` by default.
 
     Raises:
       UserError: see `choose.choose`.
     """
-    file = host_cache.folder("chosen") / f"{key(stage, target)}.json"
-    if not again:
-        with contextlib.suppress(OSError, ValueError, RecursionError, UserError):
-            kept = bounded.read_json(file)
-            if isinstance(kept, dict) and kept.keys() >= FIELDS:
-                return kept | {"kept": True}
-    record = plain(choose.choose(stage, target), stage, target)
+    file = host_cache.folder("chosen") / f"{key(stage, target, rows)}.json"
+    kept = None if again else read(file)
+    if kept is not None:
+        return kept | {"kept": True}
+    record = (make or search)(stage, target, rows)
     with contextlib.suppress(OSError, UserError):  # else it is searched again the next time
         atomic.write_json(file, record)
     return record | {"kept": False}
 
 
-def key(stage: Stage, target: Target) -> str:
+def search(stage: Stage, target: Target, rows: int = 0) -> dict[str, Any]:
+    """Chooses; arguments, result and errors as of `find`."""
+    return plain(choose.choose(stage, target, rows=rows), stage, target)
+
+
+def read(file: Path) -> dict[str, Any] | None:
+    """A choice from a file; None where there is none, or something else."""
+    with contextlib.suppress(OSError, ValueError, RecursionError, UserError):
+        found = bounded.read_json(file)
+        if isinstance(found, dict) and all(
+            isinstance(found.get(name), kind) for name, kind in FIELDS.items()
+        ):
+            return found
+    return None
+
+
+def apply(stage: Stage, found: Mapping[str, Any]) -> Stage:
+    """The stage as it was chosen.
+
+    Args:
+      stage: as it is configured.
+      found: what `find` gives, or a file of it.
+
+    Raises:
+      UserError: the choice is one for another stage.
+    """
+    update = micro_batch.rows(stage) * stage.optimizer.accumulation
+    rows, times = found["rows"], found["accumulation"]
+    if rows < 1 or rows * times != update or not stage.parts.keys() >= {*found["packed"]}:
+        raise UserError(
+            f"{rows} rows x {times} were chosen for another stage than {stage.name} with {update} "
+            "rows an update",
+            field="--config.data.rows=auto",
+            hint="Give the same stage again, or choose a new --workdir",
+        )
+    return choose.variant(stage, rows, found["mesh"], found["remat"], found["packed"])
+
+
+def key(stage: Stage, target: Target, rows: int = 0) -> str:
     """What a choice depends on, as a hash."""
     compiler = importlib.util.find_spec("libtpu") is not None
     parts = [
         fingerprint.configuration(stage),
-        target.title,
+        repr(target),
+        rows,
         fingerprint.code(),
         importlib.metadata.version("libtpu") if compiler else "no compiler",
     ]
@@ -70,14 +116,18 @@ def plain(made: choose.Choice, stage: Stage, target: Target) -> dict[str, Any]:
       stage, target: what it was made for.
     """
     update = stage.data.examples * stage.optimizer.accumulation
+    seconds = made.seconds if target.kind in CHIPS else 0.0  # others' speed is nominal
     return {
         "stage": stage.name,
-        "slice": target.title,
+        "slice": targets.repeated(target, stage.slices).title,
         "flags": list(made.flags),
         "rows": micro_batch.rows(made.stage),
         "accumulation": made.stage.optimizer.accumulation,
-        "seconds_an_update": made.seconds,
-        "samples_per_second": update / made.seconds if made.seconds else 0.0,
+        "mesh": dict(made.stage.mesh),
+        "remat": made.stage.remat,
+        "packed": choose.packed_parts(stage, made.stage),
+        "seconds_an_update": seconds,
+        "samples_per_second": update / seconds if seconds else 0.0,
         "compiled": made.compiled,
         "ranked": made.ranked,
         "memory": made.made.memory.total if made.made else 0,
@@ -85,22 +135,27 @@ def plain(made: choose.Choice, stage: Stage, target: Target) -> dict[str, Any]:
     }
 
 
-def text(found: dict[str, Any]) -> str:
+def text(found: Mapping[str, Any]) -> str:
     """The choice in words, a few lines."""
-    how = (
-        f"by the compiler's cycles of {found['compiled']} of {found['ranked']} candidates"
-        if found["compiled"]
-        else f"by arithmetic alone ({found['ranked']} candidates, none compiled: the TPU compiler "
-        "is not installed or refused them)"
-    )
-    flags = " ".join(found["flags"]) or "the stage as it is configured"
     lines = [
         f"{found['stage']} on {found['slice']}: {found['rows']} rows x {found['accumulation']}, "
-        f"{found['samples_per_second']:.0f} samples/s {how}",
-        f"with          {flags}",
+        f"{_grounds(found)}",
+        f"with          {' '.join(found['flags']) or 'the stage as it is configured'}",
     ]
     lines += [f"before        {note}" for note in found["notes"]]
     return "\n".join(lines + (["              (chosen earlier)"] if found["kept"] else []))
+
+
+def _grounds(found: Mapping[str, Any]) -> str:
+    """What decided."""
+    ranked, speed = found["ranked"], f"{found['samples_per_second']:.0f} samples/s"
+    if found["compiled"]:
+        return f"{speed} by the compiler's cycles of {found['compiled']} of {ranked} candidates"
+    kind = found["slice"].split(" x ")[-1].partition(":")[0]
+    if kind not in CHIPS:
+        return f"by memory ({ranked} candidates; nobody has stated this device's speed)"
+    why = "the TPU compiler is not installed or refused them" if CHIPS[kind].axes else "it is a GPU"
+    return f"{speed} by arithmetic alone ({ranked} candidates, none compiled: {why})"
 
 
 def write(file: Path, given: Sequence[str], found: dict[str, Any]) -> None:
