@@ -64,7 +64,10 @@ FILES = {
     "stage2_image_half": "stage2_image",
     "stage3": "stage3_instruction",
 }
-SHARES = {"stage2_image_half": 0.5}  # of the records of each source, and of the steps
+SHARES = {
+    "stage2_image_half": 0.5,
+    "stage2_image_no_init": 0.5,
+}  # of the records of each source, and of the steps
 IDLE = ("name", "log_every", "save_every", "keep", "stall", "wandb", "profile", "best.")
 IDLE += ("data.threads", "data.waiting", "validation.")
 SHIPPED = Path(xllm_jax.__file__).parent / "data" / "synthetic_world" / "backbones"

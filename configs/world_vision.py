@@ -25,10 +25,10 @@ def get_config(size: str = "tiny") -> Stage:
         ),
         data=Data(
             batch_format="scene_attributes",
-            sources={"scenes": Source("world_scenes", options={"count": 100_000})},
+            sources={"scenes": Source("world_scenes", options={"count": 400_000})},
             examples=32,
             image={"size": 96, "patch": 16},
         ),
-        steps=5000,
+        steps=12_000,
         **networks.numerics(size),
     )

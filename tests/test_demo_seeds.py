@@ -54,8 +54,10 @@ def test_settings_count_unless_they_change_no_figure():
     steeper = dataclasses.replace(stage, optimizer=dataclasses.replace(stage.optimizer, peak=1.0))
     assert demo_behavior.fields(stage) == demo_behavior.fields(quiet)
     assert demo_behavior.fields(stage) != demo_behavior.fields(steeper)
-    assert demo_behavior.stage("stage2_image_no_init").init["image_interface"] == ""
     half = demo_behavior.stage("stage2_image_half")
+    fresh = demo_behavior.stage("stage2_image_no_init")
+    assert fresh.init["image_interface"] == "" and fresh.steps == half.steps
+    assert fresh.data == half.data
     assert {source.share for source in half.data.sources.values()} == {0.5}
     assert half.steps == stage.steps // 2
 

@@ -1,6 +1,7 @@
 """The embedded world against its own ground truth, checked by independent code."""
 
 import collections
+import itertools
 import json
 import os
 import pathlib
@@ -75,6 +76,25 @@ def test_the_test_split_is_composed_as_promised():
     heard = {u.voice.variant for u in training.utterances}
     assert speak.UNSEEN_VARIANT not in heard
     assert max(u.voice.pitch for u in training.utterances) < speak.UNSEEN_PITCHES[0]
+
+
+def test_every_second_training_utterance_is_a_list_of_words():
+    """Neighbors in sentences are few, since wordings are; in lists they are of all kinds."""
+    sizes = plan.WorldSizes(train_utterances=800, val_utterances=400, test_utterances=400)
+    texts = {
+        name: [one.text for one in plan.plan_split(0, name, sizes).utterances]
+        for name in plan.SPLITS
+    }
+    sentences, lists = texts["train"][1::2], texts["train"][::2]
+    near = [
+        {pair for text in some for pair in itertools.pairwise(text)}
+        for some in (sentences, lists, texts["val"], texts["test"])
+    ]
+    assert len(near[1]) > 5 * len(near[0]) and len(near[1] - near[0]) > 4 * len(near[0])
+    assert len(near[2] - near[0]) < 0.2 * len(near[0]) and len(near[3]) < 2 * len(near[0])
+    heldout = [color + shape for shape, color in world.HELD_OUT]
+    assert not any(pair in text for text in texts["train"] for pair in heldout)
+    assert any(pair in text for text in texts["test"] for pair in heldout)
 
 
 @pytest.mark.parametrize("background", world.BACKGROUNDS)

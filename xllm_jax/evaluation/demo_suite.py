@@ -1,8 +1,9 @@
 """The evaluation of the whole demo: which tasks, asked of which models, compared how.
 
 The models: the ASR model of stage 1 ('asr'); X-LLM put together from the stage-2 runs, before any
-instruction tuning ('before'); the same after stage 3 ('after'); with an image interface that
-started from nothing ('no_init'), and with one that saw half of the pairs ('half').
+instruction tuning ('before'); the same after stage 3 ('after'); with an image interface that saw
+half of the pairs in stage 2 ('half'), and with one that saw as many and started from nothing
+('no_init').
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ MODELS = {
     "asr": "stage 1",
     "before": "before stage 3",
     "after": "",
-    "no_init": "no init",
     "half": "half of the pairs",
+    "no_init": "half of the pairs, no init",
 }
 # {model: tasks}; with controls where they are named a second time.
 PLAN = {
@@ -71,8 +72,8 @@ CONTROLLED = {
 }
 # name in the report: (first, second, metric); positive where the second is better
 COMPARED = {
-    "init_cider": ("caption@no_init", "caption@before", "cider"),
-    "init_vqa": ("vqa@no_init", "vqa@before", "accuracy"),
+    "init_cider": ("caption@no_init", "caption@half", "cider"),
+    "init_vqa": ("vqa@no_init", "vqa@half", "accuracy"),
     "pairs_cider": ("caption@half", "caption@before", "cider"),
     "pairs_vqa": ("vqa@half", "vqa@before", "accuracy"),
     "stage3_spoken": ("spoken@before", "spoken@after", "accuracy"),

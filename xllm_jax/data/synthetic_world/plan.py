@@ -2,20 +2,26 @@
 
 The composition of the test split is fixed here. Half of its scenes and clips contain a held-out
 (shape, color) pair, half of its utterances have the unseen voice, a quarter has wordings that
-training never uses; the three are crossed, and each record's tags say what applies.
+training never uses; the three are crossed, and each record's tags say what applies. Every second
+training utterance is a list of words.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
+
 from xllm_jax.data.synthetic_world import language, motion, questions, speak
-from xllm_jax.data.synthetic_world.scene import Scene, generator, sample_scene
-from xllm_jax.data.synthetic_world.text_stream import sentence
+from xllm_jax.data.synthetic_world.scene import HELD_OUT, Scene, generator, sample_scene
+from xllm_jax.data.synthetic_world.text_stream import sentence, shuffled_words
 
 SPLITS = ("train", "val", "test")
 FIRST_ID = {"train": 1, "val": 500001, "test": 900001}
 ROUNDS, SPOKEN_ROUNDS = 4, 2
+# One training utterance in so many is a list of words, as speech corpora have them: from a few
+# wordings alone, networks learn these by heart and hear them in every other wording.
+WORD_LISTS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,10 +185,21 @@ def utterance(seed: int, split: str, index: int) -> Utterance:
     rng = generator(seed, "utterance", split, index)
     unseen_voice, unseen = split == "test" and index % 2 == 1, unseen_wording(split, index)
     voice = speak.sample_voice(rng, unseen_voice)
-    text = sentence(rng, "all" if split == "test" else "seen", unseen)
+    if split == "train" and index % WORD_LISTS == 0:
+        text = word_list(rng)
+    else:
+        text = sentence(rng, "all" if split == "test" else "seen", unseen)
     name = f"BAC009{voice.speaker}W{FIRST_ID[split] + index:07d}"
     tags = ("unseen_voice",) * unseen_voice + ("unseen_wording",) * unseen
     return Utterance(name, language.spoken(text), voice, tags)
+
+
+def word_list(rng: np.random.Generator) -> str:
+    """Four to nine words and characters in no order; no held-out pair is among them."""
+    while True:
+        text = shuffled_words(rng, 4, 9)
+        if not any(color + shape in text for shape, color in HELD_OUT):
+            return text
 
 
 def video(seed: int, split: str, index: int) -> Video:

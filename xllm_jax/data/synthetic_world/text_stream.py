@@ -94,10 +94,16 @@ def text_example(
     return made
 
 
-def _shuffle(made: Example, rng: np.random.Generator) -> Example:
+def shuffled_words(rng: np.random.Generator, least: int = 2, most: int = 7) -> str:
+    """`least` to `most` words and characters in no order, of SPOKEN characters at most: what is
+    said there, nothing but the sound or the slot tells."""
     kinds = (spoken_words(), spoken_characters())
-    count = int(rng.integers(2, 8))
-    said = "".join(str(rng.choice(list(kinds[rng.integers(2)]))) for _ in range(count))[:SPOKEN]
+    count = int(rng.integers(least, most + 1))
+    return "".join(str(rng.choice(list(kinds[rng.integers(2)]))) for _ in range(count))[:SPOKEN]
+
+
+def _shuffle(made: Example, rng: np.random.Generator) -> Example:
+    said = shuffled_words(rng)
     media = tuple((k, said if k == "text:speech" else words) for k, words in made.media)
     return dataclasses.replace(made, media=media, answer=said, transcript=said)
 
