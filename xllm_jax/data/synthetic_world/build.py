@@ -30,7 +30,7 @@ from xllm_jax.data.synthetic_world.scene import HELD_OUT
 from xllm_jax.data.synthetic_world.text_stream import spoken_characters
 from xllm_jax.data.text.characters import CharacterVocabulary
 
-VERSION = 3
+VERSION = 4
 CHUNK = 40
 Progress = Callable[[int, int], None]
 
