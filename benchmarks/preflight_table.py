@@ -1,8 +1,8 @@
 """The preflight of every stage on every slice: compiles what is missing, prints the table.
 
-TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 PYTHONPATH=. JAX_PLATFORMS=cpu \
-    python benchmarks/preflight_table.py [--stages=stage2_image,...] [--slices=v5e-16,...] \
-    [--batches=arithmetic,configured,largest] [--folder=benchmarks/preflight] [--show]
+PYTHONPATH=. python benchmarks/preflight_table.py [--stages=stage2_image,...] \
+    [--slices=v5e-16,...] [--batches=arithmetic,configured,largest] \
+    [--folder=benchmarks/preflight] [--show]
 
 Each cell of the table is a JSON file of its own, so that a second call goes on where the first one
 stopped; `--show` measures nothing. 'configured' is the config as it is, 'largest' the largest
@@ -30,7 +30,7 @@ from typing import Any
 import jax
 
 from xllm_jax.core.stage import Part, Stage
-from xllm_jax.preflight import forecast, report, targets
+from xllm_jax.preflight import absent, forecast, report, targets
 
 STAGES = (
     "stage1_speech", "stage1_image", "stage2_image", "stage2_video", "stage2_speech",
@@ -202,6 +202,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("benchmarks/preflight"))
     parser.add_argument("--show", action="store_true")
     given = parser.parse_args()
+    absent.prepare()
     lists = (given.stages, given.slices, given.batches)
     cells = list(itertools.product(*(names.split(",") for names in lists)))
     for cell in cells:

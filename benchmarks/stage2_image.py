@@ -40,6 +40,7 @@ RATE, BETAS, EPSILON = 1e-3, (0.9, 0.98), 1e-8
 # Largest relative difference of the two sides' losses. The updates of the run change the loss by
 # some 1e-4, so that in float32 wrong gradients are seen.
 AGREE = {"float32": 2e-6, "bfloat16": 5e-3}
+SPREAD = 0.1  # of the tiny size's weights
 GIB = 2**30
 
 
@@ -131,6 +132,25 @@ def batch_of(stage: Any) -> Any:
     )
 
 
+def spread(state: Any) -> Any:
+    """The state with matrices and biases that are large enough for the loss to depend on each part.
+
+    Fresh ones are so small that a wrong vision encoder would change no digit of the loss.
+    """
+    import jax
+
+    rng = np.random.default_rng(1)
+
+    def drawn(path: Any, leaf: Any) -> Any:
+        if jax.tree_util.keystr(path, simple=True, separator="/").endswith("scale"):
+            return leaf
+        values = rng.normal(scale=SPREAD, size=leaf.shape).astype(leaf.dtype)
+        return jax.device_put(values, leaf.sharding)
+
+    halves = {name: getattr(state, name) for name in ("trainable", "frozen")}
+    return dataclasses.replace(state, **jax.tree_util.tree_map_with_path(drawn, halves))
+
+
 def jax_side(choice: argparse.Namespace) -> dict[str, Any]:
     """Compiles and times our step; writes the weights for the other side where they are small."""
     import jax
@@ -144,6 +164,7 @@ def jax_side(choice: argparse.Namespace) -> dict[str, Any]:
     trainer = Trainer(System.build(stage, device_mesh))
     state = trainer.initial_state()
     if choice.size == "tiny":
+        state = spread(state)
         params = rules.flatten(rules.join(state.trainable, state.frozen))
         arrays = {path: np.asarray(leaf, np.float32) for path, leaf in params.items()}
         np.savez(Path(choice.folder) / "weights.npz", **arrays)

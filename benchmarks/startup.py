@@ -21,7 +21,7 @@ import time
 
 STAGES = (
     "stage1_speech", "stage1_image", "stage2_image", "stage2_video", "stage2_speech",
-    "stage3_instruction",
+    "stage3_instruction", "stage_output_image", "stage_output_denoising",
 )  # fmt: skip
 PHASES = ("Python and imports", "state's shapes", "trace", "FLOPs", "lowering", "compiling")
 
@@ -72,7 +72,8 @@ def main() -> None:
         cells = [
             f"{seconds:.2f}" for seconds in json.loads(done.stdout.strip().rsplit("\n", 1)[-1])
         ]
-        print(f"| {name} | " + " | ".join(cells + [""] * (len(PHASES) - len(cells))) + " |")
+        row = " | ".join(cells + [""] * (len(PHASES) - len(cells)))
+        print(f"| {name} | {row} |", flush=True)
 
 
 if __name__ == "__main__":

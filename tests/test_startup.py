@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 
 import jax
 import pytest
@@ -14,6 +15,10 @@ from xllm_jax.configs import stage2_image
 from xllm_jax.launch import compiled
 from xllm_jax.objectives import answer
 from xllm_jax.preflight import forecast, targets
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import startup
 
 
 def test_compiled_programs_are_kept_by_default(tmp_path, monkeypatch):
@@ -85,6 +90,70 @@ def test_commands_have_the_cache_on_and_find_their_programs(tmp_path):
     assert [run.returncode for run in said] == [0, 0], said[1].stderr
     assert int(said[0].stdout) == 0 < int(said[1].stdout), said[1].stderr
     assert list((tmp_path / "xllm_jax" / "compiled").rglob("*-cache"))
+
+
+@pytest.mark.parametrize(("topology", "kept"), [("v5e-1", False), ("local", True)])
+def test_what_is_compiled_for_absent_chips_is_not_kept(topology, kept, tmp_path):
+    """jaxlib cannot read such a program again; what runs here is kept, by the same command."""
+    code = (
+        "import sys, importlib.util\n"
+        "from absl import flags\n"
+        "from xllm_jax.launch import cli, preflight\n"
+        f"flags.FLAGS(['x', '--topology={topology}'], known_only=True)\n"
+        "preflight.prepare_compiler()\n"
+        "import jax\n"
+        "from jax.sharding import SingleDeviceSharding\n"
+        "from xllm_jax.preflight import targets\n"
+        f"target = targets.parse('{topology}')\n"
+        "there = target.kind == 'local' or importlib.util.find_spec('libtpu')\n"
+        "device = targets.devices(target)[0] if there else jax.devices()[0]\n"
+        "x = jax.ShapeDtypeStruct((8, 8), 'float32', sharding=SingleDeviceSharding(device))\n"
+        "jax.jit(lambda x: (x @ x).sum()).lower(x).compile()\n"
+        "print(device.platform)"
+    )
+    variables = {
+        compiled.VARIABLE: str(tmp_path),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": "",  # the TPU compiler does not know those of the tests
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, **variables},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert bool(list(tmp_path.glob("*-cache"))) == kept
+    assert "compilation cache" not in done.stderr, done.stderr
+
+
+def test_the_table_of_phases_has_every_stage_and_every_phase(monkeypatch, capsys):
+    def run(command, **options):
+        name, size = (word.partition("=")[2] for word in command[-2:])
+        asked.append((name, size))
+        shown = "[1.5, 0.25, 1.0, 0.125]" if size == "real" else "[1.5, 0.25, 1.0, 0.125, 2, 30]"
+        return subprocess.CompletedProcess(command, 0, f"a line\n{shown}\n", "")
+
+    asked: list[tuple[str, str]] = []
+    monkeypatch.setattr(startup.subprocess, "run", run)
+    for size in ("tiny", "real"):
+        monkeypatch.setattr(sys, "argv", ["startup.py", f"--size={size}"])
+        startup.main()
+        head, _, *rows = capsys.readouterr().out.splitlines()
+        stages = {file.stem for file in (ROOT / "configs").glob("stage*.py")}
+        assert {name for name, asked_size in asked if asked_size == size} == stages
+        assert len(rows) == len(stages) and "compiling" in head
+        assert {row.count("|") for row in rows} == {head.count("|")}
+        assert all(("30.00" in row) == (size == "tiny") for row in rows)
+
+
+def test_phases_are_cpu_seconds_of_one_stage():
+    """Of the real stage, of which nothing is compiled, in this process."""
+    begun = time.process_time()
+    found = startup.phases("stage_output_image", "real")
+    assert len(found) == 4 and all(seconds >= 0 for seconds in found)
+    assert 0 < sum(found[1:]) <= time.process_time() - begun
 
 
 def test_counting_and_lowering_share_one_trace_of_the_step(monkeypatch):
