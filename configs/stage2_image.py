@@ -29,7 +29,7 @@ def get_config(size: str = "real") -> Stage:
         },
         trainable=(r"image_interface/.*",),
         objective="answer",
-        optimizer=Optimizer(peak=1e-3, minimum=1e-5, warmup_from=1e-5, warmup_steps=50, clip=1.0)
+        optimizer=Optimizer(peak=2e-3, minimum=1e-5, warmup_from=1e-5, warmup_steps=50, clip=1.0)
         if tiny
         else Optimizer(
             peak=3e-5, minimum=1e-8, warmup_from=1e-6, warmup_steps=6000, accumulation=16
