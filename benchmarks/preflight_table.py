@@ -2,7 +2,7 @@
 
 PYTHONPATH=. python benchmarks/preflight_table.py [--stages=stage2_image,...] \
     [--slices=v5e-16,...] [--batches=arithmetic,configured,largest] \
-    [--folder=benchmarks/preflight] [--show]
+    [--folder=benchmarks/preflight] [--show] [--forecasts]
 
 Each cell of the table is a JSON file of its own, so that a second call goes on where the first one
 stopped; `--show` measures nothing. 'configured' is the config as it is, 'largest' the largest
@@ -193,6 +193,36 @@ def table(cells: list[tuple[str, str, str]], folder: Path) -> Iterator[str]:
             yield "| " + " | ".join(line(cell, json.loads(files[0].read_text()))) + " |"
 
 
+FORECASTS = (
+    "stage", "slice", "rows x accumulation", "core, M cycles", "core, ms", "links at best, ms",
+    "forecast, samples/s", "of peak on needed FLOPs",
+)  # fmt: skip
+
+
+def forecasts(folder: Path) -> Iterator[str]:
+    """Markdown of what the compiler's cycles say of every cell that has them."""
+    yield "| " + " | ".join(FORECASTS) + " |"
+    yield "| " + " | ".join("---" for _ in FORECASTS) + " |"
+    for file in sorted(folder.glob("*.json")):
+        record = json.loads(file.read_text())
+        found = record.get("forecast")
+        if not found or not record["fits"]:
+            continue
+        name, slice_, batch = file.stem.rsplit("_", 2)
+        share, core = f"{found['utilization']:.2f}", f"{found['utilization_on_core']:.2f}"
+        cells = [
+            name,
+            f"{slice_}, best that fits" if batch == "largest" else slice_,
+            f"{record['rows']} x {record['accumulation']}",
+            f"{found['cycles'] / 1e6:.1f}",
+            f"{found['on_core'] * 1e3:.1f}",
+            f"{record['speed']['links'] * 1e3:.1f}",
+            f"{found['samples_per_second']:.0f}",
+            share if share == core else f"{share} ({core} without the links)",
+        ]
+        yield "| " + " | ".join(cells) + " |"
+
+
 def main() -> None:
     """Fills the folder and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -201,7 +231,11 @@ def main() -> None:
     parser.add_argument("--batches", default=",".join(BATCHES))
     parser.add_argument("--folder", type=Path, default=Path("benchmarks/preflight"))
     parser.add_argument("--show", action="store_true")
+    parser.add_argument("--forecasts", action="store_true", help="print those that are there")
     given = parser.parse_args()
+    if given.forecasts:
+        print("\n".join(forecasts(given.folder)))
+        return
     absent.prepare()
     lists = (given.stages, given.slices, given.batches)
     cells = list(itertools.product(*(names.split(",") for names in lists)))

@@ -1,6 +1,6 @@
-"""The measurement of stage 2 on an accelerator, at the tiny size on the CPU: it runs, it compares.
+"""The measurements for an accelerator, at the tiny size on the CPU: they run, and they compare.
 
-Both sides run in this process instead of one each, which spares their imports.
+Both sides of stage 2 run in this process instead of one each, which spares their imports.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import decode
 import stage2_image
 import stage2_image_torch
 import torch
@@ -103,3 +104,31 @@ def test_another_update_is_no_number(command, monkeypatch):
     monkeypatch.setattr(stage2_image, "RATE", 1.05 * stage2_image.RATE)
     with pytest.raises(SystemExit, match="do not compute the same"):
         command()
+
+
+DECODE = ("--size=tiny", "--batches=1,3", "--prompt=5", "--tokens=6", "--rounds=1")
+
+
+def test_decoding_runs_and_its_tokens_are_the_best(tmp_path, capsys):
+    file = tmp_path / "decode.json"
+    decode.main([*DECODE, f"--output={file}"])
+    printed = capsys.readouterr().out.splitlines()
+    found = json.loads(file.read_text())
+    assert printed[0].startswith("cpu, jax") and [row["rows"] for row in found["rows"]] == [1, 3]
+    weights = 4 * (512 * 128 + 5 * (12 * 128**2 + 13 * 128) + 2 * 128)  # float32, ChatGLM's layer
+    for row, said in zip(found["rows"], printed[1:], strict=True):
+        cache = 2 * 5 * 128 * 4 * (5 + 6 / 2) * row["rows"]
+        assert row["bytes_a_token"] == weights + cache
+        assert row["first_token_seconds"] > 0 and said.startswith(f"{row['rows']} rows: ")
+
+
+def test_other_tokens_are_no_number(monkeypatch):
+    whole = decode.answer
+
+    def other(model, params, ids, count):
+        tokens = whole(model, params, ids, count)
+        return tokens.at[0, -1].add(1)
+
+    monkeypatch.setattr(decode, "answer", other)
+    with pytest.raises(SystemExit, match="1 of 6 tokens are not those of a pass without a cache"):
+        decode.main([*DECODE, "--batches=1"])
