@@ -50,11 +50,13 @@ chat: .venv/ready
 serve: .venv/ready-serve
 	$(BIN)/xllm serve --checkpoint=demo/runs/stage3
 
+# Many processes import the same files; a variable that keeps Python from compiling them once is
+# emptied.
 test: .venv/ready-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/ready-test
 	$(BIN)/ruff check --fix .

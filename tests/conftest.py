@@ -39,6 +39,7 @@ from absl.testing import flagsaver
 from xllm_jax.conformance import plugin
 from xllm_jax.core import memory_allocator
 
+gc.disable()  # until tests are imported, since modules stay
 memory_allocator.keep_freed_memory()
 jax.config.update("jax_default_matmul_precision", "highest")
 
@@ -57,6 +58,7 @@ def pytest_collection_finish():
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
+    gc.enable()
 
 
 def pytest_unconfigure(config):

@@ -120,13 +120,15 @@ def test_the_line_pasted_and_run(line, tmp_path):
     flags = dict(word[2:].split("=", 1) for word in shlex.split(line)[2:] if word.startswith("--"))
     reader, data = flags["reader"], tmp_path / flags["input"]
     lay_out(LAYOUTS.get(f"{reader} {flags['input']}", reader), data)
-    command = f'xllm() {{ "{sys.executable}" -m xllm_jax.launch.commands "$@"; }}; {line}'
+    # The shell splits the line; what it would start is a fork.
+    words = ["bash", "-c", f"xllm() {{ printf '%s\\0' \"$@\"; }}; {line}"]
+    command = [sys.executable, "-m", "xllm_jax.launch.commands"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with serving("429") as server:
         environment["BY"] = f"--endpoint={server.url} --model=fake"
-        done = subprocess.run(
-            ["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True
-        )
+        options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
+        command += subprocess.run(words, **options, check=True).stdout.split("\0")[:-1]
+        done = forked.run(command, **options)
     assert done.returncode == 0, done.stderr[-2000:]
     options = json.loads(flags.get("options", "{}"))
     split = flags.get("split", "train")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -112,8 +113,18 @@ def role(network: Any) -> str:
 def lively(network: Any, seed: int = 0) -> Params:
     """Float32 parameters of which none is zero or equals its neighbor, as NumPy arrays.
 
-    Fresh ones will not do: biases are zeros, and attention is nearly uniform.
+    Fresh ones will not do: biases are zeros, and attention is nearly uniform. Networks that are
+    equal share them, since drawing is compiled for each.
     """
+    try:
+        drawn = _drawn(network, seed)
+    except TypeError:  # a field that has no hash, such as a dict
+        drawn = _drawn.__wrapped__(network, seed)
+    return jax.tree.map(np.copy, drawn)
+
+
+@functools.lru_cache(maxsize=2)
+def _drawn(network: Any, seed: int) -> Params:
     drawn = jax.jit(lambda key: networks.init_params(network, key))(jax.random.key(seed))
     rng = np.random.default_rng(seed)
     return jax.tree.map(
@@ -122,5 +133,7 @@ def lively(network: Any, seed: int = 0) -> Params:
 
 
 def rounded(params: Params, dtype: str = "bfloat16") -> Params:
-    """The parameters rounded to bfloat16, in a dtype."""
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16).astype(dtype), params)
+    """The parameters rounded to bfloat16, in a dtype, as NumPy arrays."""
+    return jax.tree.map(
+        lambda x: np.asarray(x).astype(jnp.bfloat16).astype(jnp.dtype(dtype)), params
+    )

@@ -135,7 +135,7 @@ def gradients(replay: Replay, reference: Reference) -> None:
 
     def named(rule: str, number: int, **options: Any) -> dict[str, np.ndarray]:
         rows = compute(params, negatives_of(source, rule), **options)
-        return export_tree(table, jax.tree.map(lambda leaf: leaf[number], rows))
+        return export_tree(table, jax.tree.map(lambda leaf: np.asarray(leaf)[number], rows))
 
     for rule in RULES:
         if not replay.names(f"{rule}_grad_norm*"):

@@ -16,6 +16,7 @@ from xllm_jax.convert.verify.vision_model import Reference, contrast_table
 from xllm_jax.convert.verify.vision_stage1 import LOSSES, inputs, negatives_of
 from xllm_jax.core import optim
 from xllm_jax.core.stage import Optimizer
+from xllm_jax.core.types import Params
 from xllm_jax.objectives import blip2_pretraining
 
 SURE = 1e-6  # gradients below are rounding, which Adam blows up to whole steps
@@ -68,15 +69,21 @@ def adamw(replay: Replay, reference: Reference) -> None:
         for theirs, ours in LOSSES:
             replay.compare(f"step{number}_loss_{theirs}", metrics[ours])
         transformation, _ = optim.make(_adamw(settings, rate), params, len(settings["lr_steps"]))
-        state = transformation.init(params) if state is None else state
-        updates, state = transformation.update(gradient, state, params)
-        params = jax.tree.map(jnp.add, params, updates)
+        state = jax.jit(transformation.init)(params) if state is None else state
+        params, state = _updated(transformation, gradient, state, params)
         passed += rate
         tensors = export_tree(contrast_table(model), params)
         for name in replay.names(f"step{number}_after.*"):
             tensor = name.removeprefix(f"step{number}_after.")
             true = gradients.recorded(f"grad.{tensor}")
             replay.compare(name, tensors[tensor], allowed=_allowed(replay, name, true, 2 * passed))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _updated(transformation: Any, gradient: Params, state: Any, params: Params) -> Any:
+    """(parameters, state) after one step."""
+    updates, state = transformation.update(gradient, state, params)
+    return jax.tree.map(jnp.add, params, updates), state
 
 
 def _adamw(settings: dict[str, Any], rate: float) -> Optimizer:
