@@ -2,8 +2,8 @@
 
     xllm world --output=world [--quick] [--seed=1]
 
-The full world has 2400 training images, 4000 utterances and 700 clips in 300 MB; two free cores
-need less than a minute. The same command on a finished world does nothing.
+The full world has 4,000 training images, 3,200 utterances and 1,400 clips in 400 MB, and takes
+about a minute of one core. The same command on a finished world does nothing.
 """
 
 from __future__ import annotations
