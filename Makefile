@@ -71,13 +71,18 @@ lock: .venv/ready
 	  --no-emit-index-url --no-emit-find-links --custom-compile-command='make lock' \
 	  $(if $(UPGRADE),--upgrade) --output-file=requirements.lock pyproject.toml
 
-# Trains the shipped backbones of the synthetic world again (about three hours of one core).
+# Trains the shipped backbones of the synthetic world again (about three and a half hours of one core).
 backbones: .venv/ready
 	mkdir -p backbones
 	cd backbones && ../$(BIN)/xllm build-backbones --output=bases --tokenizer
 	cd backbones && ../$(BIN)/xllm train --config=world_llm --workdir=runs/world_llm
 	cd backbones && ../$(BIN)/xllm train --config=world_llm_slots --workdir=runs/world_llm_slots
 	cd backbones && ../$(BIN)/xllm train --config=world_vision --workdir=runs/world_vision
+	cd backbones && ../$(BIN)/xllm build-backbones --output=bases --export=runs
+	cd backbones && ../$(BIN)/xllm world --output=pictures --images=16000 --seed=9
+	cd backbones && ../$(BIN)/xllm train --config=world_llm --config.seed=7 --config.steps=6000 \
+	  --workdir=runs/world_other_llm
+	cd backbones && ../$(BIN)/xllm train --config=world_blip2 --workdir=runs/world_blip2
 	cd backbones && ../$(BIN)/xllm train --config=world_bert --workdir=runs/world_bert
 	cd backbones && ../$(BIN)/xllm train --config=world_autoencoder --workdir=runs/world_autoencoder
 	cd backbones && ../$(BIN)/xllm build-backbones --output=bases --latents=runs

@@ -6,6 +6,8 @@
 Trains the Q-Former, its queries and the adapter on 14M image-text pairs, five epochs. The "no init"
 row of Table 1 is --config.init.image_interface= (an empty value). The reference repository
 accumulates 32 micro-batches without dividing and uses beta2 0.999; the paper's values stand here.
+The tiny stage begins with the embedded world's BLIP-2 (`world_blip2.py`); what stage 1 gave is
+--config.init.image_interface='runs/stage1_image*'.
 """
 
 from xllm_jax.configs import networks, sources
@@ -24,7 +26,9 @@ def get_config(size: str = "real") -> Stage:
         modalities={"image": networks.MODALITIES["image"]},
         init={
             "vision_encoder": "bases/vision_encoder",
-            "image_interface": "runs/stage1_image*" if tiny else "bases/blip2_stage2",
+            "image_interface": "bases/blip2_stage2*" if tiny else "bases/blip2_stage2",
+            # The miniature's BLIP-2 has a projection to its own LLM, of the same width.
+            **({"image_interface/adapter": ""} if tiny else {}),
             "llm": "bases/llm",
         },
         trainable=(r"image_interface/.*",),
@@ -35,7 +39,7 @@ def get_config(size: str = "real") -> Stage:
             peak=3e-5, minimum=1e-8, warmup_from=1e-6, warmup_steps=6000, accumulation=16
         ),
         data=_tiny_data() if tiny else _data(),
-        steps=2000 if tiny else 136_700,  # 14M pairs x 5 epochs / (4 x 16 x 8)
+        steps=800 if tiny else 136_700,  # 14M pairs x 5 epochs / (4 x 16 x 8)
         validation=_tiny_validation() if tiny else _validation(),
         **networks.numerics(size),
     )

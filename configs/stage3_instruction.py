@@ -35,7 +35,7 @@ def get_config(size: str = "real") -> Stage:
         trainable=(r"(image|video|speech)_interface/adapter/.*",),
         objective="answer",
         optimizer=Optimizer(
-            schedule="cosine", peak=2e-3, minimum=1e-5, warmup_from=1e-5, warmup_steps=20, clip=1.0
+            schedule="cosine", peak=1e-3, minimum=1e-5, warmup_from=1e-5, warmup_steps=20, clip=1.0
         )
         if tiny
         else Optimizer(schedule="constant", peak=1e-6, accumulation=4),

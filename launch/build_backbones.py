@@ -26,6 +26,7 @@ from xllm_jax.configs import (
     sources,
     world_autoencoder,
     world_bert,
+    world_blip2,
     world_diffusion,
     world_llm_slots,
     world_vision,
@@ -71,6 +72,7 @@ LATENTS = flags.DEFINE_string(
 WORDS_AROUND = ("paper", "chatglm_zh", "plain")  # templates whose words the tokenizer knows
 SHIPPED = Path(xllm_jax.__file__).parent / "data" / "synthetic_world" / "backbones"
 DECODER = SHIPPED / Path(networks.DECODER).name
+BLIP2 = "blip2_stage2"
 LATENTS_NAME = sources.LATENTS
 
 
@@ -91,6 +93,8 @@ def main(_: list[str]) -> None:
     world.import_llm(SHIPPED / "llm", output / "llm")
     vision = model(world_vision.get_config()).networks["vision_encoder"]
     world.import_vision(vision, SHIPPED / "vision_encoder", output / "vision_encoder")
+    interface = model(world_blip2.get_config()).networks["image_interface"]
+    world.import_blip2(interface, SHIPPED / BLIP2, output / BLIP2)
     text_model = model(world_bert.get_config()).networks["text_model"]
     c_former = BertEncoder(**{**BERT_SIZES["tiny"], "vocabulary": 0})
     world.import_bert(text_model, c_former, SHIPPED / "bert", output)
@@ -151,6 +155,7 @@ def export(runs: Path, bases: Path) -> None:
     for name, stage in (
         ("llm", world_llm_slots.get_config()),
         ("vision_encoder", world_vision.get_config()),
+        ("image_interface", world_blip2.get_config()),
         ("text_model", world_bert.get_config()),
         ("unet", world_diffusion.get_config()),
     ):
@@ -163,6 +168,8 @@ def export(runs: Path, bases: Path) -> None:
         xllm, params = trained(stage, runs, (name,))
         if name == "llm":
             world.export_llm(xllm.networks[name], params[name], bases / name, SHIPPED / name)
+        elif name == "image_interface":
+            world.export_blip2(xllm.networks[name], params[name], SHIPPED / BLIP2)
         elif name == "text_model":
             vocabulary = SHIPPED / "bert" / world.VOCABULARY
             world.export_bert(xllm.networks[name], params[name], vocabulary, SHIPPED / "bert")

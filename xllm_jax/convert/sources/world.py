@@ -1,9 +1,9 @@
 """The embedded world's backbones: small files in the published forms, and our bases from them.
 
 `llm/` is a ChatGLM folder (config.json, model.safetensors, tokenizer), `vision_encoder/` an EVA
-file, `bert/` a BERT with its language head and vocab.txt, `image_decoder/` a pipeline's folder of
-Stable Diffusion; all in float16 and under the names of the real checkpoints, read by the same
-tables.
+file, `blip2_stage2/` a LAVIS file of BLIP-2's second stage, `bert/` a BERT with its language head
+and vocab.txt, `image_decoder/` a pipeline's folder of Stable Diffusion; all in float16 and under
+the names of the real checkpoints, read by the same tables.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from xllm_jax.data.text.chatglm_tokenizer import ChatGLMTokenizer
 from xllm_jax.models.bert import BertEncoder
 from xllm_jax.models.blip2_pretraining import ContrastModel
 from xllm_jax.models.glm import ChatGLM
+from xllm_jax.models.interfaces import QFormerInterface
 from xllm_jax.models.vit import VisionTransformer
 
 TOKENIZER = ("ice_text.model", "tokenizer_config.json")
@@ -62,6 +63,20 @@ def export_vision(model: VisionTransformer, params: Mapping[str, Any], folder: P
     """Writes an EVA ViT file in float16."""
     disk.make_folder(folder)
     _save(export_tree(eva_vit.rows(model.depth, model.heads), params), folder / WEIGHTS)
+
+
+def export_blip2(model: QFormerInterface, params: Mapping[str, Any], folder: Path) -> None:
+    """Writes a Q-Former with its projection to another LLM in float16, in LAVIS' names."""
+    disk.make_folder(folder)
+    table = blip2.plan(_blip2_options(model)).table
+    _save(export_tree(table, {"image_interface": params}), folder / WEIGHTS)
+
+
+def _blip2_options(model: QFormerInterface) -> dict[str, Any]:
+    """What `blip2.options` would say of this network."""
+    names = {f.name for f in dataclasses.fields(model)} - NO_FIELDS
+    fields = {name: getattr(model, name) for name in sorted(names)}
+    return dict(kind="lavis", text=False, adapter=True, vision=None, interface=fields)
 
 
 def export_bert(
@@ -166,6 +181,12 @@ def import_llm(folder: Path, output: Path) -> None:
     _write(run_import.examine("chatglm", folder).tree(), folder, output)
     for name in (*TOKENIZER, CONFIG):  # which tells the ids that are spare
         copy_file(folder / name, output)
+
+
+def import_blip2(model: QFormerInterface, folder: Path, output: Path) -> None:
+    """Writes the base 'blip2_stage2'."""
+    found = run_import.examine("blip2", folder, options=_blip2_options(model))
+    _write(found.tree(), folder, output)
 
 
 def import_vision(model: VisionTransformer, folder: Path, output: Path) -> None:
