@@ -39,7 +39,7 @@ def get_config(size: str = "real") -> Stage:
             peak=3e-5, minimum=1e-8, warmup_from=1e-6, warmup_steps=6000, accumulation=16
         ),
         data=_tiny_data() if tiny else _data(),
-        steps=800 if tiny else 136_700,  # 14M pairs x 5 epochs / (4 x 16 x 8)
+        steps=1200 if tiny else 136_700,  # 14M pairs x 5 epochs / (4 x 16 x 8)
         validation=_tiny_validation() if tiny else _validation(),
         **networks.numerics(size),
     )
