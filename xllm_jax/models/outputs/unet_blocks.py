@@ -104,13 +104,22 @@ class GroupNorm(nn.Module):
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones_init(), (channels,), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros_init(), (channels,), jnp.float32)
-        grouped = x.astype(jnp.float32).reshape(
-            x.shape[0], -1, self.groups, channels // self.groups
-        )
-        centered = grouped - grouped.mean((1, 3), keepdims=True)
-        variance = jnp.square(centered).mean((1, 3), keepdims=True)
+        rows = x.astype(jnp.float32).reshape(x.shape[0], -1, channels)
+        centered = rows - self._mean(rows)
+        variance = self._mean(jnp.square(centered))
         y = (centered * jax.lax.rsqrt(variance + self.epsilon)).reshape(x.shape)
         return (y * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(self.dtype)
+
+    def _mean(self, rows: Array) -> Array:
+        """The mean of each channel's group, `[batch, 1, channels]`.
+
+        Args:
+          rows: `[batch, places, channels]`. Places are summed first: a sum over them and over the
+            few channels of a group at once takes a CPU three times as long.
+        """
+        batch, _, channels = rows.shape
+        grouped = rows.mean(1).reshape(batch, self.groups, channels // self.groups).mean(-1)
+        return grouped.repeat(channels // self.groups, axis=-1)[:, None]
 
 
 class ResNet(nn.Module):
