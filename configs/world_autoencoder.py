@@ -3,7 +3,7 @@
     xllm train --config=world_autoencoder --workdir=runs/world_autoencoder
 
 The miniature of Stable Diffusion's VAE, on which `world_diffusion` builds. Needs the tokenizer that
-`xllm build-backbones --output=bases --tokenizer` writes. No result is shipped yet.
+`xllm build-backbones --output=bases --tokenizer` writes.
 """
 
 from xllm_jax.configs import networks, sources
