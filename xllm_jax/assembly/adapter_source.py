@@ -75,7 +75,7 @@ def check_alpha(stage: Stage, trainable: Params, frozen: Params) -> None:
     raise UserError(what, field="lora.alpha", hint=f"Say --config.lora.alpha={most:.7g}")
 
 
-def _whole(x: Any) -> np.ndarray:
+def _whole(x: jax.Array | np.ndarray) -> np.ndarray:
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         x = multihost_utils.process_allgather(x, tiled=True)
     return np.asarray(x, np.float64)

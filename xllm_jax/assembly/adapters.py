@@ -7,7 +7,6 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +24,7 @@ from xllm_jax.models import lora, quantized
 from xllm_jax.models.layers import Dense
 
 KERNEL = "/kernel"
+Split = str | tuple[str, ...] | None  # of one axis of an array, over the mesh; see PartitionSpec
 
 
 def check(settings: Lora) -> None:
@@ -161,12 +161,12 @@ def specs(table: rules.Rules, tree: Params, what: str) -> Params:
     return rules.unflatten(found)
 
 
-def _entries(spec: PartitionSpec, length: int) -> list[Any]:
+def _entries(spec: PartitionSpec, length: int) -> list[Split]:
     """One entry for every axis."""
     return [*spec, *(None,) * (length - len(spec))]
 
 
-def _placed(name: str, kernel: list[Any], layers: int, length: int) -> list[Any]:
+def _placed(name: str, kernel: list[Split], layers: int, length: int) -> list[Split]:
     """Entries of a leaf of an adapter, from those of its kernel."""
     lead = kernel[:layers]
     if name == lora.A:

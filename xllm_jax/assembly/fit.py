@@ -8,6 +8,7 @@ and `position_axes`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from flax import linen as nn
@@ -105,7 +106,7 @@ def _options(data: Data, modality: str) -> dict[str, Any]:
     return {**data.image, **(data.video if modality == VIDEO else {})}
 
 
-def _input(options: Any, part: str, encoder: nn.Module, field: str) -> None:
+def _input(options: Mapping[str, Any], part: str, encoder: nn.Module, field: str) -> None:
     """What an encoder asks of the settings of its data, such as how pictures are normalized."""
     for name, wanted in getattr(encoder, "INPUT", {}).items():
         place, _, option = name.partition(".")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from xllm_jax.assembly import fit, networks
 from xllm_jax.assembly.system import System
@@ -38,7 +37,7 @@ def check(system: System, place: Path, prefix: str) -> None:
             raise UserError(what, field=f"parts.{encoder}", hint=hint)
 
 
-def _reduction(system: System, place: Path, encoder: str) -> Any:
+def _reduction(system: System, place: Path, encoder: str) -> int | None:
     """Frames in a feature of a run's encoder; None where nothing tells."""
     told = base_description.base_about(place).get("stage", {})
     parts = told.get("parts", {}) if isinstance(told, dict) else {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,11 +57,11 @@ def check(stage: Stage, model: XLLM) -> None:
             if part not in networks:
                 what, hint = f"names the part {part!r}, which parts lacks", ", ".join(networks)
                 raise UserError(what, field=field, hint=f"Choices: {hint}")
-        made: Any = networks.get(projection)
-        if not hasattr(made, "output_width"):
+        made = networks.get(projection)
+        if made is None or not hasattr(made, "output_width"):
             what = f"{projection!r} is no output projection"
             raise UserError(what, field=field, hint="See xllm_jax/models/outputs/projection.py")
-        llm: Any = networks[LLM]
+        llm = networks[LLM]
         _same(f"parts.{projection}.fields.llm_width", made.llm_width, LLM, llm.width)
         if encoder:
             width, length = networks[encoder].width, stage.data.caption_length
@@ -84,7 +83,7 @@ def _check_denoiser(stage: Stage, model: XLLM, name: str, unet: str, autoencoder
             what = f"{part!r} is no part whose network is of the kind {kind.__name__}"
             hint = "A denoising loss needs both, see configs/stage_output_denoising.py"
             raise UserError(what, field=f"outputs.{name}.{field}", hint=hint)
-    networks: Any = model.networks
+    networks = model.networks
     projection, vae = networks[model.output(name)[0]], networks[autoencoder]
     field = f"parts.{unet}.fields"
     _same(f"{field}.text_width", networks[unet].text_width, "projection", projection.output_width)
@@ -130,7 +129,7 @@ def _check_names(stage: Stage, model: XLLM) -> None:
             taken[token] = name
 
 
-def _same(field: str, have: Any, other: str, wanted: Any) -> None:
+def _same(field: str, have: object, other: str, wanted: object) -> None:
     if have != wanted:
         what = f"is {have}, and {other} has {wanted}"
         raise UserError(what, field=field, hint=f"Say --config.{field}={wanted}")

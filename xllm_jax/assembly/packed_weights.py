@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ from flax import linen as nn
 
 from xllm_jax.assembly.submodules import submodules
 from xllm_jax.core import rules
+from xllm_jax.core.base_description import Told
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Part
 from xllm_jax.core.types import Flat, Params, Shapes
@@ -137,7 +137,7 @@ def drawn(axes: Mapping[str, tuple[int, int]], like: Flat, plain: Flat) -> Flat:
     return made
 
 
-def kind_of(shapes: Mapping[str, tuple[Any, ...]], part: str) -> str:
+def kind_of(shapes: Mapping[str, Told], part: str) -> str:
     """How the kernels of a part are packed, a key of `quantized.KINDS`; '' for floats.
 
     Args:
@@ -157,9 +157,7 @@ def kind_of(shapes: Mapping[str, tuple[Any, ...]], part: str) -> str:
     return ""
 
 
-def check_source(
-    part: str, weights: str, wanted: Shapes, there: Mapping[str, tuple[Any, ...]]
-) -> None:
+def check_source(part: str, weights: str, wanted: Shapes, there: Mapping[str, Told]) -> None:
     """Compares how a part is packed with how its source is.
 
     Args:

@@ -6,7 +6,7 @@ import hashlib
 import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 from absl import logging
@@ -16,6 +16,7 @@ from xllm_jax.assembly import adapters, frame_rate, outputs, packed_weights
 from xllm_jax.assembly.networks import init_params
 from xllm_jax.assembly.system import System
 from xllm_jax.core import base_description, checkpoint, damage, kernel_fingerprint, rules
+from xllm_jax.core.base_description import Told
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Stage
 from xllm_jax.core.types import Flat, Params, Shapes
@@ -77,9 +78,9 @@ def parameters(system: System, only: Collection[str] | None = None) -> Params:
     return outputs.start_signals(system.model, made, drawn)
 
 
-def held(source: str, prefix: str) -> dict[str, tuple[Any, ...]]:
+def held(source: str, prefix: str) -> dict[str, Told]:
     """{path: (shape, dtype)} of what a source holds of a subtree, named as the stage does."""
-    found: dict[str, tuple[Any, ...]] = {}
+    found: dict[str, Told] = {}
     inner = _inner(source, prefix)
     for place in filter(None, _places(source, inner)):
         there = below(inner, base_description.base_about(place)["shapes"])
@@ -92,7 +93,7 @@ def with_adapters(
     prefix: str,
     like: Shapes,
     others: Collection[str],
-    there: Mapping[str, tuple[Any, ...]],
+    there: Mapping[str, Told],
 ) -> tuple[Shapes, list[str]]:
     """What of a subtree is loaded, and what else its source may hold.
 

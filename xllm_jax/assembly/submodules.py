@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import jax
 from flax import linen as nn
+from flax.linen.module import InterceptorContext
+
+T = TypeVar("T")
 
 
-def submodules(network: Any) -> dict[str, nn.Module]:
+def submodules(network: nn.Module) -> dict[str, nn.Module]:
     """{path: module, with the fields that the network gives it} of all that a network calls."""
     found: dict[str, nn.Module] = {}
 
-    def remember(call: Any, arguments: Any, options: Any, context: Any) -> Any:
+    def remember(
+        call: Callable[..., T],
+        arguments: tuple[object, ...],
+        options: Mapping[str, object],
+        context: InterceptorContext,
+    ) -> T:
         module = context.module
         if module.scope is not None:
             found["/".join(module.path)] = module.clone(parent=None, name=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,9 @@ from xllm_jax.core import atomic, damage
 from xllm_jax.core.errors import UserError
 
 CONVERSION = "conversion.json"
+
+Told = tuple[Sequence[int], str]
+"""(shape, dtype) of a leaf, as about.json has them."""
 
 
 def base_about(directory: str | Path) -> dict[str, Any]:

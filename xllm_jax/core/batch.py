@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -18,8 +18,14 @@ import numpy as np
 Array = Any  # NumPy on the host, jax.Array on the device, ShapeDtypeStruct when compiling ahead
 
 
-B = TypeVar("B")
-"""The batch of some format: a dataclass of arrays that JAX knows as a pytree."""
+class Batch(Protocol):
+    """The batch of any format: a dataclass of arrays that JAX knows as a pytree."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+
+B = TypeVar("B", bound=Batch)
+"""The batch of one format."""
 
 
 @jax.tree_util.register_dataclass

@@ -18,6 +18,7 @@ import grain
 import jax
 import numpy as np
 
+from xllm_jax.core.batch import Batch
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data
 from xllm_jax.data import mixture, reads_in_flight
@@ -27,6 +28,9 @@ from xllm_jax.data.media import modalities
 from xllm_jax.data.media.decode_workers import Decoders
 from xllm_jax.data.quarantine import Quarantine
 from xllm_jax.data.record import Mode, Record, Skipped
+
+Step = BatchPlan | Sequence[mixture.Drawn]
+"""The plan of a batch, in one pass; the records to be planned, in training."""
 
 SILENT = 10  # batches in a row without anything to learn before training gives up
 
@@ -149,14 +153,14 @@ class Pipeline:
         records = [record for record in drawn if isinstance(record, Record)]
         return _with_skipped(self.format.plan(records, self.mode), drawn)
 
-    def _attempt(self, step: Any) -> tuple[Any, dict[str, Any]] | UserError:
+    def _attempt(self, step: Step) -> tuple[Batch, dict[str, Any]] | UserError:
         """One step's batch; a UserError travels as a value, past the notes that grain adds."""
         try:
-            return self._fill(self._plan(step) if self.mode.train else step)
+            return self._fill(step if isinstance(step, BatchPlan) else self._plan(step))
         except UserError as error:
             return error
 
-    def _fill(self, plan: BatchPlan) -> tuple[Any, dict[str, Any]]:
+    def _fill(self, plan: BatchPlan) -> tuple[Batch, dict[str, Any]]:
         """One host's arrays of a plan, and what the run reports about them."""
         batch, unread = self.format.fill(plan, self.rows, self.mode, self._load)
         lost = {skip.key for skip in unread}
@@ -206,7 +210,7 @@ class Batches:
 
     def __init__(
         self,
-        filled: Any,
+        filled: grain.DatasetIterator[tuple[Batch, dict[str, Any]] | UserError],
         quarantine: Quarantine,
         records: int,
         train: bool,
@@ -226,7 +230,7 @@ class Batches:
     def __iter__(self) -> Batches:
         return self
 
-    def __next__(self) -> tuple[Any, dict[str, Any]]:
+    def __next__(self) -> tuple[Batch, dict[str, Any]]:
         try:
             made = next(self._filled)
         except StopIteration:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
@@ -29,6 +30,8 @@ from xllm_jax.models.outputs import autoencoder, scheduler_config, unet
 from xllm_jax.models.outputs.autoencoder import Autoencoder
 from xllm_jax.models.outputs.schedulers import Scheduler
 from xllm_jax.models.outputs.unet import UNet
+
+N = TypeVar("N", bound=nn.Module)
 
 UNREAD = ("vae/encoder/", "vae/moments/")  # pictures are made, not read
 MAKE = "Make it by xllm convert --source=stable_diffusion from a whole folder of the pipeline"
@@ -218,8 +221,8 @@ def missing(stage: Stage, modality: str) -> str:
 
 
 def _network(
-    folder: Path, part: str, kind: type, fields: Mapping[str, Any], compute: DTypeLike
-) -> Any:
+    folder: Path, part: str, kind: type[N], fields: Mapping[str, Any], compute: DTypeLike
+) -> N:
     """A part as its record says; raises UserError where the record makes no sense."""
     with damage.reading(folder / base_description.CONVERSION):
         limits.check_network(fields, f"{folder / base_description.CONVERSION}: {part}")
@@ -229,7 +232,7 @@ def _network(
     return network
 
 
-def shapes_of(part: str, network: Any) -> Shapes:
+def shapes_of(part: str, network: nn.Module) -> Shapes:
     """{path: shape} of a decoder's network, the part's name in front."""
     return rules.flatten({part: networks.shapes_of(network)})
 

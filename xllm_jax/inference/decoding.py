@@ -22,7 +22,7 @@ from xllm_jax.core.types import Params
 from xllm_jax.data.text.llm_family import LLMFamily
 from xllm_jax.data.text.token_rows import Row, pack
 from xllm_jax.inference.whole_runs import permitted
-from xllm_jax.models.xllm import XLLM
+from xllm_jax.models.xllm import XLLM, BoundLLM
 
 Array = jax.Array
 State = dict[str, Any]
@@ -138,7 +138,7 @@ def generate(
 
 
 def prefill(
-    llm: Any,
+    llm: BoundLLM,
     x: Array,
     segments: Array,
     context: Array,
@@ -149,7 +149,7 @@ def prefill(
     """Reads the prompts.
 
     Args:
-      llm: the LLM's bound `apply`.
+      llm: of `XLLM.llm`.
       x: `[B, T, D]` spliced embeddings; segments, context, positions: see `core.batch`.
       max_new_tokens: tokens to reserve in the cache behind the prompts.
       prefix: learned keys and values before the prompts, see `XLLM.prefix`.
@@ -176,12 +176,12 @@ def prefill(
 
 
 def feed(
-    llm: Any, state: State, tokens: Array, done: Array, position_step: tuple[int, ...]
+    llm: BoundLLM, state: State, tokens: Array, done: Array, position_step: tuple[int, ...]
 ) -> State:
     """Feeds one token per row.
 
     Args:
-      llm: the LLM's bound `apply`.
+      llm: of `XLLM.llm`.
       state: of `prefill` or of the step before.
       tokens: `[B]` int32.
       done: `[B]` bool; rows that are done add nothing to the cache.
@@ -230,7 +230,7 @@ def choose(logits: Array, decoding: Decoding, key: Array | None, step: Array) ->
     return jax.vmap(draw)(jnp.arange(logits.shape[0]), logits).astype(jnp.int32)
 
 
-def decode(llm: Any, state: State, decoding: Decoding, key: Array | None) -> Generated:
+def decode(llm: BoundLLM, state: State, decoding: Decoding, key: Array | None) -> Generated:
     """Greedy decoding or sampling from `prefill`'s state, until all rows ended or N tokens."""
     rows = state["logits"].shape[0]
     tokens = jnp.full((rows, decoding.max_new_tokens), decoding.pad, jnp.int32)
@@ -277,11 +277,11 @@ def _ends(tokens: Array, decoding: Decoding) -> Array:
     return (tokens[..., None] == jnp.array(decoding.ends)).any(-1)
 
 
-def beam_search(llm: Any, state: State, decoding: Decoding, start: int) -> Generated:
+def beam_search(llm: BoundLLM, state: State, decoding: Decoding, start: int) -> Generated:
     """Beam search from `prefill`'s state.
 
     Args:
-      llm: the LLM's bound `apply`.
+      llm: of `XLLM.llm`.
       state: of B rows.
       decoding: K beams.
       start: first cache slot behind the prompts; beams of a row share everything before it.

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +23,11 @@ from PIL import Image
 
 from xllm_jax.core import mesh
 from xllm_jax.core.errors import UserError
+from xllm_jax.core.types import Params
 from xllm_jax.data.media import image
 from xllm_jax.models.outputs import sampling
 from xllm_jax.models.outputs.autoencoder import Autoencoder
-from xllm_jax.models.outputs.schedulers import Scheduler, Table
+from xllm_jax.models.outputs.schedulers import Calls, Scheduler, Table
 from xllm_jax.models.outputs.unet import UNet
 
 Array = jax.Array
@@ -48,7 +49,7 @@ class Renderer:
         self,
         unet: UNet,
         autoencoder: Autoencoder,
-        params: Mapping[str, Any],
+        params: Mapping[str, Params],
         scheduler: Scheduler,
         without: np.ndarray,
         batch: int = 4,
@@ -150,7 +151,7 @@ class Renderer:
         guidance: float,
         without: np.ndarray | None = None,
         trace: bool = False,
-    ) -> tuple[Array, Any]:
+    ) -> tuple[Array, tuple[Array, Array] | None]:
         """Latents by the scheduler's table, see `sampling.draw`.
 
         Args:
@@ -179,7 +180,7 @@ class Renderer:
         guidance, guided=) to latents, and (parameters of the autoencoder, latents) to pictures."""
         return self._draw, self._decode
 
-    def _mesh(self) -> contextlib.AbstractContextManager[Any]:
+    def _mesh(self) -> contextlib.AbstractContextManager[object]:
         return jax.set_mesh(self.device_mesh) if self.device_mesh else contextlib.nullcontext()
 
     def _placed(self, rows: Array) -> Array:
@@ -191,7 +192,7 @@ class Renderer:
 
     def _latents(
         self,
-        params: Any,
+        params: Params,
         table: Table,
         noise: Array,
         conditions: Array,
@@ -199,15 +200,15 @@ class Renderer:
         guidance: Array | float,
         guided: bool,
         trace: bool = False,
-    ) -> tuple[Array, Any]:
+    ) -> tuple[Array, tuple[Array, Array] | None]:
         denoise = self._denoise(params, conditions, without, guidance, guided)
         return sampling.draw(table, denoise, noise, trace)
 
     def _called(
         self,
-        params: Any,
+        params: Params,
         way: sampling.Way,
-        row: Any,
+        row: Calls,
         limit: Array,
         conditions: Array,
         without: Array,
@@ -218,7 +219,12 @@ class Renderer:
         return sampling.call(way, row, limit, denoise)[0]
 
     def _denoise(
-        self, params: Any, conditions: Array, without: Array, guidance: Any, guided: bool
+        self,
+        params: Params,
+        conditions: Array,
+        without: Array,
+        guidance: Array | float,
+        guided: bool,
     ) -> sampling.Denoise:
         def network(x: Array, time: Array, text: Array) -> Array:
             return cast(Array, self.unet.apply({"params": params}, x, time, text))
@@ -227,7 +233,7 @@ class Renderer:
             return sampling.guided(network, conditions, without, guidance)
         return functools.partial(_alone, network, conditions)
 
-    def _pictures(self, params: Any, latents: Array) -> Array:
+    def _pictures(self, params: Params, latents: Array) -> Array:
         scaled = latents / self.autoencoder.scaling
         found = self.autoencoder.apply({"params": params}, scaled, method="decode")
         return cast(Array, found)

@@ -8,7 +8,6 @@ settings alone, not on its place nor on its neighbors.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,12 +31,12 @@ class Settings:
       told: `[B]` bool, whether alternatives are wanted.
     """
 
-    stream: Any
-    temperature: Any
-    top_k: Any
-    top_p: Any
-    most: Any
-    told: Any
+    stream: Array | np.ndarray
+    temperature: Array | np.ndarray
+    top_k: Array | np.ndarray
+    top_p: Array | np.ndarray
+    most: Array | np.ndarray
+    told: Array | np.ndarray
 
 
 @jax.tree_util.register_dataclass
@@ -61,7 +60,7 @@ def stream_of(seed: int) -> np.ndarray:
     return np.array([seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32)
 
 
-def filter_rows(logits: Array, top_k: Array, top_p: Array) -> Array:
+def filter_rows(logits: Array, top_k: Array | np.ndarray, top_p: Array | np.ndarray) -> Array:
     """`decoding.filter_logits` with filters of their own for each row, behind the temperature.
 
     Args:
@@ -95,7 +94,7 @@ def draw_rows(logits: Array, settings: Settings, step: Array) -> Array:
         lambda: scaled,
     )
 
-    def draw(stream: Array, step: Array, logits: Array) -> Array:
+    def draw(stream: Array | np.ndarray, step: Array, logits: Array) -> Array:
         key = jax.random.wrap_key_data(stream, impl="threefry2x32")
         return jax.random.categorical(jax.random.fold_in(key, step), logits)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any, cast
+from typing import cast
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ from xllm_jax.models import asr_search
 from xllm_jax.models.asr import ASRDecoder
 from xllm_jax.models.xllm import XLLM
 
-Array = Any
+Array = jax.Array | np.ndarray
 ENCODER, INTERFACE, DECODER = "speech_encoder", "speech_interface", "asr_decoder"
 
 
@@ -84,7 +84,7 @@ def require(parts: Collection[str], field: str) -> None:
         )
 
 
-def decode(model: XLLM, params: Params, values: Array, lengths: Array, beams: int = 1) -> Array:
+def decode(model: XLLM, params: Params, values: Array, lengths: Array, beams: int = 1) -> jax.Array:
     """What the ASR model hears.
 
     Args:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
 
@@ -15,7 +16,7 @@ def permitted(
     last: Array,
     step: Array | int,
     signals: Sequence[tuple[int, ...]],
-    most: Array | int,
+    most: Array | np.ndarray | int,
     before: Array | int = -1,
 ) -> Array:
     """Scores with -inf for what would leave a run incomplete, or begin it in its midst.

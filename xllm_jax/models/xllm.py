@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, Protocol, cast, overload
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from xllm_jax.core.errors import UserError
 from xllm_jax.core.media_names import captions_of
 from xllm_jax.core.types import Params
 from xllm_jax.models import lora
+from xllm_jax.models.decoder_cache import Cache
 from xllm_jax.models.outputs.projection import LAST
 from xllm_jax.models.sections import Section, parted, sections_of
 
@@ -43,6 +44,34 @@ class Readings(NamedTuple):
 
     states: Array
     embeddings: Array
+
+
+class BoundLLM(Protocol):
+    """An LLM with its parameters; `models/glm.py` says what its methods take and give."""
+
+    @overload
+    def __call__(
+        self,
+        rows: int,
+        length: int,
+        /,
+        *,
+        prefix: Array | None = None,
+        method: Literal["init_cache"],
+    ) -> Cache: ...
+    @overload
+    def __call__(self, given: Array, /, *, method: Literal["embed", "logits"]) -> Array: ...
+    @overload
+    def __call__(
+        self,
+        x: Array,
+        segments: Array,
+        context: Array,
+        positions: Array,
+        cache: Cache | None = None,
+        /,
+        **options: Any,
+    ) -> tuple[Array, Cache, *tuple[Array, ...]]: ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -223,9 +252,9 @@ class XLLM:
                 x = splice(x, embeddings, media.index)
         return x
 
-    def llm(self, params: Params) -> Callable[..., Any]:
+    def llm(self, params: Params) -> BoundLLM:
         """The LLM with its signal tokens, called as its `apply` is, without the parameters."""
-        own = functools.partial(self.networks[LLM].apply, {"params": params[LLM]})
+        own = cast(BoundLLM, functools.partial(self.networks[LLM].apply, {"params": params[LLM]}))
         if SIGNALS not in self.networks:
             return own
 

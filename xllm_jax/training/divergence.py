@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xllm_jax.core import atomic
-from xllm_jax.core.batch import B
+from xllm_jax.core.batch import B, Batch
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Divergence, Stage
 from xllm_jax.core.types import Metrics
@@ -124,7 +124,7 @@ class Entry:
     """One micro-batch on the host: its number, arrays, `info`, and the data position before it."""
 
     number: int
-    batch: Any
+    batch: Batch
     info: Mapping[str, Any]
     position: Mapping[str, Any]
 
@@ -209,7 +209,7 @@ def format_message(entry: Entry, values: Mapping[str, float], file: Path) -> str
     )
 
 
-def flat(batch: Any) -> dict[str, np.ndarray]:
+def flat(batch: Batch) -> dict[str, np.ndarray]:
     """{path: array} of a batch, such as 'media/image/values'."""
     leaves = jax.tree_util.tree_leaves_with_path(batch)
     return {_name(path): np.asarray(leaf) for path, leaf in leaves}
@@ -226,5 +226,5 @@ def unflat(arrays: Mapping[str, np.ndarray], like: B) -> B:
     return structure.unflatten([arrays[_name(path)] for path, _ in leaves])
 
 
-def _name(path: Any) -> str:
+def _name(path: jax.tree_util.KeyPath) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")

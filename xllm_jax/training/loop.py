@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from xllm_jax.assembly import adapter_source
 from xllm_jax.assembly.system import System
 from xllm_jax.core import checkpoint, disk, hosts, kept_checkpoints, mesh, watchdog
+from xllm_jax.core.batch import Batch
 from xllm_jax.core.errors import Diverged, UserError
 from xllm_jax.core.log import Log
 from xllm_jax.core.optim import Schedule
@@ -175,7 +176,7 @@ class Loop:
     """
 
     stage: Stage
-    compiled: telemetry.Compilations[TrainState, tuple[TrainState, Metrics]]
+    compiled: telemetry.Compilations[TrainState, Batch, tuple[TrainState, Metrics]]
     schedule: Schedule
     checkpoints: checkpoint.Checkpoints
     log: Log
@@ -261,12 +262,12 @@ class Loop:
         return telemetry.Interval(self.useful if peak else None, peak)
 
     @functools.cached_property
-    def useful(self) -> Callable[[TrainState, Any], float]:
+    def useful(self) -> Callable[[TrainState, Batch], float]:
         """(state, batch) -> FLOPs that the step cannot do without."""
         return telemetry.useful(self.loss)
 
     def step(
-        self, number: int, state: TrainState, batch: Any, since: telemetry.Interval
+        self, number: int, state: TrainState, batch: Batch, since: telemetry.Interval
     ) -> tuple[TrainState, Metrics]:
         """Runs micro-batch `number`, without waiting for it.
 

@@ -10,19 +10,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 
 from xllm_jax.core import flops
 
 HERE = str(Path(__file__).parents[1])  # the package
-Test = Callable[[Any], bool]
+Array = jax.Array | np.ndarray
+Test = Callable[[Array], bool]
 
 
-def first(function: Callable[..., Any], *arguments: Any) -> str:
+def first(function: Callable[..., object], *arguments: object) -> str:
     """The first operation whose inputs are good and whose result is not, in words.
 
     A NaN is looked for first. Without one, the first infinity is named; some infinities are meant
@@ -47,7 +48,7 @@ def first(function: Callable[..., Any], *arguments: Any) -> str:
     return ""
 
 
-def values(tree: Any) -> dict[str, tuple[int, ...]]:
+def values(tree: object) -> dict[str, tuple[int, ...]]:
     """{path: index of the first value that is no finite number} of the arrays that hold one."""
     found = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -58,7 +59,7 @@ def values(tree: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _search(
-    jaxpr: core.Jaxpr, consts: Sequence[Any], arguments: Sequence[Any], test: Test
+    jaxpr: core.Jaxpr, consts: Sequence[Array], arguments: Sequence[Array], test: Test
 ) -> list[str]:
     """Places from the outermost to the innermost; nothing when all results are good."""
     known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *arguments]))
@@ -78,7 +79,7 @@ def _search(
     return []
 
 
-def _run(jaxpr: core.Jaxpr, equation: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
+def _run(jaxpr: core.Jaxpr, equation: core.JaxprEqn, inputs: Sequence[Array]) -> list[Array]:
     """Results of one equation of `jaxpr`, run by itself."""
     pairs = zip(equation.invars, inputs)
     given = {v: value for v, value in pairs if not isinstance(v, core.Literal)}
@@ -93,7 +94,7 @@ def _run(jaxpr: core.Jaxpr, equation: core.JaxprEqn, inputs: Sequence[Any]) -> l
     return core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))(*given.values())
 
 
-def _inside(equation: core.JaxprEqn, inputs: Sequence[Any], test: Test) -> list[str]:
+def _inside(equation: core.JaxprEqn, inputs: Sequence[Array], test: Test) -> list[str]:
     parts, name = list(flops.inner(equation)), equation.primitive.name
     if name == "scan":
         return _inside_loop(equation, inputs, test)
@@ -108,7 +109,7 @@ def _inside(equation: core.JaxprEqn, inputs: Sequence[Any], test: Test) -> list[
     return []
 
 
-def _inside_loop(equation: core.JaxprEqn, inputs: Sequence[Any], test: Test) -> list[str]:
+def _inside_loop(equation: core.JaxprEqn, inputs: Sequence[Array], test: Test) -> list[str]:
     """The first turn of a scan that goes wrong, and the place in it."""
     settings, body = equation.params, equation.params["jaxpr"]
     constants, carried = flops.loop_sizes(equation)
@@ -138,13 +139,13 @@ def _place(equation: core.JaxprEqn) -> str:
     return equation.primitive.name + (f" of {stack}" if stack else "") + place
 
 
-def _has_nan(x: Any) -> bool:
+def _has_nan(x: Array) -> bool:
     return _inexact(x) and bool(jnp.isnan(x).any())
 
 
-def _has_infinity(x: Any) -> bool:
+def _has_infinity(x: Array) -> bool:
     return _inexact(x) and bool(jnp.isinf(x).any())
 
 
-def _inexact(x: Any) -> bool:
+def _inexact(x: Array) -> bool:
     return jnp.issubdtype(jnp.result_type(x), jnp.inexact)

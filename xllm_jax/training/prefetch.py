@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from xllm_jax.core.batch import Batch
 from xllm_jax.data.pipeline import Batches
 
 
@@ -21,7 +22,7 @@ class Prefetched:
         it may wait for other hosts.
     """
 
-    def __init__(self, batches: Batches, place: Callable[[Any], Any]):
+    def __init__(self, batches: Batches, place: Callable[[Batch], Batch]):
         self._batches, self._place = batches, place
         self._position = batches.position()
         self._thread = ThreadPoolExecutor(1, "prefetch")
@@ -30,7 +31,7 @@ class Prefetched:
     def __iter__(self) -> Prefetched:
         return self
 
-    def __next__(self) -> tuple[Any, dict[str, Any]]:
+    def __next__(self) -> tuple[Batch, dict[str, Any]]:
         """(global batch, info), this host's arrays among it as 'arrays'.
 
         What drawing it raised is raised here, at its turn.
@@ -47,6 +48,6 @@ class Prefetched:
         """Waits for the batch that is being drawn, and drops it."""
         self._thread.shutdown(cancel_futures=True)
 
-    def _draw(self) -> tuple[Any, dict[str, Any], dict[str, int]]:
+    def _draw(self) -> tuple[Batch, dict[str, Any], dict[str, int]]:
         batch, info = next(self._batches)
         return self._place(batch), info | {"arrays": batch}, self._batches.position()

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from xllm_jax.assembly.system import System
 from xllm_jax.core import checkpoint, mesh, rules
+from xllm_jax.core.batch import Batch
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Stage
 from xllm_jax.core.stage_record import parse_stage
@@ -42,7 +43,7 @@ class Recording:
 
     step: int
     stage: Stage
-    batch: Any
+    batch: Batch
     values: Mapping[str, float]
     keys: tuple[str, ...]
     rows: Mapping[int, tuple[str, ...]]
@@ -92,7 +93,7 @@ def read(file: str | Path) -> Recording:
     )
 
 
-def _height(arrays: Mapping[str, Any]) -> int:
+def _height(arrays: Mapping[str, np.ndarray]) -> int:
     """Rows of a batch."""
     return next(leaf.shape[0] for leaf in arrays.values() if leaf.ndim)
 
@@ -170,7 +171,7 @@ def run(recording: Recording, workdir: str | Path) -> Result:
     key = step_key(stage.seed, recording.step - 1)
 
     def both(
-        trainable: Params, frozen: Params, batch: Any, key: jax.Array
+        trainable: Params, frozen: Params, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, Params]:
         def objective(trainable: Params) -> jax.Array:
             return loss(rules.join(trainable, frozen), batch, key)[0]

@@ -42,7 +42,7 @@ def open_pipeline(stage: Stage, device_mesh: Mesh, workdir: Path) -> Pipeline:
     return Pipeline(stage.data, stage.seed, share, shares, quarantine=workdir / name)
 
 
-def hold(workdir: Path) -> contextlib.AbstractContextManager[Any]:
+def hold(workdir: Path) -> contextlib.AbstractContextManager[object]:
     """Keeps other processes from training in the run's folder, which is made; host 0 does.
 
     Args:

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from xllm_jax.core import chips, flops
+from xllm_jax.core.batch import B, Batch
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Stage
 from xllm_jax.core.types import Device, Metrics
@@ -37,7 +38,7 @@ GIB = 2**30
 Signature = tuple[tuple[str, tuple[int, ...], str], ...]
 
 
-def signature(batch: Any) -> Signature:
+def signature(batch: Batch) -> Signature:
     """(path, shape, dtype) of every array of a batch: what the step is compiled for."""
     leaves = jax.tree_util.tree_leaves_with_path(batch)
     return tuple((jax.tree_util.keystr(path), x.shape, str(x.dtype)) for path, x in leaves)
@@ -52,7 +53,9 @@ class Interval:
       peak: FLOP/s of all devices together.
     """
 
-    def __init__(self, useful: Callable[..., float] | None = None, peak: float = 0.0):
+    def __init__(
+        self, useful: Callable[[TrainState, Batch], float] | None = None, peak: float = 0.0
+    ):
         self._useful, self._peak = useful, peak
         self._rows: dict[int, Metrics] = {}  # fetched
         self._pending: dict[int, Metrics] = {}
@@ -80,7 +83,7 @@ class Interval:
         used = next((info["padding"][name][0] for name in TOKENS if name in info["padding"]), 0)
         self._tokens += used * jax.process_count()
 
-    def work(self, state: TrainState, batch: Any) -> None:
+    def work(self, state: TrainState, batch: Batch) -> None:
         """Notes the work that a step is about to do."""
         if self._useful is not None:
             self._flops += self._useful(state, batch)
@@ -146,7 +149,7 @@ def mean(values: Sequence[float | WeightedMean | Terms]) -> float:
     return float(np.mean(kept)) if kept else float("nan")
 
 
-class Compilations(Generic[S, R]):
+class Compilations(Generic[S, B, R]):
     """The step, watched: counts how often XLA compiles it and says when it does so once too often.
 
     Args:
@@ -161,7 +164,7 @@ class Compilations(Generic[S, R]):
 
     def __init__(
         self,
-        step: Callable[[S, Any], R],
+        step: Callable[[S, B], R],
         expected: int,
         say: Callable[[str], None] = print,
         name: str = "The step",
@@ -176,13 +179,13 @@ class Compilations(Generic[S, R]):
         """Stops listening."""
         jax.monitoring.unregister_event_duration_listener(self._hear)
 
-    def __enter__(self) -> Compilations[S, R]:
+    def __enter__(self) -> Compilations[S, B, R]:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __call__(self, state: S, batch: Any) -> R:
+    def __call__(self, state: S, batch: B) -> R:
         """Runs the step."""
         before, self._calling = self.count, threading.get_ident()
         try:
@@ -228,11 +231,11 @@ def programs(stage: Stage) -> int:
     return batch_format.find(stage.data).programs
 
 
-def useful(loss: Loss) -> Callable[[TrainState, Any], float]:
+def useful(loss: Loss[B]) -> Callable[[TrainState, B], float]:
     """(state, batch) -> FLOPs that a stage's step cannot do without, traced once for each shape."""
     known: dict[Signature, float] = {}
 
-    def count(state: TrainState, batch: Any) -> float:
+    def count(state: TrainState, batch: B) -> float:
         name = signature(batch)
         if name not in known:
             arguments = jax.tree.map(

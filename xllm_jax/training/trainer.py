@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from types import ModuleType
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from xllm_jax.assembly import adapters, parameters
 from xllm_jax.assembly.system import System
 from xllm_jax.core import lookup, mesh, optim, rules
+from xllm_jax.core.batch import Batch
 from xllm_jax.core.stage import Stage
 from xllm_jax.core.types import Metrics, Params
 from xllm_jax.training import divergence
@@ -23,15 +24,15 @@ from xllm_jax.training.step import Loss, TrainState, train_step
 class JittedStep(Protocol):
     """A compiled `train_step`: the state is donated."""
 
-    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """Runs one micro-batch."""
         ...
 
-    def lower(self, state: TrainState, batch: Any) -> jax.stages.Lowered:
+    def lower(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
         """The traced step, ready for the compiler."""
         ...
 
-    def trace(self, state: TrainState, batch: Any) -> jax.stages.Traced:
+    def trace(self, state: TrainState, batch: Batch) -> jax.stages.Traced:
         """The step as a program of JAX."""
         ...
 

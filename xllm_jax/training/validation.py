@@ -14,13 +14,14 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from xllm_jax.assembly.system import System
 from xllm_jax.core import hosts, mesh, rules
+from xllm_jax.core.batch import B, Batch
 from xllm_jax.core.errors import CannotWrite, UserError
 from xllm_jax.core.stage import Data, Stage
 from xllm_jax.core.types import Metrics, Params
@@ -31,9 +32,16 @@ from xllm_jax.data.pipeline import Pipeline
 from xllm_jax.data.record import Skipped
 from xllm_jax.feature_cache import check
 from xllm_jax.training import telemetry
-from xllm_jax.training.step import Loss, TrainState
+from xllm_jax.training.step import Counts, Loss, TrainState
 from xllm_jax.training.trainer import objective, stage_loss
 from xllm_jax.training.validation_metrics import Metric, Planned, find_metrics
+
+Made = TypeVar("Made")
+Measured = tuple[TrainState, Params]
+"""A state, not donated, and parameters that its training does without."""
+
+Step = Callable[[Measured, Batch], tuple[dict[str, WeightedMean], dict[str, Any]]]
+"""`step` with its losses and metrics filled in."""
 
 PREFIX = "validation/"
 QUARANTINE = "validation_quarantine"
@@ -43,17 +51,17 @@ SHOWN = ("loss", "accuracy", "cer")  # on the terminal
 
 
 def step(
-    measured: tuple[TrainState, Params],
-    batch: Any,
+    measured: Measured,
+    batch: B,
     *,
-    loss: Loss,
-    counts: Callable[..., Mapping[str, Any]],
-    task: Mapping[str, Callable[..., Any]],
-) -> tuple[dict[str, WeightedMean], dict[str, Any]]:
+    loss: Loss[B],
+    counts: Counts[B],
+    task: Mapping[str, Callable[[Params, B], Made]],
+) -> tuple[dict[str, WeightedMean], dict[str, Made]]:
     """One batch, without gradients.
 
     Args:
-      measured: the state, not donated, and parameters that its training does without.
+      measured: see `Measured`.
       batch: pytree of global arrays.
       loss: outside training, (params, batch, key) -> (scalar, metrics).
       counts: (batch, metrics) -> {metric: over how many it is the mean}.
@@ -90,7 +98,7 @@ class Evaluation:
     def __init__(
         self,
         stage: Stage,
-        jitted: Any,
+        jitted: Step,
         pipeline: Pipeline,
         task: Mapping[str, Metric],
         unread: Params,
@@ -149,14 +157,14 @@ class Evaluation:
         found |= {"count": sums["loss"].count, "seconds": time.monotonic() - began}
         return {PREFIX + name: x for name, x in sorted(found.items()) if math.isfinite(x)}
 
-    def _batches(self) -> Iterator[tuple[Any, dict[str, Any]]]:
+    def _batches(self) -> Iterator[tuple[Batch, dict[str, Any]]]:
         left_out: tuple[Skipped, ...] = ()
         for batch, info in self._pipeline.iterate():
             left_out += info["skipped"]
             yield mesh.to_global(self._mesh, batch), info
         self._left_out = left_out
 
-    def _sums(self, state: TrainState, batch: Any, planned: Planned) -> dict[str, WeightedMean]:
+    def _sums(self, state: TrainState, batch: Batch, planned: Planned) -> dict[str, WeightedMean]:
         """Fetched: a batch at a time, so that a stall is reported with its batch."""
         sums, outputs = jax.device_get(self._compiled((state, self._unread), batch))
         return sums | {n: metric.measured(outputs[n], planned) for n, metric in self._task.items()}
@@ -239,7 +247,7 @@ def opened(
     return Evaluation(stage, call, pipeline, task, unread, device_mesh, watch, say)
 
 
-def jitted(system: System, file: ModuleType, task: Mapping[str, Metric]) -> Any:
+def jitted(system: System, file: ModuleType, task: Mapping[str, Metric]) -> Step:
     """The step as it runs on devices: every host gets the sums and the small arrays whole.
 
     Args:
@@ -248,7 +256,7 @@ def jitted(system: System, file: ModuleType, task: Mapping[str, Metric]) -> Any:
       task: {metric: Metric}.
     """
 
-    def resident(outputs: Callable[..., Any], params: Params, batch: Any) -> Any:
+    def resident(outputs: Callable[[Params, B], Made], params: Params, batch: B) -> Made:
         return outputs(system.resident(params), batch)
 
     call = functools.partial(

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
+
+import jax
+import numpy as np
 
 from xllm_jax.assembly.system import System
-from xllm_jax.core.batch import TranscriptionBatch
+from xllm_jax.core.batch import Batch, TranscriptionBatch
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.types import Params
 from xllm_jax.core.weighted_mean import WeightedMean
@@ -18,17 +21,20 @@ from xllm_jax.evaluation import error_rate, scorers
 from xllm_jax.inference import transcriber
 from xllm_jax.models.xllm import XLLM
 
+Array = jax.Array | np.ndarray
 Planned = Sequence[tuple[int, Example]]  # (row, example) of a global batch
+Read = TypeVar("Read", bound=Batch, contravariant=True)
+Made = TypeVar("Made")
 
 
-class Metric(Protocol):
+class Metric(Protocol[Read, Made]):
     """A metric of a task: what networks make of a batch, and what that is worth."""
 
-    def outputs(self, params: Params, batch: Any) -> Any:
+    def outputs(self, params: Params, batch: Read) -> Made:
         """Small arrays of a global batch; part of the compiled step."""
         ...
 
-    def measured(self, outputs: Any, planned: Planned) -> WeightedMean:
+    def measured(self, outputs: Made, planned: Planned) -> WeightedMean:
         """What the examples of the batch add, on the host."""
         ...
 
@@ -55,12 +61,12 @@ class CharacterErrors:
         transcriber.require(system.stage.parts, "validation.metrics")
         return cls(system.model, CharacterVocabulary.load(system.stage.data.characters), form)
 
-    def outputs(self, params: Params, batch: TranscriptionBatch) -> tuple[Any, Any]:
+    def outputs(self, params: Params, batch: TranscriptionBatch) -> tuple[Array, Array]:
         """(tokens `[B, steps]`, target lengths `[B]`, 0 where a file could not be read)."""
         tokens = transcriber.decode(self.model, params, batch.features, batch.lengths)
         return tokens, batch.token_lengths
 
-    def measured(self, outputs: tuple[Any, Any], planned: Planned) -> WeightedMean:
+    def measured(self, outputs: tuple[Array, Array], planned: Planned) -> WeightedMean:
         """Errors, and characters of the references."""
         errors = length = 0
         for row, example in planned:

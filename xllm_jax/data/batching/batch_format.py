@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import jax
 
 from xllm_jax.core import lookup
-from xllm_jax.core.batch import B
+from xllm_jax.core.batch import B, Batch
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data
 from xllm_jax.data.example import Example
@@ -230,7 +230,7 @@ class RowPerRecord(BatchFormat[E, B, R]):
         return [self.plan(records[start : start + size], mode) for start in starts]
 
 
-def find(data: Data) -> BatchFormat[Any, Any, Any]:
+def find(data: Data) -> BatchFormat[Any, Batch, Any]:
     """The batch format that the data names.
 
     Raises:

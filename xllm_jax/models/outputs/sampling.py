@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from xllm_jax.models.outputs.schedulers import Table
+from xllm_jax.models.outputs.schedulers import Calls, Table
 
 Array = jax.Array
 Denoise = Callable[[Array, Array], Array]
@@ -41,12 +42,12 @@ def begin(table: Table, noise: Array) -> Way:
     return Way(start, start, jnp.zeros((past, *start.shape), jnp.float32))
 
 
-def call(way: Way, row: Any, limit: Any, denoise: Denoise) -> tuple[Way, Array]:
+def call(way: Way, row: Any, limit: Array | np.ndarray, denoise: Denoise) -> tuple[Way, Array]:
     """One call of the network.
 
     Args:
       way: before it.
-      row: of `table.calls`.
+      row: of `table.calls`, whose columns are traced here.
       limit: of the table.
       denoise: the network.
 
@@ -81,7 +82,7 @@ def draw(
     """
     table = jax.tree.map(jnp.asarray, table)
 
-    def one(way: Way, row: Any) -> tuple[Way, Any]:
+    def one(way: Way, row: Calls) -> tuple[Way, tuple[Array, Array] | None]:
         way, output = call(way, row, table.limit, denoise)
         return way, ((output, way.latents) if trace else None)
 
