@@ -17,7 +17,7 @@ import sys
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from absl import app, flags, logging
 from ml_collections.config_flags import config_flags
@@ -47,6 +47,8 @@ ALLOW_PATHS = flags.DEFINE_multi_string(
     "Folder that a data set's files may lie in, beyond data.root and the set's own folder; may be "
     "repeated.",
 )
+T = TypeVar("T")
+
 HELP = ("--help", "-help", "-h", "-?")
 STAGE_HELP = (
     "Stage to run: the name of a packaged one, such as stage2_image, or the path of a file that "
@@ -55,7 +57,7 @@ STAGE_HELP = (
 
 
 def run(
-    main: Callable[[list[str]], Any],
+    main: Callable[[list[str]], object],
     safe: str | Callable[[], str] = "",
     kind: type[Stage] | type[Suite] = Stage,
     arguments: bool = False,
@@ -90,7 +92,7 @@ def run(
             stop(f"Stopped. {kept()}")
 
 
-def guard(main: Callable[[list[str]], Any], argv: list[str], safe: Callable[[], str] = str) -> Any:
+def guard(main: Callable[[list[str]], T], argv: list[str], safe: Callable[[], str] = str) -> T:
     """Calls `main`, turning what a user may read into its line.
 
     Libraries report warnings only, unless --verbosity or `main` says otherwise.
@@ -182,7 +184,7 @@ def check_numbers() -> None:
                 )
 
 
-def check_settings(flag: str, made: Any, kind: type[Stage] | type[Suite] = Stage) -> None:
+def check_settings(flag: str, made: object, kind: type[Stage] | type[Suite] = Stage) -> None:
     """Looks at the values of a stage or suite before anything heavy is imported.
 
     Raises:
@@ -368,7 +370,7 @@ def configurations(argv: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def _made(flag: str, file: str, variant: str) -> Any:
+def _made(flag: str, file: str, variant: str) -> object:
     """What `get_config` of a stage file gives.
 
     Raises:
@@ -418,7 +420,7 @@ def override(token: str) -> list[str]:
     return path if token.startswith("-") and len(path) > 1 else []
 
 
-def unknown_field(holder: Any, path: Sequence[str]) -> str | None:
+def unknown_field(holder: object, path: Sequence[str]) -> str | None:
     """The line about the first step of ('config', 'optimizer', 'peek') that does not exist."""
     for depth, step in enumerate(path[1:], start=1):
         known = fields(holder)
@@ -429,7 +431,7 @@ def unknown_field(holder: Any, path: Sequence[str]) -> str | None:
     return None
 
 
-def fields(holder: Any) -> list[str]:
+def fields(holder: object) -> list[str]:
     """Names below one node of a configuration."""
     if isinstance(holder, dict):
         return sorted(map(str, holder))

@@ -5,18 +5,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from xllm_jax.core.batch import ImageTextPairs
 from xllm_jax.core.stage import Source, Validation
 from xllm_jax.core.types import Params
 from xllm_jax.data.pipeline import Pipeline
 from xllm_jax.evaluation import measure, scorers
 from xllm_jax.inference.load_run import Restored
 from xllm_jax.models.blip2_pretraining import ContrastModel
+from xllm_jax.models.xllm import XLLM
 from xllm_jax.objectives import blip2_pretraining as blip2
 
 MODALITY = "image"
@@ -65,17 +68,17 @@ def _metric(values: np.ndarray, chance: float | None) -> dict[str, Any]:
     return measure.metric(score, asides, ())
 
 
-def batches(restored: Restored, root: str, source: Source, most: int) -> Any:
+def batches(restored: Restored, root: str, source: Source, most: int) -> Iterator[ImageTextPairs]:
     """One pass over the pairs, in batches as the run had them."""
     held = Validation({"pairs": source}, {"pairs": 1.0}, most)
     data = dataclasses.replace(
         restored.stage.data, root=root, sources=held.sources, mix=held.mix, cache=""
     )
     pipeline = Pipeline(data, 0, train=False, sample=most)
-    return (batch for batch, _ in pipeline.iterate())
+    return (cast(ImageTextPairs, batch) for batch, _ in pipeline.iterate())
 
 
-def _batch(restored: Restored, batch: Any) -> dict[str, np.ndarray]:
+def _batch(restored: Restored, batch: ImageTextPairs) -> dict[str, np.ndarray]:
     """{name: of each pair of a batch}, see `evaluate`; embeddings of 'image' and 'text'."""
     part = restored.model.parts(MODALITY)[1]
     network = cast(ContrastModel, restored.model.networks[part])
@@ -87,10 +90,12 @@ def _batch(restored: Restored, batch: Any) -> dict[str, np.ndarray]:
 
 
 @functools.cache
-def _measured(model: Any, network: ContrastModel, part: str) -> Any:
+def _measured(
+    model: XLLM, network: ContrastModel, part: str
+) -> Callable[[Params, ImageTextPairs], dict[str, jax.Array]]:
     """The compiled pass over one batch."""
 
-    def run(params: Params, batch: Any) -> dict[str, jax.Array]:
+    def run(params: Params, batch: ImageTextPairs) -> dict[str, jax.Array]:
         encoder, _ = model.parts(MODALITY)
         features, _ = model.apply(params, encoder, batch.images, None)
 

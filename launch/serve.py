@@ -15,9 +15,10 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
+import socket
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from absl import flags
 
@@ -191,7 +192,7 @@ def limits() -> Limits:
     )
 
 
-def made(keys: Keys, names: Names) -> tuple[Server, Any]:
+def made(keys: Keys, names: Names) -> tuple[Server, socket.socket]:
     """(the server, the socket that it listens at); what is wrong is told before loading."""
     from xllm_jax.data.media.decode_workers import Decoders
     from xllm_jax.serve import app, lifecycle, page
@@ -214,7 +215,7 @@ def made(keys: Keys, names: Names) -> tuple[Server, Any]:
     return lifecycle.Server(application, served, DRAIN.value), opened
 
 
-def _reached(opened: Any) -> str:
+def _reached(opened: socket.socket) -> str:
     """Where this machine reaches what listens at a socket."""
     host, port = opened.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
@@ -289,7 +290,7 @@ def service(restored: Restored, workers: Decoders, bounds: Limits, artist: Easel
     fetch = Fetcher(frozenset(FETCH.value), bounds.medium, bounds.fetch_seconds)
     if ASR.value:
         listener = within_deadline(load_run.load_run(ASR.value), bounds)
-        ears: Any = hearing.ASREars(listener, workers.load)
+        ears: hearing.Ears | None = hearing.ASREars(listener, workers.load)
     else:
         ears = hearing.by_default(restored, workers.load)
     return Service(

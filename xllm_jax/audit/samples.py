@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from xllm_jax.core.batch import (
+    Batch,
     ConversationBatch,
     DescribedLatents,
     DescribedPictures,
@@ -161,7 +162,7 @@ def _token(tokenizer: Tokenizer, token: int) -> str:
 
 
 def _row(
-    batch: Any,
+    batch: Batch,
     row: int,
     segment: int,
     example: Example,

@@ -14,6 +14,8 @@ from xllm_jax.conformance import subject as subjects
 from xllm_jax.conformance.subject import Subject
 from xllm_jax.core.types import Array, Params
 
+Made = tuple[tuple[Array, Array], tuple[Params, Array]]
+
 
 class Outcome(NamedTuple):
     """What one run of a network gives, as NumPy arrays.
@@ -56,7 +58,7 @@ class Bench:
         """Which places of which rows mean something, `[rows, places]` bool."""
         raise NotImplementedError
 
-    def program(self, params: Params, *inputs: Array) -> Any:
+    def program(self, params: Params, *inputs: Array) -> Made:
         """((states, second), (gradients of the parameters, of the first input))."""
         call, (first, *others, weights) = self.call(self.network), inputs
 
@@ -71,11 +73,11 @@ class Bench:
         return found[0][1], found[1]
 
     @functools.cached_property
-    def compiled(self) -> Callable[..., Any]:
+    def compiled(self) -> Callable[..., Made]:
         """The program as a jitted function."""
         return jax.jit(self.program)
 
-    def run(self, params: Params, *inputs: Any) -> Outcome:
+    def run(self, params: Params, *inputs: Array | np.ndarray) -> Outcome:
         """Runs the program where its arguments lie."""
         (states, second), (parameters, first) = self.compiled(params, *inputs)
         parameters = jax.tree.map(np.asarray, parameters)

@@ -13,7 +13,8 @@ import numpy as np
 from xllm_jax.conformance.bench import Bench, Outcome
 from xllm_jax.conformance.outcome import Check, Failed, close
 from xllm_jax.conformance.subject import Subject
-from xllm_jax.core.types import Array
+from xllm_jax.core.types import Array, Params
+from xllm_jax.models.decoder_cache import Cache
 
 # Two conversations and padding around them in a row: tokens and context of each.
 FIRST, SECOND = (6, 3), (7, 2)
@@ -225,7 +226,9 @@ def cached(bench: LLMBench) -> str:
     noise, ids, _, _, positions = (x[rows] for x in bench.inputs[:-1])
     given, steps = counts[:, 1], int((counts[:, 0] - counts[:, 1]).max())
 
-    def feed(params: Any, cache: Any, places: Array, exist: Array, context: Array) -> Any:
+    def feed(
+        params: Params, cache: Cache, places: Array, exist: Array, context: Array
+    ) -> tuple[Array, Cache]:
         """Feeds the tokens at `[B, T]` places."""
         pick = lambda x: jnp.take_along_axis(  # noqa: E731
             x, places.reshape(*places.shape, *(1,) * (x.ndim - 2)), axis=1
@@ -235,13 +238,13 @@ def cached(bench: LLMBench) -> str:
         told = (exist.astype(jnp.int32), context & exist, pick(jnp.asarray(positions)))
         return network.apply({"params": params}, x, *told, cache=cache)[:2]
 
-    def decode(params: Any) -> tuple[Array, Array]:
+    def decode(params: Params) -> tuple[Array, Array]:
         cache = network.init_cache(2, int(counts[:, 0].max()))
         places = jnp.broadcast_to(jnp.arange(given.max()), (2, given.max()))
         exist = jnp.asarray(places < given[:, None])
         begun, cache = feed(params, cache, places, exist, exist)
 
-        def step(cache: Any, number: Array) -> tuple[Any, Array]:
+        def step(cache: Cache, number: Array) -> tuple[Cache, Array]:
             place = (given + number)[:, None]
             exist = jnp.asarray(place < counts[:, :1])
             x, cache = feed(params, cache, jnp.minimum(place, TOKENS - 1), exist, exist & False)

@@ -14,7 +14,7 @@ from xllm_jax.conformance.bench import Bench, Outcome
 from xllm_jax.conformance.outcome import Check, Failed, NotApplicable, close
 from xllm_jax.conformance.subject import INTERFACE, Subject, role
 from xllm_jax.core import rules
-from xllm_jax.core.types import Array
+from xllm_jax.core.types import Array, Params
 
 ROWS = 8
 WHOLE, SHORT, FOLLOWED, EMPTY = range(4)  # the named rows; FOLLOWED is SHORT with other padding
@@ -177,7 +177,7 @@ def sections(bench: MediaBench) -> str:
         if len(owners) != 1:
             raise Failed(f"{path} is in {len(owners)} sections")
 
-    def chain(params: Any, x: Array, counts: Array) -> tuple[Array, Array]:
+    def chain(params: Params, x: Array, counts: Array) -> tuple[Array, Array]:
         for number in range(len(names)):
             steps = (number, number + 1)
             x, counts = bench.network.apply({"params": params}, x, counts, sections=steps)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 
@@ -19,7 +19,8 @@ class NotApplicable(Exception):
     """A check does not apply to a network; the message says why."""
 
 
-Check = Callable[[Any], str]
+B = TypeVar("B")
+Check = Callable[[B], str]
 """From a bench to a remark such as a measured distance; raises Failed or NotApplicable."""
 
 
@@ -38,7 +39,7 @@ class Result:
     text: str = ""
 
 
-def run(checks: Mapping[str, Check], bench: Any) -> list[Result]:
+def run(checks: Mapping[str, Check[B]], bench: B) -> list[Result]:
     """Runs every check; one that raises anything else has failed, too."""
     results = []
     for name, check in checks.items():

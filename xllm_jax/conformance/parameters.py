@@ -6,17 +6,18 @@ import math
 import re
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from xllm_jax.conformance.bench import Bench, Outcome
 from xllm_jax.conformance.outcome import Check, Failed, NotApplicable, close
 from xllm_jax.convert import export_tree, import_tree
 from xllm_jax.core import checkpoint, mesh, rules
 from xllm_jax.core.errors import UserError
+from xllm_jax.core.types import Flat, Params
 
 DEVICES = 8
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
@@ -48,7 +49,7 @@ def _training(bench: Bench, still: list[str]) -> dict[str, np.ndarray]:
     network, inputs = bench.network, bench.inputs[:-1]
     keys = {"dropout": jax.random.key(0)}
 
-    def loss(some: Any, others: Any) -> jax.Array:
+    def loss(some: Flat, others: Flat) -> jax.Array:
         params = rules.join(rules.unflatten(some), rules.unflatten(others))
         states = network.apply({"params": params}, *inputs, train=True, rngs=keys)[0]
         return jnp.square(states.astype(jnp.float32)).sum()
@@ -80,7 +81,7 @@ def sharding_rows(bench: Bench) -> str:
     return f"{len(table)} rows, {len(flat)} parameters"
 
 
-def _fits(path: str, spec: Any, shape: tuple[int, ...]) -> None:
+def _fits(path: str, spec: PartitionSpec, shape: tuple[int, ...]) -> None:
     """Raises Failed where a PartitionSpec is no way to split a parameter."""
     if len(spec) > len(shape):
         raise Failed(f"{path} has {len(shape)} axes, and its row {len(spec)} entries: {spec}")
@@ -93,7 +94,7 @@ def _fits(path: str, spec: Any, shape: tuple[int, ...]) -> None:
         raise Failed(f"{path} is split along one axis twice: {spec}")
 
 
-def _placed(bench: Bench, axes: dict[str, int]) -> tuple[jax.sharding.Mesh, Any]:
+def _placed(bench: Bench, axes: dict[str, int]) -> tuple[jax.sharding.Mesh, Params]:
     """A mesh and the parameters on it."""
     if len(jax.devices()) < DEVICES:
         raise NotApplicable(f"{len(jax.devices())} devices here, it takes {DEVICES}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -189,7 +188,7 @@ class _Opened:
         about = base_description.base_about(self.base)
         return kernel_fingerprint.of_leaves(self.stores, about, self.adapted)
 
-    def layer(self, one: Matrix, index: Any) -> dict[str, np.ndarray] | None:
+    def layer(self, one: Matrix, index: rewrite.Layer) -> dict[str, np.ndarray] | None:
         """Leaves of a kernel's adapter in one layer; None where it has none."""
         if one.place not in self.adapted:
             return None
@@ -224,7 +223,7 @@ class _Opened:
         kernel = adapters.kernel_shape(self.stores, one)
         lead = (len(one.row.layers),) if one.row.layers else ()
 
-        def layer(index: Any) -> np.ndarray:
+        def layer(index: rewrite.Layer) -> np.ndarray:
             whole = adapters.kernel_of(self.stores, one, index)
             leaves = self.layer(one, index)
             return whole if leaves is None else np.asarray(lora.merged(whole, leaves))

@@ -39,7 +39,7 @@ class PublishedConfig:
         hint = "Correct config.json, or give another checkpoint"
         return UserError(what, field=self.place + name, hint=hint)
 
-    def only(self, **known: Any) -> None:
+    def only(self, **known: object) -> None:
         """Refuses what the network cannot be.
 
         Args:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tensorstore
 
 from xllm_jax.convert import base_table, rewrite
 from xllm_jax.convert.base_table import Matrix
+from xllm_jax.convert.rewrite import Layer
 from xllm_jax.core import base_description, checkpoint, kernel_fingerprint
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.streamed_leaf import Blocks
@@ -71,7 +74,7 @@ def _shapes(leaves: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(store.shape) for name, store in leaves.items()}
 
 
-def packed(one: Matrix, store: Any, kind: quantized.Kind) -> dict[str, Blocks]:
+def packed(one: Matrix, store: tensorstore.TensorStore, kind: quantized.Kind) -> dict[str, Blocks]:
     """The two leaves that stand for a kernel.
 
     Args:
@@ -90,8 +93,8 @@ def packed(one: Matrix, store: Any, kind: quantized.Kind) -> dict[str, Blocks]:
         raise UserError(what, field="--weights", hint="Take int8") from None
     dtypes = {kind.leaf: np.dtype(kind.dtype), quantized.SCALE: np.dtype(np.float32)}
 
-    def make(leaf: str) -> Any:
-        def layer(index: Any) -> np.ndarray:
+    def make(leaf: str) -> Callable[[Layer], np.ndarray]:
+        def layer(index: Layer) -> np.ndarray:
             kernel = np.asarray(store[index].read().result(), np.float32)
             return quantized.pack(kernel, kind, 0, one.inputs)[leaf]
 

@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tensorstore
 from jax.typing import DTypeLike
 
 from xllm_jax.convert import run_import
 from xllm_jax.core import checkpoint, rules
 from xllm_jax.core.streamed_leaf import Blocks
 
+Layer = int | tuple[()]
+"""The index of a layer, `()` without layers."""
+
 OWN = ("about.json", "params")  # written anew
 
 
-def copied(path: str, store: Any) -> Blocks:
+def copied(path: str, store: tensorstore.TensorStore) -> Blocks:
     """A leaf as it is.
 
     Args:
@@ -44,7 +48,7 @@ def computed(
     shape: tuple[int, ...],
     dtype: DTypeLike,
     layers: int,
-    make: Callable[[Any], np.ndarray],
+    make: Callable[[Layer], np.ndarray],
 ) -> Blocks:
     """A leaf that is computed layer by layer.
 
@@ -52,7 +56,7 @@ def computed(
       path: of the leaf.
       shape, dtype: of the leaf.
       layers: how many axes stack layers, 0 or 1.
-      make: the leaf's part of one layer, from the layer's index, `()` without layers.
+      make: the leaf's part of one layer.
     """
 
     def blocks() -> Iterator[np.ndarray]:

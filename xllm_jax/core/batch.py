@@ -14,8 +14,10 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 
 Array = Any  # NumPy on the host, jax.Array on the device, ShapeDtypeStruct when compiling ahead
+Shape = tuple[int, ...]
 
 
 class Batch(Protocol):
@@ -219,7 +221,7 @@ def zeros(
     axes: int,
     media: Mapping[str, tuple[Any, ...]] | None = None,
     signals: Mapping[str, tuple[int, ...]] | None = None,
-    targets: Mapping[str, tuple[tuple[int, ...], Any]] | None = None,
+    targets: Mapping[str, tuple[Shape, DTypeLike]] | None = None,
 ) -> ConversationBatch:
     """An all-padding batch of the given sizes, for init, tests and ahead-of-time compilation.
 
@@ -233,7 +235,7 @@ def zeros(
     def integers(*shape: int) -> np.ndarray:
         return np.zeros(shape, np.int32)
 
-    def empty(items: int, shape: tuple[int, ...], dtype: Any = np.float32) -> Media:
+    def empty(items: int, shape: Shape, dtype: DTypeLike = np.float32) -> Media:
         return Media(
             values=np.zeros((rows, items, *shape), dtype),
             lengths=integers(rows, items),

@@ -133,7 +133,7 @@ class GivenUp(UserError):
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     """Redirected requests would take the key along to any host."""
 
-    def redirect_request(self, *_: Any) -> None:
+    def redirect_request(self, *_: object) -> None:
         return None
 
 

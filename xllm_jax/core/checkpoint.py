@@ -217,14 +217,14 @@ def _stored(folder: Path) -> Any:
         return checkpointer.metadata(folder / "state").item_metadata.tree
 
 
-def _leaves(tree: Any) -> dict[str, Any]:
+def _leaves(tree: object) -> dict[str, Any]:
     """{path: leaf} of any tree; an optimizer's tuples are numbered, as they are on disk."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
     return {name(path): leaf for path, leaf in leaves}
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+def _shapes(tree: object) -> dict[str, tuple[int, ...]]:
     return {path: tuple(leaf.shape) for path, leaf in _leaves(tree).items()}
 
 
@@ -297,7 +297,7 @@ def _save_params(path: Path, params: Params) -> None:
         raise writer.failure
 
 
-def open_leaves(directory: str | Path) -> dict[str, Any]:
+def open_leaves(directory: str | Path) -> dict[str, tensorstore.TensorStore]:
     """Opens the leaves of a base without reading them.
 
     Returns:
@@ -316,7 +316,7 @@ def open_leaves(directory: str | Path) -> dict[str, Any]:
     return stores
 
 
-def _stores(folder: Path, paths: Iterable[str]) -> dict[str, Any]:
+def _stores(folder: Path, paths: Iterable[str]) -> dict[str, tensorstore.TensorStore]:
     """{path: tensorstore of the leaf} of the arrays in a folder of orbax, opened, not read."""
     file = {"driver": "file", "path": f"{folder.absolute()}/"}
     packed = (folder / "manifest.ocdbt").exists()

@@ -14,15 +14,21 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from xllm_jax.core import older_checksum, parallel, rules
 from xllm_jax.core.types import Flat, Params
+
+if TYPE_CHECKING:
+    import tensorstore
+
+Block = jax.Array | np.ndarray | None  # None where another host hashes it
 
 NAME = "sha256:"
 BLOCK = 1 << 24  # bytes of a block of rows; a part of what the text says, as the hash is
@@ -78,7 +84,7 @@ def of_leaves(flat: Flat, older: bool = False) -> dict[str, str]:
     return {path: _written(flat[path].shape, flat[path].dtype, digests[path]) for path in flat}
 
 
-def of_store(store: Any, dtype: Any, older: bool = False) -> str:
+def of_store(store: tensorstore.TensorStore, dtype: DTypeLike, older: bool = False) -> str:
     """Checksum of a leaf on disk as it would be in memory.
 
     Args:
@@ -110,7 +116,7 @@ def combined(checksums: Mapping[str, str]) -> str:
     return NAME + digest.hexdigest()
 
 
-def _blocks_of_leaves(flat: Flat) -> Iterator[tuple[str, Any]]:
+def _blocks_of_leaves(flat: Flat) -> Iterator[tuple[str, Block]]:
     """(path, block) of all leaves in order; None where another host hashes the block."""
     for path, leaf in flat.items():
         if isinstance(leaf, jax.Array) and not _on_this_cpu(leaf):
@@ -126,7 +132,7 @@ def _on_this_cpu(leaf: jax.Array) -> bool:
     return cpu and leaf.is_fully_addressable
 
 
-def _shared(leaf: Any) -> bool:
+def _shared(leaf: jax.Array | np.ndarray) -> bool:
     return isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
 
 
@@ -177,7 +183,7 @@ def _blocks_of_store(store: Any, dtype: np.dtype) -> Iterator[np.ndarray]:
             yield values[rows.start - start : rows.stop - start].astype(dtype, copy=False)
 
 
-def _hashed(entry: tuple[str, Any]) -> tuple[str, bytes]:
+def _hashed(entry: tuple[str, Block]) -> tuple[str, bytes]:
     """(path, digest of a block); zeros for what another host hashes."""
     path, block = entry
     if block is None:
@@ -197,5 +203,5 @@ def _exchange(digests: Mapping[str, list[bytes]]) -> None:
         found[:] = [next(whole).tobytes() for _ in found]
 
 
-def _written(shape: tuple[int, ...], dtype: Any, digests: list[bytes]) -> str:
+def _written(shape: tuple[int, ...], dtype: np.dtype, digests: list[bytes]) -> str:
     return f"{tuple(shape)} {dtype} {NAME}{hashlib.sha256(b''.join(digests)).hexdigest()}"

@@ -2,7 +2,9 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 MOST = 10**9  # of what is counted: records, updates, tokens
 
@@ -12,12 +14,12 @@ def limits(least: float, most: float = MOST) -> dict[str, tuple[float, float]]:
     return {"limits": (least, most)}
 
 
-def within(default: Any, least: float, most: float = MOST) -> Any:
+def within(default: T, least: float, most: float = MOST) -> T:
     """A field with such `limits`."""
     return dataclasses.field(default=default, metadata=limits(least, most))
 
 
-def one_of(default: str, *others: str) -> Any:
+def one_of(default: str, *others: str) -> str:
     """A field that takes one of some words, `default` the first of them."""
     return dataclasses.field(default=default, metadata={"choices": (default, *others)})
 
@@ -53,6 +55,6 @@ def numbers(least: float, known: Mapping[str, Option]) -> dict[str, Any]:
     return {"numbers": Option(float, least), "known": known}
 
 
-def of_patterns(default: tuple[str, ...] = ()) -> Any:
+def of_patterns(default: tuple[str, ...] = ()) -> tuple[str, ...]:
     """A field of regular expressions."""
     return dataclasses.field(default=default, metadata={"patterns": True})

@@ -14,7 +14,6 @@ import subprocess
 from collections.abc import Mapping
 from importlib import metadata, resources
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -27,7 +26,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 def configuration(stage: Stage) -> dict[str, str]:
     """Every field of a dataclass with its value, nested ones as 'optimizer.peak'."""
 
-    def walk(value: Any, path: str) -> dict[str, str]:
+    def walk(value: object, path: str) -> dict[str, str]:
         if isinstance(value, Mapping) and value:
             dot = path + "." if path else ""
             rows = [walk(inner, f"{dot}{name}") for name, inner in value.items()]

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from typing import cast
 
 import jax
 from jax.extend import core
 from jax.interpreters import partial_eval
 
 from xllm_jax.core import prng, rules
-from xllm_jax.core.types import Params
+from xllm_jax.core.batch import B
+from xllm_jax.core.types import Metrics, Params
 
 Atom = core.Var | core.Literal
 
@@ -50,7 +51,7 @@ def inner(equation: core.JaxprEqn) -> Iterator[core.Jaxpr]:
                 yield item
 
 
-def measured(function: Callable[..., Any], *arguments: Any) -> float:
+def measured(function: Callable[..., object], *arguments: object) -> float:
     """FLOPs that `function`, jitted or not, does on arrays of these shapes, dead code left out."""
     # Traced as it is: a jitted function with options of the compiler may not lie in another.
     jitted = function if hasattr(function, "trace") else jax.jit(function)
@@ -77,7 +78,7 @@ def _measured(jaxpr: core.Jaxpr) -> float:
     return total
 
 
-def minimum(function: Callable[..., Any], trainable: Params, *others: Any) -> float:
+def minimum(function: Callable[..., object], trainable: Params, *others: object) -> float:
     """FLOPs that the gradient of `function(trainable, *others)` cannot do without.
 
     Every product of the forward pass counts once, and once more for each factor that depends on
@@ -91,7 +92,12 @@ def minimum(function: Callable[..., Any], trainable: Params, *others: Any) -> fl
     return _minimum(jaxpr, depends)[0]
 
 
-def useful(loss: Callable[..., Any], trainable: Params, frozen: Params, batch: Any) -> float:
+def useful(
+    loss: Callable[[Params, B, jax.Array], tuple[jax.Array, Metrics]],
+    trainable: Params,
+    frozen: Params,
+    batch: B,
+) -> float:
     """`minimum` of a stage's loss (params, batch, key) -> (scalar, metrics); shapes are enough.
 
     Args:
@@ -100,7 +106,7 @@ def useful(loss: Callable[..., Any], trainable: Params, frozen: Params, batch: A
       batch: arrays or shapes.
     """
 
-    def value(trainable: Params, frozen: Params, batch: Any, key: jax.Array) -> jax.Array:
+    def value(trainable: Params, frozen: Params, batch: B, key: jax.Array) -> jax.Array:
         return loss(rules.join(trainable, frozen), batch, key)[0]
 
     key = jax.eval_shape(lambda: prng.key(0))

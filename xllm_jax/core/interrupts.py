@@ -13,9 +13,11 @@ import gc
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
+
+Handler = Callable[[int, FrameType | None], object] | int | None
+"""What a signal does, as `signal.getsignal` tells it."""
 
 AGAIN = 0.05  # seconds until Ctrl-C is tried once more
 STEP_SECONDS = 10.0  # that a step may take to end by itself
@@ -60,7 +62,7 @@ class Steps:
     """
 
     def __init__(self) -> None:
-        self._usual: Any = None
+        self._usual: Handler = None
         self._later: threading.Timer | None = None
         self._asked = self._begun = False
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import tensorstore
 
 FIELD = "kernels"  # of about.json: {path: fingerprint}
 KERNEL = "/kernel"
@@ -29,7 +32,7 @@ def of_leaves(
     return {path: text for path, text in found.items() if _asked(path, places)}
 
 
-def of_kernel(store: Any) -> str:
+def of_kernel(store: tensorstore.TensorStore) -> str:
     """Hash of a kernel's shape, dtype and first layer (hex, 16 digits)."""
     first = store[0] if len(store.shape) > 2 else store
     values = np.ascontiguousarray(np.asarray(first.read().result()))

@@ -54,7 +54,7 @@ def check_network(record: Mapping[str, Any], path: str) -> None:
     """
     known = Part.__dataclass_fields__["fields"].metadata["known"]
 
-    def problems(name: str, value: Any) -> Iterator[UserError]:
+    def problems(name: str, value: object) -> Iterator[UserError]:
         if isinstance(value, dict):
             for inner, one in value.items():
                 yield from problems(str(inner), one)
@@ -132,7 +132,7 @@ def _options(metadata: Mapping[str, Any], path: str, name: str, value: Any) -> I
             yield from _number(option, path, one)
 
 
-def _ordered(low: Any, high: Any) -> bool:
+def _ordered(low: object, high: object) -> bool:
     return isinstance(low, NUMBER) and isinstance(high, NUMBER) and low <= high
 
 
@@ -184,5 +184,5 @@ def _range(least: float, most: float) -> str:
     return f"{least:,} up to {most:,}".replace(",", "_") if most < 1e15 else f"{least} or more"
 
 
-def _wrong(path: str, value: Any, hint: str) -> UserError:
+def _wrong(path: str, value: object, hint: str) -> UserError:
     return UserError(f"cannot be {words.shown(value)}", field=path, hint=hint)

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, SupportsInt
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from xllm_jax.core.types import Flat
+
+if TYPE_CHECKING:
+    import tensorstore
 
 PLACE = 2654435761  # an odd factor: no two places of a leaf weigh the same
 BLOCK = 1 << 22  # elements looked at at a time
@@ -28,7 +32,7 @@ def of_leaves(flat: Flat) -> dict[str, str]:
     return {path: _written(flat[path].shape, flat[path].dtype, s) for path, s in started.items()}
 
 
-def of_store(store: Any, dtype: Any) -> str:
+def of_store(store: tensorstore.TensorStore, dtype: DTypeLike) -> str:
     """Checksum of a leaf on disk as it would be in memory.
 
     Args:
@@ -39,7 +43,7 @@ def of_store(store: Any, dtype: Any) -> str:
     return _written(shape, dtype, _sums(block.astype(dtype) for block in _blocks(store, shape)))
 
 
-def _start(leaf: Any) -> Iterable[Any]:
+def _start(leaf: jax.Array | np.ndarray) -> Iterable[SupportsInt]:
     """The two sums of an array; on devices they need not be there yet."""
     if isinstance(leaf, jax.Array) and not _on_this_cpu(leaf):
         return _on_devices(leaf)
@@ -53,7 +57,7 @@ def _on_this_cpu(leaf: jax.Array) -> bool:
     return cpu and leaf.is_fully_addressable
 
 
-def _blocks(store: Any, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+def _blocks(store: tensorstore.TensorStore, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
     if not shape:
         yield np.asarray(store.read().result()).reshape(1)
         return
@@ -91,5 +95,5 @@ def _strides(shape: tuple[int, ...]) -> list[int]:
     return [math.prod(shape[axis + 1 :]) * PLACE % 2**32 for axis in range(len(shape))]
 
 
-def _written(shape: tuple[int, ...], dtype: Any, sums: Iterable[Any]) -> str:
+def _written(shape: tuple[int, ...], dtype: np.dtype, sums: Iterable[SupportsInt]) -> str:
     return f"{tuple(shape)} {dtype} {[int(value) for value in sums]}"

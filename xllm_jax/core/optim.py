@@ -275,7 +275,7 @@ def accumulate(
         params: optax.Params | None = None,
         *,
         weights: jax.Array | None = None,
-        **_: Any,
+        **_: object,
     ) -> tuple[optax.Updates, optax.OptState]:
         assert isinstance(state, Accumulation)
         here = weights if weighted and weights is not None else jnp.ones(terms)
@@ -349,7 +349,7 @@ def abstract_state(
     """
     shardings = {(leaf.shape, path): leaf.sharding for path, leaf in rules.flatten(params).items()}
 
-    def place(path: tuple[Any, ...], leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    def place(path: jax.tree_util.KeyPath, leaf: jax.Array) -> jax.ShapeDtypeStruct:
         names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
         sharding = shardings.get((leaf.shape, "/".join(names)), whole)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

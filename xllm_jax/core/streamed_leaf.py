@@ -6,7 +6,6 @@ import asyncio
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -57,7 +56,9 @@ class BlocksHandler(ocp.type_handlers.NumpyHandler):
         self.failure: Exception | None = None
         self._turn = asyncio.Lock()
 
-    async def _open_and_write(self, value: Blocks, tspec: dict, ts_context: Any) -> None:
+    async def _open_and_write(
+        self, value: Blocks, tspec: dict, ts_context: tensorstore.Context
+    ) -> None:
         if value.shape:
             tspec["metadata"]["chunks"] = [value.rows, *value.shape[1:]]
         async with self._turn:
@@ -70,7 +71,9 @@ class BlocksHandler(ocp.type_handlers.NumpyHandler):
             except (ValueError, OSError) as error:  # what tensorstore raises for a full disk
                 self.failure = full(value.path, error)
 
-    async def _write_blocks(self, value: Blocks, tspec: dict, ts_context: Any) -> None:
+    async def _write_blocks(
+        self, value: Blocks, tspec: dict, ts_context: tensorstore.Context
+    ) -> None:
         store = await tensorstore.open(
             tensorstore.Spec(tspec), create=True, open=True, context=ts_context
         )

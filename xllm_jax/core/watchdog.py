@@ -77,7 +77,7 @@ class Watch:
         self._count_of_looks, self._terms = 0, 0
         self._ours, self._theirs = socket.socketpair()
         self._thread = threading.Thread(target=self._attend, name="watch", daemon=True)
-        self._before: tuple[Any, int] | None = None
+        self._before: tuple[interrupts.Handler, int] | None = None
         self._interrupts = interrupts.Steps()
 
     def __enter__(self) -> Watch:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
+import numpy as np
+
+from xllm_jax.core.stage import Data
 from xllm_jax.data.example import Example
+from xllm_jax.data.media.modalities import Load
+from xllm_jax.data.record import Record
 
 
 class Activity:
@@ -34,12 +38,14 @@ class Activity:
         """The examples of a source, noted while they are read."""
         return Watched(name, examples, self)
 
-    def loading(self, load: Callable[..., Any]) -> Callable[..., Any]:
+    def loading(self, load: Load) -> Load:
         """`media.load` or its like, noted while it works."""
 
-        def loaded(modality: str, path: Any, data: Any, record: Any, *more: Any) -> Any:
+        def loaded(
+            modality: str, path: str, data: Data, record: Record, part: int, train: bool
+        ) -> tuple[np.ndarray, np.ndarray]:
             with self.of(f"{record.example.key} ({modality} {path})"):
-                return load(modality, path, data, record, *more)
+                return load(modality, path, data, record, part, train)
 
         return loaded
 

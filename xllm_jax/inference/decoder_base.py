@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
@@ -31,7 +30,8 @@ from xllm_jax.models.outputs.autoencoder import Autoencoder
 from xllm_jax.models.outputs.schedulers import Scheduler
 from xllm_jax.models.outputs.unet import UNet
 
-N = TypeVar("N", bound=nn.Module)
+Network = UNet | Autoencoder | ClipText
+N = TypeVar("N", bound=Network)
 
 UNREAD = ("vae/encoder/", "vae/moments/")  # pictures are made, not read
 MAKE = "Make it by xllm convert --source=stable_diffusion from a whole folder of the pipeline"
@@ -226,13 +226,15 @@ def _network(
     """A part as its record says; raises UserError where the record makes no sense."""
     with damage.reading(folder / base_description.CONVERSION):
         limits.check_network(fields, f"{folder / base_description.CONVERSION}: {part}")
-        given = {k: tuple(x) if isinstance(x, list) else x for k, x in fields.items()}
+        given: dict[str, Any] = {
+            k: tuple(x) if isinstance(x, list) else x for k, x in fields.items()
+        }
         network = kind(**given, dtype=jnp.dtype(compute))
         shapes_of(part, network)
     return network
 
 
-def shapes_of(part: str, network: nn.Module) -> Shapes:
+def shapes_of(part: str, network: Network) -> Shapes:
     """{path: shape} of a decoder's network, the part's name in front."""
     return rules.flatten({part: networks.shapes_of(network)})
 

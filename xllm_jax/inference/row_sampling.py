@@ -8,6 +8,7 @@ settings alone, not on its place nor on its neighbors.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +95,7 @@ def draw_rows(logits: Array, settings: Settings, step: Array) -> Array:
         lambda: scaled,
     )
 
-    def draw(stream: Array | np.ndarray, step: Array, logits: Array) -> Array:
+    def draw(stream: Any, step: Array, logits: Array) -> Array:
         key = jax.random.wrap_key_data(stream, impl="threefry2x32")
         return jax.random.categorical(jax.random.fold_in(key, step), logits)
 

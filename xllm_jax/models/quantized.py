@@ -74,7 +74,7 @@ class Kind:
         return f"{KERNEL}_{self.codes}"
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> DTypeLike:
         """Of the packed leaf."""
         return jnp.uint8 if self.codes == "nf4" else jnp.int8
 
@@ -205,7 +205,7 @@ def unpack(values: Array, scale: Array, codes: str, inputs: int, layers: int = 0
 
 def _quantiles(codes: Array) -> Array:
     """NF4[codes] by choices between numbers, which fuse with what follows; a gather does not."""
-    values: list[Any] = [jnp.float32(value) for value in NF4]
+    values: list[Array] = [jnp.float32(value) for value in NF4]
     for bit in range(4):
         odd = (codes >> bit) & 1 > 0
         values = [jnp.where(odd, high, low) for low, high in zip(values[::2], values[1::2])]
@@ -236,19 +236,19 @@ def product(x: Array, kernel: Array | Quantized, inputs: int) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _packed_product(
-    x: Array, values: Array, scale: Array, codes: str, inputs: int, dtype: Any
+    x: Array, values: Array, scale: Array, codes: str, inputs: int, dtype: DTypeLike
 ) -> Array:
     return product(x, Quantized(values, scale, codes, inputs, dtype).unpacked(), inputs)
 
 
 def _forward(
-    x: Array, values: Array, scale: Array, codes: str, inputs: int, dtype: Any
+    x: Array, values: Array, scale: Array, codes: str, inputs: int, dtype: DTypeLike
 ) -> tuple[Array, tuple[Array, Array]]:
     return _packed_product(x, values, scale, codes, inputs, dtype), (values, scale)
 
 
 def _backward(
-    codes: str, inputs: int, dtype: Any, kept: tuple[Array, Array], gradient: Array
+    codes: str, inputs: int, dtype: DTypeLike, kept: tuple[Array, Array], gradient: Array
 ) -> tuple[Array, np.ndarray, Array]:
     """The gradient of `x` alone: nothing of a packed kernel trains."""
     values, scale = kept

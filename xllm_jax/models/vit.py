@@ -160,7 +160,11 @@ class VisionTransformer(nn.Module):
 
 
 def run_blocks(
-    tower: Any, x: Array, rates: Array | None = None, mask: Array | None = None, **options: Any
+    tower: nn.Module,
+    x: Array,
+    rates: Array | None = None,
+    mask: Array | None = None,
+    **options: Any,
 ) -> Array:
     """Runs the blocks of a tower, whose parameters are named 'layers'.
 

@@ -8,7 +8,7 @@ the reference's gathered ranks.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import jax
@@ -18,7 +18,7 @@ from xllm_jax.core.batch import ImageTextPairs
 from xllm_jax.core.types import Metrics, Params
 from xllm_jax.core.weighted_mean import WeightedMean, divisor
 from xllm_jax.models.blip2_pretraining import ContrastModel
-from xllm_jax.models.qformer import interleave
+from xllm_jax.models.qformer import Cache, interleave
 from xllm_jax.models.xllm import XLLM
 
 Array = jax.Array
@@ -170,7 +170,13 @@ def _sum(
     return jnp.asarray(sum(own.values())), metrics | {"terms": terms}
 
 
-def _run(model: ContrastModel, params: Params, keys: Any, method: str, *inputs: Array) -> Any:
+def _run(
+    model: ContrastModel,
+    params: Params,
+    keys: Mapping[Any, Array] | None,
+    method: str,
+    *inputs: Array,
+) -> Any:
     """One pass of the network; `keys` {pass: dropout key} is None outside training."""
     rngs = {"dropout": keys[method]} if keys else None
     return model.apply(
@@ -303,7 +309,13 @@ def matching_rows(
 
 
 def _match(
-    run: Any, image: Array, ids: Array, mask: Array, cache: Any, images: Array, texts: Array
+    run: Callable[..., tuple[Array, Array]],
+    image: Array,
+    ids: Array,
+    mask: Array,
+    cache: Cache,
+    images: Array,
+    texts: Array,
 ) -> Array:
     """Logits `[3B, queries, 2]` of `matching_rows`, in its order.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +23,7 @@ from xllm_jax.assembly import networks
 from xllm_jax.core import flops, rules
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Stage
+from xllm_jax.core.types import Params
 from xllm_jax.inference import decoder_base
 from xllm_jax.inference.render import Renderer, check_size
 from xllm_jax.models.outputs import autoencoder, schedulers, unet
@@ -114,7 +115,7 @@ def of_stage(stage: Stage, modality: str) -> Decoder:
         what = f"answers of this stage are not in the modality {modality!r}"
         raise UserError(what, field="outputs", hint=f"Known: {known}")
     out = stage.outputs[modality]
-    projection: Any = networks.network(stage.parts[out.projection], stage, out.projection)
+    projection = networks.network(stage.parts[out.projection], stage, out.projection)
     tokens, width = projection.queries, projection.output_width
     if out.decoder and Path(out.decoder).exists():
         base = decoder_base.look(out.decoder, compute=stage.compute, frozen=stage.frozen)
@@ -182,7 +183,11 @@ def forecast(
 
 
 def _programs(
-    decoder: Decoder, trees: Any, table: schedulers.Table, size: tuple[int, int], guidance: float
+    decoder: Decoder,
+    trees: Mapping[str, Params],
+    table: schedulers.Table,
+    size: tuple[int, int],
+    guidance: float,
 ) -> tuple[float, float, int]:
     """(FLOPs of one call, FLOPs of the decoder, bytes alive at once) of one picture."""
     empty = np.zeros((decoder.tokens, decoder.width), np.float32)
@@ -207,7 +212,7 @@ def alive(jaxpr: core.Jaxpr) -> int:
 
     Arguments are left out; of a loop one turn counts.
     """
-    last: dict[Any, int] = {}
+    last: dict[flops.Atom, int] = {}
     for number, equation in enumerate(jaxpr.eqns):
         last |= dict.fromkeys((v for v in equation.invars if not _literal(v)), number)
     last |= dict.fromkeys((v for v in jaxpr.outvars if not _literal(v)), len(jaxpr.eqns))
@@ -221,11 +226,11 @@ def alive(jaxpr: core.Jaxpr) -> int:
     return most
 
 
-def _literal(variable: Any) -> bool:
+def _literal(variable: flops.Atom) -> bool:
     return isinstance(variable, core.Literal)
 
 
-def _bytes(variable: Any) -> int:
+def _bytes(variable: flops.Atom) -> int:
     kind = flops.typed(variable)
     return math.prod(kind.shape) * getattr(kind.dtype, "itemsize", 4)
 

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from xllm_jax.assembly import networks
 from xllm_jax.assembly.system import System
 from xllm_jax.core import flops, prng
+from xllm_jax.core.batch import Batch
 from xllm_jax.core.stage import Stage
 from xllm_jax.preflight import (
     collectives,
@@ -127,7 +128,7 @@ class Lowered:
 
     trainer: Trainer
     state: TrainState
-    batch: Any
+    batch: Batch
 
     @property
     def device_mesh(self) -> Mesh:

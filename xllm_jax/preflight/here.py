@@ -20,6 +20,7 @@ import jax
 from xllm_jax.core import mesh
 from xllm_jax.core.chips import CHIPS, KINDS, Chip
 from xllm_jax.core.errors import UserError
+from xllm_jax.core.types import Device
 from xllm_jax.preflight.targets import Target
 
 # FLOP/s, bytes/s of memory, bytes/s of a link: a data center's card on a PCIe bus; a CPU's share.
@@ -31,8 +32,8 @@ LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_by
 
 def target(
     slices: Mapping[str, int],
-    devices: Sequence[Any] | None = None,
-    memory: Callable[[Any], int] | None = None,
+    devices: Sequence[Device] | None = None,
+    memory: Callable[[Device], int] | None = None,
 ) -> Target:
     """The devices of all hosts as a target of one slice, see `targets.repeated`.
 
@@ -65,7 +66,7 @@ def target(
     return Target(f"{kind}:{'x'.join(map(str, shape))}", kind, shape, chip)
 
 
-def _unknown(device: Any, count: int, memory: int) -> Target:
+def _unknown(device: Device, count: int, memory: int) -> Target:
     """Devices without a data sheet; `local` is all of them, whatever the slices."""
     chip = dataclasses.replace(CPU if device.platform == "cpu" else CARD, memory=memory)
     return Target(f"{count} x {device.device_kind}", "local", (count,), chip)
@@ -88,7 +89,7 @@ def _topology(devices: Sequence[Any], axes: int, count: int) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def limit(device: Any) -> int:
+def limit(device: Device) -> int:
     """Bytes that a device of this host may take; 0 where nobody knows."""
     if device.platform == "cpu":
         return int(CPU_SHARE * machine_memory())

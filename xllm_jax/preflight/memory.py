@@ -6,14 +6,14 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import numpy as np
 from jax.extend import core
 
 from xllm_jax.core import flops, mesh, rules
+from xllm_jax.core.batch import B, Batch
 from xllm_jax.core.types import Params
 from xllm_jax.preflight.hlo import Program
 from xllm_jax.training.step import Loss, TrainState
@@ -51,12 +51,12 @@ def per_chip(leaf: jax.ShapeDtypeStruct) -> int:
     return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
-def held(tree: Any) -> int:
+def held(tree: object) -> int:
     """Bytes of all arrays of a tree on one chip."""
     return sum(per_chip(leaf) for leaf in jax.tree.leaves(tree))
 
 
-def account(state: TrainState, batch: Any, temporaries: int, program: int = 0) -> Memory:
+def account(state: TrainState, batch: Batch, temporaries: int, program: int = 0) -> Memory:
     """The account of a step from its arguments' shardings and what the compiler said.
 
     Args:
@@ -74,7 +74,7 @@ def account(state: TrainState, batch: Any, temporaries: int, program: int = 0) -
     )
 
 
-def kept(loss: Loss, trainable: Params, frozen: Params, batch: Any, key: jax.Array) -> list[Kept]:
+def kept(loss: Loss[B], trainable: Params, frozen: Params, batch: B, key: jax.Array) -> list[Kept]:
     """What the backward pass needs from the forward pass: (operation, shape over all chips, dtype).
 
     The arithmetic for chips that nothing is compiled for: what autodiff keeps, without what the
@@ -85,7 +85,9 @@ def kept(loss: Loss, trainable: Params, frozen: Params, batch: Any, key: jax.Arr
       trainable, frozen, batch, key: its arguments, shapes only.
     """
 
-    def pullback(trainable: Params, frozen: Params, batch: Any, key: jax.Array) -> Any:
+    def pullback(
+        trainable: Params, frozen: Params, batch: B, key: jax.Array
+    ) -> Callable[[jax.Array], tuple[Params]]:
         return jax.vjp(lambda t: loss(rules.join(t, frozen), batch, key)[0], trainable)[1]
 
     jaxpr = jax.make_jaxpr(pullback)(trainable, frozen, batch, key).jaxpr

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from xllm_jax.core import mesh
+from xllm_jax.core.batch import Batch
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data, Stage
 from xllm_jax.data.batching import batch_format
 
 
-def sharded(data: Data, device_mesh: Mesh | AbstractMesh) -> Any:
+def sharded(data: Data, device_mesh: Mesh | AbstractMesh) -> Batch:
     """Shapes of a micro-batch with the shardings that `core.mesh.to_global` gives.
 
     Raises:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data
 from xllm_jax.data import mixture
 from xllm_jax.data.batching import batch_format
 from xllm_jax.data.batching.batch_format import BatchFormat
+from xllm_jax.data.example import Example
 from xllm_jax.data.record import Mode, Record, Skipped
 
 
@@ -52,7 +53,9 @@ def scan(data: Data, count: int) -> Look:
     return _through(drawn, form)
 
 
-def _first(sources: Any, name: str, each: int, data: Data) -> list[mixture.Drawn]:
+def _first(
+    sources: Mapping[str, Sequence[Example]], name: str, each: int, data: Data
+) -> list[mixture.Drawn]:
     last = len(data.frames) - 1  # the longest bucket holds every utterance
     taken = mixture.in_order(sources, {name: None})[:each]
     return [

@@ -25,7 +25,7 @@ def create(
     keys: Keys | None = None,
     names: Names | None = None,
     log: TextIO | None = None,
-    page: Callable[[FastAPI], Any] | None = None,
+    page: Callable[[FastAPI], object] | None = None,
 ) -> FastAPI:
     """The application of one model.
 

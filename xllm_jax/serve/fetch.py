@@ -16,7 +16,6 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
 
 from xllm_jax.serve import addresses
 from xllm_jax.serve.errors import ApiError, wrong
@@ -131,7 +130,7 @@ class Fetcher:
         target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
         return parts.scheme, host, port, target
 
-    def _open(self, scheme: str, host: str, port: int, param: str, until: float) -> Any:
+    def _open(self, scheme: str, host: str, port: int, param: str, until: float) -> socket.socket:
         found = self.resolve(host, port)
         if not found or not all(map(addresses.is_public, found)):
             raise _refused("is of a host that is not on the public internet", param)

@@ -13,7 +13,7 @@ import io
 import uuid
 import wave
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import jax
 import numpy as np
@@ -205,7 +205,12 @@ def fired(frames: np.ndarray, seconds: float) -> list[float]:
 
 @functools.partial(jax.jit, static_argnames=("model", "encoder", "interface"))
 def _fired(
-    model: XLLM, params: Params, encoder: str, interface: str, values: Any, lengths: Any
+    model: XLLM,
+    params: Params,
+    encoder: str,
+    interface: str,
+    values: np.ndarray,
+    lengths: np.ndarray,
 ) -> tuple[jax.Array, jax.Array]:
     features, lengths = model.apply(params, encoder, values, lengths)
     found = model.apply(params, interface, features, lengths, method="fire")
@@ -214,7 +219,7 @@ def _fired(
 
 @functools.partial(jax.jit, static_argnames=("model",))
 def _recognized(
-    model: XLLM, params: Params, values: Any, lengths: Any
+    model: XLLM, params: Params, values: np.ndarray, lengths: np.ndarray
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     features, lengths = model.apply(params, transcriber.ENCODER, values, lengths)
     found = model.apply(params, transcriber.INTERFACE, features, lengths, method="fire")

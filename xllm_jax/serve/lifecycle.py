@@ -12,11 +12,11 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.serve.service import Service
@@ -40,7 +40,7 @@ class Server(uvicorn.Server):
       failed: what the warm-up raised.
     """
 
-    def __init__(self, application: Any, served: Service, drain: float = 30.0):
+    def __init__(self, application: ASGIApp, served: Service, drain: float = 30.0):
         config = uvicorn.Config(
             application,
             log_config=None,
@@ -74,7 +74,7 @@ class Server(uvicorn.Server):
         if self.failed:
             raise self.failed
 
-    def _start(self, work: Any) -> None:
+    def _start(self, work: Callable[[], None]) -> None:
         thread = threading.Thread(target=work, daemon=True)
         self._threads.append(thread)
         thread.start()

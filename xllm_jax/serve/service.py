@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 from starlette.requests import Request as Incoming
 
+from xllm_jax.data.example import Example
+from xllm_jax.inference.replies import Picture
 from xllm_jax.serve import errors, request
 from xllm_jax.serve.easel import Easel
 from xllm_jax.serve.errors import ApiError
 from xllm_jax.serve.gate import Asked
+from xllm_jax.serve.hearing import Ears
 from xllm_jax.serve.limits import Limits
 from xllm_jax.serve.media_input import MediaReader, Medium, Part
 from xllm_jax.serve.metrics import Metrics
@@ -65,7 +68,7 @@ class Service:
     media: MediaReader
     metrics: Metrics
     easel: Easel | None = None
-    ears: Any = None
+    ears: Ears | None = None
     log_text: bool = False
     draining: bool = False
     turn: asyncio.Lock = dataclasses.field(default_factory=asyncio.Lock)
@@ -88,7 +91,7 @@ class Service:
             self.metrics.medium(modality)
         return found
 
-    def submit(self, asked: Asked, example: Any, samplings: Sequence[Sampling]) -> list[Ticket]:
+    def submit(self, asked: Asked, example: Example, samplings: Sequence[Sampling]) -> list[Ticket]:
         """Asks the engine once for each sampling; if one is refused, none is answered.
 
         Raises:
@@ -107,7 +110,7 @@ class Service:
             raise
         return tickets
 
-    async def draw(self, orders: Sequence[tuple[Any, int, tuple[int, int]]]) -> list[bytes]:
+    async def draw(self, orders: Sequence[tuple[Picture, int, tuple[int, int]]]) -> list[bytes]:
         """PNG files; who leaves before takes them back.
 
         Args:

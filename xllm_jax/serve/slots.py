@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.typing import DTypeLike
 
 from xllm_jax.core.types import Params
 from xllm_jax.data.text.llm_family import LLMFamily
@@ -150,7 +149,7 @@ def _whole(params: Params) -> Sharding | None:
 def _new(model: XLLM, plan: Plan, params: Params) -> State:
     rows, axes = plan.slots, len(plan.position_step)
 
-    def zeros(dtype: Any, *shape: int) -> Array:
+    def zeros(dtype: DTypeLike, *shape: int) -> Array:
         return jnp.zeros((rows, *shape), dtype)
 
     prefix = model.prefix(params)
@@ -212,7 +211,7 @@ def _enter(
     return written, chosen
 
 
-def _axis(path: Sequence[Any]) -> int:
+def _axis(path: jax.tree_util.KeyPath) -> int:
     """Axis of the rows of a leaf of `State`: keys and values have layers before it."""
     return int(getattr(path[-1], "key", "") in ("key", "value"))
 

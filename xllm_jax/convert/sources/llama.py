@@ -7,7 +7,7 @@ are the same after a permutation of each head's channels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from xllm_jax.convert import ConversionPlan, Drop, Row, mount, sizes
@@ -79,7 +79,7 @@ def rows(model: Causal) -> tuple[Row, ...]:
     )
 
 
-def _projection(layer: Any, model: Causal, name: str) -> list[Row]:
+def _projection(layer: Callable[..., Row], model: Causal, name: str) -> list[Row]:
     """Rows of the queries, keys or values."""
     heads = model.heads if name == "query" else model.key_heads or model.heads
     source, target = f"self_attn.{name[0]}_proj", f"attention/{name}"

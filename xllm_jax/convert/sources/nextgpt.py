@@ -17,7 +17,7 @@ published 32, or `lora_alpha` of a config.json beside the file.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -270,7 +270,7 @@ def _scales(told: Mapping[str, Any] | None) -> dict[str, str]:
     return {f"{start}{n}.lora_A.default.weight": f"{start}{n}.lora_scale" for n in named}
 
 
-def _with_rows(places: tuple[tuple[str, int, int], ...]) -> Any:
+def _with_rows(places: tuple[tuple[str, int, int], ...]) -> Callable[..., np.ndarray]:
     def make(table: np.ndarray, *rows: np.ndarray) -> np.ndarray:
         whole = np.array(table)
         for (_, first, count), own in zip(places, rows):

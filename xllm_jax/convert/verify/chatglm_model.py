@@ -80,7 +80,7 @@ def forward(
     variables = {"params": params}
 
     @jax.jit
-    def run(variables: Any, ids: jax.Array, layout: tuple):
+    def run(variables: Params, ids: jax.Array, layout: tuple):
         x = model.apply(variables, ids, method="embed")
         extra = dict(capture_intermediates=True, mutable=["intermediates"]) if capture else {}
         out = model.apply(variables, x, *layout, **extra)

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from xllm_jax.assembly.submodules import submodules
 from xllm_jax.convert import run_import
@@ -108,7 +109,7 @@ def last_channels(recorded: np.ndarray) -> jax.Array:
     return jnp.moveaxis(jnp.asarray(recorded), 1, -1)
 
 
-def first_channels(x: Any) -> np.ndarray:
+def first_channels(x: ArrayLike) -> np.ndarray:
     """Our pictures in the recorded order; tokens and vectors stay as they are."""
     x = np.asarray(x)
     return np.moveaxis(x, -1, 1) if x.ndim == 4 else x

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -38,7 +37,7 @@ def values(replay: Replay, pipeline: Pipeline) -> None:
     replay.attempt(_from_text, pipeline, draws, noise[:1])
 
 
-def _pixels(replay: Replay, name: str, draws: Renderer, latents: Any) -> None:
+def _pixels(replay: Replay, name: str, draws: Renderer, latents: jax.Array) -> None:
     signed = draws.decoded(latents)
     replay.compare(f"{name}.image", jnp.clip(signed / 2 + 0.5, 0, 1))
     # Values near a half of a pixel's step may be rounded to either side.
@@ -48,7 +47,7 @@ def _pixels(replay: Replay, name: str, draws: Renderer, latents: Any) -> None:
         replay.check(uint8, float(apart), 1.0, "steps of a pixel")
 
 
-def _from_text(replay: Replay, pipeline: Pipeline, draws: Renderer, noise: Any) -> None:
+def _from_text(replay: Replay, pipeline: Pipeline, draws: Renderer, noise: jax.Array) -> None:
     text, params = pipeline.network("text_encoder"), pipeline.params("text_encoder")
     tokenizer = ClipTokenizer(pipeline.folder / "tokenizer")
     caption = read_json(replay.folder / "cases_clip.json")["captions"][0]

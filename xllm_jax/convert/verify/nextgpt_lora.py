@@ -13,6 +13,7 @@ from xllm_jax.convert.sources import llama, peft_lora
 from xllm_jax.convert.verify.nextgpt_llama import layout, network, shifted_loss
 from xllm_jax.convert.verify.recording import Replay
 from xllm_jax.core import rules
+from xllm_jax.core.types import Params
 from xllm_jax.models import lora
 
 
@@ -34,7 +35,7 @@ def lora_on_attention(replay: Replay) -> None:
     ids, labels = replay.input("input_ids"), replay.input("labels")
     rows = layout(replay.input("attention_mask"))
 
-    def run(adapters: Any, x: jax.Array, base: Any = params) -> Any:
+    def run(adapters: Params, x: jax.Array, base: Params = params) -> Any:
         variables = {"params": lora.merge(base, adapters, scale)}
         states, _ = model.apply(variables, x, *rows)
         logits = model.apply(variables, states, method="logits")

@@ -16,6 +16,7 @@ from xllm_jax.convert.verify.nextgpt_formats import PAD, Cases
 from xllm_jax.convert.verify.nextgpt_llama import IGNORED, layout, network, shifted_loss
 from xllm_jax.convert.verify.nextgpt_lora import adapters_of
 from xllm_jax.convert.verify.recording import Replay, read_json
+from xllm_jax.core.types import Params
 from xllm_jax.data.text import nextgpt_format
 from xllm_jax.models import lora
 from xllm_jax.models.causal import Causal
@@ -236,7 +237,7 @@ def _scores(logits: jax.Array, labels: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _compare_gradients(
-    replay: Replay, case: str, gradients: Any, found: Recorded, source: str, kind: str
+    replay: Replay, case: str, gradients: Params, found: Recorded, source: str, kind: str
 ) -> None:
     named = {
         f"{source}{name}": gradient

@@ -170,7 +170,7 @@ class Replay:
         verdict = PASS if error <= allowed else MISS
         self._add(name, verdict, note, absolute=error, tolerance=allowed)
 
-    def attempt(self, step: Callable[..., Any], *arguments: Any) -> None:
+    def attempt(self, step: Callable[..., object], *arguments: object) -> None:
         """Runs one part of a replay; what stops it becomes a row, and other parts still run."""
         try:
             step(self, *arguments)

@@ -80,7 +80,7 @@ def _first(replay: Replay, reference: Reference) -> None:
     ids, mask = pairs.input("text_input_ids"), pairs.input("text_attention_mask") > 0
 
     @jax.jit
-    def run(tree: Any, params: Params, pixels: jax.Array):
+    def run(tree: Params, params: Params, pixels: jax.Array):
         variables = {"params": params | {"temperature": jnp.ones(())}}
         features, _ = vision.apply({"params": tree}, images(pixels))
         image = model.apply(variables, features, method="normalize")

@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
+from jax.typing import DTypeLike
 
 from xllm_jax.core.batch import ConversationBatch, zeros
 from xllm_jax.core.errors import UserError
@@ -103,7 +103,7 @@ class Format(BatchFormat[Placed, ConversationBatch, Resources]):
         """An empty batch, see `BatchFormat.zeros`."""
         data = self._at(bucket)
 
-        def item(name: str) -> tuple[Any, ...]:
+        def item(name: str) -> tuple[tuple[int, ...], DTypeLike]:
             known = self.features and self.features.item(name)
             return known or (modalities.find(name, data).shape(data), np.float32)
 

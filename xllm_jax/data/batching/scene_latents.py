@@ -43,7 +43,7 @@ class Latents:
     means: np.ndarray
     deviations: np.ndarray
 
-    def words(self, ids: np.ndarray) -> Any:
+    def words(self, ids: np.ndarray) -> np.ndarray:
         """The ids that stand for words, as of the tokenizer."""
         return self.tokenizer.words(ids)
 

@@ -64,7 +64,7 @@ class Worker:
             )
         self._ready = False
 
-    def ask(self, task: str, arguments: tuple[Any, ...], deadline: float) -> Any:
+    def ask(self, task: str, arguments: tuple[object, ...], deadline: float) -> Any:
         """What `answer` returns.
 
         Raises:
@@ -161,7 +161,7 @@ class Decoders:
         """
         return self._ask("facts", (modality, path), path)
 
-    def _ask(self, task: str, arguments: tuple[Any, ...], path: str) -> Any:
+    def _ask(self, task: str, arguments: tuple[object, ...], path: str) -> Any:
         worker = self._idle.get()
         try:
             worker = worker or Worker(self._memory)
@@ -205,7 +205,7 @@ def _told(answer: tuple[Any, ...]) -> Any:
     raise error
 
 
-def answer(task: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+def answer(task: str, arguments: tuple[Any, ...]) -> tuple[object, ...]:
     """What a worker sends back: ('made', value) or (kind of error, what, field, line).
 
     Args:

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import math
 import struct
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
+
+if TYPE_CHECKING:
+    import av
 
 Matrix = tuple[int, ...]  # nine numbers by rows: (x, y) goes to (m0 x + m3 y, m1 x + m4 y)
 
 
-def picture(frame: Any) -> Image.Image:
+def picture(frame: av.VideoFrame) -> Image.Image:
     """A decoded frame of PyAV as RGB, upright."""
     matrix = _matrix(frame)
     shown = frame.to_image()

@@ -162,7 +162,7 @@ def _exif_orientation(picture: Image.Image) -> int:
         return 1
 
 
-def _check_size(picture: Any, most_pixels: int, path: str | Path, buffered: bool) -> None:
+def _check_size(picture: Image.Image, most_pixels: int, path: str | Path, buffered: bool) -> None:
     """Looks at an opened image before it is decoded; a JPEG that is too large is made smaller.
 
     Args:

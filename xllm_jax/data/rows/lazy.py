@@ -10,43 +10,45 @@ import operator
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.rows import csv_rows, files, json_spans, json_text
 
+T = TypeVar("T")
+
 CHUNK = 1 << 24  # bytes of a file looked at at once
 
 
-class Lazy(Sequence):
+class Lazy(Sequence[T]):
     """`make(0)` to `make(count - 1)`, made when they are asked for."""
 
-    def __init__(self, count: int, make: Callable[[int], Any]):
+    def __init__(self, count: int, make: Callable[[int], T]):
         self._count, self._make = count, make
 
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int) -> T:
         index = operator.index(index)
         if not -self._count <= index < self._count:
             raise IndexError(index)
         return self._make(index % self._count)
 
 
-class Chain(Sequence):
+class Chain(Sequence[T]):
     """Several sequences as one."""
 
-    def __init__(self, parts: Sequence[Sequence]):
+    def __init__(self, parts: Sequence[Sequence[T]]):
         self._parts = parts
         self._ends = np.cumsum([len(part) for part in parts])
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int) -> T:
         index = operator.index(index)
         if not -len(self) <= index < len(self):
             raise IndexError(index)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from typing import Any, TypeVar
 
 from xllm_jax.core import litter, words
@@ -150,13 +150,13 @@ def grouped(
     return found, at, tags(next(row for row in rows if isinstance(row, dict)))
 
 
-def few(parts: Any) -> bool:
+def few(parts: Sized) -> bool:
     """Whether a record has no more rounds, captions or regions than published sets ever have; each
     of them is an example that reads all of them."""
     return len(parts) <= TOGETHER
 
 
-def check_few(parts: Sequence[Any], where: str) -> None:
+def check_few(parts: Sized, where: str) -> None:
     """Raises UserError where there are not `few`."""
     if not few(parts):
         raise UserError(f"has {len(parts):,} parts, and a record at most {TOGETHER:,}", field=where)

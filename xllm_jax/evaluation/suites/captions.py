@@ -55,7 +55,7 @@ def splitter(config: CaptionSuite) -> Split:
     hint = "'spaces', or 'package.module:function' such as jieba:lcut (pip install jieba)"
     if ":" not in config.words:
         raise UserError(f"is {config.words!r}", field="words", hint=hint)
-    cut: Callable[[str], Any] = lookup.imported(config.words, "words")[1]
+    cut: Callable[[str], object] = lookup.imported(config.words, "words")[1]
 
     def words(text: str) -> tuple[str, ...]:
         found = cut(text) if callable(cut) else None

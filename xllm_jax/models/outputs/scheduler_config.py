@@ -118,10 +118,10 @@ def _kind(config: Mapping[str, Any], name: str, place: str) -> type[Scheduler]:
 
 
 def _check_numbers(values: Mapping[str, Any], place: str) -> None:
-    def whole(value: Any) -> bool:
+    def whole(value: object) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
 
-    def positive(value: Any) -> bool:
+    def positive(value: object) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 10**6
 
     good = dict(

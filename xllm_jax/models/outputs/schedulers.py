@@ -363,7 +363,12 @@ def _meaning(prediction: str, alphas: np.ndarray) -> tuple[tuple[np.ndarray, np.
     return (1 / signal, -noise / signal), (np.zeros_like(signal), np.ones_like(signal))
 
 
-def _table(times: np.ndarray, start: Any = 1.0, limit: float = np.inf, **columns: Any) -> Table:
+def _table(
+    times: np.ndarray,
+    start: np.ndarray | float = 1.0,
+    limit: float = np.inf,
+    **columns: np.ndarray | float | bool,
+) -> Table:
     """A table in float32; columns that are left out do nothing."""
     calls = len(times)
     neutral = dict.fromkeys(Calls._fields, 0.0) | dict(scale=1.0, restart=False, store=True)
