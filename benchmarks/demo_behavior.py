@@ -7,7 +7,7 @@ change it. In it are
 
     stages      every field of each stage that the demo trains, as its commands resolve it
     programs    StableHLO of each stage's training step and of decoding, without locations and names
-    backbones   the bytes of the shipped backbones
+    backbones   the bytes of the shipped backbones but the decoder's: the demo does not draw
     batches     the first batch of each stage on a small world: whole numbers exactly, pixels and
                 sounds by mean and deviation to three digits, which other processors share
     scorers     what the scorers say of fixed answers
@@ -38,6 +38,7 @@ import numpy as np
 
 import xllm_jax
 from xllm_jax.assembly.system import System
+from xllm_jax.configs import networks
 from xllm_jax.core import fingerprint, mesh
 from xllm_jax.core.stage import Stage
 from xllm_jax.data.example import Example
@@ -160,10 +161,10 @@ def nameless(text: str) -> str:
 
 
 def backbones() -> Iterator[tuple[str, str]]:
-    """(path, hash) of the shipped files."""
+    """(path, hash) of the shipped files that the demo uses."""
     for file in sorted(SHIPPED.rglob("*")):
-        if file.is_file():
-            name = str(file.relative_to(SHIPPED))
+        name = str(file.relative_to(SHIPPED))
+        if file.is_file() and not name.startswith(Path(networks.DECODER).name):
             yield name, hashlib.sha256(file.read_bytes()).hexdigest()
 
 

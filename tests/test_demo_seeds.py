@@ -70,6 +70,11 @@ def test_arrays_differ_by_whole_numbers_and_not_by_the_last_bits_of_others():
     assert demo_behavior.told(ids) != demo_behavior.told(ids + (ids == 4))
 
 
+def test_backbones_that_the_demo_begins_with_count_and_the_decoder_does_not():
+    names = {name.split("/")[0] for name, _ in demo_behavior.backbones()}
+    assert names == {"bert", "blip2_stage2", "llm", "vision_encoder"}
+
+
 def test_the_pages_carry_the_hash_of_this_code():
     found = [demo_seeds.stated(page.read_text("utf-8")) for page in demo_seeds.PAGES]
     assert [len(hashes) for hashes in found] == [1, 1] and found[0] == found[1]
