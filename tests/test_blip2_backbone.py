@@ -14,12 +14,11 @@ from xllm_jax.convert import files, sizes
 from xllm_jax.convert.sources import world
 from xllm_jax.core import checkpoint, rules
 from xllm_jax.data.synthetic_world.scene import COLORS, SHAPES
-from xllm_jax.launch import build_backbones
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import vision_probe
 
-SHIPPED = build_backbones.SHIPPED / build_backbones.BLIP2
+SHIPPED = vision_probe.SHIPPED.parent / "blip2_stage2"
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +29,7 @@ def interface():
 @pytest.fixture(scope="module")
 def shipped(interface, tmp_path_factory):
     """Parameters of the base that everybody's stage 2 begins with."""
-    folder = tmp_path_factory.mktemp("bases") / build_backbones.BLIP2
+    folder = tmp_path_factory.mktemp("bases") / "blip2_stage2"
     world.import_blip2(interface, SHIPPED, folder)
     return parameters(folder)
 
