@@ -36,6 +36,7 @@ TINY_CAPTION_VOCABULARY = 683
 # Channels of the mini autoencoder's levels: 12 x 12 x 4 latents of 96 pixels. What it ships with
 # has a scaling of its own, 1 / the deviation of its latents.
 TINY_AUTOENCODER = {"channels": (16, 32, 64, 64)}
+TINY_SCALING = 0.5159090565243559
 
 DECODER = "bases/image_decoder"  # text encoder, UNet and autoencoder of a diffusion model
 
@@ -105,9 +106,11 @@ def text_encoder(size: str) -> Part:
     return Part("clip_text.ClipText", _row(size, "clip_vit_l_14"), tiny if size == "tiny" else {})
 
 
-def autoencoder(size: str) -> Part:
-    """The autoencoder of Stable Diffusion 1.5, or the miniature's."""
+def autoencoder(size: str, trained: bool = False) -> Part:
+    """The autoencoder of Stable Diffusion 1.5, or the miniature's; `trained` is what ships."""
     fields = dict(TINY_AUTOENCODER) if size == "tiny" else {}
+    if size == "tiny" and trained:
+        fields["scaling"] = TINY_SCALING
     return Part("outputs.autoencoder.Autoencoder", _row(size, "stable_diffusion_1_5"), fields)
 
 

@@ -25,10 +25,11 @@ def get_config(size: str = "real") -> Stage:
         made.data.sources = dict(sources.WORLD_CAPTIONS)
         made.validation = sources.validation(sources.WORLD_CAPTIONS, 72, 200)
         output.schedule = "stable_diffusion_2_1"  # v, as the mini decoder predicts
+    through = {"unet": networks.unet(size), "autoencoder": networks.autoencoder(size, trained=True)}
     return dataclasses.replace(
         made,
         name="stage_output_denoising",
-        parts=made.parts | {"unet": networks.unet(size), "autoencoder": networks.autoencoder(size)},
+        parts=made.parts | through,
         outputs={"image": output},
         init=made.init | {"unet": networks.DECODER, "autoencoder": f"{networks.DECODER}:vae"},
         options=made.options | {"denoising": 1.0, "gamma": 5.0},
