@@ -9,7 +9,7 @@ change it. In it are
     programs    StableHLO of each stage's training step and of decoding, without locations and names
     backbones   the bytes of the shipped backbones but the decoder's: the demo does not draw
     batches     the first batch of each stage on a small world: whole numbers exactly, pixels and
-                sounds by mean and deviation to three digits, which other processors share
+                sounds by deviation and by mean in deviations, which other processors share
     scorers     what the scorers say of fixed answers
 
 and not: how the ASR model searches, which samples are asked, the report, the order of the commands,
@@ -176,12 +176,17 @@ def batch(one: Stage, made: Path) -> list[Any]:
 
 
 def told(leaf: np.ndarray) -> list[Any]:
-    """An array in words: whole numbers by their hash, others by mean and deviation."""
+    """An array in words: whole numbers by their hash, others by deviation and mean.
+
+    The mean of features that are normalized is rounding noise, which processors do not share: it is
+    told in deviations, and no noise is 0 with a sign.
+    """
     about: list[Any] = [list(leaf.shape), str(leaf.dtype)]
     if leaf.dtype.kind in "iub":
         return [*about, hashlib.sha256(leaf.tobytes()).hexdigest()]
     numbers = leaf.astype(np.float64)
-    return [*about, *(f"{value:.2e}" for value in (numbers.mean(), numbers.std()))]
+    mean, deviation = float(numbers.mean()), float(numbers.std())
+    return [*about, f"{deviation:.2e}", f"{round(mean / (deviation or 1.0), 2) + 0.0:.2f}"]
 
 
 def scores() -> dict[str, Any]:

@@ -70,6 +70,18 @@ def test_arrays_differ_by_whole_numbers_and_not_by_the_last_bits_of_others():
     assert demo_behavior.told(ids) != demo_behavior.told(ids + (ids == 4))
 
 
+def test_what_is_normalized_has_no_mean_but_noise():
+    """One machine said -3.84e-09 where another had said something else, and the hash changed."""
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(4, 200)).astype(np.float32)
+    features -= features.mean()
+    above, below = features + np.float32(4e-7), features - np.float32(4e-7)
+    assert demo_behavior.told(above) == demo_behavior.told(below) == demo_behavior.told(features)
+    assert demo_behavior.told(features) != demo_behavior.told(features + np.float32(0.02))
+    flat = np.zeros(5, np.float32)
+    assert demo_behavior.told(flat) == demo_behavior.told(-flat) != demo_behavior.told(flat + 1)
+
+
 def test_backbones_that_the_demo_begins_with_count_and_the_decoder_does_not():
     names = {name.split("/")[0] for name, _ in demo_behavior.backbones()}
     assert names == {"bert", "blip2_stage2", "llm", "vision_encoder"}
