@@ -246,6 +246,12 @@ def drawings(runs: Path, folder: Path) -> dict[str, Any]:
         made["drawing_spoken"] = drawing_suite.run(
             "Spoken requests to draw", heard, draw, folder / "spoken"
         )
+    if joined and (Path(DATA.value) / "world.json").is_file():
+        again = drawing_suite.edits(DATA.value, LIMIT.value or drawing_suite.COUNT)
+        draw = drawing_suite.by_answers(model.replies, renderer, how)
+        made["drawing_edits"] = drawing_suite.run(
+            "Pictures to draw again in another color", again, draw, folder / "edits"
+        )
     for one in made.values():
         looks = one["metrics"]["looks"]["value"]
         print(f"{one['title']}: looks {looks:.3f} ({one['seconds']:.0f} s)")

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.batching import scene_pictures
 from xllm_jax.data.media import image
-from xllm_jax.data.sources import world_requests
+from xllm_jax.data.sources import world_edits, world_requests
+from xllm_jax.data.synthetic_world import plan
+from xllm_jax.data.synthetic_world.requests import Request
 from xllm_jax.data.synthetic_world.scene import SEEN_PAIRS
 from xllm_jax.evaluation import drawing_suite
 from xllm_jax.report import page
@@ -70,3 +75,64 @@ def test_training_requests_know_seen_pairs_alone_and_splits_differ():
 def test_an_unknown_split_is_refused():
     with pytest.raises(UserError, match="unknown split 'dev'"):
         world_requests.examples(split="dev")
+
+
+@pytest.fixture
+def world(tmp_path):
+    """The folder of a world of ten pictures a split, without the pictures."""
+    sizes = {f"{split}_images": 10 for split in plan.SPLITS}
+    (tmp_path / "world.json").write_text(json.dumps({"seed": 3, "sizes": sizes}))
+    return tmp_path
+
+
+def test_an_edit_asks_for_all_but_the_color_of_its_picture(world):
+    asked = drawing_suite.edits(str(world), 8)
+    assert len(asked) == 8
+    for example in asked:
+        number = int(example.key.split("-")[-1])
+        before = plan.picture(3, "test", number)
+        assert example.media == (("image", str(world / "coco/test" / before.file_name)),)
+        request = drawing_suite.asked_for(example)
+        (color,) = {wanted.color for wanted in request.objects}
+        assert color in example.instruction and color not in {
+            item.color for item in before.scene.objects
+        }
+        again = [dataclasses.replace(item, color=color) for item in before.scene.objects]
+        assert list(request.scene.objects) == again
+        assert ("unseen_pair" in example.tags) == any(item.pair not in SEEN_PAIRS for item in again)
+        assert example.outputs[0][1].count(color) == len(again)
+
+
+def test_the_edited_picture_is_right_and_the_one_shown_is_not(world):
+    asked = drawing_suite.edits(str(world))
+
+    def drawn(scene):
+        shown = Request((), "", dataclasses.replace(scene, background="gradient"))
+        return image.from_signed(scene_pictures.picture(shown, 96))
+
+    edited = [drawn(drawing_suite.asked_for(example).scene) for example in asked]
+    shown = [drawn(plan.scene(3, "test", int(e.key.split("-")[-1]))) for e in asked]
+    right = drawing_suite.scores(edited, asked)
+    assert right["looks"].samples.all() and right["places"].samples.all()
+    assert not drawing_suite.scores(shown, asked)["looks"].samples.any()
+
+
+def test_training_edits_know_seen_pairs_alone(world):
+    (world / "world.json").write_text('{"seed": 3, "sizes": {"train_images": 400}}')
+    made = world_edits.examples(str(world), "train")
+    pairs = {
+        item.pair
+        for i in range(len(made))
+        for item in world_edits.asked_for(made[i].key).scene.objects
+    }
+    assert pairs and pairs <= set(SEEN_PAIRS)
+
+
+def test_edits_of_no_world_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"holds no world\.json"):
+        world_edits.examples(str(tmp_path))
+    with pytest.raises(UserError, match="unknown split 'dev'"):
+        world_edits.examples(str(tmp_path), "dev")
+    (tmp_path / "world.json").write_text('{"seed": 3}')
+    with pytest.raises(UserError, match=r"world\.json"):
+        world_edits.examples(str(tmp_path))

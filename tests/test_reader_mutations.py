@@ -208,10 +208,11 @@ def test_no_reader_is_forgotten():
         "layout",
         "captioned_list",
         "msrvtt_lists",
+        "world_edits",
         "world_requests",
         "world_scenes",
         "world_text",
-    }  # no readers, and three without files
+    }  # no readers, three without files, and one of no file but the world's own description
     library = {"hugging_face"}  # whose package reads the files
     readers = {reader for reader, _, _ in CASES.values()} | {"prepared", "tfds"}
     assert set(lookup.choices(mixture.READERS)) == readers | made_up | library

@@ -88,6 +88,7 @@ OTHERS = {
     "prepared": "what every case is read by",
     "nextgpt": "answers with pictures: test_nextgpt_source.py",
     "requests": "captions that another reader reads: test_align.py",
+    "world_edits": "pictures of the world's own files: test_drawing_suite.py",
     "world_requests": "made when read, without files: test_drawing_suite.py",
     "world_scenes": "drawn when read, for its own objective: test_world.py",
     "world_text": "made when read, without files: test_train.py",

@@ -19,8 +19,9 @@ from PIL import Image
 
 from xllm_jax.core import atomic, disk
 from xllm_jax.data.example import Example
-from xllm_jax.data.sources import world_requests
+from xllm_jax.data.sources import world_edits, world_requests
 from xllm_jax.data.synthetic_world import language, speak
+from xllm_jax.data.synthetic_world.requests import Request
 from xllm_jax.evaluation import bootstrap, measure, scene_reader, scorers
 from xllm_jax.evaluation.scene_reader import Verdict
 from xllm_jax.inference.decoder_base import DecoderBase
@@ -42,6 +43,23 @@ def requests(count: int = COUNT, split: str = "test", seed: int = 2000) -> list[
     found = []
     for example in world_requests.examples(split=split, count=count, seed=seed):
         request = world_requests.asked_for(example.key)
+        tags = (request.kind, *(("unseen_pair",) if request.unseen else ()))
+        found.append(dataclasses.replace(example, tags=tags))
+    return found
+
+
+def edits(world: str, count: int = COUNT, split: str = "test") -> list[Example]:
+    """Requests to draw pictures of a world again in another color, tagged as `requests` are.
+
+    Args:
+      world: its folder.
+      count: of requests, at most.
+      split: of the pictures.
+    """
+    found, offered = [], world_edits.examples(world, split)
+    for number in range(min(count, len(offered))):
+        example = offered[number]
+        request = world_edits.asked_for(example.key)
         tags = (request.kind, *(("unseen_pair",) if request.unseen else ()))
         found.append(dataclasses.replace(example, tags=tags))
     return found
@@ -158,13 +176,18 @@ def _in_place(verdict: Verdict) -> bool:
 
 
 def _judged(picture: np.ndarray | None, example: Example) -> Verdict | None:
-    request = world_requests.asked_for(example.key)
-    return None if picture is None else scene_reader.judge(request, picture)
+    return None if picture is None else scene_reader.judge(asked_for(example), picture)
+
+
+def asked_for(example: Example) -> Request:
+    """What a picture of an example shall show, of `requests` as of `edits`."""
+    edit = example.key.startswith(f"{world_edits.PREFIX}-")
+    return (world_edits if edit else world_requests).asked_for(example.key)
 
 
 def names_place(example: Example) -> bool:
     """Whether a request names a place or a relation."""
-    request = world_requests.asked_for(example.key)
+    request = asked_for(example)
     return bool(request.relation) or any(wanted.place for wanted in request.objects)
 
 

@@ -131,10 +131,19 @@ def unseen_wording(split: str, index: int) -> bool:
     return split == "test" and index // 2 % 4 == 0
 
 
+def scene(seed: int, split: str, index: int) -> Scene:
+    """What image `index` of a split shows."""
+    return _scene(generator(seed, "picture", split, index), split, index)
+
+
+def _scene(rng: np.random.Generator, split: str, index: int) -> Scene:
+    return sample_scene(rng, "unseen" if unseen_pair(split, index) else "seen")
+
+
 def picture(seed: int, split: str, index: int) -> Picture:
     """Image `index` of a split with all that is written about it."""
     rng = generator(seed, "picture", split, index)
-    scene = sample_scene(rng, "unseen" if unseen_pair(split, index) else "seen")
+    scene = _scene(rng, split, index)
     unseen = unseen_wording(split, index)
     image_id = FIRST_ID[split] + index
     suffix = "png" if index % 10 == 9 else "jpg"
