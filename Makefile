@@ -71,7 +71,7 @@ lock: .venv/ready
 	  --no-emit-index-url --no-emit-find-links --custom-compile-command='make lock' \
 	  $(if $(UPGRADE),--upgrade) --output-file=requirements.lock pyproject.toml
 
-# Trains the shipped backbones of the synthetic world again (about three and a half hours of one core).
+# Trains the shipped backbones of the synthetic world again (about four and a half hours of one core).
 backbones: .venv/ready
 	mkdir -p backbones
 	cd backbones && ../$(BIN)/xllm build-backbones --output=bases --tokenizer
@@ -84,6 +84,9 @@ backbones: .venv/ready
 	  --workdir=runs/world_other_llm
 	cd backbones && ../$(BIN)/xllm train --config=world_blip2 --workdir=runs/world_blip2
 	cd backbones && ../$(BIN)/xllm train --config=world_bert --workdir=runs/world_bert
+	cd backbones && ../$(BIN)/xllm train --config=world_text_encoder \
+	  --workdir=runs/world_text_encoder
+	cd backbones && ../$(BIN)/xllm train --config=world_text_places --workdir=runs/world_text_places
 	cd backbones && ../$(BIN)/xllm train --config=world_autoencoder --workdir=runs/world_autoencoder
 	cd backbones && ../$(BIN)/xllm build-backbones --output=bases --latents=runs
 	cd backbones && ../$(BIN)/xllm train --config=world_diffusion --workdir=runs/world_diffusion

@@ -33,10 +33,10 @@ TINY_FRAMES = (256, 416)
 FIRST_SIGNAL = {"real": 130_344, "tiny": 521}
 TINY_CAPTION = 32  # tokens, and as many embeddings, for the mini text encoder
 TINY_CAPTION_VOCABULARY = 683
-# Channels of the mini autoencoder's levels: 12 x 12 x 4 latents of 96 pixels. What it ships with
+# Channels of the mini autoencoder's levels: 24 x 24 x 4 latents of 96 pixels. What it ships with
 # has a scaling of its own, 1 / the deviation of its latents.
-TINY_AUTOENCODER = {"channels": (16, 32, 64, 64)}
-TINY_SCALING = 0.5159090565243559
+TINY_AUTOENCODER = {"channels": (16, 24, 32)}
+TINY_SCALING = 0.5858968478617607
 
 DECODER = "bases/image_decoder"  # text encoder, UNet and autoencoder of a diffusion model
 

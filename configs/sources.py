@@ -89,6 +89,22 @@ def drawn_requests(examples: int) -> Data:
     )
 
 
+def described_scenes(examples: int, task: str = "attributes") -> Data:
+    """Data of the stages that pre-train the mini text encoder: words and what they look like.
+
+    Args:
+      examples: of a batch.
+      task: 'places' has most of the words name places.
+    """
+    return Data(
+        batch_format="scene_descriptions",
+        sources={"requests": Source("world_scenes", options={"count": 10_000_000, "task": task})},
+        caption_tokenizer=f"{networks.DECODER}/tokenizer",
+        caption_length=networks.TINY_CAPTION,
+        examples=examples,
+    )
+
+
 LATENTS = "latents"
 
 
@@ -98,7 +114,7 @@ def drawn_latents(examples: int) -> Data:
     Args:
       examples: of a batch.
     """
-    count = {"count": 32_768}
+    count = {"count": 49_152}
     return Data(
         root="bases",
         batch_format="scene_latents",

@@ -20,6 +20,6 @@ def get_config(size: str = "tiny") -> Stage:
             peak=2e-3, minimum=1e-5, warmup_from=1e-5, warmup_steps=100, clip=1.0, b2=0.98
         ),
         data=sources.drawn_requests(examples=8),
-        steps=2500,
+        steps=2400,
         **networks.numerics(size),
     )

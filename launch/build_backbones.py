@@ -29,6 +29,7 @@ from xllm_jax.configs import (
     world_blip2,
     world_diffusion,
     world_llm_slots,
+    world_text_places,
     world_vision,
 )
 from xllm_jax.convert.sources import stable_diffusion, world
@@ -181,7 +182,8 @@ def export_decoder(runs: Path, bases: Path) -> None:
     """Ships the mini Stable Diffusion: its UNet, text encoder and autoencoder."""
     stage = world_diffusion.get_config()
     first, vae = trained(world_autoencoder.get_config(), runs, ("vae",))
-    then, others = trained(stage, runs, ("unet", "text_encoder"))
+    then, unet = trained(stage, runs, ("unet",))
+    _, text = trained(world_text_places.get_config(), runs, ("text_encoder",))
     about = bounded.read_json(bases / LATENTS_NAME / latents_format.ABOUT)
     made: dict[str, Any] = {**first.networks, **then.networks}
     made["vae"] = made["vae"].clone(scaling=about["scaling"])
@@ -190,7 +192,7 @@ def export_decoder(runs: Path, bases: Path) -> None:
         "prediction_type": stage.options["prediction"],
     }
     tokenizer, side = bases / DECODER.name / "tokenizer", about["side"]
-    world.export_decoder(made, vae | others, schedule, side, tokenizer, DECODER)
+    world.export_decoder(made, vae | unet | text, schedule, side, tokenizer, DECODER)
 
 
 def trained(stage: Stage, runs: Path, parts: tuple[str, ...]) -> tuple[XLLM, Params]:

@@ -125,6 +125,7 @@ def assert_shapes(batch, shapes):
         ("text_pairs", Example("a", (), "红色的圆", "左边")),
         ("scene_attributes", Example("3-7", task="attributes")),
         ("scene_pictures", Example("3-7", task="attributes")),
+        ("scene_descriptions", Example("3-7", task="attributes")),
     ],
 )
 def test_shapes_are_those_of_the_batches(name, example, golden, tmp_path):

@@ -13,6 +13,7 @@ from xllm_jax.assembly.system import System
 from xllm_jax.configs import world_autoencoder, world_diffusion
 from xllm_jax.core import mesh
 from xllm_jax.core.batch import DescribedPictures
+from xllm_jax.core.errors import UserError
 from xllm_jax.data.batching import batch_format
 from xllm_jax.data.example import Example
 from xllm_jax.data.record import Mode, Record
@@ -20,7 +21,7 @@ from xllm_jax.data.synthetic_world import clip_vocabulary
 from xllm_jax.feature_cache import scene_latents
 from xllm_jax.models.outputs.autoencoder import Autoencoder
 from xllm_jax.models.xllm import XLLM
-from xllm_jax.objectives import autoencoder, text_to_image
+from xllm_jax.objectives import autoencoder, denoising, text_to_image
 from xllm_jax.training.trainer import Trainer
 
 SCALING = 0.5
@@ -118,6 +119,22 @@ def test_times_cover_the_schedule_and_keys_change_them():
     assert (seen[0] != seen[1]).any()
 
 
+def test_late_times_are_as_frequent_as_their_power_says():
+    """The share of times below t is (t / T) ** late, and none lies outside of the schedule."""
+    zeros = jnp.zeros((4096, 1))
+    for late in (1.0, 2.0, 3.0):
+        drawn = denoising.draws(text_to_image.SCHEDULE, zeros, zeros, 1.0, jax.random.key(0), late)
+        times = np.asarray(drawn.times)
+        assert times.min() >= 0 and times.max() == 999
+        below = [(times < t).mean() for t in (250, 500, 900)]
+        np.testing.assert_allclose(below, np.array([0.25, 0.5, 0.9]) ** late, atol=2e-3)
+
+
+def test_times_that_are_late_below_even_are_refused():
+    with pytest.raises(UserError, match=r"late=0\.5 is below 1"):
+        text_to_image.loss(model(), PARAMS, batch(), late=0.5)
+
+
 def test_reconstruction_counts_pixels_and_edges():
     rng = np.random.default_rng(0)
     images = rng.uniform(-1, 1, (2, 4, 4, 3)).astype(np.float32).repeat(2, 1).repeat(2, 2)
@@ -176,7 +193,7 @@ def test_its_stages_take_a_step_that_leaves_frozen_parts_alone(config, latents, 
     for _ in range(2):  # the first step's rate is almost 0
         state, metrics = made.step(state, batch)
     assert np.isfinite(float(metrics["loss"]))
-    trains = {"world_autoencoder": {"vae"}, "world_diffusion": {"text_encoder", "unet"}}
+    trains = {"world_autoencoder": {"vae"}, "world_diffusion": {"unet"}}
     assert state.trainable.keys() == trains[stage.name]
     for part, tree in state.trainable.items():
         moved = jax.tree.map(lambda a, b: bool((a != b).any()), tree, before.trainable[part])

@@ -31,6 +31,7 @@ SMALL = {
     "vae": {"channels": (8, 8), "groups": 4, "latent_channels": 3},
     "unet": {
         "channels": (8, 16),
+        "transformers": (False, True),
         "heads": (2, 2),
         "groups": 4,
         "latent_channels": 3,

@@ -13,6 +13,7 @@ from xllm_jax.core.batch import (
     ConversationBatch,
     DescribedLatents,
     DescribedPictures,
+    DescribedScenes,
     ImageTextPairs,
     SceneAttributes,
     TextPairs,
@@ -186,7 +187,7 @@ def _row(
         shown = image.from_signed(shown) if signed else pixels(shown, _kind("image", data))
         media = (Medium("image", shown, paths[0], found),)
         tokens["image"] = 1
-    if isinstance(batch, DescribedPictures | DescribedLatents):
+    if isinstance(batch, DescribedPictures | DescribedLatents | DescribedScenes):
         ids = resources.words(batch.ids[row])
     if isinstance(batch, ImageTextPairs):
         ids = batch.ids[row][batch.mask[row]]

@@ -214,6 +214,21 @@ class DescribedLatents:
     deviations: Array
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DescribedScenes:
+    """Descriptions of pictures, and what the pictures show.
+
+    Attributes:
+      ids: as of `DescribedPictures`.
+      places: `[B, 9]` int32, the class of what stands in each place, see
+        `data/batching/scene_descriptions.py`.
+    """
+
+    ids: Array
+    places: Array
+
+
 def zeros(
     rows: int,
     length: int,

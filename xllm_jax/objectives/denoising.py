@@ -36,7 +36,12 @@ class Drawn(NamedTuple):
 
 
 def draws(
-    scheduler: Scheduler, mean: Array, logvar: Array, scaling: float, key: Array | None
+    scheduler: Scheduler,
+    mean: Array,
+    logvar: Array,
+    scaling: float,
+    key: Array | None,
+    late: float = 1.0,
 ) -> Drawn:
     """Latents, noise and one time for every picture.
 
@@ -48,13 +53,17 @@ def draws(
       mean, logvar: of the latents, `[B, ...]`.
       scaling: of the autoencoder.
       key: without one, times are spread evenly and the noise is always the same.
+      late: times are as frequent as their power `late` - 1 says: at 1 all alike, at 2 the noisiest
+        most of all.
     """
     moments, times, drawn = jax.random.split(jax.random.key(0) if key is None else key, 3)
     latents = mean + deviation(logvar) * jax.random.normal(moments, mean.shape)
     latents = jax.lax.stop_gradient(latents) * scaling
     rows = len(latents)
     spread = 0.5 if key is None else jax.random.uniform(times, (rows,))
-    time = ((jnp.arange(rows) + spread) * scheduler.train_steps / rows).astype(jnp.int32)
+    share = ((jnp.arange(rows) + spread) / rows) ** (1 / late)
+    # Rounding may bring the last share to 1, whose time no schedule has.
+    time = jnp.minimum(share * scheduler.train_steps, scheduler.train_steps - 1).astype(jnp.int32)
     return Drawn(latents, jax.random.normal(drawn, latents.shape), time)
 
 

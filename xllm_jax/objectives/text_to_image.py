@@ -37,6 +37,7 @@ def loss(
     train: bool = False,
     gamma: float = 0.0,
     prediction: str = schedulers.EPSILON,
+    late: float = 1.0,
 ) -> tuple[Array, Metrics]:
     """Mean squared error of what is predicted, at one random time for every picture.
 
@@ -49,19 +50,22 @@ def loss(
       train: is not asked for here.
       gamma: of Min-SNR weights (arXiv 2303.09556); 0 weighs all times the same.
       prediction: what the UNet learns to say, one of PREDICTIONS.
+      late: how much more often noisy times are drawn, see `denoising.draws`; at least 1.
 
     Returns:
       (scalar, metrics `noise_error/q`: the error without weights in each quarter of the schedule).
 
     Raises:
-      UserError: an unknown prediction.
+      UserError: an unknown prediction, or `late` below 1.
     """
     if prediction not in PREDICTIONS:
         hint = f"Known: {', '.join(PREDICTIONS)}"
         raise UserError(f"unknown prediction {prediction!r}", field="options", hint=hint)
+    if not late >= 1:
+        raise UserError(f"late={late} is below 1", field="options", hint="1 draws all times alike")
     schedule = dataclasses.replace(SCHEDULE, prediction=prediction)
     mean, logvar, scaling = _posterior(model, params, batch)
-    latents, noise, time = denoising.draws(schedule, mean, logvar, scaling, key)
+    latents, noise, time = denoising.draws(schedule, mean, logvar, scaling, key, late)
     text = model.apply(params, "text_encoder", batch.ids, method="states")
     network = functools.partial(model.apply, params, "unet")
     value, errors = denoising.loss(network, schedule, latents, noise, time, text, gamma)

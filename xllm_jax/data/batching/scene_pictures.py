@@ -7,6 +7,8 @@ held-out pairs are held out from what the LLM and its projections learn.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from xllm_jax.core.batch import DescribedPictures
@@ -14,7 +16,7 @@ from xllm_jax.data.batching.batch_format import BatchPlan, Entry, RowPerRecord
 from xllm_jax.data.media import image, modalities
 from xllm_jax.data.record import Mode, Record, Skipped
 from xllm_jax.data.synthetic_world.render import render_scene
-from xllm_jax.data.synthetic_world.requests import Request, sample_request
+from xllm_jax.data.synthetic_world.requests import SHARES, Request, sample_request
 from xllm_jax.data.synthetic_world.scene import generator
 from xllm_jax.data.text.clip_tokenizer import ClipTokenizer
 
@@ -73,12 +75,18 @@ class Format(RowPerRecord[Entry, DescribedPictures, ClipTokenizer]):
         return {"image": (len(batch.images), len(batch.images))}
 
 
-def asked_for(key: str) -> tuple[Request, bool]:
-    """The request of an example's key, and whether the picture gets its words."""
+def asked_for(key: str, shares: Mapping[str, float] = SHARES) -> tuple[Request, bool]:
+    """The request of an example's key, and whether the picture gets its words.
+
+    Args:
+      key: 'SEED-NUMBER'.
+      shares: of the kinds of requests, see `sample_request`.
+    """
     seed, index = map(int, key.split("-"))
     rng = generator(seed, "request", index)
     told = bool(rng.random() >= UNSAID)
-    return sample_request(rng, "all", unseen_wording=bool(rng.random() < 0.25)), told
+    unseen_wording = bool(rng.random() < 0.25)
+    return sample_request(rng, "all", unseen_wording, shares), told
 
 
 def picture(request: Request, side: int) -> np.ndarray:

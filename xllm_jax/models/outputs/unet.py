@@ -226,9 +226,9 @@ SIZES = {
         channels=(320, 640, 1280, 1280), heads=(5, 10, 20, 20), text_width=1024
     ),
     "tiny": dict(
-        channels=(48, 96),
-        transformers=(False, True),
-        heads=(2, 4),
+        channels=(24, 48, 96, 64),
+        transformers=(False, False, True, True),
+        heads=(2, 4, 4, 4),
         depth=1,
         text_width=96,
         groups=8,
