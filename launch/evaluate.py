@@ -241,7 +241,8 @@ def drawings(runs: Path, folder: Path) -> dict[str, Any]:
     )
     made = {"drawing": found}
     if joined:
-        heard = drawing_suite.spoken(asked, folder / "speech")
+        frames = stage_of(runs / STAGE3).data.frames[-1]
+        heard = drawing_suite.spoken(asked, folder / "speech", frames)
         draw = drawing_suite.by_answers(model.replies, renderer, how)
         made["drawing_spoken"] = drawing_suite.run(
             "Spoken requests to draw", heard, draw, folder / "spoken"

@@ -7,10 +7,11 @@ import json
 
 import numpy as np
 import pytest
+import soundfile
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.batching import scene_pictures
-from xllm_jax.data.media import image
+from xllm_jax.data.media import image, speech
 from xllm_jax.data.sources import world_edits, world_requests
 from xllm_jax.data.synthetic_world import plan
 from xllm_jax.data.synthetic_world.requests import Request
@@ -136,3 +137,15 @@ def test_edits_of_no_world_are_refused(tmp_path):
     (tmp_path / "world.json").write_text('{"seed": 3}')
     with pytest.raises(UserError, match=r"world\.json"):
         world_edits.examples(str(tmp_path))
+
+
+def test_requests_that_are_too_long_to_be_heard_are_left_out(examples, tmp_path):
+    """A request of 448 frames once ended the evaluation of a run that takes 416."""
+    every = drawing_suite.spoken(examples[:12], tmp_path / "all", 10_000)
+    assert [one.key for one in every] == [one.key for one in examples[:12]]
+    lengths = [soundfile.info(one.media[0][1]).frames for one in every]
+    frames = sorted(map(speech.frames_of, lengths))[6]
+    fits = [one.key for one, n in zip(every, lengths) if speech.frames_of(n) <= frames]
+    some = drawing_suite.spoken(examples[:12], tmp_path / "some", frames)
+    assert [one.key for one in some] == fits and 0 < len(fits) < 12
+    assert {f.stem for f in (tmp_path / "some").iterdir()} == set(fits)

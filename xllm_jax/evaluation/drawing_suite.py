@@ -19,6 +19,7 @@ from PIL import Image
 
 from xllm_jax.core import atomic, disk
 from xllm_jax.data.example import Example
+from xllm_jax.data.media import speech
 from xllm_jax.data.sources import world_edits, world_requests
 from xllm_jax.data.synthetic_world import language, speak
 from xllm_jax.data.synthetic_world.requests import Request
@@ -254,7 +255,7 @@ class Rendering:
         return renderer(np.stack(conditions), list(seeds), **options)
 
 
-def spoken(examples: Sequence[Example], folder: Path) -> list[Example]:
+def spoken(examples: Sequence[Example], folder: Path, frames: int) -> list[Example]:
     """The same requests with a description that is said, by the voice that training never has.
 
     The recognizer has never heard the verbs of requests: 画 stands before the speech in writing.
@@ -262,6 +263,7 @@ def spoken(examples: Sequence[Example], folder: Path) -> list[Example]:
     Args:
       examples: of `requests`.
       folder: of the FLAC files.
+      frames: that speech may have; longer requests are left out.
     """
     disk.make_folder(folder)
     found = []
@@ -269,7 +271,10 @@ def spoken(examples: Sequence[Example], folder: Path) -> list[Example]:
         text = language.spoken(example.outputs[0][1])
         file = folder / f"{example.key}.flac"
         voice = speak.sample_voice(np.random.default_rng(zlib.crc32(example.key.encode())), True)
-        speak.write_flac(file, speak.speak(text, voice))
+        samples = speak.speak(text, voice)
+        if speech.frames_of(len(samples)) > frames:
+            continue
+        speak.write_flac(file, samples)
         media = (("speech", str(file)),)
         changed = {"media": media, "instruction": "画<speech>", "transcript": text}
         found.append(dataclasses.replace(example, **changed))
