@@ -1,7 +1,7 @@
 """Pictures of the embedded world drawn when they are read: scenes without end, and no files.
 
-An example's key names its scene; `data/batching/scene_attributes.py` draws it and knows what stands
-where.
+An example's key names its scene, and the batch formats `scene_*` know what it shows: they draw it,
+or say in words what stands where.
 """
 
 from __future__ import annotations
