@@ -77,6 +77,7 @@ backbones: .venv/ready
 	cd backbones && ../$(BIN)/xllm build-backbones --output=bases --tokenizer
 	cd backbones && ../$(BIN)/xllm train --config=world_llm --workdir=runs/world_llm
 	cd backbones && ../$(BIN)/xllm train --config=world_llm_slots --workdir=runs/world_llm_slots
+	cd backbones && ../$(BIN)/xllm train --config=world_llm_requests --workdir=runs/world_llm_requests
 	cd backbones && ../$(BIN)/xllm train --config=world_vision --workdir=runs/world_vision
 	cd backbones && ../$(BIN)/xllm build-backbones --output=bases --export=runs
 	cd backbones && ../$(BIN)/xllm world --output=pictures --images=16000 --seed=9

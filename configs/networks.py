@@ -15,6 +15,7 @@ TINY_CHARACTERS = 128
 TINY_TAGS = ((5, 6), (7, 8), (9, 10))
 # One of them is in each instruction to write down what is heard, and in no other about speech.
 TINY_REPEATING = (430, 450)
+TINY_MASK = 177  # [MASK]
 TINY_LLM_WIDTH = 128
 TINY_LLM = {
     "vocab": TINY_VOCABULARY,
@@ -31,6 +32,8 @@ TINY_FRAMES = (256, 416)
 
 # Ids of the signal tokens begin where those of the LLM's tokenizer end.
 FIRST_SIGNAL = {"real": 130_344, "tiny": 521}
+# Four in NExT-GPT. A state of the mini LLM tells one word, so it gets one for each of a caption.
+SIGNALS = {"real": 4, "tiny": 21}
 TINY_CAPTION = 32  # tokens, and as many embeddings, for the mini text encoder
 TINY_CAPTION_VOCABULARY = 683
 # Channels of the mini autoencoder's levels: 24 x 24 x 4 latents of 96 pixels. What it ships with
@@ -94,10 +97,11 @@ def signal_tokens(size: str) -> Part:
 
 
 def image_projection(size: str) -> Part:
-    """NExT-GPT's output projection for Stable Diffusion 1.5."""
-    fields = {"queries": TINY_CAPTION, **_adapter(size)} if size == "tiny" else {}
-    row = _row(size, "stable_diffusion_1")
-    return Part("outputs.projection.TransformerProjection", row, fields)
+    """NExT-GPT's output projection for Stable Diffusion 1.5, or the miniature's."""
+    if size == "tiny":
+        fields = {"queries": TINY_CAPTION, "tokens": SIGNALS[size], **_adapter(size)}
+        return Part("outputs.projection.InOrderProjection", size, fields)
+    return Part("outputs.projection.TransformerProjection", "stable_diffusion_1")
 
 
 def text_encoder(size: str) -> Part:
@@ -121,7 +125,7 @@ def unet(size: str) -> Part:
 
 def signals(size: str, runs: int) -> Signals:
     """The signal tokens of pictures, with places for so many in a row."""
-    return Signals(FIRST_SIGNAL[size], 4, runs)
+    return Signals(FIRST_SIGNAL[size], SIGNALS[size], runs)
 
 
 def image_output() -> Output:

@@ -30,7 +30,7 @@ def get_config(size: str = "real") -> Stage:
         objective="align",
         optimizer=Optimizer(
             schedule="linear",
-            peak=2e-3 if tiny else 4e-4,
+            peak=1e-2 if tiny else 4e-4,
             minimum=0.0,
             warmup_from=0.0,
             warmup_steps=steps // 10,
@@ -73,8 +73,8 @@ def _tiny_data() -> Data:
         caption_length=networks.TINY_CAPTION,
         examples=24,
         rows=8,
-        length=176,
-        answers=40,
+        length=192,
+        answers=72,
         **sources.tiny_image(),
     )
 

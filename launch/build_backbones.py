@@ -28,7 +28,7 @@ from xllm_jax.configs import (
     world_bert,
     world_blip2,
     world_diffusion,
-    world_llm_slots,
+    world_llm_requests,
     world_text_places,
     world_vision,
 )
@@ -154,7 +154,7 @@ def export(runs: Path, bases: Path) -> None:
       bases: with the tokenizers and the latents' scaling.
     """
     for name, stage in (
-        ("llm", world_llm_slots.get_config()),
+        ("llm", world_llm_requests.get_config()),
         ("vision_encoder", world_vision.get_config()),
         ("image_interface", world_blip2.get_config()),
         ("text_model", world_bert.get_config()),

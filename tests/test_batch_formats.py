@@ -21,7 +21,7 @@ from xllm_jax.data.batching.batch_format import BatchPlan, Entry, RowPerRecord
 from xllm_jax.data.example import Example
 from xllm_jax.data.media import modalities
 from xllm_jax.data.pipeline import Pipeline
-from xllm_jax.data.record import Mode, Record, Skipped
+from xllm_jax.data.record import DoesNotFit, Mode, Record, Skipped
 from xllm_jax.data.synthetic_world import clip_vocabulary
 from xllm_jax.preflight import micro_batch
 from xllm_jax.training import divergence
@@ -154,6 +154,42 @@ def test_shapes_are_those_of_the_batches(name, example, golden, tmp_path):
     assert jax.tree.leaves(batch)[0].shape[0] == form.rows
     again = divergence.unflat(divergence.flat(batch), form.shapes())
     jax.tree.map(np.testing.assert_array_equal, batch, again)
+
+
+def test_most_answers_that_say_what_to_draw_are_learnt_with_their_words_hidden(golden):
+    folder = str(golden / "chatglm" / "tokenizer")
+    data = Data(
+        batch_format="blank_infilling", tokenizer=folder, examples=1, rows=1, length=64, answers=40
+    )
+    form, plain = batch_format.find(data), batch_format.find(replaced(data, "conversation"))
+    family = form.load_resources().family
+    made = {
+        task: Example(task, (), "画一个圆", "左边有大的红色圆形", task) for task in ("draw", "vqa")
+    }
+    outputs = dataclasses.replace(made["draw"], outputs=(("image", "圆"),), answer="好")
+    hidden = 0
+    for seed in range(200):
+        records = {task: Record(one, "s", 0, 0, seed) for task, one in made.items()}
+        rows = {task: form.sequence(record, Mode()) for task, record in records.items()}
+        asked = plain.sequence(records["draw"], Mode())
+        np.testing.assert_array_equal(rows["vqa"].ids, asked.ids)
+        for name in ("targets", "answer_index", "positions", "context", "segments"):
+            np.testing.assert_array_equal(getattr(rows["draw"], name), getattr(asked, name))
+        changed = np.flatnonzero(rows["draw"].ids != asked.ids)
+        if len(changed):
+            hidden += 1
+            assert (rows["draw"].ids[changed] == family.mask).all()
+            # Every word of the answer, and neither <sop>, which tells where it begins, nor its end.
+            assert asked.ids[changed].tolist() == family.tokenizer.encode(made["draw"].answer)
+            assert not asked.context[changed].any()
+    assert 0.65 < hidden / 200 < 0.85
+    with pytest.raises(DoesNotFit, match=r"data\.signals"):  # drawn, not said: as in training
+        form.sequence(Record(outputs, "s", 0, 0, 1), Mode())
+
+
+def replaced(data: Data, batch_format: str) -> Data:
+    """The same settings with another format."""
+    return dataclasses.replace(data, batch_format=batch_format)
 
 
 def test_an_unknown_format_is_refused_with_the_choices():

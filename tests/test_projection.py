@@ -14,7 +14,12 @@ from xllm_jax.core.errors import UserError
 from xllm_jax.models.outputs import projection
 from xllm_jax.objectives.align import distances
 
-KINDS = ("TransformerProjection", "LinearProjection", "QFormerProjection")
+KINDS = (
+    "TransformerProjection",
+    "InOrderProjection",
+    "LinearProjection",
+    "QFormerProjection",
+)
 SMALL = dict(llm_width=6, queries=5, width=8, output_width=3)
 
 
@@ -22,8 +27,8 @@ def shapes(network):
     return jax.eval_shape(network.init, jax.random.key(0), *network.example())["params"]
 
 
-def drawn(network, states, embeddings):
-    params = network.init(jax.random.key(1), states, embeddings)
+def drawn(network, *inputs):
+    params = network.init(jax.random.key(1), *inputs)
     return jax.tree.map(  # no bias is 0, no scale 1
         lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params
     )
@@ -64,6 +69,30 @@ def test_a_run_tells_nothing_to_its_neighbor(kind):
         other = network.apply(params, states.at[0, 0, token].add(1.0), embeddings)
         assert not np.allclose(other[0], whole[0], atol=1e-6)
         np.testing.assert_allclose(other[1], whole[1], atol=1e-6)
+
+
+@pytest.mark.parametrize(("tokens", "queries"), [(4, 5), (3, 6), (5, 4), (2, 2)])
+def test_queries_begin_with_the_tokens_in_their_order(tokens, queries):
+    made = np.asarray(projection.in_order(jax.random.key(0), (tokens, queries)))
+    for token in range(tokens):
+        wanted = [float(query == token + 1) for query in range(queries)]
+        assert made[token].tolist() == wanted
+
+
+def test_a_projection_in_order_is_layers_over_tokens_and_queries():
+    """Without layers it is a norm and two maps, rewritten in NumPy's float64."""
+    head = projection.InOrderHead(5, 8, 3, 4, False, jnp.float32, "none", 1, depth=0)
+    x = jax.random.normal(jax.random.key(2), (2, 4, 6))
+    params = drawn(head, x)["params"]
+    made = head.apply({"params": params}, x)
+    own = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    inside = np.asarray(x, np.float64) @ own["inputs"]["kernel"] + own["inputs"]["bias"]
+    mixed = np.einsum("bnd,nq->bqd", inside, own["mixing"]) + own["queries"]
+    mean, size = mixed.mean(-1, keepdims=True), mixed.std(-1, keepdims=True)
+    norm = own["encoder_norm"]
+    normal = (mixed - mean) / np.sqrt(size**2 + 1e-6) * norm["scale"] + norm["bias"]
+    wanted = normal @ own["outputs"]["kernel"] + own["outputs"]["bias"]
+    np.testing.assert_allclose(made, wanted, atol=1e-4)
 
 
 def test_several_layers_are_summed():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 
 import jax
@@ -13,7 +14,7 @@ import small_stage
 
 from xllm_jax.assembly import parameters
 from xllm_jax.assembly.system import System
-from xllm_jax.configs import networks, world_llm, world_llm_slots
+from xllm_jax.configs import networks, world_llm, world_llm_requests, world_llm_slots
 from xllm_jax.core import mesh
 from xllm_jax.core.stage import Source
 from xllm_jax.data.example import Example
@@ -168,6 +169,9 @@ def test_instructions_to_repeat_and_no_other_beside_speech_hold_the_token(family
         for text in (*INSTRUCTIONS[task], *UNSEEN_INSTRUCTIONS[task]):
             held = set(family.tokenizer.encode(text)) & set(networks.TINY_REPEATING)
             assert bool(held) == (task == "asr"), text
+    spoken = text_example(0, 0, shares={"draw_speech": 1.0})
+    assert not set(family.tokenizer.encode(spoken.instruction)) & set(networks.TINY_REPEATING)
+    assert family.mask == networks.TINY_MASK
 
 
 @pytest.mark.parametrize("kind, learn", [("repeat_speech", True), ("answer_speech", False)])
@@ -223,11 +227,45 @@ def test_frames_lose_their_names_and_nothing_else():
         assert dataclasses.replace(other, media=plain.media) == plain
 
 
-def test_the_second_part_goes_on_from_the_first():
-    first, second = world_llm.get_config(), world_llm_slots.get_config()
-    assert (
-        second.init == {"llm": f"runs/{first.name}"} and second.parts["llm"] == first.parts["llm"]
-    )
-    assert second.data.sources["text"].options["seed"] != first.data.sources["text"].options.get(
-        "seed", 0
-    )
+def test_hidden_words_are_embeddings_of_nothing_anew_each_time():
+    stage = dataclasses.replace(small_stage.stage(), options={})
+    options = {"count": 40, "shares": {"draw": 1.0}}
+    sources, sizes = {"text": Source("world_text", options=options)}, {"length": 128, "answers": 64}
+    data = dataclasses.replace(stage.data, sources=sources, batch_format="blank_infilling", **sizes)
+    stage = dataclasses.replace(stage, data=data)
+    system = System.build(stage, mesh.make({}, jax.devices()[:1]))
+    params = parameters.parameters(system)
+    batch, _ = next(Pipeline(stage.data, 0).iterate())
+    assert (np.asarray(batch.ids) == networks.TINY_MASK).sum() > 20
+    own = dict(params["llm"])
+    own["embedding"] = own["embedding"].at[networks.TINY_MASK].multiply(-1.0)
+    other = params | {"llm": own}
+
+    def loss(params, key=0, **how):
+        how = {"tags": networks.TINY_TAGS} | how
+        return float(slot_noise.loss(system.model, params, batch, jax.random.key(key), **how)[0])
+
+    hidden = {"hidden": networks.TINY_MASK}
+    # The head knows that row, too, so that the losses are not the same to the last digit.
+    unread = abs(loss(params, **hidden) - loss(other, **hidden))
+    assert unread < 1e-4 < abs(loss(params) - loss(other))
+    assert abs(loss(params, **hidden) - loss(params, 1, **hidden)) > 1e-4
+
+
+def test_embeddings_of_nothing_are_a_twentieth_to_as_large_as_words():
+    words = 0.3 * jax.random.normal(jax.random.key(1), (400, 20, 16))
+    drawn = np.asarray(slot_noise.strange(words, jax.random.key(2)))
+    sizes = np.sqrt(np.square(drawn).mean((1, 2))) / 0.3
+    assert 0.04 < sizes.min() < 0.07 and 0.8 < sizes.max() < 1.15
+    assert 0.18 < np.median(sizes) < 0.28  # the powers are uniform
+    assert abs(np.corrcoef(drawn[0].ravel(), drawn[1].ravel())[0, 1]) < 0.2
+
+
+def test_each_part_goes_on_from_the_one_before():
+    configs = (world_llm, world_llm_slots, world_llm_requests)
+    stages = [config.get_config() for config in configs]
+    for first, second in itertools.pairwise(stages):
+        assert second.init == {"llm": f"runs/{first.name}"}
+        assert second.parts["llm"] == first.parts["llm"]
+    seeds = [one.data.sources["text"].options.get("seed", 0) for one in stages]
+    assert len(set(seeds)) == 3

@@ -9,7 +9,12 @@ import pytest
 
 from xllm_jax.data.synthetic_world import language, motion, plan, questions
 from xllm_jax.data.synthetic_world import scene as world
-from xllm_jax.data.synthetic_world.text_stream import spoken_characters, text_example, text_examples
+from xllm_jax.data.synthetic_world.text_stream import (
+    SLOT,
+    spoken_characters,
+    text_example,
+    text_examples,
+)
 from xllm_jax.data.text import instructions
 
 
@@ -219,6 +224,29 @@ def test_text_stream_is_random_access_and_answerable():
             assert language.parse_objects(row.answer) == described
         if row.task == "asr":
             assert row.answer == media["text:speech"] == row.transcript
+
+
+def test_text_streams_of_requests_say_what_is_to_be_drawn():
+    shares = {"draw": 1.0, "draw_speech": 1.0, "draw_edit": 1.0}
+    rows = [text_example(3, index, shares=shares) for index in range(300)]
+    assert {row.task for row in rows} == {"draw"} and not any(row.outputs for row in rows)
+    for row in rows:
+        media, told = dict(row.media), language.parse_objects(row.answer)
+        if "text:image" in media:
+            (color,) = {item.color for item in told}
+            shown = language.parse_objects(media["text:image"])
+            assert told == {dataclasses.replace(item, color=color) for item in shown}
+            assert color in row.instruction
+            continue
+        asked = media.get("text:speech", row.instruction)
+        for values in (world.COLORS, world.SHAPES):
+            written = {one for one in values if one in asked}
+            assert written == {one for one in values if one in row.answer}
+        if "text:speech" in media:
+            assert row.instruction == "画<speech>" and asked == row.transcript
+            assert len(asked) < SLOT and language.spoken(asked) == asked
+    kinds = collections.Counter(next(iter(dict(row.media)), "") for row in rows)
+    assert min(kinds.values()) > 70 and len(kinds) == 3
 
 
 def test_listed_characters_are_those_of_transcripts():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import re
 from collections import Counter
 
 import numpy as np
@@ -13,7 +15,14 @@ from xllm_jax.configs import networks
 from xllm_jax.data.batching import scene_pictures
 from xllm_jax.data.media import image
 from xllm_jax.data.synthetic_world import clip_vocabulary, language, render, requests
-from xllm_jax.data.synthetic_world.scene import COLORS, HELD_OUT, PLACES, SHAPES
+from xllm_jax.data.synthetic_world.scene import (
+    COLORS,
+    HELD_OUT,
+    PLACES,
+    SHAPES,
+    choose,
+    sample_scene,
+)
 from xllm_jax.data.text.clip_tokenizer import ClipTokenizer
 
 COUNT = 3000
@@ -59,21 +68,53 @@ def test_its_words_name_what_is_wanted_and_nothing_else(asked):
             assert language.parse_objects(request.said) == set(request.scene.objects)
 
 
+def shown_relations(request, items) -> list[str]:
+    """Relations of a request's two objects in a picture of `items`."""
+    centers = {(item.shape, item.color): render.cell_center(item.place) for item in items}
+    first, second = (centers[one.shape, one.color] for one in request.objects)
+    across, down = first[0] - second[0], first[1] - second[1]
+    truth = {"左边": across < 0, "右边": across > 0, "上面": down < 0, "下面": down > 0}
+    return [name for name, holds in truth.items() if holds]
+
+
 def test_relations_hold_in_the_picture(asked):
     seen = Counter()
     for request in filter(lambda one: one.relation, asked):
-        centers = {
-            (item.shape, item.color): render.cell_center(item.place)
-            for item in request.scene.objects
-        }
-        first, second = (centers[one.shape, one.color] for one in request.objects)
-        across, down = first[0] - second[0], first[1] - second[1]
-        truth = {"左边": across < 0, "右边": across > 0, "上面": down < 0, "下面": down > 0}
-        assert [name for name, holds in truth.items() if holds] == [request.relation]
+        assert shown_relations(request, request.scene.objects) == [request.relation]
         order = [request.said.index(one.color + one.shape) for one in request.objects]
         assert order[0] < order[1] or request.said.count(request.objects[0].color) > 1
         seen[request.relation] += 1
     assert seen.keys() == set(requests.RELATIONS) and min(seen.values()) > 100
+
+
+def test_a_caption_says_all_of_a_picture_that_fulfils_the_request(asked):
+    for request in asked:
+        caption = requests.caption(request)
+        clauses = caption.split("，")
+        items = [next(iter(language.parse_objects(clause))) for clause in clauses]
+        assert items == sorted(items, key=lambda item: PLACES.index(item.place))
+        assert len({item.place for item in items}) == len(items) == len(request.objects)
+        assert any(
+            all(wanted.fits(item) for wanted, item in zip(request.objects, order))
+            for order in itertools.permutations(items)
+        ), (request.said, caption)
+        if request.relation:
+            assert shown_relations(request, items) == [request.relation]
+        if request.kind in ("plain", "repeated"):  # in the order of the request
+            words = [item.color + item.shape for item in items]
+            told = re.findall(f"(?:{'|'.join(COLORS)})(?:{'|'.join(SHAPES)})", request.said)
+            assert words == (told * len(words) if request.kind == "repeated" else told)
+        assert all(item.size == "大" for item in items if item.size not in request.said)
+
+
+def test_an_edit_changes_the_colors_alone():
+    rng = np.random.default_rng(3)
+    for _ in range(200):
+        scene, color = sample_scene(rng, "all"), choose(rng, COLORS)
+        request = requests.recolored(scene, color)
+        told = language.parse_objects(requests.caption(request))
+        assert told == {dataclasses.replace(item, color=color) for item in scene.objects}
+        assert told == set(request.scene.objects)
 
 
 def test_a_relation_is_always_found():
@@ -98,7 +139,7 @@ def test_every_word_of_a_request_is_known_to_the_text_encoder(asked, tokenizer):
     published = CLIPTokenizer.from_pretrained(tokenizer)
     ours = ClipTokenizer(tokenizer)
     assert len(published) == networks.TINY_CAPTION_VOCABULARY
-    texts = [request.said for request in asked]
+    texts = [*(one.said for one in asked), *map(requests.caption, asked)]
     ids = ours.encode(texts, networks.TINY_CAPTION)
     for text, row in zip(texts, ids):
         words = ours.words(row)

@@ -268,7 +268,7 @@ def spoken(examples: Sequence[Example], folder: Path, frames: int) -> list[Examp
     disk.make_folder(folder)
     found = []
     for example in examples:
-        text = language.spoken(example.outputs[0][1])
+        text = language.spoken(asked_for(example).said)
         file = folder / f"{example.key}.flac"
         voice = speak.sample_voice(np.random.default_rng(zlib.crc32(example.key.encode())), True)
         samples = speak.speak(text, voice)

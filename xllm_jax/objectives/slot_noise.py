@@ -37,6 +37,7 @@ def loss(
     tags: Sequence[Sequence[int]],
     repeating: Sequence[int] = (),
     pseudo: float = 0.0,
+    hidden: int = -1,
     train: bool = False,
     chunk: int = 64,
     **strengths: float,
@@ -55,6 +56,7 @@ def loss(
       tags: token ids (opening, closing) of each kind of slot.
       repeating: token ids of which one stands in every instruction to repeat, and in no other.
       pseudo: share of rows with a pseudo interface.
+      hidden: id of hidden words of answers; the LLM reads `strange` embeddings there, no token.
       train: disturbs the embeddings.
       chunk: logit vectors per row that exist at once.
       strengths: of `disturbed`.
@@ -65,6 +67,10 @@ def loss(
     """
     x = words = model.embed(params, batch)
     kinds = slot_kinds(batch.ids, tags)
+    if key is not None:
+        unread = (batch.ids == hidden) & ~batch.context & (batch.segments > 0)
+        drawn = strange(words, jax.random.fold_in(key, 2))
+        x = words = jnp.where(unread[..., None], drawn, words)
     if train and key is not None:
         x = disturbed(words, kinds, key, len(tags), **strengths)
         count = round(pseudo * len(words)) if PSEUDO in model.networks else 0
@@ -217,6 +223,17 @@ def disturbed(
     powers = jnp.where(kept, 0, draw(next(keys), (rows, count), minval=-0.5, maxval=1.0))
     y = y * stretch ** _each(powers, kinds)
     return jnp.where(kinds[..., None] > 0, y, x)
+
+
+def strange(x: Array, key: Array) -> Array:
+    """Embeddings in the shape of `x` that stand for nothing, as rows of new tokens are at first.
+
+    A row of the batch has them in one size, between a twentieth of and as large as those of `x`.
+    """
+    size, values = jax.random.split(key)
+    powers = jax.random.uniform(size, (len(x), 1, 1), x.dtype)
+    scale = jax.lax.stop_gradient(jnp.sqrt(jnp.square(x).mean()))
+    return scale * 20.0**-powers * jax.random.normal(values, x.shape, x.dtype)
 
 
 def _each(sizes: Array, kinds: Array) -> Array:

@@ -62,6 +62,8 @@ def examples(
         if not caption:
             raise UserError("has no caption to be drawn", field=one.key)
         shown = next((path for name, path in one.media if name == modality), "")
-        return instructions_to_draw.request(one.key, caption, modality, words, echo, reply, shown)
+        return instructions_to_draw.request(
+            one.key, caption, modality, words, echo, reply, picture=shown
+        )
 
     return Lazy(len(found), example)

@@ -17,17 +17,12 @@ from xllm_jax.core import bounded, damage
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
 from xllm_jax.data.rows.lazy import Lazy
-from xllm_jax.data.synthetic_world import language, plan
-from xllm_jax.data.synthetic_world.requests import SMOOTH, Request, Wanted
+from xllm_jax.data.synthetic_world import plan
+from xllm_jax.data.synthetic_world.requests import COLOR, EDITS, Request, recolored
 from xllm_jax.data.synthetic_world.scene import COLORS, SEEN_PAIRS, Scene, choose, generator
 from xllm_jax.data.text import instructions_to_draw
 
 PREFIX = "edit"
-WORDINGS = (
-    "画一张一样的图，但是{color}的",
-    "请画一张一样的图，但是{color}的",
-    "请画同样的图，但是都是{color}的",
-)
 
 
 def examples(path: str, split: str = "train", reply: bool = False) -> Sequence[Example]:
@@ -76,12 +71,7 @@ def _edit(key: str) -> tuple[Request, str]:
     before = plan.scene(int(seed), split, int(index))
     rng = generator(int(seed), PREFIX, split, int(index))
     color = choose(rng, _choices(before, split))
-    objects = tuple(dataclasses.replace(item, color=color) for item in before.objects)
-    scene = dataclasses.replace(before, objects=objects, background=SMOOTH)
-    said = language.caption(scene, rng, plan.unseen_wording(split, int(index))).rstrip("。")
-    wanted = tuple(Wanted(**dataclasses.asdict(item)) for item in objects)
-    request = Request(wanted, said, scene, kind=PREFIX)
-    return request, choose(rng, WORDINGS).format(color=color)
+    return recolored(before, color), choose(rng, EDITS).replace(COLOR, color)
 
 
 def _choices(scene: Scene, split: str) -> tuple[str, ...]:

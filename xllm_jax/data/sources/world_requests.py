@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
 from xllm_jax.data.rows.lazy import Lazy
+from xllm_jax.data.synthetic_world import requests
 from xllm_jax.data.synthetic_world.requests import Request, sample_request
 from xllm_jax.data.synthetic_world.scene import generator
 from xllm_jax.data.text import instructions_to_draw
@@ -50,8 +51,9 @@ def examples(
 
     def example(index: int) -> Example:
         key = f"{split}-{seed}-{index}"
-        said = asked_for(key).said
-        return instructions_to_draw.request(key, said, "image", words, echo, reply)
+        asked = asked_for(key)
+        caption = requests.caption(asked)
+        return instructions_to_draw.request(key, caption, "image", words, echo, reply, asked.said)
 
     return Lazy(count, example)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.data.example import Example
-from xllm_jax.data.synthetic_world.text_stream import SHARES, text_example
+from xllm_jax.data.synthetic_world.text_stream import MAKERS, SHARES, text_example
 
 
 class Stream(Sequence):
@@ -47,12 +47,12 @@ def examples(
     Raises:
       UserError: `shares` names a kind that the stream does not have.
     """
-    unknown = sorted(shares.keys() - SHARES.keys())
+    unknown = sorted(shares.keys() - MAKERS.keys())
     if unknown:
         raise UserError(
             f"the text stream has no kind {unknown[0]!r}",
             field="options.shares",
-            hint=f"Choices: {', '.join(SHARES)}",
+            hint=f"Choices: {', '.join(MAKERS)}",
         )
     seed = {"train": 1, "val": 2, "test": 3}[split] + 10 * seed
     options = {"spelled": spelled, "unnamed": unnamed, "shuffled": shuffled}

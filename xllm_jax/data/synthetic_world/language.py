@@ -7,6 +7,7 @@ in the test split, told apart by `unseen=True`.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -91,6 +92,12 @@ def caption(scene: Scene, rng: np.random.Generator, unseen: bool = False) -> str
 def _caption(objects: tuple[Object, ...], sentence: str, phrase: str) -> str:
     phrases = [phrase.format(place=item.place, look=look(item)) for item in objects]
     return sentence.format(objects="，".join(phrases), count=NUMBERS[len(objects)])
+
+
+def inventory(objects: Sequence[Object]) -> str:
+    """All objects, each with its place, size and color, in one wording: 左边有大的红色圆形，…"""
+    phrases = [f"{item.place}有{look(item)}" for item in objects]
+    return "，".join(phrases)
 
 
 def region(item: Object, rng: np.random.Generator, unseen: bool = False) -> str:

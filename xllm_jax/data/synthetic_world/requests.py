@@ -3,6 +3,9 @@
 A request says less than a scene holds: what it leaves open (a size, a place) may be anything. Every
 request comes with one scene that fulfils it, so that pictures for training are right by
 construction, and `evaluation/scene_reader.py` says which of the asked things a picture shows.
+
+A caption says all of a picture. The one of a request (`caption`) adds what was left open, always
+in the same way, as an LLM does that writes a detailed prompt for what it is asked for.
 """
 
 from __future__ import annotations
@@ -29,6 +32,22 @@ from xllm_jax.data.synthetic_world.scene import (
 SMOOTH = "gradient"
 # Where the first object stands, seen from the second: (columns, rows) of the grid.
 RELATIONS = {"左边": (-1, 0), "右边": (1, 0), "上面": (0, -1), "下面": (0, 1)}
+# Where they stand in a caption, and where objects do of which nobody says where, by their number.
+OPPOSITE = {
+    "左边": ("左边", "右边"),
+    "右边": ("右边", "左边"),
+    "上面": ("上面", "下面"),
+    "下面": ("下面", "上面"),
+}
+ABREAST = {1: ("中间",), 2: ("左边", "右边"), 3: ("左边", "中间", "右边")}
+LARGE = "大"  # of which nobody says how large they are
+# Requests for a picture that is shown in another color; COLOR is its place.
+COLOR = "{color}"
+EDITS = (
+    "画一张一样的图，但是{color}的",
+    "请画一张一样的图，但是{color}的",
+    "请画同样的图，但是都是{color}的",
+)
 SHARES = {"plain": 0.35, "placed": 0.3, "repeated": 0.1, "related": 0.25}
 
 
@@ -52,7 +71,7 @@ class Request:
     """Objects to be drawn, these and no others.
 
     Attributes:
-      objects: what was asked for; reading order of the scene, except in relations.
+      objects: what was asked for, in the order of `said`.
       said: how it is said, a phrase without a full stop.
       scene: one picture that fulfils it.
       relation: where the first object stands, seen from the second; a key of RELATIONS or ''.
@@ -92,6 +111,30 @@ def sample_request(
     return dataclasses.replace(made, scene=scene, kind=kind)
 
 
+def caption(request: Request) -> str:
+    """The picture that a request is answered with: every object with its size and place.
+
+    Objects that no place was named for stand side by side in the order of the request, or opposite
+    each other as their relation is; they are large where no size was named.
+    """
+    wanted = request.objects
+    places = [item.place for item in wanted]
+    if not all(places):
+        places = OPPOSITE[request.relation] if request.relation else ABREAST[len(wanted)]
+    items = [
+        Object(one.shape, one.color, one.size or LARGE, place) for one, place in zip(wanted, places)
+    ]
+    return language.inventory(sorted(items, key=lambda item: PLACES.index(item.place)))
+
+
+def recolored(scene: Scene, color: str) -> Request:
+    """The request for a scene in which all objects have a color, on a plain background."""
+    objects = tuple(dataclasses.replace(item, color=color) for item in scene.objects)
+    wanted = tuple(Wanted(**dataclasses.asdict(item)) for item in objects)
+    changed = dataclasses.replace(scene, objects=objects, background=SMOOTH)
+    return Request(wanted, language.inventory(objects), changed, kind="edit")
+
+
 def _plain(rng: np.random.Generator, pairs: str, unseen_wording: bool) -> Request:
     """Objects of some looks, anywhere: 一个大的红色圆形和一个蓝色方形."""
     scene = sample_scene(rng, pairs)
@@ -100,10 +143,10 @@ def _plain(rng: np.random.Generator, pairs: str, unseen_wording: bool) -> Reques
         Wanted(item.shape, item.color, item.size if told else "")
         for item, told in zip(scene.objects, sized)
     )
-    order = [wanted[int(i)] for i in rng.permutation(len(wanted))]
+    order = tuple(wanted[int(i)] for i in rng.permutation(len(wanted)))
     first, *others = (f"一个{_look(one)}" for one in order)
     joined = "，".join([first, *others[:-1]])
-    return Request(wanted, "和".join([joined, *others[-1:]]), scene)
+    return Request(order, "和".join([joined, *others[-1:]]), scene)
 
 
 def _placed(rng: np.random.Generator, pairs: str, unseen_wording: bool) -> Request:

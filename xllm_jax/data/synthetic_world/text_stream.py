@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from xllm_jax.data.example import Example
-from xllm_jax.data.synthetic_world import language, motion, questions
+from xllm_jax.data.synthetic_world import language, motion, questions, requests
 from xllm_jax.data.synthetic_world.scene import (
     COLORS,
     PLACES,
@@ -26,7 +26,9 @@ from xllm_jax.data.synthetic_world.scene import (
     generator,
     sample_scene,
 )
+from xllm_jax.data.text import instructions_to_draw
 
+# Kinds without a share here are for streams that ask for them.
 SHARES = {
     "answer_scene": 0.44,
     "dialogue_scene": 0.09,
@@ -39,6 +41,7 @@ SHARES = {
     "answer_speech": 0.14,
     "sentence": 0.01,
 }
+SLOT = 24  # most characters of a written request that stands in the speech slot
 # What the LLM is asked about a written scene: more of what is hard to read than people ask.
 KINDS = {
     "color": 0.16,
@@ -72,7 +75,7 @@ def text_example(
       index: position in the stream.
       pairs: 'all' lets the language know every color and shape together, as a real LLM does; the
         held-out pairs are held out from pictures. 'seen' holds them out of the text too.
-      shares: {kind of example, a key of SHARES: how often, in relation to the others}.
+      shares: {kind of example, a key of MAKERS: how often, in relation to the others}.
       spelled: share of written sentences that stand in the slot character by character, with one
         more sign at the end, as CIF fires.
       unnamed: share of written clips whose frames are sentences without a frame's name, in order,
@@ -246,6 +249,35 @@ def _answer_speech(rng, key, pairs):
     return Example(key, media, "", asked.answer, "spoken_vqa", transcript=said, tags=(asked.kind,))
 
 
+def _request(rng, pairs):
+    """A request to draw in any wording, as in `ask`."""
+    return requests.sample_request(rng, pairs, unseen_wording=rng.random() < UNSEEN_SHARE)
+
+
+def _draw(rng, key, pairs):
+    asked = _request(rng, pairs)
+    words = choose(rng, instructions_to_draw.WORDINGS["zh"].requests)
+    instruction = words.replace(instructions_to_draw.CAPTION, asked.said)
+    return Example(key, (), instruction, requests.caption(asked), "draw", tags=(asked.kind,))
+
+
+def _draw_speech(rng, key, pairs):
+    asked = _request(rng, pairs)
+    while len(said := language.spoken(asked.said)) >= SLOT:
+        asked = _request(rng, pairs)
+    media = (("text:speech", said),)
+    return Example(key, media, "画<speech>", requests.caption(asked), "draw", transcript=said)
+
+
+def _draw_edit(rng, key, pairs):
+    scene = sample_scene(rng, pairs)
+    color = choose(rng, COLORS)
+    media = (("text:image", describe(scene, rng)),)
+    instruction = choose(rng, requests.EDITS).replace(requests.COLOR, color)
+    asked = requests.recolored(scene, color)
+    return Example(key, media, instruction, requests.caption(asked), "draw", tags=(asked.kind,))
+
+
 def _sentence(rng, key, pairs):
     return Example(key, answer=sentence(rng, pairs), task="text")
 
@@ -260,5 +292,8 @@ MAKERS = {
     "repeat_speech": _repeat_speech,
     "repeat_speech_scene": _repeat_speech_scene,
     "answer_speech": _answer_speech,
+    "draw": _draw,
+    "draw_speech": _draw_speech,
+    "draw_edit": _draw_edit,
     "sentence": _sentence,
 }

@@ -85,6 +85,7 @@ def request(
     wording: Wording,
     echo: bool = False,
     reply: bool = True,
+    said: str = "",
     picture: str = "",
 ) -> Example:
     """A request to draw a caption, always in the same words.
@@ -97,17 +98,18 @@ def request(
       echo: the answer says the caption before the picture, so that the LLM's states there are about
         it, instead of one of the wording's replies.
       reply: False answers with the picture alone.
+      said: how it is asked for, where that is not the caption itself.
       picture: file that shows it.
     """
     generator = np.random.default_rng(zlib.crc32(key.encode()))
-    asked, said = (
+    asked, answer = (
         one[int(generator.integers(len(one)))] for one in (wording.requests, wording.replies)
     )
-    said = f"{caption} {RUN}" if echo else said if reply else RUN
+    answer = f"{caption} {RUN}" if echo else answer if reply else RUN
     return Example(
         key,
-        instruction=asked.replace(CAPTION, caption),
-        answer=said.replace(RUN, f"<{modality}>"),
+        instruction=asked.replace(CAPTION, said or caption),
+        answer=answer.replace(RUN, f"<{modality}>"),
         task="draw",
         outputs=((modality, caption),),
         pictures=(picture,) if picture else (),

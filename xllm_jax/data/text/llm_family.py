@@ -51,6 +51,7 @@ class LLMFamily(abc.ABC):
       tokenizer: text to ids and back.
       ends: ids that end an answer.
       pad: id that fills the places behind it.
+      mask: id of a word that is hidden.
       specials: ids that stand for no text.
       spare: ids that the tokenizer never gives and that the LLM has rows for.
     """
@@ -61,6 +62,7 @@ class LLMFamily(abc.ABC):
     tokenizer: Tokenizer
     ends: tuple[int, ...]
     pad: int
+    mask: int
     specials: frozenset[int]
     spare: range = range(0)
 

@@ -72,7 +72,8 @@ class OutputProjection(nn.Module):
       llm_layers: layers of the LLM whose states are read: 0 are its input embeddings, i the states
         behind layer i, -1 those behind the final norm.
       llm_width: D.
-      tokens: n; a linear projection has a weight for each, the others take any number.
+      tokens: n; a projection that is linear or in order has a weight for each, the others take any
+        number.
       queries: q, embeddings of a caption.
       width: of the head inside.
       output_width: of a caption's embedding.
@@ -151,6 +152,26 @@ class Head(nn.Module):
         """`[N, q, width]` to `[N, q, output_width]`."""
         return layers.Dense(self.output_width, dtype=self.dtype, name="outputs")(x)
 
+    def mixed(self, x: Array, initial: nn.initializers.Initializer) -> Array:
+        """The learned queries with a weighted sum of all tokens each, `[N, n, width]` to `[N, q,
+        width]`."""
+        mixing = self.param("mixing", initial, (x.shape[1], self.queries), jnp.float32)
+        return jnp.einsum("bnd,nq->bqd", x, mixing.astype(self.dtype)) + self.learned_queries()
+
+    def layers_of(
+        self, layer: type[nn.Module], depth: int, name: str, x: Array, *memory: Array
+    ) -> Array:
+        """A stack of layers and its final norm."""
+        options = {"remat": self.remat, "unroll": self.unroll}
+        stack = layers.stack(layer, depth, broadcast=len(memory), **options)
+        x, _ = stack(self.heads, 4 * self.width, self.dtype, name=name)(x, *memory)
+        return layers.LayerNorm(dtype=self.dtype, name=f"{name}_norm")(x)
+
+
+def in_order(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
+    """`[n, q]`: query i + 1 takes token i alone; tokens behind the last query go to none."""
+    return jnp.eye(*shape, k=1, dtype=dtype)
+
 
 class TransformerHead(Head):
     """A transformer without positions: four layers read the tokens, four the queries."""
@@ -160,16 +181,25 @@ class TransformerHead(Head):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """`[N, n, D]` to `[N, q, output_width]`."""
-        memory = self._run(Encoder, "encoder", self.inputs(x))
+        memory = self.layers_of(Encoder, self.depth, "encoder", self.inputs(x))
         queries = jnp.broadcast_to(self.learned_queries(), (x.shape[0], self.queries, self.width))
-        return self.outputs(self._run(Decoder, "decoder", queries, memory))
+        return self.outputs(self.layers_of(Decoder, self.depth, "decoder", queries, memory))
 
-    def _run(self, layer: type[nn.Module], name: str, x: Array, *memory: Array) -> Array:
-        """A stack of layers and its final norm."""
-        options = {"remat": self.remat, "unroll": self.unroll}
-        stack = layers.stack(layer, self.depth, broadcast=len(memory), **options)
-        x, _ = stack(self.heads, 4 * self.width, self.dtype, name=name)(x, *memory)
-        return layers.LayerNorm(dtype=self.dtype, name=f"{name}_norm")(x)
+
+class InOrderHead(Head):
+    """A transformer over queries that begin with the tokens, in their order.
+
+    The first query stands for a caption's begin of text and the next for its words: where the
+    signal tokens tell a caption word by word, a query need not find its own among them.
+    """
+
+    depth: int = 4
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """`[N, n, D]` to `[N, q, output_width]`."""
+        mixed = self.mixed(self.inputs(x), in_order)
+        return self.outputs(self.layers_of(Encoder, self.depth, "encoder", mixed))
 
 
 class LinearHead(Head):
@@ -178,11 +208,8 @@ class LinearHead(Head):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """`[N, n, D]` to `[N, q, output_width]`."""
-        x = self.inputs(x)
         initial = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
-        mixing = self.param("mixing", initial, (x.shape[1], self.queries), jnp.float32)
-        mixed = jnp.einsum("bnd,nq->bqd", x, mixing.astype(self.dtype))
-        return self.outputs(mixed + self.learned_queries())
+        return self.outputs(self.mixed(self.inputs(x), initial))
 
 
 class QFormerHead(Head):
@@ -213,6 +240,12 @@ class TransformerProjection(OutputProjection):
     """The paper's: an encoder-decoder transformer."""
 
     HEAD = TransformerHead
+
+
+class InOrderProjection(OutputProjection):
+    """For captions that the signal tokens tell word by word; not the paper's."""
+
+    HEAD = InOrderHead
 
 
 class LinearProjection(OutputProjection):

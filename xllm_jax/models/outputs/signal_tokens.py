@@ -27,16 +27,19 @@ class SignalTokens(nn.Module):
       width: of the LLM.
       initial: 'normal' draws the rows, as NExT-GPT's released checkpoint began; 'mean' takes the
         mean of the LLM's other rows, as its second version does.
+      deviation: standard deviation of drawn rows. The projection adds a token's row to the LLM's
+        state there, and tells the tokens of a run apart by nothing else.
       dtype: compute dtype.
     """
 
     registry: tuple[tuple[str, int, int], ...]
     width: int = 4096
     initial: str = "normal"
+    deviation: float = 0.02
     dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
-        normal = layers.truncated_normal()
+        normal = layers.truncated_normal(self.deviation)
 
         def table(name: str, count: int) -> Array:
             return self.param(name, normal, (count, self.width), jnp.float32)
@@ -84,6 +87,6 @@ class SignalTokens(nn.Module):
         return jnp.zeros((1, 2, self.width)), jnp.zeros((1, 2), jnp.int32)
 
 
-SIZES = {"chatglm_6b": dict(width=4096), "tiny": dict(width=128)}
+SIZES = {"chatglm_6b": dict(width=4096), "tiny": dict(width=128, deviation=0.25)}
 
 SHARDING = ((r".*_(embedding|head)", PartitionSpec()),)

@@ -44,6 +44,7 @@ class Family(LLMFamily):
         self.ends = tuple(dict.fromkeys([*found[:1], *told]))
         pads = (self.tokenizer.find(piece) for piece in PADS)
         self.pad = next((index for index in pads if index is not None), self.ends[0])
+        self.mask = self.pad  # causal tokenizers have no other sign that stands for no text
         self.specials = self.tokenizer.specials | {*self.start, *self.ends, self.pad}
         told = causal_tokenizer.read_json(Path(folder) / CONFIGS[-1]).get("vocab_size", 0)
         rows = max(told, self.tokenizer.pieces)

@@ -45,6 +45,7 @@ class Family(LLMFamily):
         self.tokenizer = ChatGLMTokenizer(folder)
         self.tokens = self.tokenizer.specials
         self.ends, self.pad = (self.tokens.eop,), self.tokens.pad
+        self.mask = self.tokens.mask
         self.specials = frozenset(vars(self.tokens).values())
         self.spare = range(self.tokenizer.pieces, self.tokenizer.vocab)
 
