@@ -7,7 +7,7 @@ change it. In it are
 
     stages      every field of each stage that the demo trains, as its commands resolve it
     programs    StableHLO of each stage's training step and of decoding, without locations and names
-    backbones   the bytes of the shipped backbones but the decoder's: the demo does not draw
+    backbones   the bytes of the shipped backbones but those of pictures out: the demo does not draw
     batches     the first batch of each stage on a small world: whole numbers exactly, pixels and
                 sounds by deviation and by mean in deviations, which other processors share
     scorers     what the scorers say of fixed answers
@@ -71,6 +71,7 @@ SHARES = {
 }  # of the records of each source, and of the steps
 IDLE = ("name", "log_every", "save_every", "keep", "stall", "wandb", "profile", "best.")
 IDLE += ("data.threads", "data.waiting", "validation.")
+UNUSED = (Path(networks.DECODER).name, networks.LLM_REQUESTS)
 SHIPPED = Path(xllm_jax.__file__).parent / "data" / "synthetic_world" / "backbones"
 
 
@@ -164,7 +165,7 @@ def backbones() -> Iterator[tuple[str, str]]:
     """(path, hash) of the shipped files that the demo uses."""
     for file in sorted(SHIPPED.rglob("*")):
         name = str(file.relative_to(SHIPPED))
-        if file.is_file() and not name.startswith(Path(networks.DECODER).name):
+        if file.is_file() and not name.startswith(UNUSED):
             yield name, hashlib.sha256(file.read_bytes()).hexdigest()
 
 

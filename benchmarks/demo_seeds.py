@@ -2,10 +2,11 @@
 
 PYTHONPATH=. python benchmarks/demo_seeds.py --output=seeds [--seeds=5] [--first=1]
 
-What is finished is kept: the same command goes on where it stopped. The table stands between marks
-that carry the hash of `demo_behavior.py`; `tests/test_demo_seeds.py` fails when it is no longer the
-hash of the code. `xllm_jax/report/recorded.json` keeps the runs, so that `make demo` can say where
-its own lies. The hash is taken before and after the runs, and nothing is written when they differ.
+What is finished is kept: the same command goes on where it stopped, and runs of other seeds that
+were recorded of the same code stay in the table. It stands between marks that carry the hash of
+`demo_behavior.py`; `tests/test_demo_seeds.py` fails when it is no longer the hash of the code.
+`xllm_jax/report/recorded.json` keeps the runs, so that `make demo` can say where its own lies. The
+hash is taken before and after the runs, and nothing is written when they differ.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import demo_behavior
 import jax
@@ -60,6 +62,21 @@ def run(output: Path, seed: int, *more: str) -> dict[str, float]:
     return spread.values(output / f"seed-{seed}" if seed else output)
 
 
+def merged(
+    known: Mapping[str, Any] | None, code: str, runs: Mapping[str, spread.Values]
+) -> dict[str, spread.Values]:
+    """Runs of this code in the order of their seeds: those recorded before, and these instead.
+
+    Args:
+      known: of `spread.recorded`.
+      code: the hash.
+      runs: {seed: Values}.
+    """
+    before = known["runs"] if known and known["hash"] == code else {}
+    found = {**before, **runs}
+    return {seed: found[seed] for seed in sorted(found, key=int)}
+
+
 def main() -> None:
     """Runs all seeds, then writes."""
     parser = argparse.ArgumentParser()
@@ -69,9 +86,10 @@ def main() -> None:
     given = parser.parse_args()
     code = demo_behavior.whole(demo_behavior.behavior())
     seeds = range(given.first, given.first + given.seeds)
-    runs = {str(seed): run(given.output.absolute(), seed) for seed in seeds}
+    made = {str(seed): run(given.output.absolute(), seed) for seed in seeds}
     if demo_behavior.whole(demo_behavior.behavior()) != code:
         sys.exit("The code has changed meanwhile: nothing was written")
+    runs = merged(spread.recorded(), code, made)
     about = {"hash": code, "commit": fingerprint.commit(), "jax": jax.__version__, "runs": runs}
     atomic.write_json(ROOT / "xllm_jax" / "report" / spread.RECORDED, about)
     for page in PAGES:

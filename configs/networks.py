@@ -41,6 +41,7 @@ TINY_CAPTION_VOCABULARY = 683
 TINY_AUTOENCODER = {"channels": (16, 24, 32)}
 TINY_SCALING = 0.5858968478617607
 
+LLM_REQUESTS = "llm_requests"  # base of the mini LLM that has read requests to draw
 DECODER = "bases/image_decoder"  # text encoder, UNet and autoencoder of a diffusion model
 
 MODALITIES = {
@@ -99,7 +100,7 @@ def signal_tokens(size: str) -> Part:
 def image_projection(size: str) -> Part:
     """NExT-GPT's output projection for Stable Diffusion 1.5, or the miniature's."""
     if size == "tiny":
-        fields = {"queries": TINY_CAPTION, "tokens": SIGNALS[size], **_adapter(size)}
+        fields = {"queries": TINY_CAPTION, **_adapter(size)}
         return Part("outputs.projection.InOrderProjection", size, fields)
     return Part("outputs.projection.TransformerProjection", "stable_diffusion_1")
 

@@ -16,6 +16,7 @@ WORLD = {
     "clip_questions": Source("instructions", "instructions", options={"modality": "video"}),
     "image_questions": Source("instructions", "instructions", options={"modality": "image"}),
     "spoken_images": Source("instructions", "instructions", options={"modality": "image+speech"}),
+    "image_transcripts": Source("visdial", "visdial", options={"kind": "asr_image"}),
     "transcripts": Source("instructions", "instructions", options={"modality": "speech"}),
 }
 
@@ -39,7 +40,20 @@ INSTRUCTIONS = {
 REQUESTS = {
     "cc3m": Source("requests", "cc3m", options={"reader": "cc3m", "wording": "en", "echo": True}),
 }
-WORLD_REQUESTS = {"requests": Source("world_requests", options={"count": 40_000})}
+WORLD_REQUESTS = {"requests": Source("world_requests", options={"count": 40_000, "echo": True})}
+# Beside them, what is answered without a picture, about written media: the rows of signal tokens
+# learn when not to be said.
+WORLD_WORDS = {
+    "words": Source(
+        "world_text",
+        options={
+            "count": 20_000,
+            "seed": 3,
+            "spelled": 0.5,
+            "shares": {"answer_scene": 0.4, "caption_scene": 0.3, "answer_speech": 0.3},
+        },
+    )
+}
 # Captions of the world's files, whose pictures a denoising loss reads.
 WORLD_CAPTIONS = {
     "requests": Source("requests", "coco", options={"reader": "coco", "reply": False}),

@@ -25,7 +25,10 @@ def get_config(size: str = "real") -> Stage:
             "text_encoder": networks.text_encoder(size),
         },
         outputs={"image": networks.image_output()},
-        init={"llm": "bases/llm", "text_encoder": networks.DECODER},
+        init={
+            "llm": f"bases/{networks.LLM_REQUESTS}" if tiny else "bases/llm",
+            "text_encoder": networks.DECODER,
+        },
         trainable=(r"signal_tokens/.*", r"image_projection/.*"),
         objective="align",
         optimizer=Optimizer(
@@ -66,15 +69,16 @@ def _data() -> Data:
 def _tiny_data() -> Data:
     return Data(
         root="world",
-        sources=sources.WORLD_REQUESTS,
+        sources={**sources.WORLD_REQUESTS, **sources.WORLD_WORDS},
+        mix={"requests": 3.0, "words": 1.0},
         tokenizer="bases/llm",
         signals={"image": networks.signals("tiny", runs=4)},
         caption_tokenizer=f"{networks.DECODER}/tokenizer",
         caption_length=networks.TINY_CAPTION,
-        examples=24,
+        examples=32,
         rows=8,
-        length=192,
-        answers=72,
+        length=272,
+        answers=140,
         **sources.tiny_image(),
     )
 

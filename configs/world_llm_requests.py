@@ -4,11 +4,14 @@
 
 Goes on from `world_llm_slots`. A large LLM knows how to write a detailed prompt for what somebody
 wants to see; this one learns it here, from text alone: requests in writing, requests in the speech
-slot, and written scenes that are wanted in another color. In most of them it does not read the
-words that it writes (`data/batching/blank_infilling.py`), but embeddings that it has never seen, as
-signal tokens have when they are new: each place has to know its own word. Speech beside a picture
-is not repeated any more. The LLM that ships is the result; `make backbones` runs all three files.
+slot, and written scenes that are wanted in another color. Mostly it says the prompt again where it
+does not read the words that it says (`data/batching/blank_infilling.py`) but embeddings that it has
+never seen, as signal tokens have when they are new: each place has to know its own word. Speech
+beside a picture is not repeated any more. The LLM that ships is the result; `make backbones` runs
+all three files.
 """
+
+import dataclasses
 
 from xllm_jax.configs import networks, world_llm_slots
 from xllm_jax.core.stage import Stage
@@ -28,5 +31,6 @@ def get_config(size: str = "tiny") -> Stage:
     options = stage.data.sources["text"].options
     options.update(seed=2, shares={**shares, **DRAWN})
     stage.options["hidden"] = networks.TINY_MASK
-    stage.steps = 5000
+    stage.data = dataclasses.replace(stage.data, examples=40, length=144, answers=64)
+    stage.steps = 3500
     return stage

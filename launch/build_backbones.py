@@ -29,6 +29,7 @@ from xllm_jax.configs import (
     world_blip2,
     world_diffusion,
     world_llm_requests,
+    world_llm_slots,
     world_text_places,
     world_vision,
 )
@@ -47,7 +48,7 @@ from xllm_jax.launch import cli
 from xllm_jax.models.bert import SIZES as BERT_SIZES
 from xllm_jax.models.bert import BertEncoder
 from xllm_jax.models.outputs.autoencoder import Autoencoder
-from xllm_jax.models.xllm import XLLM
+from xllm_jax.models.xllm import LLM, XLLM
 
 OUTPUT = flags.DEFINE_string("output", "bases", "Folder in which the bases are written.")
 EXPORT = flags.DEFINE_string(
@@ -74,6 +75,8 @@ WORDS_AROUND = ("paper", "chatglm_zh", "plain")  # templates whose words the tok
 SHIPPED = Path(xllm_jax.__file__).parent / "data" / "synthetic_world" / "backbones"
 DECODER = SHIPPED / Path(networks.DECODER).name
 BLIP2 = "blip2_stage2"
+# The demo's LLM, and the same after it has read requests to draw, which answers with pictures.
+LLMS = {LLM: world_llm_slots, networks.LLM_REQUESTS: world_llm_requests}
 LATENTS_NAME = sources.LATENTS
 
 
@@ -91,7 +94,8 @@ def main(_: list[str]) -> None:
         return
     if EXPORT.value:
         export(Path(EXPORT.value), output)
-    world.import_llm(SHIPPED / "llm", output / "llm")
+    for name in LLMS:
+        world.import_llm(SHIPPED / name, output / name)
     vision = model(world_vision.get_config()).networks["vision_encoder"]
     world.import_vision(vision, SHIPPED / "vision_encoder", output / "vision_encoder")
     interface = model(world_blip2.get_config()).networks["image_interface"]
@@ -153,8 +157,14 @@ def export(runs: Path, bases: Path) -> None:
       runs: folder of the runs; what it lacks stays as it ships.
       bases: with the tokenizers and the latents' scaling.
     """
+    for name, config in LLMS.items():
+        stage = config.get_config()
+        if not (runs / stage.name).is_dir():
+            print(f"No run {stage.name}: what ships stays")
+            continue
+        xllm, params = trained(stage, runs, (LLM,))
+        world.export_llm(xllm.networks[LLM], params[LLM], bases / LLM, SHIPPED / name)
     for name, stage in (
-        ("llm", world_llm_requests.get_config()),
         ("vision_encoder", world_vision.get_config()),
         ("image_interface", world_blip2.get_config()),
         ("text_model", world_bert.get_config()),
@@ -167,9 +177,7 @@ def export(runs: Path, bases: Path) -> None:
             export_decoder(runs, bases)
             continue
         xllm, params = trained(stage, runs, (name,))
-        if name == "llm":
-            world.export_llm(xllm.networks[name], params[name], bases / name, SHIPPED / name)
-        elif name == "image_interface":
+        if name == "image_interface":
             world.export_blip2(xllm.networks[name], params[name], SHIPPED / BLIP2)
         elif name == "text_model":
             vocabulary = SHIPPED / "bert" / world.VOCABULARY

@@ -133,7 +133,7 @@ def main(_: list[str]) -> None:
             raise UserError("goes with --suite", field=f"--{flag.name}", hint="Give --suite=NAME")
     began = time.monotonic()
     if DRAW.value:
-        drawn(Path(RUNS.value))
+        draw_all(Path(RUNS.value))
         if not any(ended(Path(RUNS.value) / name) for name in (ASR, STAGE3)):
             return
     else:
@@ -141,7 +141,10 @@ def main(_: list[str]) -> None:
     todo = demo_suite.tasks(DATA.value, LIMIT.value, cli.ALLOW_PATHS.value, CER.value)
     results = demo_suite.run(todo, models(Path(RUNS.value)))
     results["measures"] |= pairs(Path(RUNS.value))
-    results["measures"] |= drawings(Path(RUNS.value), Path(OUTPUT.value) / "pictures")
+    drawn = drawings(Path(RUNS.value), Path(OUTPUT.value) / "pictures")
+    if drawn:
+        results["measures"] |= drawn
+        results["comparisons"] |= drawing_suite.comparisons(drawn)
     results["curves"] = demo_suite.curves(RUNS.value)
     results["timings"] = timings(time.monotonic() - began)
     results["cer"] = error_rate.STATED[CER.value]
@@ -151,7 +154,7 @@ def main(_: list[str]) -> None:
     print(f"\nWith pictures: {Path(OUTPUT.value) / 'report.html'}")
 
 
-def drawn(runs: Path) -> None:
+def draw_all(runs: Path) -> None:
     """Draws with every run below a folder that can, and prints a line for each."""
     found = evaluate_drawing.runs_in(runs)
     arguments = (Path(DRAW.value), LIMIT.value, ROWS.value, SEED.value)
@@ -189,9 +192,15 @@ def stage3_models(runs: Path) -> dict[str, Callable[[], measure.Answer]]:
         restored = dataclasses.replace(restored, model=first[0].model)
         return assistant.Assistant(restored, ROWS.value).answers
 
+    def draws() -> measure.Answer:
+        restored = load_run(runs / STAGE3, outputs=runs / DRAWS)
+        return assistant.Assistant(restored, ROWS.value).answers
+
     trained = [f"{modality}_interface" for modality in ("image", "video", "speech")]
     before = dict.fromkeys(trained, "")
     found = {"before": lambda: load(before), "after": lambda: load({})}
+    if ended(runs / DRAWS) and same_llm(runs / STAGE3, runs / DRAWS):
+        found["draws"] = draws
     others = {
         model: before | {"image_interface": str(runs / name)}
         for model, name in IMAGE_RUNS.items()
@@ -225,7 +234,7 @@ def drawings(runs: Path, folder: Path) -> dict[str, Any]:
     out = stage_of(runs / DRAWS).outputs["image"]
     base = decoder_base.look(out.decoder)
     renderer, how = base.renderer(PICTURES), drawing_suite.Rendering(base.size)
-    joined = ended(runs / STAGE3)
+    joined = ended(runs / STAGE3) and same_llm(runs / STAGE3, runs / DRAWS)
     restored = load_run(runs / STAGE3, outputs=runs / DRAWS) if joined else load_run(runs / DRAWS)
     model = assistant.Assistant(restored, ROWS.value)
     asked = drawing_suite.requests(LIMIT.value or drawing_suite.COUNT)
@@ -235,7 +244,7 @@ def drawings(runs: Path, folder: Path) -> dict[str, Any]:
         drawing_suite.by_answers(model.replies, renderer, how),
         folder,
         {
-            "ceiling": drawing_suite.by_words(base, renderer, how),
+            drawing_suite.CEILING: drawing_suite.by_words(base, renderer, how),
             "unconditional": drawing_suite.by_words(base, renderer, how, words=False),
         },
     )
@@ -257,6 +266,11 @@ def drawings(runs: Path, folder: Path) -> dict[str, Any]:
         looks = one["metrics"]["looks"]["value"]
         print(f"{one['title']}: looks {looks:.3f} ({one['seconds']:.0f} s)")
     return made
+
+
+def same_llm(*runs: Path) -> bool:
+    """Whether runs stand beside the same LLM: what one has learned is of no use beside another."""
+    return len({stage_of(run).init.get("llm", "") for run in runs}) == 1
 
 
 def ended(run: Path) -> bool:

@@ -48,6 +48,14 @@ def test_names_do_not_change_a_program_and_numbers_do():
     assert demo_behavior.nameless(first) != demo_behavior.nameless(other)
 
 
+def test_runs_of_the_same_code_are_kept_and_of_another_are_not():
+    known = {"hash": "a", "runs": {"2": {VQA: 0.2}, "10": {VQA: 0.1}}}
+    made = {"2": {VQA: 0.9}, "3": {VQA: 0.3}}
+    found = demo_seeds.merged(known, "a", made)
+    assert list(found) == ["2", "3", "10"] and found["2"] == {VQA: 0.9}
+    assert demo_seeds.merged(known, "b", made) == demo_seeds.merged(None, "b", made) == made
+
+
 def test_settings_count_unless_they_change_no_figure():
     stage = demo_behavior.stage("stage2_image")
     quiet = dataclasses.replace(stage, log_every=7, save_every=9, name="another")

@@ -78,6 +78,45 @@ def test_an_unknown_split_is_refused():
         world_requests.examples(split="dev")
 
 
+def test_the_ceilings_pictures_stand_beside_the_answers(examples, tmp_path):
+    found = drawing_suite.run(
+        "Requests",
+        examples,
+        lambda asked: [None] * len(asked),
+        tmp_path,
+        {drawing_suite.CEILING: truth},
+    )
+    looks = found["metrics"]["looks"]
+    assert looks["ceiling_scores"] == [1.0] * COUNT and looks["ceiling"]["value"] == 1
+    assert all(entry["ceiling"] and not entry["drawn"] for entry in found["shown"])
+    shown = page.samples(found, {})
+    assert shown.count("<img") == shown.count("<figcaption>ceiling") == len(found["shown"])
+    for entry in found["shown"]:  # the caption, which is what was to be drawn
+        assert entry["reference"] in shown
+
+
+def scored(keys, **scores):
+    """What `run` would return of these scores."""
+    metrics = {"scores": scores["own"], "ceiling_scores": scores.get("ceiling")}
+    kept = {name: values for name, values in metrics.items() if values is not None}
+    return {"keys": keys, "metrics": {"looks": kept}}
+
+
+def test_answers_are_compared_with_shares_of_the_ceiling_and_of_the_written():
+    keys = [str(number) for number in range(10)]
+    written = scored(keys, own=[1.0] * 9 + [0.0], ceiling=[1.0] * 10)
+    # Of what was said aloud as well, eight were right in writing and seven by voice.
+    spoken = scored(keys[1:], own=[1.0] * 7 + [0.0] * 2)
+    found = drawing_suite.comparisons({"drawing": written, "drawing_spoken": spoken})
+    assert found["drawing_ceiling"]["value"] == pytest.approx(0.9 - 0.9 * 1.0)
+    assert found["drawing_spoken"]["value"] == pytest.approx((7 - 0.85 * 8) / 9)
+    assert found["drawing_spoken"]["samples"] == 9
+    assert {one["metric"] for one in found.values()} == {"looks"}
+    assert found["drawing_spoken"]["low"] < found["drawing_spoken"]["value"]
+    alone = drawing_suite.comparisons({"drawing": scored(keys, own=[1.0] * 10)})
+    assert alone == {}
+
+
 @pytest.fixture
 def world(tmp_path):
     """The folder of a world of ten pictures a split, without the pictures."""

@@ -271,3 +271,13 @@ def test_bytes_in_a_row_lie_nowhere(home):
     (home / "root/set/train.json").write_text(json.dumps(rows))
     found = mixture.read("set", Source("reference", "set"), str(home / "root"))
     assert paths.read(found[0].media[0][1]) == stream.getvalue()
+
+
+def test_written_media_are_texts_and_no_files(tmp_path):
+    """Beside a root, too, in which their words would be no file."""
+    (tmp_path / "world").mkdir()
+    shares = {"answer_scene": 1.0, "answer_speech": 1.0}
+    source = Source("world_text", options={"count": 6, "shares": shares, "spelled": 0.5})
+    found = mixture.read("words", source, str(tmp_path / "world"))
+    kinds = {name for example in found for name, _ in example.media}
+    assert {"text:image", "spelled:speech"} <= kinds

@@ -1,9 +1,9 @@
 """The evaluation of the whole demo: which tasks, asked of which models, compared how.
 
 The models: the ASR model of stage 1 ('asr'); X-LLM put together from the stage-2 runs, before any
-instruction tuning ('before'); the same after stage 3 ('after'); with an image interface that saw
-half of the pairs in stage 2 ('half'), and with one that saw as many and started from nothing
-('no_init').
+instruction tuning ('before'); the same after stage 3 ('after'), and with signal tokens, so that its
+answers may hold pictures ('draws'); with an image interface that saw half of the pairs in stage 2
+('half'), and with one that saw as many and started from nothing ('no_init').
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ MODELS = {
     "asr": "stage 1",
     "before": "before stage 3",
     "after": "",
+    "draws": "beside pictures",
     "half": "half of the pairs",
     "no_init": "half of the pairs, no init",
 }
@@ -65,6 +66,7 @@ PLAN = {
     "half": ("caption", "vqa"),
     "before": ("caption", "vqa", "video", "sentences", "questions", "questions_image", "spoken"),
     "after": ("vqa", "caption", "spoken", "video", "sentences", "questions", "questions_image"),
+    "draws": ("vqa", "caption"),
 }
 CONTROLLED = {
     "before": ("caption", "vqa", "spoken"),
@@ -77,6 +79,9 @@ COMPARED = {
     "pairs_cider": ("caption@half", "caption@before", "cider"),
     "pairs_vqa": ("vqa@half", "vqa@before", "accuracy"),
     "stage3_spoken": ("spoken@before", "spoken@after", "accuracy"),
+    "stage3_transcripts": ("questions_image@before", "questions_image@after", "cer"),
+    "draws_vqa": ("vqa@after", "vqa@draws", "accuracy"),
+    "draws_caption": ("caption@after", "caption@draws", "cider"),
 }
 
 

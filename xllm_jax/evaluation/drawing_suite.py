@@ -33,6 +33,9 @@ Draw = Callable[[Sequence[Example]], Sequence[np.ndarray | None]]
 """Requests to pictures `[height, width, 3]` uint8; None where an answer has none."""
 
 COUNT = 240  # requests; enough for intervals of six percent
+CEILING = "ceiling"  # control: the decoder's own text encoder says the caption
+ENOUGH = 0.9  # share of the ceiling that answers are compared with
+HEARD = 0.85  # the same of what is asked for in writing, for what is asked for by voice
 
 
 def requests(count: int = COUNT, split: str = "test", seed: int = 2000) -> list[Example]:
@@ -108,7 +111,9 @@ def run(
         by the requests of others.
 
     Returns:
-      JSON like that of `measure.measure`; 'drawn' of a shown sample is its picture's file.
+      JSON like that of `measure.measure`; 'drawn' of a shown sample is its picture's file, and
+      CEILING that of this control. With this control there are also the scores of the ceiling's
+      samples, 'ceiling_scores'.
     """
     began = time.monotonic()
     made = {"": draw(examples)} | {name: by(examples) for name, by in (controls or {}).items()}
@@ -116,17 +121,52 @@ def run(
     others = [*examples[1:], *examples[:1]]
     scored["shuffled"] = scores(made[""], others)
     asides = {name: found for name, found in scored.items() if name}
+    ceiling = {
+        name: {"ceiling_scores": score.samples.round(4).tolist()}
+        for name, score in scored.get(CEILING, {}).items()
+    }
     return {
         "title": title,
         "samples": len(examples),
         "seconds": round(time.monotonic() - began, 2),
         "metrics": {
             name: measure.metric(score, {n: a[name] for n, a in asides.items()}, examples)
+            | ceiling.get(name, {})
             for name, score in scored[""].items()
         },
-        "shown": show(made[""], examples, scored[""], folder),
+        "shown": show(made[""], examples, scored[""], folder, made.get(CEILING)),
         "keys": [example.key for example in examples],
     }
+
+
+def comparisons(measures: Mapping[str, Any], metric: str = "looks") -> dict[str, Any]:
+    """What was drawn against ENOUGH of the ceiling, and from speech against HEARD of the written.
+
+    Args:
+      measures: {'drawing': of `run`, maybe 'drawing_spoken'}.
+      metric: of both.
+
+    Returns:
+      {'drawing_ceiling', 'drawing_spoken'} as the report reads them; positive where it is more.
+    """
+    found, written = {}, measures["drawing"]
+    scores = written["metrics"][metric]
+    if "ceiling_scores" in scores:
+        found["drawing_ceiling"] = _above(ENOUGH, scores["ceiling_scores"], scores["scores"])
+    if "drawing_spoken" in measures:
+        spoken = measures["drawing_spoken"]
+        of = dict(zip(written["keys"], scores["scores"]))
+        same = [of[key] for key in spoken["keys"]]
+        if same:
+            heard = spoken["metrics"][metric]["scores"]
+            found["drawing_spoken"] = _above(HEARD, same, heard)
+    return {name: one | {"metric": metric} for name, one in found.items()}
+
+
+def _above(share: float, first: Sequence[float], second: Sequence[float]) -> dict[str, Any]:
+    """How much the second are more than a share of the first, sample by sample."""
+    before, after = np.asarray(first), np.asarray(second)
+    return measure.plain(bootstrap.mean_difference(share * before, after))
 
 
 def show(
@@ -134,6 +174,7 @@ def show(
     examples: Sequence[Example],
     scored: Mapping[str, scorers.Score],
     folder: Path,
+    ceiling: Sequence[np.ndarray | None] | None = None,
 ) -> list[dict[str, Any]]:
     """Samples for a report, half of them failures where there are as many; writes their pictures.
 
@@ -141,6 +182,7 @@ def show(
       pictures, examples: in the same order.
       scored: of `scores`.
       folder: of the PNG files.
+      ceiling: pictures of that control, which are shown beside them.
     """
     right = scored["looks"].samples == 1
     half = measure.SHOWN // 2
@@ -150,26 +192,34 @@ def show(
     found = []
     for number in map(int, chosen):
         example, picture = examples[number], pictures[number]
-        file = folder / f"{example.key}.png"
-        if picture is not None:
-            with atomic.whole(file) as partial, partial.open("wb") as opened:
-                Image.fromarray(picture).save(opened, "PNG")
+        drawn = _saved(picture, folder / f"{example.key}.png")
+        beside = ceiling[number] if ceiling else None
         alone = {name: round(float(score.samples[number]), 4) for name, score in scored.items()}
         found.append(
             {
                 "key": example.key,
                 "media": [list(pair) for pair in example.media],
-                "drawn": "" if picture is None else str(file),
+                "drawn": drawn,
+                CEILING: _saved(beside, folder / f"{example.key}-{CEILING}.png"),
                 "question": example.instruction,
                 "said": example.transcript,
                 "answer": "" if picture is None else "<image>",
-                "reference": "",
+                "reference": example.outputs[0][1],
                 "scores": alone,
                 "right": bool(right[number]),
                 "tags": list(example.tags),
             }
         )
     return found
+
+
+def _saved(picture: np.ndarray | None, file: Path) -> str:
+    """The path of a picture's PNG file; '' without a picture."""
+    if picture is None:
+        return ""
+    with atomic.whole(file) as partial, partial.open("wb") as opened:
+        Image.fromarray(picture).save(opened, "PNG")
+    return str(file)
 
 
 def _in_place(verdict: Verdict) -> bool:
@@ -242,7 +292,7 @@ class Rendering:
     """
 
     size: tuple[int, int]
-    steps: int = 20
+    steps: int = 10
     guidance: float = 3.0
 
     def __call__(

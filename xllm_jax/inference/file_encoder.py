@@ -9,13 +9,12 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from xllm_jax.core import checksum
+from xllm_jax.core import checksum, media_names
 from xllm_jax.core.batch import Media
 from xllm_jax.core.types import Params
 from xllm_jax.data.example import Example
 from xllm_jax.data.media import modalities, paths
 from xllm_jax.data.record import Record
-from xllm_jax.data.text import prompt
 from xllm_jax.inference.load_run import Restored
 from xllm_jax.inference.media_cache import Encoded, MediaCache
 from xllm_jax.models.xllm import XLLM
@@ -140,7 +139,7 @@ class FileEncoder:
 
 def files_of(example: Example) -> list[tuple[str, str]]:
     """(modality, path) of an example's media that are not written out."""
-    return [medium for medium in example.media if not prompt.is_written(medium[0])]
+    return [medium for medium in example.media if not media_names.is_written(medium[0])]
 
 
 @functools.partial(jax.jit, static_argnames=("model", "modality"))

@@ -15,7 +15,10 @@ from xllm_jax.report import media, plots, tables
 from xllm_jax.report.tables import Cell, Table
 
 # Tasks whose samples are shown, in this order.
-SAMPLES = ("vqa@after", "caption@after", "spoken@after", "video@after", "sentences@after")
+SAMPLES = (
+    *("drawing", "drawing_edits", "drawing_spoken"),
+    *("vqa@after", "caption@after", "spoken@after", "video@after", "sentences@after"),
+)
 
 POLICY = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'"
 STYLE = """
@@ -48,6 +51,8 @@ th:first-child, td:first-child { text-align: left; padding-left: 0; white-space:
 .sample img { display: block; width: 100%; border-radius: 4px; }
 .sample img.picture { max-width: 168px; margin: 0 auto; }
 .frames { display: grid; grid-template-columns: repeat(4, 1fr); gap: 3px; }
+.drawn { display: flex; gap: .5rem; justify-content: center; margin-top: .4rem; }
+.drawn figure { margin: 0; max-width: 50%; text-align: center; }
 .sample img.sound { height: 56px; object-fit: fill; }
 @media (prefers-color-scheme: dark) { .sample img.sound { filter: invert(1); } }
 .sample audio { width: 100%; height: 32px; margin-top: 4px; }
@@ -133,8 +138,8 @@ def samples(measure: Mapping[str, Any], places: Mapping[str, str]) -> str:
 
 def sample(entry: Mapping[str, Any], places: Mapping[str, str]) -> str:
     """One sample."""
-    drawn = [("image", entry["drawn"])] if entry.get("drawn") else []
-    files = "".join(file(modality, path, places) for modality, path in [*entry["media"], *drawn])
+    files = "".join(file(modality, path, places) for modality, path in entry["media"])
+    files += drawn(entry, places)
     lines = [
         ("said", entry["said"]),
         ("asked", entry["question"]),
@@ -155,6 +160,16 @@ def sample(entry: Mapping[str, Any], places: Mapping[str, str]) -> str:
         f"<article{_class(entry['right'], 'sample')}>{files}<dl>{words}</dl>"
         f"<footer>{tags}</footer></article>"
     )
+
+
+def drawn(entry: Mapping[str, Any], places: Mapping[str, str]) -> str:
+    """The picture of an answer, and the ceiling's beside it, where there are any."""
+    shown = [(name, entry[name]) for name in ("drawn", "ceiling") if entry.get(name)]
+    figures = "".join(
+        f"<figure>{file('image', path, places)}<figcaption>{name}</figcaption></figure>"
+        for name, path in shown
+    )
+    return f'<div class="drawn">{figures}</div>' if figures else ""
 
 
 def _gloss(text: str) -> str:

@@ -13,11 +13,11 @@ import numpy as np
 
 from xllm_jax.core.batch import TextPairs
 from xllm_jax.core.errors import UserError
+from xllm_jax.core.media_names import is_written
 from xllm_jax.data.batching.batch_format import BatchPlan, Entry, RowPerRecord
 from xllm_jax.data.media import modalities
 from xllm_jax.data.record import MEDIA, Mode, Record, Skipped
 from xllm_jax.data.text import blip_captions
-from xllm_jax.data.text.prompt import is_written
 from xllm_jax.data.text.wordpiece import WordPiece
 
 HIDDEN_SHARE = 0.15  # of the joined pieces, as in BERT (arXiv 1810.04805, section 3.1)

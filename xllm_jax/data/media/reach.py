@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from xllm_jax.core import media_names
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
 from xllm_jax.data.example import Example
@@ -161,6 +162,7 @@ class Confined(Sequence):
     def __getitem__(self, index: int) -> Example:
         with self._reach.holding():
             found = self._examples[index]
-        for path in (*(path for _, path in found.media), *filter(None, found.pictures)):
+        files = [path for name, path in found.media if not media_names.is_written(name)]
+        for path in (*files, *filter(None, found.pictures)):
             self._reach.check(path)
         return found

@@ -31,7 +31,7 @@ from xllm_jax.data.rows.lazy import Lazy, Spans
 from xllm_jax.data.rows.names import Names
 from xllm_jax.data.sources import layout
 
-KINDS = ("dialogue", "spoken", "asr")
+KINDS = ("dialogue", "spoken", "asr", "asr_image")
 POOLS = ("question", "answer")
 
 
@@ -63,7 +63,8 @@ def examples(
       path: folder of the layout above.
       split: 'train', 'val' or 'test'.
       kind: 'dialogue' (image, written question, earlier rounds), 'spoken' (image and spoken
-        question) or 'asr' (spoken question alone, whose transcript is the answer).
+        question), 'asr' (spoken question alone, whose transcript is the answer) or 'asr_image' (the
+        same beside the image).
       images: folder of the images, if it lies elsewhere.
       history: give the earlier rounds to spoken questions, too.
       captions: translation of the texts, as the recipe 'translated' writes it.
@@ -171,7 +172,8 @@ def _example(key: str, rounds: list[Round], kind: str, picture: str, history: bo
     if kind == "spoken":
         before, media = earlier if history else (), (image, speech)
         return Example(key, media, "", now.answer, "spoken_vqa", before, transcript=said, tags=tags)
-    return Example(key, (speech,), "", said, "asr", transcript=said, references=(said,), tags=tags)
+    media = (image, speech) if kind == "asr_image" else (speech,)
+    return Example(key, media, "", said, "asr", transcript=said, references=(said,), tags=tags)
 
 
 def _pictures(root: pathlib.Path, split: str, images: str) -> list[Names]:

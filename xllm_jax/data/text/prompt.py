@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from xllm_jax.core.errors import UserError
+from xllm_jax.core.media_names import SPELLED, WRITTEN, is_written
 from xllm_jax.data.example import Example
 from xllm_jax.data.record import DoesNotFit
 from xllm_jax.data.text import signal_runs
@@ -24,9 +25,6 @@ from xllm_jax.data.text.llm_family import LLMFamily
 from xllm_jax.data.text.templates import Template
 from xllm_jax.data.text.token_rows import Row
 
-# Prefixes of media that are written out instead of shown: as pieces of words, or each character by
-# itself, as the speech interface gives them.
-WRITTEN, SPELLED = "text:", "spelled:"
 MEDIA = "\x00"  # in a prompt's text, the place of files that no marker places
 PLACEHOLDER = 0  # token id under a media embedding; the model ignores it
 
@@ -177,11 +175,6 @@ def _joined(parts: Sequence[Text | Slot]) -> list[Text | Slot]:
         else:
             made.append(part)
     return made
-
-
-def is_written(name: str) -> bool:
-    """Whether a medium of this name is its own text."""
-    return name.startswith((WRITTEN, SPELLED))
 
 
 def plain_name(name: str) -> str:
