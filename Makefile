@@ -71,7 +71,7 @@ lock: .venv/ready
 	  --no-emit-index-url --no-emit-find-links --custom-compile-command='make lock' \
 	  $(if $(UPGRADE),--upgrade) --output-file=requirements.lock pyproject.toml
 
-# Trains the shipped backbones of the synthetic world again (about four and a half hours of one core).
+# Trains the shipped backbones of the synthetic world again (about five hours of one core).
 backbones: .venv/ready
 	mkdir -p backbones
 	cd backbones && ../$(BIN)/xllm build-backbones --output=bases --tokenizer

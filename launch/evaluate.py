@@ -40,7 +40,7 @@ from xllm_jax.core.errors import UserError
 from xllm_jax.core.suite import Suite
 from xllm_jax.evaluation import demo_suite, drawing_suite, error_rate, measure
 from xllm_jax.inference import assistant, decoder_base, transcriber
-from xllm_jax.inference.load_run import Restored, load_run, stage_of
+from xllm_jax.inference.load_run import Restored, load_run, same_llm, stage_of
 from xllm_jax.launch import (
     cli,
     drawing,
@@ -266,11 +266,6 @@ def drawings(runs: Path, folder: Path) -> dict[str, Any]:
         looks = one["metrics"]["looks"]["value"]
         print(f"{one['title']}: looks {looks:.3f} ({one['seconds']:.0f} s)")
     return made
-
-
-def same_llm(*runs: Path) -> bool:
-    """Whether runs stand beside the same LLM: what one has learned is of no use beside another."""
-    return len({stage_of(run).init.get("llm", "") for run in runs}) == 1
 
 
 def ended(run: Path) -> bool:

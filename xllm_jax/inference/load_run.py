@@ -193,16 +193,12 @@ def joined(stage: Stage, directory: str | Path, outputs: str | Path) -> Stage:
     if stage.outputs:
         what = f"{directory} answers with {', '.join(stage.outputs)} already"
         raise UserError(what, field=field, hint="Leave --outputs out")
-    abouts = [base_description.base_about(final(run)) for run in (directory, outputs)]
-    trained = {path.split("/")[0] for path in abouts[1]["shapes"]}
+    trained = {path.split("/")[0] for path in base_description.base_about(final(outputs))["shapes"]}
     common = sorted(trained & stage.parts.keys())
     if common:
         what = f"trained {common[0]}, which {directory} has, too"
         raise UserError(what, field=field, hint="Give a run that trained its outputs alone")
-    bases = [about.get("base", {}).get("llm") for about in abouts]
-    older = any(checksum.is_older(base) for base in bases if base)
-    same = stage.parts.get("llm") == other.parts.get("llm")
-    if not same or (all(bases) and not older and bases[0] != bases[1]):
+    if not same_llm(directory, outputs):
         what = f"was trained beside another LLM than {directory}"
         raise UserError(what, field=field, hint="Train it beside the same LLM")
     told = ("signals", "caption_tokenizer", "caption_length")
@@ -214,6 +210,21 @@ def joined(stage: Stage, directory: str | Path, outputs: str | Path) -> Stage:
         outputs=other.outputs,
         data=data,
     )
+
+
+def same_llm(first: str | Path, second: str | Path) -> bool:
+    """Whether two finished runs stand beside the same LLM, by its fields and its kernels' hashes.
+
+    Hashes that a run does not have, or that an earlier version took, are not compared.
+
+    Raises:
+      UserError: as of `final`.
+    """
+    parts = [_stage_of(run).parts.get("llm") for run in (first, second)]
+    abouts = [base_description.base_about(final(run)) for run in (first, second)]
+    bases = [about.get("base", {}).get("llm") for about in abouts]
+    older = any(checksum.is_older(base) for base in bases if base)
+    return parts[0] == parts[1] and (not all(bases) or older or bases[0] == bases[1])
 
 
 def _stage_of(directory: str | Path) -> Stage:
