@@ -108,8 +108,8 @@ def test_answers_are_compared_with_shares_of_the_ceiling_and_of_the_written():
     # Of what was said aloud as well, eight were right in writing and seven by voice.
     spoken = scored(keys[1:], own=[1.0] * 7 + [0.0] * 2)
     found = drawing_suite.comparisons({"drawing": written, "drawing_spoken": spoken})
-    assert found["drawing_ceiling"]["value"] == pytest.approx(0.9 - 0.9 * 1.0)
-    assert found["drawing_spoken"]["value"] == pytest.approx((7 - 0.85 * 8) / 9)
+    assert found["drawing_ceiling"]["value"] == pytest.approx(0.9 - 0.9 * 1.0, abs=1e-6)
+    assert found["drawing_spoken"]["value"] == pytest.approx((7 - 0.85 * 8) / 9, abs=1e-6)
     assert found["drawing_spoken"]["samples"] == 9
     assert {one["metric"] for one in found.values()} == {"looks"}
     assert found["drawing_spoken"]["low"] < found["drawing_spoken"]["value"]
