@@ -7,7 +7,14 @@ import re
 import numpy as np
 import pytest
 
-from xllm_jax.data.synthetic_world import english, language, motion, questions, scene
+from xllm_jax.data.synthetic_world import (
+    english,
+    language,
+    motion,
+    questions,
+    scene,
+    text_stream,
+)
 from xllm_jax.data.text.instructions import instructions
 
 # Written by hand, apart from the table that is tested.
@@ -86,6 +93,18 @@ def test_clips_and_instructions():
     for task in english.INSTRUCTIONS:
         assert all(english.gloss(text) == english.INSTRUCTIONS[task] for text in instructions(task))
     assert english.INSTRUCTIONS.keys() >= {"caption", "asr", "spoken_vqa", "video_caption"}
+
+
+def test_requests_to_draw_are_read_to_the_last_word():
+    request = "画一个绿色方形和一个小的黄色星形"
+    assert english.gloss(request) == "draw: one green square and one small yellow star"
+    assert english.gloss("画一张一样的图，但是蓝色的") == "draw the same picture, but blue"
+    for seed in range(100):
+        shares = {"draw": 1.0, "draw_edit": 1.0}
+        asked = text_stream.text_example(5, seed, shares=shares)
+        for text in (asked.instruction, asked.answer):
+            meaning = english.gloss(text)
+            assert meaning and not HAN.search(meaning), (text, meaning)
 
 
 @pytest.mark.parametrize(

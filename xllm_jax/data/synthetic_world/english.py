@@ -9,7 +9,11 @@ from __future__ import annotations
 import re
 
 from xllm_jax.data.synthetic_world.questions import ANSWER_OF, WORDINGS
+from xllm_jax.data.synthetic_world.requests import COLOR, EDITS
+from xllm_jax.data.synthetic_world.scene import COLORS
 from xllm_jax.data.text.instructions import instructions
+from xllm_jax.data.text.instructions_to_draw import CAPTION
+from xllm_jax.data.text.instructions_to_draw import WORDINGS as REQUESTS
 
 PLACES = {
     "左上": "top left",
@@ -145,6 +149,8 @@ def _whole(text: str) -> str:
     for task, meaning in INSTRUCTIONS.items():
         if text in (*instructions(task), *instructions(task, unseen=True)):
             return meaning
+    if asked := _request(text):
+        return asked
     spoken = text.rstrip("？。").replace("，", "")
     for kind, (seen, unseen) in WORDINGS.items():
         for wording in (*seen, *unseen):
@@ -152,6 +158,20 @@ def _whole(text: str) -> str:
             if found:
                 named = {key: _meaning(key, words) for key, words in found.groupdict().items()}
                 return QUESTIONS[kind].format_map(named)
+    return ""
+
+
+def _request(text: str) -> str:
+    """The meaning of a request to draw, '' for anything else."""
+    for wording in EDITS:
+        before, after = wording.split(COLOR)
+        color = text.removeprefix(before).removesuffix(after)
+        if color in COLORS and text == f"{before}{color}{after}":
+            return f"draw the same picture, but {WORDS[color]}"
+    words = (one.removesuffix(CAPTION) for one in REQUESTS["zh"].requests)
+    for before in sorted(words, key=len, reverse=True):
+        if text.startswith(before):
+            return f"draw: {_words(text.removeprefix(before))}"
     return ""
 
 
