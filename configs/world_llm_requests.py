@@ -7,8 +7,8 @@ wants to see; this one learns it here, from text alone: requests in writing, req
 slot, and written scenes that are wanted in another color. Mostly it says the prompt again where it
 does not read the words that it says (`data/batching/blank_infilling.py`) but embeddings that it has
 never seen, as signal tokens have when they are new: each place has to know its own word. Speech
-beside a picture is not repeated any more. The LLM that ships is the result; `make backbones` runs
-all three files.
+beside a picture is not repeated any more. The base `llm_requests` that ships is the result, beside
+which the miniature answers with pictures.
 """
 
 import dataclasses

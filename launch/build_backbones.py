@@ -157,14 +157,9 @@ def export(runs: Path, bases: Path) -> None:
       runs: folder of the runs; what it lacks stays as it ships.
       bases: with the tokenizers and the latents' scaling.
     """
-    for name, config in LLMS.items():
-        stage = config.get_config()
-        if not (runs / stage.name).is_dir():
-            print(f"No run {stage.name}: what ships stays")
-            continue
-        xllm, params = trained(stage, runs, (LLM,))
-        world.export_llm(xllm.networks[LLM], params[LLM], bases / LLM, SHIPPED / name)
+    llms = [(name, config.get_config()) for name, config in LLMS.items()]
     for name, stage in (
+        *llms,
         ("vision_encoder", world_vision.get_config()),
         ("image_interface", world_blip2.get_config()),
         ("text_model", world_bert.get_config()),
@@ -176,8 +171,11 @@ def export(runs: Path, bases: Path) -> None:
         if name == "unet":
             export_decoder(runs, bases)
             continue
-        xllm, params = trained(stage, runs, (name,))
-        if name == "image_interface":
+        part = LLM if name in LLMS else name
+        xllm, params = trained(stage, runs, (part,))
+        if name in LLMS:
+            world.export_llm(xllm.networks[part], params[part], bases / LLM, SHIPPED / name)
+        elif name == "image_interface":
             world.export_blip2(xllm.networks[name], params[name], SHIPPED / BLIP2)
         elif name == "text_model":
             vocabulary = SHIPPED / "bert" / world.VOCABULARY

@@ -168,6 +168,12 @@ def test_training_edits_know_seen_pairs_alone(world):
     assert pairs and pairs <= set(SEEN_PAIRS)
 
 
+def test_an_edit_may_say_its_caption_before_the_picture(world):
+    plain, said = (world_edits.examples(str(world), "test", echo=echo)[3] for echo in (False, True))
+    assert plain.answer == "<image>"
+    assert said.answer == f"{said.outputs[0][1]} <image>" and said.outputs == plain.outputs
+
+
 def test_edits_of_no_world_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"holds no world\.json"):
         world_edits.examples(str(tmp_path))

@@ -121,7 +121,11 @@ def test_visdial(root, truth, split):
         (e.transcript, e.answer, "unseen_voice" in e.tags) for e in found
     ]
     assert all(tuple(name for name, _ in e.media) == ("image", "speech") for e in found)
+    beside = check(visdial.examples(f"{root}/visdial", split, kind="asr_image"))
+    assert [one.media for one in beside] == [one.media for one in found]
     found = check(visdial.examples(f"{root}/visdial", split, kind="asr"))
+    told = [(one.key, one.answer, one.task, one.transcript) for one in beside]
+    assert told == [(one.key, one.answer, one.task, one.transcript) for one in found]
     assert [language.spoken(q.text) for q, _ in spoken] == [e.answer for e in found]
     assert {e.task for e in found} == {"asr"}
 

@@ -25,13 +25,15 @@ from xllm_jax.data.text import instructions_to_draw
 PREFIX = "edit"
 
 
-def examples(path: str, split: str = "train", reply: bool = False) -> Sequence[Example]:
+def examples(
+    path: str, split: str = "train", echo: bool = False, reply: bool = False
+) -> Sequence[Example]:
     """One request for every picture of a split.
 
     Args:
       path: folder of the world.
       split: train, val or test.
-      reply: False answers with the picture alone.
+      echo, reply: as of `sources/requests.py`.
 
     Raises:
       UserError: no world there, or an unknown split.
@@ -53,7 +55,7 @@ def examples(path: str, split: str = "train", reply: bool = False) -> Sequence[E
         key = f"{PREFIX}-{split}-{seed}-{index}"
         request, instruction = _edit(key)
         shown = Path(path) / "coco" / split / plan.picture(seed, split, index).file_name
-        made = instructions_to_draw.request(key, request.said, "image", words, reply=reply)
+        made = instructions_to_draw.request(key, request.said, "image", words, echo, reply)
         media = (("image", str(shown)),)
         return dataclasses.replace(made, media=media, instruction=instruction)
 

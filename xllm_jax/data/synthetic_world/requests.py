@@ -32,13 +32,9 @@ from xllm_jax.data.synthetic_world.scene import (
 SMOOTH = "gradient"
 # Where the first object stands, seen from the second: (columns, rows) of the grid.
 RELATIONS = {"左边": (-1, 0), "右边": (1, 0), "上面": (0, -1), "下面": (0, 1)}
-# Where they stand in a caption, and where objects do of which nobody says where, by their number.
-OPPOSITE = {
-    "左边": ("左边", "右边"),
-    "右边": ("右边", "左边"),
-    "上面": ("上面", "下面"),
-    "下面": ("下面", "上面"),
-}
+# In a caption the first stands where the relation says, and the second opposite; and objects of
+# which nobody says where, by their number.
+OPPOSITE = {"左边": "右边", "右边": "左边", "上面": "下面", "下面": "上面"}
 ABREAST = {1: ("中间",), 2: ("左边", "右边"), 3: ("左边", "中间", "右边")}
 LARGE = "大"  # of which nobody says how large they are
 # Requests for a picture that is shown in another color; COLOR is its place.
@@ -118,9 +114,12 @@ def caption(request: Request) -> str:
     each other as their relation is; they are large where no size was named.
     """
     wanted = request.objects
-    places = [item.place for item in wanted]
-    if not all(places):
-        places = OPPOSITE[request.relation] if request.relation else ABREAST[len(wanted)]
+    if request.relation:
+        places = (request.relation, OPPOSITE[request.relation])
+    elif all(one.place for one in wanted):
+        places = tuple(one.place for one in wanted)
+    else:
+        places = ABREAST[len(wanted)]
     items = [
         Object(one.shape, one.color, one.size or LARGE, place) for one, place in zip(wanted, places)
     ]
