@@ -13,7 +13,7 @@ from xllm_jax.assembly.system import System
 from xllm_jax.configs import world_text_encoder, world_text_places
 from xllm_jax.core import mesh
 from xllm_jax.core.batch import DescribedScenes
-from xllm_jax.data.batching import batch_format, scene_descriptions, scene_pictures
+from xllm_jax.data.batching import batch_format, scene_descriptions, scene_pictures, scene_rows
 from xllm_jax.data.example import Example
 from xllm_jax.data.record import Mode, Record
 from xllm_jax.data.synthetic_world import clip_vocabulary
@@ -41,7 +41,7 @@ def test_every_object_has_a_class_of_its_own_in_its_place():
 def test_classes_are_what_a_reader_of_pictures_sees():
     """The judge of drawings looks at the picture of the same key, and knows no class."""
     for number in range(12):
-        request, _ = scene_pictures.asked_for(f"5-{number}")
+        request, _ = scene_rows.asked_for(f"5-{number}")
         drawn = scene_pictures.picture(request, scene_reader.SIDE)
         seen = scene_reader.read(np.uint8(np.round(127.5 * (drawn + 1))))
         wanted = scene_descriptions.classes(request.scene)
@@ -87,7 +87,7 @@ def test_words_are_those_of_the_pictures_or_mostly_name_places(tmp_path):
     for task in ("attributes", "places"):
         records = [Record(Example(f"3-{i}", task=task), "s", 0, i, 0) for i in range(size)]
         found[task], _ = form.fill(form.plan(records, Mode()), slice(None), Mode())
-    asked = [scene_pictures.asked_for(f"3-{i}") for i in range(size)]
+    asked = [scene_rows.asked_for(f"3-{i}") for i in range(size)]
     said = [request.said if told else "" for request, told in asked]
     wanted = [scene_descriptions.classes(request.scene) for request, _ in asked]
     np.testing.assert_array_equal(found["attributes"].places, wanted)
@@ -111,7 +111,7 @@ def test_its_stages_learn_what_stands_where(config, tmp_path):
     stage.data.caption_tokenizer = str(clip_vocabulary.write(tmp_path / "clip"))
     stage.data.examples, stage.unroll, stage.optimizer.warmup_steps = 4, 1, 0
     form = batch_format.find(stage.data)
-    told = [i for i in range(40) if "大" in scene_pictures.asked_for(f"3-{i}")[0].said][:4]
+    told = [i for i in range(40) if "大" in scene_rows.asked_for(f"3-{i}")[0].said][:4]
     records = [Record(Example(f"3-{i}"), "s", 0, i, 0) for i in told]
     batch, _ = form.fill(form.plan(records, Mode()), slice(None), Mode())
     made = Trainer(System.build(stage, mesh.make({}, jax.devices()[:1])))

@@ -16,7 +16,7 @@ from xllm_jax.convert.sources import stable_diffusion, world
 from xllm_jax.core import checkpoint
 from xllm_jax.core.batch import DescribedPictures
 from xllm_jax.core.errors import UserError
-from xllm_jax.data.batching import batch_format, scene_latents, scene_pictures
+from xllm_jax.data.batching import batch_format, scene_latents, scene_pictures, scene_rows
 from xllm_jax.data.example import Example
 from xllm_jax.data.record import Mode, Record
 from xllm_jax.data.synthetic_world import clip_vocabulary
@@ -83,7 +83,7 @@ def latents_of(stage, root):
 def test_a_batch_holds_what_the_autoencoder_gives_to_its_pictures(folder, decoder):
     root, scaling = folder
     _, batch = latents_of(small(world_diffusion), root)
-    asked = [scene_pictures.asked_for(f"{SEED}-{i}") for i in range(COUNT)]
+    asked = [scene_rows.asked_for(f"{SEED}-{i}") for i in range(COUNT)]
     images = np.stack([scene_pictures.picture(request, SIDE) for request, _ in asked])
     made, params = decoder
     mean, logvar = made["vae"].apply({"params": params["vae"]}, images, method="encode")
@@ -104,8 +104,7 @@ def test_the_loss_is_that_of_the_pictures(folder, decoder, prediction):
     whole = {**made, "vae": made["vae"].clone(scaling=scaling)}
     xllm = dataclasses.replace(networks.model(stage), networks=whole)
     images = [
-        scene_pictures.picture(scene_pictures.asked_for(f"{SEED}-{i}")[0], SIDE)
-        for i in range(COUNT)
+        scene_pictures.picture(scene_rows.asked_for(f"{SEED}-{i}")[0], SIDE) for i in range(COUNT)
     ]
     pictures = DescribedPictures(batch.ids, np.stack(images))
     run = jax.jit(lambda b: text_to_image.loss(xllm, params, b, prediction=prediction)[0])

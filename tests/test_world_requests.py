@@ -12,7 +12,7 @@ import pytest
 from transformers import CLIPTokenizer
 
 from xllm_jax.configs import networks
-from xllm_jax.data.batching import scene_pictures
+from xllm_jax.data.batching import scene_pictures, scene_rows
 from xllm_jax.data.media import image
 from xllm_jax.data.synthetic_world import clip_vocabulary, language, render, requests
 from xllm_jax.data.synthetic_world.scene import (
@@ -153,11 +153,11 @@ def test_every_word_of_a_request_is_known_to_the_text_encoder(asked, tokenizer):
 
 def test_a_key_gives_the_same_picture_and_words_each_time():
     for index in range(5):
-        first, second = (scene_pictures.asked_for(f"3-{index}") for _ in range(2))
+        first, second = (scene_rows.asked_for(f"3-{index}") for _ in range(2))
         assert first == second
         drawn = scene_pictures.picture(first[0], 96)
         np.testing.assert_array_equal(drawn, scene_pictures.picture(second[0], 96))
-    told = [scene_pictures.asked_for(f"4-{index}")[1] for index in range(2000)]
+    told = [scene_rows.asked_for(f"4-{index}")[1] for index in range(2000)]
     assert 0.07 < 1 - np.mean(told) < 0.13
 
 

@@ -18,7 +18,7 @@ from xllm_jax.core.errors import UserError
 from xllm_jax.core.new_folder import new_folder
 from xllm_jax.core.progress import Bar
 from xllm_jax.core.types import Params
-from xllm_jax.data.batching import scene_latents, scene_pictures
+from xllm_jax.data.batching import scene_latents, scene_pictures, scene_rows
 from xllm_jax.models.outputs.autoencoder import Autoencoder, deviation
 
 BATCH = 64  # pictures at a time
@@ -51,7 +51,7 @@ def write(
 
     def latents(start: int) -> tuple[np.ndarray, np.ndarray]:
         keys = [f"{seed}-{min(i, count - 1)}" for i in range(start, start + BATCH)]
-        asked = [scene_pictures.asked_for(key)[0] for key in keys]
+        asked = [scene_rows.asked_for(key)[0] for key in keys]
         images = np.stack([scene_pictures.picture(request, side) for request in asked])
         mean, logvar = run({"params": params}, images)
         return np.asarray(mean), np.asarray(deviation(jnp.asarray(logvar)))

@@ -18,9 +18,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from xllm_jax.core.batch import SceneAttributes
-from xllm_jax.data.batching.batch_format import BatchPlan, Entry, RowPerRecord
-from xllm_jax.data.media import image, modalities
-from xllm_jax.data.record import Mode, Record, Skipped
+from xllm_jax.data.batching.scene_rows import SceneRows
+from xllm_jax.data.example import Example
+from xllm_jax.data.media import image
 from xllm_jax.data.synthetic_world.render import RADIUS, RGB, Sprite, render_scene, sprites
 from xllm_jax.data.synthetic_world.scene import (
     COLORS,
@@ -41,13 +41,8 @@ REACH = 0.7  # of the radius: how near a patch has to be to an object's center
 HUES_APART = 0.06  # of the circle: how far from a shape's held-out color others are
 
 
-class Format(RowPerRecord[Entry, SceneAttributes, None]):
+class Format(SceneRows[SceneAttributes, None]):
     """Drawn pictures and their labels."""
-
-    @property
-    def media(self) -> tuple[str, ...]:
-        """Modalities whose files a batch may hold."""
-        return ("image",)
 
     def load_resources(self) -> None:
         """There is no file to read."""
@@ -75,33 +70,12 @@ class Format(RowPerRecord[Entry, SceneAttributes, None]):
             cells=np.zeros((rows, len(PLACES), ATTRIBUTES), np.int32),
         )
 
-    def entry(self, record: Record, mode: Mode) -> Entry:
-        """The row of one record."""
-        return Entry(record)
-
-    def fill(
-        self,
-        plan: BatchPlan[Entry],
-        rows: slice,
-        mode: Mode,
-        load: modalities.Load = modalities.load,
-    ) -> tuple[SceneAttributes, list[Skipped]]:
-        """Draws some rows, see `BatchFormat.fill`; rows without a record are left out.
-
-        Returns:
-          ({'images': `[B, H, W, 3]` float32, 'cells': `[B, 9, 3]` int32 classes of shape, color and
-          size, NOT_ASKED for any other color, 'patches': `[B, N, 4]` the same and the place,
-          'colors': `[B, N, 3]` float32 RGB from 0 to 1, 0 where nothing is}, nothing skipped).
-        """
-        keys = [entry.record.example.key for row in plan.rows[rows] for entry in row]
+    def made(self, examples: Sequence[Example]) -> SceneAttributes:
+        """The pictures of some examples, and their labels."""
         kind = image.normalization(self.data.image)
-        drawn = [draw(key, self._size, self._grid, kind) for key in keys]
+        drawn = [draw(one.key, self._size, self._grid, kind) for one in examples]
         images, patches, cells, colors = (np.stack(values) for values in zip(*drawn))
-        return SceneAttributes(cells, colors, images, patches), []
-
-    def padding(self, batch: SceneAttributes) -> dict[str, tuple[int, int]]:
-        """{kind of place: (used, capacity)}: every row holds a picture."""
-        return {"image": (len(batch.images), len(batch.images))}
+        return SceneAttributes(cells, colors, images, patches)
 
 
 def draw(

@@ -6,13 +6,13 @@ example is 'places', most of them name places.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from xllm_jax.core.batch import DescribedScenes
-from xllm_jax.data.batching import scene_pictures
-from xllm_jax.data.batching.batch_format import BatchPlan, Entry, RowPerRecord
-from xllm_jax.data.media import modalities
-from xllm_jax.data.record import Mode, Record, Skipped
+from xllm_jax.data.batching import scene_rows
+from xllm_jax.data.example import Example
 from xllm_jax.data.synthetic_world.requests import SHARES
 from xllm_jax.data.synthetic_world.scene import ALL_PAIRS, PLACES, SIZES, Scene
 from xllm_jax.data.text.clip_tokenizer import ClipTokenizer
@@ -22,58 +22,29 @@ CLASSES = 1 + len(ALL_PAIRS) * len(SIZES)
 PLACES_TASK, PLACED = "places", {"plain": 0.15, "placed": 0.6, "repeated": 0.05, "related": 0.2}
 
 
-class Format(RowPerRecord[Entry, DescribedScenes, ClipTokenizer]):
+class Format(scene_rows.DescribedRows[DescribedScenes, ClipTokenizer]):
     """Token ids of requests, and the class of what stands in each place."""
 
-    @property
-    def media(self) -> tuple[str, ...]:
-        """Modalities whose files a batch may hold."""
-        return ()
+    kind = "descriptions"
 
     def load_resources(self) -> ClipTokenizer:
         """The tokenizer of the text encoder."""
         return ClipTokenizer(self.data.caption_tokenizer)
 
-    @property
-    def row_tokens(self) -> int:
-        """Tokens of a description."""
-        return self.data.caption_length
-
     def zeros(self, rows: int, bucket: int = -1) -> DescribedScenes:
         """An empty batch, see `BatchFormat.zeros`."""
         return DescribedScenes(
-            ids=np.zeros((rows, self.data.caption_length), np.int32),
-            places=np.zeros((rows, len(PLACES)), np.int32),
+            ids=self.no_words(rows), places=np.zeros((rows, len(PLACES)), np.int32)
         )
 
-    def entry(self, record: Record, mode: Mode) -> Entry:
-        """The row of one record."""
-        return Entry(record)
-
-    def fill(
-        self,
-        plan: BatchPlan[Entry],
-        rows: slice,
-        mode: Mode,
-        load: modalities.Load = modalities.load,
-    ) -> tuple[DescribedScenes, list[Skipped]]:
-        """Writes some rows, see `BatchFormat.fill`; rows without a record are left out.
-
-        Returns:
-          (the ids and classes, nothing skipped).
-        """
-        examples = [entry.record.example for row in plan.rows[rows] for entry in row]
+    def made(self, examples: Sequence[Example]) -> DescribedScenes:
+        """The ids and classes of some examples."""
         asked = [
-            scene_pictures.asked_for(one.key, PLACED if one.task == PLACES_TASK else SHARES)
+            scene_rows.asked_for(one.key, PLACED if one.task == PLACES_TASK else SHARES)
             for one in examples
         ]
-        said = [request.said if told else "" for request, told in asked]
-        ids = self.resources.encode(said, self.data.caption_length)
-        return DescribedScenes(ids, np.stack([classes(one.scene) for one, _ in asked])), []
-
-    def padding(self, batch: DescribedScenes) -> dict[str, tuple[int, int]]:
-        """{kind of place: (used, capacity)}: every row holds a description."""
-        return {"descriptions": (len(batch.ids), len(batch.ids))}
+        places = np.stack([classes(request.scene) for request, _ in asked])
+        return DescribedScenes(self.words(self.resources, asked), places)
 
 
 def classes(scene: Scene) -> np.ndarray:

@@ -11,6 +11,7 @@ of the stream is picture i; its words are drawn as for `scene_pictures`.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,10 @@ import numpy as np
 from xllm_jax.core import bounded
 from xllm_jax.core.batch import DescribedLatents
 from xllm_jax.core.errors import UserError
-from xllm_jax.data.batching import scene_pictures
-from xllm_jax.data.batching.batch_format import BatchPlan, Entry, RowPerRecord
-from xllm_jax.data.media import modalities
-from xllm_jax.data.record import Mode, Record, Skipped
+from xllm_jax.data.batching import scene_rows
+from xllm_jax.data.batching.batch_format import Entry
+from xllm_jax.data.example import Example
+from xllm_jax.data.record import Mode, Record
 from xllm_jax.data.text.clip_tokenizer import ClipTokenizer
 
 ABOUT, MEANS, DEVIATIONS = "about.json", "means.npy", "deviations.npy"
@@ -52,13 +53,10 @@ class Latents:
         return self.tokenizer.piece(token)
 
 
-class Format(RowPerRecord[Entry, DescribedLatents, Latents]):
+class Format(scene_rows.DescribedRows[DescribedLatents, Latents]):
     """Latents and token ids of what their pictures show."""
 
-    @property
-    def media(self) -> tuple[str, ...]:
-        """Modalities whose files a batch may hold."""
-        return ()
+    kind = "latents"
 
     def load_resources(self) -> Latents:
         """The tokenizer and the latents.
@@ -75,15 +73,10 @@ class Format(RowPerRecord[Entry, DescribedLatents, Latents]):
         arrays = [np.load(folder / name, mmap_mode="r") for name in (MEANS, DEVIATIONS)]
         return Latents(ClipTokenizer(self.data.caption_tokenizer), about, *arrays)
 
-    @property
-    def row_tokens(self) -> int:
-        """Tokens of a description."""
-        return self.data.caption_length
-
     def zeros(self, rows: int, bucket: int = -1) -> DescribedLatents:
         """An empty batch, see `BatchFormat.zeros`."""
         shape = (rows, *self.resources.means.shape[1:])
-        ids = np.zeros((rows, self.data.caption_length), np.int32)
+        ids = self.no_words(rows)
         return DescribedLatents(ids, np.zeros(shape, np.float32), np.zeros(shape, np.float32))
 
     def entry(self, record: Record, mode: Mode) -> Entry:
@@ -100,29 +93,12 @@ class Format(RowPerRecord[Entry, DescribedLatents, Latents]):
             raise UserError(what, field=record.example.key, hint=hint)
         return Entry(record)
 
-    def fill(
-        self,
-        plan: BatchPlan[Entry],
-        rows: slice,
-        mode: Mode,
-        load: modalities.Load = modalities.load,
-    ) -> tuple[DescribedLatents, list[Skipped]]:
-        """Reads some rows, see `BatchFormat.fill`; rows without a record are left out.
-
-        Returns:
-          (the latents and ids, nothing skipped).
-        """
-        keys = [entry.record.example.key for row in plan.rows[rows] for entry in row]
-        asked = [scene_pictures.asked_for(key) for key in keys]
-        said = [request.said if told else "" for request, told in asked]
-        ids = self.resources.tokenizer.encode(said, self.data.caption_length)
-        places = [int(key.split("-")[1]) for key in keys]
+    def made(self, examples: Sequence[Example]) -> DescribedLatents:
+        """The latents of some examples, and their ids."""
+        asked = [scene_rows.asked_for(one.key) for one in examples]
+        places = [int(one.key.split("-")[1]) for one in examples]
         means, deviations = (
             held[places].astype(np.float32)
             for held in (self.resources.means, self.resources.deviations)
         )
-        return DescribedLatents(ids, means, deviations), []
-
-    def padding(self, batch: DescribedLatents) -> dict[str, tuple[int, int]]:
-        """{kind of place: (used, capacity)}: every row holds a picture."""
-        return {"latents": (len(batch.means), len(batch.means))}
+        return DescribedLatents(self.words(self.resources.tokenizer, asked), means, deviations)
