@@ -7,14 +7,14 @@ change it. In it are
 
     stages      every field of each stage that the demo trains, as its commands resolve it
     programs    StableHLO of each stage's training step and of decoding, without locations and names
-    backbones   the bytes of the shipped backbones but those of pictures out: the demo does not draw
+    backbones   the bytes of the shipped backbones
     batches     the first batch of each stage on a small world: whole numbers exactly, pixels and
                 sounds by deviation and by mean in deviations, which other processors share
-    scorers     what the scorers say of fixed answers
+    scorers     what the scorers say of fixed answers and pictures, and how pictures are drawn
 
-and not: how the ASR model searches, which samples are asked, the report, the order of the commands,
-versions of libraries other than by what they make of all that (`requirements.lock` pins them), and
-processors.
+and not: how the ASR model searches, the decoder's programs, which samples are asked, the report,
+the order of the commands, versions of libraries other than by what they make of all that
+(`requirements.lock` pins them), and processors.
 """
 
 from __future__ import annotations
@@ -41,12 +41,14 @@ from xllm_jax.assembly.system import System
 from xllm_jax.configs import networks
 from xllm_jax.core import fingerprint, mesh
 from xllm_jax.core.stage import Stage
+from xllm_jax.data.batching import scene_pictures
 from xllm_jax.data.example import Example
+from xllm_jax.data.media import image
 from xllm_jax.data.pipeline import Pipeline
 from xllm_jax.data.synthetic_world import build as world
 from xllm_jax.data.synthetic_world.plan import WorldSizes
 from xllm_jax.data.text import llm_family
-from xllm_jax.evaluation import demo_suite
+from xllm_jax.evaluation import demo_suite, drawing_suite
 from xllm_jax.inference import decoding
 from xllm_jax.training.trainer import Trainer
 
@@ -59,6 +61,7 @@ STAGES = {
     "stage2_video": {},
     "stage2_speech": {},
     "stage3": {},
+    "stage_output_image": {},
 }
 FILES = {
     "stage2_image_no_init": "stage2_image",
@@ -71,7 +74,7 @@ SHARES = {
 }  # of the records of each source, and of the steps
 IDLE = ("name", "log_every", "save_every", "keep", "stall", "wandb", "profile", "best.")
 IDLE += ("data.threads", "data.waiting", "validation.")
-UNUSED = (Path(networks.DECODER).name, networks.LLM_REQUESTS)
+CAPTIONS = Path(networks.DECODER).name + "/tokenizer"
 SHIPPED = Path(xllm_jax.__file__).parent / "data" / "synthetic_world" / "backbones"
 
 
@@ -124,6 +127,7 @@ def placed(one: Stage, made: Path) -> Stage:
         one.data,
         root=str(made),
         tokenizer=str(SHIPPED / "llm") if one.data.tokenizer else "",
+        caption_tokenizer=str(SHIPPED / CAPTIONS) if one.data.caption_tokenizer else "",
         characters=str(made / "characters.txt") if one.data.characters else "",
         vocabulary=str(SHIPPED / "bert" / "vocab.txt") if one.data.vocabulary else "",
         threads=1,
@@ -165,7 +169,7 @@ def backbones() -> Iterator[tuple[str, str]]:
     """(path, hash) of the shipped files that the demo uses."""
     for file in sorted(SHIPPED.rglob("*")):
         name = str(file.relative_to(SHIPPED))
-        if file.is_file() and not name.startswith(UNUSED):
+        if file.is_file():
             yield name, hashlib.sha256(file.read_bytes()).hexdigest()
 
 
@@ -202,6 +206,23 @@ def scores() -> dict[str, Any]:
         for name, scorer in scorers.items()
         for number, answers in enumerate((true, said, ("",) * len(true)))
         for metric, score in scorer(answers, examples).items()
+    } | drawings()
+
+
+def drawings() -> dict[str, Any]:
+    """How the pictures of a comparison are drawn, and what the judge says of fixed ones."""
+    asked = drawing_suite.requests(24)
+    shown = [
+        image.from_signed(scene_pictures.picture(drawing_suite.asked_for(e), 96)) for e in asked
+    ]
+    how = dataclasses.asdict(drawing_suite.Rendering((96, 96)))
+    return {
+        "rendering": {**how, "shares": [drawing_suite.ENOUGH, drawing_suite.HEARD]},
+        "requests": [[one.instruction, one.outputs[0][1]] for one in asked],
+    } | {
+        f"drawing/{number}/{metric}": [f"{value:.6f}" for value in score.samples]
+        for number, pictures in enumerate((shown, [*shown[1:], shown[0]]))
+        for metric, score in drawing_suite.scores(pictures, asked).items()
     }
 
 

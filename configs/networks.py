@@ -41,7 +41,6 @@ TINY_CAPTION_VOCABULARY = 683
 TINY_AUTOENCODER = {"channels": (16, 24, 32)}
 TINY_SCALING = 0.5858968478617607
 
-LLM_REQUESTS = "llm_requests"  # base of the mini LLM that has read requests to draw
 DECODER = "bases/image_decoder"  # text encoder, UNet and autoencoder of a diffusion model
 
 MODALITIES = {

@@ -25,10 +25,7 @@ def get_config(size: str = "real") -> Stage:
             "text_encoder": networks.text_encoder(size),
         },
         outputs={"image": networks.image_output()},
-        init={
-            "llm": f"bases/{networks.LLM_REQUESTS}" if tiny else "bases/llm",
-            "text_encoder": networks.DECODER,
-        },
+        init={"llm": "bases/llm", "text_encoder": networks.DECODER},
         trainable=(r"signal_tokens/.*", r"image_projection/.*"),
         objective="align",
         optimizer=Optimizer(

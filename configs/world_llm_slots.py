@@ -6,7 +6,7 @@ Goes on from `world_llm`. Sentences in the speech slot stand character by charac
 them, while the LLM's own pieces are words; frames of a clip have no names, as an interface gives
 them; and what stands between the media's tags is disturbed (`objectives/slot_noise.py`). In many
 rows the speech slot holds what pseudo interfaces make of the words (`models/pseudo_interface.py`).
-The demo's LLM is its result, and `world_llm_requests` goes on from it.
+`world_llm_requests` goes on from it.
 """
 
 from xllm_jax.configs import networks, world_llm

@@ -29,7 +29,6 @@ from xllm_jax.configs import (
     world_blip2,
     world_diffusion,
     world_llm_requests,
-    world_llm_slots,
     world_text_places,
     world_vision,
 )
@@ -75,8 +74,6 @@ WORDS_AROUND = ("paper", "chatglm_zh", "plain")  # templates whose words the tok
 SHIPPED = Path(xllm_jax.__file__).parent / "data" / "synthetic_world" / "backbones"
 DECODER = SHIPPED / Path(networks.DECODER).name
 BLIP2 = "blip2_stage2"
-# The demo's LLM, and the same after it has read requests to draw, which answers with pictures.
-LLMS = {LLM: world_llm_slots, networks.LLM_REQUESTS: world_llm_requests}
 LATENTS_NAME = sources.LATENTS
 
 
@@ -94,8 +91,7 @@ def main(_: list[str]) -> None:
         return
     if EXPORT.value:
         export(Path(EXPORT.value), output)
-    for name in LLMS:
-        world.import_llm(SHIPPED / name, output / name)
+    world.import_llm(SHIPPED / LLM, output / LLM)
     vision = model(world_vision.get_config()).networks["vision_encoder"]
     world.import_vision(vision, SHIPPED / "vision_encoder", output / "vision_encoder")
     interface = model(world_blip2.get_config()).networks["image_interface"]
@@ -157,9 +153,8 @@ def export(runs: Path, bases: Path) -> None:
       runs: folder of the runs; what it lacks stays as it ships.
       bases: with the tokenizers and the latents' scaling.
     """
-    llms = [(name, config.get_config()) for name, config in LLMS.items()]
     for name, stage in (
-        *llms,
+        (LLM, world_llm_requests.get_config()),
         ("vision_encoder", world_vision.get_config()),
         ("image_interface", world_blip2.get_config()),
         ("text_model", world_bert.get_config()),
@@ -171,10 +166,9 @@ def export(runs: Path, bases: Path) -> None:
         if name == "unet":
             export_decoder(runs, bases)
             continue
-        part = LLM if name in LLMS else name
-        xllm, params = trained(stage, runs, (part,))
-        if name in LLMS:
-            world.export_llm(xllm.networks[part], params[part], bases / LLM, SHIPPED / name)
+        xllm, params = trained(stage, runs, (name,))
+        if name == LLM:
+            world.export_llm(xllm.networks[name], params[name], bases / LLM, SHIPPED / LLM)
         elif name == "image_interface":
             world.export_blip2(xllm.networks[name], params[name], SHIPPED / BLIP2)
         elif name == "text_model":

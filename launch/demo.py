@@ -54,6 +54,7 @@ QUICK_STEPS = {
     "stage2_video": 20,
     "stage2_speech": 30,
     "stage3": 10,
+    "stage_output_image": 10,
 }
 
 
@@ -106,11 +107,19 @@ def jobs(seed: int = 0) -> list[Job]:
         # The same pairs and steps from a fresh interface: Table 1's "no init". With all of them it
         # has learned this small world from nothing before they end.
         stage("stage2_image_no_init", "stage2_image", seed, start, *half, fresh),
+        # What the frozen LLM's signal tokens stand for: text alone, beside the frozen decoder.
+        stage("stage_output_image", "stage_output_image", seed, start),
         Job(
             "evaluate",
             "evaluate",
             ("--runs=runs", "--data=world", "--output=.", *limit),
-            ("stage3", "stage1_image", "stage2_image_no_init", "stage2_image_half"),
+            (
+                "stage3",
+                "stage1_image",
+                "stage2_image_no_init",
+                "stage2_image_half",
+                "stage_output_image",
+            ),
             alone=True,
         ),
     ]

@@ -90,9 +90,9 @@ def test_what_is_normalized_has_no_mean_but_noise():
     assert demo_behavior.told(flat) == demo_behavior.told(-flat) != demo_behavior.told(flat + 1)
 
 
-def test_backbones_that_the_demo_begins_with_count_and_the_decoder_does_not():
+def test_all_backbones_count():
     names = {name.split("/")[0] for name, _ in demo_behavior.backbones()}
-    assert names == {"bert", "blip2_stage2", "llm", "vision_encoder"}
+    assert names == {"bert", "blip2_stage2", "image_decoder", "llm", "vision_encoder"}
 
 
 def test_the_pages_carry_the_hash_of_this_code():

@@ -31,8 +31,7 @@ def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("demo")
     vision = model(world_vision.get_config()).networks["vision_encoder"]
     interface = model(world_blip2.get_config()).networks["image_interface"]
-    for name in ("llm", networks.LLM_REQUESTS):
-        world.import_llm(SHIPPED / name, root / "bases" / name)
+    world.import_llm(SHIPPED / "llm", root / "bases/llm")
     world.import_vision(vision, SHIPPED / "vision_encoder", root / "bases/vision_encoder")
     world.import_blip2(interface, SHIPPED / "blip2_stage2", root / "bases/blip2_stage2")
     world.import_decoder(SHIPPED / "image_decoder", root / networks.DECODER)

@@ -32,7 +32,7 @@ from xllm_jax.inference.replies import Reply
 Draw = Callable[[Sequence[Example]], Sequence[np.ndarray | None]]
 """Requests to pictures `[height, width, 3]` uint8; None where an answer has none."""
 
-COUNT = 240  # requests; enough for intervals of six percent
+COUNT = 160  # requests; enough for intervals of six percent
 CEILING = "ceiling"  # control: the decoder's own text encoder says the caption
 ENOUGH = 0.9  # share of the ceiling that answers are compared with
 HEARD = 0.85  # the same of what is asked for in writing, for what is asked for by voice

@@ -1,9 +1,9 @@
 """The embedded world's backbones: small files in the published forms, and our bases from them.
 
-`llm/` and `llm_requests/` are ChatGLM folders (config.json, model.safetensors, tokenizer),
-`vision_encoder/` an EVA file, `blip2_stage2/` a LAVIS file of BLIP-2's second stage, `bert/` a BERT
-with its language head and vocab.txt, `image_decoder/` a pipeline's folder of Stable Diffusion; all
-in float16 and under the names of the real checkpoints, read by the same tables.
+`llm/` is a ChatGLM folder (config.json, model.safetensors, tokenizer), `vision_encoder/` an EVA
+file, `blip2_stage2/` a LAVIS file of BLIP-2's second stage, `bert/` a BERT with its language head
+and vocab.txt, `image_decoder/` a pipeline's folder of Stable Diffusion; all in float16 and
+under the names of the real checkpoints, read by the same tables.
 """
 
 from __future__ import annotations
