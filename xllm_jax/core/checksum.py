@@ -101,7 +101,7 @@ def of_store(store: tensorstore.TensorStore, dtype: DTypeLike, older: bool = Fal
     return _written(shape, dtype, [digest for _, digest in found])
 
 
-def of_json(value: Any) -> str:
+def of_json(value: object) -> str:
     """Hash of plain data, the same before and after it was a JSON file (hex, 16 digits)."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -89,7 +89,7 @@ def _problems(holder: Any, path: str) -> Iterator[UserError]:
 
 
 def _entries(
-    field: dataclasses.Field, path: str, value: Mapping[str, Any], kind: Any
+    field: dataclasses.Field, path: str, value: Mapping[str, Any], kind: object
 ) -> Iterator[UserError]:
     """Problems of what a dictionary holds, by its names."""
     for name, inner in value.items():
@@ -136,7 +136,7 @@ def _ordered(low: object, high: object) -> bool:
     return isinstance(low, NUMBER) and isinstance(high, NUMBER) and low <= high
 
 
-def _number(option: Option, path: str, value: Any) -> Iterator[UserError]:
+def _number(option: Option, path: str, value: object) -> Iterator[UserError]:
     yield from _limits({"limits": (option.least, option.most)}, path, value)
 
 

@@ -169,7 +169,7 @@ def _rounds(texts: Sequence[tuple[str, str]], system: Sequence[str]) -> tuple[tu
     return tuple(zip(questions, [*answers, ""], strict=True))
 
 
-def _pieces(content: Any, param: str, known: Collection[str]) -> list[Piece]:
+def _pieces(content: object, param: str, known: Collection[str]) -> list[Piece]:
     """Words and files of a message's content, in order."""
     if content is None:
         return []

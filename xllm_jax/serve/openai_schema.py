@@ -184,7 +184,7 @@ def parse(kind: type[T], body: bytes | dict[str, Any]) -> T:
         raise wrong(f"{param}: {told['msg']}", param) from None
 
 
-def _utf8(value: Any) -> None:
+def _utf8(value: object) -> None:
     """Raises ValueError where a text holds half a character, as "\\ud800" in JSON makes it."""
     todo = [value]
     while todo:

@@ -14,7 +14,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,6 +24,9 @@ from xllm_jax.serve import page_messages
 from xllm_jax.serve.page_messages import REFUSED, kind
 from xllm_jax.serve.security import Keys
 from xllm_jax.serve.service import Service
+
+if TYPE_CHECKING:
+    import httpx
 
 PATH = "/page"
 SHOW_SECONDS = 0.1  # between two states of an answer, each of which goes through gradio as a whole
@@ -192,7 +195,7 @@ def _settings(most: int) -> list[Any]:
         ]
 
 
-def _recorders(kinds: Sequence[str], question: Any) -> None:
+def _recorders(kinds: Sequence[str], question: object) -> None:
     """A camera for pictures and one for clips, whose recordings join the files of the question."""
     import gradio
 
@@ -326,7 +329,9 @@ def _refusal(what: str) -> Any:
     return gradio.ChatMessage(html.escape(what, quote=False), metadata={"title": REFUSED})
 
 
-async def _taken(page: Adder, client: Any, files: Sequence[str]) -> tuple[str, list[Any]]:
+async def _taken(
+    page: Adder, client: httpx.AsyncClient, files: Sequence[str]
+) -> tuple[str, list[Any]]:
     """(what is heard in some files, the frames that are seen of them)."""
     import asyncio
 
@@ -336,7 +341,9 @@ async def _taken(page: Adder, client: Any, files: Sequence[str]) -> tuple[str, l
     return "\n".join(filter(None, heard)), frames
 
 
-async def _deltas(client: Any, body: Mapping[str, Any]) -> AsyncIterator[Mapping[str, Any]]:
+async def _deltas(
+    client: httpx.AsyncClient, body: Mapping[str, Any]
+) -> AsyncIterator[Mapping[str, Any]]:
     async with client.stream("POST", "/v1/chat/completions", json=body) as answer:
         if answer.status_code != 200:
             raise UserError(_message(await answer.aread()))
@@ -350,7 +357,7 @@ async def _deltas(client: Any, body: Mapping[str, Any]) -> AsyncIterator[Mapping
                 yield choice["delta"]
 
 
-async def _heard(client: Any, file: str) -> str:
+async def _heard(client: httpx.AsyncClient, file: str) -> str:
     """What the server hears in a file; '' where it cannot tell."""
     sent = {"file": (Path(file).name, Path(file).read_bytes())}
     answer = await client.post("/v1/audio/transcriptions", files=sent)

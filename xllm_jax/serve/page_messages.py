@@ -152,7 +152,7 @@ def past(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [message for message in found if message["content"]]
 
 
-def _split(content: Any) -> tuple[str, list[str]]:
+def _split(content: object) -> tuple[str, list[str]]:
     """(words, files) of an entry of gradio's history."""
     texts, files = [], []
     for piece in _pieces(content):
@@ -167,5 +167,5 @@ def _split(content: Any) -> tuple[str, list[str]]:
     return "\n".join(texts), files
 
 
-def _pieces(content: Any) -> Iterator[Any]:
+def _pieces(content: object) -> Iterator[Any]:
     yield from content if isinstance(content, list | tuple) else [content]

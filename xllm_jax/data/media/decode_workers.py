@@ -205,7 +205,7 @@ def _told(answer: tuple[Any, ...]) -> Any:
     raise error
 
 
-def answer(task: str, arguments: tuple[Any, ...]) -> tuple[object, ...]:
+def answer(task: str, arguments: tuple[object, ...]) -> tuple[object, ...]:
     """What a worker sends back: ('made', value) or (kind of error, what, field, line).
 
     Args:

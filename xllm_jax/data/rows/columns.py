@@ -128,7 +128,7 @@ def _texts(row: Mapping[str, Any], column: str, where: str) -> list:
     return _several(_value(row, column, where)) if column else []
 
 
-def _text(value: Any, where: str, column: str = "") -> str:
+def _text(value: object, where: str, column: str = "") -> str:
     try:
         found = value.decode("utf-8") if isinstance(value, bytes) else value
     except UnicodeDecodeError as error:
@@ -140,7 +140,7 @@ def _text(value: Any, where: str, column: str = "") -> str:
     return found.strip()
 
 
-def _medium(value: Any, where: str, rate: int) -> str:
+def _medium(value: object, where: str, rate: int) -> str:
     if isinstance(value, Mapping):
         content, path = value.get("bytes"), value.get("path")
         value = content if content is not None else path

@@ -39,7 +39,7 @@ class Groups:
     ):
         names, wanted = (above[0], below[0]), above[2]
 
-        def own(row: Any, _: int) -> tuple[Key, bool]:
+        def own(row: object, _: int) -> tuple[Key, bool]:
             known = _key(row, above[1])
             return known, known is None or wanted(row)
 
@@ -74,7 +74,7 @@ class Groups:
         return self._order[start : int(self._ends[group])].tolist()
 
 
-def _key(row: Any, name: str) -> Key:
+def _key(row: object, name: str) -> Key:
     value = row.get(name) if isinstance(row, dict) else None
     # True is equal to 1, and no key.
     return value if isinstance(value, int | str) and not isinstance(value, bool) else None

@@ -51,7 +51,7 @@ class Rows:
         """Rows that were taken down."""
         return len(self._spans) // 16
 
-    def add(self, start: int, end: int, value: Any) -> None:
+    def add(self, start: int, end: int, value: object) -> None:
         """Takes down one row."""
         self._spans += start.to_bytes(8, "little") + end.to_bytes(8, "little")
         if self._note is not None:

@@ -19,7 +19,6 @@ from __future__ import annotations
 import math
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -108,7 +107,7 @@ def _joined(sentences: list, where: str) -> str:
     return " ".join(said) if said[0].isascii() else "".join(said)
 
 
-def _count(row: Any, kind: str) -> int:
+def _count(row: object, kind: str) -> int:
     """Examples of a video; a broken row counts once, and is reported when it is read."""
     sentences = row.get("sentences") if isinstance(row, dict) and kind == "clips" else None
     return max(len(sentences), 1) if isinstance(sentences, list) and layout.few(sentences) else 1

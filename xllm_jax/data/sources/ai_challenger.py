@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -68,7 +67,7 @@ def examples(
     return layout.not_empty(Lazy(len(places), example), file, "captions")
 
 
-def _count(row: Any) -> int:
+def _count(row: object) -> int:
     """Captions of a row; a broken row counts once, and is reported when it is read."""
     captions = row.get("caption") if isinstance(row, dict) else None
     return max(len(captions), 1) if isinstance(captions, list) and layout.few(captions) else 1

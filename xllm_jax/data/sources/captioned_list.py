@@ -86,7 +86,7 @@ def below(*folders: pathlib.Path) -> Path:
     return path
 
 
-def _count(row: Any, name: str, each: bool, splits: Collection[str]) -> int:
+def _count(row: object, name: str, each: bool, splits: Collection[str]) -> int:
     """Examples of a row; a broken row counts once, and is reported when it is read."""
     said = row.get(name) if isinstance(row, dict) else None
     if isinstance(row, dict) and splits and row.get("split") not in splits:

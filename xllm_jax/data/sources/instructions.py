@@ -118,7 +118,7 @@ class _Looks:
         self._known = {_latin(name): one for name, one in known.items()}
         self._kinds, self._seen, self.first, self.good = set(map(_latin, kinds)), 0, -1, 0
 
-    def __call__(self, record: Any) -> int:
+    def __call__(self, record: object) -> int:
         number, self._seen = self._seen, self._seen + 1
         try:
             talk = _talk(record, self._known, "")

@@ -49,7 +49,7 @@ def read_json(path: pathlib.Path) -> Any:
     return json_text.parsed(read_text(path), str(path))
 
 
-def get(record: Any, name: str, kind: type | tuple[type, ...], where: str) -> Any:
+def get(record: object, name: str, kind: type | tuple[type, ...], where: str) -> Any:
     """`record[name]`, checked.
 
     Args:
@@ -74,7 +74,7 @@ def get(record: Any, name: str, kind: type | tuple[type, ...], where: str) -> An
     return value
 
 
-def text(record: Any, name: str, where: str) -> str:
+def text(record: object, name: str, where: str) -> str:
     """`record[name]`, a text of more than spaces, without those around it.
 
     Raises:
@@ -99,7 +99,7 @@ def tags(record: dict, name: str = "tags") -> tuple[str, ...]:
 
 
 def said(
-    rows: Sequence[Any], number: int | None, name: str, where: str
+    rows: Sequence[object], number: int | None, name: str, where: str
 ) -> tuple[tuple[str, ...], int]:
     """The captions of one image or video, broken and empty ones left out: they cost their own
     record, and the others stand without them.

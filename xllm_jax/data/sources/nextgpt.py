@@ -87,7 +87,7 @@ class _Looks:
     def __init__(self, modality: str):
         self._modality = modality
 
-    def __call__(self, record: Any) -> int:
+    def __call__(self, record: object) -> int:
         try:
             rounds = _rounds(record, "")
         except UserError:

@@ -20,7 +20,6 @@ import os
 import pathlib
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -102,7 +101,7 @@ def examples(
 def _read(file: pathlib.Path, kind: str) -> tuple[Spans, tuple[Spans, ...], np.ndarray]:
     """(dialogues, questions and answers, examples of each dialogue)."""
 
-    def count(talk: Any, _: int) -> int:
+    def count(talk: object, _: int) -> int:
         """A broken dialogue counts once, and is reported when it is read."""
         rows = talk.get("dialog") if isinstance(talk, dict) else None
         if not isinstance(rows, list) or not layout.few(rows):
@@ -120,7 +119,7 @@ def _read(file: pathlib.Path, kind: str) -> tuple[Spans, tuple[Spans, ...], np.n
 
 
 def _rounds(
-    rows: Sequence[Any], pools: Sequence[Spans], root: pathlib.Path, where: str
+    rows: Sequence[object], pools: Sequence[Spans], root: pathlib.Path, where: str
 ) -> list[Round]:
     places = [f"{where}.dialog[{index}]" for index in range(len(rows))]
     said = []
@@ -144,7 +143,7 @@ def _rounds(
     ]
 
 
-def _text(value: Any, where: str) -> str:
+def _text(value: object, where: str) -> str:
     if not isinstance(value, str):
         raise UserError("is no text", field=where)
     if not (text := value.strip()):
@@ -152,7 +151,7 @@ def _text(value: Any, where: str) -> str:
     return text
 
 
-def _speech(row: Any, where: str) -> str:
+def _speech(row: object, where: str) -> str:
     """The speech file of a round, '' where it was only written."""
     if not isinstance(row, dict):
         raise UserError("has a round that is no object", field=f"{where}.dialog")

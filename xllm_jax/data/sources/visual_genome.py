@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -80,13 +79,13 @@ def _image_number(name: str) -> int | None:
     return number(name) if name.lower().endswith(layout.IMAGES) else None
 
 
-def _count(row: Any, name: str) -> int:
+def _count(row: object, name: str) -> int:
     """Examples of an image; a broken row counts once, and is reported when it is read."""
     inside = row.get(name) if isinstance(row, dict) else None
     return len(inside) if isinstance(inside, list) and layout.few(inside) else 1
 
 
-def _region(row: Any, where: str, index: int, image: Image) -> Example:
+def _region(row: object, where: str, index: int, image: Image) -> Example:
     regions = layout.get(row, "regions", list, where)
     layout.check_few(regions, where)
     place = f"{where}.regions[{index}]"
@@ -98,7 +97,7 @@ def _region(row: Any, where: str, index: int, image: Image) -> Example:
     return Example(key, media, "", phrases[at], "region", (), phrases, tags=tags)
 
 
-def _question(row: Any, where: str, index: int, image: Image) -> Example:
+def _question(row: object, where: str, index: int, image: Image) -> Example:
     every, place = layout.get(row, "qas", list, where), f"{where}.qas[{index}]"
     layout.check_few(every, where)
     asked = every[index]

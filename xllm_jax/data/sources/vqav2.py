@@ -78,7 +78,7 @@ def _file(root: pathlib.Path, pattern: str) -> pathlib.Path:
     return found[0]
 
 
-def _number(row: Any) -> int:
+def _number(row: object) -> int:
     number = row.get("question_id") if isinstance(row, dict) else None
     if not isinstance(number, int) or isinstance(number, bool):
         return UNKNOWN
