@@ -51,9 +51,8 @@ def main(_: list[str]) -> int:
                 "this flag is required", field=f"--{flag.name}", hint=flags.FLAGS[flag.name].help
             )
     for flag, action in ((ALPHA, "import"), (NAME, "export")):
-        if flag.present and ACTION.value != action:
-            what, hint = f"has no effect with --action={ACTION.value}", "Leave it out"
-            raise UserError(what, field=f"--{flag.name}", hint=hint)
+        if ACTION.value != action:
+            cli.refuse(f"with --action={ACTION.value}", "Leave it out", flag.name)
     given, rest = (INPUT.value, OUTPUT.value), (SOURCE.value, PART.value)
     if ACTION.value == "import":
         if not BASE.value:

@@ -57,7 +57,7 @@ class Chat:
 
 
 def main(_: list[str]) -> None:
-    write = drawing.chosen(CHECKPOINT.value, DRAW.value, SEED.value)
+    write = drawing.chosen(CHECKPOINT.value, DRAW.value, SEED.value, SEED.name)
     restored = load_run(CHECKPOINT.value, outputs=drawing.OUTPUTS.value, base=other_base.BASE.value)
     model = assistant.Assistant(restored, max_tokens=MAX_TOKENS.value)
     known = tuple(name for name, _, _ in model.model.modalities)

@@ -22,6 +22,7 @@ from xllm_jax.data.text.llm_family import LLMFamily
 from xllm_jax.inference import decoder_base, render
 from xllm_jax.inference.load_run import stage_of
 from xllm_jax.inference.replies import Picture, Reply
+from xllm_jax.launch import cli
 from xllm_jax.models.outputs import scheduler_config
 
 HELP = "Folder for the pictures of an answer; without a decoder, for their embeddings as .npz."
@@ -59,7 +60,7 @@ OUTPUTS = flags.DEFINE_string(
     "answers with pictures, too.",
     allow_override=True,
 )
-OPTIONS = {"steps": STEPS, "guidance": GUIDANCE, "size": SIZE, "scheduler": SCHEDULER}
+OPTIONS = ("steps", "guidance", "size", "scheduler")
 
 PLACE = re.compile(r"\[[^\[\]]+\.(?:png|npz)\]")
 
@@ -178,26 +179,32 @@ def writer(stage: Stage, folder: str, seed: int) -> Write:
     return lambda picture, file: made[picture.modality](picture, file)
 
 
-def chosen(checkpoint: str, folder: str, seed: int) -> Write | None:
+def chosen(checkpoint: str, folder: str, seed: int, *more: str) -> Write | None:
     """What the flags say of pictures: `writer`, or None where --draw was not given.
 
     Args:
       checkpoint: folder of the run.
       folder: the flag --draw.
       seed: of the noise.
+      more: names of other flags of pictures that the command has.
 
     Raises:
       UserError: as `writer`, or a flag of pictures was given without --draw.
     """
     if folder:
         return writer(stage_of(checkpoint, OUTPUTS.value), folder, seed)
-    check_unused()
+    check_unused("without --draw", "Add --draw=DIR", *more)
     return None
 
 
-def check_unused(why: str = "without --draw", hint: str = "Add --draw=DIR") -> None:
-    """Raises UserError for a flag of pictures that was given where nothing is drawn."""
-    _refuse_options(why, hint)
+def check_unused(why: str = "without --draw", hint: str = "Add --draw=DIR", *more: str) -> None:
+    """Raises UserError for a flag of pictures that was given where nothing is drawn.
+
+    Args:
+      why, hint: as of `cli.refuse`.
+      more: names of other flags of pictures that the command has.
+    """
+    cli.refuse(why, hint, *OPTIONS, *more)
 
 
 def _write(stage: Stage, modality: str, seed: int) -> Write:
@@ -223,18 +230,12 @@ def decoder(stage: Stage, modality: str) -> decoder_base.DecoderBase | None:
     if base is None:
         where = decoder_base.missing(stage, modality)
         hint = "Convert one by xllm convert --source=stable_diffusion (docs/outputs.md)"
-        _refuse_options(f"without a decoder: {where}", hint)
+        check_unused(f"without a decoder: {where}", hint)
         return None
     if not math.isfinite(GUIDANCE.value):
         raise UserError(f"is {GUIDANCE.value}", field="--guidance", hint="Such as 7.5")
     base.scheduler.table(STEPS.value)
     return base
-
-
-def _refuse_options(why: str, hint: str) -> None:
-    given = next((name for name, flag in OPTIONS.items() if flag.present), None)
-    if given:
-        raise UserError(f"has no effect {why}", field=f"--{given}", hint=hint)
 
 
 def pixels(text: str, field: str = "--size") -> tuple[int, int] | None:

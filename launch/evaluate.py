@@ -108,7 +108,7 @@ flags.adopt_module_key_flags(other_base)
 STAGE1_IMAGE, PAIRS = "stage1_image", 300
 ASR, STAGE3 = "stage1_speech", "stage3"
 IMAGE_RUNS = {"no_init": "stage2_image_no_init", "half": "stage2_image_half"}
-DRAWS = "stage_output_image"
+DRAWS, MODALITY = "stage_output_image", "image"
 flags.declare_key_flag("allow_paths")
 for name in drawing.OPTIONS:
     flags.declare_key_flag(name)
@@ -137,12 +137,14 @@ def main(_: list[str]) -> None:
         if not any(ended(Path(RUNS.value) / name) for name in (ASR, STAGE3)):
             return
     else:
-        drawing.check_unused()
+        drawing.check_unused("without --draw", "Add --draw=DIR", SEED.name)
+    cli.refuse("here", "X-LLM draws with the run stage_output_image of --runs", "outputs")
+    base = decoder(Path(RUNS.value))
     todo = demo_suite.tasks(DATA.value, LIMIT.value, cli.ALLOW_PATHS.value, CER.value)
     results = demo_suite.run(todo, models(Path(RUNS.value)))
     results["measures"] |= pairs(Path(RUNS.value))
-    drawn = drawings(Path(RUNS.value), Path(OUTPUT.value) / "pictures")
-    if drawn:
+    if base:
+        drawn = drawings(Path(RUNS.value), base, Path(OUTPUT.value) / "pictures")
         results["measures"] |= drawn
         results["comparisons"] |= drawing_suite.comparisons(drawn)
     results["curves"] = demo_suite.curves(RUNS.value)
@@ -219,20 +221,35 @@ def pairs(runs: Path) -> dict[str, Any]:
     return {"pairs@stage1": evaluate_pairs.evaluate(restored, DATA.value, source, most)}
 
 
-def drawings(runs: Path, folder: Path) -> dict[str, Any]:
-    """Measures the pictures of held-out requests, where a run that draws has ended.
+def decoder(runs: Path) -> decoder_base.DecoderBase | None:
+    """What draws for the run DRAWS, looked at; None where one of the two is not there.
+
+    Raises:
+      UserError: the decoder does not fit the run, or is damaged.
+    """
+    if not ended(runs / DRAWS):
+        return None
+    stage = stage_of(runs / DRAWS)
+    if MODALITY not in stage.outputs:
+        return None
+    base = decoder_base.of_stage(stage, MODALITY)
+    if base is None:
+        where = decoder_base.missing(stage, MODALITY)
+        print(f"No decoder of {MODALITY} ({where}): its rows are left out", file=sys.stderr)
+    return base
+
+
+def drawings(runs: Path, base: decoder_base.DecoderBase, folder: Path) -> dict[str, Any]:
+    """Measures the pictures of held-out requests.
 
     Args:
       runs: of all stages; X-LLM of stage 3 draws with what DRAWS learned, if both are there.
+      base: of the decoder.
       folder: for those pictures that the report shows.
 
     Returns:
       {name of the measure: as of `measure.measure`}.
     """
-    if not ended(runs / DRAWS):
-        return {}
-    out = stage_of(runs / DRAWS).outputs["image"]
-    base = decoder_base.look(out.decoder)
     renderer, how = base.renderer(PICTURES), drawing_suite.Rendering(base.size)
     joined = ended(runs / STAGE3) and same_llm(runs / STAGE3, runs / DRAWS)
     restored = load_run(runs / STAGE3, outputs=runs / DRAWS) if joined else load_run(runs / DRAWS)

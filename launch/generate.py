@@ -149,13 +149,8 @@ def decoding() -> dict[str, Any]:
         "beam": {"beams": BEAMS},
     }
     for way, options in ways.items():
-        given = [name for name, flag in options.items() if flag.present]
-        if given and way != DECODE.value:
-            raise UserError(
-                f"has no effect with --decode={DECODE.value}",
-                field=f"--{given[0]}",
-                hint=f"Add --decode={way}",
-            )
+        if way != DECODE.value:
+            cli.refuse(f"with --decode={DECODE.value}", f"Add --decode={way}", *options)
     chosen = {name: flag.value for name, flag in ways.get(DECODE.value, {}).items()}
     return chosen | ({"sample": True} if DECODE.value == "sample" else {})
 

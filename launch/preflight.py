@@ -71,6 +71,13 @@ flags.declare_key_flag("allow_paths")
 
 def main(_: list[str]) -> int:
     """Returns the exit code."""
+    if DRAW.value:
+        names = (WRITE.name, AGAIN.name, SEARCH.name, RECORDS.name)
+        cli.refuse("with --draw", "Leave it out, or --draw", *names)
+    else:
+        cli.refuse("without --draw", "Add --draw", STEPS.name, GUIDANCE.name, SIZE.name)
+    if not WRITE.value:
+        cli.refuse("without --write", "Add --write=FILE", AGAIN.name)
     prepare_compiler()
     if DRAW.value:
         return draw()

@@ -244,10 +244,7 @@ def easel(stage: Stage) -> Easel | None:
             bases[name] = base
     if not bases:
         why, hint = "where nothing is drawn", "Give --outputs=RUN, whose decoder is there"
-        drawing.check_unused(why, hint)
-        for flag in (SIZES, BATCH):
-            if flag.present:
-                raise UserError(f"has no effect {why}", field=f"--{flag.name}", hint=hint)
+        drawing.check_unused(why, hint, SIZES.name, BATCH.name)
         return None
     style = Style(
         drawing.STEPS.value,

@@ -404,3 +404,30 @@ def test_what_is_no_stage_file_is_refused_in_one_line(name, train, tmp_path):
     code, said = run([f"--config={tmp_path / name}", "--workdir=w"])
     assert (code, said.count("\n")) == (2, 1), said
     assert "--config" in said
+
+
+UNUSED = [
+    ("preflight", "--steps=5", "--steps: has no effect without --draw"),
+    ("preflight", "--draw --write=x", "--write: has no effect with --draw"),
+    ("preflight", "--draw --records=3", "--records: has no effect with --draw"),
+    ("preflight", "--again", "--again: has no effect without --write"),
+    ("evaluate", "--seed=1", "--seed: has no effect without --draw"),
+    ("evaluate", "--size=64", "--size: has no effect without --draw"),
+    ("evaluate", "--outputs=x", "--outputs: has no effect here"),
+    ("chat", "--checkpoint=x --seed=1", "--seed: has no effect without --draw"),
+    ("chat", "--checkpoint=x --steps=1", "--steps: has no effect without --draw"),
+    ("generate", "--checkpoint=x --prompt=a --guidance=2", "--guidance: has no effect without"),
+    ("generate", "--checkpoint=x --prompt=a --beams=2", "--beams: has no effect with --decode=gr"),
+]
+
+
+@pytest.mark.parametrize(("name", "given", "message"), UNUSED)
+def test_a_flag_that_changes_nothing_is_refused(name, given, message):
+    """What is typed and does nothing would be taken for done."""
+    with command(name):
+        launched = sys.modules[f"{COMMANDS}.{name}"]
+        code, told = run(given.split())
+        assert code == 0, told
+        with pytest.raises(UserError) as error:
+            launched.main([])
+        assert str(error.value).startswith(message)

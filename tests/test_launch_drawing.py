@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import forked
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import small_outputs
 import small_runs
+import test_flags
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Stage, Validation
@@ -159,6 +161,29 @@ def test_an_evaluation_that_cannot_draw_is_one_line(run, tmp_path):
         evaluate_drawing.runs_in(tmp_path)
     assert error.value.field == "--draw"
     assert evaluate_drawing.runs_in(run.parent) == [run]
+
+
+def test_an_evaluation_without_the_decoder_leaves_its_rows_out(run, tmp_path, monkeypatch, capsys):
+    """And keeps what hours have measured; what is not there is told before they begin."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/stage_output_image").symlink_to(run)
+    with test_flags.command("evaluate"):
+        launched = sys.modules["xllm_jax.launch.evaluate"]
+        given = [f"--runs={tmp_path / 'runs'}", f"--output={tmp_path / 'made'}"]
+        assert test_flags.run(given)[0] == 0
+        written, told = [], []
+        monkeypatch.setattr(launched.demo_suite, "tasks", lambda *_: {})
+        monkeypatch.setattr(launched, "models", lambda _: {})
+
+        def measured(*_):
+            told.append(capsys.readouterr().err)
+            return {"measures": {"vqa@after": {}}, "comparisons": {}}
+
+        monkeypatch.setattr(launched.demo_suite, "run", measured)
+        monkeypatch.setattr(launched.report, "write", lambda *given: written.append(given))
+        launched.main([])
+    assert "No decoder of image (outputs.image.decoder of the run names no folder)" in told[0]
+    assert written[0][0]["measures"] == {"vqa@after": {}}
 
 
 def test_data_paths_of_a_run_are_resolved(run):
