@@ -63,7 +63,7 @@ OTHERS = {
     "nextgpt/tolerances.json": "tolerances, which replays read",
     "nextgpt/imagebind.*": "encoders of the second half of any-to-any",
     "nextgpt/formats_cases.json": "texts and ids: test_nextgpt_format.py",
-    "nextgpt/formats_rewrite.json": "prompts of the second version, whose recipe is not followed",
+    "nextgpt/formats_rewrite.json": "conversations and runs: test_nextgpt_source.py",
     "nextgpt/tokenizer/*": "texts and ids: test_causal_family.py",
 }
 FILES = sorted(

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from xllm_jax.core.errors import UserError
+from xllm_jax.core.output_settings import Signals
 from xllm_jax.data.sources import nextgpt
 
 
@@ -33,6 +34,34 @@ def first(*texts, caption="", kind="text"):
             {"input_modality": "text"} if turn["from"] == "human" else {"output_modality": "text"}
         )
     return {"mm_name": "a.jpg", "source_data": "cc3m", "conversation": made}
+
+
+@pytest.mark.golden
+def test_recorded_conversations_of_the_second_version_are_read(golden, read):
+    """Its lists hold captions beside the turns, of which the recording has the turns alone."""
+    cases = json.loads((golden / "nextgpt/formats_rewrite.json").read_text("utf-8"))
+    talks = [case["conversation"] for case in cases["kinds"]["generation"]]
+    asked, answers = ([one[n]["value"].strip() for one in talks] for n in (0, 1))
+    kinds = [nextgpt.MARKER.findall(answer) for answer in answers]
+    assert len(talks) > 9 and all(len(one) == 1 for one in kinds)
+    records = [
+        {"conversations": talk, f"{kind}_captions": f"caption {number}"}
+        for number, (talk, (kind,)) in enumerate(zip(talks, kinds))
+    ]
+    found = list(read(records, cleaned=False))
+    assert [one.instruction for one in found] == asked
+    assert [one.answer for one in found] == answers
+    wanted = [((kind, f"caption {number}"),) for number, (kind,) in enumerate(kinds)]
+    assert [one.outputs for one in found] == wanted
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("kind", nextgpt.KINDS)
+def test_recorded_runs_of_the_second_version_are_those_with_a_word_between(golden, kind):
+    cases = json.loads((golden / "nextgpt/formats_rewrite.json").read_text("utf-8"))
+    ids = cases["signal_runs"][kind]["ids"]
+    signals = Signals(ids[0], (len(ids) + 1) // 2, between=ids[1])
+    assert list(signals.ids) == ids
 
 
 @pytest.mark.golden

@@ -26,3 +26,20 @@ def test_links_that_take_longer_stand_apart():
     )
     # 151,453,934 cycles at 1.5 GHz; the links' bound of 134.8 ms takes longer, for 32 rows.
     assert row.endswith("| 151.5 | 101.0 | 134.8 | 237 | 0.21 (0.28 without the links) |")
+
+
+def test_the_docs_have_the_cells_as_they_are_kept():
+    """Each row is its cell's, without the forecast, which has a table of its own."""
+    head = [name for name in preflight_table.HEADER if not name.startswith("forecast")]
+    page = (ROOT / "docs" / "preflight.md").read_text("utf-8")
+    _, _, rest = page.partition(f"| {' | '.join(head)} |\n")
+    rows = [row for row in rest.partition("\n\n")[0].splitlines() if not row.startswith("| ---")]
+    assert len(rows) > 25
+    for row in rows:
+        name, where, *_ = row.strip("| ").split(" | ")
+        slice_, _, largest = where.partition(", best")
+        cell = (name, slice_, "largest" if largest else "configured")
+        *_, kept = preflight_table.table([cell], ROOT / "benchmarks" / "preflight")
+        columns = kept.removeprefix("| ").removesuffix(" |").split(" | ")
+        forecast = preflight_table.HEADER.index("forecast: ms, of peak, samples/s")
+        assert row == f"| {' | '.join([*columns[:forecast], *columns[forecast + 1 :]])} |"
