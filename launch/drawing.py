@@ -80,10 +80,20 @@ def check(stage: Stage) -> None:
 
 
 def embeddings(picture: Picture, file: Path) -> Path:
-    """Writes what a diffusion model draws from: `prompt_embeds` `[1, q, width]` float32."""
+    """Writes what a diffusion model draws from, see `prompt_embeds`."""
+    return prompt_embeds(picture.embeddings, file)
+
+
+def prompt_embeds(values: np.ndarray, file: Path) -> Path:
+    """Writes `[q, width]` as diffusers' pipelines take it: `prompt_embeds` `[1, q, width]` float32.
+
+    Args:
+      values: of one picture.
+      file: without its suffix.
+    """
     file = file.with_name(f"{file.name}.npz")
     with atomic.whole(file) as partial, partial.open("wb") as opened:
-        np.savez(opened, prompt_embeds=picture.embeddings[None].astype(np.float32))
+        np.savez(opened, prompt_embeds=values[None].astype(np.float32))
     return file
 
 
@@ -127,7 +137,8 @@ class Easel:
     """Where pictures go.
 
     Attributes:
-      folder: of the files, `MODALITY_NUMBER`; none that is there is written over.
+      folder: of the files, `MODALITY_NUMBER` or as a sample is called; of the former none that is
+        there is written over.
       family: finishes the words.
       write: how a picture becomes a file.
     """
@@ -136,14 +147,23 @@ class Easel:
     family: LLMFamily
     write: Write = embeddings
 
-    def text(self, reply: Reply) -> str:
-        """Writes a reply's pictures; returns its words, with the files' names in their places."""
-        made = [
-            piece
-            if isinstance(piece, str)
-            else f"[{self.write(piece, self._next(piece.modality))}]"
-            for piece in reply.pieces
-        ]
+    def text(self, reply: Reply, name: str = "") -> str:
+        """Writes a reply's pictures; returns its words, with the files' names in their places.
+
+        Args:
+          reply: of an `Assistant`.
+          name: of the first picture's file, and then NAME_1 …, written over; '' takes the next of
+            its modality.
+        """
+        made, count = [], 0
+        for piece in reply.pieces:
+            if isinstance(piece, str):
+                made.append(piece)
+                continue
+            own = f"{name}_{count}" if count else name
+            file = self.folder / own if name else self._next(piece.modality)
+            made.append(f"[{self.write(piece, file)}]")
+            count += 1
         return self.family.finish("".join(made))
 
     def _next(self, modality: str) -> Path:

@@ -14,13 +14,15 @@ from xllm_jax.core.stage import Stage
 from xllm_jax.data import mixture
 from xllm_jax.data.example import Example
 from xllm_jax.data.record import Record
-from xllm_jax.inference import assistant
+from xllm_jax.evaluation.suites import pictures
+from xllm_jax.inference import assistant, decoder_base
+from xllm_jax.inference.decoder_base import DecoderBase
 from xllm_jax.inference.load_run import load_run, stage_of
 from xllm_jax.launch import drawing
 
 LIMIT = 64  # requests of a run, where nobody says
 MOST_TOKENS = 256  # of an answer
-RECORD = "pictures.json"
+RECORD, WANTED = "pictures.json", "wanted"
 
 
 def runs_in(folder: Path) -> list[Path]:
@@ -68,6 +70,9 @@ def requests(stage: Stage, limit: int) -> list[Example]:
 def evaluate(run: Path, folder: Path, limit: int, rows: int, seed: int = 0) -> dict[str, Any]:
     """Answers a run's held-out requests, writes their pictures and counts.
 
+    The picture of a sample KEY is KEY.png, what was drawn from KEY.npz, and what the decoder's own
+    text encoder says of the caption wanted/KEY.npz: what the suite `pictures` reads.
+
     Args:
       run: its folder.
       folder: where pictures go, below the run's name.
@@ -89,7 +94,15 @@ def evaluate(run: Path, folder: Path, limit: int, rows: int, seed: int = 0) -> d
     model = assistant.Assistant(load_run(run), rows, most)
     replies = model.replies([dataclasses.replace(one, answer="") for one in asked])
     easel = drawing.Easel(place, model.family, write)
-    texts = [easel.text(reply) for reply in replies]
+    names = [pictures.file_of("", one.key, "").name for one in asked]
+    texts = [easel.text(reply, name) for reply, name in zip(replies, names)]
+    for reply, name in zip(replies, names):
+        for first in reply.pictures[:1]:
+            drawing.embeddings(first, place / name)
+    for modality in stage.outputs:
+        base = decoder_base.of_stage(stage, modality)
+        if base:
+            write_wanted(base, modality, asked, place / WANTED, rows)
     kinds = [Counter(piece.modality for piece in reply.pictures) for reply in replies]
     wanted = [Counter(modality for modality, _ in one.outputs) for one in asked]
     found = {
@@ -101,6 +114,27 @@ def evaluate(run: Path, folder: Path, limit: int, rows: int, seed: int = 0) -> d
     }
     atomic.write_json(place / RECORD, found)
     return found
+
+
+def write_wanted(
+    base: DecoderBase, modality: str, asked: Sequence[Example], folder: Path, rows: int
+) -> None:
+    """Writes what a decoder's text encoder says of the captions, a file KEY.npz each.
+
+    Args:
+      base: of the decoder.
+      modality: that it draws; of several captions in it, the first counts.
+      asked: the requests.
+      folder: of the files.
+      rows: captions read at a time.
+    """
+    said = [(e.key, c) for e in asked for kind, c in e.outputs[:1] if kind == modality]
+    for start in range(0, len(said), rows):
+        some = said[start : start + rows]
+        captions = [caption for _, caption in some]
+        captions += [""] * (rows - len(some))  # one program for all
+        for (key, _), values in zip(some, base.conditions(captions)):
+            drawing.prompt_embeds(values, pictures.file_of(str(folder), key, ""))
 
 
 def _answer(example: Example, text: str) -> dict[str, str]:

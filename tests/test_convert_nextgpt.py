@@ -229,7 +229,9 @@ def test_a_stage_takes_vicuna_and_the_delta_over_it(tmp_path):
     stage = Stage(
         parts={
             "llm": Part("causal.Causal", "vicuna_7b", fields | {"hidden": sizes["inter"]}),
-            "signal_tokens": Part("outputs.signal_tokens.SignalTokens", "tiny", {"width": 32}),
+            "signal_tokens": Part(
+                "outputs.signal_tokens.SignalTokens", "tiny", {"width": sizes["d"]}
+            ),
             "image_projection": Part("outputs.projection.TransformerProjection", "real", head),
         },
         outputs={"image": Output("image_projection")},

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import small_outputs
 import small_runs
+import test_flags
 from absl import flags
 from absl.testing import flagsaver
 from conftest import GOLDEN
@@ -19,6 +20,9 @@ from PIL import Image
 from xllm_jax.convert import run_import
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Output
+from xllm_jax.core.suite import PictureSuite
+from xllm_jax.data.example import Example
+from xllm_jax.evaluation.suites import pictures
 from xllm_jax.inference import assistant, decoder_base, load_run
 from xllm_jax.inference.replies import Picture, Reply
 from xllm_jax.launch import chat, drawing, serve
@@ -27,6 +31,17 @@ pytestmark = pytest.mark.usefixtures("parsed_flags")
 ROOT = Path(__file__).parents[1]
 RECORDED = GOLDEN / "diffusion"
 PLACE = "runs/bases/image_decoder"
+
+
+def config(part):
+    """Sizes of the recorded pipeline."""
+    return json.loads((RECORDED / "sd" / part / "config.json").read_text())
+
+
+LENGTH, WIDTH = (config("text_encoder")[k] for k in ("max_position_embeddings", "hidden_size"))
+FACTOR = 2 ** (len(config("vae")["block_out_channels"]) - 1)
+HEIGHT, BREADTH = SIDES = (4 * FACTOR, 6 * FACTOR)
+SIZE = f"{HEIGHT}x{BREADTH}"
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +115,8 @@ def test_the_empty_text_is_the_base_s_own(renderer, cases):
     np.testing.assert_allclose(np.asarray(renderer.without), wanted, atol=1e-5)
 
 
-def picture(seed=0, shape=(77, 32)):
-    values = np.random.default_rng(seed).normal(size=shape)
+def picture(seed=0):
+    values = np.random.default_rng(seed).normal(size=(LENGTH, WIDTH))
     return Picture("image", values.astype(np.float32))
 
 
@@ -113,7 +128,7 @@ def pixels(file):
 
 def test_pictures_are_files_and_one_program_draws_them(stage, home, tmp_path):
     family = assistant.llm_family.load(stage.data)
-    with flagsaver.flagsaver(steps=2, size="16x24"):
+    with flagsaver.flagsaver(steps=2, size=SIZE):
         write = drawing.writer(stage, str(tmp_path / "out"), 5)
         easel = drawing.Easel(tmp_path / "out", family, write)
         text = easel.text(Reply(("这是", picture(1), "和", picture(2))))
@@ -122,15 +137,13 @@ def test_pictures_are_files_and_one_program_draws_them(stage, home, tmp_path):
     first, second = (tmp_path / f"out/image_{n}.png" for n in range(2))
     assert text == f"这是[{first}]和[{second}]"
     read = [pixels(file) for file in (first, second)]
-    assert read[0].shape == (16, 24, 3) and (read[0] != read[1]).any()
+    assert read[0].shape == (*SIDES, 3) and (read[0] != read[1]).any()
     for number in (2, 1):  # in another order, by another painter
         file = painter(picture(number), tmp_path / f"again_{number}")
         np.testing.assert_array_equal(pixels(file), read[number - 1])
         assert painter.renderer._draw._cache_size() == 1
         assert painter.renderer._decode._cache_size() == 1
-    expected = painter.renderer(
-        picture(1).embeddings[None], [5], size=(16, 24), steps=2, guidance=7.5
-    )
+    expected = painter.renderer(picture(1).embeddings[None], [5], size=SIDES, steps=2, guidance=7.5)
     np.testing.assert_array_equal(expected[0], read[0])
 
 
@@ -142,14 +155,14 @@ def test_the_command_draws(home, tmp_path):
     asked = chat.Example("prompt", (), "画圆")
     seed = next(n for n in range(20) if words.replies([asked], how, n)[0].pictures)
     sampled = ("--decode=sample", "--temperature=1e3", "--top_p=1", f"--seed={seed}")
-    options = ("--max_tokens=200", "--steps=2", "--size=16", "--scheduler=ddim")
+    options = ("--max_tokens=200", "--steps=2", f"--size={HEIGHT}", "--scheduler=ddim")
     out = tmp_path / "out"
     asking = (f"--checkpoint={run}", "--prompt=画圆", f"--draw={out}", *sampled, *options)
     done = forked.xllm("generate", *asking)
     assert done.returncode == 0, done.stderr
     files = sorted(out.iterdir())
     assert files and all(f"[{file}]" in done.stdout for file in files)
-    assert all(pixels(file).shape == (16, 16, 3) for file in files)
+    assert all(pixels(file).shape == (HEIGHT, HEIGHT, 3) for file in files)
     bad = forked.xllm("generate", *asking, "--scheduler=unipc")
     assert bad.returncode == 2 and "--scheduler: unknown scheduler 'unipc'" in bad.stderr
     assert len(bad.stderr.strip().splitlines()) == 1
@@ -157,6 +170,25 @@ def test_the_command_draws(home, tmp_path):
         bad = forked.xllm("generate", *asking, flag)
         assert bad.returncode == 2 and flag.partition("=")[0][2:] in bad.stderr
         assert len(bad.stderr.strip().splitlines()) == 1
+
+
+def test_what_the_text_encoder_says_lies_beside_the_drawings(base, tmp_path):
+    """As the suite of pictures reads it: each caption is nearest to itself, and to no other."""
+    with test_flags.command("evaluate"):
+        from xllm_jax.launch import evaluate_drawing
+
+        said = {"a/1": "a cat", "a/2": "two dogs", "b": "a red ball"}
+        asked = [Example(key, outputs=(("image", text),)) for key, text in said.items()]
+        asked.append(Example("c", outputs=(("audio", "rain"),)))
+        for folder in ("drawn", "wanted"):
+            evaluate_drawing.write_wanted(base, "image", asked, tmp_path / folder, 2)
+    files = {path.stem: np.load(path)["prompt_embeds"] for path in tmp_path.glob("wanted/*.npz")}
+    assert sorted(files) == ["a_1", "a_2", "b"]
+    for key, values in zip(("a_1", "a_2", "b"), base.conditions(list(said.values()))):
+        np.testing.assert_allclose(files[key], values[None], atol=1e-5)
+    given = PictureSuite(drawn=str(tmp_path / "drawn"), wanted=str(tmp_path / "wanted"))
+    found = pictures._projected(given, asked[:3])
+    assert found and found["value"] == 1 and found["missing"] == found["shuffled"]["value"] == 0
 
 
 def test_without_a_decoder_the_folder_is_named(stage, tmp_path, capsys):
@@ -179,7 +211,7 @@ def test_without_a_decoder_the_folder_is_named(stage, tmp_path, capsys):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(size="17"), "--size: 17 x 17 is no multiple of the autoencoder's factor 4"),
+        (dict(size="17"), f"--size: 17 x 17 is no multiple of the autoencoder's factor {FACTOR}"),
         (dict(size="0"), "--size: 0 x 0"),
         (dict(size="16x"), "--size: '16x' is no size of a picture"),
         (dict(size="100000"), "--size: '100000' is no size"),
@@ -209,8 +241,9 @@ def test_a_file_is_no_folder_for_pictures(stage, tmp_path):
 
 
 def test_a_decoder_of_another_width_is_refused(stage, tmp_path):
-    stage.parts["image_projection"].fields["output_width"] = 12
-    with pytest.raises(UserError, match=r"outputs.image.decoder: .*77 x 32 .* gives 77 x 12"):
+    stage.parts["image_projection"].fields["output_width"] = WIDTH + 1
+    told = rf"outputs\.image\.decoder: .*{LENGTH} x {WIDTH} .* gives {LENGTH} x {WIDTH + 1}"
+    with pytest.raises(UserError, match=told):
         drawing.writer(stage, str(tmp_path), 0)
 
 
@@ -263,13 +296,18 @@ def test_parameters_of_another_shape_are_named(copy):
 
 
 def test_the_server_draws_by_the_same_flags(stage, base, tmp_path, capsys):
-    with flagsaver.flagsaver(steps=2, picture_sizes=["24x16"]):
+    with flagsaver.flagsaver(steps=2, picture_sizes=[f"{BREADTH}x{HEIGHT}"]):
         made = serve.easel(stage)
-    assert made.sizes == {"image": (base.size, (16, 24))} and made.style.steps == 2
-    assert made.size("24x16", "image") == (16, 24) and made.size(None, "image") == base.size
-    with flagsaver.flagsaver(size="16x24"):
-        assert serve.easel(stage).sizes == {"image": ((16, 24),)}
-    with flagsaver.flagsaver(picture_sizes=["17x16"]), pytest.raises(UserError, match="multiple"):
+    assert made.sizes == {"image": (base.size, SIDES)} and made.style.steps == 2
+    assert (
+        made.size(f"{BREADTH}x{HEIGHT}", "image") == SIDES and made.size(None, "image") == base.size
+    )
+    with flagsaver.flagsaver(size=SIZE):
+        assert serve.easel(stage).sizes == {"image": (SIDES,)}
+    with (
+        flagsaver.flagsaver(picture_sizes=[f"{BREADTH + 1}x{HEIGHT}"]),
+        pytest.raises(UserError, match="multiple"),
+    ):
         serve.easel(stage)
     stage.outputs["image"].decoder = str(tmp_path / "gone")
     assert serve.easel(stage) is None

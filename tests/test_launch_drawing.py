@@ -145,8 +145,11 @@ def test_evaluation_draws_and_counts(run, model, tmp_path, monkeypatch):
     assert (found["requests"], found["asked"], found["drawn"]) == (3, 3, 3)
     assert found["as_asked"] == pytest.approx(1 / 3)
     place = tmp_path / run.name
-    files = sorted(path.name for path in place.glob("*.npz"))
-    assert files == ["image_0.npz", "image_1.npz", "image_2.npz"]
+    first, second, _ = (one["key"] for one in found["answers"])
+    files = {path.name: np.load(path)["prompt_embeds"][0] for path in place.glob("*.npz")}
+    assert sorted(files) == sorted([f"{first}.npz", f"{second}.npz", f"{second}_1.npz"])
+    for name, value in ((first, 1), (second, 2), (f"{second}_1", 3)):
+        np.testing.assert_array_equal(files[f"{name}.npz"], np.full(SIZE, value))
     assert json.loads((place / "pictures.json").read_text()) == found
     assert "33.3%" in evaluate_drawing.table([("mine", found)])
     captions = {one["caption"] for one in found["answers"]}

@@ -18,6 +18,18 @@ from xllm_jax.core.errors import UserError
 
 SOURCE = "stable_diffusion"
 RECORDED = GOLDEN / "diffusion" / "sd"
+
+
+def config(part):
+    """Sizes of a part of the recorded pipeline."""
+    return json.loads((RECORDED / part / "config.json").read_text())
+
+
+def row_of(told):
+    """A row of SIZES."""
+    return dict(channels=tuple(told["block_out_channels"]), groups=told["norm_num_groups"])
+
+
 WEIGHTS = {
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
@@ -148,8 +160,8 @@ def test_a_base_without_a_record_tells_its_sizes(folder, tmp_path):
         path.unlink()
     with pytest.MonkeyPatch.context() as patch:
         sizes = [
-            (run_import.source_named(SOURCE).unet, dict(channels=(8, 16, 16, 24), groups=4)),
-            (run_import.source_named(SOURCE).vae, dict(channels=(8, 16, 16), groups=4)),
+            (getattr(run_import.source_named(SOURCE), part), row_of(config(part)))
+            for part in ("unet", "vae")
         ]
         for module, row in sizes:
             patch.setattr(module, "SIZES", {"mine": row})
@@ -166,26 +178,30 @@ def test_the_base_knows_what_no_shape_shows(folder, tmp_path):
     edit(folder / "vae/config.json", scaling_factor=0.5)
     base_of(folder, tmp_path)
     fields = {part: base_description.base_fields(tmp_path / "base", part) for part in WEIGHTS}
-    assert fields["vae"] == {"groups": 4, "scaling": 0.5}
-    assert fields["unet"] == {"groups": 4, "epsilon": 1e-5}
+    assert fields["vae"] == {"groups": config("vae")["norm_num_groups"], "scaling": 0.5}
+    wanted = {"groups": config("unet")["norm_num_groups"], "epsilon": config("unet")["norm_eps"]}
+    assert fields["unet"] == wanted
     assert fields["text_encoder"]["activation"] == "quick_gelu"
 
 
+NET = config("unet")
+CHANNELS, HEADS = NET["block_out_channels"], NET["attention_head_dim"]
+LEVELS, INDIVISIBLE = len(CHANNELS), max(CHANNELS) + 1  # parts of channels, which there are not
 UNET = [
-    ("attention_head_dim", 3),
-    ("attention_head_dim", [2, 2]),
-    ("attention_head_dim", "2"),
-    ("block_out_channels", [8, 16, 16, 32]),
-    ("down_block_types", ["DownBlock2D"] * 4),
-    ("up_block_types", ["CrossAttnUpBlock2D"] * 4),
+    ("attention_head_dim", INDIVISIBLE),
+    ("attention_head_dim", [HEADS] * (LEVELS - 1)),
+    ("attention_head_dim", str(HEADS)),
+    ("block_out_channels", [*CHANNELS[:-1], 2 * CHANNELS[-1]]),
+    ("down_block_types", ["DownBlock2D"] * LEVELS),
+    ("up_block_types", ["CrossAttnUpBlock2D"] * LEVELS),
     ("layers_per_block", 1000000000),
-    ("cross_attention_dim", 768),
-    ("norm_num_groups", 5),
+    ("cross_attention_dim", NET["cross_attention_dim"] + 1),
+    ("norm_num_groups", INDIVISIBLE),
     ("norm_eps", 0),
     ("act_fn", "gelu"),
     ("class_embed_type", "simple_projection"),
-    ("time_embedding_dim", 7),
-    ("transformer_layers_per_block", [1, 2, 1, 1]),
+    ("time_embedding_dim", 4 * CHANNELS[0] - 1),
+    ("transformer_layers_per_block", [1, 2, *[1] * (LEVELS - 2)]),
     ("dual_cross_attention", True),
     ("only_cross_attention", True),
     ("resnet_time_scale_shift", "scale_shift"),
@@ -198,10 +214,10 @@ UNET = [
 VAE = [
     ("scaling_factor", -1),
     ("shift_factor", 0.1),
-    ("latent_channels", 16),
+    ("latent_channels", config("vae")["latent_channels"] + 1),
     ("up_block_types", ["AttnUpDecoderBlock2D"] * 3),
     ("use_quant_conv", False),
-    ("norm_num_groups", 3),
+    ("norm_num_groups", max(config("vae")["block_out_channels"]) + 1),
     ("out_channels", 1),
 ]
 
@@ -221,12 +237,12 @@ def test_what_no_network_here_computes_is_refused_by_its_field(
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("attention_head_dim", [2, 2, 2, 2]),
-        ("layers_per_block", [2, 2, 2, 2]),
+        ("attention_head_dim", [HEADS] * LEVELS),
+        ("layers_per_block", [NET["layers_per_block"]] * LEVELS),
         ("upcast_attention", True),
-        ("sample_size", 96),
-        ("time_embedding_dim", 32),
-        ("only_cross_attention", [False] * 4),
+        ("sample_size", 2 * NET["sample_size"]),
+        ("time_embedding_dim", 4 * CHANNELS[0]),
+        ("only_cross_attention", [False] * LEVELS),
         ("use_ema_warmup", True),
     ],
 )
