@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import importlib
 import json
 import sys
@@ -14,6 +15,8 @@ import pytest
 import small_outputs
 import virtual_devices
 
+from xllm_jax.assembly.system import System
+from xllm_jax.core import mesh
 from xllm_jax.core.errors import UserError
 from xllm_jax.preflight import drawing, targets
 
@@ -47,6 +50,26 @@ def test_memory_and_seconds_follow(found):
     assert found.fits and "fits" in "\n".join(drawing.text(found))
     scores = 2 * 8 * 64**4 * 2  # both outputs, heads, places squared, bfloat16
     assert found.live > scores
+
+
+def test_stable_diffusion_2_is_two_flags_away():
+    """Those of docs/outputs.md: the stage's networks fit each other; pictures are larger."""
+    page = (HERE.parent / "docs" / "outputs.md").read_text("utf-8")
+    given = ("text_encoder.size=open_clip_vit_h_14", "image_projection.size=stable_diffusion_2")
+    assert all(f"--config.parts.{flag}" in page for flag in given)
+    stage = real()
+    for flag in given:
+        part, _, size = flag.partition(".size=")
+        stage.parts[part].size = size
+    system = System.build(stage, mesh.make({}, jax.devices()[:1]))
+    sizes = collections.Counter()
+    for path, leaf in system.shapes.items():
+        sizes[path.partition("/")[0]] += leaf.size
+    assert sizes["text_encoder"] == 340_387_840
+    # The last product and its bias are a third wider than those beside Stable Diffusion 1.5.
+    assert sizes["image_projection"] == 31_958_784 + 256 * (512 + 1)
+    wide = drawing.forecast(stage, targets.parse("v5e-16"))
+    assert wide.size == (768, 768) and wide.whole == 2 * (865_910_724 + 49_490_199)
 
 
 def test_results_that_are_alive_are_counted():
