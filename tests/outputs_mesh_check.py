@@ -14,22 +14,35 @@ from mesh_check import values
 
 from xllm_jax.assembly.networks import shapes_of
 from xllm_jax.core import mesh, rules
-from xllm_jax.models.outputs import autoencoder, unet
+from xllm_jax.models.outputs import autoencoder, projection, unet
 
 MESHES = {
     "fsdp 8": {"fsdp": 8},
     "data 2, fsdp 2, tensor 2": {"data": 2, "fsdp": 2, "tensor": 2},
 }
 SMALL = dict(channels=(16, 32), depth=1, groups=4)
+READING = dict(llm_width=24, queries=6, width=16, output_width=8, llm_layers=(-1, 1))
+PROJECTIONS = {  # {name: network}; the paper's is the first
+    "transformer": projection.TransformerProjection(**READING),
+    "in order": projection.InOrderProjection(**READING),
+    "linear": projection.LinearProjection(**READING),
+    "q-former": projection.QFormerProjection(**READING),
+}
 NETWORKS = {
     "unet": (unet, unet.UNet(**SMALL, transformers=(True, True), heads=(2, 4), text_width=24)),
     "autoencoder": (autoencoder, autoencoder.Autoencoder(**SMALL)),
+    **{name: (projection, network) for name, network in PROJECTIONS.items()},
 }
 
 
 def inputs(name: str) -> tuple[jax.Array, ...]:
     """Eight rows for a network; odd sides for the UNet."""
     keys = jax.random.split(jax.random.key(1), 3)
+    if name in PROJECTIONS:
+        states, embeddings = PROJECTIONS[name].example()
+        return tuple(
+            jax.random.normal(key, (8, *x.shape[1:])) for key, x in zip(keys, (states, embeddings))
+        )
     if name == "autoencoder":
         return (jax.random.normal(keys[0], (8, 8, 12, 3)),)
     latents = jax.random.normal(keys[0], (8, 5, 6, 4))
@@ -42,7 +55,7 @@ def differences(name: str) -> dict[str, list[float]]:
     shapes = rules.flatten(shapes_of(network))
     params = rules.unflatten({path: values(path, x) for path, x in shapes.items()})
     batch = inputs(name)
-    specs = rules.assign(file.SHARDING, params, what=f"{name} SHARDING")
+    specs = rules.assign(file.SHARDING, params, what=f"{name} SHARDING", total=False)
 
     def run(params, batch):
         def loss(params):

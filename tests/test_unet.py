@@ -62,7 +62,8 @@ def test_meshes_equal_one_device():
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     print(found)
-    assert set(found) == {"unet", "autoencoder"}
+    projections = {"transformer", "in order", "linear", "q-former"}
+    assert set(found) == {"unet", "autoencoder", *projections}
     for meshes in found.values():
         assert len(meshes) == 2
         for outputs, gradients in meshes.values():
