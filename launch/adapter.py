@@ -14,7 +14,7 @@ from absl import flags
 
 from xllm_jax.convert import adapters, adapters_out
 from xllm_jax.core.errors import UserError
-from xllm_jax.launch import cli
+from xllm_jax.launch import cli, unused_flags
 
 ACTION = flags.DEFINE_enum("action", "", ("", "import", "export", "merge"), "What to do.")
 INPUT = flags.DEFINE_string(
@@ -52,7 +52,7 @@ def main(_: list[str]) -> int:
             )
     for flag, action in ((ALPHA, "import"), (NAME, "export")):
         if ACTION.value != action:
-            cli.refuse(f"with --action={ACTION.value}", "Leave it out", flag.name)
+            unused_flags.refuse(f"with --action={ACTION.value}", "Leave it out", flag.name)
     given, rest = (INPUT.value, OUTPUT.value), (SOURCE.value, PART.value)
     if ACTION.value == "import":
         if not BASE.value:

@@ -168,22 +168,6 @@ def with_flag_files(argv: Sequence[str]) -> list[str]:
         raise UserError(what, field="--flagfile", hint="Give a file with a flag a line") from None
 
 
-def refuse(why: str, hint: str, *names: str) -> None:
-    """Refuses flags that change nothing in this call.
-
-    Args:
-      why: they do not, such as 'without --draw'.
-      hint: what would give them an effect.
-      names: of the flags.
-
-    Raises:
-      UserError: one of them was given.
-    """
-    given = next((name for name in names if flags.FLAGS[name].present), None)
-    if given:
-        raise UserError(f"has no effect {why}", field=f"--{given}", hint=hint)
-
-
 def check_numbers() -> None:
     """Looks at the numbers of all flags: absl takes NaN for one within any bounds.
 

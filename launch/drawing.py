@@ -22,7 +22,7 @@ from xllm_jax.data.text.llm_family import LLMFamily
 from xllm_jax.inference import decoder_base, render
 from xllm_jax.inference.load_run import stage_of
 from xllm_jax.inference.replies import Picture, Reply
-from xllm_jax.launch import cli
+from xllm_jax.launch import unused_flags
 from xllm_jax.models.outputs import scheduler_config
 
 HELP = "Folder for the pictures of an answer; without a decoder, for their embeddings as .npz."
@@ -221,10 +221,10 @@ def check_unused(why: str = "without --draw", hint: str = "Add --draw=DIR", *mor
     """Raises UserError for a flag of pictures that was given where nothing is drawn.
 
     Args:
-      why, hint: as of `cli.refuse`.
+      why, hint: as of `unused_flags.refuse`.
       more: names of other flags of pictures that the command has.
     """
-    cli.refuse(why, hint, *OPTIONS, *more)
+    unused_flags.refuse(why, hint, *OPTIONS, *more)
 
 
 def _write(stage: Stage, modality: str, seed: int) -> Write:

@@ -48,6 +48,7 @@ from xllm_jax.launch import (
     evaluate_pairs,
     other_base,
     suite_models,
+    unused_flags,
 )
 from xllm_jax.launch import hosts as host_flags
 
@@ -138,7 +139,7 @@ def main(_: list[str]) -> None:
             return
     else:
         drawing.check_unused("without --draw", "Add --draw=DIR", SEED.name)
-    cli.refuse("here", "X-LLM draws with the run stage_output_image of --runs", "outputs")
+    unused_flags.refuse("here", "X-LLM draws with the run stage_output_image of --runs", "outputs")
     base = decoder(Path(RUNS.value))
     todo = demo_suite.tasks(DATA.value, LIMIT.value, cli.ALLOW_PATHS.value, CER.value)
     results = demo_suite.run(todo, models(Path(RUNS.value)))

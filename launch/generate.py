@@ -27,7 +27,7 @@ from xllm_jax.data.example import Example
 from xllm_jax.data.media.modalities import MODALITIES, SPEECH, task
 from xllm_jax.data.text.instructions import instructions
 from xllm_jax.inference.load_run import load_run
-from xllm_jax.launch import cli, drawing, other_base, terminal
+from xllm_jax.launch import cli, drawing, other_base, terminal, unused_flags
 
 if TYPE_CHECKING:
     from xllm_jax.inference import assistant
@@ -150,7 +150,7 @@ def decoding() -> dict[str, Any]:
     }
     for way, options in ways.items():
         if way != DECODE.value:
-            cli.refuse(f"with --decode={DECODE.value}", f"Add --decode={way}", *options)
+            unused_flags.refuse(f"with --decode={DECODE.value}", f"Add --decode={way}", *options)
     chosen = {name: flag.value for name, flag in ways.get(DECODE.value, {}).items()}
     return chosen | ({"sample": True} if DECODE.value == "sample" else {})
 

@@ -28,7 +28,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.launch import cli
+from xllm_jax.launch import cli, unused_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, cli.STAGE_HELP)
 TOPOLOGY = flags.DEFINE_string(
@@ -73,11 +73,11 @@ def main(_: list[str]) -> int:
     """Returns the exit code."""
     if DRAW.value:
         names = (WRITE.name, AGAIN.name, SEARCH.name, RECORDS.name)
-        cli.refuse("with --draw", "Leave it out, or --draw", *names)
+        unused_flags.refuse("with --draw", "Leave it out, or --draw", *names)
     else:
-        cli.refuse("without --draw", "Add --draw", STEPS.name, GUIDANCE.name, SIZE.name)
+        unused_flags.refuse("without --draw", "Add --draw", STEPS.name, GUIDANCE.name, SIZE.name)
     if not WRITE.value:
-        cli.refuse("without --write", "Add --write=FILE", AGAIN.name)
+        unused_flags.refuse("without --write", "Add --write=FILE", AGAIN.name)
     prepare_compiler()
     if DRAW.value:
         return draw()
