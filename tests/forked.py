@@ -79,10 +79,20 @@ def run(*arguments, **options) -> subprocess.CompletedProcess:
         return subprocess.run(*arguments, **options)
 
 
-def xllm(*arguments: str, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess:
-    """What a command prints, `xllm ARGUMENTS`, with these variables beside those of the test."""
+def xllm(
+    *arguments: str, cwd: Path = ROOT, typed: str | None = None, **variables: str
+) -> subprocess.CompletedProcess:
+    """What a command prints, `xllm ARGUMENTS`, with these variables beside those of the test.
+
+    Args:
+      arguments: of the command.
+      cwd: its folder.
+      typed: what its user types, if it reads that.
+      variables: of its environment.
+    """
     return run(
         [sys.executable, "-m", "xllm_jax.launch.commands", *arguments],
+        input=typed,
         capture_output=True,
         text=True,
         cwd=cwd,

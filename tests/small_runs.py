@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -12,6 +13,7 @@ from xllm_jax.assembly import networks
 from xllm_jax.configs import stage1_speech, stage3_instruction
 from xllm_jax.core import checkpoint, checksum
 from xllm_jax.core.stage import Stage
+from xllm_jax.core.types import Params
 from xllm_jax.data.synthetic_world import build as world
 from xllm_jax.data.synthetic_world.plan import WorldSizes
 from xllm_jax.data.text.characters import CharacterVocabulary
@@ -28,8 +30,14 @@ def make_world(folder: Path, items: int = 8, **more: int) -> Path:
     return made
 
 
-def write_run(stage: Stage, folder: Path, trained: tuple[str, ...]) -> Path:
-    """A finished run with random parameters; parts that did not train become bases it names."""
+def write_run(
+    stage: Stage,
+    folder: Path,
+    trained: tuple[str, ...],
+    change: Callable[[Params], Params] = lambda params: params,
+) -> Path:
+    """A finished run with random parameters, changed by `change`; parts that did not train become
+    bases it names."""
     stage = dataclasses.replace(stage, init={}, compute="float32", frozen="float32", unroll=1)
     model = networks.model(stage)
     # Drawn by NumPy: initializing for real would compile every network. Positive, since running
@@ -39,6 +47,7 @@ def write_run(stage: Stage, folder: Path, trained: tuple[str, ...]) -> Path:
         lambda x: np.abs(rng.normal(scale=0.05, size=x.shape)).astype(np.float32),
         networks.shapes(model),
     )
+    params = change(params)
     for part in params.keys() - set(trained):
         checkpoint.save_base(folder.parent / "bases" / part, {part: params[part]}, {})
         stage.init[part] = f"bases/{part}"

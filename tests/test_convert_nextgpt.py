@@ -65,6 +65,16 @@ def test_the_recorded_delta_comes_in_and_goes_out_bit_by_bit(tmp_path):
     assert all(same(again[name], tensors[name]) for name in tensors)
 
 
+def test_a_delta_goes_through_in_many_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_import, "BLOCK", 600)
+    tensors = recorded()
+    run_import.run_import("nextgpt", write(tensors, tmp_path), tmp_path / "base")
+    run_export.run_export("nextgpt", tmp_path / "base", tmp_path / "out")
+    again = files.open_checkpoint(tmp_path / "out")
+    assert again.keys() == tensors.keys()
+    assert all(same(again[name], tensors[name]) for name in tensors)
+
+
 def test_what_comes_in_is_what_the_recorded_losses_were_replayed_with(tmp_path):
     """Rows of the added tokens by their recorded ids, adapters merged as PyTorch would."""
     tensors = recorded()

@@ -117,6 +117,47 @@ def test_the_command_writes_what_a_decoder_reads(run, tmp_path):
         )
 
 
+@pytest.fixture(scope="module")
+def eager(tmp_path_factory):
+    """A run with requests held out, whose LLM begins a picture wherever it may."""
+    folder = tmp_path_factory.mktemp("eager")
+    stage = held_out(small_outputs.stage(folder))
+
+    def liking(params):
+        # States behind the last norm, whose scale and bias are positive here, are so mostly.
+        rows = params["signal_tokens"]
+        rows["image_head"] = rows["image_head"].copy()
+        rows["image_head"][0] = 50.0
+        return params
+
+    trained = ("signal_tokens", "image_projection")
+    return small_runs.write_run(stage, folder / "runs/drawn", trained, liking)
+
+
+def test_the_chat_draws(eager, tmp_path):
+    """A file for every picture, and its place in the words."""
+    out = tmp_path / "out"
+    flags = (f"--checkpoint={eager}", f"--draw={out}", f"--max_tokens={small_outputs.COUNT}")
+    done = forked.xllm("chat", *flags, typed="画圆\n再画\n")
+    assert done.returncode == 0, done.stderr
+    files = [out / "image_0.npz", out / "image_1.npz"]
+    assert sorted(out.iterdir()) == files
+    assert all(f"[{file}]" in done.stdout for file in files)
+
+
+def test_held_out_requests_are_drawn(eager, tmp_path):
+    """By command: the table, a record, and the file of every picture."""
+    out = tmp_path / "out"
+    done = forked.xllm("evaluate", f"--runs={eager.parent}", f"--draw={out}", "--limit=2")
+    assert done.returncode == 0, done.stderr
+    told = json.loads((out / eager.name / "pictures.json").read_text())
+    assert told["requests"] == told["asked"] == 2 and told["drawn"] >= 2
+    for one in told["answers"]:
+        file = out / eager.name / f"{one['key']}.npz"
+        assert f"[{file}]" in one["text"] and np.load(file)["prompt_embeds"].shape == (1, *SIZE)
+    assert f"{told['as_asked']:.1%}" in done.stdout and f"Pictures: {out}" in done.stdout
+
+
 def held_out(stage, requests=3):
     """The run's stage with requests that it never saw."""
     sources = {"said": stage.data.sources["captions"]}

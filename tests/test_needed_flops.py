@@ -18,6 +18,7 @@ import pytest
 from xllm_jax.assembly import networks
 from xllm_jax.core import flops
 from xllm_jax.core.stage import Stage
+from xllm_jax.models.outputs import projection
 from xllm_jax.preflight import forecast, targets
 
 FROZEN, THROUGH, FIRST, TRAINED = 2, 4, 4, 6  # FLOPs per multiply-add
@@ -184,6 +185,32 @@ def stage3(sizes: Sizes) -> float:
     return total + FIRST * adapter(sizes, "speech_interface", rows * net.max_tokens)
 
 
+def text_encoder(sizes: Sizes, texts: int) -> float:
+    """The frozen text encoder; no gradient passes through it."""
+    net, tokens = sizes.parts["text_encoder"], sizes.stage.data.caption_length
+    layer = self_attention(net, texts, tokens, tokens) + feed_forward(net, texts * tokens)
+    return FROZEN * net.depth * layer
+
+
+def stage_output_image(sizes: Sizes) -> float:
+    """Everything behind the signal tokens' embeddings depends on what trains."""
+    net, data = sizes.parts["image_projection"], sizes.stage.data
+    signals, width, queries = data.signals["image"], net.width, net.queries
+    runs, depth = data.rows * signals.runs, 4
+
+    def block(tokens: int) -> float:
+        return runs * tokens * (4 * width**2 + 2 * tokens * width + 8 * width**2)
+
+    trained = runs * (signals.count * net.llm_width + queries * net.output_width) * width
+    if isinstance(net, projection.TransformerProjection):
+        cross = 2 * (queries + signals.count) * width**2 + 2 * queries * signals.count * width
+        trained += depth * (block(signals.count) + block(queries) + runs * cross)
+    else:
+        trained += runs * queries * signals.count * width + depth * block(queries)
+    trained += data.rows * data.answers * signals.count * net.llm_width
+    return text_encoder(sizes, runs) + TRAINED * trained + llm(sizes)
+
+
 FORMULAS = {
     "stage1_speech": stage1_speech,
     "stage1_image": stage1_image,
@@ -191,12 +218,19 @@ FORMULAS = {
     "stage2_video": lambda sizes: stage2_visual(sizes, "video"),
     "stage2_speech": stage2_speech,
     "stage3_instruction": stage3,
+    "stage_output_image": stage_output_image,
 }
 
 
-@pytest.mark.parametrize("name", FORMULAS)
+@pytest.mark.parametrize("name", [*FORMULAS, "stage_output_image, as in the paper"])
 def test_what_a_stage_needs(name):
+    name, _, paper = name.partition(", ")
     stage: Stage = importlib.import_module(f"xllm_jax.configs.{name}").get_config("tiny")
+    if paper:  # the miniature has another projection
+        part = stage.parts["image_projection"]
+        stage.parts["image_projection"] = dataclasses.replace(
+            part, network="outputs.projection.TransformerProjection"
+        )
     formula = FORMULAS[name](Sizes(dict(networks.model(stage).networks), stage))
     made = forecast.prepare(stage, targets.parse("h200:1"), compiles=False)
     needed = flops.useful(made.trainer.loss, made.state.trainable, made.state.frozen, made.batch)

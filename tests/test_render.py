@@ -69,6 +69,18 @@ def test_a_seed_gives_the_same_picture_whatever_the_batch(renderer):
     assert np.abs(noise[0] - noise[2]).mean() > 0.5 and 0.8 < noise.std() < 1.2
 
 
+def test_renderers_of_other_batches_draw_the_same(renderer):
+    """Within one of 256 levels: another program may round another way."""
+    conditions, seeds = asked(3), [7, 8, 9]
+    drawn = renderer(conditions, seeds, size=SIZE, steps=4)
+    given = (renderer.unet, renderer.autoencoder, renderer.params, renderer.scheduler)
+    for batch in (1, 16):
+        other = Renderer(*given, renderer.without, batch=batch)
+        again = other(conditions, seeds, size=SIZE, steps=4)
+        assert np.abs(again.astype(int) - drawn).max() <= 1
+        assert (again[0] != again[1]).any()  # the order counts
+
+
 @pytest.mark.parametrize("guidance", [7.5, 1.0])
 def test_a_picture_drawn_call_by_call_is_the_same(renderer, guidance):
     """Within one of 256 levels: another program may round another way."""

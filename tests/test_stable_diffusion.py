@@ -98,6 +98,22 @@ def test_a_folder_comes_in_and_goes_out_bit_by_bit(folder, tmp_path):
     assert all(same(again[path], held[path]) for path in held)
 
 
+def test_many_blocks_and_shards_give_the_same_tensors(folder, tmp_path, monkeypatch):
+    """No tensor is ever whole in memory on its way in; on its way out they fill several files."""
+    held = base_of(folder, tmp_path)
+    monkeypatch.setattr(run_import, "BLOCK", 600)
+    monkeypatch.setattr(run_export, "SHARD", 30_000)
+    again = base_of(folder, tmp_path, "blocks")
+    assert all(same(again[path], held[path]) for path in held)
+    names = run_export.run_export(SOURCE, tmp_path / "blocks", tmp_path / "out")
+    for part in WEIGHTS:
+        assert sum(name.startswith(f"{part}/") for name in names) > 2
+        assert len(list((tmp_path / "out" / part).glob("*.index.json"))) == 1
+    shards = base_of(tmp_path / "out", tmp_path, "shards")
+    assert shards.keys() == held.keys()
+    assert all(same(shards[path], held[path]) for path in held)
+
+
 def test_each_form_of_the_weights_gives_the_same_base(folder, tmp_path):
     """Names of today, .bin, variants, shards with an index, prefixes: the tensors decide."""
     held = base_of(folder, tmp_path)

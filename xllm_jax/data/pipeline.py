@@ -244,7 +244,7 @@ class Batches:
         at_end = (self.quarantine.seen + seen) // self._records > before
         self.quarantine.add(seen, info["skipped"], at_end, self._drawn)
         self._drawn += self._examples
-        self._check_supervised(info["supervised"])
+        self._check_supervised(info["supervised"], info["skipped"])
         return batch, info | {"bad": self.quarantine.bad}
 
     def position(self) -> dict[str, int]:
@@ -252,11 +252,13 @@ class Batches:
         state = self.quarantine.state() | {"silent": self._silent, "examples": self._examples}
         return state | {"next_index": int(self._filled.get_state()["next_index"])}
 
-    def _check_supervised(self, supervised: int) -> None:
+    def _check_supervised(self, supervised: int, skipped: Sequence[Skipped]) -> None:
         self._silent = 0 if supervised else self._silent + 1
         if self._train and self._silent >= SILENT:
+            last = skipped[-1] if skipped else None
+            told = f", the last record without a place is {last.key}: {last.reason}" if last else ""
             raise UserError(
-                f"{SILENT} batches in a row have nothing to learn",
+                f"{SILENT} batches in a row have nothing to learn{told}",
                 field="data",
                 hint="Look at the answers of the sources and at data.answers",
             )
