@@ -24,7 +24,13 @@ from xllm_jax.preflight import collectives, hlo, micro_batch, targets
 from xllm_jax.training.trainer import Trainer, stage_loss
 
 ROWS = 8
-STAGES = ("stage1_speech", "stage1_image", "stage3_instruction", "stage_output_image")
+STAGES = (
+    "stage1_speech",
+    "stage1_image",
+    "stage3_instruction",
+    "stage_output_image",
+    "stage_output_denoising",
+)
 # Their networks are those of stage 3 and their loss is its own: it trains here what they train.
 WITHIN = {"stage3_instruction": ("stage2_image", "stage2_video", "stage2_speech")}
 MESHES = {
@@ -46,7 +52,16 @@ SHALLOW = {
     "speech_interface.SpeechInterface": {"depth": 1},
     "clip_text.ClipText": {"depth": 1},
     "asr.ASRDecoder": {"self_blocks": 1, "visual_blocks": 1, "linguistic_blocks": 0},
+    "outputs.unet.UNet": {
+        "channels": (16, 16),
+        "transformers": (True, False),
+        "heads": (2, 2),
+        "depth": 1,
+        "groups": 4,
+    },
+    "outputs.autoencoder.Autoencoder": {"channels": (8, 8), "depth": 1, "groups": 4},
 }
+SIDE = 8  # of the pictures that a denoising loss reads
 # Every network's parameters and batches split in each way, and in all ways at once.
 SPLIT = ("fsdp 8", "data 2, fsdp 2, tensor 2")
 COMPARED = {stage: tuple(MESHES) if stage in WITHIN else SPLIT for stage in STAGES}
@@ -79,6 +94,8 @@ def stage(name):
     for part in made.parts.values():
         part.fields |= SHALLOW.get(part.network, {})
     made.data = dataclasses.replace(made.data, examples=ROWS, rows=ROWS, frames=(128,))
+    for signals in made.data.signals.values():
+        signals.pixels = min(signals.pixels, SIDE)
     return made
 
 
@@ -104,7 +121,7 @@ def fill(shapes, rng, signals):
         if "index" in name and "media" in name:
             place = np.arange(x.shape[1])
             return np.broadcast_to(np.where(place < 8, place, -1), x.shape).astype(np.int32)
-        return rng.integers(3, 30, x.shape).astype(np.int32)
+        return rng.integers(3, 30, x.shape).astype(x.dtype)
 
     batch = jax.tree_util.tree_map_with_path(array, shapes)
     for name, table in getattr(batch, "signals", {}).items():
@@ -112,6 +129,8 @@ def fill(shapes, rng, signals):
         first, count, runs = signals[name].first, signals[name].count, signals[name].runs
         table.start[:] = 40 + count * np.arange(runs)
         table.weights[:, -1] = 0
+        if table.shown is not None:
+            table.shown[:] = table.weights
         batch.ids[:, 40 : 40 + count * runs] = np.tile(first + np.arange(count), runs)
     return batch
 

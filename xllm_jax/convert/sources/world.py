@@ -159,7 +159,8 @@ def import_bert(model: ContrastModel, encoder: BertEncoder, folder: Path, output
       output: where 'bert', 'bert_qformer' and the vocabulary go.
     """
     source = files.open_checkpoint(folder)
-    drawn = model.init(jax.random.key(0), *model.example())["params"]
+    # As one program: one by one, its operations take longer to compile.
+    drawn = jax.jit(lambda key: model.init(key, *model.example())["params"])(jax.random.key(0))
     whole = rules.flatten(blip2.from_bert(source, model, drawn))
     taken = {
         path: leaf
