@@ -44,13 +44,13 @@ SEEDS = flags.DEFINE_integer(
 SHARED = ("world", "bases", "cache")  # folders that all seeds have in common
 # Optimizer updates of each stage when --quick cuts them.
 QUICK_STEPS = {
-    "stage1_speech": 30,
+    "stage1_speech": 12,
     "stage1_image": 15,
     "stage2_image": 40,
     "stage2_image_no_init": 20,
     "stage2_image_half": 20,
     "stage2_video": 20,
-    "stage2_speech": 30,
+    "stage2_speech": 15,
     "stage3": 10,
     "stage_output_image": 10,
 }
@@ -99,14 +99,15 @@ def jobs(seed: int = 0) -> list[Job]:
         stage("stage2_speech", "stage2_speech", seed, ("stage1_speech",)),
         stage("stage2_video", "stage2_video", seed, ("stage2_image",)),
         stage("stage3", "stage3_instruction", seed, stage2),
+        # Long ones first, so that no core waits for the last of them.
         stage("stage1_image", "stage1_image", seed, start),
+        # What the frozen LLM's signal tokens stand for: text alone, beside the frozen decoder.
+        stage("stage_output_image", "stage_output_image", seed, start),
         # As many passes over half of the pairs: Table 1's "w/ 4M" at the paper's fixed epochs.
         stage("stage2_image_half", "stage2_image", seed, start, *half),
         # The same pairs and steps from a fresh interface: Table 1's "no init". With all of them it
         # has learned this small world from nothing before they end.
         stage("stage2_image_no_init", "stage2_image", seed, start, *half, fresh),
-        # What the frozen LLM's signal tokens stand for: text alone, beside the frozen decoder.
-        stage("stage_output_image", "stage_output_image", seed, start),
         Job(
             "evaluate",
             "evaluate",
