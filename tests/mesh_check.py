@@ -44,7 +44,7 @@ MESHES = {
 # without cross-attention (which stage 1 leaves to the others: it runs each layer four times), a
 # decoder block with a context and one without.
 SHALLOW = {
-    "vit.VisionTransformer": {"depth": 1},
+    "vit.VisionTransformer": {"depth": 1, "chunk": 2},
     "interfaces.QFormerInterface": {"depth": 2},
     "blip2_pretraining.ContrastModel": {"depth": 1, "cross_attention_frequency": 1, "dropout": 0.0},
     "glm.ChatGLM": {"depth": 2},

@@ -32,6 +32,44 @@ def test_scan_remat_and_unroll_agree():
     assert distance < 2e-2
 
 
+@pytest.mark.parametrize(("chunk", "count"), [(4, 2), (3, 2), (1, 6), (6, 1), (64, 1)])
+def test_chunk_by_chunk_is_the_same(chunk, count):
+    """Parameters, outputs and gradients; drop path draws for every image."""
+    sizes = vit.SIZES["tiny"] | {"depth": 2}
+    x = jax.random.normal(jax.random.key(1), (6, 96, 96, 3))
+    whole, parted = (vit.VisionTransformer(**sizes, chunk=n) for n in (0, chunk))
+    params = jax.jit(whole.init)(jax.random.key(0), x)
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(parted.init)(jax.random.key(0), x), params)
+
+    def run(model):
+        def loss(params):
+            out = model.apply(params, x)[0]
+            return jnp.square(out).mean(), out
+
+        return jax.jit(jax.grad(loss, has_aux=True))(params)
+
+    (gradient, out), (other, same) = run(whole), run(parted)
+    np.testing.assert_allclose(same, out, atol=2e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), other, gradient)
+    assert vit.rows_in_chunks(6, chunk) == (1, count)
+    wild = functools.partial(parted.clone(drop_path=0.5).apply, train=True)
+    dropped = jax.jit(wild)(params, x, rngs={"dropout": jax.random.key(2)})[0]
+    apart = np.abs(np.asarray(dropped - out)).max((1, 2)) > 1e-4
+    assert apart.sum() > 0 and np.isfinite(dropped).all()
+
+
+def test_chunks_divide_what_a_device_has():
+    found = [vit.rows_in_chunks(rows, 8) for rows in (145, 144, 32, 7, 1)]
+    assert found == [(1, 29), (1, 18), (1, 4), (1, 1), (1, 1)]
+    x = jnp.arange(24).reshape(12, 2)
+    for chunks in ((1, 3), (2, 3), (4, 1), (4, 3)):
+        made = vit.part(x, chunks)
+        assert made.shape == (chunks[1], 12 // chunks[1], 2)
+        np.testing.assert_array_equal(vit.join(made, chunks), x)
+    # Of each of four devices the first rows go first: none sends any.
+    assert vit.part(x, (4, 3))[0, :, 0].tolist() == [0, 6, 12, 18]
+
+
 def test_drop_path_drops_whole_branches_and_only_in_training():
     model = vit.VisionTransformer(**vit.SIZES["tiny"] | {"depth": 2}, drop_path=0.999999)
     x = jax.random.normal(jax.random.key(1), (4, 96, 96, 3))

@@ -33,7 +33,7 @@ SIZES = (
     "stride text_width tokens unroll visual_width vocab width"
 )
 NONE = (  # may be 0
-    "kernel linguistic_blocks positions self_blocks skip types unused_blocks visual_blocks "
+    "chunk kernel linguistic_blocks positions self_blocks skip types unused_blocks visual_blocks "
     "vocabulary"
 )
 DEEP = ("depth", "linguistic_blocks", "self_blocks", "visual_blocks")

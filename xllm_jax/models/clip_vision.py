@@ -32,6 +32,7 @@ class ClipVision(nn.Module):
       unused_blocks: of the last blocks, whose outcome is not asked for; LLaVA reads what one block
         before the last gives (1, and no `final_norm`).
       attention: implementation of `layers.attention`.
+      chunk: as of `vit.VisionTransformer`.
       remat: row of `layers.REMAT`.
       unroll: blocks per scan step.
     """
@@ -46,6 +47,7 @@ class ClipVision(nn.Module):
     final_norm: bool = True
     unused_blocks: int = 0
     attention: layers.Kernel | None = None
+    chunk: int = 0
     dtype: DTypeLike = jnp.float32
     remat: str = "none"
     unroll: int = 1

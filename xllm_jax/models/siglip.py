@@ -33,6 +33,7 @@ class SiglipVision(nn.Module):
       final_norm: norm the features, which Hugging Face calls `last_hidden_state`.
       unused_blocks: of the last blocks, whose outcome is not asked for (0, or 1 as LLaVA has it).
       attention: implementation of `layers.attention`.
+      chunk: as of `vit.VisionTransformer`.
       remat: row of `layers.REMAT`.
       unroll: blocks per scan step.
     """
@@ -48,6 +49,7 @@ class SiglipVision(nn.Module):
     final_norm: bool = True
     unused_blocks: int = 0
     attention: layers.Kernel | None = None
+    chunk: int = 0
     dtype: DTypeLike = jnp.float32
     remat: str = "none"
     unroll: int = 1

@@ -7,6 +7,7 @@ norm that BLIP-2 puts behind it (`ln_vision`) belongs to the interface, since it
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -17,6 +18,7 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
+from xllm_jax.core import mesh
 from xllm_jax.models import layers
 
 Array = jax.Array
@@ -64,6 +66,7 @@ class Block(nn.Module):
     key_bias: bool = False
     causal: bool = False
     activation: Callable[[Array], Array] = layers.gelu_exact
+    chunk: int = 0
 
     @nn.compact
     def __call__(
@@ -77,6 +80,30 @@ class Block(nn.Module):
           drop: the layer's drop-path rate, or None.
           used: whether the layer changes anything, or None where all do.
         """
+        chunks = rows_in_chunks(x.shape[0], self.chunk)
+        if chunks[1] > 1:
+            return self._chunk_by_chunk(x, mask, drop, used, chunks), None
+        return self._whole(x, mask, drop, used), None
+
+    @nn.nowrap
+    def _chunk_by_chunk(
+        self,
+        x: Array,
+        mask: Array | None,
+        drop: Array | None,
+        used: Array | None,
+        chunks: tuple[int, int],
+    ) -> Array:
+        def step(block: Block, carry: tuple[()], rows: tuple) -> tuple[tuple[()], Array]:
+            return carry, block._whole(*rows, drop, used)
+
+        parted = jax.tree.map(lambda y: part(y, chunks), (x, mask))
+        split = {"params": False, "dropout": True}
+        scan = nn.scan(step, variable_broadcast="params", split_rngs=split, length=chunks[1])
+        return join(scan(self, (), parted)[1], chunks)
+
+    @nn.nowrap
+    def _whole(self, x: Array, mask: Array | None, drop: Array | None, used: Array | None) -> Array:
         given = x
         y = layers.LayerNorm(self.epsilon, self.dtype, name="attention_norm")(x)
         options = (self.dtype, self.implementation, self.key_bias, self.causal)
@@ -87,7 +114,7 @@ class Block(nn.Module):
             self.hidden, self.activation, dtype=self.dtype, name="feed_forward"
         )
         x = x + self._drop_path(feed_forward(y), drop)
-        return (x if used is None else jnp.where(used, x, given)), None
+        return x if used is None else jnp.where(used, x, given)
 
     def _drop_path(self, y: Array, drop: Array | None) -> Array:
         """Drops the whole branch of single examples in training and rescales the others."""
@@ -107,6 +134,8 @@ class VisionTransformer(nn.Module):
       activation: of the feed-forwards, a row of `layers.ACTIVATIONS`.
       drop_path: largest drop-path rate, reached at the last block (0 in every published config).
       attention: implementation of `layers.attention`.
+      chunk: images of each device that a block takes at a time, or the largest number below that
+        divides them; 0 takes all at once.
       remat: row of `layers.REMAT`.
       unroll: blocks per scan step.
     """
@@ -121,6 +150,7 @@ class VisionTransformer(nn.Module):
     epsilon: float = 1e-6
     drop_path: float = 0.0
     attention: layers.Kernel | None = None
+    chunk: int = 0
     dtype: DTypeLike = jnp.float32
     remat: str = "none"
     unroll: int = 1
@@ -170,8 +200,8 @@ def run_blocks(
 
     Args:
       tower: `VisionTransformer`, `ClipVision`, `SiglipVision`, `ClipText`, `WhisperEncoder`:
-        sizes, epsilon, dtype and so on; the last `unused_blocks`, where it has such a field, change
-        nothing.
+        sizes, epsilon, dtype and so on; where it has such fields, the last `unused_blocks` change
+        nothing, and `chunk` rows of each device go through a block at a time.
       x: `[batch, tokens, width]`.
       rates: `[depth]` drop-path rates, or None.
       mask: `[batch, tokens]` bool, False for tokens that no other sees, or None.
@@ -190,8 +220,38 @@ def run_blocks(
     )
     names = ("heads", "hidden", "epsilon", "dtype")
     fields = {name: getattr(tower, name) for name in names} | options
+    fields["chunk"] = getattr(tower, "chunk", 0)
     x, _ = stack(implementation=tower.attention, **fields, name="layers")(x, mask, rates, used)
     return x
+
+
+def rows_in_chunks(rows: int, chunk: int) -> tuple[int, int]:
+    """(devices that rows are split over, chunks of each of them).
+
+    Args:
+      rows: of a batch.
+      chunk: rows of each device at a time, at most; 0 takes all.
+    """
+    shape = jax.sharding.get_abstract_mesh().shape
+    devices = math.prod(shape.get(axis, 1) for axis in mesh.ROWS)
+    devices = devices if rows % devices == 0 else 1
+    own = rows // devices
+    most = min(chunk or own, own)
+    return devices, own // next(n for n in range(most, 0, -1) if own % n == 0)
+
+
+def part(x: Array, chunks: tuple[int, int]) -> Array:
+    """`[rows, ...]` to `[chunks, rows of a chunk, ...]`; every device keeps its own rows."""
+    devices, count = chunks
+    x = x.reshape(devices, count, -1, *x.shape[1:]).swapaxes(0, 1)
+    return mesh.constrain(x.reshape(count, -1, *x.shape[3:]), None, mesh.ROWS)
+
+
+def join(x: Array, chunks: tuple[int, int]) -> Array:
+    """The inverse of `part`."""
+    devices, count = chunks
+    x = x.reshape(count, devices, -1, *x.shape[2:]).swapaxes(0, 1)
+    return mesh.constrain_rows(x.reshape(-1, *x.shape[3:]))
 
 
 class Embeddings(nn.Module):
