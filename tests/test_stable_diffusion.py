@@ -101,8 +101,8 @@ def test_a_folder_comes_in_and_goes_out_bit_by_bit(folder, tmp_path):
 def test_many_blocks_and_shards_give_the_same_tensors(folder, tmp_path, monkeypatch):
     """No tensor is ever whole in memory on its way in; on its way out they fill several files."""
     held = base_of(folder, tmp_path)
-    monkeypatch.setattr(run_import, "BLOCK", 600)
-    monkeypatch.setattr(run_export, "SHARD", 30_000)
+    monkeypatch.setattr(run_import, "BLOCK", 20_000)
+    monkeypatch.setattr(run_export, "SHARD", 60_000)
     again = base_of(folder, tmp_path, "blocks")
     assert all(same(again[path], held[path]) for path in held)
     names = run_export.run_export(SOURCE, tmp_path / "blocks", tmp_path / "out")

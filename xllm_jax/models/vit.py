@@ -94,12 +94,18 @@ class Block(nn.Module):
         used: Array | None,
         chunks: tuple[int, int],
     ) -> Array:
-        def step(block: Block, carry: tuple[()], rows: tuple) -> tuple[tuple[()], Array]:
-            return carry, block._whole(*rows, drop, used)
+        def step(
+            block: Block, carry: tuple[()], rows: tuple[Array, Array | None]
+        ) -> tuple[tuple[()], Array]:
+            return carry, block._whole(rows[0], rows[1], drop, used)
 
         parted = jax.tree.map(lambda y: part(y, chunks), (x, mask))
-        split = {"params": False, "dropout": True}
-        scan = nn.scan(step, variable_broadcast="params", split_rngs=split, length=chunks[1])
+        scan = nn.scan(
+            step,
+            variable_broadcast="params",
+            split_rngs={"params": False, "dropout": True},
+            length=chunks[1],
+        )
         return join(scan(self, (), parted)[1], chunks)
 
     @nn.nowrap
