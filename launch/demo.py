@@ -89,6 +89,9 @@ def jobs(seed: int = 0) -> list[Job]:
     half.append(f"--config.steps={stage2_image.get_config('tiny').steps // 2}")
     up = "../" if seed else ""
     stage2 = ("stage2_image", "stage2_video", "stage2_speech")
+    report = ("--runs=runs", "--data=world", "--output=.", *limit)
+    drawn = ("stage3", "stage_output_image")
+    others = ("stage1_image", "stage2_image_no_init", "stage2_image_half")
     return [
         Job("world", "world", (f"--output={up}world", *size)),
         Job("bases", "build-backbones", (f"--output={up}bases",)),
@@ -108,19 +111,10 @@ def jobs(seed: int = 0) -> list[Job]:
         # The same pairs and steps from a fresh interface: Table 1's "no init". With all of them it
         # has learned this small world from nothing before they end.
         stage("stage2_image_no_init", "stage2_image", seed, start, *half, fresh),
-        Job(
-            "evaluate",
-            "evaluate",
-            ("--runs=runs", "--data=world", "--output=.", *limit),
-            (
-                "stage3",
-                "stage1_image",
-                "stage2_image_no_init",
-                "stage2_image_half",
-                "stage_output_image",
-            ),
-            alone=True,
-        ),
+        # Two at a time: what they measure is kept, and the report made of both.
+        Job("drawings", "evaluate", (*report, "--only=drawings"), drawn),
+        Job("answers", "evaluate", (*report, "--only=answers"), (*drawn, *others)),
+        Job("evaluate", "evaluate", report, ("drawings", "answers")),
     ]
 
 

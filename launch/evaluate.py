@@ -3,7 +3,9 @@
     xllm evaluate --runs=demo/runs --data=demo/world --output=demo [--limit=50]
 
 Writes report.txt, report.html (with pictures) and report.json. A run that is not there leaves its
-rows out; runs/stage3 is where the parts of X-LLM are found.
+rows out; runs/stage3 is where the parts of X-LLM are found. What is measured is kept in
+OUTPUT/measured, and taken up by the next call as long as nothing has changed that it depends on;
+--only=answers and --only=drawings measure that part alone, so that two can run at a time.
 
     xllm evaluate --runs=runs --draw=out [--limit=50]
 
@@ -38,6 +40,7 @@ from xllm_jax import report
 from xllm_jax.core import bounded, fingerprint
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.suite import Suite
+from xllm_jax.data.example import Example
 from xllm_jax.evaluation import demo_suite, drawing_suite, error_rate, measure
 from xllm_jax.inference import assistant, decoder_base, transcriber
 from xllm_jax.inference.load_run import Restored, load_run, same_llm, stage_of
@@ -46,6 +49,7 @@ from xllm_jax.launch import (
     drawing,
     evaluate_drawing,
     evaluate_pairs,
+    measured,
     other_base,
     suite_models,
     unused_flags,
@@ -74,6 +78,11 @@ CER = flags.DEFINE_enum(
 PICTURES = 16  # drawn at a time
 ROWS = flags.DEFINE_integer(
     "rows", 32, "Number of questions that are answered at a time.", 1, 65536
+)
+
+ANSWERS, DRAWINGS = "answers", "drawings"
+ONLY = flags.DEFINE_enum(
+    "only", "", ["", ANSWERS, DRAWINGS], "Measure this part alone, for a later report."
 )
 
 DRAW = flags.DEFINE_string(
@@ -132,29 +141,67 @@ def main(_: list[str]) -> None:
     for flag in (CHECKPOINT, BASELINE, other_base.BASE, host_flags.HOSTS, host_flags.COUNT):
         if flag.value:
             raise UserError("goes with --suite", field=f"--{flag.name}", hint="Give --suite=NAME")
-    began = time.monotonic()
     if DRAW.value:
+        if ONLY.value:
+            raise UserError("goes without --draw", field="--only", hint="Leave one of them out")
         draw_all(Path(RUNS.value))
         if not any(ended(Path(RUNS.value) / name) for name in (ASR, STAGE3)):
             return
     else:
         drawing.check_unused("without --draw", "Add --draw=DIR", SEED.name)
     unused_flags.refuse("here", "X-LLM draws with the run stage_output_image of --runs", "outputs")
-    base = decoder(Path(RUNS.value))
-    todo = demo_suite.tasks(DATA.value, LIMIT.value, cli.ALLOW_PATHS.value, CER.value)
-    results = demo_suite.run(todo, models(Path(RUNS.value)))
-    results["measures"] |= pairs(Path(RUNS.value))
-    if base:
-        drawn = drawings(Path(RUNS.value), base, Path(OUTPUT.value) / "pictures")
-        results["measures"] |= drawn
-        results["comparisons"] |= drawing_suite.comparisons(drawn)
-    results["curves"] = demo_suite.curves(RUNS.value)
-    results["timings"] = timings(time.monotonic() - began)
-    results["cer"] = error_rate.STATED[CER.value]
-    results["settings"] = settings(results["timings"])
+    measure_all(Path(RUNS.value), Path(OUTPUT.value))
+
+
+def measure_all(runs: Path, output: Path) -> None:
+    """Measures what X-LLM answers and draws, and writes the report unless --only says otherwise."""
+    began, code = time.monotonic(), fingerprint.code()
+    base = decoder(runs)
+    if ONLY.value == DRAWINGS and not base:
+        hint = "Train and evaluate with a base of the decoder"
+        raise UserError(f"no run {DRAWS} that draws", field=f"--runs={runs}", hint=hint)
+    options = {"limit": LIMIT.value, "rows": ROWS.value, "cer": CER.value}
+    measures: dict[str, Any] = {}
+    if ONLY.value != DRAWINGS:
+        todo = demo_suite.tasks(DATA.value, LIMIT.value, cli.ALLOW_PATHS.value, CER.value)
+        asked = [example for task in todo.values() for example in task.examples]
+        used = (ASR, STAGE3, STAGE1_IMAGE, DRAWS, *IMAGE_RUNS.values())
+        key = measured.key_of([runs / name / "final" for name in used], asked, options, code)
+        found = models(runs)
+        measures |= measured.part(
+            ANSWERS, output, key, lambda: demo_suite.run(todo, found)["measures"] | pairs(runs)
+        )
+    if base and ONLY.value != ANSWERS:
+        used = [runs / STAGE3 / "final", runs / DRAWS / "final", base.folder]
+        key = measured.key_of(used, to_draw_again(), options, code)
+        measures |= measured.part(
+            DRAWINGS, output, key, lambda: drawings(runs, base, output / "pictures")
+        )
+    if not ONLY.value:
+        write(measures, runs, output, time.monotonic() - began)
+
+
+def write(measures: dict[str, Any], runs: Path, output: Path, seconds: float) -> None:
+    """Writes the report of all measures and prints it.
+
+    Args:
+      measures: of all parts.
+      runs: of all stages.
+      output: its folder.
+      seconds: that this evaluation took.
+    """
+    times = timings(seconds)
+    results = {
+        "measures": measures,
+        "comparisons": demo_suite.comparisons(measures) | drawing_suite.comparisons(measures),
+        "curves": demo_suite.curves(runs),
+        "timings": times,
+        "cer": error_rate.STATED[CER.value],
+        "settings": settings(times),
+    }
     print()
-    print(report.write(results, OUTPUT.value))
-    print(f"\nWith pictures: {Path(OUTPUT.value) / 'report.html'}")
+    print(report.write(results, output))
+    print(f"\nWith pictures: {output / 'report.html'}")
 
 
 def draw_all(runs: Path) -> None:
@@ -274,8 +321,8 @@ def drawings(runs: Path, base: decoder_base.DecoderBase, folder: Path) -> dict[s
         made["drawing_spoken"] = drawing_suite.run(
             "Spoken requests to draw", heard, draw, folder / "spoken"
         )
-    if joined and (Path(DATA.value) / "world.json").is_file():
-        again = drawing_suite.edits(DATA.value, LIMIT.value or drawing_suite.COUNT)
+    again = to_draw_again()
+    if joined and again:
         draw = drawing_suite.by_answers(model.replies, renderer, how)
         made["drawing_edits"] = drawing_suite.run(
             "Pictures to draw again in another color", again, draw, folder / "edits"
@@ -284,6 +331,13 @@ def drawings(runs: Path, base: decoder_base.DecoderBase, folder: Path) -> dict[s
         looks = one["metrics"]["looks"]["value"]
         print(f"{one['title']}: looks {looks:.3f} ({one['seconds']:.0f} s)")
     return made
+
+
+def to_draw_again() -> list[Example]:
+    """Requests for the data's pictures in another color, where it is a world that knows them."""
+    if not (Path(DATA.value) / "world.json").is_file():
+        return []
+    return drawing_suite.edits(DATA.value, LIMIT.value or drawing_suite.COUNT)
 
 
 def ended(run: Path) -> bool:

@@ -28,7 +28,6 @@ class Job:
     command: str
     arguments: tuple[str, ...]
     needs: tuple[str, ...] = ()
-    alone: bool = False
 
 
 class Running:
@@ -112,7 +111,7 @@ def _run_all(
     bar = Bar(total=len(todo), desc=name, unit="step")
     while waiting or running:
         for job in [j for j in waiting if all(need in seconds for need in j.needs)]:
-            share = pick_cores(cores, running, slots, job)
+            share = pick_cores(cores, running, slots)
             if share:
                 waiting.remove(job)
                 if bar.in_terminal:
@@ -141,15 +140,13 @@ def typed(job: Job, folder: Path) -> str:
     return command if place == os.curdir else f"cd {shlex.quote(place)} && {command}"
 
 
-def pick_cores(cores: list[int], running: list[Running], slots: int, job: Job) -> set[int]:
-    """Free cores for a job: its share of them, or all for a job that runs alone."""
-    if len(running) >= slots or (job.alone and running):
+def pick_cores(cores: list[int], running: list[Running], slots: int) -> set[int]:
+    """Free cores for a job, its share of them; none where all slots are taken."""
+    if len(running) >= slots:
         return set()
-    if job.alone:
-        return set(cores)
     taken = {core for active in running for core in active.cores}
-    share = [core for core in cores if core not in taken][: max(1, len(cores) // slots)]
-    return set(share)
+    free = [core for core in cores if core not in taken]
+    return set(free[: max(1, len(cores) // slots)])
 
 
 def fail(failed: Running) -> NoReturn:

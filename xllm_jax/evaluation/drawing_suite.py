@@ -143,12 +143,14 @@ def comparisons(measures: Mapping[str, Any], metric: str = "looks") -> dict[str,
     """What was drawn against ENOUGH of the ceiling, and from speech against HEARD of the written.
 
     Args:
-      measures: {'drawing': of `run`, maybe 'drawing_spoken'}.
+      measures: maybe with 'drawing', of `run`, and 'drawing_spoken'.
       metric: of both.
 
     Returns:
       {'drawing_ceiling', 'drawing_spoken'} as the report reads them; positive where it is more.
     """
+    if "drawing" not in measures:
+        return {}
     found, written = {}, measures["drawing"]
     scores = written["metrics"][metric]
     if "ceiling_scores" in scores:
