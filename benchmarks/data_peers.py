@@ -204,7 +204,7 @@ def tensorflow_speech(path: Any, train: bool = True) -> Any:
     """`[frames, 80]` by Kaldi's rules, normalized, with SpecAugment in training."""
     import tensorflow as tf
 
-    from xllm_jax.data.media import speech
+    from xllm_jax.data.media import mel_filters, speech
 
     samples = tf.audio.decode_wav(tf.io.read_file(path)).audio[:, 0] * 32768
     frames = tf.signal.frame(samples, speech.WINDOW, speech.HOP)
@@ -212,7 +212,9 @@ def tensorflow_speech(path: Any, train: bool = True) -> Any:
     before = tf.concat([frames[:, :1], frames[:, :-1]], 1)
     frames = (frames - 0.97 * before) * speech.povey_window()
     spectrum = tf.signal.rfft(frames, [speech.FFT])[:, : speech.FFT // 2]
-    energy = (tf.math.real(spectrum) ** 2 + tf.math.imag(spectrum) ** 2) @ speech.mel_filters(BINS)
+    energy = (tf.math.real(spectrum) ** 2 + tf.math.imag(spectrum) ** 2) @ mel_filters.triangles(
+        BINS
+    )
     features = tf.math.log(tf.maximum(energy, np.finfo(np.float32).eps))
     mean, variance = tf.nn.moments(features, 0)
     features = (features - mean) / tf.sqrt(variance)

@@ -134,6 +134,7 @@ def test_features_need_the_setting_that_reads_them(tmp_path, data):
     for fields, field in (
         ({"speech_features": "mel"}, "data.speech_features"),
         ({"speech": {"specaugment": True}}, "data.speech.specaugment"),
+        ({"speech": {"vtlp": 0.1}}, "data.speech.vtlp"),
         ({"batch_format": "transcription"}, "data.speech_features"),
     ):
         with pytest.raises(UserError) as caught:

@@ -7,7 +7,8 @@ import pytest
 import soundfile
 
 from xllm_jax.core.errors import UserError
-from xllm_jax.data.media import specaugment, speech, wav
+from xllm_jax.core.stage import Data
+from xllm_jax.data.media import modalities, specaugment, speech, wav
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +132,26 @@ def test_augmentation_only_with_a_generator(tmp_path, wave):
     assert np.any(one != other) and np.any(one != plain)
     strong = {"specaugment": {"time_masks": 9, "time_width": 90}}
     assert speech.load(path, strong, np.random.default_rng(0)).shape == plain.shape
+
+
+def test_whispers_filters_stay_where_they_are():
+    with pytest.raises(UserError, match=r"data\.speech\.vtlp: moves Kaldi's filters"):
+        modalities.filterbanks(Data(speech={"features": "whisper", "vtlp": 0.1}))
+    assert modalities.filterbanks(Data(speech={"vtlp": 0.1})) == modalities.KALDI
+
+
+def test_the_vocal_tract_changes_in_training_alone(tmp_path):
+    path = tmp_path / "a.wav"
+    noise = np.random.default_rng(3).normal(size=16000)
+    soundfile.write(path, 0.1 * noise, 16000)
+    plain = speech.load(path)
+    np.testing.assert_array_equal(plain, speech.load(path, {"vtlp": 0.1}))
+    first, again, other = (
+        speech.load(path, {"vtlp": 0.1}, np.random.default_rng(seed)) for seed in (0, 0, 1)
+    )
+    np.testing.assert_array_equal(first, again)
+    assert first.shape == other.shape == plain.shape
+    assert np.abs(first - other).max() > 0.1 and np.abs(first - plain).max() > 0.1
 
 
 @pytest.mark.parametrize("shape", [(1, 80), (9, 2), (3, 27)])

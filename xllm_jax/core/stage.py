@@ -49,6 +49,7 @@ NETWORK = numbers(
 SPEECH = options(
     bins=Option(int, 1, 1024),
     specaugment=Option((bool, dict)),
+    vtlp=Option(float, 0, 0.25),
     features=Option(str, choices=("kaldi", "whisper")),
 )
 
@@ -176,7 +177,8 @@ class Data:
       text_length: tokens of a caption for the Q-Former's text branch.
       image: options of the image processor (size, crop scale, flip, orientation, normalization …).
       video: options of the video reader (frames …).
-      speech: options of the filterbanks (bins, features: Kaldi's or Whisper's) and SpecAugment.
+      speech: options of the filterbanks (bins, features: Kaldi's or Whisper's), SpecAugment and
+        the largest change of the vocal tract's length (vtlp).
       modalities: {name: 'package.module:NAME' of its record} of modalities beyond image, video and
         speech, see `data/media/modality.py`.
       options: {name: its options} of those modalities.

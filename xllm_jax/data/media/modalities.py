@@ -116,15 +116,16 @@ def featured(data: Data) -> bool:
     """Whether speech comes as CIF features instead of sounds.
 
     Raises:
-      UserError: features of another kind, or SpecAugment of none.
+      UserError: features of another kind, or augmented filterbanks of none.
     """
     kind = data.speech_features
     if kind not in ("", CIF):
         what = f"unknown features {kind!r}"
         raise UserError(what, field="data.speech_features", hint=f"Choices: '' and {CIF}")
-    if kind and data.speech.get("specaugment"):
-        what = "masks filterbanks, and speech comes as CIF features"
-        raise UserError(what, field="data.speech.specaugment", hint="Turn one of them off")
+    for name in speech.RANDOM:
+        if kind and data.speech.get(name):
+            what = "changes filterbanks, and speech comes as CIF features"
+            raise UserError(what, field=f"data.speech.{name}", hint="Turn one of them off")
     return bool(kind)
 
 
@@ -132,9 +133,12 @@ def filterbanks(data: Data) -> str:
     """Whose filterbanks sounds become, KALDI or WHISPER.
 
     Raises:
-      UserError: of neither.
+      UserError: of neither, or VTLP of Whisper's, whose filters are fixed.
     """
     kind = data.speech.get("features", KALDI)
+    if kind == WHISPER and data.speech.get("vtlp"):
+        what = "moves Kaldi's filters, and data.speech.features is Whisper's"
+        raise UserError(what, field="data.speech.vtlp", hint="Set it to 0")
     if kind not in (KALDI, WHISPER):
         what = f"unknown features {kind!r}"
         raise UserError(what, field="data.speech.features", hint=f"{KALDI} or {WHISPER}")

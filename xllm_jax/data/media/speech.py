@@ -3,15 +3,13 @@
 Samples are on the scale of 16-bit integers (not [-1, 1]); 25 ms frames every 10 ms, no frame that
 reaches over the end; per frame: mean removed, pre-emphasis 0.97, Povey window, power spectrum of a
 512-point FFT, 80 triangular mel filters from 20 Hz to 8 kHz, logarithm. Then per-utterance mean and
-variance normalization and, in training, SpecAugment.
+variance normalization. In training the vocal tract's length may be changed, and SpecAugment follow.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import io
-import itertools
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,7 +20,7 @@ import scipy.fft
 
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data
-from xllm_jax.data.media import formats, paths, specaugment, unsized, wav
+from xllm_jax.data.media import formats, mel_filters, paths, specaugment, unsized, wav
 from xllm_jax.data.media.modality import FRAMES, Modality
 
 RATE = 16_000
@@ -33,6 +31,7 @@ PREEMPHASIS = np.float32(0.97)
 RATES = (4_000, 384_000)  # samples a second that a recording may have
 MOST_BYTES = 1 << 29  # of a WAV file
 MOST_SAMPLES = 24_000_000  # over all channels; a small file of silence can unpack to anything
+RANDOM = ("vtlp", "specaugment")  # options that draw something new each time
 LEAST_FRAMES = 9  # fewer leave the speech encoder, which reduces 8 x, nothing to read
 
 
@@ -45,9 +44,9 @@ def load(
 
     Args:
       path: any format that libsndfile reads (WAV, FLAC, OGG, MP3 ...), any rate, any channels.
-      options: 'bins' (80), and 'specaugment' (False): True, or arguments of
-        `specaugment.spec_masks`.
-      rng: randomness of SpecAugment; None never augments.
+      options: 'bins' (80), 'vtlp' (0), the largest change of the vocal tract's length, and
+        'specaugment' (False): True, or arguments of `specaugment.spec_masks`.
+      rng: randomness of both; None never augments.
 
     Returns:
       `[frames, bins]` float32.
@@ -57,9 +56,10 @@ def load(
         long, or states a rate that no recording has.
     """
     options = options or {}
-    return specaugment.augmented(
-        normalize(filterbank(read(path), options.get("bins", 80))), options, rng
+    features = filterbank(
+        read(path), options.get("bins", 80), mel_filters.drawn(options.get("vtlp", 0.0), rng)
     )
+    return specaugment.augmented(normalize(features), options, rng)
 
 
 def read(path: str | Path) -> np.ndarray:
@@ -209,12 +209,13 @@ def frames_of(samples: int) -> int:
     return max(0, 1 + (samples - WINDOW) // HOP)
 
 
-def filterbank(samples: np.ndarray, bins: int = 80) -> np.ndarray:
+def filterbank(samples: np.ndarray, bins: int = 80, warp: float = 1.0) -> np.ndarray:
     """Log-mel filterbanks.
 
     Args:
       samples: `[samples]` at 16 kHz on the 16-bit scale.
       bins: number of mel filters.
+      warp: factor of the vocal tract's length, see `mel_filters.warped`.
 
     Returns:
       `[frames, bins]` float32.
@@ -242,7 +243,7 @@ def filterbank(samples: np.ndarray, bins: int = 80) -> np.ndarray:
         spectrum: Any = scipy.fft.rfft(cut, axis=1)
         power = np.square(spectrum.real)
         power += np.square(spectrum.imag)
-        for low, high, filters in banded_filters(bins):
+        for low, high, filters in mel_filters.banded(bins, warp):
             energy[part, low:high] = power[:, filters.start : filters.stop] @ filters.values
     return np.log(np.maximum(energy, np.finfo(np.float32).eps, out=energy), out=energy)
 
@@ -269,42 +270,6 @@ def strided(samples: np.ndarray, count: int) -> np.ndarray:
 def povey_window() -> np.ndarray:
     """Kaldi's window, a Hann window to the power 0.85: `[400]` float32."""
     return (np.hanning(WINDOW) ** 0.85).astype(np.float32)
-
-
-@functools.cache
-def mel_filters(bins: int, low: float = 20.0, high: float = RATE / 2) -> np.ndarray:
-    """Triangles on Kaldi's mel scale: `[256, bins]` float32, the Nyquist bin left out."""
-
-    def mel(hertz: np.ndarray | float) -> np.ndarray:
-        return 1127.0 * np.log(1.0 + np.asarray(hertz) / 700.0)
-
-    step = (mel(high) - mel(low)) / (bins + 1)
-    left = mel(low) + np.arange(bins) * step
-    points = mel(np.arange(FFT // 2) * (RATE / FFT))[:, None]
-    rising = (points - left) / step
-    return np.clip(np.minimum(rising, 2.0 - rising), 0.0, None).astype(np.float32)
-
-
-@dataclasses.dataclass(frozen=True)
-class Band:
-    """Neighboring mel filters over the bins of the spectrum that any of them reads."""
-
-    start: int
-    stop: int
-    values: np.ndarray
-
-
-@functools.cache
-def banded_filters(bins: int) -> tuple[tuple[int, int, Band], ...]:
-    """(first filter, end, Band) of three parts of `mel_filters`, which hold fewer zeros."""
-    whole, found = mel_filters(bins), []
-    edges = (0, bins // 2, 3 * bins // 4, bins)
-    for low, high in itertools.pairwise(edges):
-        part = whole[:, low:high]
-        used = np.flatnonzero(part.any(axis=1))
-        start, stop = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 0)
-        found.append((low, high, Band(start, stop, np.ascontiguousarray(part[start:stop]))))
-    return tuple(found)
 
 
 def normalize(
@@ -348,7 +313,7 @@ def _shape(data: Data) -> tuple[int, ...]:
 
 
 def _random(data: Data) -> tuple[str, ...]:
-    return ("data.speech.specaugment",) if data.speech.get("specaugment") else ()
+    return tuple(f"data.speech.{name}" for name in RANDOM if data.speech.get(name))
 
 
 MODALITY = Modality(
