@@ -32,7 +32,7 @@ def get_config(size: str = "real") -> Stage:
         if tiny
         else Optimizer(peak=1e-4, minimum=1e-5, warmup_from=1e-6, warmup_steps=5000),
         data=_tiny_data() if tiny else _data(),
-        steps=600 if tiny else 250_000,
+        steps=400 if tiny else 250_000,
         validation=_tiny_validation() if tiny else _validation(),
         compiler=networks.whole_products(),
         **networks.numerics(size, remat="products"),

@@ -35,7 +35,7 @@ def read_json(file: Path) -> Any:
         raise UserError("is not JSON", field=str(file), hint="Download it again") from error
 
 
-def shape(value: Any, dtype: DTypeLike, where: str) -> tuple[int, ...]:
+def shape(value: object, dtype: DTypeLike, where: str) -> tuple[int, ...]:
     """The shape that a file states for an array.
 
     Args:

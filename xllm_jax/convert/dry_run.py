@@ -248,7 +248,7 @@ class _DryRun(pickle._Unpickler):  # pyright: ignore[reportAttributeAccessIssue]
     }
 
 
-def _length(value: Any) -> int:
+def _length(value: object) -> int:
     """What copying or hashing a value costs, that of its parts left out."""
     if isinstance(value, _Made):
         return value.count

@@ -341,7 +341,7 @@ def _open_file(path: Path) -> Mapping[str, np.ndarray]:
     return TorchFile(path)
 
 
-def _state_dict(content: Any, key: str | None, path: Path) -> Mapping[str, Any]:
+def _state_dict(content: object, key: str | None, path: Path) -> Mapping[str, Any]:
     """The mapping of tensors within a file: under `key`, under a usual name, or the file itself."""
     place = content.get(key) if key and isinstance(content, Mapping) else content
     if isinstance(place, Mapping):

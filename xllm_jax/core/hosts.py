@@ -208,7 +208,7 @@ class Store:
         start = client.key_value_increment(f"xllm/starts/{index}", 1)
         self._root = f"xllm/{start}/"  # a process may train several stages
 
-    def put(self, name: str, value: Any) -> None:
+    def put(self, name: str, value: object) -> None:
         """Publishes JSON under a name, replacing what was there."""
         self._client.key_value_set(self._root + name, json.dumps(value), allow_overwrite=True)
 

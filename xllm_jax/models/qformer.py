@@ -21,6 +21,7 @@ from xllm_jax.models import bert, layers
 
 Array = jax.Array
 Cache = dict[str, Any]
+KeysValues = tuple[Array, Array]  # of an attention
 
 IMAGES = "images"  # entry of a cache: keys and values of the image features
 
@@ -94,9 +95,9 @@ class Layer(nn.Module):
         mask: Array | None,
         features: Array | None,
         feature_mask: Array | None,
-        prefix: tuple[Array, Array] | None,
-        kept: tuple[Array, Array] | None,
-    ) -> tuple[Array, tuple[Array, Array], tuple[Array, Array] | None]:
+        prefix: KeysValues | None,
+        kept: KeysValues | None,
+    ) -> tuple[Array, KeysValues, KeysValues | None]:
         """Maps `[batch, rows, width]`; the first `queries` rows are queries.
 
         Returns:
@@ -146,9 +147,9 @@ class Group(nn.Module):
         mask: Array | None,
         features: Array | None,
         feature_mask: Array | None,
-        prefix: tuple[Any, ...] | None,
-        kept: tuple[Array, Array] | None,
-    ) -> tuple[Array, tuple[tuple[Any, ...], Any] | None]:
+        prefix: tuple[KeysValues | None, ...] | None,
+        kept: KeysValues | None,
+    ) -> tuple[Array, tuple[tuple[KeysValues, ...], KeysValues | None] | None]:
         """As `Layer`; `prefix` and the returned cache hold one entry per layer of the group."""
         cache, images = [], []
         for number in range(self.length):
