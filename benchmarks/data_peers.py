@@ -212,9 +212,8 @@ def tensorflow_speech(path: Any, train: bool = True) -> Any:
     before = tf.concat([frames[:, :1], frames[:, :-1]], 1)
     frames = (frames - 0.97 * before) * speech.povey_window()
     spectrum = tf.signal.rfft(frames, [speech.FFT])[:, : speech.FFT // 2]
-    energy = (tf.math.real(spectrum) ** 2 + tf.math.imag(spectrum) ** 2) @ mel_filters.triangles(
-        BINS
-    )
+    power = tf.math.real(spectrum) ** 2 + tf.math.imag(spectrum) ** 2
+    energy = power @ mel_filters.triangles(BINS)
     features = tf.math.log(tf.maximum(energy, np.finfo(np.float32).eps))
     mean, variance = tf.nn.moments(features, 0)
     features = (features - mean) / tf.sqrt(variance)

@@ -173,10 +173,9 @@ def measure_all(runs: Path, output: Path) -> None:
         )
     if base and ONLY.value != ANSWERS:
         used = [runs / STAGE3 / "final", runs / DRAWS / "final", base.folder]
-        key = measured.key_of(used, to_draw_again(), options, code)
-        measures |= measured.part(
-            DRAWINGS, output, key, lambda: drawings(runs, base, output / "pictures")
-        )
+        key, folder = measured.key_of(used, to_draw_again(), options, code), output / "pictures"
+        made = functools.partial(drawings, runs, base, folder)
+        measures |= measured.part(DRAWINGS, output, key, made, [folder])
     if not ONLY.value:
         write(measures, runs, output, time.monotonic() - began)
 

@@ -20,7 +20,9 @@ Measures = dict[str, Any]  # {'TASK@MODEL': as of `evaluation.measure.measure`}
 FOLDER = "measured"
 
 
-def part(name: str, folder: Path, key: str, make: Callable[[], Measures]) -> Measures:
+def part(
+    name: str, folder: Path, key: str, make: Callable[[], Measures], beside: Sequence[Path] = ()
+) -> Measures:
     """The measures of one part, made unless they are there.
 
     Args:
@@ -28,10 +30,12 @@ def part(name: str, folder: Path, key: str, make: Callable[[], Measures]) -> Mea
       folder: of the evaluation.
       key: of everything that the measures depend on; others' are made again.
       make: measures.
+      beside: what `make` writes besides; without one of these the measures are made again.
     """
     file = folder / FOLDER / f"{name}.json"
     known = _read(file)
-    if known.get("key") == key and isinstance(known.get("measures"), dict):
+    whole = isinstance(known.get("measures"), dict) and all(one.exists() for one in beside)
+    if whole and known.get("key") == key:
         return known["measures"]
     made = make()
     atomic.write_json(file, {"key": key, "measures": made})

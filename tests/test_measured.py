@@ -54,6 +54,16 @@ def test_a_part_is_measured_once_for_each_key(tmp_path):
     assert measured.part("answers", tmp_path, "other", make) == first and make.made == 3
 
 
+def test_without_the_pictures_beside_them_measures_are_made_again(tmp_path):
+    make, pictures = Counted(), tmp_path / "pictures"
+    for made in (1, 2):  # nothing is there
+        measured.part("drawings", tmp_path, "one", make, [pictures])
+        assert make.made == made
+    pictures.mkdir()
+    measured.part("drawings", tmp_path, "one", make, [pictures])
+    assert make.made == 2
+
+
 @pytest.mark.parametrize(
     "content", ["", "{", "[]", '{"key": "one"}', '{"key": "one", "measures": 1}']
 )
@@ -108,7 +118,7 @@ def test_the_report_of_two_parts_is_that_of_one_call(tmp_path, monkeypatch):
         replaced = {
             "models": lambda _: {},
             "pairs": lambda _: {"pairs@stage1": {}},
-            "drawings": lambda *_: drawn() and drawing,
+            "drawings": lambda *given: given[2].mkdir() or (drawn() and drawing),
             "decoder": lambda _: base,
             "write": lambda found, *_: wrote.append(found),
         }

@@ -23,8 +23,8 @@ from xllm_jax.core.stage import Data
 from xllm_jax.data.media import formats, mel_filters, paths, specaugment, unsized, wav
 from xllm_jax.data.media.modality import FRAMES, Modality
 
-RATE = 16_000
-WINDOW, HOP, FFT = 400, 160, 512
+RATE, FFT = mel_filters.RATE, mel_filters.FFT
+WINDOW, HOP = 400, 160
 BLOCK = math.gcd(WINDOW, HOP)  # frames begin and end where blocks of so many samples do
 AT_ONCE = 128  # frames that are transformed together: what a core's own cache holds
 PREEMPHASIS = np.float32(0.97)
