@@ -33,7 +33,7 @@ endif
 	$(call install,--editable='.[demo]')
 	@touch $@
 
-# QUICK=1 does the same in about four minutes with whatever quality that gives. SEED=1 trains with
+# QUICK=1 does the same in three to four minutes with whatever quality that gives. SEED=1 trains with
 # another seed, SEEDS=3 with three, one after another.
 demo: .venv/ready
 	$(BIN)/xllm demo --output=demo $(if $(QUICK),--quick) $(if $(SEED),--seed=$(SEED)) \
