@@ -30,7 +30,9 @@ from xllm_jax.report import spread
 OUTPUT = flags.DEFINE_string(
     "output", "demo", "Folder in which the world, the runs and the report are written."
 )
-QUICK = flags.DEFINE_bool("quick", False, "Run everything in three to four minutes, at lower quality.")
+QUICK = flags.DEFINE_bool(
+    "quick", False, "Run everything in three to four minutes, at lower quality."
+)
 SLOTS = flags.DEFINE_integer(
     "slots", 0, "Number of steps that run at a time; 0 runs one for each core, two at most.", 0
 )
