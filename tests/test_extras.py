@@ -54,7 +54,7 @@ STEPS = {
     "serve": ("--help", "Folder of a finished run"),
     "demo": ("--help", "Folder in which the world, the runs"),
     # These need more than a first step can make, and say so once everything is imported.
-    "cache": ("--config=stage2_speech:tiny --output=cache --config.data.root=none", "no such file"),
+    "cache": ("--config=stage2_image:tiny --output=cache --config.data.root=none", "no such file"),
     "evaluate": ("--runs=none --data=world", "has no videos"),
     "replay": ("--file=none.npz", "no such file"),
 }
