@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from xllm_jax.configs import networks
 from xllm_jax.conformance.subject import Subject
 from xllm_jax.convert.sources import (
@@ -19,6 +17,9 @@ from xllm_jax.convert.sources import (
     whisper,
 )
 from xllm_jax.core.stage import Part
+from xllm_jax.models.conformer import SpeechEncoder
+from xllm_jax.models.interfaces import QFormerInterface
+from xllm_jax.models.speech_interface import SpeechInterface
 
 FAMILY = "causal.Causal"
 SHARED = {
@@ -71,21 +72,21 @@ def subjects() -> dict[str, Subject]:
     }
 
 
-def _causal(**fields: Any) -> Subject:
+def _causal(**fields: object) -> Subject:
     return Subject(Part(FAMILY, "tiny", fields), llama.rows)
 
 
-def _conformer_rows(network: Any) -> tuple:
+def _conformer_rows(network: SpeechEncoder) -> tuple:
     sizes = (network.heads, network.depth, network.pools, network.channels)
     return cif_asr.encoder_rows("encoder.", "", *sizes)
 
 
-def _q_former_rows(network: Any) -> tuple:
+def _q_former_rows(network: QFormerInterface) -> tuple:
     frequency = network.cross_attention_frequency
     rows = blip2.rows(network.depth, network.heads, frequency, "lavis", text=False)
     return (*rows, *bert.linear("opt_proj", "adapter"))
 
 
-def _speech_rows(network: Any) -> tuple:
+def _speech_rows(network: SpeechInterface) -> tuple:
     fires = cif_asr.cif_rows("encoder.cif.", "cif/", network.kernel)
     return (*fires, *cif_asr.interface_rows(network.depth, network.heads))

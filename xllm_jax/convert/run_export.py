@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -70,7 +70,7 @@ class Exported(Mapping):
     def __len__(self) -> int:
         return len(self._places)
 
-    def _make(self, name: str, get: Any) -> np.ndarray:
+    def _make(self, name: str, get: Callable[[_Place], np.ndarray]) -> np.ndarray:
         parts: dict[int, np.ndarray] = {}
         for spot in self._places[name]:
             tensor = spot.row.backward(get(spot))

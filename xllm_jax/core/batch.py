@@ -23,7 +23,7 @@ Shape = tuple[int, ...]
 class Batch(Protocol):
     """The batch of any format: a dataclass of arrays that JAX knows as a pytree."""
 
-    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field]]
 
 
 B = TypeVar("B", bound=Batch)

@@ -159,7 +159,7 @@ def exit_when_coordinator_lost() -> None:
         _on_abort(_aborted(host, int(port)))
 
 
-def _on_abort(handler: Any) -> None:
+def _on_abort(handler: ctypes._FuncPointer) -> None:
     library = ctypes.CDLL(None)
     library.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
     library.signal.restype = ctypes.c_void_p

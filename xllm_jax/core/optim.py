@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -279,7 +279,7 @@ def accumulate(
     ) -> tuple[optax.Updates, optax.OptState]:
         assert isinstance(state, Accumulation)
         here = weights if weighted and weights is not None else jnp.ones(terms)
-        parts: tuple[Any, ...] = updates if isinstance(updates, tuple) else (updates,)
+        parts: tuple = updates if isinstance(updates, tuple) else (updates,)
         sums, after = _added(state, parts, here)
         mean = jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *sums)
         mean = optax.tree.cast_like(mean, parts[0])

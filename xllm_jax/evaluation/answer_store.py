@@ -14,7 +14,6 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from xllm_jax.core import atomic, bounded, checksum, sharded_job
 from xllm_jax.core.errors import CannotWrite, UserError
@@ -48,7 +47,7 @@ class Answered:
         return sum(map(bool, self.failed))
 
 
-def job(folder: Path, name: str, examples: Sequence[Example], about: Any, size: int) -> Shards:
+def job(folder: Path, name: str, examples: Sequence[Example], about: object, size: int) -> Shards:
     """The job of answering a set, begun or taken up.
 
     Args:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +89,7 @@ class ClipBase:
             placed = [jax.device_put(x, rows) for x in inputs]
             return self._compiled(self._params, *placed, method=method)
 
-    def _apply(self, params: Params, *inputs: jax.Array, method: str) -> Any:
+    def _apply(self, params: Params, *inputs: jax.Array, method: str) -> jax.Array:
         return self._model.apply({"params": params}, *inputs, method=method)
 
     def _load(self, base: str) -> dict:

@@ -36,7 +36,7 @@ class Replies:
       endpoint: where it answers; None asks nobody.
     """
 
-    def __init__(self, folder: Path, model: Any, endpoint: Endpoint | None):
+    def __init__(self, folder: Path, model: object, endpoint: Endpoint | None):
         self._folder, self._model, self._endpoint = folder, model, endpoint
 
     @property

@@ -214,7 +214,9 @@ def _job(
     return Job(modality, steps, through, items, shape, dtype, places, table, per_shard, fields)
 
 
-def outcome(xllm: XLLM, modality: str, steps: int, params: Params, *given: Any) -> Any:
+def outcome(
+    xllm: XLLM, modality: str, steps: int, params: Params, *given: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """What a modality's first steps give; `given` are values, lengths and counts of items."""
     if modality in xllm.encoders:
         values, lengths, _ = given

@@ -107,7 +107,7 @@ def _with_captions(plan: FeatureCachePlan, otherwise: modalities.Load) -> modali
         return otherwise
     tokenizer = ClipTokenizer(data.caption_tokenizer)
 
-    def load(modality: str, path: str, *more: Any) -> tuple[np.ndarray, np.ndarray]:
+    def load(modality: str, path: str, *more: object) -> tuple[np.ndarray, np.ndarray]:
         if modality not in encoders:
             return otherwise(modality, path, *more)
         return captions.ids(tokenizer, path, data), np.ones(1, np.int32)

@@ -213,7 +213,7 @@ ACTIVATIONS = {
 """Activations by the names that transformers' `hidden_act` has for them."""
 
 
-def narrow_products(primitive: object, *operands: Any, **parameters: Any) -> bool:
+def narrow_products(primitive: object, *operands: Array, **parameters: Any) -> bool:
     """Whether an operation is a product with parameters whose result is no wider than its input.
 
     A feed-forward's first product makes the largest activation of a layer by a third of its work.

@@ -68,7 +68,7 @@ def search(
     return chosen.plain(choose.choose(stage, target, tries=0, rows=rows), stage, target)
 
 
-def _answer(pipe: Connection, search_: Search, *given: Any) -> None:
+def _answer(pipe: Connection, search_: Search, *given: object) -> None:
     """In the other process: searches, and says what came of it."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     absent.prepare()

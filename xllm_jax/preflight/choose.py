@@ -357,5 +357,5 @@ def _cadence(stage: Stage, before: Stage) -> Stage:
     )
 
 
-def _with(stage: Stage, **changed: Any) -> Stage:
+def _with(stage: Stage, **changed: object) -> Stage:
     return dataclasses.replace(stage, **changed)

@@ -237,7 +237,7 @@ def from_compiled(
       common: what `uncompiled` gives.
       seconds: CPU seconds of compiling.
     """
-    program, used = read(compiled), cast(Any, compiled.memory_analysis())
+    program, used = read(compiled), compiled.memory_analysis()
     target = common["target"]
     account = memory.account(
         lowered.state, lowered.batch, used.temp_size_in_bytes, used.generated_code_size_in_bytes

@@ -319,5 +319,5 @@ def write(directory: str | Path, name: str, page: str, plain: dict[str, Any]) ->
     return written
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> float | str:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else str(value)

@@ -122,7 +122,7 @@ class Guarded:
     Beam would make a traceback of it.
     """
 
-    def __init__(self, call: Callable[[Any], Any]):
+    def __init__(self, call: Callable[..., object]):
         self._call, self._failed = call, None
 
     def __call__(self, element: Any) -> dict[str, Any]:
@@ -145,6 +145,6 @@ class WriteJson:
     def __init__(self, file: Path):
         self._file = file
 
-    def __call__(self, value: Any) -> None:
+    def __call__(self, value: object) -> None:
         with contextlib.suppress(CannotWrite):
             atomic.write_json(self._file, value)

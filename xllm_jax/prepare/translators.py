@@ -165,7 +165,7 @@ def pending(texts: Sequence[str], done: Mapping[str, str]) -> list[list[str]]:
 class TranslateBatch:
     """Translates a batch into a file named after its texts; a file that is there is left alone."""
 
-    def __init__(self, folder: str, translator: Any):
+    def __init__(self, folder: str, translator: Translator):
         self._folder, self._translator = folder, translator
 
     def __call__(self, texts: Sequence[str]) -> None:

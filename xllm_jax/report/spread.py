@@ -54,7 +54,7 @@ def mean_interval(samples: np.ndarray, share: float = SHARE) -> tuple[float, flo
     return mean, mean - float(half), mean + float(half)
 
 
-def table(runs: Mapping[Any, Values]) -> Table:
+def table(runs: Mapping[int, Values]) -> Table:
     """Every goal and claim: mean over runs with its interval, the lowest and the highest run.
 
     Args:
@@ -71,12 +71,12 @@ def table(runs: Mapping[Any, Values]) -> Table:
     return Table(f"Goals over {len(runs)} training runs", note, head, rows)
 
 
-def text(runs: Mapping[Any, Values]) -> str:
+def text(runs: Mapping[int, Values]) -> str:
     """`table` for a terminal."""
     return plain.table(table(runs))
 
 
-def markdown(runs: Mapping[Any, Values]) -> str:
+def markdown(runs: Mapping[int, Values]) -> str:
     """`table` for a page of this repository."""
     made = table(runs)
     lines = [made.head, ("---",) * len(made.head)]

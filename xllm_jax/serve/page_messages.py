@@ -167,5 +167,5 @@ def _split(content: object) -> tuple[str, list[str]]:
     return "\n".join(texts), files
 
 
-def _pieces(content: object) -> Iterator[Any]:
+def _pieces(content: object) -> Iterator[object]:
     yield from content if isinstance(content, list | tuple) else [content]

@@ -20,6 +20,7 @@ import asyncio
 import base64
 import binascii
 import contextlib
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import APIRouter
@@ -95,7 +96,7 @@ class Session:
         with contextlib.suppress(RuntimeError):  # the client has closed it
             await self.socket.close(code)
 
-    async def take(self, message: Any) -> None:
+    async def take(self, message: Mapping[str, Any]) -> None:
         """One message of the client."""
         content = message.get("bytes")
         if content is None:

@@ -38,7 +38,7 @@ def rows(model: Causal) -> tuple[Row, ...]:
     """The table of a network; one that rotates a part of its channels is GLM-4's."""
     layers, paired = tuple(range(model.depth)), model.rotary_share < 1
 
-    def layer(source: str, target: str, pattern: str = "", **more: Any) -> Row:
+    def layer(source: str, target: str, pattern: str = "", **more: bool) -> Row:
         return Row(f"model.layers.{{layer}}.{source}", f"layers/{target}", pattern, layers, **more)
 
     norms = {

@@ -201,7 +201,7 @@ def _starts(part: str, pieces: Iterable[str]) -> tuple[str, ...]:
     return tuple(start for piece in pieces for start in PIECES[part][piece])
 
 
-def _model(part: str, fields: Mapping[str, int]) -> Any:
+def _model(part: str, fields: Mapping[str, int]) -> SpeechInterface | QFormerInterface:
     return (SpeechInterface if part == SPEECH else QFormerInterface)(**fields)
 
 

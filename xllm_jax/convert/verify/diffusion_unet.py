@@ -84,7 +84,7 @@ def _gradients(replay: Replay, pipeline: Pipeline, case: str) -> None:
     noise = last_channels(replay.input(f"{case}.noise"))
 
     @jax.jit
-    def run(params: Params, sample: jax.Array, text: jax.Array) -> Any:
+    def run(params: Params, sample: jax.Array, text: jax.Array) -> jax.Array:
         def loss(sample: jax.Array, text: jax.Array) -> jax.Array:
             return jnp.square(model.apply({"params": params}, sample, time, text) - noise).mean()
 

@@ -79,7 +79,7 @@ def answers(replay: Replay) -> None:
 
 
 def _prompt(
-    prompt: str, compiled: Compiled, media: Mapping[str, np.ndarray], told: Any
+    prompt: str, compiled: Compiled, media: Mapping[str, np.ndarray], told: object
 ) -> np.ndarray:
     """`[1, P, D]`: each text behind a <s> of its own, each medium between its tags."""
     found = compiled.found

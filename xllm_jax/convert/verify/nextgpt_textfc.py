@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,7 +47,7 @@ def _case(replay: Replay, case: str) -> None:
     net, params = network(replay, case)
     x, e, target = (replay.input(f"{case}{name}") for name in ("x", "e", "target"))
 
-    def loss(params: Params, x: jax.Array, e: jax.Array) -> Any:
+    def loss(params: Params, x: jax.Array, e: jax.Array) -> jax.Array:
         variables = {"params": params}
         capture = dict(capture_intermediates=True, mutable=["intermediates"])
         y, seen = net.apply(variables, x[:, None], e, **capture)

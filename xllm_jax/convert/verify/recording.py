@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from xllm_jax.convert.verify.tolerances import Tolerances, names_listed
 from xllm_jax.core import bounded
@@ -134,7 +135,7 @@ class Replay:
     def compare(
         self,
         name: str,
-        value: Any,
+        value: ArrayLike,
         recorded: np.ndarray | None = None,
         exact: bool = False,
         allowed: np.ndarray | float | None = None,

@@ -76,7 +76,7 @@ class Recorded:
         init = functools.partial(network.init, method=method)
         return jax.eval_shape(init, jax.random.key(0), *network.example())["params"]
 
-    def run(self, part: str, *inputs: Any, capture: bool = False, **options: Any) -> Any:
+    def run(self, part: str, *inputs: object, capture: bool = False, **options: Any) -> Any:
         """The compiled network of a part; with its captured values when asked for."""
         if capture:
             options |= dict(capture_intermediates=True, mutable=["intermediates"])

@@ -46,7 +46,9 @@ class Recorded:
 
         return apply(self.params, self.x, valid)
 
-    def gradients(self, **fields: Any) -> tuple[jax.Array, Any, jax.Array, dict[str, np.ndarray]]:
+    def gradients(
+        self, **fields: Any
+    ) -> tuple[jax.Array, object, jax.Array, dict[str, np.ndarray]]:
         """Output, statistics, gradient of the input and of the source's weights."""
         weights, block = self.replay.input("R"), self.block(**fields)
 

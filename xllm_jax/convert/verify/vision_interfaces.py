@@ -44,7 +44,13 @@ def _runner(model: QFormerInterface):
     return run
 
 
-def _image(replay: Replay, reference: Reference, model: Any, params: Params, run: Any) -> None:
+def _image(
+    replay: Replay,
+    reference: Reference,
+    model: QFormerInterface,
+    params: Params,
+    run: Callable[..., tuple[jax.Array, ...]],
+) -> None:
     features, lengths = reference.encode(replay.input("image_pixels"))
     embeddings, normed, states = run(params, features, lengths)
     replay.compare("image_ln_vision", normed)
@@ -57,7 +63,13 @@ def _image(replay: Replay, reference: Reference, model: Any, params: Params, run
 
 
 def _stub_gradient(
-    replay: Replay, reference: Reference, model: Any, params: Params, features, lengths, prompt
+    replay: Replay,
+    reference: Reference,
+    model: QFormerInterface,
+    params: Params,
+    features,
+    lengths,
+    prompt,
 ) -> None:
     """The stand-in for the LLM's loss is the mean square of what it would read."""
 
@@ -72,7 +84,13 @@ def _stub_gradient(
     replay.compare("image_stub_grad_norm", norms(tensors, order))
 
 
-def _video(replay: Replay, reference: Reference, model: Any, params: Params, run: Any) -> None:
+def _video(
+    replay: Replay,
+    reference: Reference,
+    model: QFormerInterface,
+    params: Params,
+    run: Callable[..., tuple[jax.Array, ...]],
+) -> None:
     own = _video_params(reference, params, "video")
     pixels = replay.input("video_pixels")
     clips, frames = pixels.shape[:2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,7 +31,7 @@ def _runner(reference: Reference):
     model, params = reference.contrast
 
     @functools.partial(jax.jit, static_argnames="method")
-    def run(method: str, *inputs: Any):
+    def run(method: str, *inputs: object):
         extra = dict(capture_intermediates=True, mutable=["intermediates"])
         result, state = model.apply({"params": params}, *inputs, method=method, **extra)
         return result, state["intermediates"].get("qformer")
@@ -81,7 +82,9 @@ def modes(replay: Replay, reference: Reference) -> None:
     replay.attempt(_captions, reference, run, image, cache)
 
 
-def _texts(replay: Replay, model: ContrastModel, run: Any, image: jax.Array) -> None:
+def _texts(
+    replay: Replay, model: ContrastModel, run: Callable[..., tuple], image: jax.Array
+) -> None:
     ids, mask = replay.input("text_input_ids"), replay.input("text_attention_mask") > 0
     (text, _), state = run("text", ids, mask)
     replay.compare("itc_text_embeddings", state["embeddings"]["__call__"][0])
@@ -95,7 +98,9 @@ def _texts(replay: Replay, model: ContrastModel, run: Any, image: jax.Array) -> 
     replay.compare("itm_attention_mask", np.asarray(visible(model.queries, mask))[:, 0, 0])
 
 
-def _captions(replay: Replay, reference: Reference, run: Any, image: Any, cache: Any) -> None:
+def _captions(
+    replay: Replay, reference: Reference, run: Callable[..., tuple], image: jax.Array, cache: object
+) -> None:
     model, _ = reference.contrast
     mask = replay.input("text_attention_mask") > 0
     ids = replay.input("text_input_ids").copy()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from typing import Any, BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 
@@ -18,6 +18,8 @@ from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Data
 from xllm_jax.data.media import formats, paths, speech
 from xllm_jax.data.media.modality import Modality
+
+T = TypeVar("T")
 
 MOST_BYTES = 1 << 28  # of an array
 WIDTH = 512  # of the speech encoder and CIF
@@ -72,7 +74,7 @@ def load(path: str | os.PathLike, width: int = WIDTH) -> np.ndarray:
     return values.astype(np.float32)
 
 
-def _opened(path: str | os.PathLike, read: Callable[[BinaryIO], Any]) -> Any:
+def _opened(path: str | os.PathLike, read: Callable[[BinaryIO], T]) -> T:
     """What `read` makes of the file; it never unpickles.
 
     Raises:

@@ -190,7 +190,7 @@ class Decoders:
             self._idle.put(None)
 
 
-def _told(answer: tuple[Any, ...]) -> Any:
+def _told(answer: tuple) -> Any:
     """The value of an answer.
 
     Raises:

@@ -67,7 +67,7 @@ class Modality:
     """
 
     load: Callable[[str, Data, np.random.Generator | None], np.ndarray]
-    read: Callable[[str], Any]
+    read: Callable[[str], object]
     shape: Callable[[Data], tuple[int, ...]]
     fields: tuple[str, ...]
     settings: Callable[[Data], Mapping[str, str]] = _no_settings

@@ -15,7 +15,7 @@ import contextvars
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import cast
 
 from xllm_jax.core import media_names
 from xllm_jax.core.errors import UserError
@@ -153,7 +153,7 @@ class Confined(Sequence):
 
     def __init__(self, examples: Iterable[Example], reach: Reach):
         listed = hasattr(examples, "__getitem__") and hasattr(examples, "__len__")
-        self._examples: Any = examples if listed else list(examples)
+        self._examples = cast(Sequence[Example], examples if listed else list(examples))
         self._reach = reach
 
     def __len__(self) -> int:

@@ -106,7 +106,7 @@ def _content(name: str, path: str, check: Callable[[str, str], None]) -> bytes:
     return paths.read(path)
 
 
-def _single(modality: Modality, content: bytes) -> Any:
+def _single(modality: Modality, content: bytes) -> io.BytesIO | bytes:
     return io.BytesIO(content) if modality.picture else content
 
 

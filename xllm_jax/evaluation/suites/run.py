@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from xllm_jax.core import fingerprint, hosts, lookup
 from xllm_jax.core.errors import UserError
@@ -40,7 +39,7 @@ class Model:
     """
 
     name: str
-    about: Any
+    about: object
     load: Callable[[], Answer]
     modalities: tuple[str, ...] = ()
 

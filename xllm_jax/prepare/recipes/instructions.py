@@ -25,6 +25,7 @@ from xllm_jax.core import atomic
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
 from xllm_jax.data import mixture
+from xllm_jax.data.example import Example
 from xllm_jax.data.sources import layout
 from xllm_jax.prepare import engine, pick, preparation, runner, transforms
 
@@ -199,7 +200,9 @@ def draw(
     return drawn[:count], rejects
 
 
-def asked(example: Any, lists: Mapping[str, Sequence[str]], texts: Sequence[str], seed: int) -> int:
+def asked(
+    example: Example, lists: Mapping[str, Sequence[str]], texts: Sequence[str], seed: int
+) -> int:
     """The number of the instruction that an example gets, -1 where it brings its own.
 
     Raises:

@@ -25,6 +25,7 @@ from xllm_jax.core import atomic
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Source
 from xllm_jax.data import mixture
+from xllm_jax.data.example import Example
 from xllm_jax.data.rows import files
 from xllm_jax.data.rows.lazy import Lines, Rows
 from xllm_jax.data.sources import layout
@@ -141,7 +142,7 @@ class Chunk:
         return (start + np.flatnonzero(known >= self._least)).tolist()
 
 
-def read(scores: str, found: Sequence[Any]) -> np.ndarray:
+def read(scores: str, found: Sequence[Example]) -> np.ndarray:
     """Similarities of a source's records: `[records]` float32, NaN where the file has none.
 
     Raises:
@@ -176,7 +177,7 @@ def _by_key(scores: str) -> dict[str, float]:
     return table
 
 
-def _key(found: Sequence[Any], place: int) -> str:
+def _key(found: Sequence[Example], place: int) -> str:
     try:
         return found[place].key
     except UserError:
