@@ -1,7 +1,8 @@
 """Run in a process with 8 virtual devices: losses, gradients and collectives on several meshes.
 
 Prints one JSON line: {'stages': {stage: {mesh: [loss difference, largest gradient difference]}},
-'collectives': {mesh: [what the devices of the small LLM send each other]}}.
+'collectives': {mesh: [what the devices of the small LLM send each other]},
+'gathered': {chunk of a ViT: [[shape, times]]}}.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from xllm_jax.assembly import adapters, networks
 from xllm_jax.assembly.system import System
 from xllm_jax.core import mesh, rules
 from xllm_jax.data.batching import batch_format
+from xllm_jax.models import vit
 from xllm_jax.preflight import collectives, hlo, micro_batch, targets
 from xllm_jax.training.trainer import Trainer, stage_loss
 
-ROWS = 8
+DEVICES = ROWS = 8
 STAGES = (
     "stage1_speech",
     "stage1_image",
@@ -199,10 +201,34 @@ def compiled_collectives(axes, slices):
     return [dataclasses.asdict(one) for one in found]
 
 
+def gathered(chunk):
+    """[shape, times] of all that a ViT gathers whose kernels are split, four images a device."""
+    net = vit.VisionTransformer(**vit.SIZES["tiny"] | {"depth": 2, "chunk": chunk})
+    device_mesh = mesh.make({"fsdp": DEVICES})
+    shapes = jax.eval_shape(net.init, jax.random.key(0), *net.example())["params"]
+    places = mesh.parameter_shardings(device_mesh, rules.assign(vit.SHARDING, shapes), shapes)
+    params = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
+    )
+    images = jax.ShapeDtypeStruct(
+        (4 * DEVICES, net.image_size, net.image_size, 3),
+        jnp.float32,
+        sharding=jax.sharding.NamedSharding(device_mesh, mesh.batch_spec()),
+    )
+    with jax.set_mesh(device_mesh):
+        lowered = jax.jit(lambda params, x: net.apply({"params": params}, x)[0]).lower(
+            params, images
+        )
+    program = hlo.parse(lowered.compile(QUICKLY).as_text())
+    found = collectives.find(program, DEVICES, targets.slices_of(device_mesh, {}))
+    return sorted([one.shape, one.times] for one in found if one.kind == "all-gather")
+
+
 def main():
     jax.config.update("jax_default_matmul_precision", "highest")
     result = {"stages": {name: compare(name) for name in STAGES}}
     result["collectives"] = {name: compiled_collectives(*row) for name, row in COUNTED.items()}
+    result["gathered"] = {chunk: gathered(chunk) for chunk in (0, 1, 2)}
     print(json.dumps(result))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import sys
 from collections import Counter
@@ -138,6 +139,15 @@ def test_every_layer_is_gathered_once_forward_and_once_back(found, name):
         (row["shape"], row["times"]) for row in rows if row["in_loop"] and "gather" in row["kind"]
     ]
     assert Counter(gathered) == wanted
+
+
+@pytest.mark.parametrize("chunk", ["1", "2"])
+def test_chunks_of_rows_share_what_is_gathered(found, chunk):
+    def elements(gathered):
+        sizes = [(math.prod(map(int, shape[4:-1].split(","))), n) for shape, n in gathered]
+        return Counter({size: sum(n for other, n in sizes if other == size) for size, _ in sizes})
+
+    assert elements(found["gathered"][chunk]) == elements(found["gathered"]["0"])
 
 
 def test_between_slices_go_gradients_alone(found):

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from xllm_jax.convert.sources import eva_vit
-from xllm_jax.core import rules
+from xllm_jax.core import mesh, rules
 from xllm_jax.core.errors import UserError
-from xllm_jax.models import vit
+from xllm_jax.models import row_chunks, vit
 
 
 def test_scan_remat_and_unroll_agree():
@@ -51,7 +51,7 @@ def test_chunk_by_chunk_is_the_same(chunk, count):
     (gradient, out), (other, same) = run(whole), run(parted)
     np.testing.assert_allclose(same, out, atol=2e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), other, gradient)
-    assert vit.rows_in_chunks(6, chunk) == (1, count)
+    assert row_chunks.split(6, chunk) == (1, count)
     wild = functools.partial(parted.clone(drop_path=0.5).apply, train=True)
     dropped = jax.jit(wild)(params, x, rngs={"dropout": jax.random.key(2)})[0]
     apart = np.abs(np.asarray(dropped - out)).max((1, 2)) > 1e-4
@@ -59,15 +59,33 @@ def test_chunk_by_chunk_is_the_same(chunk, count):
 
 
 def test_chunks_divide_what_a_device_has():
-    found = [vit.rows_in_chunks(rows, 8) for rows in (145, 144, 32, 7, 1)]
+    found = [row_chunks.split(rows, 8) for rows in (145, 144, 32, 7, 1)]
     assert found == [(1, 29), (1, 18), (1, 4), (1, 1), (1, 1)]
     x = jnp.arange(24).reshape(12, 2)
     for chunks in ((1, 3), (2, 3), (4, 1), (4, 3)):
-        made = vit.part(x, chunks)
+        made = row_chunks.part(x, chunks)
         assert made.shape == (chunks[1], 12 // chunks[1], 2)
-        np.testing.assert_array_equal(vit.join(made, chunks), x)
+        np.testing.assert_array_equal(row_chunks.join(made, chunks), x)
     # Of each of four devices the first rows go first: none sends any.
-    assert vit.part(x, (4, 3))[0, :, 0].tolist() == [0, 6, 12, 18]
+    assert row_chunks.part(x, (4, 3))[0, :, 0].tolist() == [0, 6, 12, 18]
+
+
+def test_chunks_that_nobody_chose(monkeypatch):
+    """As the kind of device likes; 149 is a prime, and one image at a time would be slow."""
+    assert [row_chunks.split(rows, None) for rows in (144, 7)] == [(1, 1), (1, 1)]
+    monkeypatch.setitem(row_chunks.USUAL, "cpu", 8)
+    with jax.set_mesh(mesh.make({}, jax.devices()[:1])):
+        found = [row_chunks.split(rows, None)[1] for rows in (144, 145, 149, 10, 8, 3)]
+        assert found == [18, 29, 1, 2, 1, 1]
+        assert row_chunks.split(149, 8) == (1, 149) and row_chunks.split(144, 0) == (1, 1)
+        model = vit.VisionTransformer(**vit.SIZES["tiny"] | {"depth": 1})
+        shapes = jax.eval_shape(model.init, jax.random.key(0), *model.example())
+        x = jnp.zeros((16, 96, 96, 3))
+        loops = {
+            train: str(jax.make_jaxpr(functools.partial(model.apply, train=train))(shapes, x))
+            for train in (False, True)
+        }
+    assert {train: text.count("scan[") for train, text in loops.items()} == {False: 2, True: 1}
 
 
 def test_drop_path_drops_whole_branches_and_only_in_training():

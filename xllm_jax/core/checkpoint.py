@@ -37,6 +37,7 @@ from xllm_jax.core.errors import UserError
 from xllm_jax.core.streamed_leaf import Blocks, BlocksHandler, full
 from xllm_jax.core.types import Params
 
+INDEX_BYTES = 1 << 24
 FORMAT = 1
 TRIES = 30  # to remove what a failed save has left, 0.1 s apart
 PARTIAL = ".orbax-checkpoint-tmp"  # in the names of folders that orbax has not finished
@@ -327,10 +328,15 @@ def _stores(folder: Path, paths: Iterable[str]) -> dict[str, tensorstore.TensorS
             return {"driver": "ocdbt", "base": file, "path": f"{name}/"}
         return file | {"path": f"{folder.absolute()}/{name}/"}
 
-    return {
-        path: tensorstore.open({"driver": "zarr", "kvstore": kvstore(path)}, open=True).result()
+    # The list of all leaves is read once, and not again for each of them.
+    shared = tensorstore.Context({"cache_pool": {"total_bytes_limit": INDEX_BYTES}})
+    opening = {
+        path: tensorstore.open(
+            {"driver": "zarr", "kvstore": kvstore(path)}, open=True, context=shared
+        )
         for path in paths
     }
+    return {path: future.result() for path, future in opening.items()}
 
 
 def load_leaves(

@@ -212,6 +212,11 @@ def on_device(x: jax.Array) -> jax.Array:
     return jax.device_put(x, jax.memory.Space.Device) if far else x
 
 
+def gathered(x: jax.Array) -> jax.Array:
+    """Constrains parameters to be whole on every device, unless the mesh splits widths."""
+    return constrain(on_device(x), *[None] * x.ndim) if not tensor_parallel() else x
+
+
 def tensor_parallel() -> bool:
     """Whether the mesh that is set splits heads and hidden widths."""
     return jax.sharding.get_abstract_mesh().shape.get("tensor", 1) > 1

@@ -47,7 +47,7 @@ class ClipVision(nn.Module):
     final_norm: bool = True
     unused_blocks: int = 0
     attention: layers.Kernel | None = None
-    chunk: int = 0
+    chunk: int | None = None
     dtype: DTypeLike = jnp.float32
     remat: str = "none"
     unroll: int = 1

@@ -49,7 +49,7 @@ class SiglipVision(nn.Module):
     final_norm: bool = True
     unused_blocks: int = 0
     attention: layers.Kernel | None = None
-    chunk: int = 0
+    chunk: int | None = None
     dtype: DTypeLike = jnp.float32
     remat: str = "none"
     unroll: int = 1

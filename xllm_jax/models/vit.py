@@ -7,7 +7,6 @@ norm that BLIP-2 puts behind it (`ln_vision`) belongs to the interface, since it
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -18,8 +17,7 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from xllm_jax.core import mesh
-from xllm_jax.models import layers
+from xllm_jax.models import layers, row_chunks
 
 Array = jax.Array
 
@@ -66,7 +64,7 @@ class Block(nn.Module):
     key_bias: bool = False
     causal: bool = False
     activation: Callable[[Array], Array] = layers.gelu_exact
-    chunk: int = 0
+    chunk: int | None = 0
 
     @nn.compact
     def __call__(
@@ -80,33 +78,13 @@ class Block(nn.Module):
           drop: the layer's drop-path rate, or None.
           used: whether the layer changes anything, or None where all do.
         """
-        chunks = rows_in_chunks(x.shape[0], self.chunk)
-        if chunks[1] > 1:
-            return self._chunk_by_chunk(x, mask, drop, used, chunks), None
-        return self._whole(x, mask, drop, used), None
 
-    @nn.nowrap
-    def _chunk_by_chunk(
-        self,
-        x: Array,
-        mask: Array | None,
-        drop: Array | None,
-        used: Array | None,
-        chunks: tuple[int, int],
-    ) -> Array:
-        def step(
-            block: Block, carry: tuple[()], rows: tuple[Array, Array | None]
-        ) -> tuple[tuple[()], Array]:
-            return carry, block._whole(rows[0], rows[1], drop, used)
+        def run(block: Block, rows: tuple[Array, Array | None]) -> Array:
+            return block._whole(*rows, drop, used)
 
-        parted = jax.tree.map(lambda y: part(y, chunks), (x, mask))
-        scan = nn.scan(
-            step,
-            variable_broadcast="params",
-            split_rngs={"params": False, "dropout": True},
-            length=chunks[1],
-        )
-        return join(scan(self, (), parted)[1], chunks)
+        # What the backward pass needs of every chunk would have to be stacked: not by itself.
+        chunk = 0 if self.chunk is None and self.train else self.chunk
+        return row_chunks.scanned(self, run, (x, mask), chunk), None
 
     @nn.nowrap
     def _whole(self, x: Array, mask: Array | None, drop: Array | None, used: Array | None) -> Array:
@@ -141,7 +119,8 @@ class VisionTransformer(nn.Module):
       drop_path: largest drop-path rate, reached at the last block (0 in every published config).
       attention: implementation of `layers.attention`.
       chunk: images of each device that a block takes at a time, or the largest number below that
-        divides them; 0 takes all at once.
+        divides them; 0 takes all at once, None eight on a TPU outside of
+        training, and all elsewhere.
       remat: row of `layers.REMAT`.
       unroll: blocks per scan step.
     """
@@ -156,7 +135,7 @@ class VisionTransformer(nn.Module):
     epsilon: float = 1e-6
     drop_path: float = 0.0
     attention: layers.Kernel | None = None
-    chunk: int = 0
+    chunk: int | None = None
     dtype: DTypeLike = jnp.float32
     remat: str = "none"
     unroll: int = 1
@@ -229,35 +208,6 @@ def run_blocks(
     fields["chunk"] = getattr(tower, "chunk", 0)
     x, _ = stack(implementation=tower.attention, **fields, name="layers")(x, mask, rates, used)
     return x
-
-
-def rows_in_chunks(rows: int, chunk: int) -> tuple[int, int]:
-    """(devices that rows are split over, chunks of each of them).
-
-    Args:
-      rows: of a batch.
-      chunk: rows of each device at a time, at most; 0 takes all.
-    """
-    shape = jax.sharding.get_abstract_mesh().shape
-    devices = math.prod(shape.get(axis, 1) for axis in mesh.ROWS)
-    devices = devices if rows % devices == 0 else 1
-    own = rows // devices
-    most = min(chunk or own, own)
-    return devices, own // next(n for n in range(most, 0, -1) if own % n == 0)
-
-
-def part(x: Array, chunks: tuple[int, int]) -> Array:
-    """`[rows, ...]` to `[chunks, rows of a chunk, ...]`; every device keeps its own rows."""
-    devices, count = chunks
-    x = x.reshape(devices, count, -1, *x.shape[1:]).swapaxes(0, 1)
-    return mesh.constrain(x.reshape(count, -1, *x.shape[3:]), None, mesh.ROWS)
-
-
-def join(x: Array, chunks: tuple[int, int]) -> Array:
-    """The inverse of `part`."""
-    devices, count = chunks
-    x = x.reshape(count, devices, -1, *x.shape[2:]).swapaxes(0, 1)
-    return mesh.constrain_rows(x.reshape(-1, *x.shape[3:]))
 
 
 class Embeddings(nn.Module):
