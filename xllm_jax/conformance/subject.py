@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
 from xllm_jax.assembly import networks
 from xllm_jax.convert import Row
@@ -91,7 +90,7 @@ def find(name: str, packaged: Mapping[str, Subject]) -> Subject:
     return made
 
 
-def role(network: nn.Module) -> str:
+def role(network: Any) -> str:
     """LLM, ENCODER or INTERFACE, by the methods and arguments of a network.
 
     Raises:
@@ -111,7 +110,7 @@ def role(network: nn.Module) -> str:
     )
 
 
-def lively(network: nn.Module, seed: int = 0) -> Params:
+def lively(network: Any, seed: int = 0) -> Params:
     """Float32 parameters of which none is zero or equals its neighbor, as NumPy arrays.
 
     Fresh ones will not do: biases are zeros, and attention is nearly uniform. Networks that are
@@ -125,7 +124,7 @@ def lively(network: nn.Module, seed: int = 0) -> Params:
 
 
 @functools.lru_cache(maxsize=2)
-def _drawn(network: nn.Module, seed: int) -> Params:
+def _drawn(network: Any, seed: int) -> Params:
     drawn = jax.jit(lambda key: networks.init_params(network, key))(jax.random.key(seed))
     rng = np.random.default_rng(seed)
     return jax.tree.map(

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
-from flax import linen as nn
 
 from xllm_jax.assembly import networks
 from xllm_jax.convert.files import Checkpoint
@@ -117,7 +116,7 @@ def depth(names: Iterable[str], pattern: str) -> int:
     return max(found, default=-1) + 1
 
 
-def shapes_of(model: nn.Module, *inputs: jax.typing.ArrayLike) -> Params:
+def shapes_of(model: Any, *inputs: jax.typing.ArrayLike) -> Params:
     """Shapes of a network's parameters, without computing them.
 
     Args:
