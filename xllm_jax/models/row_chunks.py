@@ -18,13 +18,12 @@ from xllm_jax.core import mesh
 USUAL = {"tpu": 8}  # where it is known to help, as docs/preflight.md tells
 
 Array = jax.Array
+M = TypeVar("M", bound=nn.Module)
 Rows = TypeVar("Rows")  # arrays with rows first
 Made = TypeVar("Made")
 
 
-def scanned(
-    block: nn.Module, run: Callable[[nn.Module, Rows], Made], rows: Rows, chunk: int | None
-) -> Made:
+def scanned(block: M, run: Callable[[M, Rows], Made], rows: Rows, chunk: int | None) -> Made:
     """What `run` makes of all rows, chunk by chunk where there are more than a chunk of them.
 
     Parameters that the mesh splits are gathered once, not for every chunk.
@@ -39,7 +38,7 @@ def scanned(
     if chunks[1] == 1 or block.is_initializing():
         return run(block, rows)
 
-    def step(block: nn.Module, carry: tuple[()], rows: Rows) -> tuple[tuple[()], Made]:
+    def step(block: M, carry: tuple[()], rows: Rows) -> tuple[tuple[()], Made]:
         return carry, run(block, rows)
 
     scan = nn.scan(
@@ -49,7 +48,7 @@ def scanned(
         length=chunks[1],
     )
 
-    def every(block: nn.Module, rows: Rows) -> Made:
+    def every(block: M, rows: Rows) -> Made:
         return scan(block, (), rows)[1]
 
     parted = jax.tree.map(lambda x: part(x, chunks), rows)
