@@ -8,6 +8,7 @@ import re
 import shutil
 
 import host_runs
+import jax
 import numpy as np
 import pytest
 import small_stage
@@ -256,3 +257,41 @@ def test_the_slow_host_is_the_one_that_waits_for_input():
         "2": ["runs a step", 7, 1],
     }
     assert watchdog.slowest(beats) == "host 1 waits for input, micro-batch 7"
+
+
+class LateClient:
+    """JAX's coordination service: other hosts' values come while one looks or waits."""
+
+    def __init__(self, late: dict[str, int]):
+        self.values, self.late, self.waited = {}, late, []
+
+    def key_value_increment(self, name, by):
+        return by
+
+    def key_value_set(self, name, value, allow_overwrite):
+        self.values[name] = value
+
+    def key_value_dir_get(self, root):
+        found = [(key, value) for key, value in self.values.items() if key.startswith(root)]
+        self.come(root)
+        return found
+
+    def blocking_key_value_get(self, name, milliseconds):
+        self.waited.append(name.rpartition("/")[2])
+        root = name.rpartition("/")[0] + "/"
+        if name not in self.values:
+            self.come(root)
+            raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED")
+        return self.values[name]
+
+    def come(self, root):
+        """One look or wait later."""
+        self.late = {host: looks - 1 for host, looks in self.late.items()}
+        self.values |= {f"{root}{host}": "true" for host, looks in self.late.items() if looks <= 0}
+
+
+@pytest.mark.parametrize("late", [{"1": 1, "2": 1}, {"1": 3, "2": 1}, {"1": 0, "2": 2}])
+def test_hosts_meet_whenever_they_come(late):
+    client = LateClient(late)
+    hosts.meet(hosts.Store(client, 0, 3), "planned")
+    assert {"1", "2"} <= set(client.waited) and max(client.late.values()) <= 0

@@ -280,10 +280,16 @@ def meet(store: Store | None, name: str) -> None:
     if store is None:
         return
     store.put(f"{name}/{store.index}", True)
-    while len(store.all(name)) < store.count:
-        missing = min({str(host) for host in range(store.count)} - store.all(name).keys())
-        with contextlib.suppress(TimeoutError):
-            store.get(f"{name}/{missing}")
+    for host in range(store.count):
+        while not _there(store, f"{name}/{host}"):
+            pass
+
+
+def _there(store: Store, name: str) -> bool:
+    """Whether a name was published within the usual time."""
+    with contextlib.suppress(TimeoutError):
+        return bool(store.get(name))
+    return False
 
 
 def agree(store: Store | None, what: str, items: Mapping[str, str]) -> None:
