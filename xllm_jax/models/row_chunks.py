@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from xllm_jax.core import mesh
@@ -19,27 +20,38 @@ USUAL = {"tpu": 8}  # where it is known to help, as docs/preflight.md tells
 
 Array = jax.Array
 M = TypeVar("M", bound=nn.Module)
-Rows = TypeVar("Rows")  # arrays with rows first
-Made = TypeVar("Made")
+Others = TypeVar("Others")
 
 
-def scanned(block: M, run: Callable[[M, Rows], Made], rows: Rows, chunk: int | None) -> Made:
+def scanned(
+    block: M,
+    run: Callable[[M, Array, Others], Array],
+    x: Array,
+    others: Others,
+    chunk: int | None,
+) -> Array:
     """What `run` makes of all rows, chunk by chunk where there are more than a chunk of them.
 
-    Parameters that the mesh splits are gathered once, not for every chunk.
+    Each chunk's outcome takes the place of its input: two arrays of all rows would leave the TPU
+    compiler no room on the chip for the rest. Parameters that the mesh splits are gathered once,
+    not for every chunk.
 
     Args:
       block: the module that `run` uses, within its compact method.
-      run: (block, rows of a chunk) to arrays with rows first.
-      rows: arrays `[rows, ...]`.
+      run: (block, `x` and `others` of a chunk) to the new `x`.
+      x: `[rows, ...]`.
+      others: further arrays with rows first, read alone.
       chunk: as of `split`.
     """
-    chunks = split(jax.tree.leaves(rows)[0].shape[0], chunk)
+    chunks = split(x.shape[0], chunk)
     if chunks[1] == 1 or block.is_initializing():
-        return run(block, rows)
+        return run(block, x, others)
 
-    def step(block: M, carry: tuple[()], rows: Rows) -> tuple[tuple[()], Made]:
-        return carry, run(block, rows)
+    def step(block: M, whole: Array, given: tuple[Array, Others]) -> tuple[Array, None]:
+        number, others = given
+        rows = jax.lax.dynamic_index_in_dim(whole, number, keepdims=False)
+        made = run(block, rows, others)
+        return jax.lax.dynamic_update_index_in_dim(whole, made, number, 0), None
 
     scan = nn.scan(
         step,
@@ -48,12 +60,12 @@ def scanned(block: M, run: Callable[[M, Rows], Made], rows: Rows, chunk: int | N
         length=chunks[1],
     )
 
-    def every(block: M, rows: Rows) -> Made:
-        return scan(block, (), rows)[1]
+    def every(block: M, x: Array, others: Others) -> Array:
+        return scan(block, x, (jnp.arange(chunks[1]), others))[0]
 
-    parted = jax.tree.map(lambda x: part(x, chunks), rows)
     gathering = nn.map_variables(every, "params", lambda tree: jax.tree.map(mesh.gathered, tree))
-    return jax.tree.map(lambda x: join(x, chunks), gathering(block, parted))
+    parted = jax.tree.map(lambda y: part(y, chunks), (x, others))
+    return join(gathering(block, *parted), chunks)
 
 
 def split(rows: int, chunk: int | None) -> tuple[int, int]:

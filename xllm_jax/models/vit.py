@@ -79,12 +79,12 @@ class Block(nn.Module):
           used: whether the layer changes anything, or None where all do.
         """
 
-        def run(block: Block, rows: tuple[Array, Array | None]) -> Array:
-            return block._whole(*rows, drop, used)
+        def run(block: Block, x: Array, mask: Array | None) -> Array:
+            return block._whole(x, mask, drop, used)
 
         # What the backward pass needs of every chunk would have to be stacked: not by itself.
         chunk = 0 if self.chunk is None and self.train else self.chunk
-        return row_chunks.scanned(self, run, (x, mask), chunk), None
+        return row_chunks.scanned(self, run, x, mask, chunk), None
 
     @nn.nowrap
     def _whole(self, x: Array, mask: Array | None, drop: Array | None, used: Array | None) -> Array:
