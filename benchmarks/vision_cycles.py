@@ -2,8 +2,9 @@
 
     PYTHONPATH=. python benchmarks/vision_cycles.py [--images=32,144,145] [--chunks=0,8]
 
-A stack of a few layers is compiled for one chip that need not be there (`pip install -e
-'.[preflight]'`); a row tells cycles a layer, and the share of the peak on needed FLOPs.
+The tower is compiled as a stage has it, frozen, its parameters split over a slice and something
+behind it that trains, for chips that need not be there (`pip install -e '.[preflight]'`). A row
+tells cycles a layer, and the share of the peak on needed FLOPs.
 """
 
 from __future__ import annotations
@@ -12,42 +13,52 @@ import argparse
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
+from xllm_jax.configs import networks
+from xllm_jax.core import mesh, rules
+from xllm_jax.core.types import Params
 from xllm_jax.models import vit
 from xllm_jax.preflight import cycles, hlo, targets
-
-LAYERS = 4
 
 
 def measure(topology: str, images: int, chunk: int) -> tuple[float, float]:
     """(million cycles a layer, share of the chip's peak).
 
     Args:
-      topology: of one chip.
-      images: of a batch.
+      topology: of the slice.
+      images: of each chip.
       chunk: of `vit.VisionTransformer`.
     """
-    sizes = vit.SIZES["eva_vit_g"] | {"depth": LAYERS, "chunk": chunk}
+    sizes = vit.SIZES["eva_vit_g"] | {"chunk": chunk, "remat": "products"}
     net = vit.VisionTransformer(**sizes, dtype=jnp.bfloat16)
     target = targets.parse(topology)
-    chip = Mesh(np.array(targets.devices(target)[:1]), ("chip",))
-    whole = NamedSharding(chip, PartitionSpec())
+    chips = list(targets.devices(target))
+    slice_ = mesh.make({"fsdp": len(chips)}, chips)
+    side, whole = net.image_size, NamedSharding(slice_, PartitionSpec())
+    shapes = jax.eval_shape(net.init, jax.random.key(0), *net.example())["params"]
+    places = mesh.parameter_shardings(slice_, rules.assign(vit.SHARDING, shapes), shapes)
 
-    def like(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=whole)
+    def like(shape: tuple[int, ...], place: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place)
 
-    shapes = jax.eval_shape(net.init, jax.random.key(0), *net.example())
-    params = jax.tree.map(lambda leaf: like(leaf.shape), shapes)
-    side = net.image_size
-    lowered = jax.jit(net.apply).lower(params, like((images, side, side, 3)))
-    found = cycles.count(hlo.parse(lowered.compile().as_text()))
+    def loss(probe: jax.Array, params: Params, x: jax.Array) -> jax.Array:
+        return (net.apply({"params": params}, x)[0] @ probe).astype(jnp.float32).mean()
+
+    rows = NamedSharding(slice_, mesh.batch_spec())
+    given = (
+        like((net.width,), whole),
+        jax.tree.map(lambda leaf, place: like(leaf.shape, place), shapes, places),
+        like((images * len(chips), side, side, 3), rows),
+    )
+    with jax.set_mesh(slice_):
+        compiled = jax.jit(jax.grad(loss)).lower(*given).compile(networks.whole_products()["tpu"])
+    found = cycles.count(hlo.parse(compiled.as_text()))
     if found is None:
         raise SystemExit(f"{topology} states no cycles")
     tokens = net.features_of(side)
     needed = 2 * images * tokens * (4 * net.width + 2 * net.hidden + 2 * tokens) * net.width
-    spent = found.core / LAYERS
+    spent = found.core / net.depth
     return spent / 1e6, needed / (spent / target.chip.clock * target.chip.flops)
 
 
@@ -57,7 +68,7 @@ def numbers(text: str) -> list[int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--topology", default="v5e:1x1")
+    parser.add_argument("--topology", default="v5e:4x4")
     parser.add_argument("--images", type=numbers, default=[32, 144, 145])
     parser.add_argument("--chunks", type=numbers, default=[0, 8])
     given = parser.parse_args()
