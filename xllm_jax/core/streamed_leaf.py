@@ -92,6 +92,10 @@ class BlocksHandler(ocp.type_handlers.NumpyHandler):
             self._waiting.append((block.nbytes, written[-1]))
             if sum(size for size, _ in self._waiting) > UNCOMMITTED:
                 await asyncio.wait([asyncio.ensure_future(_end(one)) for _, one in self._waiting])
+                for future in written:  # all have ended: a full disk is met here, not at the end
+                    await future
+                if self.failure:
+                    break
         return written
 
 
