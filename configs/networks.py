@@ -159,11 +159,11 @@ def is_tiny(size: str) -> bool:
 
 
 def whole_products() -> dict:
-    """Compiler options with which products wait for gathered parameters, where networks are small.
+    """Compiler options with which products read gathered parameters whole.
 
     By itself XLA cuts such a product into one a chip, to send while it computes: stage 1, speech,
-    got 13,379 messages a step instead of 550, and a quarter more memory traffic
-    (docs/preflight.md).
+    got 13,379 messages a step instead of 550, a quarter more memory traffic, and stage 2, image,
+    8 % more cycles (docs/preflight.md). Gatherings run beside other products all the same.
     """
     return {"tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}}
 
@@ -182,4 +182,10 @@ def numerics(size: str, remat: str = "none") -> dict:
     if size == "tiny":
         return {"compute": "float32", "frozen": "float32", "unroll": 8, "log_every": 20}
     mesh = {"data": 1, "fsdp": -1, "tensor": 1}
-    return {"compute": "bfloat16", "frozen": "bfloat16", "remat": remat, "mesh": mesh}
+    return {
+        "compute": "bfloat16",
+        "frozen": "bfloat16",
+        "remat": remat,
+        "mesh": mesh,
+        "compiler": whole_products(),
+    }

@@ -34,8 +34,7 @@ def get_config(size: str = "real") -> Stage:
         data=_tiny_data() if tiny else _data(),
         steps=400 if tiny else 250_000,
         validation=_tiny_validation() if tiny else _validation(),
-        compiler=networks.whole_products(),
-        **networks.numerics(size, remat="products"),
+        **networks.numerics(size, remat="products") | {"compiler": networks.whole_products()},
     )
 
 

@@ -53,8 +53,7 @@ def get_config(size: str = "real") -> Stage:
         data=_tiny_data() if tiny else _data(),
         steps=600 if tiny else 180_000,
         validation=_tiny_validation() if tiny else _validation(),
-        compiler=networks.whole_products(),
-        **networks.numerics(size),
+        **networks.numerics(size) | {"compiler": networks.whole_products()},
     )
 
 

@@ -222,6 +222,11 @@ def tensor_parallel() -> bool:
     return jax.sharding.get_abstract_mesh().shape.get("tensor", 1) > 1
 
 
+def kind() -> str:
+    """'tpu', 'gpu' or 'cpu': what the devices of the mesh that is set are; '' where none is set."""
+    return getattr(jax.sharding.get_abstract_mesh().abstract_device, "platform", "")
+
+
 def platform(mesh: Mesh | AbstractMesh) -> str:
     """'tpu', 'gpu' or 'cpu': what the devices of a mesh are; '' where it has none."""
     return "" if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0].platform

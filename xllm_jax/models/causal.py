@@ -19,8 +19,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
+from xllm_jax.models import gradients, rotary, word_table
 from xllm_jax.models import layers as basic
-from xllm_jax.models import rotary, word_table
 from xllm_jax.models.decoder_cache import Cache, Memory, empty_cache, extend_cache, store, visible
 
 Array = jax.Array
@@ -135,7 +135,8 @@ class GatedFeedForward(nn.Module):
             )
 
         gate, up = (
-            checkpoint_name(dense(self.hidden, 0, name)(x), KEPT[3]) for name in ("gate", "up")
+            gradients.apart(checkpoint_name(dense(self.hidden, 0, name)(x), KEPT[3]))
+            for name in ("gate", "up")
         )
         return dense(x.shape[-1], None, "down")(jax.nn.silu(gate) * up)
 
@@ -165,10 +166,10 @@ class Block(nn.Module):
             self.heads, self.norm_epsilon, self.implementation, self.dtype, name="attention"
         )
         normed = self._norm("attention_norm")(x)
-        y, memory = attention(normed, tables, mask, slots, memory)
+        y, memory = attention(gradients.apart(normed), tables, mask, slots, memory)
         x = checkpoint_name(self._added(x, y, "attention_output_norm"), KEPT[2])
         y = GatedFeedForward(self.hidden, self.dtype, name="feed_forward")(
-            self._norm("feed_forward_norm")(x)
+            gradients.apart(self._norm("feed_forward_norm")(x))
         )
         return (self._added(x, y, "feed_forward_output_norm"), memory), seen
 

@@ -16,8 +16,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
+from xllm_jax.models import gradients, rotary, word_table
 from xllm_jax.models import layers as basic
-from xllm_jax.models import word_table
 from xllm_jax.models.decoder_cache import Cache, Memory, empty_cache, extend_cache, store, visible
 
 Array = jax.Array
@@ -28,7 +28,7 @@ REFERENCE_ALPHA = (2 * 28) ** 0.5
 # What the backward pass keeps of a layer besides its input: 2 * (6 width + hidden) bytes a token in
 # bfloat16, 147 MB for 64 tokens of the real size, where plain autodiff keeps 3.7 times as much. The
 # rest (norms, GELU, attention probabilities) is elementwise or small and is computed again.
-KEPT = ("attention_inputs", "middle_stream", "hidden")
+KEPT = ("attention_inputs", "middle_stream", "hidden", gradients.STATISTICS)
 
 
 def rotary_frequencies(channels: int) -> Array:
@@ -85,8 +85,7 @@ def rotate(x: Array, cosine: Array, sine: Array) -> Array:
       x: queries or keys.
       cosine, sine: `[B, T, 1, head_dim]`.
     """
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, 2, -1)
-    turned = jnp.stack([-pairs[..., 1, :], pairs[..., 0, :]], axis=-2).reshape(x.shape)
+    turned = rotary.turned(x, x.shape[-1] // 2)
     return (x.astype(jnp.float32) * cosine + turned * sine).astype(x.dtype)
 
 
@@ -147,10 +146,10 @@ class Block(nn.Module):
             self.hidden, _activation, dtype=self.dtype, name="feed_forward"
         )
         normed = self._norm("attention_norm")(x)
-        y, memory = attention(normed, tables, mask, slots, memory)
+        y, memory = attention(gradients.apart(normed), tables, mask, slots, memory)
         x = checkpoint_name(self._residual(normed, y), KEPT[1])
         normed = self._norm("feed_forward_norm")(x)
-        return (self._residual(normed, feed_forward(normed)), memory), seen
+        return (self._residual(normed, feed_forward(gradients.apart(normed))), memory), seen
 
     def _norm(self, name: str) -> nn.Module:
         return basic.LayerNorm(self.norm_epsilon, self.dtype, name=name)

@@ -16,7 +16,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from xllm_jax.core import mesh
-from xllm_jax.models import lora, quantized
+from xllm_jax.models import gradients, lora, quantized
 from xllm_jax.models.dropout import Dropout
 
 Array = jax.Array
@@ -100,9 +100,7 @@ class LayerNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones_init(), x.shape[-1:], jnp.float32)
         bias = self.param("bias", nn.initializers.zeros_init(), x.shape[-1:], jnp.float32)
         x = x.astype(jnp.float32)
-        centered = x - x.mean(-1, keepdims=True)
-        variance = jnp.square(centered).mean(-1, keepdims=True)
-        y = centered * jax.lax.rsqrt(variance + self.epsilon) * scale.astype(jnp.float32)
+        y = gradients.normalized(x, self.epsilon) * scale.astype(jnp.float32)
         return (y + bias.astype(jnp.float32)).astype(self.dtype)
 
 
@@ -163,7 +161,7 @@ class FeedForward(nn.Module):
     def __call__(self, x: Array, train: bool = False) -> Array:
         width = x.shape[-1]
         y = Dense(self.hidden, dtype=self.dtype, tensor_axis=0, name="up")(x)
-        y = self.activation(y)
+        y = self.activation(gradients.apart(y))
         y = Dropout(self.dropout)(y, train)
         return Dense(width, dtype=self.dtype, name="down")(y)
 

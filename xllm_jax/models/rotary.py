@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from xllm_jax.core import mesh
 from xllm_jax.core.errors import UserError
 
 Array = jax.Array
@@ -40,6 +41,32 @@ class Rotary:
         return jnp.cos(angle) * self.scale, jnp.sin(angle) * self.scale
 
 
+def turned(x: Array, span: int) -> Array:
+    """Pairs of channels turned by a quarter: (-second, first), float32, exact.
+
+    A TPU moves channels between its lanes slowly, and the layouts that its compiler chooses for
+    that cost copies of queries and keys, forward and back (docs/preflight.md). There it is a
+    product with ones.
+
+    Args:
+      x: `[B, T, heads, channels]`.
+      span: every so many channels, which divide them, a channel j pairs with j + span / 2.
+    """
+    if mesh.kind() != "tpu":
+        pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2, span // 2)
+        return jnp.stack([-pairs[..., 1, :], pairs[..., 0, :]], axis=-2).reshape(x.shape)
+    one, none = np.eye(span // 2, dtype=np.float32), np.zeros((span // 2, span // 2), np.float32)
+    quarter = np.block([[none, one], [-one, none]])
+    turn = np.kron(np.eye(x.shape[-1] // span, dtype=np.float32), quarter)
+    return jnp.einsum(
+        "bthd,de->bthe",
+        x,
+        turn.astype(x.dtype),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+
+
 def rotate(x: Array, cosine: Array, sine: Array) -> Array:
     """Rotates the first channels of `[B, T, heads, head_dim]`, in float32; returned in x's dtype.
 
@@ -48,10 +75,9 @@ def rotate(x: Array, cosine: Array, sine: Array) -> Array:
       cosine, sine: `[B, T, 1, rotated]`.
     """
     rotated = cosine.shape[-1]
-    turning = x[..., :rotated].astype(jnp.float32)
-    first, second = jnp.split(turning, 2, axis=-1)
-    turned = turning * cosine + jnp.concatenate([-second, first], axis=-1) * sine
-    return jnp.concatenate([turned.astype(x.dtype), x[..., rotated:]], axis=-1)
+    turning = x[..., :rotated]
+    made = turning.astype(jnp.float32) * cosine + turned(turning, rotated) * sine
+    return jnp.concatenate([made.astype(x.dtype), x[..., rotated:]], axis=-1)
 
 
 def make(channels: int, theta: float, scaling: Mapping[str, str | Number]) -> Rotary:

@@ -77,9 +77,8 @@ def split(rows: int, chunk: int | None) -> tuple[int, int]:
         all at once. None takes those of USUAL, and all where only less than half as many divide.
     """
     found = jax.sharding.get_abstract_mesh()
-    usual = USUAL.get(getattr(found.abstract_device, "platform", ""), 0)
-    shape = found.shape
-    devices = math.prod(shape.get(axis, 1) for axis in mesh.ROWS)
+    usual = USUAL.get(mesh.kind(), 0)
+    devices = math.prod(found.shape.get(axis, 1) for axis in mesh.ROWS)
     devices = devices if rows % devices == 0 else 1
     own = rows // devices
     most = min((usual if chunk is None else chunk) or own, own)
