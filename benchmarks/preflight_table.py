@@ -1,13 +1,14 @@
 """The preflight of every stage on every slice: compiles what is missing, prints the table.
 
 PYTHONPATH=. python benchmarks/preflight_table.py [--stages=stage2_image,...] \
-    [--slices=v5e-16,...] [--batches=arithmetic,configured,largest] \
+    [--slices=v5e-16,...] [--batches=arithmetic,configured,largest,chosen] \
     [--folder=benchmarks/preflight] [--show] [--forecasts]
 
 Each cell of the table is a JSON file of its own, so that a second call goes on where the first one
 stopped; `--show` measures nothing. 'configured' is the config as it is, 'largest' the largest
-micro-batch of the same update that fits, 'arithmetic' the config as it is without the compiler: it
-stands in the table where 'configured' is missing. '2xv5e-16' are two slices, over 'data'.
+micro-batch of the same update that fits, 'chosen' what `--write` and `rows=auto` choose,
+'arithmetic' the config as it is without the compiler: it stands in the table where 'configured' is
+missing. '2xv5e-16' are two slices, over 'data'.
 
 A stage may be one of CHOICES, with other encoders, interfaces and LLMs:
 
@@ -30,14 +31,15 @@ from typing import Any
 import jax
 
 from xllm_jax.core.stage import Part, Stage
-from xllm_jax.preflight import absent, forecast, report, targets
+from xllm_jax.preflight import absent, choose, forecast, report, targets
 
 STAGES = (
     "stage1_speech", "stage1_image", "stage2_image", "stage2_video", "stage2_speech",
     "stage3_instruction", "stage_output_image",
 )  # fmt: skip
 SLICES = ("v5e-16", "v5p-8", "v4-32")
-BATCHES = ("configured", "largest")  # and "arithmetic"
+BATCHES = ("configured", "largest")  # and "arithmetic", "chosen"
+NOTES = {"largest": ", best that fits", "chosen": ", chosen"}
 SIGLIP_MLP = {
     "vision_encoder": Part("siglip.SiglipVision", "so400m_14_384"),
     "image_interface": Part("mlp_interface.MLPInterface", "siglip"),
@@ -89,6 +91,8 @@ def stage_named(name: str) -> Stage:
     """A packaged stage at the real size, or one of CHOICES."""
     config, parts, fields, data = CHOICES.get(name, (name, {}, {}, {}))
     stage: Stage = importlib.import_module(f"xllm_jax.configs.{config}").get_config("real")
+    for out in stage.outputs.values():  # else it stands beside the decoder, and no base is read
+        out.schedule = out.schedule or "stable_diffusion_1_5"
     parts = stage.parts | parts
     for part, more in fields.items():
         parts[part] = dataclasses.replace(parts[part], fields={**parts[part].fields, **more})
@@ -123,6 +127,7 @@ MAKERS = {
     "configured": forecast.make,
     "largest": forecast.largest,
     "arithmetic": forecast.arithmetic,
+    "chosen": lambda stage, target: choose.choose(stage, target).made,
 }
 
 
@@ -138,7 +143,7 @@ def needless(cell: tuple[str, str, str], folder: Path) -> bool:
 
 def line(cell: tuple[str, str, str], record: dict[str, Any]) -> list[str]:
     """One row of the table."""
-    shown = [cell[0], f"{cell[1]}, best that fits" if cell[2] == "largest" else cell[1]]
+    shown = [cell[0], cell[1] + NOTES.get(cell[2], "")]
     if "rows" not in record:
         return [*shown, "none fits", *[""] * (len(HEADER) - 3)]
     used, speed = record["memory_per_chip"], record["speed"]
@@ -212,7 +217,7 @@ def forecasts(folder: Path) -> Iterator[str]:
         share, core = f"{found['utilization']:.2f}", f"{found['utilization_on_core']:.2f}"
         cells = [
             name,
-            f"{slice_}, best that fits" if batch == "largest" else slice_,
+            slice_ + NOTES.get(batch, ""),
             f"{record['rows']} x {record['accumulation']}",
             f"{found['cycles'] / 1e6:.1f}",
             f"{found['on_core'] * 1e3:.1f}",

@@ -10,16 +10,17 @@ import json
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
+from xllm_jax.core import mesh
 from xllm_jax.models import glm
 from xllm_jax.preflight import cycles, hlo, targets
 
 
 def counted(target: targets.Target) -> cycles.Cycles | None:
     """Of forward and gradient to the inputs, 4 rows of 64 tokens."""
-    mesh = Mesh(targets.devices(target)[:1], "x")
-    place = NamedSharding(mesh, PartitionSpec())
+    chip = mesh.make({}, list(targets.devices(target)[:1]))
+    place = NamedSharding(chip, PartitionSpec())
     model = glm.ChatGLM(**glm.SIZES["tiny"], dtype=jnp.bfloat16)
 
     def value(x, params, segments, context, positions):
@@ -39,7 +40,8 @@ def counted(target: targets.Target) -> cycles.Cycles | None:
         shaped((4, 64), jnp.bool_),
         shaped((4, 64, 2), jnp.int32),
     )
-    compiled = jax.jit(jax.grad(value)).lower(*arguments).compile()
+    with jax.set_mesh(chip):
+        compiled = jax.jit(jax.grad(value)).lower(*arguments).compile()
     return cycles.count(hlo.parse(compiled.as_text() or ""))
 
 
