@@ -5,6 +5,7 @@ network is published as, or 'tiny'. A stage's config picks the parts it needs. W
 networks must agree on are stated here once.
 """
 
+from xllm_jax.core.chips import WHOLE_PRODUCTS
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.stage import Output, Part, Route, Signals
 
@@ -165,7 +166,7 @@ def whole_products() -> dict:
     got 13,379 messages a step instead of 550, a quarter more memory traffic, and stage 2, image,
     8 % more cycles (docs/preflight.md). Gatherings run beside other products all the same.
     """
-    return {"tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}}
+    return {platform: dict(options) for platform, options in WHOLE_PRODUCTS.items()}
 
 
 def numerics(size: str, remat: str = "none") -> dict:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+# Compiler options by platform: products read gathered parameters whole. By itself the TPU compiler
+# cuts such a product into one a chip, to send while it computes (docs/preflight.md).
+WHOLE_PRODUCTS = {"tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}}
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:

@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from PIL import Image
 
-from xllm_jax.core import mesh
+from xllm_jax.core import chips, mesh
 from xllm_jax.core.errors import UserError
 from xllm_jax.core.types import Params
 from xllm_jax.data.media import image
@@ -58,9 +58,11 @@ class Renderer:
         self.device_mesh = device_mesh
         self.unet, self.autoencoder, self.scheduler = unet, autoencoder, scheduler
         self.params, self.without, self.batch = params, jnp.asarray(without), batch
-        self._draw = jax.jit(self._latents, static_argnames=("guided",))
-        self._call = jax.jit(self._called, static_argnames=("guided",))
-        self._decode = jax.jit(self._pictures)
+        options = device_mesh and chips.WHOLE_PRODUCTS.get(mesh.platform(device_mesh))
+        jit = functools.partial(jax.jit, compiler_options=options or None)
+        self._draw = jit(self._latents, static_argnames=("guided",))
+        self._call = jit(self._called, static_argnames=("guided",))
+        self._decode = jit(self._pictures)
 
     def __call__(
         self,
