@@ -33,5 +33,5 @@ def get_config(size: str = "real") -> Stage:
         outputs={"image": output},
         init=made.init | {"unet": networks.DECODER, "autoencoder": f"{networks.DECODER}:vae"},
         options=made.options | {"denoising": 1.0, "gamma": 5.0},
-        remat=made.remat if tiny else "all",
+        remat=made.remat if tiny else "products",
     )
